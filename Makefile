@@ -1,0 +1,68 @@
+# `make` alone lists what there is. Every target makes what it needs; a second call finds it made.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help run test lint bench clean
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+# python3 if it is recent enough, else the newest one that is; `make run PYTHON=/path/to/python3.12` overrides
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# more flags for pip when it fetches torch, for example --index-url of the CPU-only builds
+TORCH_FLAGS ?=
+PIP := $(BIN)/python -m pip --quiet --quiet --no-input --disable-pip-version-check install --constraint constraints.txt
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+PROMPT ?= It was a bright morning, and the Captain
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: $(VENV)/run.done ## set up, then let the small model that ships with longscan write; PROMPT="..." begins
+	@$(BIN)/longscan generate "$(PROMPT)" --max-new-tokens 200
+
+test: $(VENV)/dev.done ## set up for development and run the tests; ARGS="-k scan" to choose
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev.done ## check format, style and types
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+
+bench: $(VENV)/run.done ## measure this machine; ARGS="ops" to choose
+	@$(BIN)/longscan bench $(ARGS)
+
+clean: ## remove the environment, the native library and the caches
+	@rm -rf $(VENV) build dist src/longscan/_lib .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find src tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "longscan needs Python 3.11 or newer (Debian: apt install python3 python3-venv)"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) can't create environments (Debian: apt install python3-venv)"; exit 1; }
+	@printf 'creating $(VENV) · '
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/torch.done: constraints.txt | $(BIN)/python
+	@printf 'installing torch (some minutes the first time) · '
+	@$(PIP) $(TORCH_FLAGS) torch
+	@touch $@
+
+$(VENV)/run.done: $(SOURCES) | $(VENV)/torch.done
+	@$(call install,.)
+	@touch $@
+
+$(VENV)/dev.done: $(SOURCES) | $(VENV)/torch.done
+	@$(call install,.[dev])
+	@touch $@ $(VENV)/run.done
+
+# Install $(1) from here and say which kernels came of it.
+define install
+command -v c++ g++ clang++ >/dev/null || printf 'no C++ compiler (Debian: apt install g++) · '; \
+printf 'installing longscan '; start=$$SECONDS; \
+$(PIP) --editable '$(1)'; \
+printf '%d s · kernels: ' $$((SECONDS - start)); \
+$(BIN)/python -c 'from longscan import ops; why = ops.native_info().reason; \
+	print(ops.backend(), f"({why})" if why else "")'
+endef

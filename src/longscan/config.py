@@ -1,0 +1,183 @@
+"""Frozen dataclasses that travel as JSON and refuse what they do not know."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Self
+
+from longscan.errors import LongscanError
+
+__all__ = ["Config", "nearest"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of every configuration: subclasses are `@dataclass(frozen=True, kw_only=True)` and add fields.
+
+    Fields are bool, int, float, str, Literal, tuple, another Config, or a union of these. A subclass checks
+    the ranges of its values in `__post_init__`; types are checked here, because JSON and the command line
+    have none.
+    """
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> Self:
+        """Build a configuration from plain values, as read from JSON.
+
+        Args:
+            mapping: field name -> value. Fields with a default may be missing; lists stand for tuples,
+                dictionaries for nested configurations, integers for floats.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            LongscanError: a key is unknown, a required one is missing, or a value has the wrong type.
+        """
+        if not isinstance(mapping, Mapping):
+            raise LongscanError(f"{cls.__name__}: expected a dictionary of fields, got {_show(mapping)}.")
+        known = {field.name: field for field in fields(cls) if field.init}
+        for key in mapping:
+            if key not in known:
+                raise LongscanError(f"{cls.__name__} has no field {key!r}{nearest(key, known)}")
+        missing = [
+            name
+            for name, field in known.items()
+            if name not in mapping and field.default is MISSING and field.default_factory is MISSING
+        ]
+        if missing:
+            raise LongscanError(f"{cls.__name__} needs {', '.join(missing)}: add what is missing.")
+        hints = typing.get_type_hints(cls)
+        return cls(
+            **{key: _check(f"{cls.__name__}.{key}", value, hints[key]) for key, value in mapping.items()}
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as values that JSON holds: `from_dict` of the result is an equal one."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self) if field.init}
+
+    def replace(self, **changes: Any) -> Self:
+        """Return a copy with some fields changed, checked like `from_dict`.
+
+        Args:
+            changes: field name -> new value.
+
+        Returns:
+            The changed copy.
+
+        Raises:
+            LongscanError: as `from_dict`.
+        """
+        current = {field.name: getattr(self, field.name) for field in fields(self) if field.init}
+        return self.from_dict({**current, **changes})
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Finish a sentence about an unknown name with the known one it resembles, or with all of them.
+
+    Args:
+        name: what was asked for.
+        known: what there is.
+
+    Returns:
+        "; did you mean ...?" or "; known: a, b, c.".
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}."
+
+
+class _MismatchError(Exception):
+    """A value does not fit a type; the caller knows which field to blame."""
+
+
+def _check(field: str, value: Any, hint: Any) -> Any:
+    """Return `value` as the type `hint` asks for, or blame `field`."""
+    try:
+        return _fit(value, hint)
+    except _MismatchError:
+        raise LongscanError(f"{field}: expected {_name(hint)}, got {_show(value)}.") from None
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    """Convert `value` to `hint` where nothing is lost; raise _MismatchError otherwise."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for alternative in arguments:
+            try:
+                return _fit(value, alternative)
+            except _MismatchError:
+                continue
+        raise _MismatchError
+    if origin is typing.Literal:
+        if any(value == choice and type(value) is type(choice) for choice in arguments):
+            return value
+        raise _MismatchError
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise _MismatchError
+        if arguments[-1] is Ellipsis:
+            arguments = arguments[:1] * len(value)
+        if len(arguments) != len(value):
+            raise _MismatchError
+        return tuple(_fit(item, kind) for item, kind in zip(value, arguments, strict=True))
+    if isinstance(hint, type) and issubclass(hint, Config):
+        return value if isinstance(value, hint) else hint.from_dict(value)
+    return _fit_scalar(value, hint)
+
+
+def _fit_scalar(value: Any, hint: Any) -> Any:
+    """The part of `_fit` that deals with bool, int, float, str and None."""
+    if hint is float and type(value) in (int, float):  # type(), not isinstance(): True is no number here
+        try:
+            number = float(value)
+        except OverflowError:
+            raise _MismatchError from None
+        if not math.isfinite(number):
+            raise _MismatchError
+        return number
+    if type(value) is hint:
+        return value
+    raise _MismatchError
+
+
+def _plain(value: Any) -> Any:
+    """Return a field's value as JSON would hold it."""
+    if isinstance(value, Config):
+        return value.to_dict()
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _name(hint: Any) -> str:
+    """Name a type for a reader who may not write Python."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_name(argument) for argument in arguments)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(repr(choice) for choice in arguments)
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"a list of {_name(arguments[0])}"
+        return f"a list of {len(arguments)} ({', '.join(_name(argument) for argument in arguments)})"
+    return _PLAIN_NAMES.get(hint, str(hint))
+
+
+_PLAIN_NAMES: dict[Any, str] = {
+    bool: "true or false",
+    int: "int",
+    float: "a finite number",
+    str: "text",
+    types.NoneType: "null",
+}
+
+
+def _show(value: Any) -> str:
+    """Show a value and its type, shortened."""
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

@@ -1,0 +1,162 @@
+"""Files that are either the old version or the new one, never half of each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from longscan.errors import LongscanError
+
+__all__ = ["atomic_directory", "atomic_write", "read_json", "recover_directory", "write_json"]
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Write a whole file so that a crash or a full disk leaves the previous one.
+
+    Args:
+        path: the file to create or replace; its directory must exist.
+        data: the content; text is written as UTF-8.
+
+    Raises:
+        OSError: the directory is missing or not writable, or the disk is full.
+    """
+    path = Path(os.path.realpath(path))  # a link keeps pointing to the file instead of becoming it
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | Path, *, marker: str | None = None) -> Iterator[Path]:
+    """Fill a directory that appears under its name only when it is complete.
+
+    No portable call swaps two directories, so the old one is renamed aside first and put back if the second
+    rename fails. A power cut between the two renames leaves it aside as `.NAME.old`: `recover_directory`,
+    which this function calls first, brings it back. One writer per target is assumed.
+
+    Args:
+        path: the directory to create or replace; missing parents are created.
+        marker: if given, a directory that is in the way is replaced only if it is empty or holds a file of
+            this name, so that a mistyped path does not cost somebody a folder.
+
+    Yields:
+        An empty directory beside the target, to be filled by the caller.
+
+    Raises:
+        LongscanError: the target holds something other than what `marker` promises.
+        OSError: the place is not writable, the disk is full, or `path` is a file; what was there is intact.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recover_directory(path)
+    if path.exists():
+        names = os.listdir(path)
+        if marker and names and marker not in names:
+            raise LongscanError(
+                f"{path} exists and was not written by longscan (no {marker} in it). "
+                "It would be replaced as a whole: choose another directory, or empty this one."
+            )
+    temporary = _aside(path, "new")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _sync(Path(folder, name))
+            _sync(Path(folder))
+        _swap(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def recover_directory(path: str | Path) -> None:
+    """Bring back the directory that an interrupted `atomic_directory` left aside, if there is one.
+
+    Args:
+        path: the directory as its users know it.
+    """
+    path = Path(os.path.realpath(path))
+    old = _aside(path, "old")
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        os.rename(old, path)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically.
+
+    Args:
+        path: the file to create or replace.
+        value: anything JSON can hold; NaN and infinities are refused because other readers refuse them.
+    """
+    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file whose top level is an object.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The object as a dictionary.
+
+    Raises:
+        LongscanError: the file is not UTF-8, not JSON, or holds something other than an object.
+        OSError: the file cannot be read.
+    """
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        raise LongscanError(f"{path} is not valid JSON ({place}). Was it cut short?") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5,000 digits, 100,000 brackets
+        raise LongscanError(f"{path} is not valid JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise LongscanError(f"{path}: expected a JSON object {{...}}, got {type(value).__name__}.")
+    return value
+
+
+def _aside(path: Path, suffix: str) -> Path:
+    """Return a hidden name beside `path`, hence on the same file system."""
+    return path.with_name(f".{path.name}.{suffix}")
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put directory `new` at `target`, removing what was there only after the new one is in place."""
+    old = _aside(target, "old")
+    if target.exists():
+        os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except OSError:
+        if old.exists():
+            os.rename(old, target)
+        raise
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or the entries of a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
