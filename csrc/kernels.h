@@ -1,0 +1,19 @@
+// What one instruction set offers, and the thread pool they all use.
+#pragma once
+#include "longscan.h"
+
+struct ls_kernels {
+  const char *isa;
+  int32_t (*scan_forward)(const ls_scan *);
+  int32_t (*scan_backward)(const ls_scan *);
+  int32_t (*conv_forward)(const ls_conv *);
+  int32_t (*conv_backward)(const ls_conv *);
+  int32_t (*linear)(const float *, const float *, const float *, float *, int64_t, int64_t, int64_t);
+  void (*probe_exp_fma)(int64_t n, float *sink);
+};
+
+void ls_run(int64_t n, ls_task task, void *context);  // over [0, n), in parallel if there is a pool
+
+// Channels a unit of parallel work owns; a function of the shape alone, so that sums always run in one order.
+inline int64_t ls_unit_channels(int64_t channels_of_group) { return channels_of_group < 1024 ? 64 : 128; }
+inline int64_t ls_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }

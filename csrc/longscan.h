@@ -1,0 +1,77 @@
+// Every exported function of the native library, on one page. Plain C: raw pointers, sizes and strides in floats.
+//
+// All tensors are float32 with a contiguous last axis; (batch, time) strides are free where they are given. Functions
+// return 0, or a negative code when sizes make no sense (the caller validates; these are the last line of defence).
+// Nothing is allocated here that anybody must free. Threads split batch and channels, never a sum whose order could
+// change, so results do not depend on how many there are.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { LS_ABI_VERSION = 1, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
+
+// torch's thread pool: run task(begin, end, context) over pieces of [begin, end). Null means one thread.
+typedef void (*ls_task)(int64_t begin, int64_t end, void *context);
+typedef int32_t (*ls_parallel_for)(int64_t begin, int64_t end, int64_t grain, ls_task task, void *context);
+
+// A (batch, time, channels) operand. A constant matrix (channels, state) has stride_time < 0.
+typedef struct {
+  const float *data;
+  int64_t stride_batch, stride_time;
+} ls_rows;
+
+// Selective scan; see src/longscan/ops/scan.py for the equations. Absent optional operands are null.
+typedef struct {
+  int64_t batch, seq_len, d_inner, d_state, n_groups, dt_softplus;
+  ls_rows u, dt, z, B, C;
+  int64_t B_stride_group, C_stride_group;
+  const float *A, *D, *dt_bias, *initial_state;
+  const int32_t *seq_idx;  // (batch, seq_len) contiguous
+  float *y, *final_state;  // final_state may be initial_state: then the state advances in place
+  float *boundaries;       // (tiles, batch, padded channels, d_state): states before each tile, in the kernel's order
+  // backward only
+  ls_rows dy;
+  const float *dfinal;
+  float *du, *ddt, *dA, *dB, *dC, *dD, *dz, *ddt_bias, *dinitial_state;
+  float *workspace;  // ls_scan_workspace(...) floats
+} ls_scan;
+
+// Causal depthwise convolution; see src/longscan/ops/conv.py.
+typedef struct {
+  int64_t batch, seq_len, d_inner, d_conv, silu;
+  ls_rows x;
+  const float *weight, *bias, *initial_state;  // weight (d_inner, d_conv), initial_state (batch, d_conv - 1, d_inner)
+  const int32_t *seq_idx;
+  float *y, *final_state;
+  // backward only
+  ls_rows dy;
+  const float *dfinal;
+  float *dx, *dweight, *dbias, *dinitial_state;
+  float *workspace;  // batch * d_inner * (d_conv + 1) floats
+} ls_conv;
+
+int32_t ls_abi_version(void);
+const char *ls_isa(void);
+// Choose the instruction set by name ("baseline", "avx2", "avx512"), or the best one for "". 0, or -1 if it can't run.
+int32_t ls_choose_isa(const char *name);
+int32_t ls_is_amd(void);  // 1 on an AMD processor
+void ls_set_parallel_for(ls_parallel_for function);
+
+int32_t ls_scan_forward(const ls_scan *args);
+int32_t ls_scan_backward(const ls_scan *args);
+// Floats of workspace that ls_scan_backward needs.
+int64_t ls_scan_workspace(int64_t batch, int64_t seq_len, int64_t d_inner, int64_t d_state, int64_t n_groups);
+int32_t ls_conv_forward(const ls_conv *args);
+int32_t ls_conv_backward(const ls_conv *args);
+// y[r, o] = sum_i x[r, i] weight[o, i] + bias[o] for a few rows: reads the weights once, at memory speed.
+int32_t ls_linear(const float *x, const float *weight, const float *bias, float *y, int64_t rows, int64_t n_in,
+                  int64_t n_out);
+// State updates per second over all threads, n on each: exp and three multiply-adds that never leave registers.
+double ls_probe_exp_fma(int64_t n, int64_t threads);
+
+#ifdef __cplusplus
+}
+#endif

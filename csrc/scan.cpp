@@ -1,0 +1,501 @@
+// The selective scan, forward and backward.
+//
+// Vector lanes run across channels; time is sequential. A unit of parallel work is one batch row and up to 128
+// channels, walked in tiles of LS_TILE steps: a tile's operands are packed once, then for every few state components
+// (NB at a time, in registers) the tile is run through. The backward pass recomputes a tile's states from the state
+// the forward pass kept at its start, then runs the adjoint through the tile from its end.
+#include "kernels.h"
+#include "simd.h"
+
+namespace LS_ISA {
+namespace {
+
+constexpr int T = LS_TILE;
+constexpr int MAX_CHANNELS = 128;
+constexpr int MAX_BLOCKS = MAX_CHANNELS / W;
+constexpr int NB = 4;  // state components held in registers at once
+constexpr float LN2 = 0.693147180559945309f;
+
+// Where a unit works.
+struct Unit {
+  int64_t b, group, first, channels, index;  // batch row, B/C group, first channel, channel count, unit of this row
+  int64_t boundary;                          // first float of this unit inside a row of the boundaries
+  int blocks;
+  Unit(const ls_scan *a, int64_t i) {
+    const int64_t per_group = a->d_inner / a->n_groups, size = ls_unit_channels(per_group);
+    const int64_t units = ls_ceil(per_group, size);
+    b = i / (a->n_groups * units);
+    index = i % (a->n_groups * units);
+    group = index / units;
+    const int64_t inside = index % units * size;
+    first = group * per_group + inside;
+    channels = per_group - inside < size ? per_group - inside : size;
+    blocks = (int)ls_ceil(channels, W);
+    boundary = (group * ls_ceil(per_group, LS_LANE_PAD) * LS_LANE_PAD + inside) * a->d_state;
+  }
+};
+
+int64_t unit_count(const ls_scan *a) {
+  const int64_t per_group = a->d_inner / a->n_groups;
+  return a->batch * a->n_groups * ls_ceil(per_group, ls_unit_channels(per_group));
+}
+
+int64_t padded_channels(const ls_scan *a) {
+  return a->n_groups * ls_ceil(a->d_inner / a->n_groups, LS_LANE_PAD) * LS_LANE_PAD;
+}
+
+// B or C as the inner loop reads it: a broadcast scalar per step, or a packed vector per channel if constant.
+struct Matrix {
+  const float *rows;
+  int64_t stride;
+  vec *packed;
+  Matrix(const ls_rows &m, int64_t stride_group, const Unit &unit, int64_t d_state, vec *buffer) {
+    rows = m.data + unit.b * m.stride_batch + unit.group * stride_group;
+    stride = m.stride_time;
+    packed = nullptr;
+    if (stride >= 0) return;
+    packed = buffer;
+    for (int k = 0; k < unit.blocks; ++k)
+      for (int64_t n = 0; n < d_state; ++n)
+        for (int i = 0; i < W; ++i) {
+          const int64_t c = (int64_t)k * W + i;
+          packed[k * d_state + n][i] = c < unit.channels ? m.data[(unit.first + c) * d_state + n] : 0.0f;
+        }
+  }
+};
+
+template <bool CONSTANT>
+LS_INLINE vec entry(const float *row, const vec *packed, int i) {
+  return CONSTANT ? packed[i] : splat(row[i]);
+}
+
+// (channels, d_state) rows of a tensor <-> vectors [block][n] with channels across lanes.
+void pack(vec *to, const float *from, const Unit &unit, int64_t d_state, float scale) {
+  for (int k = 0; k < unit.blocks; ++k)
+    for (int64_t n = 0; n < d_state; ++n) {
+      vec v{};
+      if (from)
+        for (int i = 0; i < W && k * W + i < unit.channels; ++i) v[i] = from[(k * W + i) * d_state + n] * scale;
+      to[k * d_state + n] = v;
+    }
+}
+void unpack(float *to, const vec *from, const Unit &unit, int64_t d_state) {
+  for (int k = 0; k < unit.blocks; ++k)
+    for (int64_t n = 0; n < d_state; ++n) {
+      const vec v = from[k * d_state + n];
+      for (int i = 0; i < W && k * W + i < unit.channels; ++i) to[(k * W + i) * d_state + n] = v[i];
+    }
+}
+
+// Flags of a tile's steps. A start forgets the state before it; padding lets it pass.
+struct Flags {
+  bool start[T], padding[T];
+};
+// Reads seq_idx for one tile; `last` is the sequence of the latest token so far (negative: none yet).
+void read_flags(Flags *flags, const int32_t *seq_idx, int steps, int32_t *last) {
+  for (int t = 0; t < steps; ++t) {
+    const int32_t s = seq_idx[t];
+    flags->padding[t] = s < 0;
+    flags->start[t] = s >= 0 && *last >= 0 && s != *last;
+    if (s >= 0) *last = s;
+  }
+}
+
+struct Tile {
+  vec dt[T], x[T], y[T];  // step size, dt * u, output so far
+};
+
+// Load one block of one tile: dt after bias and softplus, x = dt u, y = D u.
+LS_INLINE void load_tile(Tile *tile, const ls_scan *a, const Unit &unit, int64_t t0, int steps, int k, vec D, vec bias) {
+  const int n = (int)(unit.channels - (int64_t)k * W);
+  const int64_t c = unit.first + (int64_t)k * W;
+  const float *u = a->u.data + unit.b * a->u.stride_batch + t0 * a->u.stride_time + c;
+  const float *dt = a->dt.data + unit.b * a->dt.stride_batch + t0 * a->dt.stride_time + c;
+  for (int t = 0; t < steps; ++t) {
+    const vec ut = load_n(u + t * a->u.stride_time, n);
+    vec d = load_n(dt + t * a->dt.stride_time, n) + bias;
+    if (a->dt_softplus) d = softplus(d);
+    tile->dt[t] = d;
+    tile->x[t] = d * ut;
+    tile->y[t] = D * ut;
+  }
+}
+
+// Rows lie pages apart, where no hardware prefetcher follows: ask for the block after this one while it computes.
+LS_INLINE void prefetch(const ls_rows &m, const ls_scan *a, const Unit &unit, int64_t t0, int steps, int k) {
+  if (k + 1 == unit.blocks) k = -1, t0 += T;
+  if (!m.data || t0 + steps > a->seq_len) return;
+  const float *p = m.data + unit.b * m.stride_batch + t0 * m.stride_time + unit.first + (k + 1) * W;
+  for (int t = 0; t < steps; ++t) __builtin_prefetch(p + t * m.stride_time);
+}
+
+template <int N, bool SEQ, bool BC, bool CC>
+LS_INLINE void run_forward(Tile *tile, const Flags *flags, int steps, const vec *A, vec *h, const Matrix &B,
+                           const Matrix &C, const float *b_row, const float *c_row, int64_t offset) {
+  vec An[N], hn[N];
+  for (int i = 0; i < N; ++i) An[i] = A[i], hn[i] = h[i];
+  for (int t = 0; t < steps; ++t, b_row += B.stride, c_row += C.stride) {
+    if (SEQ && flags->start[t])
+      for (int i = 0; i < N; ++i) hn[i] = vec{};
+    const vec dt = tile->dt[t], x = tile->x[t];
+    vec y = tile->y[t];
+    for (int i = 0; i < N; ++i) {
+      const vec Bx = entry<BC>(b_row, B.packed + offset, i) * x;
+      hn[i] = exp2v(dt * An[i]) * hn[i] + Bx;
+      y += entry<CC>(c_row, C.packed + offset, i) * hn[i];
+    }
+    tile->y[t] = y;
+  }
+  for (int i = 0; i < N; ++i) h[i] = hn[i];
+}
+
+template <bool SEQ, bool BC, bool CC>
+void forward_unit(const ls_scan *a, int64_t index) {
+  const Unit unit(a, index);
+  const int64_t N = a->d_state;
+  const int64_t states = unit.blocks * N;
+  vec *A = LS_STACK(vec, states), *h = LS_STACK(vec, states);
+  vec *Bp = LS_STACK(vec, BC ? states : 1), *Cp = LS_STACK(vec, CC ? states : 1);
+  const Matrix B(a->B, a->B_stride_group, unit, N, Bp), C(a->C, a->C_stride_group, unit, N, Cp);
+  const int64_t at = (unit.b * a->d_inner + unit.first) * N;
+  pack(A, a->A + unit.first * N, unit, N, LOG2E);
+  pack(h, a->initial_state ? a->initial_state + at : nullptr, unit, N, 1.0f);
+  vec D[MAX_BLOCKS], bias[MAX_BLOCKS];
+  for (int k = 0; k < unit.blocks; ++k) {
+    const int n = (int)(unit.channels - (int64_t)k * W);
+    D[k] = a->D ? load_n(a->D + unit.first + k * W, n) : vec{};
+    bias[k] = a->dt_bias ? load_n(a->dt_bias + unit.first + k * W, n) : vec{};
+  }
+  Flags flags;
+  int32_t last = -1;
+  const int64_t boundary_row = padded_channels(a) * N;
+  for (int64_t t0 = 0; t0 < a->seq_len; t0 += T) {
+    const int steps = (int)(a->seq_len - t0 < T ? a->seq_len - t0 : T);
+    if (SEQ) read_flags(&flags, a->seq_idx + unit.b * a->seq_len + t0, steps, &last);
+    if (a->boundaries) {
+      float *keep = a->boundaries + (t0 / T * a->batch + unit.b) * boundary_row + unit.boundary;
+      for (int64_t i = 0; i < states; ++i) store(keep + i * W, h[i]);
+    }
+    const float *b_row = BC ? nullptr : B.rows + t0 * B.stride, *c_row = CC ? nullptr : C.rows + t0 * C.stride;
+    for (int k = 0; k < unit.blocks; ++k) {
+      Tile tile;
+      load_tile(&tile, a, unit, t0, steps, k, D[k], bias[k]);
+      prefetch(a->u, a, unit, t0, steps, k);
+      prefetch(a->dt, a, unit, t0, steps, k);
+      prefetch(a->z, a, unit, t0, steps, k);
+      if (SEQ)
+        for (int t = 0; t < steps; ++t)
+          if (flags.padding[t]) tile.dt[t] = tile.x[t] = vec{};
+      int64_t n = 0;
+      for (; n + NB <= N; n += NB)
+        run_forward<NB, SEQ, BC, CC>(&tile, &flags, steps, A + k * N + n, h + k * N + n, B, C, b_row + n, c_row + n,
+                                     k * N + n);
+      for (; n < N; ++n)
+        run_forward<1, SEQ, BC, CC>(&tile, &flags, steps, A + k * N + n, h + k * N + n, B, C, b_row + n, c_row + n,
+                                    k * N + n);
+      const int lanes = (int)(unit.channels - (int64_t)k * W);
+      const int64_t c = unit.first + (int64_t)k * W;
+      float *y = a->y + (unit.b * a->seq_len + t0) * a->d_inner + c;
+      const float *z = a->z.data ? a->z.data + unit.b * a->z.stride_batch + t0 * a->z.stride_time + c : nullptr;
+      for (int t = 0; t < steps; ++t) {
+        vec out = tile.y[t];
+        if (z) {
+          const vec zt = load_n(z + t * a->z.stride_time, lanes);
+          out = out * (zt * sigmoid(zt));
+        }
+        if (SEQ && flags.padding[t]) out = vec{};
+        store_n(y + t * a->d_inner, out, lanes);
+      }
+    }
+  }
+  unpack(a->final_state + at, h, unit, N);
+}
+
+// --- backward -------------------------------------------------------------------------------------------------------
+
+// What one block of one tile needs and gathers in the backward pass.
+struct Adjoint {
+  Tile tile;                     // dt, x, y (before the gate)
+  vec u[T], dy[T];               // input, gradient of the ungated output
+  vec gB[T], decay[T];           // sum_n g B, sum_n g a h_prev A log2(e)
+};
+// Scratch for NB components: states (one before the tile), decays, and sums for dB and dC over the unit's blocks.
+struct Scratch {
+  vec h[(T + 1) * NB], a[T * NB], dB[T * NB], dC[T * NB];
+};
+
+template <int N, bool SEQ, bool BC, bool CC>
+LS_INLINE void run_backward(Adjoint *w, Scratch *s, const Flags *flags, int steps, const vec *A, const vec *h0, vec *g,
+                            vec *dA, vec *dBc, vec *dCc, const Matrix &B, const Matrix &C, const float *b_row,
+                            const float *c_row, int64_t offset) {
+  {
+    vec An[N], hn[N];
+    for (int i = 0; i < N; ++i) An[i] = A[i], s->h[i] = hn[i] = h0[i];
+    const float *b = b_row, *c = c_row;
+    for (int t = 0; t < steps; ++t, b += B.stride, c += C.stride) {
+      const vec dt = w->tile.dt[t], x = w->tile.x[t];
+      const bool start = SEQ && flags->start[t];
+      vec y = w->tile.y[t];
+      for (int i = 0; i < N; ++i) {
+        const vec decay = start ? vec{} : exp2v(dt * An[i]);
+        const vec Bx = entry<BC>(b, B.packed + offset, i) * x;
+        hn[i] = start ? Bx : decay * hn[i] + Bx;
+        y += entry<CC>(c, C.packed + offset, i) * hn[i];
+        s->a[t * N + i] = decay;
+        s->h[(t + 1) * N + i] = hn[i];
+      }
+      w->tile.y[t] = y;
+    }
+  }
+  vec An[N], gn[N], dAn[N];
+  for (int i = 0; i < N; ++i) An[i] = A[i], gn[i] = g[i], dAn[i] = dA[i];
+  for (int t = steps - 1; t >= 0; --t) {
+    const float *b = b_row + t * B.stride, *c = c_row + t * C.stride;
+    const vec dt = w->tile.dt[t], x = w->tile.x[t], dy = w->dy[t];
+    vec gB = w->gB[t], decay = w->decay[t];
+    for (int i = 0; i < N; ++i) {
+      const vec gi = entry<CC>(c, C.packed + offset, i) * dy + gn[i];
+      if (CC)
+        dCc[i] += dy * s->h[(t + 1) * N + i];
+      else
+        s->dC[t * N + i] += dy * s->h[(t + 1) * N + i];
+      if (BC)
+        dBc[i] += gi * x;
+      else
+        s->dB[t * N + i] += gi * x;
+      gB += gi * entry<BC>(b, B.packed + offset, i);
+      gn[i] = s->a[t * N + i] * gi;
+      const vec q = gn[i] * s->h[t * N + i];
+      decay += q * An[i];
+      dAn[i] += q * dt;
+    }
+    w->gB[t] = gB;
+    w->decay[t] = decay;
+  }
+  for (int i = 0; i < N; ++i) g[i] = gn[i], dA[i] = dAn[i];
+}
+
+// Horizontal sums of N * steps vectors into rows of a (time, d_state) table.
+template <int N>
+void reduce(float *to, int64_t d_state, const vec *from, int steps) {
+  for (int t = 0; t < steps; ++t)
+    for (int i = 0; i < N; ++i) to[t * d_state + i] = sum(from[t * N + i]);
+}
+
+// Gradients of one unit that other units or rows share, before they are summed.
+struct Partial {
+  float *dB, *dC, *dA, *dD, *ddt_bias;
+  // Layout: dB and dC (batch, units, seq_len, d_state), or (batch, d_inner, d_state) if constant; dA (batch, d_inner,
+  // d_state); dD, ddt_bias (batch, d_inner).
+  explicit Partial(const ls_scan *a) {
+    const int64_t rows = unit_count(a) * a->seq_len * a->d_state, states = a->batch * a->d_inner * a->d_state;
+    dB = a->workspace;
+    dC = dB + (a->B.stride_time < 0 ? states : rows);
+    dA = dC + (a->C.stride_time < 0 ? states : rows);
+    dD = dA + states;
+    ddt_bias = dD + a->batch * a->d_inner;
+  }
+};
+
+template <bool SEQ, bool BC, bool CC>
+void backward_unit(const ls_scan *a, int64_t index) {
+  const Unit unit(a, index);
+  const Partial partial(a);
+  const int64_t N = a->d_state;
+  const int64_t states = unit.blocks * N;
+  vec *A = LS_STACK(vec, states), *h0 = LS_STACK(vec, states), *g = LS_STACK(vec, states);
+  vec *dA = LS_STACK(vec, states), *dBc = LS_STACK(vec, states), *dCc = LS_STACK(vec, states);
+  vec *Bp = LS_STACK(vec, BC ? states : 1), *Cp = LS_STACK(vec, CC ? states : 1);
+  Adjoint *work = LS_STACK(Adjoint, unit.blocks);
+  Scratch scratch;
+  const Matrix B(a->B, a->B_stride_group, unit, N, Bp), C(a->C, a->C_stride_group, unit, N, Cp);
+  const int64_t at = (unit.b * a->d_inner + unit.first) * N;
+  pack(A, a->A + unit.first * N, unit, N, LOG2E);
+  pack(g, a->dfinal ? a->dfinal + at : nullptr, unit, N, 1.0f);
+  vec D[MAX_BLOCKS], bias[MAX_BLOCKS], dD[MAX_BLOCKS], dbias[MAX_BLOCKS];
+  for (int k = 0; k < unit.blocks; ++k) {
+    const int n = (int)(unit.channels - (int64_t)k * W);
+    D[k] = a->D ? load_n(a->D + unit.first + k * W, n) : vec{};
+    bias[k] = a->dt_bias ? load_n(a->dt_bias + unit.first + k * W, n) : vec{};
+    dD[k] = dbias[k] = vec{};
+  }
+  for (int64_t i = 0; i < states; ++i) dA[i] = dBc[i] = dCc[i] = vec{};
+  const int64_t boundary_row = padded_channels(a) * N;
+  const int32_t *seq_idx = a->seq_idx ? a->seq_idx + unit.b * a->seq_len : nullptr;
+
+  for (int64_t t0 = (a->seq_len - 1) / T * T; t0 >= 0; t0 -= T) {
+    const int steps = (int)(a->seq_len - t0 < T ? a->seq_len - t0 : T);
+    Flags flags;
+    if (SEQ) {
+      int32_t last = -1;
+      for (int64_t t = t0 - 1; t >= 0 && last < 0; --t) last = seq_idx[t];
+      read_flags(&flags, seq_idx + t0, steps, &last);
+    }
+    const float *keep = a->boundaries + (t0 / T * a->batch + unit.b) * boundary_row + unit.boundary;
+    for (int64_t i = 0; i < states; ++i) h0[i] = load(keep + i * W);
+
+    for (int k = 0; k < unit.blocks; ++k) {
+      Adjoint &w = work[k];
+      load_tile(&w.tile, a, unit, t0, steps, k, D[k], bias[k]);
+      const int lanes = (int)(unit.channels - (int64_t)k * W);
+      const int64_t c = unit.first + (int64_t)k * W;
+      for (int t = 0; t < steps; ++t) {
+        w.u[t] = load_n(a->u.data + unit.b * a->u.stride_batch + (t0 + t) * a->u.stride_time + c, lanes);
+        vec dy = load_n(a->dy.data + unit.b * a->dy.stride_batch + (t0 + t) * a->dy.stride_time + c, lanes);
+        if (a->z.data) {
+          const vec z = load_n(a->z.data + unit.b * a->z.stride_batch + (t0 + t) * a->z.stride_time + c, lanes);
+          dy = dy * (z * sigmoid(z));
+        }
+        if (SEQ && flags.padding[t]) w.tile.dt[t] = w.tile.x[t] = dy = vec{};
+        w.dy[t] = dy;
+        w.gB[t] = w.decay[t] = vec{};
+      }
+    }
+
+    const float *b_row = BC ? nullptr : B.rows + t0 * B.stride, *c_row = CC ? nullptr : C.rows + t0 * C.stride;
+    float *dB_row = partial.dB + ((unit.b * (unit_count(a) / a->batch) + unit.index) * a->seq_len + t0) * N;
+    float *dC_row = partial.dC + ((unit.b * (unit_count(a) / a->batch) + unit.index) * a->seq_len + t0) * N;
+    int64_t n = 0;
+    for (; n + NB <= N; n += NB) {
+      memset(scratch.dB, 0, sizeof scratch.dB);
+      memset(scratch.dC, 0, sizeof scratch.dC);
+      for (int k = 0; k < unit.blocks; ++k) {
+        const int64_t i = k * N + n;
+        run_backward<NB, SEQ, BC, CC>(&work[k], &scratch, &flags, steps, A + i, h0 + i, g + i, dA + i, dBc + i, dCc + i,
+                                      B, C, b_row + n, c_row + n, i);
+      }
+      if (!BC) reduce<NB>(dB_row + n, N, scratch.dB, steps);
+      if (!CC) reduce<NB>(dC_row + n, N, scratch.dC, steps);
+    }
+    for (; n < N; ++n) {
+      memset(scratch.dB, 0, sizeof(vec) * T);
+      memset(scratch.dC, 0, sizeof(vec) * T);
+      for (int k = 0; k < unit.blocks; ++k) {
+        const int64_t i = k * N + n;
+        run_backward<1, SEQ, BC, CC>(&work[k], &scratch, &flags, steps, A + i, h0 + i, g + i, dA + i, dBc + i, dCc + i,
+                                     B, C, b_row + n, c_row + n, i);
+      }
+      if (!BC) reduce<1>(dB_row + n, N, scratch.dB, steps);
+      if (!CC) reduce<1>(dC_row + n, N, scratch.dC, steps);
+    }
+
+    for (int k = 0; k < unit.blocks; ++k) {
+      const Adjoint &w = work[k];
+      const int lanes = (int)(unit.channels - (int64_t)k * W);
+      const int64_t c = unit.first + (int64_t)k * W;
+      for (int t = 0; t < steps; ++t) {
+        const int64_t out = (unit.b * a->seq_len + t0 + t) * a->d_inner + c;
+        store_n(a->du + out, w.gB[t] * w.tile.dt[t] + D[k] * w.dy[t], lanes);
+        dD[k] += w.dy[t] * w.u[t];
+        vec ddt = w.gB[t] * w.u[t] + w.decay[t] * splat(LN2);
+        if (a->dt_softplus)
+          ddt = ddt * sigmoid(load_n(a->dt.data + unit.b * a->dt.stride_batch + (t0 + t) * a->dt.stride_time + c, lanes) +
+                              bias[k]);
+        if (SEQ && flags.padding[t]) ddt = vec{};
+        dbias[k] += ddt;
+        store_n(a->ddt + out, ddt, lanes);
+        if (a->z.data) {
+          const vec z = load_n(a->z.data + unit.b * a->z.stride_batch + (t0 + t) * a->z.stride_time + c, lanes);
+          vec dy = load_n(a->dy.data + unit.b * a->dy.stride_batch + (t0 + t) * a->dy.stride_time + c, lanes);
+          if (SEQ && flags.padding[t]) dy = vec{};
+          const vec gate = sigmoid(z);
+          store_n(a->dz + out, dy * w.tile.y[t] * gate * (splat(1.0f) + z * (splat(1.0f) - gate)), lanes);
+        }
+      }
+    }
+  }
+
+  unpack(partial.dA + at, dA, unit, N);
+  if (BC) unpack(partial.dB + at, dBc, unit, N);
+  if (CC) unpack(partial.dC + at, dCc, unit, N);
+  if (a->dinitial_state) unpack(a->dinitial_state + at, g, unit, N);
+  for (int k = 0; k < unit.blocks; ++k) {
+    const int lanes = (int)(unit.channels - (int64_t)k * W);
+    const int64_t c = unit.b * a->d_inner + unit.first + (int64_t)k * W;
+    store_n(partial.dD + c, dD[k], lanes);
+    store_n(partial.ddt_bias + c, dbias[k], lanes);
+  }
+}
+
+// Sum `count` blocks of n floats that lie `stride` apart, in order.
+void add_up(float *to, const float *from, int64_t count, int64_t stride, int64_t n) {
+  memcpy(to, from, sizeof(float) * n);
+  for (int64_t j = 1; j < count; ++j)
+    for (int64_t i = 0; i < n; ++i) to[i] += from[j * stride + i];
+}
+
+// Sum the partial gradients: over a group's units for dB and dC, over the batch for the rest.
+struct Reduction {
+  const ls_scan *a;
+  Partial partial;
+  int64_t row_pieces, piece, channel_pieces;
+  explicit Reduction(const ls_scan *args) : a(args), partial(args) {
+    piece = 256;
+    row_pieces = a->batch * a->n_groups * ls_ceil(a->seq_len, piece);
+    channel_pieces = ls_ceil(a->d_inner, 64);
+  }
+  void rows(const ls_rows &m, float *to, const float *from, int64_t i) const {
+    if (m.stride_time < 0) return;
+    const int64_t pieces = ls_ceil(a->seq_len, piece), units = unit_count(a) / a->batch / a->n_groups;
+    const int64_t t0 = i % pieces * piece, group = i / pieces % a->n_groups, b = i / pieces / a->n_groups;
+    const int64_t N = a->d_state, end = t0 + piece < a->seq_len ? t0 + piece : a->seq_len;
+    const float *first = from + ((b * a->n_groups + group) * units * a->seq_len) * N;
+    for (int64_t t = t0; t < end; ++t)
+      add_up(to + ((b * a->seq_len + t) * a->n_groups + group) * N, first + t * N, units, a->seq_len * N, N);
+  }
+  void channels(int64_t i) const {
+    const int64_t N = a->d_state, c = i * 64, n = c + 64 < a->d_inner ? 64 : a->d_inner - c, E = a->d_inner;
+    add_up(a->dA + c * N, partial.dA + c * N, a->batch, E * N, n * N);
+    if (a->B.stride_time < 0) add_up(a->dB + c * N, partial.dB + c * N, a->batch, E * N, n * N);
+    if (a->C.stride_time < 0) add_up(a->dC + c * N, partial.dC + c * N, a->batch, E * N, n * N);
+    if (a->D) add_up(a->dD + c, partial.dD + c, a->batch, E, n);
+    if (a->dt_bias) add_up(a->ddt_bias + c, partial.ddt_bias + c, a->batch, E, n);
+  }
+};
+
+void reduce_task(int64_t begin, int64_t end, void *context) {
+  const Reduction *r = (const Reduction *)context;
+  for (int64_t i = begin; i < end; ++i) {
+    if (i >= r->row_pieces) {
+      r->channels(i - r->row_pieces);
+      continue;
+    }
+    r->rows(r->a->B, r->a->dB, r->partial.dB, i);
+    r->rows(r->a->C, r->a->dC, r->partial.dC, i);
+  }
+}
+
+template <bool SEQ, bool BC, bool CC, bool BACKWARD>
+void task(int64_t begin, int64_t end, void *context) {
+  for (int64_t i = begin; i < end; ++i)
+    if (BACKWARD)
+      backward_unit<SEQ, BC, CC>((const ls_scan *)context, i);
+    else
+      forward_unit<SEQ, BC, CC>((const ls_scan *)context, i);
+}
+
+template <bool BACKWARD>
+void run(const ls_scan *a) {
+  static const ls_task tasks[8] = {
+      task<false, false, false, BACKWARD>, task<false, false, true, BACKWARD>, task<false, true, false, BACKWARD>,
+      task<false, true, true, BACKWARD>,   task<true, false, false, BACKWARD>, task<true, false, true, BACKWARD>,
+      task<true, true, false, BACKWARD>,   task<true, true, true, BACKWARD>};
+  const int variant = (a->seq_idx != nullptr) * 4 + (a->B.stride_time < 0) * 2 + (a->C.stride_time < 0);
+  ls_run(unit_count(a), tasks[variant], (void *)a);
+}
+
+}  // namespace
+
+int32_t scan_forward(const ls_scan *a) {
+  run<false>(a);
+  return 0;
+}
+
+int32_t scan_backward(const ls_scan *a) {
+  run<true>(a);
+  const Reduction reduction(a);
+  ls_run(reduction.row_pieces + reduction.channel_pieces, reduce_task, (void *)&reduction);
+  return 0;
+}
+
+}  // namespace LS_ISA

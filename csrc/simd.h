@@ -1,0 +1,110 @@
+// One vector of floats, as wide as the instruction set this file is compiled for, and the functions the kernels need.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LS_LANES 16
+#elif defined(__AVX2__)
+#define LS_LANES 8
+#else
+#define LS_LANES 4
+#endif
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace LS_ISA {
+
+constexpr int W = LS_LANES;
+typedef float vec __attribute__((vector_size(4 * LS_LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LS_LANES)));
+
+// Scratch that lives as long as the calling function: at most about a megabyte, for 128 channels of d_state 256.
+#define LS_STACK(type, n) ((type *)__builtin_alloca_with_align(sizeof(type) * (n), 512))
+#define LS_INLINE static inline __attribute__((always_inline))
+
+LS_INLINE vec splat(float x) { return x - vec{}; }
+LS_INLINE vec load(const float *p) {
+  vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+LS_INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+
+// The first n lanes only; the others read as zero and are not written.
+LS_INLINE vec load_n(const float *p, int n) {
+  if (n >= W) return load(p);
+  vec v{};
+  for (int i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+LS_INLINE void store_n(float *p, vec v, int n) {
+  if (n >= W) return store(p, v);
+  for (int i = 0; i < n; ++i) p[i] = v[i];
+}
+
+// Both return the second operand when the first is NaN, so a NaN in x survives vmax(constant, x) reversed below.
+#if defined(__AVX512F__)
+LS_INLINE vec vmax(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
+LS_INLINE vec vmin(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+LS_INLINE vec vmax(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
+LS_INLINE vec vmin(vec a, vec b) { return (vec)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
+LS_INLINE vec vmax(vec a, vec b) { return a > b ? a : b; }
+LS_INLINE vec vmin(vec a, vec b) { return a < b ? a : b; }
+#endif
+
+// 2^x within 2.5e-7 relative; 0 below -127, infinity from 128 on, NaN for NaN, exactly 1 at 0.
+// x = k + f with k the nearest integer and |f| <= 1/2; the polynomial is the degree-5 minimax fit with p(0) = 1.
+LS_INLINE vec exp2_poly(vec f) {
+  vec p = splat(1.326472731307149e-3f);
+  p = p * f + splat(9.671512991189957e-3f);
+  p = p * f + splat(5.550733581185341e-2f);
+  p = p * f + splat(2.4022242426872253e-1f);
+  p = p * f + splat(6.931470036506653e-1f);
+  return p * f + splat(1.0f);
+}
+LS_INLINE vec exp2v(vec x) {
+#if defined(__AVX512F__)
+  const vec k = (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (vec)_mm512_scalef_ps((__m512)exp2_poly(x - k), (__m512)k);
+#else
+  x = vmin(splat(128.0f), vmax(splat(-127.0f), x));
+  const vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer held in the low bits
+  const vec t = x + shift;
+  const vec p = exp2_poly(x - (t - shift));
+  return (vec)((ivec)p + ((ivec)t << 23));
+#endif
+}
+constexpr float LOG2E = 1.44269504088896341f;
+LS_INLINE vec expv(vec x) { return exp2v(x * splat(LOG2E)); }
+LS_INLINE vec sigmoid(vec x) { return splat(1.0f) / (splat(1.0f) + expv(-x)); }
+
+// log(1 + e^x) within 5e-7 relative: max(x, 0) + log1p(e), e = exp(-|x|), log1p(e) = 2 atanh(e / (2 + e)).
+LS_INLINE vec softplus(vec x) {
+  const vec magnitude = vmax(x, -x);
+  const vec e = expv(-magnitude);
+  const vec s = e / (splat(2.0f) + e);  // <= 1/3, so nine terms of the odd series reach 1e-9
+  const vec q = s * s;
+  vec p = splat(1.0f / 15);
+  p = p * q + splat(1.0f / 13);
+  p = p * q + splat(1.0f / 11);
+  p = p * q + splat(1.0f / 9);
+  p = p * q + splat(1.0f / 7);
+  p = p * q + splat(1.0f / 5);
+  p = p * q + splat(1.0f / 3);
+  p = p * q + splat(1.0f);
+  return vmax(splat(0.0f), x) + splat(2.0f) * s * p;
+}
+
+LS_INLINE float sum(vec v) {  // a fixed order: halves onto halves
+  float lane[W];
+  store(lane, v);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+}  // namespace LS_ISA
