@@ -1,0 +1,29 @@
+"""What is computed: one file per op, each with a reference, gradients and a native kernel."""
+
+from ._native import NativeInfo, backend, native_probe
+from .conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
+from .linear import linear, linear_ref, multiply
+from .scan import selective_scan, selective_scan_ref, selective_scan_step
+
+__all__ = [
+    "NativeInfo",
+    "backend",
+    "causal_conv1d",
+    "causal_conv1d_ref",
+    "causal_conv1d_step",
+    "linear",
+    "linear_ref",
+    "multiply",
+    "native_info",
+    "native_probe",
+    "selective_scan",
+    "selective_scan_ref",
+    "selective_scan_step",
+]
+
+
+def native_info() -> NativeInfo:
+    """What became of the native library: its path and instruction set, or the reason why it is not in use."""
+    from ._native import info
+
+    return info

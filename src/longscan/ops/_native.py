@@ -1,0 +1,160 @@
+"""The native library: found, checked and loaded here, and nowhere else.
+
+The library is plain C: it knows nothing of torch or Python and takes raw pointers. Threads are torch's own:
+the address of torch's C symbol ``torch_parallel_for`` is handed to the library once, so there is one pool of
+threads and ``torch.set_num_threads`` rules them all.
+
+``LONGSCAN_BACKEND=reference`` turns the library off; ``LONGSCAN_ISA=baseline|avx2|avx512`` picks an
+instruction set.
+"""
+
+import ctypes
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABI_VERSION = 1
+_LIBRARY = Path(__file__).resolve().parent.parent / "_lib" / "liblongscan.so"
+
+
+@dataclass(frozen=True)
+class NativeInfo:
+    """What became of the native library.
+
+    Attributes:
+        path: the library in use, or None.
+        isa: the instruction set chosen at load ("avx512", "avx2" or "baseline"), or None.
+        reason: why there is no library, or None when there is one.
+    """
+
+    path: Path | None
+    isa: str | None
+    reason: str | None
+
+
+def _load() -> tuple[ctypes.CDLL | None, NativeInfo]:
+    if os.environ.get("LONGSCAN_BACKEND", "native") == "reference":
+        return None, NativeInfo(None, None, "LONGSCAN_BACKEND=reference is set")
+    path = _LIBRARY if _LIBRARY.exists() else _LIBRARY.with_suffix(".dylib")
+    if not path.exists():
+        reason = "it was not built: install a C++ compiler and run pip install again"
+        return None, NativeInfo(None, None, reason)
+    try:
+        library = ctypes.CDLL(str(path))
+        abi = library.ls_abi_version()
+    except (OSError, AttributeError) as error:
+        return None, NativeInfo(None, None, f"{path.name} does not load: {error}")
+    if abi != ABI_VERSION:
+        return None, NativeInfo(
+            None, None, f"{path.name} is of another version: expected ABI {ABI_VERSION}, got {abi}"
+        )
+    library.ls_isa.restype = ctypes.c_char_p
+    library.ls_probe_exp_fma.restype = ctypes.c_double
+    library.ls_probe_exp_fma.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    library.ls_linear.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
+    library.ls_scan_workspace.restype = ctypes.c_int64
+    library.ls_scan_workspace.argtypes = [ctypes.c_int64] * 5
+    library.ls_set_parallel_for.argtypes = [ctypes.c_void_p]
+    library.ls_set_parallel_for(_torch_parallel_for())
+    wanted = os.environ.get("LONGSCAN_ISA", "")
+    if library.ls_choose_isa(wanted.encode()):
+        return None, NativeInfo(None, None, f"LONGSCAN_ISA={wanted} is not available on this processor")
+    return library, NativeInfo(path, library.ls_isa().decode(), None)
+
+
+def _torch_parallel_for() -> int | None:
+    """The address of torch's thread pool entry, or None (then the library runs on one thread)."""
+    name = "libtorch_cpu.dylib" if os.uname().sysname == "Darwin" else "libtorch_cpu.so"
+    try:
+        symbol = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name)).torch_parallel_for
+    except (OSError, AttributeError):
+        return None
+    return ctypes.cast(symbol, ctypes.c_void_p).value
+
+
+_library, info = _load()
+_PREFERS_ONEDNN = (
+    _library is not None
+    and bool(_library.ls_is_amd())
+    and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    and torch.backends.mkldnn.is_available()
+)
+
+
+def available(*tensors: Tensor | None) -> bool:
+    """Whether the native kernels take these tensors: the library is loaded and all are float32 on the CPU."""
+    if _library is None:
+        return False
+    return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """The address of the tensor's first element, 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """A contiguous version of an optional tensor; the caller keeps it alive during the call."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor itself when its last axis is contiguous (other strides are free), else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def row_fields(tensor: Tensor | None) -> tuple[int, int, int]:
+    """The C struct ``ls_rows`` of a (batch, time, ...) tensor: address, batch stride and time stride."""
+    return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+
+
+def scan_workspace(*sizes: int) -> int:
+    """Floats of scratch the scan's backward kernel needs for (batch, seq_len, d_inner, d_state, n_groups)."""
+    assert _library is not None
+    return int(_library.ls_scan_workspace(*sizes))
+
+
+def call(function: str, arguments: Sequence[int]) -> None:
+    """Call a kernel with a C struct of 8-byte fields, given here as integers in the same order."""
+    assert _library is not None
+    packed = struct.pack(f"{len(arguments)}q", *arguments)
+    code = getattr(_library, function)(packed)
+    if code:
+        raise RuntimeError(
+            f"{function} refused its arguments (code {code}); this is a defect in longscan, please report it"
+        )
+
+
+def prefers_onednn() -> bool:
+    """Whether torch multiplies float32 faster through oneDNN: on AMD with AVX-512, where MKL holds back."""
+    return _PREFERS_ONEDNN
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, rows: int) -> None:
+    """Write x weight^T + bias into y; all contiguous, x (rows, n_in), y (rows, n_out)."""
+    assert _library is not None
+    n_out, n_in = weight.shape
+    if _library.ls_linear(x.data_ptr(), weight.data_ptr(), pointer(bias), y.data_ptr(), rows, n_in, n_out):
+        raise RuntimeError(f"ls_linear refused rows {rows}, n_in {n_in}, n_out {n_out}; please report it")
+
+
+def native_probe(n_states: int) -> float | None:
+    """Measure a scan's ceiling: exp and the three multiply-adds of a state update, in registers.
+
+    Args:
+        n_states: how many state updates to run on every thread.
+
+    Returns:
+        State updates per second over all of torch's threads, or None without the native library.
+    """
+    return None if _library is None else float(_library.ls_probe_exp_fma(n_states, torch.get_num_threads()))
+
+
+def backend() -> str:
+    """Which kernels are in use: "native:<instruction set>" or "reference"."""
+    return f"native:{info.isa}" if _library is not None else "reference"

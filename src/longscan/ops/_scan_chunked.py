@@ -1,0 +1,171 @@
+"""The selective scan on any device and in any precision: a loop over chunks, a logarithmic scan inside each.
+
+This is what runs without the native library, in float64 and away from the CPU. Memory stays near that of
+the inputs: one chunk at a time exists as (batch, CHUNK, d_inner, d_state), and the backward pass recomputes
+it from the state before the chunk.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._segments import segments
+
+CHUNK = 32  # steps of a chunk; also of the kernels' time tile, so that both keep equally many states
+LANE_PAD = 16  # channels the kernels pad to
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def boundaries_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[int, ...]:
+    """(chunks, batch, padded d_inner, d_state): the kernels pad each group's channels to whole vectors."""
+    n_groups = max(M.shape[2] if M.dim() == 4 else 1 for M in (B, C))
+    padded = n_groups * -(-(u.shape[2] // n_groups) // LANE_PAD) * LANE_PAD
+    return -(-u.shape[1] // CHUNK), u.shape[0], padded, A.shape[1]
+
+
+def _delta(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, padding: Tensor | None) -> Tensor:
+    """The step sizes the recurrence uses; 0 at padding, which leaves the state as it is."""
+    dt = dt if dt_bias is None else dt + dt_bias
+    dt = F.softplus(dt) if dt_softplus else dt
+    return dt if padding is None else dt.masked_fill(padding[..., None], 0.0)
+
+
+def _chunk(M: Tensor, time: slice, d_inner: int) -> Tensor:
+    """B or C over a stretch of time, broadcastable to (batch, steps, d_inner, d_state)."""
+    if M.dim() == 2:
+        return M
+    M = M[:, time]
+    return M if M.shape[2] == 1 else M.repeat_interleave(d_inner // M.shape[2], dim=2)
+
+
+def _linear_scan(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """All prefixes of h_t = a_t h_{t-1} + b_t along axis 1 by doubling: (products of a, h from zero)."""
+    step = 1
+    while step < a.shape[1]:
+        b = torch.cat([b[:, :step], b[:, step:] + a[:, step:] * b[:, :-step]], 1)
+        a = torch.cat([a[:, :step], a[:, step:] * a[:, :-step]], 1)
+        step *= 2
+    return a, b
+
+
+def _chunk_states(
+    delta: Tensor, x: Tensor, A: Tensor, B: Tensor, starts: Tensor | None, h: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Decays and states of one chunk, both (batch, steps, d_inner, d_state), from the state h before it."""
+    a = torch.exp(delta[..., None] * A)
+    if starts is not None:
+        a = a.masked_fill(starts[..., None, None], 0.0)
+    products, states = _linear_scan(a, x[..., None] * B)
+    return a, states + products * h[:, None]
+
+
+def forward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op on any device and in float64: a loop over chunks, a logarithmic scan inside each."""
+    batch, seq_len, d_inner = u.shape
+    starts, padding = (None, None) if seq_idx is None else segments(seq_idx)
+    delta = _delta(dt, dt_bias, dt_softplus, padding)
+    x = delta * u
+    h = u.new_zeros(batch, d_inner, A.shape[1]) if initial_state is None else initial_state.clone()
+    ys, boundaries = [], []
+    for begin in range(0, seq_len, CHUNK):
+        time = slice(begin, begin + CHUNK)
+        boundaries.append(h)
+        now = None if starts is None else starts[:, time]
+        _, states = _chunk_states(delta[:, time], x[:, time], A, _chunk(B, time, d_inner), now, h)
+        ys.append((states * _chunk(C, time, d_inner)).sum(-1))
+        h = states[:, -1].clone()  # a copy, or the view would hold the whole chunk
+    y = torch.cat(ys, 1)
+    y = y if D is None else y + D * u
+    y = y if z is None else y * F.silu(z)
+    y = y if padding is None else y.masked_fill(padding[..., None], 0.0)
+    if not keep:
+        return y, h, u.new_empty(0)
+    kept = u.new_zeros(boundaries_shape(u, A, B, C))
+    kept[:, :, :d_inner] = torch.stack(boundaries)
+    return y, h, kept
+
+
+def backward(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    boundaries: Tensor,
+    dout: Tensor,
+    dfinal: Tensor | None,
+) -> Gradients:
+    """Run the adjoint g_t = C_t dy_t + a_{t+1} g_{t+1} chunk by chunk from the end, recomputing states."""
+    d_inner = u.shape[2]
+    boundaries = boundaries[:, :, :d_inner]
+    starts, padding = (None, None) if seq_idx is None else segments(seq_idx)
+    delta = _delta(dt, dt_bias, dt_softplus, padding)
+    x = delta * u
+    dout = dout if padding is None else dout.masked_fill(padding[..., None], 0.0)
+    dy = dout if z is None else dout * F.silu(z)
+    du, ddelta, y = torch.empty_like(u), torch.empty_like(u), torch.empty_like(u)
+    dA, dB, dC = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(C)
+    carry = (
+        torch.zeros_like(boundaries[0]) if dfinal is None else dfinal
+    )  # a_{t+1} g_{t+1} of the chunk's last step
+    for index in reversed(range(boundaries.shape[0])):
+        time = slice(index * CHUNK, (index + 1) * CHUNK)
+        now = None if starts is None else starts[:, time]
+        Bt, Ct = _chunk(B, time, d_inner), _chunk(C, time, d_inner)
+        a, states = _chunk_states(delta[:, time], x[:, time], A, Bt, now, boundaries[index])
+        y[:, time] = (states * Ct).sum(-1)
+        a_next = torch.cat([a[:, 1:], torch.ones_like(a[:, :1])], 1)
+        direct = Ct * dy[:, time, :, None]
+        products, g = (s.flip(1) for s in _linear_scan(a_next.flip(1), direct.flip(1)))
+        g = g + products * carry[:, None]
+        carry = a[:, 0] * g[:, 0]
+        exponent = g * a * torch.cat([boundaries[index][:, None], states[:, :-1]], 1)  # gradient of dt_t A
+        dA += (exponent * delta[:, time, :, None]).sum((0, 1))
+        gB = (g * Bt).sum(-1)
+        ddelta[:, time] = (exponent * A).sum(-1) + gB * u[:, time]
+        du[:, time] = gB * delta[:, time]
+        _add_matrix(dB, g * x[:, time, :, None], time)
+        _add_matrix(dC, states * dy[:, time, :, None], time)
+    empty = u.new_empty(0)
+    y = y if D is None else y + D * u
+    du = du if D is None else du + D * dy
+    dD = empty if D is None else (dy * u).sum((0, 1))
+    dz = empty
+    if z is not None:
+        gate = torch.sigmoid(z)
+        dz = dout * y * gate * (1 + z * (1 - gate))
+    if padding is not None:
+        ddelta = ddelta.masked_fill(padding[..., None], 0.0)
+    if dt_softplus:
+        ddelta = ddelta * torch.sigmoid(dt if dt_bias is None else dt + dt_bias)
+    ddt_bias = empty if dt_bias is None else ddelta.sum((0, 1))
+    return du, ddelta, dA, dB, dC, dD, dz, ddt_bias, empty if initial_state is None else carry
+
+
+def _add_matrix(total: Tensor, part: Tensor, time: slice) -> None:
+    """Add (batch, steps, d_inner, d_state) into the gradient of B or C, which may be constant or grouped."""
+    if total.dim() == 2:
+        total += part.sum((0, 1))
+    else:
+        groups = part.unflatten(2, (total.shape[2], -1))  # type: ignore[no-untyped-call]
+        total[:, time] = groups.sum(3)
