@@ -1,0 +1,501 @@
+"""The language model around a mixer: embedding -> [x + mixer(norm(x))] -> norm -> head, written once.
+
+A model file brings its own Config and Mixer; everything about tokens, the residual stream, the state and
+chunked reading is here. Parameters carry the names of the official Mamba checkpoints.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import skip_init
+
+from .. import ops
+from ..config import Config
+from ..errors import LongscanError
+from .loss import count, linear_loss, nats, next_tokens, row_chunks
+from .state import State
+
+StateT = TypeVar("StateT", bound=tuple[Tensor, ...])
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig(Config):
+    """What every language model here has; a model's own Config adds its letters.
+
+    Attributes:
+        d_model: width of the residual stream.
+        n_layers: number of blocks.
+        vocab_size: tokens the tokenizer knows.
+        norm_eps: added to the mean square inside each norm.
+        residual_in_fp32: whether the residual stream stays float32 under narrower weights.
+        tie_embeddings: whether the head is the embedding, one parameter under one name.
+        pad_vocab_size_multiple: the embedding has vocab_size rows rounded up to this multiple.
+    """
+
+    d_model: int
+    n_layers: int
+    vocab_size: int
+    norm_eps: float = 1e-5
+    residual_in_fp32: bool = True
+    tie_embeddings: bool = True
+    pad_vocab_size_multiple: int = 8
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            LongscanError: a value is out of range.
+        """
+        for name in ("d_model", "n_layers", "vocab_size", "pad_vocab_size_multiple"):
+            self.check_count(name)
+        if self.norm_eps < 0:
+            raise LongscanError(f"norm_eps: expected zero or more, got {self.norm_eps}.")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the logits; ids from vocab_size on name no token."""
+        return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
+
+    def check_count(self, name: str) -> None:
+        """Insist that a field is a whole number of at least 1.
+
+        Args:
+            name: the field.
+
+        Raises:
+            LongscanError: it is not.
+        """
+        value = getattr(self, name)
+        if not isinstance(value, int) or value < 1:
+            raise LongscanError(f"{name}: expected a whole number of at least 1, got {value!r}.")
+
+
+class Mixer(nn.Module, Generic[StateT]):
+    """What a paper changes: the part of a block that moves information along time.
+
+    Attributes:
+        recurrence: names of the parameters that set the time scales: never below float32, never decayed.
+    """
+
+    recurrence: tuple[str, ...] = ()
+
+    def forward(
+        self, x: Tensor, state: StateT | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, StateT]:
+        """Mix along time.
+
+        Args:
+            x: (batch, seq_len, d_model).
+            state: what came before the first token; nothing if None.
+            seq_idx: (batch, seq_len) integers: a new value starts a new sequence, negative means padding.
+
+        Returns:
+            y: (batch, seq_len, d_model).
+            state: after the last token.
+        """
+        raise NotImplementedError
+
+    def init_state(self, batch_size: int) -> StateT:
+        """Return the state before any token.
+
+        Args:
+            batch_size: rows.
+        """
+        raise NotImplementedError
+
+    def step(self, x: Tensor, state: StateT) -> Tensor:
+        """Take in one token per row.
+
+        Args:
+            x: (batch, d_model).
+            state: overwritten with the state after the token.
+
+        Returns:
+            y: (batch, d_model).
+        """
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the module; under `.bfloat16()` and `.half()` the recurrence keeps float32."""
+        kept = [self.get_parameter(name) for name in self.recurrence]
+
+        def careful(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.itemsize < 4 and any(tensor is p or tensor is p.grad for p in kept):
+                return tensor.to(moved.device, torch.float32)
+            return moved
+
+        super()._apply(careful, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 at least and returned in the weight's type."""
+
+    def __init__(self, d_model: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each token.
+
+        Args:
+            x: (..., d_model).
+
+        Returns:
+            (..., d_model).
+        """
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x))."""
+
+    def __init__(self, config: LanguageModelConfig, mixer: Mixer[Any]) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = mixer
+
+    def forward(self, x: Tensor, state: Any, seq_idx: Tensor | None) -> tuple[Tensor, Any]:
+        """Add the mixer's word to the residual stream x (batch, seq_len, d_model); see `Mixer.forward`."""
+        y, state = self.mixer(self.norm(x), state, seq_idx)
+        return x + y, state
+
+    def step(self, x: Tensor, state: Any) -> Tensor:
+        """Do the same for one token per row, x (batch, d_model); see `Mixer.step`."""
+        return x + self.mixer.step(self.norm(x), state)
+
+
+class Backbone(nn.Module):
+    """From ids to the normalised residual stream that the head reads."""
+
+    def __init__(
+        self, config: LanguageModelConfig, mixers: Iterable[Mixer[Any]], generator: torch.Generator | None
+    ) -> None:
+        super().__init__()
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.layers = nn.ModuleList(Block(config, mixer) for mixer in mixers)
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+        self.embedding = blank(nn.Embedding, config.padded_vocab_size, config.d_model)
+        nn.init.normal_(self.embedding.weight, std=0.02, generator=generator)
+
+    def forward(
+        self,
+        ids: Tensor,
+        state: State | None = None,
+        seq_idx: Tensor | None = None,
+        streams: list[Tensor] | None = None,
+    ) -> tuple[Tensor, State]:
+        """Read tokens.
+
+        Args:
+            ids: (batch, seq_len) integers.
+            state: what came before the first token; nothing if None.
+            seq_idx: (batch, seq_len), see `Mixer.forward`.
+            streams: a list that receives the residual stream before each block, (batch, seq_len, d_model).
+
+        Returns:
+            hidden: (batch, seq_len, d_model) in the type of the weights.
+            state: after the last token.
+        """
+        if ids.dim() != 2 or 0 in ids.shape:
+            raise ValueError(f"ids: expected a non-empty (batch, seq_len), got {tuple(ids.shape)}")
+        x = self._embed(ids)
+        before = [None] * len(self.layers) if state is None else state.layers
+        after = []
+        for layer, layer_state in zip(self.layers, before, strict=True):
+            if streams is not None:
+                streams.append(x)
+            x, layer_state = layer(x, layer_state, seq_idx)
+            after.append(layer_state)
+        return self.norm_f(x), State(after)
+
+    def step(self, ids: Tensor, state: State) -> Tensor:
+        """Read one token per row, ids (batch,), into the state; return hidden (batch, d_model)."""
+        x = self._embed(ids)
+        for layer, layer_state in zip(self.layers, state.layers, strict=True):
+            x = cast(Block, layer).step(x, layer_state)
+        return cast(Tensor, self.norm_f(x))
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Start the residual stream, in float32 so that many small additions are not lost."""
+        x: Tensor = self.embedding(ids)
+        return x.to(torch.promote_types(x.dtype, torch.float32)) if self.residual_in_fp32 else x
+
+
+class Output(NamedTuple):
+    """What a forward pass returns.
+
+    Attributes:
+        logits: (batch, seq_len, padded_vocab_size) in the type of the weights, or None if not asked for.
+        loss: mean nats per predicted token, float32 at least, or None without labels.
+        state: after the last token.
+        hidden: n_layers + 1 tensors (batch, seq_len, d_model), the residual stream before each block and last
+            what the head reads; or None if not asked for.
+    """
+
+    logits: Tensor | None
+    loss: Tensor | None
+    state: State
+    hidden: tuple[Tensor, ...] | None
+
+
+class LanguageModel(nn.Module):
+    """A causal language model around a stack of mixers.
+
+    Args:
+        config: the model's Config, kept as `model.config`.
+        mixers: one per layer.
+        generator: randomness of the embedding (and head); torch's global one if None.
+    """
+
+    def __init__(
+        self,
+        config: LanguageModelConfig,
+        mixers: Iterable[Mixer[Any]],
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config, mixers, generator)
+        self.lm_head = None  # tied: the head is the embedding, so no copy can drift and files hold it once
+        if not config.tie_embeddings:
+            self.lm_head = linear(config.d_model, config.padded_vocab_size, False, generator)
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        state: State | None = None,
+        seq_idx: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_hidden: bool = False,
+        return_logits: bool = True,
+    ) -> Output:
+        """Read tokens and predict the next one at every position.
+
+        Args:
+            ids: (batch, seq_len) int64.
+            state: what came before the first token; gradients flow into it and out of the returned one.
+            seq_idx: (batch, seq_len) int32 or int64 for packed and padded rows: a new value starts a new
+                sequence, negative means padding. The first sequence of a row continues `state`.
+            labels: (batch, seq_len) int64, usually ids: position t predicts labels[t + 1]. -100 is ignored;
+                so is, with seq_idx, what lies in padding or in another sequence than the position before it.
+            return_hidden: whether to return the residual streams.
+            return_logits: without them the loss is computed in pieces, far below the memory of the logits.
+
+        Returns:
+            logits, loss, state, hidden; see `Output`.
+
+        Raises:
+            ValueError: shapes do not fit.
+        """
+        streams: list[Tensor] | None = [] if return_hidden else None
+        hidden, state = self.backbone(ids, state, seq_idx, streams)
+        logits = self.head(hidden) if return_logits else None
+        loss = None
+        if labels is not None:
+            targets = next_tokens(labels, seq_idx)
+            if logits is None:
+                loss = self._loss(hidden, targets)
+            else:
+                losses = nats(logits.flatten(0, 1), targets.flatten(), self.config.vocab_size)
+                loss = losses.sum() / count(targets)
+        return Output(logits, loss, state, None if streams is None else (*streams, hidden))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Turn what the backbone returns into logits.
+
+        Args:
+            hidden: (..., d_model).
+
+        Returns:
+            (..., padded_vocab_size); entries from vocab_size on belong to no token.
+        """
+        if self.lm_head is None:
+            return ops.linear(hidden, self.backbone.embedding.weight)
+        return cast(Tensor, self.lm_head(hidden))
+
+    def init_state(self, batch_size: int) -> State:
+        """Return the state before any token.
+
+        Args:
+            batch_size: rows.
+        """
+        return State([cast(Block, layer).mixer.init_state(batch_size) for layer in self.backbone.layers])
+
+    @torch.no_grad()
+    def prefill(
+        self, ids: Tensor, state: State | None = None, seq_idx: Tensor | None = None, chunk_size: int = 1024
+    ) -> tuple[Tensor, State]:
+        """Read a prompt of any length in constant memory.
+
+        Args:
+            ids: (batch, seq_len) int64.
+            state: what came before, left as it is; nothing if None.
+            seq_idx: (batch, seq_len), see `forward`; padding may stand anywhere.
+            chunk_size: tokens read at a time.
+
+        Returns:
+            logits: (batch, padded_vocab_size) after the last token of each row that is not padding.
+            state: after it.
+
+        Raises:
+            ValueError: shapes do not fit, or a row holds nothing but padding.
+        """
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+        if seq_idx is not None and bool((seq_idx < 0).all(1).any()):
+            raise ValueError("seq_idx: expected a token in every row, got a row of nothing but padding")
+        state = self.init_state(ids.shape[0]) if state is None else state
+        last, last_idx = None, None
+        for begin in range(0, ids.shape[1], chunk_size):
+            chunk = slice(begin, begin + chunk_size)
+            if seq_idx is None:
+                hidden, state = self.backbone(ids[:, chunk], state)
+                last = hidden[:, -1]
+            else:
+                state = self._restart(state, last_idx, seq_idx[:, chunk])
+                hidden, state = self.backbone(ids[:, chunk], state, seq_idx[:, chunk])
+                last = _latest(last, hidden, seq_idx[:, chunk])
+                last_idx = _latest(last_idx, seq_idx[:, chunk], seq_idx[:, chunk])
+        if last is None:
+            raise ValueError(f"ids: expected a non-empty (batch, seq_len), got {tuple(ids.shape)}")
+        return self.head(last), state
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
+        """Read one token per row.
+
+        Args:
+            ids: (batch,) int64.
+            state: overwritten with the state after the token.
+
+        Returns:
+            logits: (batch, padded_vocab_size).
+            state: the same object.
+        """
+        return self.head(self.backbone.step(ids, state)), state
+
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Compute the nats of each target without holding all logits at once.
+
+        Args:
+            hidden: (..., d_model) from the backbone.
+            targets: (...) int64 below vocab_size, already aligned: what follows the token at each position.
+
+        Returns:
+            (...) float32 at least; 0 where the target is -100.
+        """
+        vocab_size = self.config.vocab_size
+        pieces = [nats(self.head(h), t, vocab_size) for h, t in row_chunks(hidden, targets, vocab_size)]
+        return torch.cat(pieces).view(targets.shape)
+
+    def num_parameters(self) -> int:
+        """Count the numbers to learn; a tied head is the embedding and counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Sort the trainable parameters for AdamW: matrices decay; norms, biases and the recurrence do not.
+
+        Args:
+            weight_decay: for those that decay.
+
+        Returns:
+            Two groups with "params" and "weight_decay".
+        """
+        mixers = [module for module in self.modules() if isinstance(module, Mixer)]
+        kept = {id(mixer.get_parameter(name)) for mixer in mixers for name in mixer.recurrence}
+        groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                groups[parameter.dim() < 2 or id(parameter) in kept].append(parameter)
+        return [
+            {"params": groups[0], "weight_decay": weight_decay},
+            {"params": groups[1], "weight_decay": 0.0},
+        ]
+
+    def _restart(self, state: State, last_idx: Tensor | None, seq_idx: Tensor) -> State:
+        """Forget rows whose next token opens a new sequence: the ops can't see that across chunks."""
+        if last_idx is None:
+            return state
+        first = seq_idx.gather(1, (seq_idx >= 0).int().argmax(1, keepdim=True))[:, 0]  # (batch,), < 0 if none
+        fresh = (first >= 0) & (last_idx >= 0) & (first != last_idx)  # (batch,)
+
+        def pick(new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(_over(fresh, old), new, old)
+
+        pairs = zip(self.init_state(state.batch_size).layers, state.layers, strict=True)
+        return State([old._make(map(pick, new, old)) for new, old in pairs])
+
+    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Mean nats per target without ever holding all logits."""
+        if self.lm_head is None:
+            weight: Tensor | None = self.backbone.embedding.weight
+        else:  # an adapted head (LoRA, parametrised) is more than its weight and must be called
+            weight = self.lm_head.weight if type(self.lm_head) is Linear else None
+        if weight is None or not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+            return self.token_losses(hidden, targets).sum() / count(targets)
+        return linear_loss(hidden, weight, targets, self.config.vocab_size)
+
+
+class Linear(nn.Linear):
+    """torch's Linear, through the multiplication that is fast on this processor."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., d_in) to (..., d_out)."""
+        return ops.linear(input, self.weight, self.bias)
+
+
+def linear(d_in: int, d_out: int, bias: bool, generator: torch.Generator | None = None) -> nn.Linear:
+    """Make a Linear as the official code starts it: torch's own weights, zero bias.
+
+    Args:
+        d_in: input width.
+        d_out: output width.
+        bias: whether it has one.
+        generator: randomness; torch's global one if None.
+
+    Returns:
+        The layer.
+    """
+    layer = blank(Linear, d_in, d_out, bias=bias)
+    nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def blank(kind: type[ModuleT], *args: Any, **kwargs: Any) -> ModuleT:
+    """Make a torch module without its random start, which would draw from the global generator.
+
+    Args:
+        kind: its class.
+        args: as for the class.
+        kwargs: as for the class.
+
+    Returns:
+        The module, its parameters allocated and not yet set.
+    """
+    device = torch.get_default_device()
+    return cast(ModuleT, skip_init(kind, *args, device=device, **kwargs))  # type: ignore[no-untyped-call]
+
+
+def _latest(previous: Tensor | None, values: Tensor, seq_idx: Tensor) -> Tensor:
+    """Pick from values (batch, seq_len, ...) those of each row's last token; previous where it has none."""
+    time = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+    last = torch.where(seq_idx < 0, -1, time).amax(1)  # (batch,)
+    latest = values[torch.arange(len(last), device=last.device), last]
+    return latest if previous is None else torch.where(_over(last < 0, latest), previous, latest)
+
+
+def _over(rows: Tensor, tensor: Tensor) -> Tensor:
+    """Shape rows (batch,) so that it broadcasts over tensor (batch, ...)."""
+    return rows.view(-1, *(1 for _ in tensor.shape[1:]))

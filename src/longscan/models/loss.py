@@ -1,0 +1,127 @@
+"""The loss of a language model, in pieces: the logits are the largest tensor of a training step.
+
+It is always computed in float32 at least and over the real vocabulary: rows that pad the embedding to a round
+number take no part.
+"""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import ops
+
+IGNORE = -100  # a label that asks for no prediction, as everywhere in torch
+
+
+def next_tokens(labels: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+    """Align labels with the positions that predict them.
+
+    Args:
+        labels: (batch, seq_len) int64.
+        seq_idx: (batch, seq_len) integers, a value per packed sequence, negative for padding.
+
+    Returns:
+        (batch, seq_len): labels[:, t + 1] at t; -100 at the end of a row, in padding, and where the next
+        token is padding or of another sequence.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    if seq_idx is None:
+        return targets
+    joined = (seq_idx[:, 1:] == seq_idx[:, :-1]) & (seq_idx[:, 1:] >= 0)
+    return targets.masked_fill(~F.pad(joined, (0, 1)), IGNORE)
+
+
+def count(targets: Tensor) -> Tensor:
+    """Count the positions that ask for a prediction, at least 1 so that none of them means a mean loss of 0.
+
+    Args:
+        targets: (...) int64.
+
+    Returns:
+        () int64.
+    """
+    return (targets != IGNORE).sum().clamp(min=1)
+
+
+def nats(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Compute -log p of each target.
+
+    Args:
+        logits: (rows, padded_vocab_size).
+        targets: (rows,) int64 below vocab_size, or -100.
+        vocab_size: how many of the logits belong to tokens.
+
+    Returns:
+        (rows,) float32 at least; 0 where the target is -100.
+    """
+    logits = logits[:, :vocab_size]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+
+
+def row_chunks(hidden: Tensor, targets: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut into rows whose logits take about 16 MB of float32.
+
+    Args:
+        hidden: (..., d_model).
+        targets: (...).
+        vocab_size: width of the logits.
+
+    Yields:
+        (rows, d_model) of hidden and (rows,) of targets.
+    """
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    rows = max(256, 2**22 // vocab_size)
+    for begin in range(0, targets.shape[0], rows):
+        yield hidden[begin : begin + rows], targets[begin : begin + rows]
+
+
+def linear_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Compute the mean nats of a linear head, with first-order gradients, holding only pieces of the logits.
+
+    Args:
+        hidden: (..., d_model).
+        weight: (padded_vocab_size, d_model).
+        targets: (...) int64 below vocab_size, or -100.
+        vocab_size: how many rows of the weight belong to tokens.
+
+    Returns:
+        () float32 at least; 0 if there is no target. Backward with create_graph=True raises RuntimeError.
+    """
+    return cast(Tensor, _LinearLoss.apply(hidden, weight, targets, vocab_size))  # type: ignore[no-untyped-call]
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Takes the gradients while each piece of the logits exists.
+
+    With p = softmax(W h) the gradient of the logits is (p - onehot(target)) / n_targets: known at once, so
+    nothing of size (tokens, vocab_size) is kept for the backward pass and nothing is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+        used = weight[:vocab_size]
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        loss, dhidden = hidden.new_zeros((), dtype=dtype), []
+        dweight = torch.zeros_like(weight, dtype=dtype)
+        share = 1.0 / count(targets).to(dtype)
+        for h, t in row_chunks(hidden, targets, vocab_size):
+            wanted = (t != IGNORE)[:, None] * share  # (rows, 1), what each row counts in the mean
+            index = t.masked_fill(t == IGNORE, 0)[:, None]  # (rows, 1)
+            scores = F.log_softmax(ops.multiply(h, used.T).to(dtype), dim=-1)  # (rows, vocab_size)
+            loss -= (scores.gather(1, index) * wanted).sum()
+            dlogits = scores.exp_().scatter_add_(1, index, -torch.ones_like(wanted)).mul_(wanted)
+            dhidden.append(ops.multiply(dlogits.to(h.dtype), used))
+            dweight[:vocab_size] += ops.multiply(dlogits.T, h.to(dtype))
+        ctx.save_for_backward(torch.cat(dhidden).view(hidden.shape), dweight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # that is, create_graph=True
+            raise RuntimeError("second derivatives need all logits: ask the model for return_logits=True")
+        dhidden, dweight = ctx.saved_tensors
+        return dhidden * dloss.to(dhidden.dtype), dweight * dloss.to(dweight.dtype), None, None

@@ -1,0 +1,248 @@
+"""Mamba: Linear-Time Sequence Modeling with Selective State Spaces.
+
+Albert Gu and Tri Dao, 2023, arXiv 2312.00752.
+
+Parent: H3 (a gated state space model between convolutions), with the diagonal state matrix of S4D-real.
+Kept: a linear recurrence over a diagonal state, a short causal convolution before it, a gate after it.
+Changed: the step size and the matrices B and C depend on the input, so the state chooses what to keep and
+what to forget; H3's two blocks (mixing, gated MLP) become one; a scan replaces the long convolution.
+
+Deviations from the official code: the model reads from an initial state and returns the final one, both with
+gradients; padding and packed sequences are honoured; the state and the parameters of the recurrence (A_log,
+D, the bias of dt_proj) are float32 whatever the other weights are; a tied head is the embedding itself.
+
+The block, for a token x of width d_model:
+
+    [x; z] = in_proj x                                         two streams of width d_inner
+    x      = silu(conv1d x)                                    over the last d_conv tokens
+    [dt; B; C] = x_proj x                                      what makes it selective (section 3.2)
+    dt     = softplus(dt_proj dt)
+    h      = exp(dt A) h + dt B x,    A = -exp(A_log)          zero-order hold on A (section 2), Euler on B
+    y      = C h + D x
+    out    = out_proj (y silu(z))
+
+Glossary: B, L, D (sizes) = batch, seq_len, d_model; E = expand, E D = d_inner; N = d_state; R = rank;
+K = d_conv; Δ = dt; A, B, C, D (matrices) as above; h = ssm.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LongscanError
+from ..ops import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
+from ..ops import linear as linear_op
+from .backbone import LanguageModel, LanguageModelConfig, Mixer, blank, linear
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257},
+    "130m": {"d_model": 768, "n_layers": 24, "vocab_size": 50277},
+    "370m": {"d_model": 1024, "n_layers": 48, "vocab_size": 50277},
+    "790m": {"d_model": 1536, "n_layers": 48, "vocab_size": 50277},
+    "1.4b": {"d_model": 2048, "n_layers": 48, "vocab_size": 50277},
+    "2.8b": {"d_model": 2560, "n_layers": 64, "vocab_size": 50277},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MambaConfig(LanguageModelConfig):
+    """The sizes of a Mamba and how it starts; the paper's symbols stand in the comments.
+
+    Raises:
+        LongscanError: a value is out of range.
+    """
+
+    d_state: int = 16  # N
+    d_conv: int = 4  # K
+    expand: int = 2  # E
+    dt_rank: int | None = None  # R; None is d_model / 16, rounded up
+    conv_bias: bool = True
+    bias: bool = False  # of in_proj and out_proj
+    dt_min: float = 1e-3  # the time steps a fresh model takes lie in [dt_min, dt_max], evenly on a log scale
+    dt_max: float = 0.1
+    dt_init: Literal["random", "constant"] = "random"
+    dt_scale: float = 1.0
+    dt_init_floor: float = 1e-4
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        for name in ("d_state", "d_conv", "expand"):
+            self.check_count(name)
+        if self.dt_rank is not None:
+            self.check_count("dt_rank")
+        if not 0 < self.dt_min <= self.dt_max:
+            got = f"{self.dt_min} and {self.dt_max}"
+            raise LongscanError(f"dt_min, dt_max: expected 0 < dt_min <= dt_max, got {got}.")
+        if self.dt_init not in ("random", "constant"):
+            raise LongscanError(f"dt_init: expected 'random' or 'constant', got {self.dt_init!r}.")
+        for name in ("dt_scale", "dt_init_floor"):
+            if not getattr(self, name) > 0:
+                raise LongscanError(f"{name}: expected more than 0, got {getattr(self, name)}.")
+
+    @property
+    def d_inner(self) -> int:
+        """Channels of the recurrence, E D in the paper."""
+        return self.expand * self.d_model
+
+    @property
+    def rank(self) -> int:
+        """Width of dt before its projection: dt_rank, or the default it stands for."""
+        return math.ceil(self.d_model / 16) if self.dt_rank is None else self.dt_rank
+
+
+class MambaState(NamedTuple):
+    """What one layer remembers.
+
+    Attributes:
+        conv: (batch, d_conv - 1, d_inner) the last inputs of the convolution, oldest first.
+        ssm: (batch, d_inner, d_state) the hidden state h.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+
+class DtProjection(nn.Linear):
+    """A Linear that leaves adding its bias to the scan, where it enters the softplus in float32, once."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Project without the bias.
+
+        Args:
+            input: (..., rank).
+
+        Returns:
+            (..., d_inner).
+        """
+        return linear_op(input, self.weight)
+
+
+class MambaMixer(Mixer[MambaState]):
+    """The selective state space block.
+
+    Args:
+        config: the sizes.
+        generator: randomness of the start; torch's global one if None.
+    """
+
+    recurrence = ("A_log", "D", "dt_proj.bias")
+
+    def __init__(self, config: MambaConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        d_inner, d_state, rank = config.d_inner, config.d_state, config.rank
+        self.widths = (rank, d_state, d_state)
+        self.in_proj = linear(config.d_model, 2 * d_inner, config.bias, generator)
+        self.conv1d = blank(nn.Conv1d, d_inner, d_inner, config.d_conv, groups=d_inner, bias=config.conv_bias)
+        self.x_proj = linear(d_inner, sum(self.widths), False, generator)
+        self.dt_proj = blank(DtProjection, rank, d_inner)
+        decay = torch.arange(1.0, d_state + 1)  # S4D-real: A_n = -n
+        self.A_log = nn.Parameter(decay.log().repeat(d_inner, 1))
+        self.D = nn.Parameter(torch.ones(d_inner))
+        self.out_proj = linear(d_inner, config.d_model, config.bias, generator)
+        self._start(config, generator)
+
+    @torch.no_grad()
+    def _start(self, config: MambaConfig, generator: torch.Generator | None) -> None:
+        """Set what is no plain Linear: the convolution, the time steps and the scale of the residual."""
+        nn.init.kaiming_uniform_(self.conv1d.weight, a=math.sqrt(5), generator=generator)
+        if self.conv1d.bias is not None:
+            bound = config.d_conv**-0.5
+            nn.init.uniform_(self.conv1d.bias, -bound, bound, generator=generator)
+        bound = config.rank**-0.5 * config.dt_scale
+        if config.dt_init == "random":
+            nn.init.uniform_(self.dt_proj.weight, -bound, bound, generator=generator)
+        else:
+            nn.init.constant_(self.dt_proj.weight, bound)
+        dt = self.dt_proj.bias.uniform_(math.log(config.dt_min), math.log(config.dt_max), generator=generator)
+        dt.exp_().clamp_(min=config.dt_init_floor)
+        dt += torch.log(-torch.expm1(-dt))  # the inverse of softplus
+        self.out_proj.weight /= math.sqrt(config.n_layers)  # n_layers terms add up in the residual stream
+
+    def forward(
+        self, x: Tensor, state: MambaState | None = None, seq_idx: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
+        """Mix along time.
+
+        Args:
+            x: (batch, seq_len, d_model).
+            state: what came before the first token; nothing if None.
+            seq_idx: (batch, seq_len) integers: a new value starts a new sequence, negative means padding.
+
+        Returns:
+            y: (batch, seq_len, d_model).
+            state: after the last token.
+        """
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # (batch, seq_len, d_inner) each
+        conv, ssm = (None, None) if state is None else state
+        x, conv = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu", conv, seq_idx)
+        dt, B, C = self.x_proj(x).split(self.widths, dim=-1)
+        dt, A = self.dt_proj(dt), -torch.exp(self.A_log)
+        y, ssm = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, True, ssm, seq_idx)
+        return self.out_proj(y), MambaState(conv, ssm)
+
+    def init_state(self, batch_size: int) -> MambaState:
+        """Return the state before any token.
+
+        Args:
+            batch_size: rows.
+
+        Returns:
+            Zeros in float32, or float64 in a float64 model.
+        """
+        d_inner, d_state = self.A_log.shape
+        past = self.conv1d.weight.shape[-1] - 1
+        zeros = self.A_log.new_zeros
+        return MambaState(zeros(batch_size, past, d_inner), zeros(batch_size, d_inner, d_state))
+
+    def step(self, x: Tensor, state: MambaState) -> Tensor:
+        """Take in one token per row.
+
+        Args:
+            x: (batch, d_model).
+            state: overwritten with the state after the token.
+
+        Returns:
+            y: (batch, d_model).
+        """
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # (batch, d_inner) each
+        x = causal_conv1d_step(state.conv, x, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
+        dt, B, C = self.x_proj(x).split(self.widths, dim=-1)
+        dt, A = self.dt_proj(dt), -torch.exp(self.A_log)
+        y = selective_scan_step(state.ssm, x, dt, A, B, C, self.D, z, self.dt_proj.bias, True)
+        return cast(Tensor, self.out_proj(y))
+
+
+class Mamba(LanguageModel):
+    """A language model of Mamba blocks.
+
+    Args:
+        config: the sizes.
+        generator: randomness of the start; torch's global one if None.
+    """
+
+    config: MambaConfig
+
+    def __init__(self, config: MambaConfig, generator: torch.Generator | None = None) -> None:
+        mixers = [MambaMixer(config, generator) for _ in range(config.n_layers)]
+        super().__init__(config, mixers, generator)
+
+
+def rename(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the parameters of a Hugging Face or official checkpoint our names, which are the official ones.
+
+    A `lm_head.weight` stays: whether it repeats the embedding is for the reader of the file to judge, by
+    `config.tie_embeddings`. A tied model has no such parameter.
+
+    Args:
+        state_dict: name -> tensor.
+
+    Returns:
+        The same tensors under our names.
+    """
+    ours = {"backbone.embeddings.weight": "backbone.embedding.weight"}
+    return {ours.get(name, name): tensor for name, tensor in state_dict.items()}

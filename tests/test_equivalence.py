@@ -1,0 +1,275 @@
+"""The guarantee: however a text reaches a model, logits and final states are those of one plain forward pass.
+
+Each way of reading takes several rows of different lengths and returns, per row, the logits of its tokens and
+its final state; both must equal those of the row read alone in one pass. Where a way carries gradients, those
+of every parameter and of the initial state must be equal too.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from longscan.models import Mamba, MambaConfig, State
+
+# largest difference allowed, relative to the largest value compared
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
+
+Rows = list[Tensor]
+Reading = tuple[list[Tensor], list[State]]
+
+
+def build(seed: int, dtype: torch.dtype) -> Mamba:
+    """A small model of odd sizes, every parameter far from its start so that every one matters."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def pick(*values: Any) -> Any:
+        return values[int(torch.randint(len(values), (), generator=draw))]
+
+    config = MambaConfig(
+        d_model=pick(3, 8),
+        n_layers=2,
+        vocab_size=11,
+        d_state=pick(1, 5, 16),
+        d_conv=pick(1, 2, 4, 5),
+        expand=pick(1, 2),
+        dt_rank=pick(None, 2),
+        conv_bias=pick(True, False),
+        bias=pick(True, False),
+        tie_embeddings=pick(True, False),
+    )
+    model = Mamba(config, draw)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=draw)
+    return model.to(dtype)
+
+
+def draw_rows(seed: int, lengths: list[int]) -> Rows:
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 11, (length,), generator=draw) for length in lengths]
+
+
+def draw_state(model: Mamba, rows: int) -> State:
+    draw = torch.Generator().manual_seed(7)
+    return model.init_state(rows).map(lambda t: torch.randn(t.shape, generator=draw).to(t.dtype))
+
+
+def alone(model: Mamba, rows: Rows, start: State, seed: int) -> Reading:
+    """What all others must equal."""
+    outputs = [model(row[None], state=start.select([i])) for i, row in enumerate(rows)]
+    return [output.logits[0] for output in outputs], [output.state for output in outputs]
+
+
+def in_chunks(model: Mamba, rows: Rows, start: State, seed: int) -> Reading:
+    """Each row cut at random places, the state carried along."""
+    draw = torch.Generator().manual_seed(seed)
+    logits, states = [], []
+    for i, row in enumerate(rows):
+        state, pieces = start.select([i]), []
+        cuts = torch.rand(len(row) - 1, generator=draw) < 0.3
+        sizes = torch.diff(torch.cat([torch.tensor([0]), cuts.nonzero()[:, 0] + 1, torch.tensor([len(row)])]))
+        for piece in row.split(sizes.tolist()):
+            output = model(piece[None], state=state)
+            state = output.state
+            pieces.append(output.logits[0])
+        logits.append(torch.cat(pieces))
+        states.append(state)
+    return logits, states
+
+
+def padded(model: Mamba, rows: Rows, start: State, seed: int, side: str) -> Reading:
+    """All rows in one batch, with padding before, behind or anywhere among the tokens."""
+    draw = torch.Generator().manual_seed(seed)
+    ids, seq_idx = lay_out(rows, draw, side)
+    output = model(ids, state=start, seq_idx=seq_idx)
+    return (
+        [row[idx >= 0] for row, idx in zip(output.logits, seq_idx, strict=True)],
+        [output.state.select([i]) for i in range(len(rows))],
+    )
+
+
+def lay_out(rows: Rows, draw: torch.Generator, side: str) -> tuple[Tensor, Tensor]:
+    width = max(len(row) for row in rows) + int(torch.randint(3, (), generator=draw))
+    ids = torch.randint(0, 11, (len(rows), width), generator=draw)  # padding holds arbitrary tokens
+    seq_idx = torch.full((len(rows), width), -1)
+    for i, row in enumerate(rows):
+        places = {
+            "left": torch.arange(width - len(row), width),
+            "right": torch.arange(len(row)),
+            "scattered": torch.randperm(width, generator=draw)[: len(row)].sort().values,
+        }[side]
+        ids[i, places] = row
+        seq_idx[i, places] = i
+    return ids, seq_idx
+
+
+def left_padded(model: Mamba, rows: Rows, start: State, seed: int) -> Reading:
+    return padded(model, rows, start, seed, "left")
+
+
+def right_padded(model: Mamba, rows: Rows, start: State, seed: int) -> Reading:
+    return padded(model, rows, start, seed, "right")
+
+
+def scattered(model: Mamba, rows: Rows, start: State, seed: int) -> Reading:
+    return padded(model, rows, start, seed, "scattered")
+
+
+def step_by_step(model: Mamba, rows: Rows, start: State, seed: int) -> Reading:
+    """One token at a time; rows of a batch that are done leave it."""
+    state, logits = start.clone(), [[] for _ in rows]
+    active, finals = list(range(len(rows))), [None] * len(rows)
+    for t in range(max(len(row) for row in rows)):
+        out, same = model.step(torch.stack([rows[i][t] for i in active]), state)
+        assert same is state
+        for place, i in enumerate(active):
+            logits[i].append(out[place])
+            if t + 1 == len(rows[i]):
+                finals[i] = state.select([place])
+        left = [place for place, i in enumerate(active) if t + 1 < len(rows[i])]
+        state, active = state.select(left), [active[place] for place in left]
+    return [torch.stack(pieces) for pieces in logits], finals
+
+
+DIFFERENTIABLE = [in_chunks, left_padded, right_padded, scattered]
+CASES = st.tuples(st.integers(0, 999), st.lists(st.integers(1, 75), min_size=1, max_size=4))
+few = settings(max_examples=12, deadline=None, derandomize=True, database=None)
+
+
+def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
+    if expected.numel():
+        got, expected = got.detach(), expected.detach()
+        assert (got - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max().clamp(min=1.0)
+
+
+def assert_same(got: Reading, expected: Reading, dtype: torch.dtype) -> None:
+    for a, b in zip(got[0], expected[0], strict=True):
+        assert_close(a, b, dtype)
+    for a, b in zip(got[1], expected[1], strict=True):
+        assert_states_close(a, b, dtype)
+
+
+def assert_states_close(got: State, expected: State, dtype: torch.dtype) -> None:
+    for a, b in zip(got.layers, expected.layers, strict=True):
+        assert_close(a.conv, b.conv, dtype)
+        assert_close(a.ssm, b.ssm, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["f64", "f32"])
+@pytest.mark.parametrize("way", [*DIFFERENTIABLE, step_by_step])
+@few
+@given(case=CASES)
+def test_every_way_of_reading_is_one_forward_pass(
+    way: Callable[..., Reading], dtype: torch.dtype, case
+) -> None:
+    seed, lengths = case
+    model, rows = build(seed, dtype), draw_rows(seed, lengths)
+    start = draw_state(model, len(rows))
+    before = start.clone()
+    with torch.no_grad():
+        assert_same(way(model, rows, start, seed), alone(model, rows, start, seed), dtype)
+    for untouched, layer in zip(before.layers, start.layers, strict=True):
+        assert torch.equal(untouched.conv, layer.conv)
+        assert torch.equal(untouched.ssm, layer.ssm)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["f64", "f32"])
+@few
+@given(case=CASES)
+def test_packed_rows_are_separate_forward_passes(dtype: torch.dtype, case) -> None:
+    """All rows behind one another in one: the first continues the state, the others start from nothing."""
+    seed, lengths = case
+    model, rows = build(seed, dtype), draw_rows(seed, lengths)
+    start = draw_state(model, 1)
+    seq_idx = torch.cat([torch.full((len(row),), 3 * i) for i, row in enumerate(rows)])[None].to(torch.int32)
+    output = model(torch.cat(rows)[None], state=start, seq_idx=seq_idx)
+    separate = [model(row[None], state=None if i else start) for i, row in enumerate(rows)]
+    expected = torch.cat([one.logits[0] for one in separate])
+    assert_close(output.logits[0], expected, dtype)
+    assert_states_close(output.state, separate[-1].state, dtype)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed))
+    packed_gradients, separate_gradients = (
+        torch.autograd.grad((logits * weight).sum(), list(model.parameters()))
+        for logits in (output.logits[0], expected)
+    )
+    for got, want in zip(packed_gradients, separate_gradients, strict=True):
+        assert_close(got, want, dtype)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "scattered", "packed"])
+@few
+@given(case=CASES, chunk_size=st.integers(1, 40))
+def test_prefill_is_the_end_of_a_forward_pass(side: str, case, chunk_size: int) -> None:
+    """Chunks of any size, cutting anywhere: through padding, between packed sequences, inside them."""
+    seed, lengths = case
+    model, rows = build(seed, torch.float64), draw_rows(seed, lengths)
+    if side == "packed":
+        ids, seq_idx = lay_out([torch.cat(rows)], torch.Generator().manual_seed(seed), "scattered")
+        seq_idx[seq_idx >= 0] = torch.cat([torch.full((len(row),), i) for i, row in enumerate(rows)])
+        start = draw_state(model, 1)
+        expected = model(rows[-1][None], state=start if len(rows) == 1 else None)
+        logits, states = expected.logits[:, -1], [expected.state]
+    else:
+        ids, seq_idx = lay_out(rows, torch.Generator().manual_seed(seed), side)
+        start = draw_state(model, len(rows))
+        separate, states = alone(model, rows, start, seed)
+        logits = torch.stack([row[-1] for row in separate])
+    got, state = model.prefill(ids, start, seq_idx, chunk_size)
+    assert_close(got, logits, torch.float64)
+    for i, expected_state in enumerate(states):
+        assert_states_close(state.select([i]), expected_state, torch.float64)
+
+
+def test_prefill_without_seq_idx_and_without_a_state() -> None:
+    model = build(3, torch.float64)
+    ids = torch.stack(draw_rows(0, [50, 50]))
+    expected = model(ids)
+    for chunk_size in (1, 7, 50, 1024):
+        logits, state = model.prefill(ids, chunk_size=chunk_size)
+        assert_close(logits, expected.logits[:, -1], torch.float64)
+        assert_states_close(state, expected.state, torch.float64)
+
+
+def gradients(model: Mamba, rows: Rows, start: State, way: Callable[..., Reading]) -> list[Tensor]:
+    """Of a loss that weighs all logits and all of the final states: to the parameters and the start."""
+    draw = torch.Generator().manual_seed(5)
+    start = start.map(lambda tensor: tensor.clone().requires_grad_())
+    logits, states = way(model, rows, start, 1)
+    tensors = [*logits, *(tensor for state in states for layer in state.layers for tensor in layer)]
+    loss = sum((tensor * torch.randn(tensor.shape, generator=draw)).sum() for tensor in tensors)
+    inputs = [*model.parameters(), *(tensor for layer in start.layers for tensor in layer)]
+    return torch.autograd.grad(loss, [tensor for tensor in inputs if tensor.numel()])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["f64", "f32"])
+@pytest.mark.parametrize("way", DIFFERENTIABLE)
+@settings(few, max_examples=6)
+@given(case=CASES)
+def test_gradients_do_not_depend_on_the_way_either(
+    way: Callable[..., Reading], dtype: torch.dtype, case
+) -> None:
+    """Chunks with a carried state are no truncation: gradients run through the states to the first token."""
+    seed, lengths = case
+    model, rows = build(seed, dtype), draw_rows(seed, lengths)
+    start = draw_state(model, len(rows))
+    expected = gradients(model, rows, start, alone)
+    for got, want in zip(gradients(model, rows, start, way), expected, strict=True):
+        assert_close(got, want, dtype)
+
+
+def test_a_forked_state_goes_two_ways() -> None:
+    model = build(1, torch.float64)
+    [row] = draw_rows(2, [20])
+    _, state = model.prefill(row[None])
+    fork = state.select([0, 0, 0])
+    model.step(torch.tensor([1, 2, 3]), fork)
+    for i, token in enumerate((1, 2, 3)):
+        expected = model(torch.cat([row, torch.tensor([token])])[None]).state
+        assert_states_close(fork.select([i]), expected, torch.float64)
