@@ -1,0 +1,388 @@
+"""Text to token ids and back: byte-level BPE, plain bytes, and decoding while the ids are still arriving.
+
+Two rules hold for every tokenizer here. What a user writes is text: a special token spelled out in it is
+encoded letter by letter and never becomes the special id. And `decode` is the stream run to its end, so what
+was printed piece by piece is what `decode` returns.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from longscan.errors import LongscanError, UsageError
+from longscan.files import atomic_write, read_json, write_json
+
+__all__ = ["BPETokenizer", "ByteTokenizer", "StreamDecoder", "Tokenizer", "load_tokenizer", "train_bpe"]
+
+END_OF_TEXT = "<|endoftext|>"
+END_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]")  # in order of preference
+MAX_VOCAB_SIZE = (
+    2**20
+)  # the trainer allocates for all at once, and running out of memory there is no exception
+MAX_WORD = 256  # characters; only for learning merges
+BYTES_KIND = "longscan_tokenizer"  # a key in tokenizer_config.json: "bytes" there means ByteTokenizer
+
+
+class StreamDecoder(ABC):
+    """Turns ids into text one at a time and holds back characters whose bytes are not all there."""
+
+    @abstractmethod
+    def push(self, token: int) -> str:
+        """Take the next id.
+
+        Args:
+            token: a token id; special tokens and ids outside the vocabulary give no text.
+
+        Returns:
+            The text that is certain now; often a word, "" while a character is incomplete.
+        """
+
+    @abstractmethod
+    def flush(self) -> str:
+        """End the text: return what was held back, U+FFFD for a character cut short, and start afresh."""
+
+
+class Tokenizer(ABC):
+    """What the rest of the package knows about a tokenizer."""
+
+    vocab_size: int  # one more than the largest id
+    eos_id: int  # ends a document
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode several texts, in parallel where that helps.
+
+        Args:
+            texts: any Unicode; no special token is recognised or added.
+
+        Returns:
+            The ids of each text.
+
+        Raises:
+            LongscanError: a text holds a lone surrogate, so it is not Unicode.
+        """
+
+    @abstractmethod
+    def stream(self) -> StreamDecoder:
+        """Return a decoder for one sequence of ids."""
+
+    @abstractmethod
+    def save(self, directory: str | Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, which `load_tokenizer` and transformers read.
+
+        Args:
+            directory: where to; created if missing.
+        """
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A short hash: equal fingerprints mean that equal text gives equal ids."""
+
+    def encode(self, text: str) -> list[int]:
+        """Encode one text; see `encode_batch`."""
+        return self.encode_batch([text])[0]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Turn ids into text.
+
+        Args:
+            ids: token ids; special tokens and ids outside the vocabulary give no text.
+
+        Returns:
+            The text, with U+FFFD in place of bytes that are not UTF-8.
+        """
+        stream = self.stream()
+        return "".join([stream.push(token) for token in ids]) + stream.flush()
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8 and an end-of-text id: no training, no files, four times the tokens."""
+
+    vocab_size = 257
+    eos_id = 256
+    fingerprint = "bytes-1"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode each text as its UTF-8 bytes; see `Tokenizer.encode_batch`."""
+        return [list(_utf8(text)) for text in texts]
+
+    def stream(self) -> StreamDecoder:
+        """Return a decoder for one sequence of ids."""
+        return _ByteStream([bytes([byte]) for byte in range(256)])
+
+    def save(self, directory: str | Path) -> None:
+        """Save as a BPE without merges, which other programs can read; see `Tokenizer.save`."""
+        alphabet = _byte_alphabet()
+        model = models.BPE(vocab={char: byte for byte, char in alphabet.items()}, merges=[])
+        twin = _byte_level(model, use_regex=False)
+        twin.add_special_tokens([END_OF_TEXT])
+        _save(directory, twin, END_OF_TEXT, {BYTES_KIND: "bytes"})
+
+
+class BPETokenizer(Tokenizer):
+    """A tokenizer.json, ours or published, through the `tokenizers` library.
+
+    Args:
+        tokenizer: of any model, not only BPE; it is changed: truncation and padding are switched off.
+        eos_id: the id that ends a document.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, eos_id: int) -> None:
+        eos = tokenizer.id_to_token(eos_id)
+        if eos is None:
+            raise LongscanError(f"eos_id: expected an id of the vocabulary, got {eos_id}.")
+        tokenizer.encode_special_tokens = True  # spelled out in a text they are text
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+        self.eos_id, self._eos = eos_id, eos
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode several texts on all cores; see `Tokenizer.encode_batch`."""
+        try:
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except TypeError:
+            for text in texts:
+                _utf8(text)  # says what is wrong
+            raise
+        return [encoding.ids for encoding in encodings]
+
+    def stream(self) -> StreamDecoder:
+        """Return a decoder for one sequence of ids, in constant time per id."""
+        if isinstance(self._tokenizer.decoder, decoders.ByteLevel):
+            return _ByteStream(self._table)
+        return _WindowStream(self._tokenizer, self._special)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the files that `load_tokenizer` and transformers read; see `Tokenizer.save`."""
+        _save(directory, self._tokenizer, self._eos)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A short hash of everything that decides the ids."""
+        return hashlib.sha256(f"{self.eos_id} {self._tokenizer.to_str()}".encode()).hexdigest()[:16]
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        """The ids that give no text."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(token for token, entry in added.items() if entry.special)
+
+    @cached_property
+    def _table(self) -> list[bytes]:
+        """The bytes of each id of a byte-level vocabulary."""
+        byte_of = {char: byte for byte, char in _byte_alphabet().items()}
+        table = [b""] * self.vocab_size
+        for token, index in self._tokenizer.get_vocab().items():
+            if index not in self._special:
+                try:
+                    table[index] = bytes([byte_of[char] for char in token])
+                except KeyError:  # an added token, kept as it is written
+                    table[index] = token.encode()
+        return table
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a tokenizer from a model directory.
+
+    Args:
+        path: a directory with `tokenizer.json`, or such a file by itself.
+
+    Returns:
+        The tokenizer; its end-of-text id is the `eos_token` of tokenizer_config.json, else the first usual
+        name in the vocabulary, else the `eos_token_id` of generation_config.json or config.json. (Last,
+        because model configurations often carry a default that is not their tokenizer's.)
+
+    Raises:
+        LongscanError: no tokenizer there, a damaged file, or nothing says which token ends a text.
+    """
+    path = Path(path)
+    file = path if path.is_file() else path / "tokenizer.json"
+    names = ("tokenizer_config.json", "generation_config.json", "config.json")
+    configs = {name: read_json(path / name) for name in names if (path / name).is_file()}
+    if configs.get("tokenizer_config.json", {}).get(BYTES_KIND) == "bytes":
+        return ByteTokenizer()
+    if not file.is_file():
+        found = ", ".join(sorted(item.name for item in path.iterdir())[:8]) if path.is_dir() else ""
+        raise LongscanError(
+            f"no tokenizer in {path}: expected tokenizer.json, found {found or 'nothing'}. "
+            "Copy the one the model was trained with into the directory."
+        )
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise
+    except Exception as error:  # the library raises nothing more precise
+        reason = f"{file} is not a tokenizer ({error}). Was it cut short? Fetch it again."
+        raise LongscanError(reason) from error
+    eos_id = _find_eos(tokenizer, configs)
+    if eos_id is None:
+        raise LongscanError(
+            f"{file} does not say which token ends a text (none of {', '.join(END_NAMES)}). Name it in "
+            'tokenizer_config.json beside it: {"eos_token": "..."}.'
+        )
+    return BPETokenizer(tokenizer, eos_id)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+    """Learn a byte-pair encoding over UTF-8 bytes, through which any text makes the round trip unchanged.
+
+    Merges: Sennrich et al. 2016 (arXiv:1508.07909); over bytes inside words: GPT-2 (Radford et al. 2019).
+
+    Args:
+        texts: the training text in pieces of any length; cut them where words end.
+        vocab_size: ids wanted: the end of text (id 0), 256 bytes, and merges. Little text gives fewer.
+
+    Returns:
+        The tokenizer; the same text gives the same one.
+
+    Raises:
+        UsageError: `vocab_size` leaves no room for the bytes, or is absurdly large.
+    """
+    if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise UsageError(f"vocab_size: expected 257 to {MAX_VOCAB_SIZE:,}, got {vocab_size:,}.")
+    tokenizer = _byte_level(models.BPE(), use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_chop(texts), trainer)
+    return BPETokenizer(tokenizer, eos_id=0)
+
+
+class _ByteStream(StreamDecoder):
+    """Each id stands for bytes; Python's incremental decoder keeps at most three of them back."""
+
+    def __init__(self, table: list[bytes]) -> None:
+        self._table = table
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        return self._utf8.decode(self._table[token]) if 0 <= token < len(self._table) else ""
+
+    def flush(self) -> str:
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return text
+
+
+class _WindowStream(StreamDecoder):
+    """For other vocabularies: decode a window of the last tokens with and without the new ones.
+
+    The text of a token may depend on its left neighbour (a space, a byte of the same character), so the
+    tokens printed last stay in the window as context.
+    """
+
+    HOLD = 8  # tokens kept back while the text ends in U+FFFD; a character has 4 bytes, so more is not UTF-8
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, special: frozenset[int]) -> None:
+        self._tokenizer, self._special = tokenizer, special
+        self._window: list[int] = []
+        self._printed = 0  # how many tokens of the window are context
+
+    def push(self, token: int) -> str:
+        if token in self._special or self._tokenizer.id_to_token(token) is None:
+            return ""
+        self._window.append(token)
+        piece = self._fresh()
+        if (not piece or piece.endswith("\ufffd")) and len(self._window) - self._printed < self.HOLD:
+            return ""
+        self._window = self._window[self._printed :]
+        self._printed = len(self._window)
+        return piece
+
+    def flush(self) -> str:
+        piece = self._fresh()
+        self._window, self._printed = [], 0
+        return piece
+
+    def _fresh(self) -> str:
+        """Return what the tokens after the context add to its text."""
+        context = self._tokenizer.decode(self._window[: self._printed])
+        return self._tokenizer.decode(self._window)[len(context) :]
+
+
+def _byte_level(model: models.Model, *, use_regex: bool) -> tokenizers.Tokenizer:
+    """Put the lossless byte-level frame around a model; `use_regex` keeps merges inside words."""
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _chop(texts: Iterable[str]) -> Iterator[str]:
+    """Cut text without spaces (Chinese, genes): the trainer's time is quadratic in the length of a word."""
+    for text in texts:
+        start = 0
+        if max(map(len, text.split()), default=0) > MAX_WORD:
+            for match in re.finditer(rf"\S{{{MAX_WORD}}}", text):
+                yield text[start : match.end()]
+                start = match.end()
+        yield text[start:]
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """Map byte -> the character that byte-level vocabularies write for it.
+
+    Visible Latin-1 characters stand for themselves; the 68 other bytes take the characters from U+0100 on.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+def _find_eos(tokenizer: tokenizers.Tokenizer, configs: dict[str, dict[str, Any]]) -> int | None:
+    """Return the first id that the configurations or the usual names give; see `load_tokenizer`."""
+    stated = configs.get("tokenizer_config.json", {}).get("eos_token")
+    candidates = [stated.get("content") if isinstance(stated, dict) else stated, *END_NAMES]
+    for name in ("generation_config.json", "config.json"):
+        value = configs.get(name, {}).get("eos_token_id")
+        candidates += value if isinstance(value, list) else [value]
+    for candidate in candidates:
+        if isinstance(candidate, str) and (index := tokenizer.token_to_id(candidate)) is not None:
+            return index
+        if type(candidate) is int and candidate >= 0 and tokenizer.id_to_token(candidate) is not None:
+            return candidate
+    return None
+
+
+def _save(
+    directory: str | Path, tokenizer: tokenizers.Tokenizer, eos: str, extra: dict[str, str] | None = None
+) -> None:
+    """Write the two files of a Hugging Face tokenizer."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    atomic_write(directory / "tokenizer.json", tokenizer.to_str(pretty=True))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": eos,
+        "clean_up_tokenization_spaces": False,  # or transformers drops the space in "a ,"
+    }
+    write_json(directory / "tokenizer_config.json", config | (extra or {}))
+
+
+def _utf8(text: str) -> bytes:
+    """Return the bytes of a text, if it is one: Python strings also hold what UTF-8 cannot."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise LongscanError(
+            f"the text is not Unicode: lone surrogate U+{code:04X} at character {error.start}. "
+            "It came from bytes that are not UTF-8: convert them first, e.g. with iconv."
+        ) from error

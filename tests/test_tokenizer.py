@@ -1,0 +1,245 @@
+"""Tokenizers: nothing is lost, nothing is special in a user's text, and streams print what decode returns."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers
+
+from longscan.errors import LongscanError, UsageError
+from longscan.tokenizer import (
+    END_OF_TEXT,
+    BPETokenizer,
+    ByteTokenizer,
+    Tokenizer,
+    _chop,
+    _WindowStream,
+    load_tokenizer,
+    train_bpe,
+)
+
+SAMPLE = (
+    "It was a bright morning, and the Captain, who had not spoken since the storm, spoke of the storm.\n\n"
+    "床前明月光，疑是地上霜。举头望明月，低头思故乡。\n🙂 🙃 🙂👩‍👩‍👧 naïve café — 3.14159\n"
+) * 4
+BPE = train_bpe([SAMPLE], 400)
+
+
+def llama_like() -> BPETokenizer:
+    """A vocabulary with marks for spaces and single bytes for the rest, whose decoder is not byte-level."""
+    words = ["▁", "H", "i", "▁H", "▁Hi", "<eos>"]
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    vocab |= {word: 256 + i for i, word in enumerate(words)}
+    model = models.BPE(vocab=vocab, merges=[("▁", "H"), ("▁H", "i")], byte_fallback=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<eos>"])
+    return BPETokenizer(tokenizer, eos_id=vocab["<eos>"])
+
+
+TOKENIZERS: dict[str, Tokenizer] = {"bpe": BPE, "bytes": ByteTokenizer(), "llama-like": llama_like()}
+BYTE_LEVEL = ["bpe", "bytes"]
+TEXTS = st.lists(
+    st.sampled_from([*"aé中🙂 \n\t\0", "the ", END_OF_TEXT, "👩‍👩‍👧", "storm", "\r\n"]) | st.text(max_size=8),
+    max_size=12,
+).map("".join)
+
+
+def stream_pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    stream = tokenizer.stream()
+    return [*map(stream.push, ids), stream.flush()]
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+@given(text=TEXTS)
+@settings(deadline=None)
+def test_any_text_survives_and_holds_no_special_token(name: str, text: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_id not in ids
+    assert all(0 <= token < tokenizer.vocab_size for token in ids)
+    assert tokenizer.encode_batch([text, "x", text])[2] == ids
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(text=TEXTS)
+@settings(max_examples=50, deadline=None)
+def test_streams_of_text_hold_no_broken_character(name: str, text: str) -> None:
+    assume("▁" not in text)  # this vocabulary cannot tell it from a space
+    tokenizer = TOKENIZERS[name]
+    pieces = stream_pieces(tokenizer, tokenizer.encode(text))
+    assert "".join(pieces) == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+@given(data=st.data())
+@settings(deadline=None)
+def test_streams_of_random_ids_equal_decode_and_the_library(
+    name: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tokenizer = TOKENIZERS[name]
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size + 3), max_size=40))
+    folder = tmp_path_factory.getbasetemp() / name
+    if not folder.exists():
+        tokenizer.save(folder)
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    expected = library.decode([token for token in ids if token < tokenizer.vocab_size])
+    assert tokenizer.decode(ids) == expected
+    assert "".join(stream_pieces(tokenizer, ids)) == expected
+
+
+@given(ids=st.lists(st.integers(0, 261), max_size=60))
+@settings(max_examples=50, deadline=None)
+def test_windows_stay_small(ids: list[int]) -> None:
+    stream = TOKENIZERS["llama-like"].stream()
+    assert isinstance(stream, _WindowStream)
+    for token in ids:
+        stream.push(token)
+        assert len(stream._window) < 2 * stream.HOLD
+
+
+def test_a_stream_holds_back_a_character_until_its_last_byte() -> None:
+    pieces = stream_pieces(ByteTokenizer(), [*"中🙂".encode(), 256, 300, 0xE4, 0xB8])
+    assert pieces == ["", "", "中", "", "", "", "🙂", "", "", "", "", "\ufffd"]
+
+
+def test_a_flushed_stream_starts_afresh() -> None:
+    for tokenizer in TOKENIZERS.values():
+        stream = tokenizer.stream()
+        ids = tokenizer.encode("Hi 中")
+        for _ in range(2):
+            assert "".join(map(stream.push, ids)) + stream.flush() == "Hi 中"
+
+
+def test_training_is_deterministic_and_quiet(capfd: pytest.CaptureFixture[str]) -> None:
+    pieces = [SAMPLE[i : i + 50] for i in range(0, len(SAMPLE), 50)]
+    first, second = train_bpe(pieces, 300), train_bpe(iter(pieces), 300)
+    assert first.vocab_size == second.vocab_size == 300
+    assert first.fingerprint == second.fingerprint != BPE.fingerprint
+    assert first.encode(SAMPLE) == second.encode(SAMPLE)
+    assert len(BPE.encode(SAMPLE)) < len(SAMPLE.encode()) / 2
+    assert first.eos_id == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_text_without_spaces_is_chopped_for_training_only() -> None:
+    genes = "".join(random.Random(0).choices("acgt", k=100_000))  # as one word this takes seconds
+    assert list(_chop([genes[:600], "a b"])) == [genes[:256], genes[256:512], genes[512:600], "a b"]
+    tokenizer = train_bpe([genes], 300)
+    assert tokenizer.vocab_size == 300
+    assert len(tokenizer.encode(genes)) < 50_000
+
+
+def test_little_text_gives_a_smaller_vocabulary() -> None:
+    assert train_bpe(["ab"], 1000).vocab_size == 257
+
+
+@pytest.mark.parametrize("vocab_size", [-1, 256, 10**9])
+def test_impossible_vocabularies_are_refused(vocab_size: int) -> None:
+    with pytest.raises(UsageError, match="expected 257 to"):
+        train_bpe([SAMPLE], vocab_size)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_saved_tokenizer_loads_as_the_same(name: str, tmp_path: Path) -> None:
+    tokenizer = TOKENIZERS[name]
+    tokenizer.save(tmp_path / "new" / "model")
+    loaded = load_tokenizer(tmp_path / "new" / "model")
+    assert type(loaded) is type(tokenizer)
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert (loaded.vocab_size, loaded.eos_id) == (tokenizer.vocab_size, tokenizer.eos_id)
+    assert loaded.encode(SAMPLE) == tokenizer.encode(SAMPLE)
+
+
+def test_a_tokenizer_file_by_itself_loads(tmp_path: Path) -> None:
+    BPE.save(tmp_path)
+    assert load_tokenizer(tmp_path / "tokenizer.json").fingerprint == BPE.fingerprint
+
+
+@pytest.mark.parametrize("name", BYTE_LEVEL)
+def test_transformers_reads_what_we_save(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = TOKENIZERS[name]
+    tokenizer.save(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.eos_token_id == tokenizer.eos_id
+    text = "  It's 3.14 , a café. 明月 🙂\n\n"
+    assert theirs(text)["input_ids"] == tokenizer.encode(text)
+    assert theirs.decode(tokenizer.encode(text)) == text
+
+
+def saved_with(folder: Path, specials: list[str], configs: dict[str, Any]) -> Path:
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    tokenizer.add_special_tokens(specials)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, config in configs.items():
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("specials", "configs", "eos_id"),
+    [
+        pytest.param(["<s>", "</s>"], {}, 3, id="usual-name"),
+        pytest.param(["</s>", END_OF_TEXT], {}, 3, id="preferred-name"),
+        pytest.param(["</s>", "X"], {"tokenizer_config": {"eos_token": "X"}}, 3, id="stated"),
+        pytest.param(
+            ["</s>", "X"], {"tokenizer_config": {"eos_token": {"content": "X"}}}, 3, id="stated-object"
+        ),
+        pytest.param(["</s>"], {"config": {"eos_token_id": 0}}, 2, id="name-before-config"),
+        pytest.param(["X"], {"config": {"eos_token_id": 2}}, 2, id="config"),
+        pytest.param(
+            ["X"],
+            {"generation_config": {"eos_token_id": [1, 2]}, "config": {"eos_token_id": 0}},
+            1,
+            id="list",
+        ),
+    ],
+)
+def test_the_end_of_text_is_found(
+    specials: list[str], configs: dict[str, Any], eos_id: int, tmp_path: Path
+) -> None:
+    assert load_tokenizer(saved_with(tmp_path, specials, configs)).eos_id == eos_id
+
+
+@pytest.mark.parametrize(
+    "configs", [{}, {"config": {"eos_token_id": 99}}, {"tokenizer_config": {"eos_token": None}}]
+)
+def test_an_unknown_end_of_text_is_an_error(configs: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(LongscanError, match="which token ends a text"):
+        load_tokenizer(saved_with(tmp_path, ["X"], configs))
+
+
+def test_missing_tokenizers_say_what_was_found(tmp_path: Path) -> None:
+    with pytest.raises(LongscanError, match=r"expected tokenizer\.json, found nothing"):
+        load_tokenizer(tmp_path / "nowhere")
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(LongscanError, match=r"found vocab\.json"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\xff\xfe", b'{"model": {"type": "Nothing"}}'])
+def test_damaged_tokenizers_are_errors(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(LongscanError, match="is not a tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_lone_surrogates_are_errors(name: str) -> None:
+    with pytest.raises(LongscanError, match=r"U\+DCFF at character 2"):
+        TOKENIZERS[name].encode("ab\udcff")
