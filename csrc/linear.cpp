@@ -25,12 +25,18 @@ LS_INLINE void dot(const Linear *a, int64_t row, int64_t o) {
       const vec wj = load(w + j * a->n_in + i);
       for (int r = 0; r < R; ++r) acc[r][j] += wj * load(x + r * a->n_in + i);
     }
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
+    float totals[O];
+    if (O == 4)
+      sum4(totals, acc[r]);
+    else
+      for (int j = 0; j < O; ++j) totals[j] = sum(acc[r][j]);
     for (int j = 0; j < O; ++j) {
-      float total = sum(acc[r][j]);
+      float total = totals[j];
       for (int64_t k = i; k < a->n_in; ++k) total += w[j * a->n_in + k] * x[r * a->n_in + k];
       a->y[(row + r) * a->n_out + o + j] = total + (a->bias ? a->bias[o + j] : 0.0f);
     }
+  }
 }
 
 template <int R>

@@ -13,7 +13,8 @@ namespace {
 constexpr int T = LS_TILE;
 constexpr int MAX_CHANNELS = 128;
 constexpr int MAX_BLOCKS = MAX_CHANNELS / W;
-constexpr int NB = 4;  // state components held in registers at once
+constexpr int NF = 8;  // state components held in registers at once, forward
+constexpr int NB = 4;  // and backward, where each has states and sums of a whole tile in the first-level cache
 constexpr float LN2 = 0.693147180559945309f;
 
 // Where a unit works.
@@ -121,29 +122,45 @@ LS_INLINE void load_tile(Tile *tile, const ls_scan *a, const Unit &unit, int64_t
   }
 }
 
-// Rows lie pages apart, where no hardware prefetcher follows: ask for the block after this one while it computes.
-LS_INLINE void prefetch(const ls_rows &m, const ls_scan *a, const Unit &unit, int64_t t0, int steps, int k) {
-  if (k + 1 == unit.blocks) k = -1, t0 += T;
-  if (!m.data || t0 + steps > a->seq_len) return;
-  const float *p = m.data + unit.b * m.stride_batch + t0 * m.stride_time + unit.first + (k + 1) * W;
-  for (int t = 0; t < steps; ++t) __builtin_prefetch(p + t * m.stride_time);
-}
+// Rows lie pages apart, where no hardware prefetcher follows: while one block computes, rows that will be needed next
+// are asked for, a step at a time.
+struct Ahead {
+  const float *rows[6];
+  int64_t stride[6];
+  int count = 0, steps[6];
+  // Block k of the tile at t0, which may lie outside the sequence.
+  void add(const ls_scan *a, const ls_rows &m, const Unit &unit, int64_t t0, int k) {
+    if (!m.data || t0 < 0 || t0 >= a->seq_len) return;
+    rows[count] = m.data + unit.b * m.stride_batch + t0 * m.stride_time + unit.first + (int64_t)k * W;
+    stride[count] = m.stride_time;
+    steps[count++] = (int)(a->seq_len - t0 < T ? a->seq_len - t0 : T);
+  }
+  void add(const ls_scan *a, const float *contiguous, const Unit &unit, int64_t t0, int k) {
+    const ls_rows m = {contiguous, a->seq_len * a->d_inner, a->d_inner};
+    add(a, m, unit, t0, k);
+  }
+  inline __attribute__((always_inline)) void step(int t) const {
+    for (int i = 0; i < count; ++i)
+      if (t < steps[i]) __builtin_prefetch(rows[i] + t * stride[i]);
+  }
+};
 
 template <int N, bool SEQ, bool BC, bool CC>
-LS_INLINE void run_forward(Tile *tile, const Flags *flags, int steps, const vec *A, vec *h, const Matrix &B,
+LS_INLINE void run_forward(Tile *tile, const Ahead *ahead, const Flags *flags, int steps, const vec *A, vec *h, const Matrix &B,
                            const Matrix &C, const float *b_row, const float *c_row, int64_t offset) {
   vec An[N], hn[N];
   for (int i = 0; i < N; ++i) An[i] = A[i], hn[i] = h[i];
   for (int t = 0; t < steps; ++t, b_row += B.stride, c_row += C.stride) {
     if (SEQ && flags->start[t])
       for (int i = 0; i < N; ++i) hn[i] = vec{};
+    if (ahead) ahead->step(t);
     const vec dt = tile->dt[t], x = tile->x[t];
     vec y = tile->y[t];
-    for (int i = 0; i < N; ++i) {
-      const vec Bx = entry<BC>(b_row, B.packed + offset, i) * x;
-      hn[i] = exp2v(dt * An[i]) * hn[i] + Bx;
-      y += entry<CC>(c_row, C.packed + offset, i) * hn[i];
-    }
+    vec a[N];
+    for (int i = 0; i < N; ++i) a[i] = dt * An[i];
+    exp2_many<N>(a, a);
+    for (int i = 0; i < N; ++i) hn[i] = a[i] * hn[i] + entry<BC>(b_row, B.packed + offset, i) * x;
+    for (int i = 0; i < N; ++i) y += entry<CC>(c_row, C.packed + offset, i) * hn[i];
     tile->y[t] = y;
   }
   for (int i = 0; i < N; ++i) h[i] = hn[i];
@@ -180,18 +197,23 @@ void forward_unit(const ls_scan *a, int64_t index) {
     for (int k = 0; k < unit.blocks; ++k) {
       Tile tile;
       load_tile(&tile, a, unit, t0, steps, k, D[k], bias[k]);
-      prefetch(a->u, a, unit, t0, steps, k);
-      prefetch(a->dt, a, unit, t0, steps, k);
-      prefetch(a->z, a, unit, t0, steps, k);
+      const bool last_block = k + 1 == unit.blocks;
+      const int64_t next_t0 = last_block ? t0 + T : t0;
+      const int next_k = last_block ? 0 : k + 1;
+      Ahead ahead;
+      ahead.add(a, a->u, unit, next_t0, next_k);
+      ahead.add(a, a->dt, unit, next_t0, next_k);
+      ahead.add(a, a->z, unit, next_t0, next_k);
+      ahead.add(a, a->y, unit, next_t0, next_k);
       if (SEQ)
         for (int t = 0; t < steps; ++t)
           if (flags.padding[t]) tile.dt[t] = tile.x[t] = vec{};
       int64_t n = 0;
-      for (; n + NB <= N; n += NB)
-        run_forward<NB, SEQ, BC, CC>(&tile, &flags, steps, A + k * N + n, h + k * N + n, B, C, b_row + n, c_row + n,
+      for (; n + NF <= N; n += NF)
+        run_forward<NF, SEQ, BC, CC>(&tile, n ? nullptr : &ahead, &flags, steps, A + k * N + n, h + k * N + n, B, C, b_row + n, c_row + n,
                                      k * N + n);
       for (; n < N; ++n)
-        run_forward<1, SEQ, BC, CC>(&tile, &flags, steps, A + k * N + n, h + k * N + n, B, C, b_row + n, c_row + n,
+        run_forward<1, SEQ, BC, CC>(&tile, nullptr, &flags, steps, A + k * N + n, h + k * N + n, B, C, b_row + n, c_row + n,
                                     k * N + n);
       const int lanes = (int)(unit.channels - (int64_t)k * W);
       const int64_t c = unit.first + (int64_t)k * W;
@@ -225,7 +247,7 @@ struct Scratch {
 };
 
 template <int N, bool SEQ, bool BC, bool CC>
-LS_INLINE void run_backward(Adjoint *w, Scratch *s, const Flags *flags, int steps, const vec *A, const vec *h0, vec *g,
+LS_INLINE void run_backward(Adjoint *w, const Ahead *ahead, Scratch *s, const Flags *flags, int steps, bool gated, const vec *A, const vec *h0, vec *g,
                             vec *dA, vec *dBc, vec *dCc, const Matrix &B, const Matrix &C, const float *b_row,
                             const float *c_row, int64_t offset) {
   {
@@ -233,22 +255,22 @@ LS_INLINE void run_backward(Adjoint *w, Scratch *s, const Flags *flags, int step
     for (int i = 0; i < N; ++i) An[i] = A[i], s->h[i] = hn[i] = h0[i];
     const float *b = b_row, *c = c_row;
     for (int t = 0; t < steps; ++t, b += B.stride, c += C.stride) {
+      if (ahead) ahead->step(t);
       const vec dt = w->tile.dt[t], x = w->tile.x[t];
-      const bool start = SEQ && flags->start[t];
-      vec y = w->tile.y[t];
-      for (int i = 0; i < N; ++i) {
-        const vec decay = start ? vec{} : exp2v(dt * An[i]);
-        const vec Bx = entry<BC>(b, B.packed + offset, i) * x;
-        hn[i] = start ? Bx : decay * hn[i] + Bx;
-        y += entry<CC>(c, C.packed + offset, i) * hn[i];
-        s->a[t * N + i] = decay;
-        s->h[(t + 1) * N + i] = hn[i];
-      }
+      vec y = w->tile.y[t], a[N];
+      for (int i = 0; i < N; ++i) a[i] = dt * An[i];
+      exp2_many<N>(a, a);
+      if (SEQ && flags->start[t])
+        for (int i = 0; i < N; ++i) a[i] = hn[i] = vec{};
+      for (int i = 0; i < N; ++i) hn[i] = a[i] * hn[i] + entry<BC>(b, B.packed + offset, i) * x;
+      for (int i = 0; i < N; ++i) s->a[t * N + i] = a[i], s->h[(t + 1) * N + i] = hn[i];
+      if (gated)
+        for (int i = 0; i < N; ++i) y += entry<CC>(c, C.packed + offset, i) * hn[i];
       w->tile.y[t] = y;
     }
   }
-  vec An[N], gn[N], dAn[N];
-  for (int i = 0; i < N; ++i) An[i] = A[i], gn[i] = g[i], dAn[i] = dA[i];
+  vec An[N], gn[N], dAn[N], after[N];  // after: the state after step t, which is the one before step t + 1
+  for (int i = 0; i < N; ++i) An[i] = A[i], gn[i] = g[i], dAn[i] = dA[i], after[i] = s->h[steps * N + i];
   for (int t = steps - 1; t >= 0; --t) {
     const float *b = b_row + t * B.stride, *c = c_row + t * C.stride;
     const vec dt = w->tile.dt[t], x = w->tile.x[t], dy = w->dy[t];
@@ -256,16 +278,17 @@ LS_INLINE void run_backward(Adjoint *w, Scratch *s, const Flags *flags, int step
     for (int i = 0; i < N; ++i) {
       const vec gi = entry<CC>(c, C.packed + offset, i) * dy + gn[i];
       if (CC)
-        dCc[i] += dy * s->h[(t + 1) * N + i];
+        dCc[i] += dy * after[i];
       else
-        s->dC[t * N + i] += dy * s->h[(t + 1) * N + i];
+        s->dC[t * N + i] += dy * after[i];
       if (BC)
         dBc[i] += gi * x;
       else
         s->dB[t * N + i] += gi * x;
       gB += gi * entry<BC>(b, B.packed + offset, i);
       gn[i] = s->a[t * N + i] * gi;
-      const vec q = gn[i] * s->h[t * N + i];
+      after[i] = s->h[t * N + i];
+      const vec q = gn[i] * after[i];
       decay += q * An[i];
       dAn[i] += q * dt;
     }
@@ -279,7 +302,10 @@ LS_INLINE void run_backward(Adjoint *w, Scratch *s, const Flags *flags, int step
 template <int N>
 void reduce(float *to, int64_t d_state, const vec *from, int steps) {
   for (int t = 0; t < steps; ++t)
-    for (int i = 0; i < N; ++i) to[t * d_state + i] = sum(from[t * N + i]);
+    if (N == 4)
+      sum4(to + t * d_state, from + t * N);
+    else
+      for (int i = 0; i < N; ++i) to[t * d_state + i] = sum(from[t * N + i]);
 }
 
 // Gradients of one unit that other units or rows share, before they are summed.
@@ -307,6 +333,7 @@ void backward_unit(const ls_scan *a, int64_t index) {
   vec *dA = LS_STACK(vec, states), *dBc = LS_STACK(vec, states), *dCc = LS_STACK(vec, states);
   vec *Bp = LS_STACK(vec, BC ? states : 1), *Cp = LS_STACK(vec, CC ? states : 1);
   Adjoint *work = LS_STACK(Adjoint, unit.blocks);
+  Ahead ahead[MAX_BLOCKS];
   Scratch scratch;
   const Matrix B(a->B, a->B_stride_group, unit, N, Bp), C(a->C, a->C_stride_group, unit, N, Cp);
   const int64_t at = (unit.b * a->d_inner + unit.first) * N;
@@ -350,6 +377,11 @@ void backward_unit(const ls_scan *a, int64_t index) {
         w.dy[t] = dy;
         w.gB[t] = w.decay[t] = vec{};
       }
+      ahead[k].count = 0;
+      const ls_rows *next[] = {&a->u, &a->dt, &a->z, &a->dy};
+      for (const ls_rows *m : next) ahead[k].add(a, *m, unit, t0 - T, k);
+      ahead[k].add(a, a->du, unit, t0, k);
+      ahead[k].add(a, a->ddt, unit, t0, k);
     }
 
     const float *b_row = BC ? nullptr : B.rows + t0 * B.stride, *c_row = CC ? nullptr : C.rows + t0 * C.stride;
@@ -361,7 +393,7 @@ void backward_unit(const ls_scan *a, int64_t index) {
       memset(scratch.dC, 0, sizeof scratch.dC);
       for (int k = 0; k < unit.blocks; ++k) {
         const int64_t i = k * N + n;
-        run_backward<NB, SEQ, BC, CC>(&work[k], &scratch, &flags, steps, A + i, h0 + i, g + i, dA + i, dBc + i, dCc + i,
+        run_backward<NB, SEQ, BC, CC>(&work[k], n ? nullptr : &ahead[k], &scratch, &flags, steps, a->z.data != nullptr, A + i, h0 + i, g + i, dA + i, dBc + i, dCc + i,
                                       B, C, b_row + n, c_row + n, i);
       }
       if (!BC) reduce<NB>(dB_row + n, N, scratch.dB, steps);
@@ -372,7 +404,7 @@ void backward_unit(const ls_scan *a, int64_t index) {
       memset(scratch.dC, 0, sizeof(vec) * T);
       for (int k = 0; k < unit.blocks; ++k) {
         const int64_t i = k * N + n;
-        run_backward<1, SEQ, BC, CC>(&work[k], &scratch, &flags, steps, A + i, h0 + i, g + i, dA + i, dBc + i, dCc + i,
+        run_backward<1, SEQ, BC, CC>(&work[k], nullptr, &scratch, &flags, steps, a->z.data != nullptr, A + i, h0 + i, g + i, dA + i, dBc + i, dCc + i,
                                      B, C, b_row + n, c_row + n, i);
       }
       if (!BC) reduce<1>(dB_row + n, N, scratch.dB, steps);

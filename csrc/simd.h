@@ -10,7 +10,7 @@
 #else
 #define LS_LANES 4
 #endif
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -78,6 +78,33 @@ LS_INLINE vec exp2v(vec x) {
   return (vec)((ivec)p + ((ivec)t << 23));
 #endif
 }
+// N independent 2^x, stage by stage, so that their long dependency chains overlap.
+template <int N>
+LS_INLINE void exp2_many(vec *y, const vec *x) {
+  vec k[N], f[N], p[N];
+  for (int i = 0; i < N; ++i) {
+#if defined(__AVX512F__)
+    k[i] = (vec)_mm512_roundscale_ps((__m512)x[i], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    f[i] = x[i] - k[i];
+#else
+    const vec clamped = vmin(splat(128.0f), vmax(splat(-127.0f), x[i]));
+    k[i] = clamped + splat(12582912.0f);
+    f[i] = clamped - (k[i] - splat(12582912.0f));
+#endif
+  }
+  for (int i = 0; i < N; ++i) p[i] = splat(1.326472731307149e-3f) * f[i] + splat(9.671512991189957e-3f);
+  for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + splat(5.550733581185341e-2f);
+  for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + splat(2.4022242426872253e-1f);
+  for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + splat(6.931470036506653e-1f);
+  for (int i = 0; i < N; ++i) p[i] = p[i] * f[i] + splat(1.0f);
+  for (int i = 0; i < N; ++i) {
+#if defined(__AVX512F__)
+    y[i] = (vec)_mm512_scalef_ps((__m512)p[i], (__m512)k[i]);
+#else
+    y[i] = (vec)((ivec)p[i] + ((ivec)k[i] << 23));
+#endif
+  }
+}
 constexpr float LOG2E = 1.44269504088896341f;
 LS_INLINE vec expv(vec x) { return exp2v(x * splat(LOG2E)); }
 LS_INLINE vec sigmoid(vec x) { return splat(1.0f) / (splat(1.0f) + expv(-x)); }
@@ -106,5 +133,30 @@ LS_INLINE float sum(vec v) {  // a fixed order: halves onto halves
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
 }
+
+// to[i] = the sum of v[i], for four vectors at once and in the order of sum().
+#if defined(__SSE2__)
+LS_INLINE __m128 quarter(vec v) {
+#if defined(__AVX512F__)
+  const __m512d d = (__m512d)v;
+  const __m256 half = _mm256_add_ps((__m256)_mm512_castpd512_pd256(d), (__m256)_mm512_extractf64x4_pd(d, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(__AVX2__)
+  return _mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+#else
+  return (__m128)v;
+#endif
+}
+LS_INLINE void sum4(float *to, const vec *v) {
+  const __m128 a = quarter(v[0]), b = quarter(v[1]), c = quarter(v[2]), d = quarter(v[3]);
+  const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));  // a0+a2 b0+b2 a1+a3 b1+b3
+  const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+  _mm_storeu_ps(to, _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
+}
+#else
+LS_INLINE void sum4(float *to, const vec *v) {
+  for (int i = 0; i < 4; ++i) to[i] = sum(v[i]);
+}
+#endif
 
 }  // namespace LS_ISA
