@@ -5,23 +5,20 @@ chunked reading is here. Parameters carry the names of the official Mamba checkp
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils import skip_init
 
 from .. import ops
 from ..config import Config
 from ..errors import LongscanError
+from .layers import Linear, RMSNorm, blank, linear
 from .loss import count, linear_loss, nats, next_tokens, row_chunks
 from .state import State
 
 StateT = TypeVar("StateT", bound=tuple[Tensor, ...])
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,26 +132,6 @@ class Mixer(nn.Module, Generic[StateT]):
         return self
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 at least and returned in the weight's type."""
-
-    def __init__(self, d_model: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(d_model))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise each token.
-
-        Args:
-            x: (..., d_model).
-
-        Returns:
-            (..., d_model).
-        """
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
-
-
 class Block(nn.Module):
     """x + mixer(norm(x))."""
 
@@ -184,7 +161,8 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config, mixer) for mixer in mixers)
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
         self.embedding = blank(nn.Embedding, config.padded_vocab_size, config.d_model)
-        nn.init.normal_(self.embedding.weight, std=0.02, generator=generator)
+        if not self.embedding.weight.is_meta:
+            nn.init.normal_(self.embedding.weight, std=0.02, generator=generator)
 
     def forward(
         self,
@@ -444,48 +422,6 @@ class LanguageModel(nn.Module):
         if weight is None or not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
             return self.token_losses(hidden, targets).sum() / count(targets)
         return linear_loss(hidden, weight, targets, self.config.vocab_size)
-
-
-class Linear(nn.Linear):
-    """torch's Linear, through the multiplication that is fast on this processor."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map (..., d_in) to (..., d_out)."""
-        return ops.linear(input, self.weight, self.bias)
-
-
-def linear(d_in: int, d_out: int, bias: bool, generator: torch.Generator | None = None) -> nn.Linear:
-    """Make a Linear as the official code starts it: torch's own weights, zero bias.
-
-    Args:
-        d_in: input width.
-        d_out: output width.
-        bias: whether it has one.
-        generator: randomness; torch's global one if None.
-
-    Returns:
-        The layer.
-    """
-    layer = blank(Linear, d_in, d_out, bias=bias)
-    nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
-    if bias:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-def blank(kind: type[ModuleT], *args: Any, **kwargs: Any) -> ModuleT:
-    """Make a torch module without its random start, which would draw from the global generator.
-
-    Args:
-        kind: its class.
-        args: as for the class.
-        kwargs: as for the class.
-
-    Returns:
-        The module, its parameters allocated and not yet set.
-    """
-    device = torch.get_default_device()
-    return cast(ModuleT, skip_init(kind, *args, device=device, **kwargs))  # type: ignore[no-untyped-call]
 
 
 def _latest(previous: Tensor | None, values: Tensor, seq_idx: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from ..errors import LongscanError
 from ..ops import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
 from ..ops import linear as linear_op
-from .backbone import LanguageModel, LanguageModelConfig, Mixer, blank, linear
+from .backbone import LanguageModel, LanguageModelConfig, Mixer
+from .layers import blank, linear
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257},
@@ -140,15 +141,16 @@ class MambaMixer(Mixer[MambaState]):
         self.conv1d = blank(nn.Conv1d, d_inner, d_inner, config.d_conv, groups=d_inner, bias=config.conv_bias)
         self.x_proj = linear(d_inner, sum(self.widths), False, generator)
         self.dt_proj = blank(DtProjection, rank, d_inner)
-        decay = torch.arange(1.0, d_state + 1)  # S4D-real: A_n = -n
-        self.A_log = nn.Parameter(decay.log().repeat(d_inner, 1))
+        self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
         self.D = nn.Parameter(torch.ones(d_inner))
         self.out_proj = linear(d_inner, config.d_model, config.bias, generator)
-        self._start(config, generator)
+        if not self.A_log.is_meta:  # there only shapes are wanted
+            self._start(config, generator)
 
     @torch.no_grad()
     def _start(self, config: MambaConfig, generator: torch.Generator | None) -> None:
         """Set what is no plain Linear: the convolution, the time steps and the scale of the residual."""
+        self.A_log.copy_(torch.arange(1.0, config.d_state + 1).log())  # S4D-real: A_n = -n
         nn.init.kaiming_uniform_(self.conv1d.weight, a=math.sqrt(5), generator=generator)
         if self.conv1d.bias is not None:
             bound = config.d_conv**-0.5

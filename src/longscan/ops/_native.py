@@ -82,7 +82,7 @@ _PREFERS_ONEDNN = (
     _library is not None
     and bool(_library.ls_is_amd())
     and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    and torch.backends.mkldnn.is_available()
+    and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 )
 
 
