@@ -1,0 +1,655 @@
+"""Model directories: every way in and out gives the same model; whatever is wrong with one is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from longscan import checkpoint
+from longscan.checkpoint import convert, fingerprint, load, resolve, save
+from longscan.errors import LongscanError
+from longscan.files import read_json, write_json
+from longscan.models import LanguageModel, Mamba, MambaConfig
+from longscan.tokenizer import ByteTokenizer, train_bpe
+
+EMBEDDING = "backbone.embeddings.weight"
+IDS = torch.tensor([[72, 101, 108, 108, 111], [0, 255, 256, 1, 2]])
+
+
+def make(**fields: Any) -> Mamba:
+    sizes = {"d_model": 16, "n_layers": 2, "vocab_size": 257, "d_state": 4}
+    return Mamba(MambaConfig.from_dict(sizes | fields), torch.Generator().manual_seed(0)).eval()
+
+
+@pytest.fixture
+def model() -> Mamba:
+    return make()
+
+
+@pytest.fixture
+def saved(model: Mamba, tmp_path: Path) -> Path:
+    save(model, tmp_path / "saved", ByteTokenizer())
+    return tmp_path / "saved"
+
+
+def edit(directory: Path, **changes: Any) -> None:
+    """Set fields of config.json; ... removes one."""
+    raw = read_json(directory / "config.json") | changes
+    write_json(directory / "config.json", {name: value for name, value in raw.items() if value is not ...})
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+
+
+def assert_same(a: LanguageModel, b: LanguageModel) -> None:
+    assert a.config == b.config
+    assert fingerprint(a) == fingerprint(b)
+
+
+def refusal(directory: Path | str, **options: Any) -> str:
+    with pytest.raises(LongscanError) as caught:
+        load(directory, **options)
+    return str(caught.value)
+
+
+# ---- there and back
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "untied": {"tie_embeddings": False},
+    "odd": {"vocab_size": 301, "pad_vocab_size_multiple": 16, "d_conv": 3, "expand": 3, "dt_rank": 5},
+    "biased": {"bias": True, "conv_bias": False, "residual_in_fp32": False, "dt_init": "constant"},
+}
+
+
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("layout", ["hf", "official"])
+def test_round_trip(fields: dict[str, Any], layout: checkpoint.Layout, tmp_path: Path) -> None:
+    model = make(**fields)
+    save(model, tmp_path / "a", ByteTokenizer())
+    convert(tmp_path / "a", tmp_path / "b", layout=layout)
+    convert(tmp_path / "b", tmp_path / "c")
+    for name in "abc":
+        again, tokenizer = load(tmp_path / name)
+        assert_same(again, model)
+        assert isinstance(tokenizer, ByteTokenizer)
+        assert not again.training
+        assert all(parameter.requires_grad for parameter in again.parameters())
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_norm_eps_has_no_place_in_the_official_layout(tmp_path: Path) -> None:
+    save(make(norm_eps=1e-6), tmp_path / "a")
+    assert load(tmp_path / "a")[0].config.norm_eps == 1e-6
+    with pytest.raises(LongscanError, match="no field for norm_eps"):
+        convert(tmp_path / "a", tmp_path / "b", layout="official")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_precision(model: Mamba, dtype: torch.dtype, tmp_path: Path) -> None:
+    save(model, tmp_path / "a", dtype=dtype)
+    assert model.backbone.embedding.weight.dtype is torch.float32
+    stored = load_file(tmp_path / "a" / "model.safetensors")
+    wide = torch.promote_types(dtype, torch.float32)
+    for name, tensor in stored.items():
+        recurrence = name.endswith(("A_log", "D", "dt_proj.bias"))
+        assert tensor.dtype == (wide if recurrence else dtype), name
+    kept, _ = load(tmp_path / "a", dtype=None)
+    assert kept.backbone.embedding.weight.dtype is dtype
+    again, _ = load(tmp_path / "a")
+    for name, parameter in again.named_parameters():
+        assert parameter.dtype is torch.float32
+        recurrence = name.endswith(("A_log", "D", "dt_proj.bias"))
+        original = model.get_parameter(name)
+        assert torch.equal(parameter, original if recurrence else original.to(dtype).float()), name
+
+
+def test_model_does_not_depend_on_the_file(model: Mamba, saved: Path) -> None:
+    again, _ = load(saved)
+    file = saved / "model.safetensors"
+    with open(file, "r+b") as stream:
+        stream.write(bytes(file.stat().st_size))
+    assert_same(again, model)
+
+
+def test_shards(model: Mamba, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SHARD_SIZE", "8KB")
+    save(model, tmp_path / "a")
+    shards = sorted(path.name for path in (tmp_path / "a").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert_same(load(tmp_path / "a")[0], model)
+    (tmp_path / "a" / shards[1]).unlink()
+    assert f"1 of {len(shards)} shards missing: {shards[1]}" in refusal(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/etc/model.safetensors", "..", "model.bin", ""])
+def test_index_cannot_leave_the_directory(saved: Path, name: str) -> None:
+    shutil.move(saved / "model.safetensors", saved.parent / "model.safetensors")
+    write_json(saved / "model.safetensors.index.json", {"weight_map": {EMBEDDING: name}})
+    assert "plain names of .safetensors files" in refusal(saved)
+
+
+def test_shards_may_not_overlap(saved: Path) -> None:
+    shutil.copy(saved / "model.safetensors", saved / "copy.safetensors")
+    shutil.move(saved / "model.safetensors", saved / "first.safetensors")
+    write_json(
+        saved / "model.safetensors.index.json",
+        {"weight_map": {"a": "copy.safetensors", "b": "first.safetensors"}},
+    )
+    assert "in another shard too" in refusal(saved)
+    write_json(saved / "model.safetensors.index.json", {"weight_map": []})
+    assert "weight_map" in refusal(saved)
+
+
+def test_head_beside_tied_embeddings(model: Mamba, saved: Path) -> None:
+    rewrite(saved, lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDING].clone()}))
+    assert_same(load(saved)[0], model)
+    rewrite(saved, lambda tensors: tensors["lm_head.weight"].add_(1))
+    assert "another lm_head.weight" in refusal(saved)
+    edit(saved, tie_word_embeddings=False)
+    untied, _ = load(saved)
+    assert torch.equal(untied.get_parameter("lm_head.weight"), model.backbone.embedding.weight + 1)
+
+
+def test_fingerprint_tells_models_apart(model: Mamba) -> None:
+    assert re.fullmatch("[0-9a-f]{16}", fingerprint(model))
+    before = fingerprint(model)
+    with torch.no_grad():
+        model.backbone.norm_f.weight[0] += 1
+    assert fingerprint(model) != before
+    assert fingerprint(make()) == before
+
+
+# ---- files of others
+
+
+@pytest.fixture
+def transformers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_transformers_reads_ours(transformers: Any, fields: dict[str, Any], tmp_path: Path) -> None:
+    model = make(**fields)
+    save(model, tmp_path / "a", ByteTokenizer())
+    theirs, report = transformers.MambaForCausalLM.from_pretrained(tmp_path / "a", output_loading_info=True)
+    assert not any(report.values())
+    with torch.no_grad():
+        torch.testing.assert_close(
+            theirs(IDS, use_cache=False).logits, model(IDS).logits, rtol=1e-5, atol=1e-5
+        )
+    assert theirs.generation_config.eos_token_id == ByteTokenizer.eos_id
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert tokenizer("añ").input_ids == ByteTokenizer().encode("añ")
+    theirs.save_pretrained(tmp_path / "b", max_shard_size="10KB")  # keeps unpadded_vocab_size
+    assert_same(load(tmp_path / "b")[0], model)
+    save(model, tmp_path / "c", dtype=torch.bfloat16)
+    assert transformers.MambaForCausalLM.from_pretrained(tmp_path / "c").dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_ours_reads_transformers(transformers: Any, tied: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(
+        vocab_size=264, hidden_size=16, num_hidden_layers=2, state_size=4, tie_word_embeddings=tied
+    )
+    theirs = transformers.MambaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model, tokenizer = load(tmp_path)
+    assert tokenizer is None
+    assert model.config.vocab_size == 264
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(IDS).logits, theirs(IDS, use_cache=False).logits, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_tokenizer_tells_the_unpadded_vocabulary(saved: Path) -> None:
+    edit(saved, unpadded_vocab_size=..., pad_vocab_size_multiple=...)
+    config = load(saved)[0].config
+    assert (config.vocab_size, config.padded_vocab_size) == (257, 264)
+    (saved / "tokenizer.json").unlink()
+    config = load(saved)[0].config
+    assert (config.vocab_size, config.padded_vocab_size) == (264, 264)
+    train_bpe(["the cat sat on the mat, " * 9], 262).save(saved)
+    (saved / "tokenizer_config.json").unlink()
+    assert load(saved)[0].config.vocab_size == 262
+    edit(saved, unpadded_vocab_size=260)
+    assert "the tokenizer has 262 ids, the model 260" in refusal(saved)
+
+
+def test_published_official_layout(model: Mamba, tmp_path: Path) -> None:
+    old = {"d_model": 16, "n_layer": 2, "vocab_size": 257, "ssm_cfg": {"d_state": 4}}
+    flags = {"rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True, "pad_vocab_size_multiple": 8}
+    write_json(tmp_path / "config.json", old | flags)
+    tensors = dict(model.state_dict())
+    tensors["lm_head.weight"] = tensors["backbone.embedding.weight"]
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    assert_same(load(tmp_path)[0], model)
+    new = {"d_intermediate": 0, "attn_layer_idx": [], "attn_cfg": {}, "tie_embeddings": True}
+    write_json(tmp_path / "config.json", old | flags | new | {"ssm_cfg": {"layer": "Mamba1", "d_state": 4}})
+    assert_same(load(tmp_path)[0], model)
+    convert(tmp_path, tmp_path / "official", layout="official")
+    written = torch.load(tmp_path / "official" / "pytorch_model.bin", weights_only=True)
+    assert list(written) == list(tensors)
+    assert written["lm_head.weight"].data_ptr() == written["backbone.embedding.weight"].data_ptr()
+    assert read_json(tmp_path / "official" / "config.json") == old | flags | {"tie_embeddings": True}
+
+
+def test_hugging_face_copies_of_official_fields(model: Mamba, saved: Path) -> None:
+    edit(
+        saved,
+        d_model=16,
+        n_layer=2,
+        d_inner=32,
+        ssm_cfg={},
+        rms_norm=True,
+        fused_add_norm=True,
+        torch_dtype="float32",
+    )
+    assert_same(load(saved)[0], model)
+    edit(saved, n_layer=3)
+    assert "n_layer: expected 2, as the other fields say, got 3" in refusal(saved)
+
+
+# ---- damaged weights
+
+
+def test_cut_download(saved: Path) -> None:
+    file = saved / "model.safetensors"
+    size = file.stat().st_size
+    os.truncate(file, size - 1000)
+    message = f"{file} is shorter than its header says (expected {size:,} bytes, found {size - 1000:,})."
+    assert refusal(saved).startswith(message)
+    assert "delete the file and fetch it again" in refusal(saved)
+
+
+DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda data: b"", "shorter than its header says"),
+    "cut-in-header": (lambda data: data[:100], "shorter than its header says"),
+    "longer": (lambda data: data + b"more", "4 bytes more than its header says"),
+    "html": (lambda data: b"<!doctype html>" + data, "not a safetensors file"),
+    "lfs": (lambda data: b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    "header": (lambda data: data[:9] + b"\xff" * 20 + data[29:], "damaged header"),
+    "list": (lambda data: (2).to_bytes(8, "little") + b"[7]", "damaged header"),
+    "type": (lambda data: data.replace(b'"F32"', b'"F99"', 1), "is damaged"),
+    "offsets": (lambda data: data.replace(b'"data_offsets":[0,', b'"data_offsets":[4,', 1), "is damaged"),
+}
+
+
+@pytest.mark.parametrize(("damage", "expected"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_safetensors(saved: Path, damage: Callable[[bytes], bytes], expected: str) -> None:
+    file = saved / "model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    assert expected in refusal(saved)
+    assert str(file) in refusal(saved)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+def test_random_damage_is_never_unforeseen(saved: Path, name: str, tmp_path: Path) -> None:
+    if name.endswith(".bin"):
+        saved = tmp_path / "official"
+        convert(tmp_path / "saved", saved, layout="official")
+    file, rng = saved / name, random.Random(0)
+    data = file.read_bytes()
+    for _ in range(60):
+        bad = bytearray(data)
+        for _ in range(rng.choice([1, 3, 30])):
+            bad[rng.randrange(min(len(bad), 2000))] = rng.randrange(256)
+        file.write_bytes(bad if rng.random() < 0.7 else bad[: rng.randrange(len(bad))])
+        try:
+            load(saved)
+        except LongscanError:
+            continue
+
+
+def test_everything_that_does_not_fit_is_listed(saved: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["backbone.extra"] = torch.zeros(3)
+        tensors["backbone.norm_f.weight"] = torch.ones(7)
+        for name in [name for name in tensors if "layers.1." in name]:
+            del tensors[name]
+
+    rewrite(saved, change)
+    message = refusal(saved)
+    assert "10 missing: backbone.layers.1.mixer.A_log, backbone.layers.1.mixer.D, " in message
+    assert "and 2 more" in message
+    assert "1 unexpected: backbone.extra" in message
+    assert "1 of another shape: backbone.norm_f.weight (7,) instead of (16,)" in message
+
+
+def test_quantised_weights(saved: Path) -> None:
+    rewrite(saved, lambda tensors: tensors.update({EMBEDDING: tensors[EMBEDDING].to(torch.int8)}))
+    assert "backbone.embeddings.weight is int8, expected float32" in refusal(saved)
+
+
+def test_no_weights(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    expected = "expected model.safetensors or pytorch_model.bin, found config.json, generation_config.json, "
+    assert expected in refusal(saved)
+
+
+# ---- pickles
+
+
+class Trap:
+    """Unpickling this makes a directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickle_with_code_is_refused(saved: Path, tmp_path: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    file, trap = saved / "pytorch_model.bin", Trap(tmp_path / "executed")
+    torch.save({"backbone.embedding.weight": trap}, file)
+    assert f"{file} contains code (posix.mkdir): refused" in refusal(saved)
+    file.write_bytes(pickle.dumps({"backbone.embedding.weight": trap}))
+    assert "may contain code and is refused" in refusal(saved)
+    torch.save(torch.nn.Linear(2, 2), file)
+    assert "contains code (torch.nn.modules.linear.Linear)" in refusal(saved)
+    assert not trap.path.exists()
+
+
+def test_pickle_of_something_else(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    file = saved / "pytorch_model.bin"
+    for value in ({"model": {"a": torch.zeros(1)}}, torch.zeros(1), {"step": 3}):
+        torch.save(value, file)
+        assert "expected a dictionary of tensors" in refusal(saved)
+    torch.save({"a": torch.zeros(10_000)}, file)
+    os.truncate(file, 5_000)
+    assert "fetch it again" in refusal(saved)
+
+
+def test_safetensors_come_first(model: Mamba, saved: Path) -> None:
+    (saved / "pytorch_model.bin").write_bytes(b"anything")
+    assert_same(load(saved)[0], model)
+
+
+# ---- configurations
+
+
+IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown": ({"hidden_sise": 16}, "unknown field 'hidden_sise'; did you mean 'hidden_size'?"),
+    "time-step-limit": ({"time_step_limit": [0.0, 0.1]}, "unknown field 'time_step_limit'"),
+    "falcon": (
+        {"use_bcdt_rms": True, "mixer_rms_eps": 1e-6},
+        "unknown field 'use_bcdt_rms', 'mixer_rms_eps'.",
+    ),
+    "quantised": ({"quantization_config": {}}, "unknown field 'quantization_config'"),
+    "activation": ({"hidden_act": "relu"}, "hidden_act: expected 'silu', got 'relu'"),
+    "layer-norm": ({"rms_norm": False}, "rms_norm: expected True, got False"),
+    "missing": ({"hidden_size": ...}, "needs hidden_size"),
+    "zero": ({"hidden_size": 0}, "hidden_size: expected a whole number of at least 1, got 0"),
+    "text": ({"state_size": "16"}, "state_size: expected int, got '16' (str)"),
+    "fraction": ({"expand": 1.5}, "expand: expected int, got 1.5"),
+    "negative": ({"time_step_min": -1.0}, "time_step_min, time_step_max: expected 0 <"),
+    "other-inner": (
+        {"intermediate_size": 48},
+        "intermediate_size: expected 32, as the other fields say, got 48",
+    ),
+    "vocabulary": (
+        {"unpadded_vocab_size": 999},
+        "unpadded_vocab_size: expected 1 to vocab_size = 264, got 999",
+    ),
+    "layers": ({"num_hidden_layers": 10**9}, "config.json says 1,000,000,000 layers, 22 tensors are there"),
+    "huge": ({"hidden_size": 10**12, "intermediate_size": ...}, "the sizes in config.json are impossible"),
+    "huger": ({"state_size": 10**30}, "the sizes in config.json are impossible"),
+    "wide": ({"hidden_size": 10**6, "intermediate_size": ...}, "(264, 16) instead of (264, 1000000)"),
+    "type": ({"model_type": "llama"}, "model_type: expected 'mamba', got 'llama'"),
+    "neither": ({"model_type": ...}, "neither a Hugging Face configuration (no model_type) nor an official"),
+}
+
+
+@pytest.mark.parametrize(("changes", "expected"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_impossible_config(saved: Path, changes: dict[str, Any], expected: str) -> None:
+    edit(saved, **changes)
+    assert expected in refusal(saved)
+    assert str(saved) in refusal(saved)
+
+
+OFFICIAL_IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
+    "mamba2": ({"ssm_cfg": {"layer": "Mamba2"}}, "layer: expected 'Mamba1', got 'Mamba2'"),
+    "attention": ({"attn_layer_idx": [1]}, "attn_layer_idx: expected [], got [1]"),
+    "mlp": ({"d_intermediate": 64}, "d_intermediate: expected 0, got 64"),
+    "unknown": ({"n_layers": 2}, "unknown field 'n_layers'; did you mean 'n_layer'?"),
+    "unknown-ssm": ({"ssm_cfg": {"dstate": 4}}, "unknown field 'dstate'; did you mean 'd_state'?"),
+    "no-object": ({"ssm_cfg": 3}, "ssm_cfg: expected an object"),
+    "zero": ({"n_layer": 0}, "n_layer: expected a whole number of at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize(("changes", "expected"), OFFICIAL_IMPOSSIBLE.values(), ids=OFFICIAL_IMPOSSIBLE)
+def test_impossible_official_config(
+    saved: Path, tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
+    convert(saved, tmp_path / "official", layout="official")
+    edit(tmp_path / "official", **changes)
+    assert expected in refusal(tmp_path / "official")
+
+
+def test_config_is_not_json(saved: Path) -> None:
+    (saved / "config.json").write_text('{"model_type": "mam')
+    assert "config.json is not valid JSON" in refusal(saved)
+
+
+# ---- names
+
+
+def test_shipped_model(model: Mamba, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "ASSETS", tmp_path)
+    save(model, tmp_path / "tiny", ByteTokenizer(), dtype=torch.bfloat16)
+    (tmp_path / "__pycache__").mkdir()
+    assert checkpoint.shipped() == ["tiny"]
+    assert resolve("tiny") == tmp_path / "tiny"
+    assert load("tiny")[0].num_parameters() == model.num_parameters()
+    assert "no model called 'tinny', and no such directory; did you mean 'tiny'?" in refusal("tinny")
+
+
+def test_no_such_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "no model called './nowhere'" in refusal("./nowhere")
+    assert "owner/name, for example state-spaces/mamba-130m-hf" in refusal("/nowhere/at/all")
+    Path("empty").mkdir()
+    assert "empty is not a model directory: expected config.json, found nothing" in refusal("empty")
+    Path("empty", "notes.txt").touch()
+    assert "found notes.txt" in refusal(Path("empty"))
+    assert "notes.txt is a file" in refusal("empty/notes.txt")
+    save(make(), "run/model")
+    assert "run is a training run: its model is run/model" in refusal("run")
+    assert resolve(Path("run") / "model") == Path("run/model")
+
+
+# ---- the hub, simulated
+
+
+class Hub:
+    """Stands in for huggingface_hub.snapshot_download: repositories are directories; keeps what is asked."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.asked: list[tuple[str, set[str], dict[str, Any]]] = []
+        self.error: Exception | None = None
+
+    def __call__(self, repository: str, *, allow_patterns: list[str], **options: Any) -> str:
+        if self.error:
+            raise self.error
+        self.asked.append((repository, set(allow_patterns), options))
+        target = self.root / "cache" / repository
+        target.mkdir(parents=True, exist_ok=True)
+        for pattern in allow_patterns:
+            for file in (self.root / repository).glob(pattern):
+                shutil.copy(file, target)
+        return str(target)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    hub = Hub(tmp_path / "hub")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    return hub
+
+
+def test_hub_safetensors(model: Mamba, hub: Hub) -> None:
+    save(model, hub.root / "some" / "mamba", ByteTokenizer())
+    (hub.root / "some" / "mamba" / "pytorch_model.bin").touch()
+    again, tokenizer = load("some/mamba", revision="v1", offline=True)
+    assert_same(again, model)
+    assert tokenizer is not None
+    assert [(name, options) for name, _, options in hub.asked] == [
+        ("some/mamba", {"revision": "v1", "local_files_only": True})
+    ]
+    assert not any("bin" in pattern for pattern in hub.asked[0][1])
+
+
+def test_hub_official(model: Mamba, hub: Hub, tmp_path: Path) -> None:
+    save(model, tmp_path / "a")
+    convert(tmp_path / "a", hub.root / "state-spaces" / "mamba-1m", layout="official")
+    hub.root.joinpath("EleutherAI/gpt-neox-20b").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="the model has no tokenizer: no tokenizer in"):
+        assert load("state-spaces/mamba-1m")[1] is None
+    train_bpe([], 257).save(hub.root / "EleutherAI" / "gpt-neox-20b")
+    again, tokenizer = load("state-spaces/mamba-1m")
+    assert_same(again, model)
+    assert tokenizer is not None
+    assert tokenizer.vocab_size == 257
+    assert hub.asked[-1][1] == {"tokenizer.json", "tokenizer_config.json"}
+
+
+def test_hub_repository_of_something_else(hub: Hub) -> None:
+    (hub.root / "some" / "data").mkdir(parents=True)
+    assert "not a model directory: expected config.json" in refusal("some/data")
+
+
+def test_hub_errors(hub: Hub) -> None:
+    from huggingface_hub import errors
+
+    response = SimpleNamespace(headers={}, request=None)  # all that the errors look at
+    expected = {
+        errors.RepositoryNotFoundError("x", response=response): "no such model on the Hugging Face hub",
+        errors.GatedRepoError("x", response=response): "is gated: ask for access",
+        errors.RevisionNotFoundError("x", response=response): "has no revision 'v1'",
+        errors.LocalEntryNotFoundError("x"): "Fetch it once with a connection",
+        ConnectionResetError(
+            "broken pipe"
+        ): "could not be fetched from the Hugging Face hub (ConnectionResetError",
+    }
+    for error, message in expected.items():
+        hub.error = error
+        assert message in refusal("some/mamba", revision="v1")
+
+
+def test_hub_offline() -> None:
+    message = refusal("nobody/nothing", offline=True)
+    assert "no directory nobody/nothing here" in message
+    assert "the hub is not asked (offline)" in message
+
+
+# ---- writing
+
+
+def test_failed_save_leaves_the_old_model(saved: Path, model: Mamba, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(tensors: Any, directory: Path, **_: Any) -> None:
+        (directory / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("huggingface_hub.save_torch_state_dict", fail)
+    with pytest.raises(KeyboardInterrupt):
+        save(make(n_layers=1), saved)
+    assert_same(load(saved)[0], model)
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+def test_save_replaces_models_only(saved: Path, tmp_path: Path) -> None:
+    other = make(n_layers=1)
+    save(other, saved)
+    assert_same(load(saved)[0], other)
+    assert not (saved / "tokenizer.json").exists()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").touch()
+    with pytest.raises(LongscanError, match="photos exists and was not written by longscan"):
+        save(other, tmp_path / "photos")
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "writer", "error"),
+    [
+        ("hf", "huggingface_hub.save_torch_state_dict", SafetensorError),
+        ("official", "torch.save", RuntimeError),
+    ],
+    ids=["hf", "official"],
+)
+def test_full_disk(
+    saved: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: checkpoint.Layout,
+    writer: str,
+    error: type[Exception],
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error("No space left on device")
+
+    monkeypatch.setattr(writer, fail)
+    with pytest.raises(LongscanError, match=r"could not be written \(No space left on device\)"):
+        convert(saved, saved.parent / "new", layout=layout)
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+# ---- the command
+
+
+def test_convert_command(cli: Any, saved: Path, tmp_path: Path, model: Mamba) -> None:
+    done = cli("convert", saved, tmp_path / "official", "--to", "official", "--dtype", "bfloat16")
+    assert (done.code, done.err) == (0, "")
+    for word in ("official layout", f"{model.num_parameters():,} parameters", "bfloat16", "with tokenizer"):
+        assert word in done.out
+    assert load(tmp_path / "official", dtype=None)[0].backbone.embedding.weight.dtype is torch.bfloat16
+    done = cli("convert", tmp_path / "official", tmp_path / "hf")
+    assert done.code == 0
+    assert "hf layout" in done.out
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_convert_command_errors(cli: Any, saved: Path, tmp_path: Path) -> None:
+    before = sorted((path.name, path.read_bytes()) for path in saved.iterdir())
+    done = cli("convert", saved, saved)
+    assert done.code == 1
+    assert done.err.startswith(f"error: {saved} exists and is not an empty directory")
+    assert sorted((path.name, path.read_bytes()) for path in saved.iterdir()) == before
+    assert cli("convert", tmp_path / "nowhere", tmp_path / "b").code == 1
+    assert cli("convert", saved, tmp_path / "b", "--to", "gguf").code == 2
+    assert cli("convert", saved, tmp_path / "b", "--dtype", "int3").code == 2
+    (tmp_path / "file").touch()
+    assert cli("convert", saved, tmp_path / "file" / "b").code == 1
+    os.truncate(saved / "model.safetensors", 5000)
+    done = cli("convert", saved, tmp_path / "b")
+    assert done.code == 1
+    assert "shorter than its header says" in done.err
+    assert not (tmp_path / "b").exists()
