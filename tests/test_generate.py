@@ -1,0 +1,510 @@
+"""Writing: who may be drawn, who ends when, and what is printed of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from longscan import save
+from longscan.errors import LongscanError, UsageError
+from longscan.generate import generate, generate_batch
+from longscan.models import LanguageModel, Mamba, MambaConfig, State
+from longscan.sampling import Sampler, SamplingConfig, TextWriter, _read, generate_ids, probabilities
+from longscan.tokenizer import ByteTokenizer, Tokenizer, train_bpe
+
+Cli = Callable[..., Any]
+BYTES = ByteTokenizer()
+EOS = BYTES.eos_id
+
+
+def build(vocab_size: int = 257, seed: int = 0) -> Mamba:
+    """A small random model that has opinions: fresh ones find all tokens equally likely."""
+    config = MambaConfig(d_model=16, n_layers=2, d_state=4, vocab_size=vocab_size, tie_embeddings=False)
+    model = Mamba(config, torch.Generator().manual_seed(seed)).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Mamba:
+    return build()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "small"
+    save(build(), path, BYTES)
+    return path
+
+
+class Clock(NamedTuple):
+    script: Tensor  # (batch,)
+    time: Tensor  # (batch,)
+
+
+class Parrot:
+    """Says what scripts[last token of the prompt] says, and counts the rows of each step."""
+
+    def __init__(self, scripts: dict[int, list[int]], vocab_size: int = 257) -> None:
+        self.scripts, self.rows = scripts, []
+        self.config = SimpleNamespace(vocab_size=vocab_size)
+        self.backbone = SimpleNamespace(embedding=SimpleNamespace(weight=torch.zeros(1)))
+
+    def init_state(self, batch_size: int) -> State:
+        return State([Clock(*torch.zeros(2, batch_size, dtype=torch.long))])
+
+    def prefill(self, ids: Tensor, state: State, *_: Any) -> tuple[Tensor, State]:
+        state = State([Clock(ids[:, -1], torch.zeros_like(ids[:, -1]))])
+        return self._logits(state), state
+
+    def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
+        clock = state.layers[0]
+        said = [self.scripts[int(s)][int(t)] for s, t in zip(*clock, strict=True)]
+        assert ids.tolist() == said, "the model must read what was drawn for the same row"
+        clock.time.add_(1)
+        self.rows.append(len(ids))
+        return self._logits(state), state
+
+    def _logits(self, state: State) -> Tensor:
+        logits = torch.zeros(state.batch_size, self.config.vocab_size + 7)
+        for row, (script, time) in enumerate(zip(*state.layers[0], strict=True)):
+            logits[row, self.scripts[int(script)][int(time)]] = 50.0
+        return logits
+
+
+def say(scripts: dict[int, list[int]], **sampling: Any) -> tuple[list[list[Any]], Parrot]:
+    """Let a parrot say its scripts in one batch; return the events of each row."""
+    parrot = Parrot(scripts)
+    config = SamplingConfig.from_dict({"temperature": 0, **sampling})
+    prompts = [[script] for script in scripts]
+    events = generate_ids(as_model(parrot), prompts, config, eos_id=EOS, tokenizer=BYTES)
+    rows: list[list[Any]] = [[] for _ in scripts]
+    for event in events:
+        rows[event.row].append(event)
+    return rows, parrot
+
+
+def as_model(thing: Any) -> LanguageModel:
+    return thing
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("temperature", -1.0),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 3.0),
+        ("min_p", 1.0),
+        ("min_p", -0.1),
+        ("repetition_penalty", 0.0),
+        ("stop", ("",)),
+        ("seed", -1),
+    ],
+)
+def test_impossible_values_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=rf"^{field}: expected .*, got "):
+        SamplingConfig(**{field: value})
+
+
+def test_an_unknown_field_is_named(model: Mamba) -> None:
+    with pytest.raises(LongscanError, match="did you mean 'temperature'"):
+        generate(model, BYTES, "a", temprature=1.0)
+
+
+# --- the distribution
+
+
+def by_the_book(row: list[float], config: SamplingConfig) -> list[float]:
+    """The filters one after another, each as its paper says it, on one row without ties."""
+    weights = torch.tensor(row, dtype=torch.float64).div(config.temperature).softmax(0).tolist()
+    order = sorted(range(len(row)), key=lambda i: -weights[i])
+    kept = order[: config.top_k] if config.top_k else order
+    total = sum(weights[i] for i in kept)
+    if config.top_p < 1:
+        mass, n = 0.0, 0
+        while n < len(kept) and mass < config.top_p:
+            mass += weights[kept[n]] / total
+            n += 1
+        kept = kept[:n]
+    kept = [i for i in kept if weights[i] >= config.min_p * weights[order[0]]]
+    total = sum(weights[i] for i in kept)
+    return [weights[i] / total if i in kept else 0.0 for i in range(len(row))]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    vocab_size=st.sampled_from([1, 2, 5, 63, 64, 65, 700]),
+    spread=st.sampled_from([0.01, 1.0, 10.0]),
+    temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    top_k=st.sampled_from([0, 1, 3, 64, 10_000]),
+    top_p=st.sampled_from([1e-6, 0.5, 0.9, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.1, 0.9]),
+)
+def test_the_filters_do_what_their_papers_say(
+    seed: int, vocab_size: int, spread: float, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    random = torch.Generator().manual_seed(seed)
+    scale = torch.tensor([[spread], [3 * spread]])  # thresholds that one row lends another would be wrong
+    logits = torch.stack([torch.randperm(vocab_size, generator=random) for _ in range(2)])
+    logits = logits * scale / vocab_size + torch.tensor([[5.0], [-80.0]])
+    probs = probabilities(logits, config)
+    for row, expected in zip(probs, logits.tolist(), strict=True):
+        torch.testing.assert_close(row.tolist(), by_the_book(expected, config), rtol=2e-4, atol=1e-6)
+
+
+def test_top_p_keeps_just_enough() -> None:
+    logits = torch.randn(50, 2000, generator=torch.Generator().manual_seed(0))
+    full = logits.softmax(-1)
+    kept = full * (probabilities(logits, SamplingConfig(temperature=1, top_p=0.8)) > 0)
+    assert (kept.sum(-1) >= 0.8 - 1e-6).all()
+    least = kept.where(kept > 0, 1.0).amin(-1)
+    assert (kept.sum(-1) - least < 0.8 + 1e-6).all()
+
+
+def test_ties_stay_together() -> None:
+    logits = torch.tensor([[1.0, 2.0, 1.0, 0.0]])
+    probs = probabilities(logits, SamplingConfig(temperature=1, top_k=2, top_p=1.0))
+    assert (probs > 0).tolist() == [[True, True, True, False]]
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-38, 1e-300])
+def test_next_to_no_temperature_is_greedy(temperature: float) -> None:
+    logits = torch.tensor([[3.0, 3.1, -900.0], [-1e30, -1e31, -1e32]])
+    probs = probabilities(logits, SamplingConfig(temperature=temperature))
+    assert probs.tolist() == [[0, 1, 0], [1, 0, 0]]
+
+
+def test_draws_follow_the_distribution() -> None:
+    config = SamplingConfig(temperature=1, top_p=1.0, seed=3)
+    logits = torch.tensor([0.5, -torch.inf, 2.0, 1.0, -torch.inf]).expand(3000, -1)
+    drawn = Sampler(config, 5, [[]] * 3000)(logits)
+    shares = torch.bincount(drawn, minlength=5) / 3000
+    torch.testing.assert_close(shares, logits[0].softmax(0), atol=0.03, rtol=0)
+    assert shares[[1, 4]].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("temperature", [0, 5.0])
+def test_ids_that_pad_the_vocabulary_are_never_drawn(temperature: float) -> None:
+    logits = torch.zeros(500, 264)
+    logits[:, 257:] = 99.0
+    sampler = Sampler(SamplingConfig(temperature=temperature, top_p=1.0, seed=0), 257, [[]] * 500)
+    assert sampler(logits).max() < 257
+
+
+def test_ids_that_the_tokenizer_does_not_know_are_never_drawn() -> None:
+    events = generate_ids(build(400), [[1]], SamplingConfig(seed=0), eos_id=None, tokenizer=BYTES)
+    assert max(event.token for event in events) < BYTES.vocab_size
+
+
+def test_repetition_counts_prompt_and_new_text_in_each_row() -> None:
+    config = SamplingConfig(temperature=0, repetition_penalty=4.0)
+    sampler = Sampler(config, 3, [[0], [2]])
+    logits = torch.tensor([[2.0, 1.0, -1.0], [-1.0, -1.5, -0.5]])
+    assert sampler(logits).tolist() == [1, 0]  # 2/4 < 1; -0.5*4 < -1
+    assert sampler(logits).tolist() == [0, 1]  # 2/4 > 1/4; -1.5 > -2
+    sampler.select([1])
+    assert sampler(logits[1:]).tolist() == [2]  # all seen: the likeliest again
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_no_numbers_are_an_error(bad: float) -> None:
+    logits = torch.zeros(2, 5)
+    logits[1] = bad
+    with pytest.raises(LongscanError, match="NaN or infinite"):
+        Sampler(SamplingConfig(seed=0), 5, [[], []])(logits)
+
+
+# --- batches
+
+PROMPTS = ["Once", "", "a", "The captain, who had not spoken since the morning, looked up.", "ab" * 20]
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "repetition_penalty": 1.1}])
+@pytest.mark.parametrize("chunk", [1024, 24], ids=["chunk-1024", "chunk-24"])
+def test_a_row_writes_what_it_writes_alone(
+    model: Mamba, sampling: dict[str, Any], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = [
+        "".join(generate(model, BYTES, prompt, max_new_tokens=30, seed=7 + row, **sampling))
+        for row, prompt in enumerate(PROMPTS)
+    ]
+    monkeypatch.setattr("longscan.sampling.CHUNK", chunk)
+    assert generate_batch(model, BYTES, PROMPTS, max_new_tokens=30, seed=7, **sampling) == alone
+    assert len(set(alone)) == len(alone)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 16, 1024])
+def test_reading_in_chunks_is_reading_alone(
+    model: Mamba, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longscan.sampling.CHUNK", chunk)
+    prompts = [list(range(n)) for n in (3, 17, 1, 40, 17)]
+    seen: list[tuple[int, int]] = []
+    logits, state = _read(model, prompts, lambda done, total: seen.append((done, total)))
+    for row, prompt in enumerate(prompts):
+        expected, after = model.prefill(torch.tensor([prompt]))
+        torch.testing.assert_close(logits[row], expected[0], rtol=1e-4, atol=1e-4)
+        for mine, theirs in zip(state.select([row]).layers, after.layers, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert seen[-1] == (40, 40)
+
+
+def test_a_chunk_is_never_larger_than_planned(model: Mamba, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longscan.sampling.CHUNK", 16)
+    sizes = []
+    hook = model.backbone.register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
+    _read(model, [[1] * n for n in (2, 3, 100, 8)], None)
+    hook.remove()
+    assert max(sizes) <= 16
+    assert sum(sizes) < 100 + 8 + 3 + 2 + 3 * 16  # little padding, though three prompts are short
+
+
+def test_finished_rows_leave_the_batch() -> None:
+    rows, parrot = say({1: [*b"ab", EOS], 2: [*b"cdefgh"], 3: [EOS]}, max_new_tokens=5)
+    assert [row[-1].finish for row in rows] == ["eos", "length", "eos"]
+    assert [len(row) for row in rows] == [3, 5, 1]
+    assert ["".join(event.text for event in row) for row in rows] == ["ab", "cdefg", ""]
+    assert parrot.rows == [2, 2, 1, 1]  # and none for the token after the last
+
+
+def test_no_prompts_are_no_events(model: Mamba) -> None:
+    assert list(generate_ids(model, [], SamplingConfig(), eos_id=EOS)) == []
+    assert generate_batch(model, BYTES, []) == []
+
+
+def test_an_empty_prompt_begins_a_document(model: Mamba) -> None:
+    config = SamplingConfig(max_new_tokens=10, seed=0)
+    empty = list(generate_ids(model, [[]], config, eos_id=EOS))
+    assert empty == list(generate_ids(model, [[EOS]], config, eos_id=EOS))
+    assert len(empty) > 1
+
+
+def test_a_seed_decides_and_leaves_the_global_generator_alone(model: Mamba) -> None:
+    before = torch.get_rng_state()
+    texts = ["".join(generate(model, BYTES, "a", max_new_tokens=20, seed=seed)) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(0)
+    free = ["".join(generate(model, BYTES, "a", max_new_tokens=20)) for _ in range(2)]
+    torch.manual_seed(0)
+    assert free[0] == "".join(generate(model, BYTES, "a", max_new_tokens=20)) != free[1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "eos_id", "words"),
+    [
+        ([257], EOS, "token id: expected 0 to 256, got 257"),
+        ([-1], EOS, "got -1"),
+        ([], None, "a prompt is empty"),
+    ],
+)
+def test_ids_that_are_none_are_refused(model: Mamba, prompt: list[int], eos_id: int, words: str) -> None:
+    with pytest.raises(LongscanError, match=words):
+        generate_ids(model, [[1], prompt], SamplingConfig(), eos_id=eos_id)
+
+
+def test_what_does_not_belong_together_is_refused(model: Mamba) -> None:
+    with pytest.raises(LongscanError, match="the tokenizer has 257 ids, the model 100"):
+        generate(build(100), BYTES, "a")
+    with pytest.raises(UsageError, match="give generate_ids a tokenizer"):
+        generate_ids(model, [[1]], SamplingConfig(stop=("x",)), eos_id=EOS)
+
+
+# --- text
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return train_bpe(["the cat sat on the mat and the naïve café 猫 was there. "] * 20, 300)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_the_pieces_are_the_text_of_the_ids(kind: str, bpe: Tokenizer) -> None:
+    tokenizer = BYTES if kind == "bytes" else bpe
+    model = build(tokenizer.vocab_size)
+    config = SamplingConfig(max_new_tokens=60, temperature=1.5, seed=1)
+    events = list(generate_ids(model, [[5]], config, eos_id=None, tokenizer=tokenizer))
+    assert "".join(event.text for event in events) == tokenizer.decode(event.token for event in events)
+
+
+def cut_by_hand(text: str, stops: tuple[str, ...]) -> str:
+    """Read letter by letter and end as soon as a stop string is complete."""
+    for end in range(1, len(text) + 1):
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            return text[: end - max(map(len, complete))]
+    return text
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text("abé", max_size=12),
+    stops=st.lists(st.text("abé", min_size=1, max_size=4), max_size=3),
+)
+def test_text_ends_before_a_stop_string_however_it_arrives(text: str, stops: list[str]) -> None:
+    pieces = train_bpe(["ab abab bé béab aéb abé ab bé "] * 4, 270)
+    for tokenizer in (BYTES, pieces):
+        writer = TextWriter(tokenizer, [], tuple(stops))
+        out, finish = "", None
+        for token in [*tokenizer.encode(text), tokenizer.eos_id]:
+            piece, finish = writer.push(token, is_eos=token == tokenizer.eos_id, is_last=False)
+            out += piece
+            if finish:
+                break
+            rest = cut_by_hand(text, tuple(stops))
+            assert rest.startswith(out)  # nothing is printed that would have to be taken back
+        assert out == cut_by_hand(text, tuple(stops))
+        assert finish == ("eos" if out == text else "stop")
+
+
+def test_a_stop_string_ends_its_own_row_only() -> None:
+    rows, parrot = say(
+        {1: [*b"one. two"], 2: [*b"no dots here"], 3: [*"né".encode(), EOS]},
+        max_new_tokens=7,
+        stop=[". t", "hm"],
+    )
+    assert ["".join(event.text for event in row) for row in rows] == ["one", "no dots", "né"]
+    assert [row[-1].finish for row in rows] == ["stop", "length", "eos"]
+    assert parrot.rows == [3, 3, 3, 2, 2, 1]
+
+
+def test_a_character_cut_short_is_replaced() -> None:
+    rows, _ = say({1: [*b"a", 0xC3, EOS]})
+    assert [event.text for event in rows[0]] == ["a", "", "\ufffd"]
+
+
+def test_a_prompt_that_ends_inside_a_character_goes_on() -> None:
+    rows, _ = say({0xC3: [0xA9, EOS]})
+    assert rows[0][0].text == "é"
+
+
+# --- the command
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--temperature", "-1"], "temperature: expected 0 (greedy) or more, got -1.0."),
+        (["--temperature", "nan"], "temperature: expected a finite number, got nan"),
+        (["--top-p", "3"], "top_p: expected more than 0 and at most 1, got 3.0."),
+        (["--top-k", "-3"], "top_k: expected 0 (off) or more, got -3."),
+        (["--min-p", "1"], "min_p: expected at least 0 and less than 1, got 1.0."),
+        (["--max-new-tokens", "0"], "max_new_tokens: expected 1 or more, got 0."),
+        (["--max-new-tokens", "many"], "Invalid value for '--max-new-tokens'"),
+        (["--stop", ""], "stop: expected strings that are not empty"),
+        (["--threads", "0"], "threads: expected 1 or more, got 0."),
+    ],
+)
+def test_misuse_exits_with_2(cli: Cli, flags: list[str], words: str) -> None:
+    done = cli("generate", "a", "--model", "/nowhere", *flags)
+    assert (done.code, done.out) == (2, "")
+    assert words in done.err
+
+
+def test_the_command_writes_what_the_library_writes(cli: Cli, directory: Path, model: Mamba) -> None:
+    done = cli("generate", "Hello", "--model", directory, "--seed", 5, "--max-new-tokens", 25)
+    text = "".join(generate(model, BYTES, "Hello", seed=5, max_new_tokens=25))
+    assert (done.code, done.out) == (0, text + "\n")
+    header, empty, footer = done.err.splitlines()
+    assert header.startswith(f"{directory} · Mamba, 12.9 k parameters, 2 layers · state ")
+    assert empty == ""
+    assert footer.startswith("▏ 25 tokens · ")
+    assert "tok/s · first token after" in footer
+    assert "seed 5" in footer
+    quiet = cli("generate", "Hello", "--model", directory, "--seed", 5, "--max-new-tokens", 25, "-q")
+    assert (quiet.code, quiet.out, quiet.err) == (0, done.out, "")
+
+
+@pytest.mark.parametrize("argv", [[], ["-"]], ids=["nothing", "dash"])
+def test_a_prompt_comes_from_stdin(cli: Cli, directory: Path, argv: list[str]) -> None:
+    flags = ["--model", directory, "--seed", 4, "--max-new-tokens", 9, "-q"]
+    expected = cli("generate", "Zoë\nsaid", *flags).out
+    for end in ("", "\n", "\r\n"):
+        assert cli("generate", *argv, *flags, stdin="Zoë\nsaid" + end).out == expected
+
+
+def test_without_a_prompt_a_text_begins(cli: Cli, directory: Path) -> None:
+    flags = ["--model", directory, "--seed", 4, "--max-new-tokens", 9, "-q"]
+    assert cli("generate", *flags).out == cli("generate", "", *flags).out != ""
+
+
+def test_a_prompt_that_is_not_unicode_is_an_error(cli: Cli, directory: Path) -> None:
+    words = "is not UTF-8: byte 0xFF at offset 3 (invalid start byte)"
+    done = cli("generate", "--model", directory, stdin=b"Zo\n\xff")
+    assert (done.code, done.out) == (1, "")
+    assert f"error: the prompt on stdin {words}" in done.err
+    done = cli("generate", "Zo\n\udcff", "--model", directory)  # as Python passes such an argument on
+    assert (done.code, done.out) == (1, "")
+    assert f"error: the prompt {words}" in done.err
+
+
+def test_several_prompts_are_printed_whole_and_in_order(cli: Cli, directory: Path, model: Mamba) -> None:
+    flags = ["--model", directory, "--seed", 4, "--max-new-tokens", 9]
+    texts = generate_batch(model, BYTES, ["one", "two, longer"], seed=4, max_new_tokens=9)
+    done = cli("generate", "one", "two, longer", *flags)
+    assert done.out == f"── 1 of 2 ──\n{texts[0]}\n\n── 2 of 2 ──\n{texts[1]}\n\n"
+    report = json.loads(cli("generate", "one", "two, longer", *flags, "--json").out)
+    assert [text["text"] for text in report["texts"]] == texts
+    assert [text["finish"] for text in report["texts"]] == ["length", "length"]
+    assert (report["tokens"], report["prompt_tokens"], report["seed"]) == (18, 14, 4)
+
+
+def test_a_stop_string_at_the_command_line(cli: Cli, directory: Path) -> None:
+    flags = ["--model", directory, "--seed", 4, "--max-new-tokens", 40]
+    text = cli("generate", "a", *flags, "-q").out
+    stop = text[4:6]
+    done = cli("generate", "a", *flags, "--stop", "never", "--stop", stop)
+    assert done.out == text[: text.index(stop)] + "\n"
+    assert "· stop string ·" in done.err
+
+
+@pytest.mark.parametrize("prompts", [["a"], ["a", "b"]], ids=["one", "two"])
+def test_interrupted_text_stays(
+    cli: Cli, directory: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--model", directory, "--seed", 4, "-q"]
+    short = cli("generate", *prompts, *flags, "--max-new-tokens", 5).out
+    calls = iter(range(100))
+    usual = LanguageModel.step
+
+    def step(*args: Any) -> Any:
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+        return usual(*args)
+
+    monkeypatch.setattr(LanguageModel, "step", step)
+    done = cli("generate", *prompts, "--model", directory, "--seed", 4)
+    assert done.code == 130
+    assert done.out.replace("\ufffd", "") == short.replace("\ufffd", "")
+    assert f"▏ stopped · {5 * len(prompts)} tokens" in done.err
+
+
+def test_models_that_cannot_write(cli: Cli, tmp_path: Path) -> None:
+    done = cli("generate", "a", "--model", tmp_path / "nowhere")
+    assert done.code == 1
+    assert "no model called" in done.err
+    save(build(), tmp_path / "mute")
+    done = cli("generate", "a", "--model", tmp_path / "mute")
+    assert (done.code, done.out) == (1, "")
+    assert "has no tokenizer" in done.err
+    broken = build()
+    with torch.no_grad():
+        broken.backbone.norm_f.weight.fill_(torch.nan)
+    save(broken, tmp_path / "broken", BYTES)
+    done = cli("generate", "a", "--model", tmp_path / "broken")
+    assert (done.code, done.out) == (1, "")
+    assert "error: the model computed NaN or infinite logits" in done.err
