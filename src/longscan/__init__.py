@@ -1,0 +1,85 @@
+"""longscan: sequence models with a memory, from the paper to the prompt.
+
+    model, tokenizer = longscan.load("longscan-tiny-en")
+    for piece in longscan.generate(model, tokenizer, "It was a bright morning", seed=0): ...
+
+Every name below is imported when it is first used: `import longscan` alone loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longscan import models, ops
+    from longscan.checkpoint import convert, load, save
+    from longscan.config import Config
+    from longscan.errors import LongscanError, UsageError
+    from longscan.evaluate import Evaluation, evaluate
+    from longscan.generate import SamplingConfig, generate
+    from longscan.tokenizer import Tokenizer, load_tokenizer
+    from longscan.train import TrainConfig, train
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "checkpoint": ("convert", "load", "save"),
+    "config": ("Config",),
+    "errors": ("LongscanError", "UsageError"),
+    "evaluate": ("Evaluation", "evaluate"),
+    "generate": ("SamplingConfig", "generate"),
+    "tokenizer": ("Tokenizer", "load_tokenizer"),
+    "train": ("TrainConfig", "train"),
+}
+_MODULE_OF = {name: f"longscan.{module}" for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "Config",
+    "Evaluation",
+    "LongscanError",
+    "SamplingConfig",
+    "Tokenizer",
+    "TrainConfig",
+    "UsageError",
+    "__version__",
+    "convert",
+    "evaluate",
+    "generate",
+    "load",
+    "load_tokenizer",
+    "models",
+    "ops",
+    "save",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use."""
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    elif name in ("models", "ops"):
+        value = importlib.import_module(f"longscan.{name}")
+    else:
+        raise AttributeError(f"module 'longscan' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported or not."""
+    return __all__
+
+
+class _Package(types.ModuleType):
+    """Keeps `longscan.generate` the function: importing the file generate.py would bind the module."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULE_OF and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,111 @@
+"""The line of models at a glance, and one of them in detail."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from longscan.config import nearest
+from longscan.errors import UsageError
+from longscan.models import LINEAGE, MODELS, ModelEntry
+
+__all__ = ["command"]
+
+
+def command(
+    name: Annotated[
+        str | None, typer.Argument(help="One model to describe; all of them when left out.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """List the line of models, oldest first, with the verbs that work; or describe one of them.
+
+    Args:
+        name: a key of MODELS.
+        as_json: for programs.
+
+    Raises:
+        UsageError: there is no model of that name.
+    """
+    if name is None:
+        rows = [_row(entry) for entry in LINEAGE]
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False) if as_json else _table(rows))
+        return
+    if name not in MODELS:
+        raise UsageError(f"no model called {name!r}{nearest(name, MODELS)}")
+    details = _details(MODELS[name])
+    typer.echo(json.dumps(details, indent=2, ensure_ascii=False) if as_json else _page(details))
+
+
+def _row(entry: ModelEntry) -> dict[str, Any]:
+    """Return what the table shows of a model."""
+    return {
+        "year": entry.year,
+        "name": entry.name,
+        "class": entry.cls.__name__,
+        "idea": entry.idea,
+        "verbs": list(entry.verbs),
+    }
+
+
+def _details(entry: ModelEntry) -> dict[str, Any]:
+    """Return what there is to say about a model; on the meta device counting its sizes allocates nothing."""
+    presets = {}
+    for preset, fields in entry.presets.items():
+        with torch.device("meta"):
+            model = entry.cls(entry.config.from_dict(fields))
+            state = model.init_state(1)
+        presets[preset] = {**fields, "parameters": model.num_parameters(), "state_bytes": state.nbytes}
+    return {
+        **_row(entry),
+        "paper": entry.paper,
+        "arxiv": entry.arxiv,
+        "parents": list(entry.parents),
+        "file": str(Path(inspect.getfile(entry.cls)).resolve()),
+        "presets": presets,
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """Lay the line of models out in columns."""
+    names, ideas = (max(len(row[key]) for row in rows) for key in ("class", "idea"))
+    lines = [
+        f"{row['year']}  {row['class']:{names}}  memory is {row['idea']:{ideas}}  "
+        + " ".join(f"{verb} ✓" for verb in row["verbs"])
+        for row in rows
+    ]
+    example = rows[-1]["name"]
+    return "\n".join(
+        [*lines, f"   longscan models {example}    paper, file, parents, presets, sizes in memory"]
+    )
+
+
+def _page(details: dict[str, Any]) -> str:
+    """Lay one model out in lines; sizes are those of float32."""
+    lines = [
+        f"{details['class']} ({details['year']}): memory is {details['idea']}",
+        f"paper    {details['paper']}, arXiv {details['arxiv']}",
+        f"parents  {', '.join(details['parents']) or 'none'}",
+        f"verbs    {', '.join(details['verbs'])}",
+        f"file     {details['file']}",
+        "preset      parameters  weights  state per text",
+    ]
+    for name, sizes in details["presets"].items():
+        weights, state = _bytes(4 * sizes["parameters"]), _bytes(sizes["state_bytes"])
+        lines.append(f"{name:7}  {sizes['parameters']:>13,}  {weights:>7}  {state:>14}")
+    return "\n".join(lines)
+
+
+def _bytes(count: int) -> str:
+    """Return a size in the unit that leaves it at most four digits."""
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"

@@ -1,0 +1,179 @@
+"""The command line: a verb is a module, imported when it is called, so `longscan --help` loads no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import os
+import shutil
+import sys
+import textwrap
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import longscan
+from longscan.errors import LongscanError, UsageError
+
+__all__ = ["VERBS", "main"]
+
+#: verb -> the module whose `command` function it is, and the line that the list of verbs shows
+VERBS = {
+    "generate": ("longscan.generate", "Continue a text with a model, piece by piece."),
+    "train": ("longscan.train", "Train a model on your own text files, or resume a run."),
+    "evaluate": ("longscan.evaluate", "Perplexity and bits per byte of a model on text files."),
+    "convert": ("longscan.convert", "Rewrite a model directory in another layout or precision."),
+    "models": ("longscan.catalog", "The line of models: who they are, what works."),
+    "bench": ("longscan.bench", "Measure this machine: ops, training, generation."),
+    "doctor": (
+        "longscan.doctor",
+        "What is installed, which kernels run, are they right.",
+    ),
+}
+
+
+class _Verbs(TyperGroup):
+    """A group whose commands are names until one of them is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Replace the placeholder that the list of verbs shows by the real command of its module."""
+        verb, placeholder, rest = super().resolve_command(ctx, args)
+        return verb, verb and placeholder and _load(verb), rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb; what goes wrong becomes one `error:` message and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, typer.TyperException):  # typer's own signals
+            raise
+        except BrokenPipeError:
+            _mute_stdout()  # the reader, `head` for one, has seen enough
+        except KeyboardInterrupt:
+            typer.echo("stopped", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if ctx.params["debug"]:
+                traceback.print_exc()
+            _complain(_message(error))
+            raise typer.Exit(2 if isinstance(error, UsageError) else 1) from None
+
+
+_STYLE: Any = {
+    "add_completion": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+    "rich_markup_mode": None,
+}
+app = typer.Typer(cls=_Verbs, **_STYLE)
+for _verb, (_module, _help) in VERBS.items():
+    app.command(_verb, help=_help)(lambda: None)
+
+
+def _version(wanted: bool) -> None:
+    """Print the version and leave."""
+    if wanted:
+        typer.echo(f"longscan {longscan.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    ctx: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Sequence models with a memory: train them, run them, look inside, on any machine."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments after the program's name; those of the process when None.
+
+    Returns:
+        0 done, 1 failed, 2 misused, 130 interrupted.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    with _plain_warnings():
+        try:
+            code = typer.main.get_command(app).main(arguments, prog_name="longscan", standalone_mode=False)
+            sys.stdout.flush()
+        except typer.TyperException as error:
+            _complain(_usage(error))
+            return 2
+        except typer.Abort:
+            return 1
+        except BrokenPipeError:
+            _mute_stdout()
+            return 0
+    return code if isinstance(code, int) else 0
+
+
+def _load(verb: str) -> Any:
+    """Import a verb's module and build the command from the signature and docstring of its `command`."""
+    function = importlib.import_module(VERBS[verb][0]).command
+    # `Args:` and what follows is for readers of the source: the options describe themselves
+    summary = (inspect.getdoc(function) or VERBS[verb][1]).split("\n\nArgs:")[0].split("\n\nRaises:")[0]
+    holder = typer.Typer(**_STYLE)
+    holder.command(verb, help=summary)(function)
+    return typer.main.get_command(holder)
+
+
+def _usage(error: typer.TyperException) -> str:
+    """Say what is wrong with the command line and where the right one is described."""
+    context = getattr(error, "ctx", None)
+    return f"{error.format_message()}\nSee `{context.command_path if context else 'longscan'} --help`."
+
+
+def _message(error: Exception) -> str:
+    """Put an exception in words for somebody who did not write the code."""
+    if isinstance(error, LongscanError):
+        return str(error)
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error) or type(error).__name__
+        return f"{error.filename}: {reason}" if error.filename else reason
+    return (
+        f"{type(error).__name__}: {error}\n"
+        "This was not foreseen. `longscan --debug ...` shows where it happened: please report it."
+    )
+
+
+def _complain(message: str) -> None:
+    """Write `error: ...` to stderr, later lines indented below the first, wrapped if somebody is looking."""
+    lines = message.splitlines() or [""]
+    if sys.stderr.isatty():
+        width = max(20, shutil.get_terminal_size().columns - len("error: "))
+        lines = [part for line in lines for part in textwrap.wrap(line, width, **_WRAP) or [""]]
+    typer.echo("error: " + "\n       ".join(line.strip() for line in lines), err=True)
+
+
+_WRAP: Any = {"break_long_words": False, "break_on_hyphens": False}
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show Python warnings as `warning: ...` lines instead of a path, a line number and source code."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
+
+
+def _mute_stdout() -> None:
+    """Point stdout at nothing, so that the flush at exit does not fail on the closed pipe again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

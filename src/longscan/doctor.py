@@ -1,0 +1,203 @@
+"""What is installed, which kernels run, and whether they compute the right thing."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+import longscan
+from longscan import ops
+from longscan.checkpoint import shipped
+
+__all__ = ["command", "examine"]
+
+_TOLERANCE = (
+    1e-4  # float32 against float64, relative to the largest value; a healthy machine shows below 1e-5
+)
+_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "huggingface-hub", "typer", "rich")
+_OPTIONAL = ("matplotlib", "transformers", "mambapy")
+_CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "asimd", "sve")
+
+
+def command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Say what is installed, which kernels run and why, and check them against the reference.
+
+    Raises:
+        typer.Exit: with code 1 when a kernel computes something else than its reference.
+    """
+    report = examine()
+    typer.echo(json.dumps(report, indent=2) if as_json else _text(report))
+    if not report["self_check"]["ok"]:
+        raise typer.Exit(1)
+
+
+def examine() -> dict[str, Any]:
+    """Look at this installation.
+
+    Returns:
+        Plain values: versions, native (path, isa, reason, cpu), self_check (ok, failed, errors), threads,
+        accelerator, hub_models, shipped.
+    """
+    info = ops.native_info()
+    errors = {name: _relative_error(got, expected) for name, got, expected in _results()}
+    failed = [name for name, error in errors.items() if not error <= _TOLERANCE]  # not <=: a NaN fails too
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return {
+        "python": platform.python_version(),
+        "longscan": longscan.__version__,
+        "packages": {name: _version(name) for name in (*_PACKAGES, *_OPTIONAL)},
+        "native": {
+            "path": str(info.path) if info.path else None,
+            "isa": info.isa,
+            "reason": info.reason,
+            "cpu": _cpu_features(),
+        },
+        "self_check": {"ok": not failed, "failed": failed, "errors": errors},
+        "threads": torch.get_num_threads(),
+        "accelerator": str(accelerator) if accelerator else None,
+        "hub_models": len(list(_hub_cache().glob("models--*"))),
+        "shipped": shipped(),
+    }
+
+
+def _text(report: dict[str, Any]) -> str:
+    """Lay the report out in lines of one subject each."""
+    packages = {name: version for name, version in report["packages"].items() if version}
+    native, check = report["native"], report["self_check"]
+    kernels = f"yes, {native['isa']}" if native["path"] else f"no: {native['reason']}"
+    if native["cpu"]:
+        kernels += f" (cpu has {' '.join(native['cpu'])})"
+    worst = max(check["errors"].values())
+    verdict = f"{len(check['errors'])} ops ok (max error {worst:.0e})"
+    if not check["ok"]:
+        details = ", ".join(f"{name} (error {check['errors'][name]:.0e})" for name in check["failed"])
+        verdict = f"FAILED: {details}. Set LONGSCAN_BACKEND=reference to go on without native kernels."
+    needed = [f"{name} {packages.get(name, 'missing')}" for name in _PACKAGES[1:]]
+    extras = [f"{name} {packages.get(name, 'not installed')}" for name in _OPTIONAL]
+    names = ", ".join(report["shipped"]) or "none"
+    return "\n".join(
+        [
+            f"python {report['python']} · torch {packages['torch']} · longscan {report['longscan']}",
+            f"packages         {' · '.join(needed)}",
+            f"extras           {' · '.join(extras)}",
+            f"native kernels   {kernels}",
+            f"self-check       {verdict}",
+            f"threads          {report['threads']} (torch) · accelerator {report['accelerator'] or 'none'}",
+            f"caches           hub {report['hub_models']} models · shipped {names}",
+        ]
+    )
+
+
+def _results() -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Run every op on small random inputs: (name, what runs here in float32, the reference in float64)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    batch, seq_len, d_inner, d_state, d_conv = (
+        2,
+        37,
+        19,
+        16,
+        4,
+    )  # odd sizes: tails of lanes and tiles take part
+    x, dt, z = (random(batch, seq_len, d_inner) for _ in range(3))
+    B, C = (random(batch, seq_len, d_state) for _ in range(2))
+    A = -torch.exp(random(d_inner, d_state))
+    D, dt_bias = random(d_inner), random(d_inner)
+    state = random(batch, d_inner, d_state)
+    scan = (x, dt, A, B, C, D, z, dt_bias, True, state)
+    conv = (x, random(d_inner, d_conv), random(d_inner), "silu", random(batch, d_conv - 1, d_inner))
+
+    for name, op, reference, arguments in (
+        ("selective_scan", ops.selective_scan, ops.selective_scan_ref, scan),
+        ("causal_conv1d", ops.causal_conv1d, ops.causal_conv1d_ref, conv),
+    ):
+        got, expected = _with_gradients(op, arguments), _with_gradients(reference, _float64(arguments))
+        yield name, got[0], expected[0]
+        yield f"{name} backward", got[1], expected[1]
+
+    stepped = state.clone()
+    y = ops.selective_scan_step(stepped, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, z[:, 0], dt_bias, True)
+    first = [t[:, :1].double() for t in (x, dt, B, C, z)]
+    one = ops.selective_scan_ref(
+        first[0],
+        first[1],
+        A.double(),
+        first[2],
+        first[3],
+        D.double(),
+        first[4],
+        dt_bias.double(),
+        True,
+        state.double(),
+    )
+    yield (
+        "selective_scan_step",
+        torch.cat([y.flatten(), stepped.flatten()]),
+        torch.cat([t.flatten() for t in one]),
+    )
+
+    window = conv[4].clone()
+    y = ops.causal_conv1d_step(window, x[:, 0], conv[1], conv[2], "silu")
+    one = ops.causal_conv1d_ref(first[0], *_float64(conv[1:]))
+    yield (
+        "causal_conv1d_step",
+        torch.cat([y.flatten(), window.flatten()]),
+        torch.cat([t.flatten() for t in one]),
+    )
+
+
+def _with_gradients(op: Any, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Run an op and its backward; return both outputs in one flat tensor, and all gradients in another."""
+    leaves = [a.clone().requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
+    outputs = torch.cat([output.flatten() for output in op(*leaves)])
+    weights = torch.linspace(-1.0, 1.0, outputs.numel(), dtype=outputs.dtype)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    gradients = torch.autograd.grad((outputs * weights).sum(), tensors)
+    return outputs.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def _float64(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments with their tensors in float64."""
+    return tuple(a.double() if isinstance(a, Tensor) else a for a in arguments)
+
+
+def _relative_error(got: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, relative to the largest expected value."""
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def _version(package: str) -> str | None:
+    """Return the installed version of a package, None when it is absent."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_features() -> list[str]:
+    """Return the instruction sets that matter here and that the processor has, as far as Linux tells."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return []
+    return [feature for feature in _CPU_FEATURES if feature in words]
+
+
+def _hub_cache() -> Path:
+    """Return where the hub keeps downloaded models."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)

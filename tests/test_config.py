@@ -1,0 +1,121 @@
+"""Configurations travel as JSON and refuse what they do not know."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longscan.config import Config, nearest
+from longscan.errors import LongscanError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner(Config):
+    width: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Config):
+    d_model: int
+    rate: float = 0.5
+    bias: bool = False
+    rank: int | None = None
+    stop: tuple[str, ...] = ()
+    betas: tuple[float, float] = (0.9, 0.95)
+    init: Literal["random", "constant"] = "random"
+    inner: Inner = Inner()
+
+    def __post_init__(self) -> None:
+        if self.d_model < 1:
+            raise LongscanError(f"d_model: expected at least 1, got {self.d_model}.")
+
+
+samples = st.builds(
+    Sample,
+    d_model=st.integers(1, 2**70),
+    rate=st.floats(allow_nan=False, allow_infinity=False),
+    bias=st.booleans(),
+    rank=st.none() | st.integers(),
+    stop=st.lists(st.text()).map(tuple),
+    betas=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    init=st.sampled_from(["random", "constant"]),
+    inner=st.builds(Inner, width=st.integers()),
+)
+
+
+@given(samples)
+def test_round_trip_through_json(sample: Sample) -> None:
+    assert Sample.from_dict(json.loads(json.dumps(sample.to_dict()))) == sample
+
+
+def test_lists_ints_and_dictionaries_become_what_the_field_is() -> None:
+    sample = Sample.from_dict(
+        {"d_model": 2, "rate": 3, "stop": ["a", "b"], "betas": [0, 1], "inner": {"width": 7}}
+    )
+    assert sample == Sample(d_model=2, rate=3.0, stop=("a", "b"), betas=(0.0, 1.0), inner=Inner(width=7))
+    assert type(sample.rate) is float
+    assert type(sample.betas[0]) is float
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"d_modle": 3}, ["Sample", "'d_modle'", "did you mean 'd_model'?"]),
+        ({"zzz": 3}, ["'zzz'", "known: betas, bias,"]),
+        ({3: 3}, ["no field 3"]),
+        ({"d_model": True}, ["Sample.d_model", "expected int", "True (bool)"]),
+        ({"d_model": 2.0}, ["expected int", "2.0 (float)"]),
+        ({"d_model": None}, ["expected int", "None"]),
+        ({"d_model": 0}, ["at least 1"]),
+        ({"rate": float("nan")}, ["Sample.rate", "expected a finite number", "nan"]),
+        ({"rate": float("inf")}, ["finite"]),
+        ({"rate": 10**400}, ["finite"]),
+        ({"rate": False}, ["finite", "False (bool)"]),
+        ({"rate": "0.1"}, ["finite", "'0.1' (str)"]),
+        ({"bias": 1}, ["true or false", "1 (int)"]),
+        ({"rank": "2"}, ["expected int or null", "'2' (str)"]),
+        ({"stop": "abc"}, ["a list of text", "'abc' (str)"]),
+        ({"stop": ["a", 1]}, ["a list of text"]),
+        ({"betas": [0.1]}, ["a list of 2"]),
+        ({"init": "zeros"}, ["one of 'random', 'constant'", "'zeros'"]),
+        ({"init": 0}, ["one of"]),
+        ({"inner": {"wide": 1}}, ["Inner", "'wide'", "'width'"]),
+        ({"inner": 4}, ["Inner", "expected a dictionary", "4 (int)"]),
+        ({"stop": ["x" * 1000, 1]}, ["..."]),
+    ],
+)
+def test_errors_say_field_expected_got(changes: dict[Any, Any], words: list[str]) -> None:
+    with pytest.raises(LongscanError) as caught:
+        Sample.from_dict({"d_model": 1, **changes})
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert len(str(caught.value)) < 200
+
+
+def test_missing_fields_are_named() -> None:
+    with pytest.raises(LongscanError, match="Sample needs d_model"):
+        Sample.from_dict({})
+
+
+def test_a_configuration_is_a_dictionary() -> None:
+    with pytest.raises(LongscanError, match="expected a dictionary"):
+        Sample.from_dict([1, 2])  # type: ignore[arg-type]
+
+
+def test_replace_checks_and_leaves_the_original() -> None:
+    sample = Sample(d_model=1)
+    assert sample.replace(d_model=2, inner=Inner(width=3)) == Sample(d_model=2, inner=Inner(width=3))
+    assert sample.d_model == 1
+    with pytest.raises(LongscanError, match="did you mean 'rate'"):
+        sample.replace(rats=1)
+    with pytest.raises(LongscanError, match=r"Sample\.rate"):
+        sample.replace(rate="fast")
+
+
+def test_nearest() -> None:
+    assert nearest("mmba", ["mamba", "s4"]) == "; did you mean 'mamba'?"
+    assert nearest("xyz", ["s4", "mamba"]) == "; known: mamba, s4."

@@ -1,0 +1,164 @@
+"""Files are the old version or the new one, whatever happens in between."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longscan.errors import LongscanError
+from longscan.files import atomic_directory, atomic_write, read_json, recover_directory, write_json
+
+
+def listing(folder: Path) -> list[str]:
+    """Everything below a folder, hidden names too."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def full_disk(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_atomic_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "note.txt"
+    atomic_write(target, "größer")
+    assert target.read_bytes() == "größer".encode()
+    atomic_write(str(target), b"\x00")
+    assert target.read_bytes() == b"\x00"
+    assert listing(tmp_path) == ["note.txt"]
+
+
+def test_atomic_write_follows_the_umask_and_links(tmp_path: Path) -> None:
+    target, link = tmp_path / "real", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    atomic_write(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    (tmp_path / "usual").write_text("")
+    assert target.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_full_disk_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    target = tmp_path / "note.txt"
+    atomic_write(target, "old")
+    monkeypatch.setattr(os, call, full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        atomic_write(target, "new")
+    assert target.read_text() == "old"
+    assert listing(tmp_path) == ["note.txt"]
+
+
+def test_directory_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "run"
+    with atomic_directory(target) as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "a").write_text("a")
+        assert not target.exists()
+    assert listing(tmp_path) == ["deep", "deep/run", "deep/run/inner", "deep/run/inner/a"]
+
+
+def test_directory_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        with atomic_directory(tmp_path / "run") as folder:
+            (folder / name).write_text(name)
+    assert listing(tmp_path) == ["run", "run/second"]
+
+
+def test_failure_inside_keeps_the_old_directory(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "run") as folder:
+        (folder / "old").write_text("old")
+
+    def fail() -> None:
+        with atomic_directory(tmp_path / "run") as folder:
+            (folder / "new").write_text("half")
+            full_disk()
+
+    with pytest.raises(OSError, match="No space left"):
+        fail()
+    assert listing(tmp_path) == ["run", "run/old"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_failing_rename_keeps_the_old_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    with atomic_directory(tmp_path / "run") as folder:
+        (folder / "old").write_text("old")
+    calls = []
+
+    def rename(source: Path, target: Path, usual: Any = os.rename) -> None:
+        calls.append(source)
+        if len(calls) == failing:
+            full_disk()
+        usual(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(OSError, match="No space left"), atomic_directory(tmp_path / "run") as folder:
+        (folder / "new").write_text("new")
+    assert listing(tmp_path) == ["run", "run/old"]
+
+
+def test_power_cut_between_the_renames_is_repaired(tmp_path: Path) -> None:
+    (tmp_path / ".run.old").mkdir()
+    (tmp_path / ".run.old" / "kept").write_text("kept")
+    (tmp_path / ".run.new").mkdir()
+    (tmp_path / ".run.new" / "half").write_text("half")
+    recover_directory(tmp_path / "run")
+    assert (tmp_path / "run" / "kept").read_text() == "kept"
+    with atomic_directory(tmp_path / "run") as folder:
+        assert not listing(folder)
+    assert listing(tmp_path) == ["run"]
+
+
+def test_marker_protects_the_folders_of_others(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    with atomic_directory(tmp_path / "photos", marker="config.json") as folder:  # empty: nothing to lose
+        (folder / "config.json").write_text("{}")
+    with atomic_directory(tmp_path / "photos", marker="config.json") as folder:  # ours: replaced
+        (folder / "cat.jpg").write_text("cat")
+    with (
+        pytest.raises(LongscanError, match=r"photos exists .*\(no config\.json in it\)"),
+        atomic_directory(tmp_path / "photos", marker="config.json"),
+    ):
+        pytest.fail("the directory is not ours")
+    assert listing(tmp_path) == ["photos", "photos/cat.jpg"]
+
+
+def test_a_file_in_the_way_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(NotADirectoryError), atomic_directory(tmp_path / "run"):
+        pytest.fail("there is a file in the way")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    value = {"ä": [1, 2.5, None, True], "b": {"c": "d"}}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert read_json(tmp_path / "a.json") == value
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"a": 1', "line 1, column 8"),
+        (b"", "not valid JSON"),
+        (b"\xff\xfe\x00garbage\x80", "not valid JSON"),
+        (b"[1, 2]", "expected a JSON object"),
+        (b"7" * 5000, "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+    ],
+    ids=["cut", "empty", "binary", "list", "digits", "brackets"],
+)
+def test_bad_json_names_the_file_and_the_place(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(LongscanError, match=words) as caught:
+        read_json(tmp_path / "config.json")
+    assert "config.json" in str(caught.value)

@@ -1,0 +1,96 @@
+"""The house: who may import whom, and how large a room may get."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import longscan
+
+SOURCE = Path(longscan.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+MODULES = [
+    path for path in FILES if path != SOURCE / "__init__.py"
+]  # the public page names everything, lazily
+
+# a file imports only from its left
+ORDER = [
+    *("errors", "files", "config"),
+    *("ops", "models"),
+    *("tokenizer", "documents", "data", "layouts", "weights", "checkpoint", "convert"),
+    *("sampling", "generate", "evaluate", "plot", "progress", "recipe", "runs", "trainer", "train"),
+    *("bench", "catalog", "doctor", "cli"),
+]
+# inside models/: what all of them share, in order too, and who descends from whom
+COMMON = ("layers", "loss", "state", "backbone")
+ANCESTORS: dict[str, set[str]] = {"mamba": set()}
+
+
+def imported(path: Path) -> Iterator[tuple[str, ...]]:
+    """Yield what a file imports of longscan, as paths inside the package: ("ops", "scan")."""
+    package = ("longscan", *path.relative_to(SOURCE).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else ()
+            base = (*start, *(node.module.split(".") if node.module else ()))
+            names = [(*base, alias.name) for alias in node.names]
+        else:
+            continue
+        yield from (name[1:] for name in names if name[0] == "longscan")
+
+
+def label(path: Path) -> str:
+    return path.relative_to(SOURCE).with_suffix("").as_posix()
+
+
+def test_every_file_has_its_place() -> None:
+    rooms = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in MODULES}
+    assert rooms <= set(ORDER), f"give {sorted(rooms - set(ORDER))} a place in ORDER"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=label)
+def test_imports_come_from_the_left(path: Path) -> None:
+    room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    left = set(ORDER[: ORDER.index(room)])
+    for name in imported(path):
+        if name and name[0] in ORDER:  # other names are those of the public page: longscan.__version__
+            assert name[0] in left | {room}, (
+                f"{label(path)} imports {'.'.join(name)}, which is not to its left"
+            )
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "models").glob("[!_]*.py")), ids=label)
+def test_models_import_their_ancestors_only(path: Path) -> None:
+    model = path.stem
+    if model in COMMON:
+        allowed = set(COMMON[: COMMON.index(model)])
+    else:
+        assert model in ANCESTORS, f"say in ANCESTORS whom {model} descends from"
+        allowed = {*COMMON, *ANCESTORS[model]}
+    siblings = {other.stem for other in path.parent.glob("*.py")}
+    for name in imported(path):
+        if name[0] == "models" and name[1] in siblings:
+            assert name[1] in allowed, f"{model} imports {name[1]}, which is no ancestor"
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_no_print(path: Path) -> None:
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    lines = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+    assert not lines, f"print() in lines {lines}: results go through typer.echo, progress to stderr"
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_a_file_is_a_few_screens(path: Path) -> None:
+    n_lines = len(path.read_text().splitlines())
+    assert n_lines <= 500, f"{n_lines} lines: a new idea is a new file"
+
+
+def test_public_names_are_listed_once_and_lazily() -> None:
+    assert longscan.__all__ == sorted(longscan.__all__, key=lambda name: (name.islower(), name))
+    assert set(longscan._MODULE_OF) | {"__version__", "models", "ops"} == set(longscan.__all__)
