@@ -1,0 +1,86 @@
+"""What the machine could do: the time that a part of the work takes at a rate no program here can pass.
+
+Runs in the workers.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longscan import ops
+from longscan.bench.worker import Run
+
+__all__ = ["exp_fma", "matmul", "read"]
+
+PROBE = 10**8  # state updates on every thread: long enough that waking the threads does not count
+
+
+def exp_fma(n_states: int) -> Run:
+    """Prepare the state updates of a scan that never leave the registers.
+
+    Args:
+        n_states: how many state updates the work has.
+
+    Returns:
+        What to measure.
+    """
+
+    def run() -> dict[str, Any]:
+        rate = ops.native_probe(PROBE)
+        if rate is None:
+            raise RuntimeError(f"no native library: {ops.native_info().reason}")
+        return {"seconds": n_states / rate}
+
+    return run
+
+
+def matmul(n_rows: int, shapes: list[list[int]], backward: bool, operations: float) -> Run:
+    """Prepare the matrix products of a layer.
+
+    Args:
+        n_rows: tokens.
+        shapes: (width in, width out) of each weight.
+        backward: whether to multiply for the gradients of inputs and weights too.
+        operations: how many floating-point operations the work has, of which these are a sample.
+
+    Returns:
+        What to measure.
+    """
+    products: list[tuple[Tensor, Tensor, Tensor]] = []  # two factors and the place of the result
+    for n_in, n_out in shapes:
+        x, weight, dy = torch.randn(n_rows, n_in), torch.randn(n_out, n_in), torch.randn(n_rows, n_out)
+        products.append((x, weight.T, torch.empty_like(dy)))
+        if backward:
+            products += [(dy, weight, torch.empty_like(x)), (dy.T, x, torch.empty_like(weight))]
+    done = sum(2 * left.shape[0] * left.shape[1] * right.shape[1] for left, right, _ in products)
+
+    def run() -> dict[str, Any]:
+        begin = time.perf_counter()
+        for left, right, out in products:
+            torch.mm(left, right, out=out)
+        return {"seconds": (time.perf_counter() - begin) * operations / done}
+
+    return run
+
+
+def read(n_bytes: int) -> Run:
+    """Prepare a sum over memory that no cache holds.
+
+    Args:
+        n_bytes: how many the work has to read.
+
+    Returns:
+        What to measure.
+    """
+    memory = torch.ones(2**27)
+
+    def run() -> dict[str, Any]:
+        begin = time.perf_counter()
+        memory.sum()
+        return {"seconds": (time.perf_counter() - begin) * n_bytes / memory.nbytes}
+
+    return run

@@ -1,0 +1,159 @@
+"""The figure of a benchmark: a panel per suite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longscan.bench.report import Report
+from longscan.errors import LongscanError, UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["check", "draw"]
+
+# the Okabe-Ito palette, which readers with any common colour blindness tell apart; in print, markers do
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+CEILING = "#777777"
+_TIMES = ("seconds", "seconds_min", "seconds_max")
+
+
+def check(path: Path) -> None:
+    """Refuse a figure that could not be written, before anything is measured.
+
+    Args:
+        path: the file to be.
+
+    Raises:
+        LongscanError: its directory or matplotlib is missing.
+        UsageError: its suffix is no format.
+    """
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--figure: expected a name that ends in .png, .svg or .pdf, got {path}.")
+    if not path.absolute().parent.is_dir():
+        raise LongscanError(f"--figure: there is no directory {path.absolute().parent}.")
+    if find_spec("matplotlib") is None:
+        raise LongscanError("figures need matplotlib: pip install longscan[plot]")
+
+
+def draw(reports: Sequence[Report], title: str, path: Path) -> None:
+    """Draw the reports that hold measurements.
+
+    Args:
+        reports: of the suites.
+        title: what they were measured on.
+        path: the file to write.
+    """
+    from matplotlib.figure import Figure
+
+    panels = {"ops": _milliseconds, "train": _lengths, "generate": _rates, "stream": _quarters}
+    heights = [
+        1.2 + 0.24 * (len(report.rows) + len(_cases(report.rows)))
+        if report.suite in ("ops", "generate")
+        else 4.5
+        for report in reports
+    ]
+    figure = Figure(figsize=(9.0, sum(heights) + 0.6), layout="constrained")
+    figure.suptitle(title, fontsize="small", color="#555555")
+    axes = figure.subplots(len(reports), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for ax, report in zip(axes, reports, strict=True):
+        panels[report.suite](ax, report)
+        ax.set_title(report.suite, loc="left", fontweight="bold")
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def _milliseconds(ax: Axes, report: Report) -> None:
+    """Draw the time of each case."""
+    rows = [row for row in report.rows if row["seconds"]]
+    _points(ax, rows, [tuple(1e3 * row[key] for key in _TIMES) for row in rows])
+    ax.set_xlabel("milliseconds (left is better)")
+
+
+def _rates(ax: Axes, report: Report) -> None:
+    """Draw the speed in each case."""
+    rows = [row for row in report.rows if row["rate"]]
+    _points(ax, rows, [_range(row) for row in rows])
+    ax.set_xlabel("tokens/s (right is better)")
+
+
+def _points(ax: Axes, rows: list[dict[str, Any]], values: Sequence[tuple[float, ...]]) -> None:
+    """Draw a line for each (median, lowest, highest) on a log scale, grouped by case.
+
+    Points, not bars: a log scale has no zero for a bar to start from.
+    """
+    styles, heights, height = _styles(rows), list[int](), 0
+    for case in _cases(rows):
+        ax.text(0.01, height, case, transform=ax.get_yaxis_transform(), fontweight="bold", fontsize="small")
+        for row, (middle, low, high) in zip(rows, values, strict=True):
+            if row["case"] == case:
+                height += 1
+                heights.append(height)
+                colour, marker = styles[row["contender"]]
+                ax.plot([low, high], [height, height], color=colour, linewidth=2)
+                ax.plot([middle], [height], color=colour, marker=marker)
+                ax.annotate(f" {middle:,.3g}", (high, height), va="center", fontsize="x-small")
+        height += 1
+    ax.set(xscale="log", yticks=heights)
+    ax.set_yticklabels([row["contender"] for row in rows], fontsize="small")
+    ax.grid(axis="x", alpha=0.25)
+    ax.set_ylim(height, -1)
+    ax.margins(x=0.1)
+
+
+def _lengths(ax: Axes, report: Report) -> None:
+    """Draw tokens per second against seq_len, both on log scales."""
+    rows = [row for row in report.rows if row["rate"]]
+    for name, (colour, marker) in _styles(rows).items():
+        mine = [row for row in rows if row["contender"] == name]
+        lengths = [row["seq_len"] for row in mine]
+        middle, low, high = zip(*map(_range, mine), strict=True)
+        guess = name.startswith("ceiling") or any(row.get("extrapolated") for row in mine)
+        label = name + (" (extrapolated)" if any(row.get("extrapolated") for row in mine) else "")
+        ax.plot(lengths, middle, color=colour, marker=marker, linestyle="--" if guess else "-", label=label)
+        ax.fill_between(lengths, low, high, color=colour, alpha=0.2, linewidth=0)
+    lengths = sorted({row["seq_len"] for row in rows})
+    ax.set(xscale="log", yscale="log", xlabel="sequence length (tokens)", ylabel="training speed (tokens/s)")
+    ax.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    ax.minorticks_off()
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False, fontsize="small")
+
+
+def _quarters(ax: Axes, report: Report) -> None:
+    """Draw speed and memory of each quarter of a stream, each over that of the first."""
+    quarters = report.rows[0].get("quarters", [])
+    for key, label, colour, marker in (
+        ("rate", "speed", COLOURS[0], MARKERS[0]),
+        ("resident_bytes", "resident memory", COLOURS[1], MARKERS[1]),
+    ):
+        relative = [quarter[key] / quarters[0][key] for quarter in quarters]
+        ax.plot(
+            [quarter["tokens"] for quarter in quarters], relative, color=colour, marker=marker, label=label
+        )
+    ax.set(xlabel="tokens read", ylabel="relative to the first quarter", ylim=(0, 1.5))
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False, fontsize="small")
+
+
+def _cases(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the cases in order, each once."""
+    return list(dict.fromkeys(row["case"] for row in rows))
+
+
+def _styles(rows: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Give every contender a colour and a marker; ceilings are grey."""
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    real = [name for name in names if not name.startswith("ceiling")]
+    styles = {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(real)}
+    return {name: styles.get(name, (CEILING, "x")) for name in names}
+
+
+def _range(row: dict[str, Any]) -> tuple[float, float, float]:
+    """Return the median, lowest and highest rate of a row."""
+    work = row["rate"] * row["seconds"]
+    return row["rate"], work / row["seconds_max"], work / row["seconds_min"]

@@ -1,0 +1,137 @@
+"""What all contenders do alike: the inputs, the training step, the decoding. Runs in the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from longscan.bench.worker import Run
+
+__all__ = [
+    "conv_inputs",
+    "decoding",
+    "differentiable",
+    "next_token_loss",
+    "random_ids",
+    "scan_inputs",
+    "training",
+]
+
+
+def scan_inputs(batch: int, seq_len: int, d_inner: int, d_state: int) -> tuple[Tensor, ...]:
+    """Make the arguments of a selective scan.
+
+    Args:
+        batch: rows.
+        seq_len: steps.
+        d_inner: channels.
+        d_state: states per channel.
+
+    Returns:
+        u and dt (batch, seq_len, d_inner), A (d_inner, d_state), B and C (batch, seq_len, d_state), D
+        (d_inner,); dt is positive, as after a softplus, and A negative.
+    """
+    random = torch.Generator().manual_seed(0)
+    u, dt = (torch.randn(batch, seq_len, d_inner, generator=random) for _ in range(2))
+    A = -torch.arange(1.0, d_state + 1).repeat(d_inner, 1)
+    B, C = (torch.randn(batch, seq_len, d_state, generator=random) for _ in range(2))
+    return u, F.softplus(dt - 4), A, B, C, torch.ones(d_inner)
+
+
+def conv_inputs(sizes: Sequence[int], d_conv: int) -> tuple[Tensor, ...]:
+    """Make the arguments of a causal convolution.
+
+    Args:
+        sizes: (batch, seq_len, d_inner).
+        d_conv: taps.
+
+    Returns:
+        x of those sizes, weight (d_inner, d_conv), bias (d_inner,).
+    """
+    random = torch.Generator().manual_seed(0)
+    shapes = (tuple(sizes), (sizes[-1], d_conv), (sizes[-1],))
+    return tuple(torch.randn(shape, generator=random) for shape in shapes)
+
+
+def differentiable(op: Callable[..., Tensor], inputs: tuple[Tensor, ...], backward: bool) -> Run:
+    """Measure an op, with or without the gradients of all its inputs.
+
+    Args:
+        op: from the inputs to one output.
+        inputs: its arguments.
+        backward: whether to go forward and back, or only forward.
+
+    Returns:
+        What to measure.
+    """
+    if not backward:
+
+        def forward() -> None:
+            with torch.no_grad():
+                op(*inputs)
+
+        return forward
+
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    dy = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+
+    def both() -> None:
+        torch.autograd.grad(op(*leaves), leaves, dy)
+
+    return both
+
+
+def random_ids(batch: int, seq_len: int, vocab_size: int) -> Tensor:
+    """Draw tokens, (batch, seq_len) int64."""
+    return torch.randint(vocab_size, (batch, seq_len), generator=torch.Generator().manual_seed(0))
+
+
+def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Compute the mean nats of each next token from logits (batch, seq_len, vocab_size), all of them held."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def training(parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor]) -> Run:
+    """Measure a full training step: forward, backward and AdamW.
+
+    Args:
+        parameters: what is trained.
+        loss: the forward pass.
+
+    Returns:
+        What to measure.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)  # the fastest AdamW of torch, for everyone
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def decoding(first: Tensor, n_tokens: int, advance: Callable[[Tensor], Tensor]) -> Run:
+    """Measure greedy decoding from wherever the model's state stands.
+
+    Args:
+        first: (batch,) the first tokens to read.
+        n_tokens: how many steps.
+        advance: from tokens (batch,) to logits (batch, vocab_size), moving the state on.
+
+    Returns:
+        What to measure.
+    """
+
+    def run() -> dict[str, Any] | None:
+        ids = first
+        with torch.no_grad():
+            for _ in range(n_tokens):
+                ids = advance(ids).argmax(-1)
+        return None
+
+    return run

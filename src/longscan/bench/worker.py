@@ -1,0 +1,123 @@
+"""One contender in a process of its own: `python -m longscan.bench.worker JOB`.
+
+JOB is a JSON object: `job` names a function as "module:function", `arguments` are its keyword arguments. The
+function prepares everything and returns what is to be measured, a callable without arguments. That may return
+a dictionary of details, whose "seconds", if present, replaces the time measured here. Orders come on stdin, a
+line of JSON each; so go the replies on stdout.
+
+A fresh process per contender keeps one contender's memory, threads and imports out of another's numbers.
+Nothing heavy is imported here: the job brings what it needs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+__all__ = ["Run", "extra_memory", "main", "peak_memory", "resident_memory", "turn"]
+
+Run = Callable[[], dict[str, Any] | None]
+
+
+def turn(run: Run, budget: float) -> dict[str, Any]:
+    """Measure once, or the median of as many runs as fit if they are short.
+
+    Args:
+        run: what to measure.
+        budget: seconds to spend.
+
+    Returns:
+        "seconds" and whatever details the run gives.
+    """
+    begin = time.perf_counter()
+    first = _timed(run)
+    if 3 * (time.perf_counter() - begin) > budget:
+        return first
+    # the first of many short runs only wakes threads and caches
+    rest: list[dict[str, Any]] = []
+    end = time.perf_counter() + budget
+    while not rest or time.perf_counter() < end:
+        rest.append(_timed(run))
+    return rest[0] | {"seconds": statistics.median(one["seconds"] for one in rest)}
+
+
+def extra_memory(run: Run) -> int:
+    """Run once and return by how many bytes the resident set grew at its highest."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)  # pages freed by earlier runs would be taken again unseen
+    _reset_peak()
+    before = resident_memory()
+    run()
+    return max(0, peak_memory() - before)
+
+
+def resident_memory() -> int:
+    """Return the resident set of this process in bytes, 0 where the system does not say."""
+    return _status("VmRSS") or 0
+
+
+def peak_memory() -> int:
+    """Return the highest resident set of this process in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main() -> None:
+    """Prepare the job named on the command line, then serve orders until stdin ends."""
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what peers print goes to stderr, not between the replies
+    order = json.loads(sys.argv[1])
+    module, name = order["job"].split(":")
+    run: Run = getattr(importlib.import_module(module), name)(**order["arguments"])
+    _reply(replies, {})
+    for line in sys.stdin:
+        order = json.loads(line)
+        if order["do"] == "memory":
+            _reply(replies, {"extra_bytes": extra_memory(run)})
+        else:
+            _reply(replies, turn(run, order["budget"]))
+
+
+def _reply(stream: TextIO, values: dict[str, Any]) -> None:
+    """Send a line of JSON that also tells the highest resident set so far."""
+    stream.write(json.dumps(values | {"peak_bytes": peak_memory()}) + "\n")
+
+
+def _timed(run: Run) -> dict[str, Any]:
+    """Run once under the clock."""
+    begin = time.perf_counter()
+    details = run() or {}
+    return {"seconds": time.perf_counter() - begin} | details
+
+
+def _reset_peak() -> None:
+    """Forget the highest resident set so far; where the system does not allow that, it overestimates."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _status(field: str) -> int | None:
+    """Return a field of /proc/self/status in bytes, None where there is no such file."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,411 @@
+"""`longscan bench`: the harness on contenders of a few milliseconds, and every job at toy size."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import math
+import time
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longscan.bench import ops, peers, race, report, stream, tasks, train, worker
+from longscan.bench import race as race_module
+from longscan.bench.race import Contender, Measurement, Pace
+from longscan.models import Mamba, MambaConfig
+
+SUITES = ("ops", "train", "generate", "stream")
+JOBS = """
+import os
+
+def write(path, word):
+    with open(path, "a") as file:
+        file.write(word)
+
+def note(path, word):
+    return lambda: write(path, word)
+
+def slow(path, word):
+    def run():
+        write(path, word)
+        return {"seconds": 99.0}
+    return run
+
+def noisy():
+    print("hello from a peer", flush=True)
+    return lambda: {"seconds": 7.0, "detail": "kept"}
+
+def broken():
+    def run():
+        raise ArithmeticError("no more numbers")
+    return run
+
+def killed():
+    return lambda: os.kill(os.getpid(), 9)
+
+def hungry(megabytes):
+    def run():
+        bytearray(b"x" * (megabytes << 20))
+    return run
+
+def environment():
+    return lambda: {"threads": os.environ["OMP_NUM_THREADS"]}
+"""
+
+
+@pytest.fixture
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module of jobs that the workers find, and a log that these write to."""
+    (tmp_path / "toy_jobs.py").write_text(JOBS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path / "log"
+
+
+def contender(name: str, job: str, **more: Any) -> Contender:
+    settings = {key: more.pop(key) for key in tuple(more) if key in Contender.__dataclass_fields__}
+    return Contender(name=name, job=f"toy_jobs:{job}", arguments=more, **settings)
+
+
+def test_contenders_take_turns(jobs: Path) -> None:
+    log = str(jobs)
+    both = [contender("a", "note", path=log, word="a"), contender("b", "note", path=log, word="b")]
+    found = race.race("letters", both, Pace(repeats=3, budget=0.0))
+    assert jobs.read_text() == "ab" + "ab" * 3
+    assert list(found) == ["a", "b"]
+    assert all(len(m.seconds) == 3 and m.warm and m.median > 0 for m in found.values())
+    assert found["a"].peak_bytes > 1e6
+
+
+def test_what_is_slow_runs_once(jobs: Path) -> None:
+    log = str(jobs)
+    slow = contender("slow", "slow", path=log, word="s", patience=98.0)
+    found = race.race(
+        "letters", [slow, contender("a", "note", path=log, word="a")], Pace(repeats=2, budget=0.0)
+    )
+    assert jobs.read_text() == "sa" + "aa"
+    assert found["slow"].seconds == (99.0,)
+    assert not found["slow"].warm
+
+
+def test_one_failure_does_not_stop_the_others(jobs: Path) -> None:
+    three = [contender(name, name) for name in ("broken", "noisy", "killed")]
+    found = race.race("mixed", three, Pace(repeats=1, budget=0.0))
+    assert found["broken"].note == "failed: ArithmeticError: no more numbers"
+    assert "killed it" in found["killed"].note
+    assert math.isnan(found["broken"].median)
+    assert found["broken"].as_row()["seconds"] is None
+    assert found["noisy"].seconds == (7.0,)
+    assert found["noisy"].as_row()["detail"] == "kept"
+
+
+def test_who_is_left_out(jobs: Path) -> None:
+    everyone = [
+        contender("ours", "noisy"),
+        contender("peer", "noisy", peer=True),
+        contender("absent", "noisy", packages=("no-such-package",)),
+        contender("huge", "noisy", needs_bytes=10**18),
+    ]
+    found = race.race("few", everyone, Pace(repeats=1, budget=0.0, peers=False))
+    assert list(found) == ["ours", "huge"]
+    assert found["huge"].note.startswith("not run: needs about 1000000000 GB")
+    assert not found["huge"].seconds
+
+
+def test_extra_memory_is_that_of_one_run_and_of_one_contender(jobs: Path) -> None:
+    both = [contender("much", "hungry", megabytes=96), contender("little", "hungry", megabytes=1)]
+    found = race.race("memory", both, Pace(repeats=1, budget=0.0), memory=True)
+    assert 90 < found["much"].extra_bytes / 2**20 < 250  # the constant and the array may overlap
+    assert found["little"].extra_bytes / 2**20 < 10
+
+
+def test_threads_reach_the_worker(jobs: Path) -> None:
+    found = race.race("threads", [contender("a", "environment")], Pace(repeats=1, budget=0.0, threads=3))
+    assert found["a"].details == {"threads": "3"}
+
+
+def clock(monkeypatch: pytest.MonkeyPatch, module: Any, *ticks: float) -> None:
+    """Let a module see a clock that shows these times, and then goes on in steps of the last one."""
+    shown = itertools.chain(ticks, itertools.count(2 * ticks[-1], ticks[-1]))
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: next(shown)))
+
+
+def test_a_turn_of_something_short_is_a_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock(monkeypatch, worker, 0.001)
+    seconds = itertools.chain([9.0, 1.0, 5.0], itertools.repeat(2.0))
+    assert worker.turn(lambda: {"seconds": next(seconds)}, 0.05)["seconds"] == 2.0
+    assert worker.turn(lambda: {"seconds": 7.0}, 0.002) == {"seconds": 7.0}  # no time for more
+
+
+# --- the contenders, in this process ------------------------------------------------------------------------
+
+
+def prepare(job: str, arguments: dict[str, Any]) -> Callable[[], Any]:
+    module, name = job.split(":")
+    return getattr(importlib.import_module(module), name)(**arguments)
+
+
+def run_here(
+    title: str, contenders: Sequence[Contender], pace: Pace, *, memory: bool = False
+) -> dict[str, Measurement]:
+    """Stand in for `race`: run each contender that needs no package once, in this process."""
+    found = {}
+    for one in contenders:
+        if one.packages or (one.peer and not pace.peers):
+            continue
+        begin = time.perf_counter()
+        details = prepare(one.job, one.arguments)() or {}
+        seconds = details.pop("seconds", time.perf_counter() - begin)
+        extra = 4096 if memory else None
+        found[one.name] = Measurement(
+            name=one.name, seconds=(seconds,), peak_bytes=10**8, extra_bytes=extra, details=details
+        )
+    return found
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every suite races in this process."""
+    for suite in SUITES:
+        monkeypatch.setattr(importlib.import_module(f"longscan.bench.{suite}"), "race", run_here)
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No peer is installed."""
+    for module in ("race", "sitting"):
+        monkeypatch.setattr(importlib.import_module(f"longscan.bench.{module}"), "installed", lambda _: False)
+
+
+def outputs(monkeypatch: pytest.MonkeyPatch, job: str, arguments: dict[str, Any]) -> Tensor:
+    """What the op of a contender computes, instead of how long it takes."""
+    monkeypatch.setattr(tasks, "differentiable", lambda op, inputs, backward: lambda: op(*inputs))
+    return prepare(f"longscan.bench.{job}", arguments)()
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_loops_compute_the_scan(monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
+    sizes: dict[str, Any] = {"sizes": [2, 19, 5, 3], "backward": False}
+    ours = outputs(monkeypatch, "ours:scan", sizes)
+    torch.testing.assert_close(outputs(monkeypatch, "peers:scan_loop", sizes | {"at_once": at_once}), ours)
+
+
+def test_mambapy_computes_the_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mambapy")
+    sizes: dict[str, Any] = {"sizes": [2, 16, 5, 3], "backward": False}
+    ours = outputs(monkeypatch, "ours:scan", sizes)
+    torch.testing.assert_close(outputs(monkeypatch, "peers:scan_mambapy", sizes), ours, rtol=1e-4, atol=1e-4)
+
+
+def test_torch_computes_the_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[str, Any] = {"sizes": [2, 19, 5], "d_conv": 4, "backward": False}
+    ours = outputs(monkeypatch, "ours:conv", sizes)
+    torch.testing.assert_close(outputs(monkeypatch, "peers:conv_torch", sizes), ours)
+
+
+def test_training_learns() -> None:
+    model = {"d_model": 16, "n_layers": 1, "vocab_size": 32}
+    lm = peers.TiedLM(32, 16, peers.Transformer(16, 1, 2, 32, 8), torch.nn.LayerNorm(16))
+    ids = tasks.random_ids(4, 8, model["vocab_size"])
+    losses: list[float] = []
+
+    def loss() -> Tensor:
+        value = tasks.next_token_loss(lm(ids), ids)
+        losses.append(value.item())
+        return value
+
+    step = tasks.training(lm.parameters(), loss)
+    for _ in range(30):
+        step()
+    assert losses[-1] < losses[0]
+
+
+def test_the_transformer_is_causal() -> None:
+    body = peers.Transformer(16, 2, 2, 32, 8)
+    x = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0))
+    changed = x.clone()
+    changed[:, 5:] = 0
+    torch.testing.assert_close(body(changed)[:, :5], body(x)[:, :5])
+    assert not torch.allclose(body(changed)[:, 5:], body(x)[:, 5:])
+
+
+def test_equal_sizes() -> None:
+    d_model, vocab_size = train.SHAPE["d_model"], train.SHAPE["vocab_size"]
+    with torch.device("meta"):
+        mamba = Mamba(MambaConfig(**train.SHAPE))
+        bodies = (
+            peers.Transformer(d_model, **train.TRANSFORMER, seq_len=8),
+            peers.LSTM(d_model, **train.LSTM),
+        )
+        lms = [peers.TiedLM(vocab_size, d_model, body, torch.nn.LayerNorm(d_model)) for body in bodies]
+    for lm in lms:
+        assert sum(p.numel() for p in lm.parameters()) == pytest.approx(mamba.num_parameters(), rel=0.01)
+
+
+def test_matrix_parameters_are_those_of_the_model() -> None:
+    with torch.device("meta"):
+        mamba = Mamba(MambaConfig(**train.SHAPE))
+    shapes = [(m.in_features, m.out_features) for m in mamba.modules() if isinstance(m, torch.nn.Linear)]
+    assert shapes == train.matrices(train.SHAPE["d_model"]) * train.SHAPE["n_layers"]
+    head = mamba.backbone.embedding.weight.numel()
+    assert train.matrix_parameters(**train.SHAPE) == sum(a * b for a, b in shapes) + head
+
+
+@pytest.mark.parametrize(
+    "job", ["train_mambapy", "train_transformers", "prefill_transformers", "decode_transformers"]
+)
+def test_peers_run(job: str) -> None:
+    pytest.importorskip("mambapy" if job == "train_mambapy" else "transformers")
+    arguments: dict[str, Any] = {"model": {"d_model": 16, "n_layers": 2, "vocab_size": 32}}
+    more: dict[str, dict[str, int]] = {
+        "train": {"batch": 2, "seq_len": 8},
+        "prefill": {"seq_len": 8},
+        "decode": {"prompt": 4, "n_tokens": 2},
+    }
+    prepare(f"longscan.bench.peers:{job}", arguments | more[job.split("_")[0]])()
+
+
+def test_extrapolation_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    model = {"d_model": 16, "n_layers": 50, "vocab_size": 32}
+    run = peers.train_transformers(model, batch=1, seq_len=8, one_layer=True)
+    clock(monkeypatch, peers, 100.0, 101.0, 104.0)  # 1 s without layers, 3 s with one
+    assert run() == {"seconds": 1.0 + 50 * 2.0, "extrapolated": True}
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def test_ops_for_real_as_json(cli: Any) -> None:
+    done = cli("bench", "ops", "--quick", "--json", "--no-peers", "--repeats", 1, "--threads", 1)
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["machine"]["threads"] == 1
+    assert {"torch", "longscan", "python"} <= set(found["versions"])
+    assert found["repeats"] == 1
+    assert found["quick"] is True
+    (suite,) = found["suites"]
+    assert suite["suite"] == "ops"
+    ours = [row for row in suite["rows"] if row["contender"] == ops.OURS]
+    assert len(ours) == 4  # scan and convolution, forward and with backward
+    for row in ours:
+        assert row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
+        assert row["rate"] > 0
+        assert row["peak_bytes"] > row["extra_bytes"] > 0
+        assert row["note"] == ""
+    assert {"case", "unit", "warm", "repeats", "shape", "backward", "u_bytes"} <= set(ours[0])
+    assert all({"what", "measured", "goal"} == set(ratio) for ratio in suite["ratios"])
+    assert "selective_scan forward" in done.err
+
+
+def test_everything_prints_without_peers(cli: Any, here: None, bare: None) -> None:
+    done = cli("bench", "--quick", "--threads", 1)
+    assert done.code == 0, done.err
+    for title in (
+        "selective_scan forward",
+        "causal_conv1d",
+        "training: tokens/s",
+        "generation",
+        "through evaluate",
+    ):
+        assert title in done.out
+    assert "longscan" in done.out
+    assert (
+        "not installed: mambapy, transformers; to compare with them: pip install longscan[peers]" in done.out
+    )
+    assert "\x1b" not in done.out
+
+
+def test_figure(cli: Any, here: None, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "bench.png"
+    done = cli("bench", "ops", "train", "generate", "stream", "--quick", "--figure", path, "--json")
+    assert done.code == 0, done.err
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [suite["suite"] for suite in json.loads(done.out)["suites"]] == list(SUITES)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (("opps",), 2, "did you mean 'ops'"),
+        (("ops", "--repeats", 0), 2, "--repeats: expected 1 or more, got 0"),
+        (("ops", "--threads", -1), 2, "--threads: expected 1 or more, got -1"),
+        (("ops", "--figure", "bench.txt"), 2, "ends in .png, .svg or .pdf"),
+        (("ops", "--figure", "nowhere/bench.png"), 1, "there is no directory"),
+    ],
+    ids=["suite", "repeats", "threads", "suffix", "directory"],
+)
+def test_misuse(cli: Any, argv: tuple[object, ...], code: int, words: str) -> None:
+    done = cli("bench", *argv)
+    assert (done.code, done.out) == (code, "")
+    assert words in done.err
+
+
+# --- the report ---------------------------------------------------------------------------------------------
+
+
+def measurement(name: str, *seconds: float, **more: Any) -> Measurement:
+    return Measurement(name=name, seconds=seconds, peak_bytes=10**9, **more)
+
+
+def test_goals_stand_beside_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(title: str, contenders: Sequence[Contender], pace: Pace) -> dict[str, Measurement]:
+        slow = {train.MAMBAPY: 20.0, train.HF_MAMBAPY: 25.0, train.HF: 200.0}
+        return {c.name: measurement(c.name, slow.get(c.name, 1.0)) for c in contenders}
+
+    monkeypatch.setattr(train, "race", fake)
+    found = train.run(Pace(), quick=False)
+    ratios = {ratio.what: ratio for ratio in found.ratios}
+    assert ratios["512: faster than mambapy"].measured == 20.0
+    assert ratios["512: faster than the faster path of transformers"].measured == 25.0
+    assert ratios["2048: speed, share of that at 512"].measured == 1.0
+    assert ratios["8192: speed, share of that at 512"].measured == 2.0  # twice the tokens in the same second
+    assert ratios["512: faster than mambapy"].goal == "≥ 10 ×"
+    text = found.text(120)
+    assert "20 ×" in text
+    assert "2048" in text
+    assert not [row for row in found.rows if row["contender"] == train.HF and row["seq_len"] > 512]
+
+
+def test_marks_of_single_and_extrapolated_runs() -> None:
+    found = report.Report(suite="train")
+    cold = measurement("cold", 2.0, warm=False)
+    guess = measurement("guess", 4.0, warm=False, details={"extrapolated": True})
+    found.add("512", [cold, guess, measurement("warm", 1.0, 2.0, 3.0)], 4096, "tokens/s")
+    found.tables.append(report.rate_table("speeds", found.rows, report.rate))
+    text = found.text(100)
+    assert "2,048¹" in text
+    assert "1,024²¹" in text
+    assert "2,048 (1,365–4,096)" in text
+    assert "¹ a single first run" in text
+    assert "² extrapolated" in text
+
+
+def test_failures_show_in_table_and_notes() -> None:
+    found = report.Report(suite="train")
+    found.add("512", [measurement("broken", note="failed: out of memory")], 4096, "tokens/s")
+    found.tables.append(report.rate_table("speeds", found.rows, report.rate))
+    assert "broken  failed" in found.text(100)
+    assert "512: broken: failed: out of memory" in found.text(100)
+    json.dumps(found.as_dict(), allow_nan=False)
+
+
+def test_quarters() -> None:
+    marks = [[1000 * i, 0.5 * i, 10**8 + i] for i in range(1, 41)]
+    quarters = stream._quarters(marks)
+    assert [quarter["tokens"] for quarter in quarters] == [10_000, 20_000, 30_000, 40_000]
+    assert all(quarter["rate"] == pytest.approx(2000) for quarter in quarters)
+    assert quarters[-1]["resident_bytes"] == 10**8 + 40
+
+
+def test_faster_takes_the_best_of_the_others() -> None:
+    found = {name: measurement(name, s) for name, s in (("ours", 1.0), ("a", 30.0), ("b", 20.0))}
+    assert race_module.faster(found, "ours", "a", "b", "absent") == 20.0
+    assert math.isnan(race_module.faster(found, "ours", "absent"))
