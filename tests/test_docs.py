@@ -1,0 +1,190 @@
+"""The documents are true: they agree with each other, with the command line, the tree and the code."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import longscan
+from longscan import cli as frame
+from longscan.checkpoint import load
+from longscan.generate import command as generate_command
+from longscan.models import LINEAGE, Mamba, MambaConfig
+from longscan.tokenizer import ByteTokenizer
+
+ROOT = Path(__file__).parents[1]
+ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
+READMES = (ENGLISH, CHINESE)
+DOCUMENTS = (*READMES, "CONTRIBUTING.md", "CHANGELOG.md")
+PLANNED = ("planned", "计划中")
+
+
+def read(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def blocks(document: str, *languages: str) -> list[str]:
+    """The fenced blocks of a document, of some languages or all."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", read(document), re.MULTILINE | re.DOTALL)
+    return [body for language, body in found if not languages or language in languages]
+
+
+def prose(document: str) -> str:
+    return re.sub(r"^```.*?^```$", "", read(document), flags=re.MULTILINE | re.DOTALL)
+
+
+def untranslated(block: str) -> list[str]:
+    """A block without its comments and the remarks of a tree."""
+    if "├──" in block:
+        return [path for path, _ in tree(block)]
+    return [re.sub(r"\s+# .*", "", line) for line in block.splitlines()]
+
+
+def tree(block: str) -> Iterator[tuple[str, str]]:
+    """The paths of an annotated tree and what is said about them; a line may name several."""
+    folders: list[str] = []
+    for line in block.splitlines()[1:]:
+        indent = re.match(r"[│├└─ ]*", line)
+        assert indent
+        names, _, remark = line[indent.end() :].partition("  ")
+        folders = folders[: len(indent.group()) // 4 - 1]
+        for name in names.split():
+            yield "".join([*folders, name]), remark.strip()
+        if names.endswith("/"):
+            folders.append(names)
+
+
+def links(document: str) -> list[str]:
+    return re.findall(r"\]\(([^)]+)\)", prose(document))
+
+
+def commands(document: str) -> list[list[str]]:
+    """The lines of its shell blocks and the commands in its sentences, in words, without NAME=value."""
+    lines = [line for block in blocks(document, "bash") for line in block.splitlines()]
+    lines += re.findall(r"`((?:longscan|make) [^`]+)`", prose(document))
+    words = (shlex.split(line, comments=True) for line in lines)
+    return [[word for word in line if not re.match(r"[A-Z_]+=", word)] for line in words]
+
+
+# both languages
+
+
+def test_the_same_sections() -> None:
+    levels = [re.findall(r"^#+", prose(document), re.MULTILINE) for document in READMES]
+    assert levels[0] == levels[1]
+
+
+def test_the_same_code() -> None:
+    english, chinese = ([untranslated(block) for block in blocks(document)] for document in READMES)
+    assert english == chinese
+
+
+def test_the_same_links_and_markers() -> None:
+    english, chinese = ({*links(document)} for document in READMES)
+    assert english - {CHINESE} == chinese - {ENGLISH}
+    markers = [re.findall(r"^<!-- .* -->$", read(document), re.MULTILINE) for document in READMES]
+    assert markers[0] == markers[1]
+
+
+# what they name
+
+
+@pytest.mark.parametrize("document", READMES)
+def test_the_tree_exists(document: str) -> None:
+    [block] = [block for block in blocks(document, "text") if "├──" in block]
+    paths = dict(tree(block))
+    assert len(paths) > 40
+    for path, remark in paths.items():
+        expected = not remark.startswith(PLANNED)
+        assert (ROOT / path).exists() == expected, f"{path}: {'missing' if expected else 'no longer planned'}"
+        assert not expected or (ROOT / path).is_dir() == path.endswith("/"), path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document: str) -> None:
+    for link in links(document):
+        if not link.startswith("https://"):
+            assert (ROOT / link.split("#")[0]).exists(), link
+
+
+@pytest.mark.parametrize("document", READMES)
+def test_ticks_are_what_works(document: str) -> None:
+    lines = re.findall(r"^\| (20[12]\d \| .*) \|$", read(document), re.MULTILINE)
+    rows = [line.split(" | ") for line in lines]
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+    today = {row[1]: row[-1] for row in rows}
+    for entry in LINEAGE:
+        assert today.pop(entry.cls.__name__).split() == [word for verb in entry.verbs for word in (verb, "✓")]
+    assert all(what in PLANNED for what in today.values()), today
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_environment_variables_exist(document: str) -> None:
+    source = (Path(longscan.__file__).parent / "ops" / "_native.py").read_text()
+    for name in re.findall(r"LONGSCAN_\w+", read(document)):
+        assert f'environ.get("{name}"' in source, name
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    newest = re.search(r"^## \[(.+?)\]", read("CHANGELOG.md"), re.MULTILINE)
+    assert newest
+    assert newest[1] == longscan.__version__
+
+
+# what they tell to type
+
+
+@pytest.mark.parametrize("document", READMES)
+def test_every_verb_is_shown(document: str) -> None:
+    shown = {words[1] for words in commands(document) if words[0] == "longscan"}
+    assert shown >= set(frame.VERBS)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_parse(document: str) -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
+    for program, *arguments in commands(document):
+        if program == "longscan":
+            arguments = [word for word in arguments if word != "--debug"]
+            if arguments != ["VERB"]:
+                assert arguments[0] in frame.VERBS
+                frame._load(arguments[0]).make_context(
+                    arguments[0], arguments[1:]
+                )  # raises if a flag is wrong
+        elif program == "make":
+            assert set(arguments) <= set(targets)
+        else:
+            assert [program, arguments[0]] == ["pip", "install"]
+            assert set(re.findall(r"\[(.*)\]", arguments[1])) <= set(extras)
+
+
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, one after the other, on a tiny random model in place of the one that ships."""
+
+    def stand_in(name: str) -> tuple[Mamba, ByteTokenizer]:
+        assert name == inspect.signature(generate_command).parameters["model"].default
+        config = MambaConfig(d_model=16, n_layers=2, vocab_size=257)
+        return Mamba(config, torch.Generator().manual_seed(0)).eval(), ByteTokenizer()
+
+    monkeypatch.setattr(longscan, "load", stand_in)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    code = blocks(ENGLISH, "python")
+    assert len(code) == 3
+    for number, block in enumerate(code):
+        exec(compile(block, f"{ENGLISH}, Python block {number + 1}", "exec"), names)
+    saved, tokenizer = load(tmp_path / "my-model")
+    assert saved.num_parameters() == names["model"].num_parameters()
+    assert isinstance(tokenizer, ByteTokenizer)
+    assert (names["state"].batch_size, names["fork"].batch_size) == (1, 3)
+    assert names["loss"].requires_grad
+    assert names["h0"].grad.abs().max() > 0
