@@ -1,0 +1,137 @@
+"""What a training run tells its user: a live bar on a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+
+from longscan.generate import Bar
+
+__all__ = ["Display", "Snapshot", "Terminal", "duration"]
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """Where a run stands after a step; loss in nats per token."""
+
+    step: int
+    total: int
+    loss: float
+    valid_bits_per_byte: float | None
+    tokens_per_second: float
+    seconds_left: float
+
+
+class Display:
+    """Keeps silent: the default of a library. Subclasses speak."""
+
+    def line(self, text: str) -> None:
+        """Show a line that stays.
+
+        Args:
+            text: the line.
+        """
+
+    def prepare(self, done: int, total: int) -> None:
+        """Show how much text has become tokens.
+
+        Args:
+            done: bytes.
+            total: of all text.
+        """
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Show how the training goes.
+
+        Args:
+            snapshot: the run after a step.
+        """
+
+    def close(self) -> None:
+        """Leave the screen in order."""
+
+
+class Terminal(Display):
+    """Writes to stderr: a bar if it is a terminal, else a line every few steps.
+
+    Args:
+        every: steps between the lines.
+        console: where to; stderr if None.
+    """
+
+    def __init__(self, every: int, console: Console | None = None) -> None:
+        self.every = every
+        self.console = console or Console(stderr=True, highlight=False)
+        self.bar: Progress | None = None
+        self.preparation = Bar()
+
+    def line(self, text: str) -> None:
+        """Show a line that stays, above the bar."""
+        self.preparation.clear()
+        safe = CONTROL.sub(
+            "\N{REPLACEMENT CHARACTER}", text
+        )  # a young model writes anything, also escape codes
+        self.console.print(safe, markup=False, soft_wrap=True)
+
+    def prepare(self, done: int, total: int) -> None:
+        """Show a bar if it takes a while."""
+        self.preparation.show("tokens", done, total, f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+
+    def show(self, snapshot: Snapshot) -> None:
+        """Redraw the bar, or write a line if it is time."""
+        if self.console.is_terminal:
+            if self.bar is None:
+                self.bar = Progress(*_columns(), console=self.console, refresh_per_second=4)
+                self.bar.add_task("train", total=snapshot.total, words="")
+                self.bar.start()
+            self.bar.update(self.bar.task_ids[0], completed=snapshot.step, words=_words(snapshot))
+        elif snapshot.step % self.every == 0 or snapshot.step in (1, snapshot.total):
+            self.line(f"step {snapshot.step:,}/{snapshot.total:,}  {_words(snapshot)}")
+
+    def close(self) -> None:
+        """Stop redrawing the bar."""
+        self.preparation.clear()
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def duration(seconds: float) -> str:
+    """Say how long something takes, to the precision a reader wants.
+
+    Args:
+        seconds: the time.
+
+    Returns:
+        "42 s", "7 min", "3 h 05 min".
+    """
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _columns() -> list[ProgressColumn]:
+    """The parts of the bar's line."""
+    return [
+        TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[words]}"),
+    ]
+
+
+def _words(snapshot: Snapshot) -> str:
+    """The numbers of a snapshot."""
+    valid = snapshot.valid_bits_per_byte
+    parts: list[Any] = [f"loss {snapshot.loss:.3f}"]
+    if valid is not None:
+        parts.append(f"valid {valid:.3f} bits/byte")
+    parts += [f"{snapshot.tokens_per_second:,.0f} tok/s", f"{duration(snapshot.seconds_left)} left"]
+    return "  ".join(parts)

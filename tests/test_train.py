@@ -1,0 +1,630 @@
+"""Training: it learns, and whatever happens to it, it goes on as if nothing had."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file as load_tensors
+
+from longscan.checkpoint import load
+from longscan.errors import LongscanError, UsageError
+from longscan.plot import plot_losses
+from longscan.progress import Display, Snapshot, Terminal, duration
+from longscan.recipe import TrainConfig, make_model, read_recipe
+from longscan.runs import Metrics, lock
+from longscan.tokenizer import ByteTokenizer
+from longscan.train import resume, train
+from longscan.trainer import StepReport, Trainer, learning_rate
+
+TINY: dict[str, Any] = {
+    "tokenizer": "bytes",
+    "preset": "tiny",
+    "d_model": 16,
+    "n_layers": 1,
+    "d_state": 4,
+    "seq_len": 16,
+    "batch_size": 2,
+    "accumulate": 2,
+    "steps": 8,
+    "lr": 1e-2,
+    "save_every": 2,
+    "eval_every": 3,
+    "eval_windows": 2,
+    "sample_every": 4,
+    "sample_tokens": 4,
+    "threads": 1,
+}
+FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
+TEXT = "".join(f"{n} and {n} are {2 * n}.\n" for n in range(60))
+
+
+class Recorder(Display):
+    """Keeps what a run says, and does something after a given step."""
+
+    def __init__(self, after: int = 0, action: Callable[[], object] = lambda: None) -> None:
+        self.lines: list[str] = []
+        self.after, self.action = after, action
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def show(self, snapshot: Snapshot) -> None:
+        if snapshot.step == self.after:
+            self.action()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "sums.txt"
+    file.write_text(TEXT)
+    return file
+
+
+@pytest.fixture(scope="module")
+def config(text: Path) -> TrainConfig:
+    return TrainConfig.from_dict({**TINY, "data": [str(text)]})
+
+
+@pytest.fixture(scope="module")
+def whole(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happened to."""
+    directory = tmp_path_factory.mktemp("whole")
+    result = train(config, directory)
+    assert (result.step, result.total, result.stopped_by) == (8, 8, None)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
+    """Only `whole` draws its curves: drawing takes longer than these runs."""
+    monkeypatch.setattr(importlib.import_module("longscan.train"), "plot_losses", lambda *_: None)
+
+
+def metrics(directory: Path) -> list[dict[str, Any]]:
+    """Everything that was recorded but the time it took."""
+    records = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def assert_same(directory: Path, whole: Path) -> None:
+    """The two runs ended with the same bits and recorded the same."""
+    weights = "model/model.safetensors"
+    assert (directory / weights).read_bytes() == (whole / weights).read_bytes()
+    one, other = (
+        load_tensors(run / "checkpoints/step-000008/optimizer.safetensors") for run in (directory, whole)
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one if name != "random_state")
+    assert metrics(directory) == metrics(whole)
+    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == [
+        "step-000006",
+        "step-000008",
+    ]
+
+
+# What a run does
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/poem.txt").write_text("round and round the ragged rock " * 200)
+    (tmp_path / "held.txt").write_text("the ragged rock round and round " * 5)
+    paths = {"data": [str(tmp_path / "text")], "valid": [str(tmp_path / "held.txt")]}
+    pace = {"steps": 120, "lr": 3e-2, "seq_len": 48, "accumulate": 1, "save_every": 1000}
+    quiet = {"eval_every": 0, "sample_every": 0}
+    result = train(TrainConfig.from_dict({**TINY, **paths, **pace, **quiet}), tmp_path / "run")
+    assert result.valid_bits_per_byte is not None
+    assert result.valid_bits_per_byte < 1.0  # 8 before, 3.5 for one who knows how frequent each letter is
+
+
+def test_the_records(whole: Path, config: TrainConfig) -> None:
+    records = metrics(whole)
+    steps = [record for record in records if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 9))
+    assert steps[-1]["tokens"] == 8 * 2 * 2 * 16
+    assert steps[-1]["lr"] == pytest.approx(config.final_lr)
+    assert [record["step"] for record in records if "valid_bits_per_byte" in record] == [3, 6, 8]
+    assert [record["step"] for record in records if "sample" in record] == [4, 8]
+    assert (whole / "loss.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
+
+
+def test_the_exported_model_is_the_last_one(whole: Path) -> None:
+    model, tokenizer = load(whole / "model")
+    assert isinstance(tokenizer, ByteTokenizer)
+    last = metrics(whole)[-2]
+    assert "valid_loss" in last
+    held_out = torch.frombuffer(bytearray((whole / "data/valid.bin").read_bytes()), dtype=torch.uint16).long()
+    predicted, total = len(held_out) - 1, 0.0
+    for start in range(0, predicted, 16):
+        ids = held_out[None, start : start + 17]
+        loss = model(ids, labels=ids).loss
+        assert loss is not None
+        total += loss.item() * (ids.shape[1] - 1)
+    assert total / predicted == pytest.approx(last["valid_loss"], rel=1e-5)
+
+
+def test_the_seed_decides_every_bit(config: TrainConfig, whole: Path, tmp_path: Path) -> None:
+    train(config, tmp_path / "same")
+    assert_same(tmp_path / "same", whole)
+    train(config.replace(seed=1), tmp_path / "other")
+    assert metrics(tmp_path / "other")[0]["loss"] != metrics(whole)[0]["loss"]
+
+
+def test_accumulation_is_a_larger_batch(config: TrainConfig, whole: Path, tmp_path: Path) -> None:
+    train(config.replace(batch_size=4, accumulate=1), tmp_path / "run")
+    losses = [
+        [record["loss"] for record in metrics(run) if "loss" in record] for run in (tmp_path / "run", whole)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_training_a_bpe_and_taking_it_again(text: Path, config: TrainConfig, tmp_path: Path) -> None:
+    display = Recorder()
+    train(config.replace(tokenizer="bpe", vocab_size=280, steps=1), tmp_path / "one", display)
+    assert display.lines[0].startswith("tokenizer  BPE of 280 tokens")
+    again = config.replace(tokenizer=str(tmp_path / "one/model"), steps=1)
+    train(again, tmp_path / "two")
+    assert load(tmp_path / "two/model")[0].config.vocab_size == 280
+    assert metrics(tmp_path / "two") == metrics(tmp_path / "one")
+
+
+def test_few_documents_teach_how_a_text_begins(config: TrainConfig, whole: Path) -> None:
+    seen: list[torch.Tensor] = []
+    run = importlib.import_module("longscan.train")._Run(whole, config, Display())
+    run.metrics.close()
+    seen = [run.trainer.batch(step)[:, 0] for step in range(8)]
+    assert (torch.cat(seen) == 256).nonzero()[:, 0].tolist() == [0, 16]
+
+
+# Schedule and settings
+
+
+def test_learning_rate() -> None:
+    config = TrainConfig(lr=1.0, min_lr=0.1, warmup=10)
+    rates = [learning_rate(config, step, 110) for step in range(110)]
+    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[59] == pytest.approx(0.55)  # half-way down
+    assert rates[-1] == pytest.approx(0.1)
+    assert learning_rate(config, 0, 5) == pytest.approx(
+        0.1 + 0.45 * (1 + math.cos(math.pi / 5))
+    )  # no warm-up
+
+
+def test_epochs_become_steps() -> None:
+    assert TrainConfig(epochs=1.5, batch_size=4, accumulate=2).total_steps(windows=100) == 19
+    assert TrainConfig(batch_size=4).total_steps(windows=100) == 100  # four epochs unless said otherwise
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[1].glob("recipes/*.toml")), ids=lambda path: path.name
+)
+def test_recipes_are_valid(path: Path) -> None:
+    config = read_recipe(path, {"data": ["text"], "seed": 3})
+    assert (config.data, config.seed) == (("text",), 3)
+    assert config.steps or config.epochs
+    assert set(tomllib.loads(path.read_text())) <= set(config.to_dict())
+    assert make_model(config, ByteTokenizer()).num_parameters() > 1e6
+
+
+def test_flags_win_over_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('steps = 5\nlr = 1\nmodel = "mamba"')
+    config = read_recipe(tmp_path / "a.toml", {"epochs": 2.0, "lr": 0.5})
+    assert (config.steps, config.epochs, config.lr) == (None, 2.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        ("lr = 'fast'", "lr"),
+        ("learnin_rate = 1", "learnin_rate"),
+        ("lr = ", "Invalid value"),
+        ("lr = -1", "lr"),
+    ],
+)
+def test_a_bad_recipe_names_the_file_and_the_fault(tmp_path: Path, content: str, word: str) -> None:
+    (tmp_path / "bad.toml").write_text(content)
+    with pytest.raises(LongscanError, match=rf"bad\.toml: .*{word}"):
+        read_recipe(tmp_path / "bad.toml", {})
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"lr": 0.0},
+        {"lr": 1e-3, "min_lr": 1e-2},
+        {"steps": 0},
+        {"steps": 3, "epochs": 1.0},
+        {"epochs": -1.0},
+        {"seq_len": 0},
+        {"batch_size": 0},
+        {"beta2": 1.0},
+        {"valid_fraction": 1.0},
+        {"clip": 0.0},
+        {"save_every": 0},
+        {"threads": 0},
+        {"n_layers": 0},
+    ],
+    ids=lambda flags: "-".join(flags),
+)
+def test_impossible_settings_are_misuse(flags: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"^--[a-z0-9-]+: "):
+        read_recipe(None, flags)
+
+
+# Whatever happens
+
+KILLER = """
+import importlib, os, signal, sys
+from pathlib import Path
+import torch._dynamo  # what the first optimizer imports: once here instead of in every child
+from longscan.files import read_json
+from longscan.train import TrainConfig, resume, train
+
+module = importlib.import_module("longscan.train")
+module.plot_losses = lambda *_: None
+config, root = TrainConfig.from_dict(read_json(sys.argv[1])), sys.argv[2]
+moments = 0
+
+def watch(event, arguments):
+    # every opening, renaming and removing of a file in the run's directory is a moment to die at
+    global moments
+    if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir") and root in str(arguments[0]):
+        moments += 1
+        if moments == deadline:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def child(work):
+    if (pid := os.fork()) == 0:
+        work()
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
+
+def victim():
+    sys.addaudithook(watch)
+    train(config, run)
+
+deadline = int(sys.argv[3])
+while True:
+    run = f"{root}/{deadline}"
+    status = child(victim)
+    if status == 0:
+        break
+    assert os.WTERMSIG(status) == signal.SIGKILL, status
+    if Path(run, "train.json").exists():
+        assert child(lambda: resume(run)) == 0
+    else:
+        assert child(lambda: train(config, run)) == 0
+    deadline += int(sys.argv[4])
+print(deadline)
+"""
+
+
+def test_kill_9_at_any_moment(config: TrainConfig, whole: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps(config.to_dict()))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    (tmp_path / "runs").mkdir()
+    arguments = [str(settings), str(tmp_path / "runs"), "1", "11"]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    runs = list((tmp_path / "runs").iterdir())
+    assert len(runs) > 8
+    for run in runs:
+        assert_same(run, whole)
+
+
+def interrupt(number: signal.Signals) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_signals_wait_for_the_step(
+    config: TrainConfig, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    stopped = train(config, run, Recorder(3, interrupt(number)))
+    assert (stopped.step, stopped.stopped_by) == (3, number)
+    assert load(run / "model")[0].config.d_model == 16
+    assert metrics(run) == [record for record in metrics(whole) if record["step"] <= 3 and "loss" in record]
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    assert resume(run, {"log_every": 1}).stopped_by is None
+    assert_same(run, whole)
+
+
+def test_the_second_ctrl_c_does_not_wait(config: TrainConfig, tmp_path: Path) -> None:
+    def twice() -> None:
+        interrupt(signal.SIGINT)()
+        interrupt(signal.SIGINT)()
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run", Recorder(3, twice))
+
+
+def test_a_finished_run_has_nothing_left_to_do(config: TrainConfig, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    assert resume(tmp_path / "run").step == 8
+    assert_same(tmp_path / "run", whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over(config: TrainConfig, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    weights = run / "checkpoints/step-000008/model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    display = Recorder()
+    resume(run, display=display)
+    assert any("skipping" in line and "step-000008" in line for line in display.lines)
+    assert_same(run, whole)
+
+
+def test_a_full_disk(
+    config: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("longscan.trainer")
+    write = module.save_file
+
+    def fail(tensors: dict[str, torch.Tensor], path: Path, **extra: Any) -> None:
+        if "step-000004" in str(path) and path.name == "optimizer.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(tensors, path, **extra)
+
+    monkeypatch.setattr(module, "save_file", fail)
+    with pytest.raises(
+        LongscanError, match=r"(?s)No space left.*last good checkpoint is .*step-000002.*--resume"
+    ):
+        train(config, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000002"]
+    monkeypatch.undo()
+    monkeypatch.setattr(importlib.import_module("longscan.train"), "plot_losses", lambda *_: None)
+    resume(tmp_path / "run")
+    assert_same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_ends_the_run(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    step = Trainer.step
+
+    def poisoned(trainer: Trainer) -> StepReport:
+        weight = trainer.model.backbone.norm_f.weight
+        if trainer.step_number == 5 and what == "loss":
+            weight.data.fill_(math.nan)
+        elif trainer.step_number == 5:
+            weight.register_hook(lambda gradient: gradient * math.inf)
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "step", poisoned)
+    with pytest.raises(LongscanError, match=rf"(?s){what}.* step 6 .*last good .*step-000004.*lower --lr"):
+        train(config, tmp_path / "run")
+    assert metrics(tmp_path / "run")[-1]["step"] == 5
+    weights = load_tensors(tmp_path / "run/checkpoints/step-000004/model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_what_may_change_when_resuming_and_what_may_not(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    with pytest.raises(UsageError, match=r"^lr cannot change"):
+        resume(run, {"lr": 1.0})
+    resume(run, {"eval_every": 1, "threads": 1})
+    settings = json.loads((run / "train.json").read_text())
+    (run / "train.json").write_text(json.dumps({**settings, "seed": 5}))
+    with pytest.raises(LongscanError, match=r"seed cannot change .*step-000008"):
+        resume(run)
+
+
+def test_other_data_is_noticed(config: TrainConfig, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    train(config.replace(valid_fraction=0.2, steps=1), tmp_path / "other")
+    shutil.rmtree(run / "data")
+    shutil.copytree(tmp_path / "other/data", run / "data")
+    with pytest.raises(LongscanError, match=r"is not what .* was trained on"):
+        resume(run)
+
+
+def test_metrics_lose_only_what_comes_again(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(
+        '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 2, "valid": 1}\n{"step": 3, "lo'
+    )
+    log = Metrics(file)
+    log.rewind(2)
+    assert log.has(2, "valid")
+    assert not log.has(1, "valid")
+    assert not log.has(3, "loss")
+    log.write({"step": 3, "loss": 1.0})
+    assert log.last("loss") == 1.0
+    log.close()
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 2, 3]
+
+
+# The command
+
+
+def test_command(cli: Callable[..., Any], text: Path, whole: Path, tmp_path: Path) -> None:
+    done = cli("train", text, "--out", tmp_path / "run", *FLAGS)
+    assert done.code == 0, done.err
+    assert f"longscan generate --model {tmp_path / 'run/model'}" in done.out
+    assert "step 8/8  loss" in done.err
+    assert_same(tmp_path / "run", whole)
+
+
+def test_command_stops_and_goes_on(
+    cli: Callable[..., Any], text: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopping(Terminal):
+        def show(self, snapshot: Snapshot) -> None:
+            if snapshot.step == 5:
+                interrupt(signal.SIGINT)()
+
+    module = importlib.import_module("longscan.train")
+    monkeypatch.setattr(module, "Terminal", Stopping)
+    run = tmp_path / "run"
+    done = cli("train", text, "--out", run, *FLAGS)
+    assert done.code == 130
+    assert done.err.endswith(f"stopped after step 5; continue with: longscan train --resume {run}\n")
+    monkeypatch.setattr(module, "Terminal", Terminal)
+    assert cli("train", "--resume", run).code == 0
+    assert_same(run, whole)
+
+
+def test_a_run_has_one_process(cli: Callable[..., Any], text: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    with lock(run):
+        for arguments in ((text, "--out", run), ("--resume", run)):
+            done = cli("train", *arguments)
+            assert done.code == 1
+            assert f"process {os.getpid()} is training there" in done.err
+    done = cli("train", text, "--out", run)
+    assert done.code == 1
+    assert f"longscan train --resume {run}" in done.err
+    assert_same(run, whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["{text}"], 2, "--out"),
+        (["{text}", "--out", "{new}", "--resume", "{new}"], 2, "either"),
+        (["--out", "{new}"], 2, "nothing to train on"),
+        (["{text}", "--out", "{full}"], 1, "not empty"),
+        (["{text}", "--out", "{text}"], 1, "Not a directory"),
+        (["{text}", "--out", "{text}/run"], 1, "Not a directory"),
+        (["--resume", "{full}"], 1, "no run to resume"),
+        (["--resume", "{new}"], 1, "no run to resume"),
+        (["--resume", "{new}", "--config", "{text}"], 2, "--config"),
+        (["{text}", "--out", "{new}", "--config", "{new}.toml"], 1, "No such file"),
+        (["{text}", "--out", "{new}", "--model", "momba"], 2, "did you mean 'mamba'"),
+        (["{text}", "--out", "{new}", "--preset", "tinny"], 2, "did you mean 'tiny'"),
+        (["{text}", "--out", "{new}", "--device", "abacus"], 2, "--device abacus"),
+        (["{text}", "--out", "{new}", "--lr", "0"], 2, "--lr: expected more than 0"),
+        (["{text}", "--out", "{new}", "--tokenizer", "{full}"], 1, "no tokenizer in"),
+        (["{text}", "--out", "{new}", "--vocab-size", "20"], 2, "vocab_size"),
+        (["{text}.gone", "--out", "{new}"], 1, "no such file"),
+        (["{empty}", "--out", "{new}"], 1, "no text in"),
+        (["{binary}", "--out", "{new}"], 1, "NUL"),
+        (["{latin}", "--out", "{new}"], 1, "not UTF-8"),
+        (["{short}", "--out", "{new}", "--tokenizer", "bytes"], 1, "one sequence needs"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_misuse(
+    cli: Callable[..., Any], text: Path, tmp_path: Path, arguments: list[str], code: int, words: str
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/precious").write_text("x")
+    contents = {"empty": b"", "binary": b"a\0b", "latin": "café".encode("latin-1"), "short": b"ab\n"}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    places = {name: tmp_path / f"{name}.txt" for name in contents}
+    places |= {"text": text, "new": tmp_path / "new", "full": tmp_path / "full"}
+    done = cli("train", *(argument.format(**places) for argument in arguments))
+    assert done.code == code, done.err
+    assert done.err.startswith("error: ") or "\nerror: " in done.err
+    assert words in done.err
+    assert not (tmp_path / "new").exists()  # the same command, put right, can be given again
+    assert (tmp_path / "full/precious").read_text() == "x"
+
+
+# What the user sees
+
+
+def test_plain_lines_where_nobody_watches() -> None:
+    stream = io.StringIO()
+    terminal = Terminal(10, Console(file=stream))
+    for step in range(1, 21):
+        bits = 1.5 if step > 10 else None
+        terminal.show(
+            Snapshot(
+                step=step,
+                total=20,
+                loss=2.0,
+                valid_bits_per_byte=bits,
+                tokens_per_second=1234.5,
+                seconds_left=400.0,
+            )
+        )
+    terminal.close()
+    assert stream.getvalue().splitlines() == [
+        "step 1/20  loss 2.000  1,234 tok/s  7 min left",
+        "step 10/20  loss 2.000  1,234 tok/s  7 min left",
+        "step 20/20  loss 2.000  valid 1.500 bits/byte  1,234 tok/s  7 min left",
+    ]
+
+
+def test_a_bar_on_a_terminal() -> None:
+    stream = io.StringIO()
+    terminal = Terminal(10, Console(file=stream, force_terminal=True, width=120, highlight=False))
+    snapshot = Snapshot(
+        step=5, total=20, loss=2.0, valid_bits_per_byte=1.5, tokens_per_second=99.0, seconds_left=9000.0
+    )
+    terminal.show(snapshot)
+    terminal.line("a [line] in\n\x1b[2Jbetween")
+    terminal.close()
+    shown = stream.getvalue()
+    assert "step 5/20" in shown
+    assert "25 %" in shown
+    assert "loss 2.000  valid 1.500 bits/byte  99 tok/s  2 h 30 min left" in shown
+    assert "a [line] in" in shown
+    assert "\N{REPLACEMENT CHARACTER}[2Jbetween" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "0 s"), (99.4, "99 s"), (100, "2 min"), (5900, "98 min"), (11100, "3 h 05 min")],
+)
+def test_duration(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+@pytest.mark.parametrize("n_valid", [0, 3])
+def test_plot_losses(tmp_path: Path, suffix: str, n_valid: int) -> None:
+    pytest.importorskip("matplotlib")
+    records: list[dict[str, Any]] = [{"step": step, "loss": 5 / step} for step in range(1, 200)]
+    records += [{"step": step, "valid_bits_per_byte": 3 / step} for step in range(1, n_valid + 1)]
+    plot_losses(records, tmp_path / f"loss{suffix}")
+    content = (tmp_path / f"loss{suffix}").read_bytes()
+    assert content.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
+    assert len(content) > 5000
+
+
+def test_without_matplotlib_there_is_one_word(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("longscan.train"), "plot_losses", plot_losses)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    display = Recorder()
+    train(config, tmp_path / "run", display)
+    assert [line for line in display.lines if "matplotlib" in line] == [
+        "no loss.png: figures need matplotlib: pip install matplotlib"
+    ]
+    assert not (tmp_path / "run/loss.png").exists()
