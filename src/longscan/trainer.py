@@ -204,7 +204,10 @@ class Checkpoints:
             warn: receives a line for each checkpoint that had to be passed over.
 
         Returns:
-            Its directory and its state, or None if there is none.
+            Its directory and its state, or None if the run has none yet.
+
+        Raises:
+            LongscanError: there are some, but none is whole.
         """
         for directory in self._directories():
             try:
@@ -218,6 +221,10 @@ class Checkpoints:
                 warn(f"skipping checkpoint {directory}: {error}")
                 continue
             return directory, state
+        if self._directories():
+            raise LongscanError(
+                f"no checkpoint in {self.root} is whole. Delete that folder to begin the run again."
+            )
         return None
 
     def sweep(self, step: int) -> None:
