@@ -93,6 +93,15 @@ def available(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
 
 
+def direct(tensor: Tensor) -> bool:
+    """Whether a kernel may be called past torch's dispatcher, and write into this tensor.
+
+    Decoding does: the dispatcher costs more than a small kernel. No gradient is recorded, nothing is traced.
+    """
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_contiguous()
+    return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def pointer(tensor: Tensor | None) -> int:
     """The address of the tensor's first element, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -82,18 +82,7 @@ def causal_conv1d(
         ValueError: shapes do not fit or the activation is unknown.
         TypeError: seq_idx is not int32 or int64.
     """
-    if x.dim() != 3 or 0 in x.shape:
-        raise ValueError(f"x: expected a non-empty (batch, seq_len, d_inner), got {tuple(x.shape)}")
-    batch, seq_len, d_inner = x.shape
-    if weight.dim() != 2 or weight.shape[0] != d_inner or weight.shape[1] == 0:
-        raise ValueError(f"weight: expected (d_inner={d_inner}, d_conv), got {tuple(weight.shape)}")
-    past = (batch, weight.shape[1] - 1, d_inner)
-    if bias is not None and bias.shape != (d_inner,):
-        raise ValueError(f"bias: expected shape {(d_inner,)}, got {tuple(bias.shape)}")
-    if initial_state is not None and initial_state.shape != past:
-        raise ValueError(f"initial_state: expected shape {past}, got {tuple(initial_state.shape)}")
-    if activation not in (None, "silu"):
-        raise ValueError(f"activation: expected None or 'silu', got {activation!r}")
+    batch, seq_len = _check(x, weight, bias, activation, initial_state)
     seq_idx = check_seq_idx(seq_idx, batch, seq_len)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     tensors = [None if t is None else t.to(dtype) for t in (x, weight, bias, initial_state)]
@@ -117,9 +106,32 @@ def causal_conv1d_step(
         y: (batch, d_inner).
     """
     with torch.no_grad():
-        y, new_state = causal_conv1d(x.unsqueeze(1), weight, bias, activation, initial_state=state)
+        x = x.unsqueeze(1)
+        if _native.direct(state) and _use_native(weight, x, bias, state):
+            _check(x, weight, bias, activation, state)
+            return _run_forward(x, weight, bias, state, None, activation == "silu", state).squeeze(1)
+        y, new_state = causal_conv1d(x, weight, bias, activation, initial_state=state)
         state.copy_(new_state)
     return y.squeeze(1)
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None
+) -> tuple[int, int]:
+    """Validate every shape; return (batch, seq_len)."""
+    if x.dim() != 3 or 0 in x.shape:
+        raise ValueError(f"x: expected a non-empty (batch, seq_len, d_inner), got {tuple(x.shape)}")
+    batch, seq_len, d_inner = x.shape
+    if weight.dim() != 2 or weight.shape[0] != d_inner or weight.shape[1] == 0:
+        raise ValueError(f"weight: expected (d_inner={d_inner}, d_conv), got {tuple(weight.shape)}")
+    past = (batch, weight.shape[1] - 1, d_inner)
+    if bias is not None and bias.shape != (d_inner,):
+        raise ValueError(f"bias: expected shape {(d_inner,)}, got {tuple(bias.shape)}")
+    if initial_state is not None and initial_state.shape != past:
+        raise ValueError(f"initial_state: expected shape {past}, got {tuple(initial_state.shape)}")
+    if activation not in (None, "silu"):
+        raise ValueError(f"activation: expected None or 'silu', got {activation!r}")
+    return batch, seq_len
 
 
 _lib: Any = torch.library.Library("longscan", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -285,12 +297,26 @@ def _fields(x: Tensor, weight: Tensor, silu: bool, rest: tuple[Tensor | None, ..
 def _forward(x, weight, bias, initial_state, seq_idx, silu):  # type: ignore[no-untyped-def]
     if not _use_native(weight, x, bias, initial_state):
         return _forward_torch(x, weight, bias, initial_state, seq_idx, silu)
-    x, weight, bias, initial_state = _native.rows(x), *map(_native.dense, (weight, bias, initial_state))
-    y = torch.empty(x.shape)
     final_state = torch.empty(x.shape[0], weight.shape[1] - 1, x.shape[2])
+    return _run_forward(x, weight, bias, initial_state, seq_idx, silu, final_state), final_state
+
+
+def _run_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    silu: bool,
+    final_state: Tensor,
+) -> Tensor:
+    """Run the kernel; final_state may be the initial state itself."""
+    x, weight = _native.rows(x), weight.contiguous()
+    bias, initial_state = _native.dense(bias), _native.dense(initial_state)
+    y = torch.empty(x.shape)
     rest = (bias, initial_state, seq_idx, y, final_state)
     _native.call("ls_conv_forward", _fields(x, weight, silu, rest) + [0] * 9)
-    return y, final_state
+    return y
 
 
 def _backward(x, weight, bias, initial_state, seq_idx, silu, dy, dfinal):  # type: ignore[no-untyped-def]

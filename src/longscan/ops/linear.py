@@ -39,7 +39,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _native.available(x, weight, bias):
         return F.linear(x, weight, bias)
-    y: Tensor = torch.ops.longscan.linear(x, weight, bias)
+    multiply_add: Any = _forward if _native.direct(weight) else torch.ops.longscan.linear
+    y: Tensor = multiply_add(x, weight, bias)
     return y
 
 

@@ -150,6 +150,11 @@ def selective_scan_step(
     with torch.no_grad():
         z = None if z is None else z.unsqueeze(1)
         u, dt, B, C = (t.unsqueeze(1) for t in (u, dt, B, C))
+        if _native.direct(state) and _use_native(u, dt, A, B, C, D, z, dt_bias, state):
+            _check(u, dt, A, B, C, D, z, dt_bias, state)
+            B, C = (M.unsqueeze(2) if M.dim() == 3 else M for M in (B, C))
+            layout = _native_layout((u, dt, A, B, C, D, z, dt_bias, state))
+            return _run_forward(layout, None, dt_softplus, state, None).squeeze(1)
         y, new_state = selective_scan(u, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state=state)
         state.copy_(new_state)
     return y.squeeze(1)
@@ -304,15 +309,29 @@ def _forward(*inputs):  # type: ignore[no-untyped-def]
     u, A = tensors[0], tensors[2]
     if not _use_native(*tensors):
         return _scan_chunked.forward(*inputs)
-    u, dt, A, B, C, D, z, dt_bias, initial_state = _native_layout(tensors)
-    y = torch.empty(u.shape)
     final_state = torch.empty(u.shape[0], *A.shape)
-    shape = boundaries_shape(u, A, B, C) if keep else (0,)
-    make = torch.zeros if keep and shape[2] != u.shape[2] else torch.empty  # padding is written by nobody
-    boundaries = make(shape)
-    rest = (D, dt_bias, initial_state, seq_idx, y, final_state, boundaries if keep else None)
-    _native.call("ls_scan_forward", _fields(u, dt, A, B, C, z, dt_softplus, rest) + [0] * 14)
+    boundaries = torch.empty(0)
+    if keep:
+        shape = boundaries_shape(u, A, *tensors[3:5])
+        boundaries = (torch.empty if shape[2] == u.shape[2] else torch.zeros)(shape)  # nobody writes padding
+    layout = _native_layout(tensors)
+    y = _run_forward(layout, seq_idx, dt_softplus, final_state, boundaries if keep else None)
     return y, final_state, boundaries
+
+
+def _run_forward(
+    layout: list[Any],
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    final_state: Tensor,
+    boundaries: Tensor | None,
+) -> Tensor:
+    """Run the kernel on what `_native_layout` returned; final_state may be the initial state itself."""
+    u, dt, A, B, C, D, z, dt_bias, initial_state = layout
+    y = torch.empty(u.shape)
+    rest = (D, dt_bias, initial_state, seq_idx, y, final_state, boundaries)
+    _native.call("ls_scan_forward", _fields(u, dt, A, B, C, z, dt_softplus, rest) + [0] * 14)
+    return y
 
 
 def _backward(*inputs):  # type: ignore[no-untyped-def]
@@ -326,19 +345,8 @@ def _backward(*inputs):  # type: ignore[no-untyped-def]
     workspace = torch.empty(_native.scan_workspace(*u.shape, A.shape[1], n_groups))
     rest = (D, dt_bias, initial_state, seq_idx, None, None, boundaries)
     du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state = gradients
-    out = (
-        dfinal,
-        du,
-        ddt,
-        dA,
-        dB,
-        dC,
-        dD,
-        dz,
-        ddt_bias,
-        None if initial_state is None else dinitial_state,
-        workspace,
-    )
+    wanted = None if initial_state is None else dinitial_state
+    out = (dfinal, du, ddt, dA, dB, dC, dD, dz, ddt_bias, wanted, workspace)
     fields = [*_fields(u, dt, A, B, C, z, dt_softplus, rest), *_native.row_fields(dy)]
     _native.call("ls_scan_backward", fields + [_native.pointer(t) for t in out])
     return tuple(gradients)
