@@ -33,7 +33,6 @@ __all__ = [
     "read_recipe",
 ]
 
-TINY_LM = {"d_model": 256, "n_layers": 8}  # 4.4 M parameters with a vocabulary of 4,096
 DEFAULT_EPOCHS = 4.0
 
 
@@ -267,7 +266,7 @@ def model_settings(config: TrainConfig, vocab_size: int) -> LanguageModelConfig:
     if config.model not in MODELS:
         raise UsageError(f"--model: no model called {config.model!r}{nearest(config.model, MODELS)}")
     entry = MODELS[config.model]
-    presets = {"tiny-lm": TINY_LM, **entry.presets}
+    presets = entry.presets
     if config.preset not in presets:
         close = nearest(config.preset, presets)
         raise UsageError(f"--preset: {config.model} has no preset {config.preset!r}{close}")

@@ -41,6 +41,7 @@ from .layers import blank, linear
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257},
+    "tiny-lm": {"d_model": 256, "n_layers": 8, "vocab_size": 4096},  # what `longscan train` makes unless told
     "130m": {"d_model": 768, "n_layers": 24, "vocab_size": 50277},
     "370m": {"d_model": 1024, "n_layers": 48, "vocab_size": 50277},
     "790m": {"d_model": 1536, "n_layers": 48, "vocab_size": 50277},
