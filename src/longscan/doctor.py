@@ -45,8 +45,8 @@ def examine() -> dict[str, Any]:
     """Look at this installation.
 
     Returns:
-        Plain values: versions, native (path, isa, reason, cpu), self_check (ok, failed, errors), threads,
-        accelerator, hub_models, shipped.
+        Plain values: versions, native (path, isa, reason, cpu), self_check (ok, failed, errors),
+        multiplication, threads, accelerator, hub_models, shipped.
     """
     info = ops.native_info()
     errors = {name: _relative_error(got, expected) for name, got, expected in _results()}
@@ -63,6 +63,7 @@ def examine() -> dict[str, Any]:
             "cpu": _cpu_features(),
         },
         "self_check": {"ok": not failed, "failed": failed, "errors": errors},
+        "multiplication": ops.multiplication(),
         "threads": torch.get_num_threads(),
         "accelerator": str(accelerator) if accelerator else None,
         "hub_models": len(list(_hub_cache().glob("models--*"))),
@@ -92,6 +93,7 @@ def _text(report: dict[str, Any]) -> str:
             f"extras           {' · '.join(extras)}",
             f"native kernels   {kernels}",
             f"self-check       {verdict}",
+            f"matrix products  {report['multiplication']}",
             f"threads          {report['threads']} (torch) · accelerator {report['accelerator'] or 'none'}",
             f"caches           hub {report['hub_models']} models · shipped {names}",
         ]

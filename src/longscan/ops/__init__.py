@@ -2,7 +2,7 @@
 
 from ._native import NativeInfo, backend, native_probe
 from .conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
-from .linear import linear, linear_ref, multiply
+from .linear import linear, linear_ref, multiplication, multiply
 from .scan import selective_scan, selective_scan_ref, selective_scan_step
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "causal_conv1d_step",
     "linear",
     "linear_ref",
+    "multiplication",
     "multiply",
     "native_info",
     "native_probe",

@@ -96,6 +96,11 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     return _onednn(a, b.T)
 
 
+def multiplication() -> str:
+    """Name the library that multiplies float32 matrices: "oneDNN", or "torch's default" (mostly MKL)."""
+    return "oneDNN" if _native.prefers_onednn() else "torch's default"
+
+
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return product
