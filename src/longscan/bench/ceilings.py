@@ -6,6 +6,7 @@ Runs in the workers.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,19 +51,23 @@ def matmul(n_rows: int, shapes: list[list[int]], backward: bool, operations: flo
     Returns:
         What to measure.
     """
-    products: list[tuple[Tensor, Tensor, Tensor]] = []  # two factors and the place of the result
+    products: list[tuple[Tensor, Tensor]] = []
     for n_in, n_out in shapes:
         x, weight, dy = torch.randn(n_rows, n_in), torch.randn(n_out, n_in), torch.randn(n_rows, n_out)
-        products.append((x, weight.T, torch.empty_like(dy)))
+        products.append((x, weight.T))
         if backward:
-            products += [(dy, weight, torch.empty_like(x)), (dy.T, x, torch.empty_like(weight))]
-    done = sum(2 * left.shape[0] * left.shape[1] * right.shape[1] for left, right, _ in products)
+            products += [(dy, weight), (dy.T, x)]
+    done = sum(2 * left.shape[0] * left.shape[1] * right.shape[1] for left, right in products)
+
+    def seconds(multiply: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> float:
+        begin = time.perf_counter()
+        multiply(left, right)
+        return time.perf_counter() - begin
 
     def run() -> dict[str, Any]:
-        begin = time.perf_counter()
-        for left, right, out in products:
-            torch.mm(left, right, out=out)
-        return {"seconds": (time.perf_counter() - begin) * operations / done}
+        # each product by whichever library of torch's is faster for it
+        best = (min(seconds(way, *pair) for way in (torch.mm, ops.multiply)) for pair in products)
+        return {"seconds": sum(best) * operations / done}
 
     return run
 
