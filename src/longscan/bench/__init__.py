@@ -1,7 +1,8 @@
 """`longscan bench`: ours, the peers that happen to be installed and the machine's ceiling, in one sitting.
 
 A suite (ops, train, generate, stream) is a file that lists cases and contenders; `race` measures these in
-fresh processes that take turns; what a process runs stands in `ours`, `peers` and `ceilings`.
+fresh processes that take turns; what a process runs stands in `ours`, `peers` and `ceilings`. The suite text
+is no race: it measures predictions, on files that the user names.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from longscan.errors import UsageError
 __all__ = ["SUITES", "command"]
 
 SUITES = ("ops", "train", "generate", "stream")
+TEXT = "text"
+SHIPPED, SEPARATOR = "longscan-tiny-en", "\n\n\n"  # the model and what parts the documents it learnt from
 
 
 def command(
     suites: Annotated[
-        list[str] | None, typer.Argument(help="ops, train, generate, stream; all of them when left out.")
+        list[str] | None,
+        typer.Argument(help="ops, train, generate, stream; all of these when left out. Or text, by itself."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     figure: Annotated[
@@ -35,11 +39,25 @@ def command(
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny sizes: to see that it runs, not to quote.")
     ] = False,
+    train: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="text: files or folders to count in; repeatable."),
+    ] = None,
+    test: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="text: those to predict; repeatable.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="text: a shipped model, a directory, or a hub id.")] = SHIPPED,
+    separator: Annotated[
+        str, typer.Option(help="text: what parts the documents of a file.", show_default="two empty lines")
+    ] = SEPARATOR,
 ) -> None:
     """Measure this machine: longscan, the peers that are installed, and what the hardware allows.
 
     Every contender runs in a fresh process; they take turns. Numbers are medians with their range. Everything
     takes about half an hour, ops a few minutes; leave the machine alone meanwhile.
+
+    The suite text asks how well a model knows text that is held out: bits per byte of the model, of a 5-gram
+    that counted the training text, and of xz. It needs --train and --test.
 
     Args:
         suites: which.
@@ -49,16 +67,36 @@ def command(
         peers: whether to run what is not ours.
         threads: at least 1.
         quick: for a look.
+        train: of the suite text alone, as what follows.
+        test: never counted in, even if it is found under `train`.
+        model: what is measured.
+        separator: as in `longscan.documents`.
 
     Raises:
-        UsageError: there is no such suite, or a number makes no sense.
+        UsageError: there is no such suite, a number makes no sense, or an option is of another suite.
     """
     for name, value in (("--repeats", repeats), ("--threads", threads)):
         if value is not None and value < 1:
             raise UsageError(f"{name}: expected 1 or more, got {value}.")
     for suite in suites or ():
-        if suite not in SUITES:
-            raise UsageError(f"no suite called {suite!r}{nearest(suite, SUITES)}")
-    from longscan.bench.sitting import sit  # the workers import this page too, and need nothing of that
+        if suite not in (*SUITES, TEXT):
+            raise UsageError(f"no suite called {suite!r}{nearest(suite, (*SUITES, TEXT))}")
+    chosen = list(dict.fromkeys(suites or SUITES))
+    # the workers import this page too, and need nothing of what is imported from here on
+    if TEXT not in chosen:
+        if train or test or (model, separator) != (SHIPPED, SEPARATOR):
+            raise UsageError("--train, --test, --model and --separator are for the suite text: name it.")
+        from longscan.bench.sitting import sit
 
-    sit(list(dict.fromkeys(suites or SUITES)), as_json, figure, repeats, peers, threads, quick)
+        sit(chosen, as_json, figure, repeats, peers, threads, quick)
+        return
+    if chosen != [TEXT] or figure or quick or not peers or repeats != 5:
+        raise UsageError(
+            "text is no race: expected no other suite beside it, and no options but --train, --test, "
+            "--model, --separator, --threads and --json."
+        )
+    if not (train and test):
+        raise UsageError("text: expected --train FILE and --test FILE, the text to count in and to predict.")
+    from longscan.bench.text import show
+
+    show(model, train, test, separator, as_json, threads)
