@@ -75,7 +75,7 @@ LS_EXPORT int32_t ls_linear(const float *x, const float *weight, const float *bi
 
 LS_EXPORT int64_t ls_scan_workspace(int64_t batch, int64_t seq_len, int64_t d_inner, int64_t d_state,
                                     int64_t n_groups) {
-  const int64_t per_group = d_inner / n_groups, units = n_groups * ls_ceil(per_group, ls_unit_channels(per_group));
+  const int64_t per_group = d_inner / n_groups, units = n_groups * ls_ceil(per_group, ls_unit_channels(batch, per_group));
   const int64_t rows = batch * units * seq_len * d_state, states = batch * d_inner * d_state;
   return 2 * (rows > states ? rows : states) + states + 2 * batch * d_inner;
 }

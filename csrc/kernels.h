@@ -14,6 +14,9 @@ struct ls_kernels {
 
 void ls_run(int64_t n, ls_task task, void *context);  // over [0, n), in parallel if there is a pool
 
-// Channels a unit of parallel work owns; a function of the shape alone, so that sums always run in one order.
-inline int64_t ls_unit_channels(int64_t channels_of_group) { return channels_of_group < 1024 ? 64 : 128; }
+// Channels a unit of parallel work owns: more mean less memory for partial sums, fewer mean more units to share out.
+// A function of the shape alone, so that sums always run in one order.
+inline int64_t ls_unit_channels(int64_t batch, int64_t channels_of_group) {
+  return batch * channels_of_group < 1024 ? 64 : 128;
+}
 inline int64_t ls_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -23,7 +23,7 @@ struct Unit {
   int64_t boundary;                          // first float of this unit inside a row of the boundaries
   int blocks;
   Unit(const ls_scan *a, int64_t i) {
-    const int64_t per_group = a->d_inner / a->n_groups, size = ls_unit_channels(per_group);
+    const int64_t per_group = a->d_inner / a->n_groups, size = ls_unit_channels(a->batch, per_group);
     const int64_t units = ls_ceil(per_group, size);
     b = i / (a->n_groups * units);
     index = i % (a->n_groups * units);
@@ -38,7 +38,7 @@ struct Unit {
 
 int64_t unit_count(const ls_scan *a) {
   const int64_t per_group = a->d_inner / a->n_groups;
-  return a->batch * a->n_groups * ls_ceil(per_group, ls_unit_channels(per_group));
+  return a->batch * a->n_groups * ls_ceil(per_group, ls_unit_channels(a->batch, per_group));
 }
 
 int64_t padded_channels(const ls_scan *a) {

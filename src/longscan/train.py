@@ -39,6 +39,7 @@ from longscan.data import TokenDataset, windows
 from longscan.errors import LongscanError, UsageError
 from longscan.files import read_json, write_json
 from longscan.generate import generate, use_threads
+from longscan.ops import keep_memory
 from longscan.plot import plot_losses
 from longscan.progress import Display, Snapshot, Terminal
 from longscan.recipe import (
@@ -407,6 +408,7 @@ def command(
             given[name] = [os.path.abspath(path) for path in given[name]]
     if (out is None) == (resume_from is None):
         raise UsageError("give either --out DIR for a new run or --resume DIR to continue one.")
+    keep_memory()
     if resume_from is not None:
         if recipe is not None:
             raise UsageError("--config is for a new run: --resume takes the settings the run began with.")

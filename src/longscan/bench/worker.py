@@ -24,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from longscan.ops import keep_memory
+
 __all__ = ["Run", "extra_memory", "main", "peak_memory", "resident_memory", "turn"]
 
 Run = Callable[[], dict[str, Any] | None]
@@ -78,6 +80,7 @@ def main() -> None:
     """Prepare the job named on the command line, then serve orders until stdin ends."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what peers print goes to stderr, not between the replies
+    keep_memory()  # for every contender alike: who must ask the system for pages is a matter of luck
     order = json.loads(sys.argv[1])
     module, name = order["job"].split(":")
     run: Run = getattr(importlib.import_module(module), name)(**order["arguments"])

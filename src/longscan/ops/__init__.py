@@ -1,6 +1,6 @@
 """What is computed: one file per op, each with a reference, gradients and a native kernel."""
 
-from ._native import NativeInfo, backend, native_probe
+from ._native import NativeInfo, backend, keep_memory, native_probe
 from .conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
 from .linear import linear, linear_ref, multiplication, multiply
 from .scan import selective_scan, selective_scan_ref, selective_scan_step
@@ -11,6 +11,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_ref",
     "causal_conv1d_step",
+    "keep_memory",
     "linear",
     "linear_ref",
     "multiplication",

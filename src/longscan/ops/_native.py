@@ -152,6 +152,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, rows: int)
         raise RuntimeError(f"ls_linear refused rows {rows}, n_in {n_in}, n_out {n_out}; please report it")
 
 
+def keep_memory() -> None:
+    """Ask the C allocator to keep freed memory for the next tensor; for a process that only computes.
+
+    By default glibc hands large blocks back to the system, and every training step takes them anew, page by
+    page: that can double the time of an op that is bound by memory. Without glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)
+
+
 def native_probe(n_states: int) -> float | None:
     """Measure a scan's ceiling: exp and the three multiply-adds of a state update, in registers.
 
