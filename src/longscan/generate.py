@@ -39,6 +39,8 @@ __all__ = [
 
 REASONS = {"eos": "end of text", "stop": "stop string"}
 
+MAX_THREADS = 1024  # torch's pool crashes the process when it cannot start as many as it is told
+
 
 def generate(model: LanguageModel, tokenizer: Tokenizer, prompt: str, **sampling: Any) -> Iterator[str]:
     """Continue a text, piece by piece.
@@ -294,11 +296,13 @@ def use_threads(threads: int | None) -> None:
         threads: how many; None leaves the choice to torch.
 
     Raises:
-        UsageError: less than 1.
+        UsageError: less than 1, or more than any machine has.
     """
     if threads is not None:
         if threads < 1:
             raise UsageError(f"threads: expected 1 or more, got {threads}.")
+        if threads > MAX_THREADS:
+            raise UsageError(f"threads: expected at most {MAX_THREADS:,}, got {threads:,}.")
         torch.set_num_threads(threads)
 
 

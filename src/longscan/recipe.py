@@ -294,10 +294,17 @@ def make_model(config: TrainConfig, tokenizer: Tokenizer) -> LanguageModel:
 
     Raises:
         UsageError: as `model_settings`.
+        LongscanError: there is no memory for a model of that size.
     """
     settings = model_settings(config, tokenizer.vocab_size)
     generator = torch.Generator().manual_seed(config.seed)
-    return MODELS[config.model].cls(settings, generator=generator).to(config.device)
+    try:
+        return MODELS[config.model].cls(settings, generator=generator).to(config.device)
+    except RuntimeError as error:  # torch's word for a lack of memory, on any device
+        if "allocate" not in str(error) and "memory" not in str(error):
+            raise
+        sizes = f"d_model {settings.d_model:,}, {settings.n_layers:,} layers"
+        raise LongscanError(f"no memory for a model of {sizes}. Choose a smaller one.") from error
 
 
 def _division(config: TrainConfig) -> dict[str, Any]:

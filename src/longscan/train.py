@@ -87,7 +87,8 @@ def train(config: TrainConfig, out: str | Path, display: Display | None = None) 
     if not config.data:
         raise UsageError("nothing to train on: name text files or folders.")
     anywhere = {name: [os.path.abspath(path) for path in getattr(config, name)] for name in ("data", "valid")}
-    config = config.replace(**anywhere)
+    use_threads(config.threads)
+    config = config.replace(**anywhere, threads=torch.get_num_threads())
     refuse_content(directory)
     existed = directory.is_dir()
     try:
@@ -96,8 +97,6 @@ def train(config: TrainConfig, out: str | Path, display: Display | None = None) 
         raise LongscanError(f"{directory}: {error.strerror}. Choose a directory you can write to.") from error
     with lock(directory), closing(display or Display()) as display:
         refuse_content(directory)
-        use_threads(config.threads)
-        config = config.replace(threads=torch.get_num_threads())
         try:
             write_json(directory / SETTINGS, config.to_dict())
             run = _Run(directory, config, display)

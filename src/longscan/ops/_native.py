@@ -156,7 +156,7 @@ def keep_memory() -> None:
     """Ask the C allocator to keep freed memory for the next tensor; for a process that only computes.
 
     By default glibc hands large blocks back to the system, and every training step takes them anew, page by
-    page: that can double the time of an op that is bound by memory. Without glibc nothing happens.
+    page, which costs an op that is bound by memory much of its time. Without glibc nothing happens.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

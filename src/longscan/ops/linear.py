@@ -1,7 +1,7 @@
 """The linear map y = x W^T + b, by whichever multiplication is fast here.
 
 A few rows, as in decoding, go to a kernel that streams the weights through once at the speed of memory. Many
-rows go to torch: to oneDNN where MKL takes a slow path (AMD processors with AVX-512: about 2.3 times faster),
+rows go to torch: to oneDNN where MKL takes a slow path (AMD processors with AVX-512),
 else to torch's default.
 """
 
@@ -91,7 +91,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     """
     if not (_native.prefers_onednn() and _native.available(a, b)):
         return a @ b
-    if a.shape[0] > b.shape[1]:  # the shorter side first: oneDNN is up to four times faster that way
+    if a.shape[0] > b.shape[1]:  # the shorter side first: oneDNN is faster that way
         return _onednn(b.T, a).T
     return _onednn(a, b.T)
 
