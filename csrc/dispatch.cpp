@@ -1,4 +1,5 @@
 // Chooses the instruction set once, holds the thread pool, exports the C ABI.
+#include <sched.h>
 #include <string.h>
 #include <time.h>
 
@@ -18,6 +19,8 @@ static const ls_kernels *kernels = &ls_kernels_baseline;
 void ls_run(int64_t n, ls_task task, void *context) {
   if (!pool || n < 2 || pool(0, n, 1, task, context)) task(0, n, context);
 }
+
+void ls_yield(void) { sched_yield(); }
 
 static bool runs(const ls_kernels *candidate) {
 #if defined(__x86_64__)
@@ -68,10 +71,41 @@ LS_EXPORT int32_t ls_scan_forward(const ls_scan *args) { return bad(args) ? -1 :
 LS_EXPORT int32_t ls_scan_backward(const ls_scan *args) { return bad(args) ? -1 : kernels->scan_backward(args); }
 LS_EXPORT int32_t ls_conv_forward(const ls_conv *args) { return bad(args) ? -1 : kernels->conv_forward(args); }
 LS_EXPORT int32_t ls_conv_backward(const ls_conv *args) { return bad(args) ? -1 : kernels->conv_backward(args); }
-LS_EXPORT int32_t ls_linear(const float *x, const float *weight, const float *bias, float *y, int64_t rows,
-                            int64_t n_in, int64_t n_out) {
-  return rows < 1 || n_in < 1 || n_out < 1 ? -1 : kernels->linear(x, weight, bias, y, rows, n_in, n_out);
+static bool bad(const ls_matrix *m) {
+  return m->n_in < 1 || m->n_out < 1 || m->format < LS_F32 || m->format > LS_INT4 ||
+         (m->format >= LS_INT8_BLOCKS && m->n_in % 32) || (m->format >= LS_INT8 && !m->scale);
 }
+static bool wrong(const ls_matrix *m, int64_t n_out, int64_t n_in) {
+  return bad(m) || m->n_out != n_out || m->n_in != n_in;
+}
+static bool bad(const ls_decode *a) {
+  if (a->batch < 1 || a->steps < 1 || a->threads < 1 || a->n_layers < 1 || a->d_state < 1 ||
+      a->d_state > LS_MAX_STATE || a->d_conv < 1 || a->d_conv > LS_MAX_CONV || bad(&a->embedding) ||
+      wrong(&a->embedding, a->embedding.n_out, a->d_model) || wrong(&a->head, a->head.n_out, a->d_model))
+    return true;
+  for (int64_t l = 0; l < a->n_layers; ++l) {
+    const ls_layer *layer = a->layers + l;
+    if (wrong(&layer->in_proj, 2 * a->d_inner, a->d_model) || wrong(&layer->out_proj, a->d_model, a->d_inner) ||
+        wrong(&layer->x_proj, a->dt_rank + 2 * a->d_state, a->d_inner) ||
+        wrong(&layer->dt_proj, a->d_inner, a->dt_rank))
+      return true;
+  }
+  for (int64_t i = 0; i < a->batch * a->steps; ++i)
+    if (a->ids[i] < 0 || a->ids[i] >= a->embedding.n_out) return true;
+  return false;
+}
+
+LS_EXPORT int32_t ls_multiply(const ls_matrix *matrix, const float *x, float *y, int64_t rows, void *workspace) {
+  return rows < 1 || bad(matrix) ? -1 : kernels->multiply(matrix, x, y, rows, (char *)workspace);
+}
+LS_EXPORT int64_t ls_multiply_workspace(int64_t rows, int64_t n_in) {
+  return kernels->multiply_workspace(rows, n_in);
+}
+LS_EXPORT int32_t ls_dequantize(const ls_matrix *matrix, float *weight) {
+  return bad(matrix) ? -1 : kernels->dequantize(matrix, weight);
+}
+LS_EXPORT int32_t ls_decode_tokens(const ls_decode *args) { return bad(args) ? -1 : kernels->decode(args); }
+LS_EXPORT int64_t ls_decode_workspace(const ls_decode *args) { return kernels->decode_workspace(args); }
 
 LS_EXPORT int64_t ls_scan_workspace(int64_t batch, int64_t seq_len, int64_t d_inner, int64_t d_state,
                                     int64_t n_groups) {
@@ -83,22 +117,35 @@ LS_EXPORT int64_t ls_scan_workspace(int64_t batch, int64_t seq_len, int64_t d_in
 namespace {
 struct Probe {
   int64_t n;
+  const float *data;
   float sink[256];  // one per worker, so that the work is not optimised away
 };
-void probe_task(int64_t begin, int64_t end, void *context) {
+void exp_fma_task(int64_t begin, int64_t end, void *context) {
   Probe *probe = (Probe *)context;
   for (int64_t i = begin; i < end; ++i) kernels->probe_exp_fma(probe->n, &probe->sink[i % 256]);
+}
+void read_task(int64_t begin, int64_t end, void *context) {
+  Probe *probe = (Probe *)context;
+  for (int64_t i = begin; i < end; ++i)
+    kernels->probe_read(probe->data + i * probe->n, probe->n, &probe->sink[i % 256]);
 }
 double seconds(void) {
   timespec now;
   clock_gettime(CLOCK_MONOTONIC, &now);
   return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
+double per_second(int64_t threads, double work, ls_task task, Probe *probe) {
+  const double begin = seconds();
+  ls_run(threads, task, probe);
+  return work / (seconds() - begin);
+}
 }  // namespace
 
 LS_EXPORT double ls_probe_exp_fma(int64_t n, int64_t threads) {
-  Probe probe = {n, {}};
-  const double begin = seconds();
-  ls_run(threads, probe_task, &probe);
-  return (double)n * (double)threads / (seconds() - begin);
+  Probe probe = {n, nullptr, {}};
+  return per_second(threads, (double)n * (double)threads, exp_fma_task, &probe);
+}
+LS_EXPORT double ls_probe_read(const float *data, int64_t n, int64_t threads) {
+  Probe probe = {n / threads, data, {}};
+  return per_second(threads, 4.0 * (double)(n / threads) * (double)threads, read_task, &probe);
 }

@@ -8,11 +8,17 @@ struct ls_kernels {
   int32_t (*scan_backward)(const ls_scan *);
   int32_t (*conv_forward)(const ls_conv *);
   int32_t (*conv_backward)(const ls_conv *);
-  int32_t (*linear)(const float *, const float *, const float *, float *, int64_t, int64_t, int64_t);
+  int32_t (*multiply)(const ls_matrix *, const float *, float *, int64_t, char *);
+  int64_t (*multiply_workspace)(int64_t, int64_t);
+  int32_t (*dequantize)(const ls_matrix *, float *);
+  int32_t (*decode)(const ls_decode *);
+  int64_t (*decode_workspace)(const ls_decode *);
   void (*probe_exp_fma)(int64_t n, float *sink);
+  void (*probe_read)(const float *data, int64_t n, float *sink);
 };
 
 void ls_run(int64_t n, ls_task task, void *context);  // over [0, n), in parallel if there is a pool
+void ls_yield(void);                                   // let another thread have the processor
 
 // Channels a unit of parallel work owns: more mean less memory for partial sums, fewer mean more units to share out.
 // A function of the shape alone, so that sums always run in one order.

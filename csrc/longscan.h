@@ -11,7 +11,8 @@
 extern "C" {
 #endif
 
-enum { LS_ABI_VERSION = 1, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
+enum { LS_ABI_VERSION = 2, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
+enum { LS_ACTIVATIONS = 256 };  // activations that share a scale when they are rounded to 16 bits
 
 // torch's thread pool: run task(begin, end, context) over pieces of [begin, end). Null means one thread.
 typedef void (*ls_task)(int64_t begin, int64_t end, void *context);
@@ -53,6 +54,35 @@ typedef struct {
   float *workspace;  // batch * d_inner * (d_conv + 1) floats
 } ls_conv;
 
+// A weight (n_out, n_in) in a format of src/longscan/ops/quant.py.
+enum { LS_F32 = 0, LS_BF16 = 1, LS_INT8 = 2, LS_INT8_BLOCKS = 3, LS_INT4 = 4 };
+typedef struct {
+  int64_t format, n_out, n_in;
+  const void *data, *scale;  // scale: float32 (n_out) of LS_INT8, float16 (n_out, n_in / 32) of blocks, else null
+  const float *bias;         // (n_out) or null
+} ls_matrix;
+
+// A Mamba block with its norm. The bias of dt_proj enters the softplus.
+typedef struct {
+  const float *norm;
+  ls_matrix in_proj, x_proj, dt_proj, out_proj;
+  const float *conv_weight, *conv_bias;  // (d_conv, d_inner), (d_inner) or null
+  const float *A, *D;                    // (d_inner, d_state) in powers of two: -exp(A_log) log2(e); (d_inner)
+} ls_layer;
+
+// A few tokens for every row of a batch, through all blocks. States advance in place.
+typedef struct {
+  int64_t batch, steps, threads, n_layers, d_model, d_inner, d_state, d_conv, dt_rank;
+  double eps;
+  const ls_layer *layers;
+  float *const *conv_states, *const *ssm_states;  // of each layer: (batch, d_conv - 1, d_inner), (batch, d_inner, d_state)
+  ls_matrix embedding, head;
+  const float *norm_f;
+  const int64_t *ids;  // (batch, steps)
+  float *logits;       // (batch, steps, n_out of the head)
+  void *workspace;     // ls_decode_workspace(args) bytes, aligned to 64
+} ls_decode;
+
 int32_t ls_abi_version(void);
 const char *ls_isa(void);
 // Choose the instruction set by name ("baseline", "avx2", "avx512"), or the best one for "". 0, or -1 if it can't run.
@@ -66,11 +96,17 @@ int32_t ls_scan_backward(const ls_scan *args);
 int64_t ls_scan_workspace(int64_t batch, int64_t seq_len, int64_t d_inner, int64_t d_state, int64_t n_groups);
 int32_t ls_conv_forward(const ls_conv *args);
 int32_t ls_conv_backward(const ls_conv *args);
-// y[r, o] = sum_i x[r, i] weight[o, i] + bias[o] for a few rows: reads the weights once, at memory speed.
-int32_t ls_linear(const float *x, const float *weight, const float *bias, float *y, int64_t rows, int64_t n_in,
-                  int64_t n_out);
+// y = x W^T + bias for a few rows x (rows, n_in): reads the weights once, at memory speed. The workspace takes
+// ls_multiply_workspace(rows, n_in) bytes.
+int32_t ls_multiply(const ls_matrix *matrix, const float *x, float *y, int64_t rows, void *workspace);
+int64_t ls_multiply_workspace(int64_t rows, int64_t n_in);
+int32_t ls_dequantize(const ls_matrix *matrix, float *weight);  // (n_out, n_in)
+int32_t ls_decode_tokens(const ls_decode *args);
+int64_t ls_decode_workspace(const ls_decode *args);
 // State updates per second over all threads, n on each: exp and three multiply-adds that never leave registers.
 double ls_probe_exp_fma(int64_t n, int64_t threads);
+// Bytes per second at which all threads together read n floats, each its own part, and do nothing else.
+double ls_probe_read(const float *data, int64_t n, int64_t threads);
 
 #ifdef __cplusplus
 }

@@ -12,6 +12,8 @@
 #endif
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace LS_ISA {
@@ -22,6 +24,8 @@ typedef int32_t ivec __attribute__((vector_size(4 * LS_LANES)));
 
 // Scratch that lives as long as the calling function: at most about a megabyte, for 128 channels of d_state 256.
 #define LS_STACK(type, n) ((type *)__builtin_alloca_with_align(sizeof(type) * (n), 512))
+#define LS_UNROLL _Pragma("GCC unroll 8")
+#define LS_APART __attribute__((noinline))
 #define LS_INLINE static inline __attribute__((always_inline))
 
 LS_INLINE vec splat(float x) { return x - vec{}; }
@@ -35,12 +39,18 @@ LS_INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 // The first n lanes only; the others read as zero and are not written.
 LS_INLINE vec load_n(const float *p, int n) {
   if (n >= W) return load(p);
+#if defined(__AVX512F__)
+  return (vec)_mm512_maskz_loadu_ps((__mmask16)((1 << n) - 1), p);
+#endif
   vec v{};
   for (int i = 0; i < n; ++i) v[i] = p[i];
   return v;
 }
 LS_INLINE void store_n(float *p, vec v, int n) {
   if (n >= W) return store(p, v);
+#if defined(__AVX512F__)
+  return _mm512_mask_storeu_ps(p, (__mmask16)((1 << n) - 1), (__m512)v);
+#endif
   for (int i = 0; i < n; ++i) p[i] = v[i];
 }
 
@@ -54,6 +64,19 @@ LS_INLINE vec vmin(vec a, vec b) { return (vec)_mm256_min_ps((__m256)a, (__m256)
 #else
 LS_INLINE vec vmax(vec a, vec b) { return a > b ? a : b; }
 LS_INLINE vec vmin(vec a, vec b) { return a < b ? a : b; }
+#endif
+
+// a b + c, rounded once where the hardware can: for sums whose bits must not depend on what the compiler fuses.
+#if defined(__AVX512F__)
+LS_INLINE vec fma(vec a, vec b, vec c) { return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__FMA__)
+LS_INLINE vec fma(vec a, vec b, vec c) { return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#elif defined(__aarch64__)
+LS_INLINE vec fma(vec a, vec b, vec c) {
+  return (vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+#else
+LS_INLINE vec fma(vec a, vec b, vec c) { return a * b + c; }
 #endif
 
 // 2^x within 2.5e-7 relative; 0 below -127, infinity from 128 on, NaN for NaN, exactly 1 at 0.

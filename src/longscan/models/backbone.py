@@ -5,6 +5,7 @@ chunked reading is here. Parameters carry the names of the official Mamba checkp
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import Config
 from ..errors import LongscanError
-from .layers import Linear, RMSNorm, blank, linear
+from .decoder import Decoder
+from .layers import Linear, RMSNorm, WeightOnly, blank, linear, project
 from .loss import count, linear_loss, nats, next_tokens, row_chunks
 from .state import State
 
@@ -193,7 +195,7 @@ class Backbone(nn.Module):
                 streams.append(x)
             x, layer_state = layer(x, layer_state, seq_idx)
             after.append(layer_state)
-        return self.norm_f(x), State(after)
+        return self.norm_f(x), State(after, None if state is None else state.model)
 
     def step(self, ids: Tensor, state: State) -> Tensor:
         """Read one token per row, ids (batch,), into the state; return hidden (batch, d_model)."""
@@ -242,6 +244,7 @@ class LanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self._decoder: Decoder | None = None
         self.backbone = Backbone(config, mixers, generator)
         self.lm_head = None  # tied: the head is the embedding, so no copy can drift and files hold it once
         if not config.tie_embeddings:
@@ -298,7 +301,7 @@ class LanguageModel(nn.Module):
             (..., padded_vocab_size); entries from vocab_size on belong to no token.
         """
         if self.lm_head is None:
-            return ops.linear(hidden, self.backbone.embedding.weight)
+            return project(hidden, self.backbone.embedding)
         return cast(Tensor, self.lm_head(hidden))
 
     def init_state(self, batch_size: int) -> State:
@@ -307,7 +310,8 @@ class LanguageModel(nn.Module):
         Args:
             batch_size: rows.
         """
-        return State([cast(Block, layer).mixer.init_state(batch_size) for layer in self.backbone.layers])
+        mixers = [cast(Block, layer).mixer for layer in self.backbone.layers]
+        return State([mixer.init_state(batch_size) for mixer in mixers], self)
 
     @torch.no_grad()
     def prefill(
@@ -350,7 +354,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
-        """Read one token per row.
+        """Read one token per row, in one native call if the model can be decoded natively.
 
         Args:
             ids: (batch,) int64.
@@ -360,7 +364,51 @@ class LanguageModel(nn.Module):
             logits: (batch, padded_vocab_size).
             state: the same object.
         """
-        return self.head(self.backbone.step(ids, state)), state
+        logits = self._decode(ids[:, None], state)
+        return (self.head(self.backbone.step(ids, state)) if logits is None else logits[:, 0]), state
+
+    @torch.no_grad()
+    def advance(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
+        """Read a few tokens per row: bit for bit what as many steps give, while the weights are read once.
+
+        Args:
+            ids: (batch, steps) int64; for long texts `prefill` is faster.
+            state: overwritten with the state after the last token.
+
+        Returns:
+            logits: (batch, steps, padded_vocab_size), after each token.
+            state: the same object.
+
+        Raises:
+            ValueError: there are no tokens.
+        """
+        if ids.dim() != 2 or 0 in ids.shape:
+            raise ValueError(f"ids: expected a non-empty (batch, steps), got {tuple(ids.shape)}")
+        logits = self._decode(ids, state)
+        if logits is None:
+            steps = [self.head(self.backbone.step(column, state)) for column in ids.unbind(1)]
+            logits = torch.stack(steps, 1)
+        return logits, state
+
+    def stack(self) -> tuple[ops.MambaStack, list[Tensor]] | None:
+        """Describe the weights to the native decoder, if it can run this model as it is.
+
+        Returns:
+            stack: the weights.
+            copied: the parameters it holds in another form.
+        """
+        return None
+
+    def _decode(self, ids: Tensor, state: State) -> Tensor | None:
+        """Read ids (batch, steps) natively; None if that is not possible."""
+        if torch.compiler.is_compiling():
+            return None
+        if self._decoder is None or not self._decoder.fresh():
+            described = self.stack()
+            self._decoder = None if described is None else Decoder(described[0], self, described[1])
+            if self._decoder is None or not self._decoder.fresh():
+                return None
+        return self._decoder.run(ids, state)
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Compute the nats of each target without holding all logits at once.
@@ -376,9 +424,22 @@ class LanguageModel(nn.Module):
         pieces = [nats(self.head(h), t, vocab_size) for h, t in row_chunks(hidden, targets, vocab_size)]
         return torch.cat(pieces).view(targets.shape)
 
+    def fingerprint(self) -> str:
+        """Return a short hash of the weights: a state or a cache made with others is of no use to this model.
+
+        Another type of the same weights is another fingerprint.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
     def num_parameters(self) -> int:
-        """Count the numbers to learn; a tied head is the embedding and counts once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Count the numbers that were learnt, stored ones too; a tied head is the embedding, counted once."""
+        stored = [module.weight for module in self.modules() if isinstance(module, WeightOnly)]
+        two_a_byte = sum(weight.numel() for weight in stored if weight.dtype == torch.uint8)
+        return sum(tensor.numel() for tensor in (*self.parameters(), *stored)) + two_a_byte
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Sort the trainable parameters for AdamW: matrices decay; norms, biases and the recurrence do not.
@@ -411,12 +472,14 @@ class LanguageModel(nn.Module):
             return torch.where(_over(fresh, old), new, old)
 
         pairs = zip(self.init_state(state.batch_size).layers, state.layers, strict=True)
-        return State([old._make(map(pick, new, old)) for new, old in pairs])
+        return State([old._make(map(pick, new, old)) for new, old in pairs], state.model)
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean nats per target without ever holding all logits."""
-        if self.lm_head is None:
-            weight: Tensor | None = self.backbone.embedding.weight
+        if isinstance(self.backbone.embedding, WeightOnly):
+            weight: Tensor | None = None
+        elif self.lm_head is None:
+            weight = self.backbone.embedding.weight
         else:  # an adapted head (LoRA, parametrised) is more than its weight and must be called
             weight = self.lm_head.weight if type(self.lm_head) is Linear else None
         if weight is None or not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):

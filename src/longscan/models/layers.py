@@ -1,8 +1,8 @@
-"""The layers every model is made of: a Linear through the fast multiplication, and the norm."""
+"""The layers every model is made of: a Linear through the fast multiplication, stored weights, the norm."""
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,21 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., d_in) to (..., d_out)."""
         return ops.linear(input, self.weight, self.bias)
+
+
+class DtProjection(nn.Linear):
+    """A Linear that leaves adding its bias to the scan, where it enters the softplus in float32, once."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Project without the bias.
+
+        Args:
+            input: (..., rank).
+
+        Returns:
+            (..., d_inner).
+        """
+        return ops.linear(input, self.weight)
 
 
 def linear(d_in: int, d_out: int, bias: bool, generator: torch.Generator | None = None) -> nn.Linear:
@@ -89,3 +104,78 @@ def blank(kind: type[ModuleT], *args: Any, **kwargs: Any) -> ModuleT:
     """
     with _Unset():
         return kind(*args, **kwargs)
+
+
+class WeightOnly(nn.Module):
+    """A weight in a stored format of ops/quant.py, as buffers: it is used and saved, not trained.
+
+    Attributes:
+        weight: the stored matrix.
+        scale: its scales, or None.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+
+    def __init__(self, weight: Tensor, scale: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+
+    @property
+    def kind(self) -> ops.Kind:
+        """The format."""
+        kinds: dict[torch.dtype, ops.Kind] = {torch.bfloat16: "bf16", torch.int8: "int8"}
+        return kinds.get(self.weight.dtype, "int4")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move, but never cast: the format is the type, and a bias stays as wide as the activations."""
+        super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class WeightOnlyLinear(WeightOnly):
+    """A Linear whose weight is stored in fewer bits; activations and bias stay wide.
+
+    Args:
+        weight: see `ops.quantize`.
+        scale: likewise.
+        bias: (n_out,), or None.
+        adds_bias: whether `forward` adds it; dt_proj leaves that to the scan.
+    """
+
+    def __init__(
+        self, weight: Tensor, scale: Tensor | None, bias: nn.Parameter | None, adds_bias: bool = True
+    ) -> None:
+        super().__init__(weight, scale)
+        self.bias, self.adds_bias = bias, adds_bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., n_in) to (..., n_out)."""
+        return ops.quant_linear(input, self.weight, self.scale, self.bias if self.adds_bias else None)
+
+
+class WeightOnlyEmbedding(WeightOnly):
+    """An embedding, and a tied head, stored in fewer bits."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up (...) ids: (..., d_model) float32."""
+        flat = ids.flatten()
+        scale = None if self.scale is None else self.scale[flat]
+        return ops.dequantize(self.weight[flat], scale).view(*ids.shape, -1)
+
+
+def project(hidden: Tensor, embedding: nn.Module) -> Tensor:
+    """Use an embedding as a head.
+
+    Args:
+        hidden: (..., d_model).
+        embedding: torch's, or a stored one.
+
+    Returns:
+        (..., vocab_size).
+    """
+    if isinstance(embedding, WeightOnly):
+        return ops.quant_linear(hidden, embedding.weight, embedding.scale)
+    assert isinstance(embedding.weight, Tensor)
+    return ops.linear(hidden, embedding.weight)

@@ -33,11 +33,12 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..errors import LongscanError
 from ..ops import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
-from ..ops import linear as linear_op
-from .backbone import LanguageModel, LanguageModelConfig, Mixer
-from .layers import blank, linear
+from .backbone import Block, LanguageModel, LanguageModelConfig, Mixer
+from .decoder import matrix, plain, usual
+from .layers import DtProjection, blank, linear
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257},
@@ -107,21 +108,6 @@ class MambaState(NamedTuple):
 
     conv: Tensor
     ssm: Tensor
-
-
-class DtProjection(nn.Linear):
-    """A Linear that leaves adding its bias to the scan, where it enters the softplus in float32, once."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Project without the bias.
-
-        Args:
-            input: (..., rank).
-
-        Returns:
-            (..., d_inner).
-        """
-        return linear_op(input, self.weight)
 
 
 class MambaMixer(Mixer[MambaState]):
@@ -219,6 +205,29 @@ class MambaMixer(Mixer[MambaState]):
         y = selective_scan_step(state.ssm, x, dt, A, B, C, self.D, z, self.dt_proj.bias, True)
         return cast(Tensor, self.out_proj(y))
 
+    def native(self, norm: Tensor) -> ops.MambaBlock | None:
+        """Describe the weights to the native decoder, if it can use them where they are.
+
+        Args:
+            norm: (d_model,) the weight of the norm before this mixer.
+        """
+        bias, projections = self.conv1d.bias, (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
+        matrices = [matrix(module) for module in projections]
+        if not plain(norm, self.conv1d.weight, bias, self.A_log, self.D) or None in matrices:
+            return None
+        in_proj, x_proj, dt_proj, out_proj = cast(list[ops.Matrix], matrices)
+        return ops.MambaBlock(
+            norm=norm,
+            in_proj=in_proj,
+            x_proj=x_proj,
+            dt_proj=dt_proj,
+            out_proj=out_proj,
+            conv_weight=self.conv1d.weight.detach().squeeze(1).T.contiguous(),
+            conv_bias=bias,
+            A=self.A_log.detach().exp() * -math.log2(math.e),
+            D=self.D,
+        )
+
 
 class Mamba(LanguageModel):
     """A language model of Mamba blocks.
@@ -234,6 +243,33 @@ class Mamba(LanguageModel):
         mixers = [MambaMixer(config, generator) for _ in range(config.n_layers)]
         super().__init__(config, mixers, generator)
 
+    def stack(self) -> tuple[ops.MambaStack, list[Tensor]] | None:
+        """Describe the weights to the native decoder, if it can run this model as it is.
+
+        Returns:
+            stack: the weights.
+            copied: the parameters it holds in another form.
+        """
+        body, config = self.backbone, self.config
+        head = matrix(body.embedding if self.lm_head is None else self.lm_head)
+        embedding, norm = matrix(body.embedding), body.norm_f.weight
+        if (
+            embedding is None
+            or head is None
+            or not plain(norm)
+            or not ops.decodes(config.d_state, config.d_conv)
+        ):
+            return None
+        if not config.residual_in_fp32 or not usual(self):
+            return None
+        mixers = [cast(MambaMixer, cast(Block, layer).mixer) for layer in body.layers]
+        norms = [cast(Block, layer).norm.weight for layer in body.layers]
+        blocks = [mixer.native(norm) for mixer, norm in zip(mixers, norms, strict=True)]
+        if None in blocks:
+            return None
+        described = ops.MambaStack(cast(list[ops.MambaBlock], blocks), embedding, head, norm, config.norm_eps)
+        return described, [p for mixer in mixers for p in (mixer.A_log, mixer.conv1d.weight)]
+
 
 def rename(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give the parameters of a Hugging Face or official checkpoint our names, which are the official ones.
@@ -247,5 +283,8 @@ def rename(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Returns:
         The same tensors under our names.
     """
-    ours = {"backbone.embeddings.weight": "backbone.embedding.weight"}
-    return {ours.get(name, name): tensor for name, tensor in state_dict.items()}
+    ours, theirs = "backbone.embedding.", "backbone.embeddings."
+    return {
+        ours + name.removeprefix(theirs) if name.startswith(theirs) else name: tensor
+        for name, tensor in state_dict.items()
+    }

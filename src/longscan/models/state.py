@@ -1,11 +1,29 @@
-"""What a model remembers, as an object: to carry on, fork, drop rows of, weigh."""
+"""What a model remembers, as an object: to carry on, fork, drop rows of, weigh, keep in a file."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from ..errors import LongscanError
+from . import state_file
+
+
+class Owner(Protocol):
+    """What a state has to know of the model it belongs to."""
+
+    @property
+    def config(self) -> Any:
+        """With a `vocab_size`."""
+
+    def fingerprint(self) -> str:
+        """Return a short hash of the weights."""
+
+    def init_state(self, batch_size: int) -> "State":
+        """Return the state before any token."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -17,10 +35,16 @@ class State:
     oldest first, and ssm (batch, d_inner, d_state) the hidden state h; both are float32 whatever the weights
     (float64 in a float64 model).
 
-    `forward` and `prefill` take a state and return a new one; `step` overwrites the one it is given.
+    `forward` and `prefill` take a state and return a new one; `step` overwrites the one it is given. `model`
+    is the one whose `init_state` or `prefill` made it, or None: only `save` asks.
     """
 
     layers: list[Any]
+    model: Owner | None = dataclasses.field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the model out of what pickle and deepcopy take; it is not a part of its states."""
+        return {"layers": self.layers, "model": None}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "State":
         """Apply a function to every tensor.
@@ -31,7 +55,7 @@ class State:
         Returns:
             A new state of the results.
         """
-        return State([layer._make(map(function, layer)) for layer in self.layers])
+        return State([layer._make(map(function, layer)) for layer in self.layers], self.model)
 
     def clone(self) -> "State":
         """Return a copy that further steps on this state do not touch."""
@@ -42,7 +66,7 @@ class State:
         return self.map(torch.detach)
 
     def select(self, rows: Tensor | Sequence[int]) -> "State":
-        """Copy some rows of the batch: drop finished ones, fork by repeating, reorder.
+        """Copy some rows of the batch: drop finished ones, repeat, reorder.
 
         Args:
             rows: indices into the batch, or a boolean mask over it.
@@ -53,6 +77,126 @@ class State:
         index = rows if isinstance(rows, Tensor) else torch.tensor(rows, dtype=torch.long)
         return self.map(lambda tensor: tensor[index.to(tensor.device)])
 
+    def fork(self, n: int = 1) -> "State":
+        """Copy every row n times, to try n ways to go on from one text.
+
+        Args:
+            n: copies of each row; they stand together, in the order of the rows.
+
+        Returns:
+            A new state of batch_size * n rows that shares no memory with this one.
+
+        Raises:
+            ValueError: n is less than 1.
+        """
+        if n < 1:
+            raise ValueError(f"n: expected at least 1 copy, got {n}")
+        return self.map(lambda tensor: tensor.repeat_interleave(n, 0))
+
+    def head(self, n: int) -> "State":
+        """Return the first n rows as a view: a `step` on it is a step on these rows of this state.
+
+        Args:
+            n: at most batch_size.
+
+        Raises:
+            ValueError: there are fewer rows.
+        """
+        if not 0 <= n <= self.batch_size:
+            raise ValueError(f"n: expected 0 to {self.batch_size} rows, got {n}")
+        return self.map(lambda tensor: tensor[:n])
+
+    @torch.no_grad()
+    def copy_row_(self, to: int, source: "State", source_row: int) -> None:
+        """Overwrite a row in place.
+
+        Args:
+            to: the row of this state.
+            source: any state of the same model, also this one.
+            source_row: the row of it that is copied.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        for layer, other in zip(self.layers, source.layers, strict=True):
+            for tensor, values in zip(layer, other, strict=True):
+                tensor[to].copy_(values[source_row])
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        position: int = 0,
+        pending: Sequence[int] = (),
+        model: Owner | None = None,
+    ) -> None:
+        """Write a file that `load` turns into this state again, bit for bit; whole or not at all.
+
+        Args:
+            path: the file to create or replace.
+            position: how many tokens the state has read.
+            pending: the tokens that come next and are not read yet, in a state of one row: with them a text
+                can go on from exactly its next logits.
+            model: whose state it is; the one that made it if None.
+
+        Raises:
+            LongscanError: nobody knows whose state it is, it has no rows, its numbers are not finite, or
+                position and pending are not those of a text.
+            OSError: the file cannot be written.
+        """
+        model = model or self.model
+        if model is None:
+            raise LongscanError("this state does not know its model: use state.save(path, model=model).")
+        if not self.batch_size or (len(pending) and self.batch_size != 1):
+            rows = "one row" if len(pending) else "at least one row"
+            raise LongscanError(f"expected a state of {rows}, got {self.batch_size}. See state.select.")
+        if not 0 <= position < 10**18:
+            raise LongscanError(f"position: expected the number of tokens read, got {position}.")
+        tokens = torch.as_tensor(pending, dtype=torch.int64)
+        _check_tokens("pending", tokens, model)
+        if not self.is_finite():
+            raise LongscanError(
+                "the state holds NaN or infinite numbers, so nothing can follow from it: the model's weights "
+                "are damaged, or their type is too narrow (load it in float32)."
+            )
+        state_file.write(path, _identity(model), dict(self.named_tensors()), position, tokens)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Owner) -> "SavedState":
+        """Read a file of `save`.
+
+        Args:
+            path: the file; it need not be trusted. No memory is taken but for a state of its size.
+            model: the one whose state it is: the same weights in the same precision.
+
+        Returns:
+            The state, on the model's device, and where the text stood.
+
+        Raises:
+            LongscanError: the file is no state, is damaged or cut short, or is the state of another model.
+            OSError: it cannot be read.
+        """
+        tensors, position, tokens = state_file.read(Path(path), _identity(model))
+        state = model.init_state(len(next(iter(tensors.values()))))
+        state.model = model
+        with torch.no_grad():
+            for name, tensor in state.named_tensors():
+                tensor.copy_(tensors[name])
+        if not state.is_finite():
+            raise LongscanError(f"{path} is damaged: it holds NaN or infinite numbers. Save the state again.")
+        _check_tokens(f"{path}: pending", tokens, model)
+        return SavedState(state, position, tokens.tolist())
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield every tensor with its name, "layers.3.ssm"."""
+        for index, layer in enumerate(self.layers):
+            for field, tensor in zip(layer._fields, layer, strict=True):
+                yield f"layers.{index}.{field}", tensor
+
+    def is_finite(self) -> bool:
+        """Whether there is no NaN and no infinity in it."""
+        return all(bool(tensor.isfinite().all()) for _, tensor in self.named_tensors())
+
     @property
     def batch_size(self) -> int:
         """Rows of the batch."""
@@ -62,3 +206,32 @@ class State:
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
         return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+
+
+class SavedState(NamedTuple):
+    """What a state file holds.
+
+    Attributes:
+        state: after `position` tokens.
+        position: how many tokens it has read.
+        pending: the tokens after them, not read yet.
+    """
+
+    state: State
+    position: int
+    pending: list[int]
+
+
+def _identity(model: Owner) -> state_file.Identity:
+    """Describe whose state it is."""
+    like = model.init_state(0)
+    name, layers = type(model).__name__, len(like.layers)
+    return state_file.Identity(name, layers, model.fingerprint, dict(like.named_tensors()))
+
+
+def _check_tokens(what: str, tokens: Tensor, model: Owner) -> None:
+    """Insist on tokens (n,) of the model's vocabulary."""
+    size = model.config.vocab_size
+    wrong = tokens[(tokens < 0) | (tokens >= size)]
+    if len(wrong):
+        raise LongscanError(f"{what}: expected token ids from 0 to {size - 1:,}, got {int(wrong[0]):,}.")

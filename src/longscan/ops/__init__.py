@@ -1,16 +1,25 @@
 """What is computed: one file per op, each with a reference, gradients and a native kernel."""
 
-from ._native import NativeInfo, backend, keep_memory, native_probe
+from ._native import NativeInfo, backend, keep_memory, native_probe, native_read_probe
 from .conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
+from .decode import MambaBlock, MambaStack, Matrix, decodes
 from .linear import linear, linear_ref, multiplication, multiply
+from .quant import Kind, dequantize, dequantize_ref, pack_int4, quant_linear, quantize, unpack_int4
 from .scan import selective_scan, selective_scan_ref, selective_scan_step
 
 __all__ = [
+    "Kind",
+    "MambaBlock",
+    "MambaStack",
+    "Matrix",
     "NativeInfo",
     "backend",
     "causal_conv1d",
     "causal_conv1d_ref",
     "causal_conv1d_step",
+    "decodes",
+    "dequantize",
+    "dequantize_ref",
     "keep_memory",
     "linear",
     "linear_ref",
@@ -18,9 +27,14 @@ __all__ = [
     "multiply",
     "native_info",
     "native_probe",
+    "native_read_probe",
+    "pack_int4",
+    "quant_linear",
+    "quantize",
     "selective_scan",
     "selective_scan_ref",
     "selective_scan_step",
+    "unpack_int4",
 ]
 
 

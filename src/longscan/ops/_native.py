@@ -18,8 +18,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 _LIBRARY = Path(__file__).resolve().parent.parent / "_lib" / "liblongscan.so"
+
+
+# the formats of weights, by the types of their numbers and scales, as the library counts them
+_FORMATS: dict[tuple[torch.dtype, torch.dtype | None], int] = {
+    (torch.float32, None): 0,
+    (torch.bfloat16, None): 1,
+    (torch.int8, torch.float32): 2,
+    (torch.int8, torch.float16): 3,
+    (torch.uint8, torch.float16): 4,
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,19 @@ def _load() -> tuple[ctypes.CDLL | None, NativeInfo]:
     library.ls_isa.restype = ctypes.c_char_p
     library.ls_probe_exp_fma.restype = ctypes.c_double
     library.ls_probe_exp_fma.argtypes = [ctypes.c_int64, ctypes.c_int64]
-    library.ls_linear.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3
+    library.ls_probe_read.restype = ctypes.c_double
+    library.ls_probe_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    library.ls_multiply.argtypes = [
+        ctypes.c_char_p,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
+    library.ls_multiply_workspace.restype = ctypes.c_int64
+    library.ls_multiply_workspace.argtypes = [ctypes.c_int64] * 2
+    library.ls_dequantize.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+    library.ls_decode_workspace.restype = ctypes.c_int64
     library.ls_scan_workspace.restype = ctypes.c_int64
     library.ls_scan_workspace.argtypes = [ctypes.c_int64] * 5
     library.ls_set_parallel_for.argtypes = [ctypes.c_void_p]
@@ -91,6 +113,20 @@ def available(*tensors: Tensor | None) -> bool:
     if _library is None:
         return False
     return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
+
+
+def quantized(q: Tensor, scale: Tensor | None) -> bool:
+    """Whether the native kernels take this stored matrix: a format of quant.py, contiguous, on the CPU."""
+    tensors = [tensor for tensor in (q, scale) if tensor is not None]
+    known = (q.dtype, None if scale is None else scale.dtype) in _FORMATS and q.dtype != torch.float32
+    return (
+        _library is not None and known and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+    )
+
+
+def plain(tensor: Tensor) -> bool:
+    """Whether a kernel may use this tensor where it is: float32, contiguous, on the CPU."""
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def direct(tensor: Tensor) -> bool:
@@ -144,12 +180,45 @@ def prefers_onednn() -> bool:
     return _PREFERS_ONEDNN
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, rows: int) -> None:
-    """Write x weight^T + bias into y; all contiguous, x (rows, n_in), y (rows, n_out)."""
+def address(data: bytes) -> int:
+    """The address of bytes; the caller keeps them alive during the call."""
+    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
+
+
+def matrix_fields(q: Tensor, scale: Tensor | None, bias: Tensor | None) -> tuple[int, ...]:
+    """The C struct ``ls_matrix`` of a float32 or stored weight, contiguous."""
+    n_out, width = q.shape
+    kind = (q.dtype, None if scale is None else scale.dtype)
+    n_in = 2 * width if q.dtype == torch.uint8 else width
+    return (_FORMATS[kind], n_out, n_in, q.data_ptr(), pointer(scale), pointer(bias))
+
+
+def multiply(x: Tensor, q: Tensor, scale: Tensor | None, bias: Tensor | None, rows: int) -> Tensor:
+    """Multiply x (..., n_in), of that many rows, by a float32 or stored weight; all are contiguous."""
     assert _library is not None
-    n_out, n_in = weight.shape
-    if _library.ls_linear(x.data_ptr(), weight.data_ptr(), pointer(bias), y.data_ptr(), rows, n_in, n_out):
-        raise RuntimeError(f"ls_linear refused rows {rows}, n_in {n_in}, n_out {n_out}; please report it")
+    y = torch.empty(*x.shape[:-1], q.shape[0])
+    workspace = torch.empty(_library.ls_multiply_workspace(rows, x.shape[-1]), dtype=torch.uint8)
+    matrix = struct.pack("6q", *matrix_fields(q, scale, bias))
+    if _library.ls_multiply(matrix, x.data_ptr(), y.data_ptr(), rows, workspace.data_ptr()):
+        raise RuntimeError(
+            f"ls_multiply refused {rows} rows and {tuple(q.shape)} {q.dtype}; please report it"
+        )
+    return y
+
+
+def dequantize(q: Tensor, scale: Tensor | None, weight: Tensor) -> None:
+    """Write the matrix that a stored one stands for into weight (n_out, n_in) float32."""
+    assert _library is not None
+    if _library.ls_dequantize(struct.pack("6q", *matrix_fields(q, scale, None)), weight.data_ptr()):
+        raise RuntimeError(f"ls_dequantize refused {tuple(q.shape)} {q.dtype}; please report it")
+
+
+def decode(arguments: bytes) -> bool:
+    """Call the decoder with the C struct ``ls_decode`` up to its workspace; False if it refused an id."""
+    assert _library is not None
+    size = _library.ls_decode_workspace(arguments + bytes(8))
+    workspace = torch.empty(size, dtype=torch.uint8)
+    return not _library.ls_decode_tokens(arguments + struct.pack("q", workspace.data_ptr()))
 
 
 def keep_memory() -> None:
@@ -175,6 +244,21 @@ def native_probe(n_states: int) -> float | None:
         State updates per second over all of torch's threads, or None without the native library.
     """
     return None if _library is None else float(_library.ls_probe_exp_fma(n_states, torch.get_num_threads()))
+
+
+def native_read_probe(n_bytes: int) -> float | None:
+    """Measure a decoder's ceiling: all threads read memory that no cache holds, and do nothing else.
+
+    Args:
+        n_bytes: how many to read, together; allocated for it.
+
+    Returns:
+        Bytes per second, the best of five tries, or None without the native library.
+    """
+    if _library is None:
+        return None
+    memory, threads = torch.ones(n_bytes // 4), torch.get_num_threads()
+    return max(float(_library.ls_probe_read(memory.data_ptr(), memory.numel(), threads)) for _ in range(5))
 
 
 def backend() -> str:

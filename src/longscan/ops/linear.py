@@ -113,9 +113,7 @@ def _forward(x, weight, bias):  # type: ignore[no-untyped-def]
     rows = x.numel() // x.shape[-1]
     if 0 < rows <= FEW_ROWS and _native.available(x, weight, bias):
         x, weight, bias = x.contiguous(), weight.contiguous(), _native.dense(bias)
-        y = torch.empty(*x.shape[:-1], weight.shape[0])
-        _native.linear(x, weight, bias, y, rows)
-        return y
+        return _native.multiply(x, weight, None, bias, rows)
     if _native.prefers_onednn() and _native.available(x, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)

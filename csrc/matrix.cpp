@@ -1,0 +1,590 @@
+// y = x W^T for a few rows of x and weights in any stored format: they stream through once, at the speed of memory.
+//
+// float32 and bfloat16 weights meet float32 activations. int8 and 4-bit weights meet activations rounded to 16 bits,
+// relative to the largest of LS_ACTIVATIONS neighbours, so that products and their sums inside a block are exact
+// integers; blocks add up in float32. See src/longscan/ops/quant.py for the formats.
+#include "matrix.h"
+
+#include "simd.h"
+
+namespace LS_ISA {
+namespace {
+
+#ifndef LS_AHEAD
+#define LS_AHEAD 16384
+#endif
+constexpr int64_t BLOCK = 32;             // weights that share a float16 scale
+constexpr int64_t ACT = LS_ACTIVATIONS;   // activations that share a scale
+constexpr int64_t GROUP = W / 4;          // blocks of 32 4-bit weights in one register
+typedef int16_t hvec __attribute__((vector_size(4 * LS_LANES)));  // 2 W lanes
+typedef uint16_t uvec __attribute__((vector_size(4 * LS_LANES)));
+typedef int8_t bytes __attribute__((vector_size(2 * LS_LANES)));  // 2 W lanes
+
+#if LS_LANES == 16
+constexpr int MAX_ROWS = 6;  // rows by 4 outputs that fill the registers
+#else
+constexpr int MAX_ROWS = 2;
+#endif
+
+template <typename V>
+LS_INLINE V load_as(const void *p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// acc + the sums of neighbouring products
+LS_INLINE ivec madd(ivec acc, hvec a, hvec b) {
+#if defined(__AVX512BW__)
+  return acc + (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return acc + (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return acc + (ivec)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+  const ivec x = (ivec)a, y = (ivec)b;
+  return acc + ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+LS_INLINE hvec widen(const int8_t *p) {
+#if defined(__AVX512BW__)
+  return (hvec)_mm512_cvtepi8_epi16(load_as<__m256i>(p));
+#elif defined(__AVX2__)
+  return (hvec)_mm256_cvtepi8_epi16(load_as<__m128i>(p));
+#elif defined(__SSE2__)
+  return (hvec)_mm_srai_epi16(_mm_unpacklo_epi8(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)p)), 8);
+#else
+  return __builtin_convertvector(load_as<bytes>(p), hvec);
+#endif
+}
+// The first n of them; the others read as zero.
+LS_INLINE hvec widen_n(const int8_t *p, int n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  return (hvec)_mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((__mmask32)((1ull << n) - 1), p));
+#else
+  int8_t all[2 * W] = {};
+  memcpy(all, p, (size_t)n);
+  return widen(all);
+#endif
+}
+LS_INLINE vec to_float(ivec v) { return __builtin_convertvector(v, vec); }
+
+LS_INLINE float half_to_float(uint16_t h) {
+  const uint32_t exponent = h >> 10 & 31, mantissa = h & 1023, sign = (uint32_t)(h & 0x8000) << 16;
+  uint32_t bits;
+  if (exponent == 31)
+    bits = sign | 0x7f800000 | mantissa << 13;
+  else if (exponent)
+    bits = sign | (exponent + 112) << 23 | mantissa << 13;
+  else {  // zero or subnormal
+    const float value = (float)mantissa * 5.9604644775390625e-8f;
+    memcpy(&bits, &value, 4);
+    bits |= sign;
+  }
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+// The scales of the last blocks of a row, in the place of eight.
+LS_APART void few_scales(float *to, const uint16_t *scale, int64_t n) {
+  for (int64_t i = 0; i < 8; ++i) to[i] = i < n ? half_to_float(scale[i]) : 0.0f;
+}
+// bfloat16 numbers as they come, the first n of them; the others read as zero.
+LS_INLINE vec load_bf16(const uint16_t *p, int n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __m256i halves = _mm256_maskz_loadu_epi16((__mmask16)((1 << n) - 1), p);
+  return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#else
+  uint32_t bits[W] = {};
+  for (int i = 0; i < n; ++i) bits[i] = (uint32_t)p[i] << 16;
+  return load_as<vec>(bits);
+#endif
+}
+LS_INLINE float bf16_to_float(uint16_t b) {
+  const uint32_t bits = (uint32_t)b << 16;
+  float f;
+  memcpy(&f, &bits, 4);
+  return f;
+}
+
+// --- preparing activations ---
+
+struct Row {  // a prepared row
+  const float *x;
+  const int16_t *q;       // (n padded to ACT), for 4-bit weights in the order of a register's nibbles
+  const int32_t *offset;  // 4-bit: -8 times the sum of the activations under each lane
+  const float *scale;     // one per ACT activations
+};
+LS_INLINE Row row_of(const char *prepared, int64_t n) {
+  const int64_t padded = ls_ceil(n, ACT) * ACT;
+  return {(const float *)prepared, (const int16_t *)prepared, (const int32_t *)(prepared + 2 * padded),
+          (const float *)(prepared + 4 * padded)};
+}
+
+// x of bfloat16 weights: in each 2 W the even ones first, as shifting and masking pairs of weights yields them.
+void prepare_bf16(const float *x, int64_t n, float *to) {
+  const int64_t whole = n / (2 * W) * (2 * W);
+  for (int64_t i = 0; i < whole; i += 2 * W)
+    for (int j = 0; j < W; ++j) to[i + j] = x[i + 2 * j], to[i + W + j] = x[i + 2 * j + 1];
+  for (int64_t i = whole; i < n; ++i) to[i] = x[i];
+}
+
+void prepare_integers(const float *x, int64_t n, char *prepared, bool nibbles) {
+  const int64_t padded = ls_ceil(n, ACT) * ACT;
+  int16_t *q = (int16_t *)prepared;
+  int32_t *offset = (int32_t *)(prepared + 2 * padded);
+  float *scale = (float *)(prepared + 4 * padded);
+  for (int64_t begin = 0; begin < n; begin += ACT) {
+    float part[ACT];
+    const int64_t length = n - begin < ACT ? n - begin : ACT;
+    memcpy(part, x + begin, 4 * (size_t)length);
+    for (int64_t i = length; i < ACT; ++i) part[i] = 0.0f;
+    vec most = vec{};
+    for (int64_t i = 0; i < ACT; i += W) {
+      const vec v = load(part + i);
+      most = vmax(most, vmax(v, -v));
+    }
+    float largest = 0.0f;
+    for (int i = 0; i < W; ++i) largest = most[i] > largest ? most[i] : largest;
+    // NaN and infinity must stay visible: they go into the scale
+    float bad = 0.0f;
+    for (int64_t i = 0; i < ACT; ++i) bad += part[i] - part[i];
+    const float unit = largest / 32767.0f;
+    const float inverse = unit > 1e-35f && bad == 0.0f ? 1.0f / unit : 0.0f;
+    scale[begin / ACT] = unit + bad;
+    int16_t rounded[ACT];
+    const vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+    for (int64_t i = 0; i < ACT; i += W) {
+      const vec v = bad == 0.0f ? load(part + i) * splat(inverse) : vec{};
+      const ivec whole = (ivec)(v + shift) - (ivec)shift;
+      for (int j = 0; j < W; ++j) rounded[i + j] = (int16_t)whole[j];
+    }
+    if (!nibbles) {
+      memcpy(q + begin, rounded, sizeof rounded);
+      continue;
+    }
+    for (int64_t group = 0; group < ACT; group += GROUP * BLOCK) {
+      int16_t *to = q + begin + group;
+      LS_UNROLL
+      for (int k = 0; k < 4; ++k)
+        for (int64_t block = 0; block < GROUP; ++block)
+          memcpy(to + (k * GROUP + block) * 8, rounded + group + block * BLOCK + 8 * k, 16);
+      ivec sum = ivec{};
+      const hvec ones = hvec{} + 1;
+      LS_UNROLL
+      for (int k = 0; k < 4; ++k) sum = madd(sum, load_as<hvec>(to + k * 2 * W), ones);
+      sum *= -8;
+      memcpy(offset + (begin + group) / 8, &sum, sizeof sum);
+    }
+  }
+}
+
+// --- dot products: O outputs of R rows ---
+//
+// Not inlined, so that no multiplication fuses with what follows in one size of tile and not in another: a row has
+// the same bits in every tile.
+
+struct Tile {
+  const ls_matrix *m;
+  int64_t o;
+  const Row *row;
+  float *total;  // (R, O)
+};
+
+// Where the weights will be read that the next tiles need: the processor's own prefetching loses its way in rows as
+// short as these. A whole number of tiles, so that every cache line is asked for once, and far enough to hide memory.
+LS_INLINE int64_t ahead_of(int64_t tile_bytes) { return ls_ceil(LS_AHEAD, tile_bytes) * tile_bytes; }
+LS_INLINE void prefetch(const void *p, int64_t ahead) { __builtin_prefetch((const char *)p + ahead); }
+
+template <int R, int O>
+LS_INLINE void totals(const Tile *t, const vec (*acc)[O]) {
+  LS_UNROLL
+  for (int r = 0; r < R; ++r) {
+    if (O == 4)
+      sum4(t->total + r * O, acc[r]);
+    else
+      LS_UNROLL
+      for (int j = 0; j < O; ++j) t->total[r * O + j] = sum(acc[r][j]);
+  }
+}
+
+template <int R, int O>
+LS_APART void dot_f32(const Tile *t) {
+  const int64_t n = t->m->n_in;
+  const float *w = (const float *)t->m->data + t->o * n;
+  const int64_t ahead = ahead_of(4 * O * n);
+  vec acc[R][O] = {};
+  int64_t i = 0;
+  for (; i + W <= n; i += W)
+    LS_UNROLL
+    for (int j = 0; j < O; ++j) {
+      if (R > 1) prefetch(w + j * n + i, ahead);  // one row alone is fastest as it is
+      const vec wj = load(w + j * n + i);
+      LS_UNROLL
+      for (int r = 0; r < R; ++r) acc[r][j] = fma(wj, load(t->row[r].x + i), acc[r][j]);
+    }
+  if (i < n)
+    LS_UNROLL
+    for (int j = 0; j < O; ++j) {
+      const vec wj = load_n(w + j * n + i, (int)(n - i));
+      LS_UNROLL
+      for (int r = 0; r < R; ++r) acc[r][j] = fma(wj, load_n(t->row[r].x + i, (int)(n - i)), acc[r][j]);
+    }
+  totals<R, O>(t, acc);
+}
+
+template <int R, int O>
+LS_APART void dot_bf16(const Tile *t) {
+  const int64_t n = t->m->n_in;
+  const uint16_t *w = (const uint16_t *)t->m->data + t->o * n;
+  const int64_t ahead = ahead_of(2 * O * n);
+  vec acc[R][O] = {};
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W)
+    LS_UNROLL
+    for (int j = 0; j < O; ++j) {
+      prefetch(w + j * n + i, ahead);
+      const ivec pairs = load_as<ivec>(w + j * n + i);
+      const vec even = (vec)(pairs << 16), odd = (vec)(pairs & (int32_t)0xffff0000);
+      LS_UNROLL
+      for (int r = 0; r < R; ++r) {
+        acc[r][j] = fma(even, load(t->row[r].x + i), acc[r][j]);
+        acc[r][j] = fma(odd, load(t->row[r].x + i + W), acc[r][j]);
+      }
+    }
+  for (; i < n; i += W) {
+    const int lanes = n - i < W ? (int)(n - i) : W;
+    LS_UNROLL
+    for (int j = 0; j < O; ++j) {
+      const vec wj = load_bf16(w + j * n + i, lanes);
+      LS_UNROLL
+      for (int r = 0; r < R; ++r) acc[r][j] = fma(wj, load_n(t->row[r].x + i, lanes), acc[r][j]);
+    }
+  }
+  totals<R, O>(t, acc);
+}
+
+// int8 with one scale a row
+template <int R, int O>
+LS_APART void dot_int8(const Tile *t) {
+  const int64_t n = t->m->n_in;
+  const int8_t *w = (const int8_t *)t->m->data + t->o * n;
+  const int64_t ahead = ahead_of(O * n);
+  vec acc[R][O] = {};
+  for (int64_t begin = 0; begin < n; begin += ACT) {
+    const int64_t end = begin + ACT < n ? begin + ACT : n;
+    ivec sums[R][O] = {};
+    int64_t i = begin;
+    for (; i + 2 * W <= end; i += 2 * W)
+      LS_UNROLL
+      for (int j = 0; j < O; ++j) {
+        prefetch(w + j * n + i, ahead);
+        const hvec wj = widen(w + j * n + i);
+        LS_UNROLL
+        for (int r = 0; r < R; ++r) sums[r][j] = madd(sums[r][j], wj, load_as<hvec>(t->row[r].q + i));
+      }
+    if (i < end)  // the activations are padded with zeros
+      LS_UNROLL
+      for (int j = 0; j < O; ++j) {
+        const hvec wj = widen_n(w + j * n + i, (int)(end - i));
+        LS_UNROLL
+        for (int r = 0; r < R; ++r) sums[r][j] = madd(sums[r][j], wj, load_as<hvec>(t->row[r].q + i));
+      }
+    LS_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const vec scale = splat(t->row[r].scale[begin / ACT]);
+      LS_UNROLL
+      for (int j = 0; j < O; ++j) acc[r][j] = fma(to_float(sums[r][j]), scale, acc[r][j]);
+    }
+  }
+  totals<R, O>(t, acc);
+  const float *scale = (const float *)t->m->scale + t->o;
+  LS_UNROLL
+  for (int r = 0; r < R; ++r)
+    LS_UNROLL
+    for (int j = 0; j < O; ++j) t->total[r * O + j] *= scale[j];
+}
+
+// The float32 scales of 8 blocks, and one or a register's worth of them spread over the lanes of their blocks.
+#if defined(__AVX512F__)
+typedef __m512 Scales;
+LS_INLINE Scales scales_of(const uint16_t *scale, int64_t n) {
+  float last[8];
+  if (n == 8) return _mm512_castps256_ps512(_mm256_cvtph_ps(load_as<__m128i>(scale)));
+  few_scales(last, scale, n);
+  return _mm512_castps256_ps512(load_as<__m256>(last));
+}
+LS_INLINE vec lanes_of(Scales scales, __m512i index) { return (vec)_mm512_permutexvar_ps(index, scales); }
+LS_INLINE vec one_of(Scales scales, int block) { return lanes_of(scales, _mm512_set1_epi32(block)); }
+LS_INLINE vec spread(Scales scales, int first) {  // lanes 4 b to 4 b + 3 hold the scale of block first + b
+  return lanes_of(scales, _mm512_add_epi32(_mm512_set1_epi32(first), _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2,
+                                                                                       2, 2, 3, 3, 3, 3)));
+}
+#elif defined(__AVX2__)
+typedef __m256 Scales;
+LS_INLINE Scales scales_of(const uint16_t *scale, int64_t n) {
+  float last[8];
+  if (n == 8) return _mm256_cvtph_ps(load_as<__m128i>(scale));
+  few_scales(last, scale, n);
+  return load_as<__m256>(last);
+}
+LS_INLINE vec lanes_of(Scales scales, __m256i index) { return (vec)_mm256_permutevar8x32_ps(scales, index); }
+LS_INLINE vec one_of(Scales scales, int block) { return lanes_of(scales, _mm256_set1_epi32(block)); }
+LS_INLINE vec spread(Scales scales, int first) {
+  return lanes_of(scales, _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)));
+}
+#else
+struct Scales {
+  float of[8];
+};
+LS_INLINE Scales scales_of(const uint16_t *scale, int64_t n) {
+  Scales scales;
+  few_scales(scales.of, scale, n);
+  return scales;
+}
+LS_INLINE vec one_of(const Scales &scales, int block) { return splat(scales.of[block]); }
+LS_INLINE vec spread(const Scales &scales, int first) { return splat(scales.of[first]); }
+#endif
+
+// int8 with a scale per 32, `blocks` of them, at most 8: the sums of R rows, not yet scaled like the activations.
+template <int R>
+LS_INLINE void part_int8_blocks(const int8_t *w, const uint16_t *scale, const Row *row, int64_t begin, int64_t blocks,
+                                vec *part) {
+  const Scales scales = scales_of(scale, blocks);
+  LS_UNROLL
+  for (int b = 0; b < blocks; ++b) {
+    ivec sums[R] = {};
+    LS_UNROLL
+    for (int i = 0; i < BLOCK; i += 2 * W) {
+      const hvec weights = widen(w + b * BLOCK + i);
+      LS_UNROLL
+      for (int r = 0; r < R; ++r) sums[r] = madd(sums[r], weights, load_as<hvec>(row[r].q + begin + b * BLOCK + i));
+    }
+    LS_UNROLL
+    for (int r = 0; r < R; ++r) part[r] = fma(to_float(sums[r]), one_of(scales, b), part[r]);
+  }
+}
+
+template <int R, int O>
+LS_APART void dot_int8_blocks(const Tile *t) {
+  const int64_t n = t->m->n_in, n_blocks = n / BLOCK;
+  const int8_t *w = (const int8_t *)t->m->data + t->o * n;
+  const uint16_t *scale = (const uint16_t *)t->m->scale + t->o * n_blocks;
+  const int64_t ahead = ahead_of(O * n);
+  vec acc[R][O] = {};
+  for (int64_t begin = 0; begin < n; begin += ACT) {
+    LS_UNROLL
+    for (int j = 0; j < O; ++j) {
+      vec part[R] = {};
+      const int8_t *from = w + j * n + begin;
+      for (int line = 0; line < 4; ++line) prefetch(from + 64 * line, ahead);
+      const uint16_t *scales = scale + j * n_blocks + begin / BLOCK;
+      if (begin + ACT <= n)
+        part_int8_blocks<R>(from, scales, t->row, begin, ACT / BLOCK, part);
+      else
+        part_int8_blocks<R>(from, scales, t->row, begin, (n - begin) / BLOCK, part);
+      LS_UNROLL
+      for (int r = 0; r < R; ++r) acc[r][j] = fma(part[r], splat(t->row[r].scale[begin / ACT]), acc[r][j]);
+    }
+  }
+  totals<R, O>(t, acc);
+}
+
+// The same for 4 bits: n_in is a multiple of 32.
+template <int R>
+LS_INLINE void part_int4(const uint8_t *w, const uint16_t *scale, const Row *row, int64_t begin, int64_t blocks,
+                         vec *part) {
+  const Scales scales = scales_of(scale, blocks);
+  const uvec low = uvec{} + 15;
+  LS_UNROLL
+  for (int b = 0; b < blocks; b += GROUP) {
+    uvec words;
+    if (b + GROUP <= blocks) {
+      words = load_as<uvec>(w + b * (BLOCK / 2));
+    } else {
+      uint8_t rest[4 * W] = {};
+      memcpy(rest, w + b * (BLOCK / 2), (size_t)(blocks - b) * (BLOCK / 2));
+      words = load_as<uvec>(rest);
+    }
+    const hvec nibbles[4] = {(hvec)(words & low), (hvec)(words >> 4 & low), (hvec)(words >> 8 & low),
+                             (hvec)(words >> 12)};
+    const vec scaled = spread(scales, b);
+    const int64_t at = begin + b * BLOCK;
+    LS_UNROLL
+    for (int r = 0; r < R; ++r) {
+      ivec sums = load_as<ivec>(row[r].offset + at / 8);
+      LS_UNROLL
+      for (int k = 0; k < 4; ++k) sums = madd(sums, nibbles[k], load_as<hvec>(row[r].q + at + k * 2 * W));
+      part[r] = fma(to_float(sums), scaled, part[r]);
+    }
+  }
+}
+
+template <int R, int O>
+LS_APART void dot_int4(const Tile *t) {
+  const int64_t n = t->m->n_in, n_blocks = n / BLOCK;
+  const uint8_t *w = (const uint8_t *)t->m->data + t->o * (n / 2);
+  const uint16_t *scale = (const uint16_t *)t->m->scale + t->o * n_blocks;
+  const int64_t ahead = ahead_of(O * n / 2);
+  vec acc[R][O] = {};
+  for (int64_t begin = 0; begin < n; begin += ACT) {
+    LS_UNROLL
+    for (int j = 0; j < O; ++j) {
+      vec part[R] = {};
+      const uint8_t *from = w + (j * n + begin) / 2;
+      prefetch(from, ahead);
+      prefetch(from + 64, ahead);
+      const uint16_t *scales = scale + j * n_blocks + begin / BLOCK;
+      if (begin + ACT <= n)
+        part_int4<R>(from, scales, t->row, begin, ACT / BLOCK, part);
+      else
+        part_int4<R>(from, scales, t->row, begin, (n - begin) / BLOCK, part);
+      LS_UNROLL
+      for (int r = 0; r < R; ++r) acc[r][j] = fma(part[r], splat(t->row[r].scale[begin / ACT]), acc[r][j]);
+    }
+  }
+  totals<R, O>(t, acc);
+}
+
+template <int R, int O>
+void dot(const Tile *t) {
+  switch (t->m->format) {
+    case LS_F32: return dot_f32<R, O>(t);
+    case LS_BF16: return dot_bf16<R, O>(t);
+    case LS_INT8: return dot_int8<R, O>(t);
+    case LS_INT8_BLOCKS: return dot_int8_blocks<R, O>(t);
+    default: return dot_int4<R, O>(t);
+  }
+}
+
+template <int R, int O>
+LS_INLINE void tile(const Product *p, const Row *rows, int64_t row, int64_t o) {
+  float total[R * O];
+  const Tile t = {p->matrix, o, rows + row, total};
+  dot<R, O>(&t);
+  const float *bias = p->matrix->bias;
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < O; ++j) {
+      float *y = p->y + (row + r) * p->stride + o + j;
+      const float value = total[r * O + j] + (bias ? bias[o + j] : 0.0f);
+      *y = p->add ? *y + value : value;
+    }
+}
+
+template <int O>
+LS_INLINE void all_rows(const Product *p, const Row *rows, int64_t n, int64_t o) {
+  int64_t row = 0;
+  for (; row + MAX_ROWS <= n; row += MAX_ROWS) tile<MAX_ROWS, O>(p, rows, row, o);
+  if (MAX_ROWS > 4 && row + 4 <= n) tile<4, O>(p, rows, row, o), row += 4;
+  if (MAX_ROWS > 2 && row + 2 <= n) tile<2, O>(p, rows, row, o), row += 2;
+  if (row < n) tile<1, O>(p, rows, row, o);
+}
+
+}  // namespace
+
+void prepare(const ls_matrix *m, const float *x, char *prepared) {
+  if (m->format == LS_F32)
+    memcpy(prepared, x, 4 * (size_t)m->n_in);
+  else if (m->format == LS_BF16)
+    prepare_bf16(x, m->n_in, (float *)prepared);
+  else
+    prepare_integers(x, m->n_in, prepared, m->format == LS_INT4);
+}
+
+void outputs(const Product *p, int64_t begin, int64_t end) {
+  constexpr int64_t BATCH = 96;  // rows that go over the weights together
+  const int64_t bytes_of_row = prepared_bytes(p->matrix->n_in);
+  Row rows[BATCH];
+  for (int64_t first = 0; first < p->rows; first += BATCH) {
+    const int64_t n = p->rows - first < BATCH ? p->rows - first : BATCH;
+    for (int64_t r = 0; r < n; ++r) rows[r] = row_of(p->prepared + (first + r) * bytes_of_row, p->matrix->n_in);
+    Product part = *p;
+    part.y += first * p->stride;
+    int64_t o = begin;
+    for (; o + 4 <= end; o += 4) all_rows<4>(&part, rows, n, o);
+    for (; o < end; ++o) all_rows<1>(&part, rows, n, o);
+  }
+}
+
+void dequantize_row(const ls_matrix *m, int64_t o, float *weight) {
+  const int64_t n = m->n_in;
+  if (m->format == LS_F32) {
+    memcpy(weight, (const float *)m->data + o * n, 4 * (size_t)n);
+  } else if (m->format == LS_BF16) {
+    const uint16_t *w = (const uint16_t *)m->data + o * n;
+    for (int64_t i = 0; i < n; ++i) weight[i] = bf16_to_float(w[i]);
+  } else if (m->format == LS_INT8) {
+    const int8_t *w = (const int8_t *)m->data + o * n;
+    const float scale = ((const float *)m->scale)[o];
+    for (int64_t i = 0; i < n; ++i) weight[i] = (float)w[i] * scale;
+  } else {
+    const uint16_t *scale = (const uint16_t *)m->scale + o * (n / BLOCK);
+    for (int64_t b = 0; b < n / BLOCK; ++b) {
+      const float s = half_to_float(scale[b]);
+      float *to = weight + b * BLOCK;
+      if (m->format == LS_INT8_BLOCKS) {
+        const int8_t *w = (const int8_t *)m->data + o * n + b * BLOCK;
+        for (int i = 0; i < BLOCK; ++i) to[i] = (float)w[i] * s;
+      } else {
+        uint16_t words[8];
+        memcpy(words, (const uint8_t *)m->data + (o * n + b * BLOCK) / 2, 16);
+        LS_UNROLL
+        for (int k = 0; k < 4; ++k)
+          for (int j = 0; j < 8; ++j) to[8 * k + j] = (float)((words[j] >> 4 * k & 15) - 8) * s;
+      }
+    }
+  }
+}
+
+// --- the ops of their own ---
+
+namespace {
+struct Multiply {
+  const ls_matrix *matrix;
+  const float *x;
+  char *prepared;
+  Product product;
+};
+constexpr int64_t OUTPUTS = 32;  // outputs of one unit of parallel work
+
+void prepare_task(int64_t begin, int64_t end, void *context) {
+  const Multiply *a = (const Multiply *)context;
+  const int64_t n = a->matrix->n_in;
+  for (int64_t r = begin; r < end; ++r) prepare(a->matrix, a->x + r * n, a->prepared + r * prepared_bytes(n));
+}
+void multiply_task(int64_t begin, int64_t end, void *context) {
+  const Multiply *a = (const Multiply *)context;
+  const int64_t n_out = a->matrix->n_out;
+  outputs(&a->product, begin * OUTPUTS, end * OUTPUTS < n_out ? end * OUTPUTS : n_out);
+}
+struct Dequantize {
+  const ls_matrix *matrix;
+  float *weight;
+};
+void dequantize_task(int64_t begin, int64_t end, void *context) {
+  const Dequantize *a = (const Dequantize *)context;
+  const int64_t n_out = a->matrix->n_out;
+  for (int64_t o = begin * OUTPUTS; o < (end * OUTPUTS < n_out ? end * OUTPUTS : n_out); ++o)
+    dequantize_row(a->matrix, o, a->weight + o * a->matrix->n_in);
+}
+}  // namespace
+
+int32_t multiply(const ls_matrix *matrix, const float *x, float *y, int64_t rows, char *workspace) {
+  Multiply args = {matrix, x, workspace, {matrix, workspace, rows, y, matrix->n_out, false}};
+  if (rows > 4)
+    ls_run(rows, prepare_task, &args);
+  else
+    prepare_task(0, rows, &args);
+  ls_run(ls_ceil(matrix->n_out, OUTPUTS), multiply_task, &args);
+  return 0;
+}
+
+int64_t multiply_workspace(int64_t rows, int64_t n_in) { return rows * prepared_bytes(n_in); }
+
+int32_t dequantize(const ls_matrix *matrix, float *weight) {
+  Dequantize args = {matrix, weight};
+  ls_run(ls_ceil(matrix->n_out, OUTPUTS), dequantize_task, &args);
+  return 0;
+}
+
+}  // namespace LS_ISA

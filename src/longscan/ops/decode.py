@@ -1,0 +1,143 @@
+"""Decoding in one native call: a few tokens for every row of a batch, through all Mamba blocks and the head.
+
+What it computes is what the model's own `step` computes op by op, which is the reference. There is no
+gradient, and no other implementation: without the native library a model decodes by its reference.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _native
+
+MAX_STATE, MAX_CONV = 256, 8  # of the native library
+
+
+def decodes(d_state: int, d_conv: int) -> bool:
+    """Whether the native decoder is there and takes a Mamba of these sizes."""
+    return _native.available() and d_state <= MAX_STATE and d_conv <= MAX_CONV
+
+
+class Matrix(NamedTuple):
+    """A weight as a Linear holds it: float32, or a stored format of quant.py.
+
+    Attributes:
+        weight: (n_out, n_in), or packed.
+        scale: of a stored format, or None.
+        bias: (n_out,) float32, or None.
+    """
+
+    weight: Tensor
+    scale: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class MambaBlock(NamedTuple):
+    """The weights of a Mamba block and its norm, all float32 but for the matrices.
+
+    Attributes:
+        norm: (d_model,).
+        in_proj: (2 d_inner, d_model).
+        x_proj: (dt_rank + 2 d_state, d_inner).
+        dt_proj: (d_inner, dt_rank); its bias enters the softplus.
+        out_proj: (d_model, d_inner).
+        conv_weight: (d_conv, d_inner), oldest tap first.
+        conv_bias: (d_inner,), or None.
+        A: (d_inner, d_state) in powers of two: -exp(A_log) log2(e).
+        D: (d_inner,).
+    """
+
+    norm: Tensor
+    in_proj: Matrix
+    x_proj: Matrix
+    dt_proj: Matrix
+    out_proj: Matrix
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    A: Tensor
+    D: Tensor
+
+
+class MambaStack:
+    """All weights of a Mamba, ready for the native decoder. They are used where they are and kept alive.
+
+    Args:
+        blocks: in order.
+        embedding: (vocab_size, d_model), without bias.
+        head: likewise.
+        norm: (d_model,), before the head.
+        eps: of all norms.
+    """
+
+    def __init__(
+        self, blocks: Sequence[MambaBlock], embedding: Matrix, head: Matrix, norm: Tensor, eps: float
+    ) -> None:
+        self.kept = (blocks, embedding, head, norm)
+        first = blocks[0]
+        self.vocab_size, self.ids = head.weight.shape[0], embedding.weight.shape[0]
+        (d_conv, d_inner), d_state = first.conv_weight.shape, first.A.shape[1]
+        rank = first.x_proj.weight.shape[0] - 2 * d_state
+        self._shapes = (d_conv - 1, d_inner), (d_inner, d_state)
+        layers = [value for block in blocks for value in _block_fields(block)]
+        self._layers = struct.pack(f"{len(layers)}q", *layers)
+        self._sizes = struct.pack("6q", len(blocks), norm.shape[0], d_inner, d_state, d_conv, rank)
+        self._sizes += struct.pack("d", eps)
+        self._matrices = struct.pack("12q", *_matrix_fields(embedding), *_matrix_fields(head))
+        self._norm = norm.data_ptr()
+
+    def states(self, layers: Sequence[tuple[Tensor, Tensor]]) -> bytes | None:
+        """Gather the addresses of states.
+
+        Args:
+            layers: conv (batch, d_conv - 1, d_inner) and ssm (batch, d_inner, d_state) of each block.
+
+        Returns:
+            What `run` takes for as long as these tensors live; None if they are not float32 and contiguous
+            on the CPU, or of other shapes.
+        """
+        batch = layers[0][0].shape[0]
+        for layer in layers:
+            for tensor, shape in zip(layer, self._shapes, strict=True):
+                if tensor.shape != (batch, *shape) or not _native.plain(tensor):
+                    return None
+        return struct.pack(f"{2 * len(layers)}q", *(layer[i].data_ptr() for i in (0, 1) for layer in layers))
+
+    def run(self, ids: Tensor, states: bytes) -> Tensor:
+        """Read tokens.
+
+        Args:
+            ids: (batch, steps) int64, contiguous on the CPU.
+            states: of as many rows; they advance in place.
+
+        Returns:
+            (batch, steps, vocab_size) float32: the logits after each token.
+
+        Raises:
+            ValueError: an id is out of range.
+        """
+        batch, steps = ids.shape
+        logits = torch.empty(batch, steps, self.vocab_size)
+        pointers = _native.address(states)
+        head = struct.pack("3q", batch, steps, torch.get_num_threads())
+        rest = struct.pack("3q", _native.address(self._layers), pointers, pointers + len(states) // 2)
+        tail = struct.pack("3q", self._norm, ids.data_ptr(), logits.data_ptr())
+        if not _native.decode(head + self._sizes + rest + self._matrices + tail):
+            bad = next(i for i in ids.flatten().tolist() if not 0 <= i < self.ids)
+            raise ValueError(f"ids: expected 0 to {self.ids - 1:,}, got {bad:,}")
+        return logits
+
+
+def _block_fields(block: MambaBlock) -> list[int]:
+    """The C struct ls_layer."""
+    fields = [block.norm.data_ptr()]
+    for matrix in (block.in_proj, block.x_proj, block.dt_proj, block.out_proj):
+        fields += _matrix_fields(matrix)
+    ends = (block.conv_weight, block.conv_bias, block.A, block.D)
+    return fields + [_native.pointer(tensor) for tensor in ends]
+
+
+def _matrix_fields(matrix: Matrix) -> tuple[int, ...]:
+    return _native.matrix_fields(matrix.weight, matrix.scale, matrix.bias)

@@ -1,0 +1,186 @@
+"""Weights in fewer bits: bfloat16, int8 and int4, each dequantised to one float32 matrix.
+
+The type of the stored matrix q tells the format, for a weight (n_out, n_in):
+
+    bfloat16   q (n_out, n_in)           w = q
+    int8       q (n_out, n_in)           w = q scale, scale (n_out, 1) float32, or (n_out, n_in / 32) float16
+    uint8      q (n_out, n_in / 2)       w = (nibble - 8) scale, scale (n_out, n_in / 32) float16: 4 bits
+
+Both forms with float16 scales are what GGUF calls Q8_0 and Q4_0, up to the order of the nibbles. Here a block
+of 32 weights is eight little-endian 16-bit words, and bits 4k to 4k + 3 of word j are weight 8 k + j: a shift
+and a mask turn a register of words into the operand of a 16-bit multiplication.
+"""
+
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import _native
+from .linear import linear
+
+Kind: TypeAlias = Literal["bf16", "int8", "int4"]
+
+BLOCK = 32  # weights that share a scale
+FEW_ROWS = 16  # up to here the weights stream through once; above, they are dequantised for a matrix product
+LARGEST = 127.0
+# the scales int4 tries per block, relative to the one that makes the extreme weight exact
+SHRINKS = (1.0, 0.94, 0.88, 0.82, 1.06)
+STORED: dict[Kind, torch.dtype] = {"bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
+
+# --- 1. the equations ---------------------------------------------------------------------------------------
+
+
+def quantize(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
+    """Round a matrix to few bits.
+
+    Args:
+        weight: (n_out, n_in) floating point, finite; for "int4" n_in is a multiple of 32.
+        kind: the format. int8 takes one scale a row; int4 one per 32 weights, the best of a few by the
+            squared error.
+
+    Returns:
+        q and scale, see the top of this file; scale is None for "bf16".
+
+    Raises:
+        ValueError: the matrix does not fit the format or is not finite.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected (n_out, n_in), got {tuple(weight.shape)}")
+    if not weight.isfinite().all():
+        raise ValueError("weight: expected finite numbers, got NaN or infinity")
+    weight = weight.detach().float()
+    if kind == "bf16":
+        return weight.bfloat16(), None
+    if kind == "int8":
+        scale = weight.abs().amax(1, keepdim=True) / LARGEST
+        return (weight / _nonzero(scale)).round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scale
+    if weight.shape[1] % BLOCK:
+        raise ValueError(f"weight: int4 expects n_in in multiples of {BLOCK}, got {weight.shape[1]}")
+    pieces = [_nibbles(piece) for piece in torch.split(weight, max(1, 2**20 // weight.shape[1]))]
+    return pack_int4(torch.cat([p[0] for p in pieces])), torch.cat([p[1] for p in pieces])
+
+
+def dequantize_ref(q: Tensor, scale: Tensor | None) -> Tensor:
+    """Compute :func:`dequantize` from the equations."""
+    if scale is None:
+        return q.float()
+    values = unpack_int4(q).float() - 8 if q.dtype == torch.uint8 else q.float()
+    weight: Tensor = values.view(len(q), scale.shape[1], -1) * scale.float().unsqueeze(2)
+    return weight.flatten(1)
+
+
+def _nibbles(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round blocks of 32 to 0 ... 15 around 8; returns nibbles (n_out, n_in) and scales (n_out, n_blocks)."""
+    blocks = weight.reshape(len(weight), -1, BLOCK)
+    extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))  # with its sign: it becomes nibble 0
+    best = torch.full_like(extreme, torch.inf)
+    nibbles, scale = torch.zeros_like(blocks), torch.zeros_like(extreme)
+    for shrink in SHRINKS:
+        trial = (extreme * (shrink / -8)).half().float()
+        rounded = (blocks / _nonzero(trial)).round_().clamp_(-8, 7)
+        error = (blocks - rounded * trial).square().sum(2, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        nibbles, scale = torch.where(better, rounded, nibbles), torch.where(better, trial, scale)
+    return (nibbles + 8).flatten(1).to(torch.uint8), scale.squeeze(2).half()
+
+
+def _nonzero(scale: Tensor) -> Tensor:
+    """Where all weights are zero any scale does."""
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def pack_int4(nibbles: Tensor) -> Tensor:
+    """Put two nibbles in a byte.
+
+    Args:
+        nibbles: (n_out, n_in) uint8 below 16, n_in a multiple of 32.
+
+    Returns:
+        (n_out, n_in / 2) uint8.
+    """
+    words = nibbles.reshape(
+        len(nibbles), -1, 2, 2, 8
+    )  # (n_out, n_blocks, byte of the word, half of the byte, word)
+    pairs = words[:, :, :, 0] | (words[:, :, :, 1] << 4)  # (n_out, n_blocks, byte, word)
+    return pairs.transpose(2, 3).flatten(1).contiguous()
+
+
+def unpack_int4(q: Tensor) -> Tensor:
+    """Take them apart again.
+
+    Args:
+        q: (n_out, n_in / 2) uint8.
+
+    Returns:
+        (n_out, n_in) uint8 below 16.
+    """
+    pairs = q.reshape(len(q), -1, 8, 2).transpose(2, 3)  # (n_out, n_blocks, byte, word)
+    return torch.stack([pairs & 15, pairs >> 4], 3).flatten(1)
+
+
+# --- 2. the ops ---------------------------------------------------------------------------------------------
+
+
+def dequantize(q: Tensor, scale: Tensor | None) -> Tensor:
+    """Restore the matrix that the stored one stands for.
+
+    Args:
+        q: see the top of this file.
+        scale: likewise.
+
+    Returns:
+        (n_out, n_in) float32.
+    """
+    if _native.quantized(q, scale):
+        return torch.ops.longscan.dequantize(q, scale)  # type: ignore[no-any-return]
+    return dequantize_ref(q, scale)
+
+
+def quant_linear(x: Tensor, q: Tensor, scale: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    """Multiply by a stored matrix: x dequantize(q, scale)^T + bias.
+
+    For a few rows without gradients the native kernel reads q as it is; it rounds the activations to 16 bits
+    (per 256 of them, relative to the largest) for the integer formats.
+
+    Args:
+        x: (..., n_in).
+        q: the stored matrix.
+        scale: its scales, or None.
+        bias: (n_out,).
+
+    Returns:
+        (..., n_out) of x's type.
+    """
+    rows = x.numel() // max(1, x.shape[-1])
+    few = 0 < rows <= FEW_ROWS and _native.available(x, bias) and _native.quantized(q, scale)
+    if few and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _native.multiply(x.contiguous(), q, scale, _native.dense(bias), rows)
+    return linear(x, dequantize(q, scale).to(x.dtype), bias)
+
+
+_lib: Any = torch.library.Library("longscan", "FRAGMENT")  # type: ignore[no-untyped-call]
+_lib.define("dequantize(Tensor q, Tensor? scale) -> Tensor")
+
+# --- 3. shapes ----------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("longscan::dequantize", lib=_lib)
+def _(q, scale):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape[0], q.shape[1] * (1 + (q.dtype == torch.uint8)), dtype=torch.float32)
+
+
+# --- 4. gradients: a stored matrix has none; x has those of linear ------------------------------------------
+# --- 5. the implementation ----------------------------------------------------------------------------------
+
+
+def _dequantize(q, scale):  # type: ignore[no-untyped-def]
+    if not _native.quantized(q, scale):
+        return dequantize_ref(q, scale)
+    weight = torch.empty(q.shape[0], q.shape[1] * (1 + (q.dtype == torch.uint8)))
+    _native.dequantize(q, scale, weight)
+    return weight
+
+
+_lib.impl("dequantize", _dequantize, "CompositeExplicitAutograd")

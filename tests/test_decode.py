@@ -1,0 +1,183 @@
+"""The native decoder against the model's own step, op by op, and its promises: bits, staleness, errors."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longscan.models import Mamba, MambaConfig
+from longscan.models.quantized import KINDS, quantize_model
+from longscan.ops import _native
+
+PRECISIONS = ("float32", *KINDS)
+# relative to the largest logit: float32 rounding, or activations in 16 bits
+TOLERANCE = {"float32": 3e-6, "bf16": 3e-6, "int8": 3e-4, "int4": 3e-4}
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {"d_model": 64, "n_layers": 2, "vocab_size": 100},
+    "odd": {
+        **{"d_model": 40, "n_layers": 3, "vocab_size": 37, "d_state": 5, "d_conv": 3, "dt_rank": 7},
+        **{"bias": True, "tie_embeddings": False},
+    },
+    "wide-state": {"d_model": 96, "n_layers": 1, "vocab_size": 50, "d_state": 33, "conv_bias": False},
+    "one-tap": {"d_model": 33, "n_layers": 1, "vocab_size": 9, "d_conv": 1, "expand": 1},
+}
+pytestmark = pytest.mark.skipif(_native._library is None, reason="no native library")
+
+
+def build(shape: str = "plain", precision: str = "float32") -> Mamba:
+    model = Mamba(MambaConfig(**SHAPES[shape]), torch.Generator().manual_seed(0)).eval()
+    if precision != "float32":
+        quantize_model(model, precision)  # type: ignore[arg-type]
+    return model
+
+
+def tokens(model: Mamba, *size: int) -> Tensor:
+    return torch.randint(model.config.vocab_size, size, generator=torch.Generator().manual_seed(1))
+
+
+def largest(difference: Tensor, scale: Tensor) -> float:
+    return float(difference.abs().max() / scale.abs().max())
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    library = _native._library
+    assert library is not None
+    before = library.ls_isa()
+    if library.ls_choose_isa(request.param.encode()):
+        pytest.skip(f"this processor has no {request.param}")
+    yield str(request.param)
+    library.ls_choose_isa(before)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_forward_pass_and_itself_cut_anyhow(isa: str, shape: str, precision: str) -> None:
+    model = build(shape, precision)
+    ids = tokens(model, 7, 12)
+    with torch.no_grad():
+        expected = model(ids)
+    one_by_one, steps = model.init_state(7), []
+    for column in ids.unbind(1):
+        steps.append(model.step(column, one_by_one)[0])
+    logits = torch.stack(steps, 1)
+    assert model._decoder is not None, "the native decoder was not used"
+    assert largest(logits - expected.logits, expected.logits) < TOLERANCE[precision]
+    for ours, theirs in zip(one_by_one.layers, expected.state.layers, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.numel() == 0 or largest(a - b, b) < TOLERANCE[precision]
+
+    together = model.init_state(7)
+    pieces = [model.advance(ids[:, cut], together)[0] for cut in (slice(5), slice(5, 6), slice(6, None))]
+    assert torch.equal(torch.cat(pieces, 1), logits)
+    alone = model.init_state(1)
+    assert torch.equal(model.advance(ids[4:5], alone)[0][0], logits[4])
+    for whole, cut in ((one_by_one, together), (one_by_one.select([4]), alone)):
+        for ours, theirs in zip(whole.layers, cut.layers, strict=True):
+            assert all(map(torch.equal, ours, theirs))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_threads_change_no_bit(precision: str) -> None:
+    model, before = build("odd", precision), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            state = model.init_state(3)
+            found.append(model.advance(tokens(model, 3, 9), state)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_reference_and_decoder_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    ids = tokens(model, 2, 6)
+    native = model.advance(ids, model.init_state(2))[0]
+    monkeypatch.setattr(_native, "_library", None)
+    model._decoder = None
+    reference = model.advance(ids, model.init_state(2))[0]
+    assert model._decoder is None
+    assert 0 < largest(native - reference, reference) < TOLERANCE["float32"]
+
+
+def test_changed_weights_are_noticed() -> None:
+    model = build().requires_grad_(False)
+    ids, fresh = tokens(model, 1, 4), lambda: build_like(model)
+    changes = {
+        "in place, of a copy": lambda: model.backbone.layers[0].mixer.A_log.add_(0.5),  # type: ignore[union-attr, operator]
+        "in place": lambda: model.backbone.norm_f.weight.mul_(2),
+        "replaced": lambda: setattr(
+            model.backbone.layers[1].norm, "weight", torch.nn.Parameter(torch.full((64,), 0.5))
+        ),
+        "other memory": lambda: setattr(
+            model.backbone.layers[0].mixer.out_proj.weight, "data", torch.ones(64, 128)
+        ),
+        "loaded": lambda: model.load_state_dict(build("plain").state_dict()),
+    }
+    before = model.advance(ids, model.init_state(1))[0]
+    for name, change in changes.items():
+        change()
+        after = model.advance(ids, model.init_state(1))[0]
+        assert torch.equal(after, fresh().advance(ids, model.init_state(1))[0]), name
+        assert not torch.equal(after, before), name
+        before = after
+
+
+def build_like(model: Mamba) -> Mamba:
+    other = Mamba(model.config).eval()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def test_other_types_adapters_and_hooks_take_the_reference() -> None:
+    model = build()
+    ids = tokens(model, 1, 2)
+    seen: list[Tensor] = []
+    handle = model.backbone.layers[0].register_forward_hook(lambda *_: None)
+    model.step(ids[:, 0], model.init_state(1))
+    assert model._decoder is None or not model._decoder.fresh()
+    handle.remove()
+    handle = model.backbone.layers[0].mixer.in_proj.register_forward_hook(lambda *out: seen.append(out[2]))
+    model.step(ids[:, 0], model.init_state(1))
+    assert len(seen) == 1
+    handle.remove()
+    for other in (build().double(), build().bfloat16()):
+        logits, _ = other.step(ids[:, 0], other.init_state(1))
+        assert other._decoder is None
+        assert logits.dtype == other.backbone.embedding.weight.dtype
+
+
+def test_copies_and_pickles_decode_for_themselves() -> None:
+    model = build()
+    ids = tokens(model, 1, 3)
+    expected = model.advance(ids, model.init_state(1))[0]
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin.advance(ids, twin.init_state(1))[0], expected)
+        twin.backbone.embedding.weight.data.zero_()
+        assert not torch.equal(twin.advance(ids, twin.init_state(1))[0], expected)
+    assert torch.equal(model.advance(ids, model.init_state(1))[0], expected)
+
+
+def test_a_state_whose_tensors_were_replaced_is_read_anew() -> None:
+    model = build()
+    ids = tokens(model, 1, 4)
+    state = model.init_state(1)
+    model.advance(ids, state)
+    state.layers[0] = model.init_state(1).layers[0]
+    expected = model.step(ids[:, 0], state.clone())[0]
+    assert torch.equal(model.step(ids[:, 0], state)[0], expected)
+
+
+def test_bad_ids_are_named() -> None:
+    model = build()
+    for bad in (-1, 104):
+        with pytest.raises((ValueError, IndexError), match="expected 0 to 103, got"):
+            model.step(torch.tensor([bad]), model.init_state(1))
+    with pytest.raises(ValueError, match="non-empty"):
+        model.advance(torch.empty(1, 0, dtype=torch.int64), model.init_state(1))
