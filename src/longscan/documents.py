@@ -23,7 +23,16 @@ import numpy as np
 
 from longscan.errors import LongscanError, UsageError
 
-__all__ = ["Corpus", "Paths", "Piece", "find_files", "iter_documents", "iter_pieces", "training_text"]
+__all__ = [
+    "Corpus",
+    "Paths",
+    "Piece",
+    "find_files",
+    "iter_documents",
+    "iter_pieces",
+    "split",
+    "training_text",
+]
 
 JSONL = (".jsonl", ".json-lines", ".ndjson")
 SUFFIXES = (".txt", ".md", ".text", *JSONL)
@@ -268,6 +277,21 @@ def _not_text(path: Path, offset: int, byte: int, reason: str) -> LongscanError:
         f"{path} is not UTF-8 text: byte 0x{byte:02X} at offset {offset:,} ({reason}). If it is text in "
         "another encoding: iconv -f CODE -t UTF-8, with CODE UTF-16, GB18030 (Chinese) or CP1252 (Europe)."
     )
+
+
+def split(text: str) -> Iterator[str]:
+    """Cut a long text where words end, as `iter_pieces` cuts long documents.
+
+    Args:
+        text: of any length; up to two million characters it stays whole.
+
+    Yields:
+        Its pieces, which together are the text.
+    """
+    if len(text) <= 2 * PIECE:
+        yield text
+    else:
+        yield from (piece.text for piece in _cut([text], None))
 
 
 def _cut(chunks: Iterable[str], separator: str | None) -> Iterator[Piece]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from longscan.errors import LongscanError
 
-__all__ = ["atomic_directory", "atomic_write", "read_json", "recover_directory", "write_json"]
+__all__ = ["atomic_directory", "atomic_file", "atomic_write", "read_json", "recover_directory", "write_json"]
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
@@ -25,13 +25,28 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     Raises:
         OSError: the directory is missing or not writable, or the disk is full.
     """
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Write a file, by whatever means, that appears under its name only when it is complete.
+
+    Args:
+        path: the file to create or replace; its directory must exist.
+
+    Yields:
+        A name beside it, to be written to by the caller.
+
+    Raises:
+        OSError: the directory is missing or not writable, or the disk is full; what was there is intact.
+    """
     path = Path(os.path.realpath(path))  # a link keeps pointing to the file instead of becoming it
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
