@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longscan import checkpoint
+from longscan import checkpoint, locate
 from longscan.checkpoint import convert, fingerprint, load, resolve, save
 from longscan.errors import LongscanError
 from longscan.files import read_json, write_json
@@ -402,7 +402,7 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
         {"use_bcdt_rms": True, "mixer_rms_eps": 1e-6},
         "unknown field 'use_bcdt_rms', 'mixer_rms_eps'.",
     ),
-    "quantised": ({"quantization_config": {}}, "unknown field 'quantization_config'"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "expected the quant_method 'longscan'"),
     "activation": ({"hidden_act": "relu"}, "hidden_act: expected 'silu', got 'relu'"),
     "layer-norm": ({"rms_norm": False}, "rms_norm: expected True, got False"),
     "missing": ({"hidden_size": ...}, "needs hidden_size"),
@@ -463,7 +463,7 @@ def test_config_is_not_json(saved: Path) -> None:
 
 
 def test_shipped_model(model: Mamba, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "ASSETS", tmp_path)
+    monkeypatch.setattr(locate, "ASSETS", tmp_path)
     save(model, tmp_path / "tiny", ByteTokenizer(), dtype=torch.bfloat16)
     (tmp_path / "__pycache__").mkdir()
     assert checkpoint.shipped() == ["tiny"]

@@ -3,44 +3,53 @@
 A directory holds config.json, weights and, usually, a tokenizer, in one of two layouts. Hugging Face:
 safetensors, one file or shards, which transformers and others read too. Official: pytorch_model.bin, as the
 authors of Mamba published theirs. Loading is strict: every tensor is there, in its shape, none is left over.
+
+Quantised weights have the first layout, where config.json names the format and each stored matrix stands
+beside its scales: `...in_proj.weight`, `...in_proj.scale`. All else in such a file is float32.
 """
 
 from __future__ import annotations
 
-import hashlib
-import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from longscan.config import nearest
+from longscan import ops
 from longscan.errors import LongscanError
 from longscan.files import atomic_directory, read_json, write_json
-from longscan.layouts import read_config, to_huggingface, to_official
-from longscan.models import MODELS, LanguageModel, LanguageModelConfig, MambaConfig, ModelEntry
+from longscan.gguf_files import GGUFType, load_gguf, save_gguf
+from longscan.layouts import read_config, read_format, to_huggingface, to_official
+from longscan.locate import OFFICIAL, official_tokenizer, resolve, shipped
+from longscan.models import LINEAGE, MODELS, LanguageModel, LanguageModelConfig, MambaConfig, ModelEntry
+from longscan.models.layers import WeightOnly
+from longscan.models.quantized import kind_of, quantize_model, store_like
+from longscan.models.quantized import precision as precision_of
+from longscan.ops.quant import STORED
 from longscan.tokenizer import Tokenizer, load_tokenizer
-from longscan.weights import find_weights, read_weights, some
+from longscan.weights import read_weights, some
 
-__all__ = ["Layout", "convert", "fingerprint", "load", "resolve", "save", "shipped"]
+__all__ = [
+    "Layout",
+    "Precision",
+    "check_new",
+    "convert",
+    "dequantized",
+    "fingerprint",
+    "load",
+    "resolve",
+    "save",
+    "shipped",
+]
 
 Layout = Literal["hf", "official"]
+Precision = Literal["float32", "bf16", "int8", "int4"]
 
-ASSETS = Path(__file__).parent / "assets"
 SHARD_SIZE = "5GB"
 EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
-
-# what is fetched from a hub repository, which often holds the same weights in other formats too
-WANTED = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
-WANTED_WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
-WANTED_PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
-
-# the authors' repositories name this tokenizer in their text and do not hold it
-OFFICIAL, OFFICIAL_TOKENIZER = "state-spaces/mamba-", "EleutherAI/gpt-neox-20b"
 
 
 def load(
@@ -49,6 +58,7 @@ def load(
     revision: str | None = None,
     offline: bool = False,
     dtype: torch.dtype | None = torch.float32,
+    precision: Precision | None = None,
 ) -> tuple[LanguageModel, Tokenizer | None]:
     """Load a model and its tokenizer.
 
@@ -57,23 +67,32 @@ def load(
         revision: branch, tag or commit of a hub repository.
         offline: whether to use only what the hub's cache holds; HF_HUB_OFFLINE=1 does the same.
         dtype: of the weights; None keeps that of the file. The recurrence (A_log, D, dt_proj.bias) stays
-            float32 at least.
+            float32 at least. It is not for quantised weights, which stay as they are.
+        precision: how the matrices are held, whatever dtype says: "bf16", "int8" and "int4" quantise them
+            on the way, for inference; "float32" undoes what was quantised. None leaves them as they come.
 
     Returns:
         model: ready to run, in evaluation mode.
         tokenizer: None if there is none beside the model.
 
     Raises:
-        LongscanError: no such model, or a file that is damaged, unsafe, or does not fit the others.
+        LongscanError: no such model, or a file that is damaged, unsafe, or does not fit the others; or the
+            weights are quantised already, to another precision.
     """
+    if precision not in (None, *get_args(Precision)):
+        raise LongscanError(f"precision: expected {', '.join(get_args(Precision))}, got {precision!r}.")
     directory = resolve(name_or_dir, revision=revision, offline=offline)
+    if directory.is_file():
+        model, tokenizer = load_gguf(directory)
+        return _at(model if kind_of(model) or not dtype else model.to(dtype), precision), tokenizer
     tokenizer = load_tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
     if tokenizer is None and str(name_or_dir).startswith(OFFICIAL):
-        tokenizer = _official_tokenizer(offline)
+        tokenizer = official_tokenizer(offline)
     path = directory / "config.json"
     raw = read_json(path)
     try:
         name, config = read_config(raw, tokenizer.vocab_size if tokenizer else None)
+        kind = read_format(raw)
     except LongscanError as error:
         raise LongscanError(f"{path}: {error}") from error
     if tokenizer and tokenizer.vocab_size > config.vocab_size:
@@ -81,8 +100,14 @@ def load(
             f"{directory}: the tokenizer has {tokenizer.vocab_size:,} ids, the model {config.vocab_size:,}. "
             "They do not belong together: put the right tokenizer.json there, or remove this one."
         )
-    tensors = MODELS[name].rename(read_weights(directory))
-    return _assemble(directory, MODELS[name], config, tensors, dtype), tokenizer
+    tensors = MODELS[name].rename(read_weights(directory, quantised=kind is not None))
+    if precision:
+        dtype = torch.float32 if precision == "float32" else None  # these formats round whatever there is
+    if kind:
+        model = _assemble_quantised(directory, MODELS[name], config, tensors, kind)
+    else:
+        model = _assemble(directory, MODELS[name], config, tensors, dtype)
+    return _at(model, precision), tokenizer
 
 
 def save(
@@ -95,13 +120,14 @@ def save(
     """Write a model directory in Hugging Face layout, whole or not at all.
 
     Args:
-        model: what to save.
+        model: what to save; if it is quantised, as it is.
         directory: created, or replaced if it is a model directory.
         tokenizer: saved beside the model.
         dtype: of the weights in the file; None keeps the model's. The recurrence stays float32 at least.
 
     Raises:
-        LongscanError: the directory holds something else, or could not be written.
+        LongscanError: the directory holds something else, or could not be written; or there is a dtype for a
+            quantised model.
         OSError: likewise.
     """
     _write(model, Path(directory), tokenizer, "hf", dtype)
@@ -113,16 +139,18 @@ def convert(
     *,
     layout: Layout = "hf",
     dtype: torch.dtype | None = None,
+    gguf_type: GGUFType | None = None,
     revision: str | None = None,
     offline: bool = False,
 ) -> LanguageModel:
-    """Rewrite a model directory in another layout or precision.
+    """Rewrite a model in another layout or precision.
 
     Args:
         source: see `resolve`.
-        destination: a new or empty directory.
+        destination: a new or empty directory, or a new file whose name ends in .gguf.
         layout: "hf" for safetensors, "official" for pytorch_model.bin and the authors' config.json.
-        dtype: of the weights; None keeps that of the source.
+        dtype: of the weights; None keeps that of the source. With a type, quantised weights become plain.
+        gguf_type: of the matrices in a .gguf file, see `save_gguf`; not for a directory.
         revision: see `load`.
         offline: see `load`.
 
@@ -133,48 +161,58 @@ def convert(
         LongscanError: as `load` and `save`; or the destination is in use.
         OSError: the destination cannot be written.
     """
-    destination = Path(destination)
-    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-        raise LongscanError(f"{destination} exists and is not an empty directory: choose another name.")
+    destination = check_new(destination)
     model, tokenizer = load(source, revision=revision, offline=offline, dtype=dtype)
-    _write(model, destination, tokenizer, layout, None)
+    if dtype and kind_of(model):
+        model = dequantized(model).to(dtype)
+    if destination.suffix == ".gguf":
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        save_gguf(model, destination, tokenizer, gguf_type)
+    else:
+        _write(model, destination, tokenizer, layout, None)
     return model
 
 
-def resolve(name_or_dir: str | Path, *, revision: str | None = None, offline: bool = False) -> Path:
-    """Find a model directory, fetching it if it lives on the Hugging Face hub.
+def check_new(destination: str | Path) -> Path:
+    """Insist that nothing is lost if a model is written to a directory.
 
     Args:
-        name_or_dir: in this order, the name of a shipped model, a directory, or a hub id such as
-            "state-spaces/mamba-130m-hf".
-        revision: see `load`.
-        offline: see `load`.
+        destination: where to.
 
     Returns:
-        A local directory with a config.json.
+        The same.
 
     Raises:
-        LongscanError: there is no such model, it cannot be fetched, or the directory is no model directory.
+        LongscanError: there is something else already.
     """
-    name = str(name_or_dir)
-    if name in shipped():
-        return ASSETS / name
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return _checked(path)
-    if path.exists():
-        raise LongscanError(f"{path} is a file: name the directory that holds it and its config.json.")
-    if isinstance(name_or_dir, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        return _fetch(name, revision, offline)
-    raise LongscanError(
-        f"no model called {name!r}, and no such directory{nearest(name, shipped())}\n"
-        "A model of the Hugging Face hub is called owner/name, for example state-spaces/mamba-130m-hf."
-    )
+    destination = Path(destination)
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise LongscanError(f"{destination} exists and is not an empty directory: choose another name.")
+    return destination
 
 
-def shipped() -> list[str]:
-    """Return the names of the models that come with the package."""
-    return sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
+@torch.no_grad()
+def dequantized(model: LanguageModel) -> LanguageModel:
+    """Return a model with plain float32 weights that computes the same.
+
+    Args:
+        model: quantised or not.
+
+    Returns:
+        A new model, which can be trained; the same one if nothing in it is quantised.
+    """
+    if kind_of(model) is None:
+        return model
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, module in model.named_modules():
+        if isinstance(module, WeightOnly):
+            tensors[f"{name}.weight"] = ops.dequantize(module.weight, module.scale)
+            tensors.pop(f"{name}.scale", None)
+    entry = next(entry for entry in LINEAGE if entry.cls is type(model))
+    with torch.device("meta"):
+        plain = entry.cls(model.config)
+    plain.load_state_dict(tensors, assign=True)
+    return plain.eval()
 
 
 def fingerprint(model: LanguageModel) -> str:
@@ -183,72 +221,32 @@ def fingerprint(model: LanguageModel) -> str:
     Args:
         model: on any device, in any type; another type is another fingerprint.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    return model.fingerprint()
 
 
-def _checked(directory: Path) -> Path:
-    """Return a directory that has a config.json, or say where it may be."""
-    if (directory / "config.json").is_file():
-        return directory
-    if (directory / "model" / "config.json").is_file():
-        raise LongscanError(f"{directory} is a training run: its model is {directory / 'model'}.")
-    found = some(path.name for path in directory.iterdir())
-    raise LongscanError(f"{directory} is not a model directory: expected config.json, found {found}.")
+def _at(model: LanguageModel, precision: Precision | None) -> LanguageModel:
+    """Return the model at a precision."""
+    if precision == "float32":
+        return dequantized(model)
+    if precision and precision != precision_of(model):
+        quantize_model(model, precision)
+    return model
 
 
-def _fetch(repository: str, revision: str | None, offline: bool) -> Path:
-    """Fetch a model, its pickles only if it has no safetensors."""
-    directory = _checked(_snapshot(repository, WANTED + WANTED_WEIGHTS, revision, offline))
-    if not find_weights(directory):
-        directory = _snapshot(repository, WANTED + WANTED_PICKLES, revision, offline)
-    return directory
-
-
-def _snapshot(repository: str, patterns: list[str], revision: str | None, offline: bool) -> Path:
-    """Fetch files of a hub repository into the hub's cache, or find them there; explain what prevents it."""
-    import huggingface_hub as hub
-    from huggingface_hub import errors
-
-    try:
-        return Path(
-            hub.snapshot_download(
-                repository, revision=revision, allow_patterns=patterns, local_files_only=offline
-            )
+def _assemble_quantised(
+    directory: Path,
+    entry: ModelEntry,
+    config: LanguageModelConfig,
+    tensors: dict[str, Tensor],
+    kind: ops.Kind,
+) -> LanguageModel:
+    """Build a model around stored tensors, for inference."""
+    model = _assemble(directory, entry, config, tensors, torch.float32, kind)
+    if (found := precision_of(model)) != kind:
+        raise LongscanError(
+            f"{directory}: config.json says {kind}, the weights are {found}. Fetch both again."
         )
-    except errors.GatedRepoError as error:
-        raise LongscanError(
-            f"{repository} is gated: ask for access on its page, then `hf auth login`."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise LongscanError(
-            f"no directory {repository} here and no such model on the Hugging Face hub. "
-            "Check the spelling; if it is private, `hf auth login` first."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise LongscanError(f"{repository} has no revision {revision!r} on the Hugging Face hub.") from error
-    except errors.LocalEntryNotFoundError as error:
-        why = "not asked (offline)" if offline or hub.is_offline_mode() else "out of reach"
-        raise LongscanError(
-            f"no directory {repository} here, no copy from the Hugging Face hub, and the hub is {why}.\n"
-            f"Fetch it once with a connection, or use a model that is shipped: {', '.join(shipped())}."
-        ) from error
-    except Exception as error:  # the hub's client raises its own, its transport's and the system's errors
-        raise LongscanError(
-            f"{repository} could not be fetched from the Hugging Face hub ({type(error).__name__}: {error})."
-        ) from error
-
-
-def _official_tokenizer(offline: bool) -> Tokenizer | None:
-    """Fetch the tokenizer the published models were trained with; without it the model still computes."""
-    try:
-        return load_tokenizer(_snapshot(OFFICIAL_TOKENIZER, WANTED[2:], None, offline))
-    except LongscanError as error:
-        warnings.warn(f"the model has no tokenizer: {error}", stacklevel=3)
-        return None
+    return model.requires_grad_(False)
 
 
 def _assemble(
@@ -257,6 +255,7 @@ def _assemble(
     config: LanguageModelConfig,
     tensors: dict[str, Tensor],
     dtype: torch.dtype | None,
+    kind: ops.Kind | None = None,
 ) -> LanguageModel:
     """Build a model around the tensors; each is copied once, out of its file."""
     if config.n_layers > len(tensors):  # before a loop over layers that do not exist
@@ -274,8 +273,13 @@ def _assemble(
                 "Set tie_word_embeddings (official: tie_embeddings) to false to use it."
             )
         del tensors[HEAD]
+    if kind:
+        try:
+            store_like(model, tensors)
+        except LongscanError as error:
+            raise LongscanError(f"{directory}: {error}") from error
     expected = model.state_dict()
-    _check_fit(directory, expected, tensors)
+    _check_fit(directory, expected, tensors, types=kind is not None)
     weights = {name: tensors[name].to(like.dtype, copy=True).contiguous() for name, like in expected.items()}
     model.load_state_dict(weights, assign=True)
     return model.eval()
@@ -293,8 +297,10 @@ def _blank(
     return model.to(dtype)
 
 
-def _check_fit(directory: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Name everything that does not fit, in one error."""
+def _check_fit(
+    directory: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, types: bool
+) -> None:
+    """Name everything that does not fit, in one error; also the types, where they tell what a tensor is."""
     shapes = [
         f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
         for name, tensor in found.items()
@@ -304,6 +310,11 @@ def _check_fit(directory: Path, expected: Mapping[str, Tensor], found: Mapping[s
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
         "of another shape": shapes,
+        "of another type": [
+            f"{name} {_name(tensor.dtype)} instead of {_name(expected[name].dtype)}"
+            for name, tensor in found.items()
+            if types and name in expected and tensor.dtype != expected[name].dtype
+        ],
     }
     if any(problems.values()):
         lines = [f"{len(names)} {what}: {some(names)}" for what, names in problems.items() if names]
@@ -323,11 +334,20 @@ def _write(
     config = model.config
     if not isinstance(config, MambaConfig):
         raise LongscanError(f"{type(model).__name__} has no published layout to be saved in.")
-    dtype = dtype or model.backbone.embedding.weight.dtype
-    like = _blank(directory, MODELS["mamba"], config, dtype).state_dict()
-    tensors = {
-        name: tensor.detach().to("cpu", like[name].dtype) for name, tensor in model.state_dict().items()
-    }
+    kind = kind_of(model)
+    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if kind is None:
+        dtype = dtype or model.backbone.embedding.weight.dtype
+        like = _blank(directory, MODELS["mamba"], config, dtype).state_dict()
+        tensors = {name: tensor.to(like[name].dtype) for name, tensor in tensors.items()}
+    elif dtype or layout == "official":
+        place = f"a file of {_name(dtype)}" if dtype else "the official layout"
+        raise LongscanError(
+            f"the model is quantised ({kind}), and {place} has no place for that. "
+            "Convert it to plain weights: `longscan convert --dtype float32`, in Python `dequantized(model)`."
+        )
+    else:
+        dtype = STORED[kind]
     with atomic_directory(directory, marker="config.json") as new:
         try:
             if layout == "official":
@@ -337,7 +357,7 @@ def _write(
             else:
                 eos_id = tokenizer.eos_id if tokenizer else None
                 ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos_id)
-                fields = to_huggingface(config, str(dtype).removeprefix("torch."))
+                fields = to_huggingface(config, _name(dtype), kind)
                 write_json(new / "config.json", {**fields, **ends})
                 write_json(new / "generation_config.json", ends)
                 _write_safetensors(tensors, new)
@@ -356,3 +376,8 @@ def _write_safetensors(tensors: Mapping[str, Tensor], directory: Path) -> None:
         for name, tensor in tensors.items()
     }
     save_torch_state_dict(theirs, directory, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
+
+
+def _name(dtype: torch.dtype) -> str:
+    """Name a type as users know it."""
+    return str(dtype).removeprefix("torch.")

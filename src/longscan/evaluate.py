@@ -25,6 +25,7 @@ import torch
 import typer
 from torch import Tensor
 
+from longscan.checkpoint import Precision
 from longscan.documents import Piece, find_files, iter_pieces
 from longscan.errors import LongscanError, UsageError
 from longscan.generate import Bar, describe, load_with_tokenizer, use_threads
@@ -32,7 +33,7 @@ from longscan.models import LanguageModel, State
 from longscan.sampling import check_fit
 from longscan.tokenizer import Tokenizer
 
-__all__ = ["Evaluation", "command", "evaluate"]
+__all__ = ["Evaluation", "Source", "command", "evaluate", "follow"]
 
 BLOCK = 4096  # tokens of a piece that are prepared at a time
 
@@ -128,18 +129,10 @@ def evaluate(
     if chunk_size < 1:
         raise UsageError(f"chunk_size: expected 1 or more, got {chunk_size}.")
     begin, nats, tokens = time.perf_counter(), 0.0, 0
-    device = model.backbone.embedding.weight.device
-    source = _Source(tokenizer, documents)
-    state: State | None = None
-    current = 0  # the document that the state is in the middle of
-    for chunk in _chunks(source.blocks(), chunk_size):
-        ids, targets, numbers = chunk.to(device).unsqueeze(1)  # (1, chunk_size) each
-        first, last = int(numbers[0, 0]), int(numbers[0, -1])
-        # the state does not know that a document ended exactly where the last chunk did
-        before = state if first == current else None
-        hidden, state = model.backbone(ids, before, numbers if first != last else None)
+    source = Source(tokenizer, documents)
+    for hidden, targets in follow(model, source.blocks(), chunk_size):
         nats += float(model.token_losses(hidden, targets).double().sum())
-        tokens, current = tokens + ids.shape[1], last
+        tokens += targets.shape[1]
         if not math.isfinite(nats):
             raise LongscanError(
                 f"the loss is not finite after {tokens:,} tokens: the model's weights are damaged, "
@@ -152,8 +145,40 @@ def evaluate(
     return source.evaluation(nats, tokens, time.perf_counter() - begin)
 
 
-class _Source:
-    """Turns documents into blocks of tokens, and counts."""
+@torch.no_grad()
+def follow(
+    model: LanguageModel, blocks: Iterable[Tensor], chunk_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Let a model read documents.
+
+    Args:
+        model: what reads.
+        blocks: see `Source.blocks`.
+        chunk_size: tokens read at a time.
+
+    Yields:
+        hidden (1, tokens, d_model), to be turned into logits by `model.head`, and the targets (1, tokens).
+    """
+    device = model.backbone.embedding.weight.device
+    state: State | None = None
+    current = 0  # the document that the state is in the middle of
+    for chunk in _chunks(blocks, chunk_size):
+        ids, targets, numbers = chunk.to(device).unsqueeze(1)  # (1, chunk_size) each
+        first, last = int(numbers[0, 0]), int(numbers[0, -1])
+        # the state does not know that a document ended exactly where the last chunk did
+        before = state if first == current else None
+        hidden, state = model.backbone(ids, before, numbers if first != last else None)
+        current = last
+        yield hidden, targets
+
+
+class Source:
+    """Turns documents into blocks of tokens, and counts.
+
+    Args:
+        tokenizer: that of the model.
+        documents: see `evaluate`.
+    """
 
     def __init__(self, tokenizer: Tokenizer, documents: Iterable[str | Piece]) -> None:
         self._tokenizer, self._documents = tokenizer, documents
@@ -179,7 +204,13 @@ class _Source:
                 self._complete += 1
 
     def evaluation(self, nats: float, tokens: int, seconds: float) -> Evaluation:
-        """Return the numbers after some of the tokens."""
+        """Return the numbers after some of the tokens.
+
+        Args:
+            nats: of these tokens together.
+            tokens: how many.
+            seconds: what they took.
+        """
         return Evaluation(
             nats=nats,
             tokens=tokens,
@@ -215,6 +246,9 @@ def command(
     separator: Annotated[
         str | None, typer.Option(help="What parts the documents of a plain-text file.")
     ] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Hold the weights so; as they are stored if not given.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; as torch likes if not given.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Use only what the hub's cache holds.")] = False,
@@ -235,7 +269,7 @@ def command(
     paths = find_files(files)
     groups = [[path] for path in paths] if per_file else [paths]
     total = _measure(groups, separator)
-    network, tokenizer = load_with_tokenizer(model, revision, offline)
+    network, tokenizer = load_with_tokenizer(model, revision, offline, precision)
     if not quiet:
         typer.echo(describe(model, network) + "\n", err=True)
     bar, parts = Bar(), []

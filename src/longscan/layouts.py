@@ -12,8 +12,13 @@ from typing import Any
 from longscan.config import nearest
 from longscan.errors import LongscanError
 from longscan.models import MambaConfig
+from longscan.models.quantized import KINDS
+from longscan.ops import Kind
 
-__all__ = ["read_config", "to_huggingface", "to_official"]
+__all__ = ["read_config", "read_format", "to_huggingface", "to_official"]
+
+QUANTIZATION, METHOD = "quantization_config", "longscan"  # the key and value by which others know it
+VERSION = 1  # of the layout of quantised weights
 
 # their name -> ours
 HUGGINGFACE = {
@@ -111,12 +116,50 @@ def read_config(raw: Mapping[str, Any], tokenizer_size: int | None = None) -> tu
     )
 
 
-def to_huggingface(config: MambaConfig, dtype: str) -> dict[str, Any]:
+def read_format(raw: Mapping[str, Any]) -> Kind | None:
+    """Understand what a config.json says about quantised weights.
+
+    Args:
+        raw: its content.
+
+    Returns:
+        The format, the narrowest that a matrix of the file has; None if it says nothing.
+
+    Raises:
+        LongscanError: the weights were quantised by others, or in a way that is not known here.
+    """
+    if QUANTIZATION not in raw:
+        return None
+    found = raw[QUANTIZATION]
+    if not isinstance(found, dict):
+        raise LongscanError(f"{QUANTIZATION}: expected an object {{...}}, got {found!r}.")
+    if found.get("quant_method") != METHOD:
+        raise LongscanError(
+            f"{QUANTIZATION}: expected the quant_method {METHOD!r}, got {found.get('quant_method')!r}: these "
+            "weights were quantised by another program. Take the original model, then `longscan quantize` it."
+        )
+    if found.get("version") != VERSION:
+        raise LongscanError(
+            f"{QUANTIZATION}: expected version {VERSION}, got {found.get('version')!r}: these weights were "
+            "written by another longscan. Update it, or quantise the original model again."
+        )
+    if unknown := [name for name in found if name not in ("quant_method", "format", "version")]:
+        raise LongscanError(f"{QUANTIZATION}: unknown field {', '.join(map(repr, unknown))}.")
+    for kind in KINDS:
+        if kind == found.get("format"):
+            return kind
+    choices = ", ".join(map(repr, KINDS))
+    raise LongscanError(f"{QUANTIZATION}: expected a format among {choices}, got {found.get('format')!r}.")
+
+
+def to_huggingface(config: MambaConfig, dtype: str, kind: Kind | None = None) -> dict[str, Any]:
     """Write a configuration as transformers' MambaConfig reads it.
 
     Args:
         config: the model's.
-        dtype: of most weights, such as "float32".
+        dtype: of most weights, such as "float32". With "int8" and "uint8" transformers refuses the weights;
+            an unknown quant_method alone it would skip with a warning.
+        kind: the format of the matrices, if they are quantised.
 
     Returns:
         The content of config.json. What transformers does not know, such as unpadded_vocab_size, it keeps.
@@ -137,6 +180,7 @@ def to_huggingface(config: MambaConfig, dtype: str) -> dict[str, Any]:
         "use_mambapy": False,
         "use_associative_scan": True,
         "dtype": dtype,
+        **({QUANTIZATION: {"quant_method": METHOD, "format": kind, "version": VERSION}} if kind else {}),
     }
 
 
@@ -172,7 +216,7 @@ def to_official(config: MambaConfig) -> dict[str, Any]:
 def _from_huggingface(raw: Mapping[str, Any], tokenizer_size: int | None) -> MambaConfig:
     """Read the dialect of transformers, whose vocab_size is the padded one."""
     twins = ("d_model", "n_layer", "d_inner", "intermediate_size", "tie_embeddings")
-    _check_fields(raw, HUGGINGFACE, ONLY_HUGGINGFACE, IDLE.union(twins))
+    _check_fields(raw, HUGGINGFACE, ONLY_HUGGINGFACE, IDLE.union(twins, [QUANTIZATION]))
     config = _build({name: raw[name] for name in HUGGINGFACE if name in raw}, HUGGINGFACE)
     values = (config.d_model, config.n_layers, config.d_inner, config.d_inner, config.tie_embeddings)
     for name, value in zip(twins, values, strict=True):  # the same thing under the names of other dialects

@@ -45,18 +45,19 @@ def find_weights(directory: Path) -> list[Path]:
     return []
 
 
-def read_weights(directory: Path) -> dict[str, Tensor]:
+def read_weights(directory: Path, quantised: bool = False) -> dict[str, Tensor]:
     """Read the tensors of a model directory.
 
     Args:
         directory: see `find_weights`.
+        quantised: whether whole numbers of 8 bits may be among them.
 
     Returns:
-        name -> tensor, mapped from the file, floating point.
+        name -> tensor, mapped from the file, floating point unless quantised.
 
     Raises:
         LongscanError: there are no weights; a file is cut short, damaged or not what its name says; a pickle
-            holds more than tensors; the numbers are quantised.
+            holds more than tensors; the numbers are of a type that is not expected.
     """
     files = find_weights(directory)
     if not files:
@@ -68,10 +69,16 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         for name, tensor in shard.items():
             if name in tensors:
                 raise LongscanError(f"{file}: {name} is in another shard too. Fetch all shards again.")
-            if not tensor.is_floating_point() or tensor.itemsize < 2:
+            stored = quantised and tensor.dtype in (torch.int8, torch.uint8)
+            if not stored and (not tensor.is_floating_point() or tensor.itemsize < 2):
                 raise LongscanError(
-                    f"{file}: {name} is {_name(tensor.dtype)}, expected float32, float16 or bfloat16. "
-                    "Quantised weights are not supported: take the original model."
+                    f"{file}: {name} is {_name(tensor.dtype)}, expected float32, float16 or bfloat16"
+                    + (
+                        ", int8 or uint8: the file is damaged."
+                        if quantised
+                        else ". Quantised weights are read if "
+                        "`longscan quantize` wrote them: take the original model."
+                    )
                 )
             tensors[name] = tensor
     return tensors
