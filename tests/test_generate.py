@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longscan import save
+from longscan.engine import generate_ids
 from longscan.errors import LongscanError, UsageError
-from longscan.generate import generate, generate_batch
+from longscan.generate import _encode, generate, generate_batch
 from longscan.models import LanguageModel, Mamba, MambaConfig, State
-from longscan.sampling import Sampler, SamplingConfig, TextWriter, _read, generate_ids, probabilities
+from longscan.sampling import SamplingConfig, TextWriter
 from longscan.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 
 Cli = Callable[..., Any]
@@ -123,154 +125,33 @@ def test_an_unknown_field_is_named(model: Mamba) -> None:
         generate(model, BYTES, "a", temprature=1.0)
 
 
-# --- the distribution
-
-
-def by_the_book(row: list[float], config: SamplingConfig) -> list[float]:
-    """The filters one after another, each as its paper says it, on one row without ties."""
-    weights = torch.tensor(row, dtype=torch.float64).div(config.temperature).softmax(0).tolist()
-    order = sorted(range(len(row)), key=lambda i: -weights[i])
-    kept = order[: config.top_k] if config.top_k else order
-    total = sum(weights[i] for i in kept)
-    if config.top_p < 1:
-        mass, n = 0.0, 0
-        while n < len(kept) and mass < config.top_p:
-            mass += weights[kept[n]] / total
-            n += 1
-        kept = kept[:n]
-    kept = [i for i in kept if weights[i] >= config.min_p * weights[order[0]]]
-    total = sum(weights[i] for i in kept)
-    return [weights[i] / total if i in kept else 0.0 for i in range(len(row))]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    vocab_size=st.sampled_from([1, 2, 5, 63, 64, 65, 700]),
-    spread=st.sampled_from([0.01, 1.0, 10.0]),
-    temperature=st.sampled_from([0.3, 1.0, 2.5]),
-    top_k=st.sampled_from([0, 1, 3, 64, 10_000]),
-    top_p=st.sampled_from([1e-6, 0.5, 0.9, 0.999, 1.0]),
-    min_p=st.sampled_from([0.0, 0.1, 0.9]),
-)
-def test_the_filters_do_what_their_papers_say(
-    seed: int, vocab_size: int, spread: float, temperature: float, top_k: int, top_p: float, min_p: float
-) -> None:
-    config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    random = torch.Generator().manual_seed(seed)
-    scale = torch.tensor([[spread], [3 * spread]])  # thresholds that one row lends another would be wrong
-    logits = torch.stack([torch.randperm(vocab_size, generator=random) for _ in range(2)])
-    logits = logits * scale / vocab_size + torch.tensor([[5.0], [-80.0]])
-    probs = probabilities(logits, config)
-    for row, expected in zip(probs, logits.tolist(), strict=True):
-        torch.testing.assert_close(row.tolist(), by_the_book(expected, config), rtol=2e-4, atol=1e-6)
-
-
-def test_top_p_keeps_just_enough() -> None:
-    logits = torch.randn(50, 2000, generator=torch.Generator().manual_seed(0))
-    full = logits.softmax(-1)
-    kept = full * (probabilities(logits, SamplingConfig(temperature=1, top_p=0.8)) > 0)
-    assert (kept.sum(-1) >= 0.8 - 1e-6).all()
-    least = kept.where(kept > 0, 1.0).amin(-1)
-    assert (kept.sum(-1) - least < 0.8 + 1e-6).all()
-
-
-def test_ties_stay_together() -> None:
-    logits = torch.tensor([[1.0, 2.0, 1.0, 0.0]])
-    probs = probabilities(logits, SamplingConfig(temperature=1, top_k=2, top_p=1.0))
-    assert (probs > 0).tolist() == [[True, True, True, False]]
-
-
-@pytest.mark.parametrize("temperature", [1e-5, 1e-38, 1e-300])
-def test_next_to_no_temperature_is_greedy(temperature: float) -> None:
-    logits = torch.tensor([[3.0, 3.1, -900.0], [-1e30, -1e31, -1e32]])
-    probs = probabilities(logits, SamplingConfig(temperature=temperature))
-    assert probs.tolist() == [[0, 1, 0], [1, 0, 0]]
-
-
-def test_draws_follow_the_distribution() -> None:
-    config = SamplingConfig(temperature=1, top_p=1.0, seed=3)
-    logits = torch.tensor([0.5, -torch.inf, 2.0, 1.0, -torch.inf]).expand(3000, -1)
-    drawn = Sampler(config, 5, [[]] * 3000)(logits)
-    shares = torch.bincount(drawn, minlength=5) / 3000
-    torch.testing.assert_close(shares, logits[0].softmax(0), atol=0.03, rtol=0)
-    assert shares[[1, 4]].tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("temperature", [0, 5.0])
-def test_ids_that_pad_the_vocabulary_are_never_drawn(temperature: float) -> None:
-    logits = torch.zeros(500, 264)
-    logits[:, 257:] = 99.0
-    sampler = Sampler(SamplingConfig(temperature=temperature, top_p=1.0, seed=0), 257, [[]] * 500)
-    assert sampler(logits).max() < 257
-
-
-def test_ids_that_the_tokenizer_does_not_know_are_never_drawn() -> None:
-    events = generate_ids(build(400), [[1]], SamplingConfig(seed=0), eos_id=None, tokenizer=BYTES)
-    assert max(event.token for event in events) < BYTES.vocab_size
-
-
-def test_repetition_counts_prompt_and_new_text_in_each_row() -> None:
-    config = SamplingConfig(temperature=0, repetition_penalty=4.0)
-    sampler = Sampler(config, 3, [[0], [2]])
-    logits = torch.tensor([[2.0, 1.0, -1.0], [-1.0, -1.5, -0.5]])
-    assert sampler(logits).tolist() == [1, 0]  # 2/4 < 1; -0.5*4 < -1
-    assert sampler(logits).tolist() == [0, 1]  # 2/4 > 1/4; -1.5 > -2
-    sampler.select([1])
-    assert sampler(logits[1:]).tolist() == [2]  # all seen: the likeliest again
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_logits_that_are_no_numbers_are_an_error(bad: float) -> None:
-    logits = torch.zeros(2, 5)
-    logits[1] = bad
-    with pytest.raises(LongscanError, match="NaN or infinite"):
-        Sampler(SamplingConfig(seed=0), 5, [[], []])(logits)
-
-
 # --- batches
 
 PROMPTS = ["Once", "", "a", "The captain, who had not spoken since the morning, looked up.", "ab" * 20]
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "repetition_penalty": 1.1}])
-@pytest.mark.parametrize("chunk", [1024, 24], ids=["chunk-1024", "chunk-24"])
-def test_a_row_writes_what_it_writes_alone(
-    model: Mamba, sampling: dict[str, Any], chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_row_writes_what_it_writes_alone(model: Mamba, sampling: dict[str, Any]) -> None:
     alone = [
         "".join(generate(model, BYTES, prompt, max_new_tokens=30, seed=7 + row, **sampling))
         for row, prompt in enumerate(PROMPTS)
     ]
-    monkeypatch.setattr("longscan.sampling.CHUNK", chunk)
     assert generate_batch(model, BYTES, PROMPTS, max_new_tokens=30, seed=7, **sampling) == alone
     assert len(set(alone)) == len(alone)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 16, 1024])
-def test_reading_in_chunks_is_reading_alone(
-    model: Mamba, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("longscan.sampling.CHUNK", chunk)
-    prompts = [list(range(n)) for n in (3, 17, 1, 40, 17)]
+def test_more_prompts_than_slots_wait(model: Mamba, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = generate_batch(model, BYTES, PROMPTS, max_new_tokens=20, seed=7)
+    monkeypatch.setattr("longscan.engine.MAX_SLOTS", 2)
+    assert generate_batch(model, BYTES, PROMPTS, max_new_tokens=20, seed=7) == together
+
+
+def test_reading_is_told(model: Mamba) -> None:
     seen: list[tuple[int, int]] = []
-    logits, state = _read(model, prompts, lambda done, total: seen.append((done, total)))
-    for row, prompt in enumerate(prompts):
-        expected, after = model.prefill(torch.tensor([prompt]))
-        torch.testing.assert_close(logits[row], expected[0], rtol=1e-4, atol=1e-4)
-        for mine, theirs in zip(state.select([row]).layers, after.layers, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-    assert seen[-1] == (40, 40)
-
-
-def test_a_chunk_is_never_larger_than_planned(model: Mamba, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longscan.sampling.CHUNK", 16)
-    sizes = []
-    hook = model.backbone.register_forward_pre_hook(lambda _, args: sizes.append(args[0].numel()))
-    _read(model, [[1] * n for n in (2, 3, 100, 8)], None)
-    hook.remove()
-    assert max(sizes) <= 16
-    assert sum(sizes) < 100 + 8 + 3 + 2 + 3 * 16  # little padding, though three prompts are short
+    prompts = [[1] * 300, [2] * 10]
+    config = SamplingConfig(max_new_tokens=1)
+    list(generate_ids(model, prompts, config, eos_id=None, progress=lambda *now: seen.append(now)))
+    assert seen == [(256, 310), (300, 310), (310, 310)]
 
 
 def test_finished_rows_leave_the_batch() -> None:
@@ -320,7 +201,7 @@ def test_ids_that_are_none_are_refused(model: Mamba, prompt: list[int], eos_id: 
 def test_what_does_not_belong_together_is_refused(model: Mamba) -> None:
     with pytest.raises(LongscanError, match="the tokenizer has 257 ids, the model 100"):
         generate(build(100), BYTES, "a")
-    with pytest.raises(UsageError, match="give generate_ids a tokenizer"):
+    with pytest.raises(UsageError, match="a tokenizer is needed"):
         generate_ids(model, [[1]], SamplingConfig(stop=("x",)), eos_id=EOS)
 
 
@@ -508,3 +389,134 @@ def test_models_that_cannot_write(cli: Cli, tmp_path: Path) -> None:
     done = cli("generate", "a", "--model", tmp_path / "broken")
     assert (done.code, done.out) == (1, "")
     assert "error: the model computed NaN or infinite logits" in done.err
+
+
+def test_a_giant_prompt_is_tokenized_in_pieces(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longscan.documents.PIECE", 100)
+    texts = ["the cat sat on the mat.\n" * 30, "", "a café"]
+    whole = bpe.encode_batch(texts)
+    longest: list[int] = []
+    usual = bpe.encode_batch
+
+    def encode_batch(texts: list[str]) -> list[list[int]]:
+        longest.append(max(map(len, texts)))
+        return usual(texts)
+
+    monkeypatch.setattr(bpe, "encode_batch", encode_batch)
+    assert [list(ids) for ids in _encode(bpe, texts)] == whole
+    assert max(longest) <= 200
+
+
+# --- states and drafts at the command line
+
+
+def test_a_text_goes_on_where_its_state_was_saved(cli: Cli, directory: Path, tmp_path: Path) -> None:
+    flags = ["--model", directory, "--temperature", 0, "-q"]
+    whole = cli("generate", "Hello", *flags, "--max-new-tokens", 40).out
+    path = tmp_path / "hello.state"
+    done = cli("generate", "Hello", *flags, "--max-new-tokens", 15, "--save-state", path)
+    assert (done.code, done.err) == (0, "")
+    rest = cli("generate", *flags, "--max-new-tokens", 25, "--load-state", path)
+    assert rest.code == 0
+    assert (done.out[:-1] + rest.out).replace("\ufffd", "") == whole.replace("\ufffd", "")
+    more = [cli("generate", *flags, *words, "--load-state", path, "--json") for words in (["a"], ["b", "a"])]
+    first, second = (json.loads(report.out)["texts"] for report in more)
+    assert first[0]["text"] == second[1]["text"] != second[0]["text"]  # one state, several ways to go on
+
+
+def test_the_footer_says_how_to_go_on(cli: Cli, directory: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    done = cli("generate", "a", "--model", directory, "--max-new-tokens", 2, "--save-state", path)
+    assert done.err.splitlines()[-1].endswith(f"go on with: longscan generate --load-state {path}")
+
+
+def test_states_that_cannot_be_used(cli: Cli, directory: Path, tmp_path: Path, model: Mamba) -> None:
+    flags = ["--model", directory, "--load-state", tmp_path / "s"]
+    (tmp_path / "s").write_text("no state")
+    assert "is not a state file" in cli("generate", "a", *flags).err
+    model.init_state(2).save(tmp_path / "s", model=model)
+    assert "holds 2 states: expected one" in cli("generate", "a", *flags).err
+    model.init_state(1).save(tmp_path / "s", model=model)
+    assert "holds no token that could be read next: give it a prompt" in cli("generate", *flags).err
+    other = build(seed=1)
+    other.init_state(1).save(tmp_path / "s", model=other)
+    done = cli("generate", "a", *flags)
+    assert (done.code, done.out) == (1, "")
+    assert "error: " in done.err
+
+
+def test_states_that_cannot_be_saved(cli: Cli, directory: Path, tmp_path: Path) -> None:
+    done = cli("generate", "a", "b", "--model", directory, "--save-state", tmp_path / "s")
+    assert (done.code, done.out) == (2, "")
+    assert "--save-state: expected one prompt, got 2." in done.err
+    for path in (tmp_path, tmp_path / "nowhere" / "s"):
+        done = cli("generate", "a", "--model", directory, "--save-state", path)
+        assert (done.code, done.out) == (1, "")
+        assert "expected a file in a directory that exists" in done.err
+
+
+def test_ctrl_c_ends_a_text_between_two_tokens(
+    cli: Cli, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--model", directory, "--temperature", 0, "-q"]
+    whole = cli("generate", "a", *flags, "--max-new-tokens", 30).out
+    calls, usual = iter(range(100)), LanguageModel.step
+
+    def step(*args: Any) -> Any:
+        if next(calls) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return usual(*args)
+
+    monkeypatch.setattr(LanguageModel, "step", step)
+    path = tmp_path / "s"
+    done = cli("generate", "a", *flags, "--save-state", path)
+    assert done.code == 130
+    monkeypatch.undo()
+    rest = cli("generate", *flags, "--max-new-tokens", 24, "--load-state", path)
+    assert (done.out[:-1] + rest.out).replace("\ufffd", "") == whole.replace("\ufffd", "")
+
+
+def test_ctrl_c_while_reading_saves_nothing(
+    cli: Cli, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = LanguageModel.prefill
+
+    def prefill(*args: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return usual(*args)
+
+    monkeypatch.setattr(LanguageModel, "prefill", prefill)
+    done = cli("generate", "a" * 1000, "--model", directory, "--save-state", tmp_path / "s")
+    assert (done.code, done.out) == (1, "")
+    assert "stopped before the prompt was read" in done.err
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("flags", [["--speculate"], ["--draft"]], ids=["lookup", "model"])
+def test_drafts_at_the_command_line(cli: Cli, directory: Path, flags: list[Any]) -> None:
+    flags = [*flags, directory] if flags == ["--draft"] else flags
+    argv = ["generate", "abcabcabc", "--model", directory, "--seed", 1, "--temperature", 0, "--json"]
+    plain, drafted = cli(*argv), cli(*argv, *flags)
+    assert (plain.code, drafted.code) == (0, 0)
+    plain, drafted = json.loads(plain.out), json.loads(drafted.out)
+    assert drafted["texts"] == plain["texts"]
+    assert 0 <= drafted["accepted"] <= drafted["drafted"]
+    assert "drafted" not in plain
+
+
+def test_drafters_that_cannot_be_used(cli: Cli, directory: Path, tmp_path: Path) -> None:
+    argv = ["generate", "a", "--model", directory]
+    done = cli(*argv, "--speculate", "--draft", directory)
+    assert (done.code, done.out) == (2, "")
+    assert "expected one of them, got both" in done.err
+    tokenizer = train_bpe(["a b c " * 20], 300)
+    save(build(tokenizer.vocab_size), tmp_path / "other", tokenizer)
+    done = cli(*argv, "--draft", tmp_path / "other")
+    assert (done.code, done.out) == (1, "")
+    assert "has another tokenizer than the model" in done.err
+
+
+def test_a_precision_at_the_command_line(cli: Cli, directory: Path) -> None:
+    done = cli("generate", "a", "--model", directory, "--precision", "int8", "--max-new-tokens", 3)
+    assert done.code == 0
+    assert " · int8 · " in done.err

@@ -1,27 +1,40 @@
 """`longscan generate`: continue texts, token by token.
 
-The generator of events in sampling.py lies underneath: the command prints them, a library caller gets pieces
-of text or whole texts, and whoever needs the ids takes the events as they are.
+The engine lies underneath, a generator of events: the command prints them, a library caller gets pieces of
+text or whole texts, and whoever needs the ids takes the events as they are.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 
 from longscan import ops
-from longscan.checkpoint import load
+from longscan.bar import Bar
+from longscan.checkpoint import Precision, load
+from longscan.documents import split
+from longscan.engine import MAX_SLOTS, Engine, generate_ids
 from longscan.errors import LongscanError, UsageError
-from longscan.models import LanguageModel
-from longscan.sampling import Event, Finish, SamplingConfig, generate_ids
+from longscan.models import LanguageModel, State
+from longscan.models.quantized import precision as precision_of
+from longscan.models.state import SavedState
+from longscan.reading import Ids
+from longscan.request import make_requests
+from longscan.sampling import Event, Finish, SamplingConfig
+from longscan.speculate import Drafter, DraftModel, PromptLookup
 from longscan.tokenizer import Tokenizer
 
 __all__ = [
@@ -109,6 +122,20 @@ def command(
         list[str] | None, typer.Option(help="End before this text; repeatable. A line break is $'\\n'.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same text.")] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Hold the weights so; as they are stored if not given.")
+    ] = None,
+    load_state: Annotated[
+        Path | None, typer.Option(help="Go on where a state that was saved stands; PROMPT comes after it.")
+    ] = None,
+    save_state: Annotated[Path | None, typer.Option(help="Save the state after the text in a file.")] = None,
+    speculate: Annotated[
+        bool,
+        typer.Option("--speculate", help="Guess ahead by what the prompt says; the text stays the same."),
+    ] = False,
+    draft: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Let a small model guess ahead; likewise.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; as torch likes if not given.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Use only what the hub's cache holds.")] = False,
@@ -118,7 +145,8 @@ def command(
     """Continue a text with a model, piece by piece.
 
     One PROMPT is streamed as it is written; several run as one batch and are printed whole, in order. A
-    prompt from stdin loses its last line break. Without any prompt the model begins a new text.
+    prompt from stdin loses its last line break. Without any prompt the model begins a new text, or goes on
+    with the one of --load-state.
 
     Raises:
         UsageError: a flag has an impossible value.
@@ -141,33 +169,83 @@ def command(
         raise UsageError(str(error)) from error
     use_threads(threads)
     texts = _prompts(prompts or [])
-    network, tokenizer = load_with_tokenizer(model, revision, offline)
-    ids = tokenizer.encode_batch(texts)
+    _check_usage(texts, save_state, speculate, draft)
+    network, tokenizer = load_with_tokenizer(model, revision, offline, precision)
+    before = None if load_state is None else _load_state(load_state, network, texts)
+    drafter = PromptLookup() if speculate else _draft_model(draft, tokenizer, offline) if draft else None
+    ids = _encode(tokenizer, texts)
     session = _Session(texts, stream=len(texts) == 1 and not as_json, silent=as_json)
-    events = generate_ids(
-        network, ids, config, eos_id=tokenizer.eos_id, tokenizer=tokenizer, progress=session.reading
-    )
+    slots = min(len(texts), MAX_SLOTS)
+    engine = Engine(network, tokenizer, slots=slots, drafter=drafter, progress=session.reading)
+    for request in make_requests(ids, config, tokenizer.eos_id, before, keep=save_state is not None):
+        engine.submit(request)
     if not quiet:
         typer.echo(describe(model, network) + "\n", err=True)
-    stopped = False
     try:
-        session.run(events, config.max_new_tokens)
-    except KeyboardInterrupt:
-        stopped = True
+        session.run(engine, config.max_new_tokens)
     finally:
         session.close()
+    kept = save_state is not None and session.consistent
+    if save_state is not None and kept:
+        after = engine.saved(0)
+        after.state.save(save_state, position=after.position, pending=after.pending, model=network)
     if as_json:
         report = {
             "model": model,
             "seed": config.seed,
             "prompt_tokens": sum(map(len, ids)),
             **session.report(),
+            **({"drafted": engine.drafted, "accepted": engine.accepted} if drafter else {}),
         }
         typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
     if not quiet:
-        typer.echo(session.footer(config, stopped), err=True)
-    if stopped:
+        typer.echo(session.footer(config, engine, save_state if kept else None), err=True)
+    if save_state is not None and not kept:
+        raise LongscanError(f"stopped before the prompt was read: {save_state} was not written.")
+    if session.stopped:
         raise typer.Exit(130)
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[Ids]:
+    """Turn prompts into ids; very long ones piece by piece, as a tokenizer takes 500 bytes for each token."""
+    pieces = [list(split(text)) for text in texts]
+    if all(len(parts) <= 1 for parts in pieces):
+        return list(tokenizer.encode_batch(texts))
+    return [
+        np.concatenate([np.array(tokenizer.encode(part), np.int64) for part in parts or [""]])
+        for parts in pieces
+    ]
+
+
+def _check_usage(texts: list[str], save_state: Path | None, speculate: bool, draft: str | None) -> None:
+    """Refuse what makes no sense before anything takes long."""
+    if speculate and draft:
+        raise UsageError("--speculate and --draft: expected one of them, got both.")
+    if save_state is not None and len(texts) > 1:
+        raise UsageError(f"--save-state: expected one prompt, got {len(texts):,}.")
+    if save_state is not None and (save_state.is_dir() or not save_state.absolute().parent.is_dir()):
+        raise LongscanError(f"{save_state}: expected a file in a directory that exists. Create it first.")
+
+
+def _load_state(path: Path, model: LanguageModel, texts: list[str]) -> SavedState:
+    """Read the state that texts continue."""
+    saved = State.load(path, model)
+    if saved.state.batch_size != 1:
+        raise LongscanError(f"{path} holds {saved.state.batch_size} states: expected one. See state.select.")
+    if not saved.pending and not all(texts):
+        raise LongscanError(f"{path} holds no token that could be read next: give it a prompt.")
+    return saved
+
+
+def _draft_model(name: str, tokenizer: Tokenizer, offline: bool) -> Drafter:
+    """Load a model that guesses for one with a certain tokenizer."""
+    network, other = load_with_tokenizer(name, None, offline)
+    if other.fingerprint != tokenizer.fingerprint:
+        raise LongscanError(
+            f"the draft model {name} has another tokenizer than the model: its ids stand for other text. "
+            "Expected a smaller model that was trained with the same tokenizer."
+        )
+    return DraftModel(network)
 
 
 @dataclass
@@ -188,32 +266,66 @@ class _Session:
         self._stream, self._silent = stream, silent
         self._echo = sys.stdout.isatty()  # there the prompt is part of what is read
         self._begun, self._printed = False, 0
+        self.stopped = False  # by Ctrl-C
+        self.consistent = False  # whether the engine stands where the text does
         self._bar = Bar()
         self._begin = self._first = self._last = time.perf_counter()
 
     def reading(self, done: int, total: int) -> None:
         """Show how much of the prompts is read."""
         self._bar.show("reading", done, total)
+        if self.stopped:
+            raise KeyboardInterrupt
 
-    def run(self, events: Iterator[Event], max_new_tokens: int) -> None:
-        """Take all events."""
-        for event in events:
-            text = self._texts[event.row]
-            self._last = time.perf_counter()
-            if not self._begun:
-                self._begun, self._first = True, self._last
-                self._bar.clear()
-                if self._stream and self._echo:
-                    typer.echo(text.prompt, nl=False)
-            text.text += event.text
-            text.tokens += 1
-            text.finish = event.finish
-            if self._stream:
-                typer.echo(event.text, nl=False)
-            elif event.finish:
-                self._print()
-            else:
-                self._bar.show("writing", text.tokens, max_new_tokens)
+    def run(self, engine: Engine, max_new_tokens: int) -> None:
+        """Run an engine to its end, or until Ctrl-C, and print its events."""
+        try:
+            with self._interruptible():
+                while (engine.running or engine.waiting) and not self.stopped:
+                    for event in engine.step():
+                        self._take(event, max_new_tokens)
+            self.consistent = True
+        except KeyboardInterrupt:
+            self.stopped = True
+
+    def _take(self, event: Event, max_new_tokens: int) -> None:
+        """Print an event, or remember it."""
+        if event.error is not None:
+            raise event.error
+        text = self._texts[event.row]
+        self._last = time.perf_counter()
+        if not self._begun:
+            self._begun, self._first = True, self._last
+            self._bar.clear()
+            if self._stream and self._echo:
+                typer.echo(text.prompt, nl=False)
+        text.text += event.text
+        text.tokens += 1
+        text.finish = event.finish
+        if self._stream:
+            typer.echo(event.text, nl=False)
+        elif event.finish:
+            self._print()
+        else:
+            self._bar.show("writing", text.tokens, max_new_tokens)
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Let the first Ctrl-C end the text between two tokens, so that its state is whole."""
+
+        def stop(*_: object) -> None:
+            if self.stopped:
+                raise KeyboardInterrupt
+            self.stopped = True
+
+        if threading.current_thread() is not threading.main_thread():  # no other may listen to signals
+            yield
+            return
+        usual = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, usual)
 
     def close(self) -> None:
         """Leave the screen in order, with all there is to show."""
@@ -246,10 +358,10 @@ class _Session:
             "tokens_per_second": round((tokens - begun) / seconds, 1) if tokens > begun else None,
         }
 
-    def footer(self, config: SamplingConfig, stopped: bool) -> str:
+    def footer(self, config: SamplingConfig, engine: Engine, state: Path | None) -> str:
         """Say in a line what was done and what to do next."""
         report = self.report()
-        parts = ["stopped"] if stopped else []
+        parts = ["stopped"] if self.stopped else []
         parts.append(f"{report['tokens']:,} token{'s' if report['tokens'] != 1 else ''}")
         finish = self._texts[0].finish if len(self._texts) == 1 else None
         if finish in REASONS:
@@ -257,10 +369,21 @@ class _Session:
         if report["tokens_per_second"]:
             parts.append(f"{report['tokens_per_second']:,.0f} tok/s")
         if report["tokens"]:
-            parts.append(f"first token after {report['seconds_to_first_token']:.2g} s")
+            seconds = report["seconds_to_first_token"]
+            parts.append(
+                f"first token after {seconds:.2g} s"
+                if seconds < 99
+                else f"first token after {seconds:,.0f} s"
+            )
+        if engine.drafted:
+            parts.append(f"{engine.accepted:,} of {engine.drafted:,} guesses right")
         if config.temperature > 0:
             parts.append(f"seed {config.seed}")
-        return "▏ " + " · ".join([*parts, "try: longscan train my.txt --out my-model", "longscan models"])
+        if state is None:
+            parts += ["try: longscan train my.txt --out my-model", "longscan models"]
+        else:
+            parts.append(f"go on with: longscan generate --load-state {state}")
+        return "▏ " + " · ".join(parts)
 
 
 def _prompts(given: list[str]) -> list[str]:
@@ -306,13 +429,15 @@ def use_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def load_with_tokenizer(name: str, revision: str | None, offline: bool) -> tuple[LanguageModel, Tokenizer]:
+def load_with_tokenizer(
+    name: str, revision: str | None, offline: bool, precision: Precision | None = None
+) -> tuple[LanguageModel, Tokenizer]:
     """Load a model that is to read or write text; see `checkpoint.load`.
 
     Raises:
         LongscanError: as `load`; or the model has no tokenizer.
     """
-    model, tokenizer = load(name, revision=revision, offline=offline)
+    model, tokenizer = load(name, revision=revision, offline=offline, precision=precision)
     if tokenizer is None:
         raise LongscanError(
             f"{name} has no tokenizer: put the tokenizer.json it was trained with beside its config.json."
@@ -327,12 +452,12 @@ def describe(name: str, model: LanguageModel) -> str:
         name: what the user called it.
         model: the model.
     """
-    weight, threads = model.backbone.embedding.weight, torch.get_num_threads()
+    threads = torch.get_num_threads()
     kernels = " · reference kernels, see longscan doctor" if ops.backend() == "reference" else ""
     return (
         f"{name} · {type(model).__name__}, {_scaled(model.num_parameters(), 'kMB').strip()} parameters, "
         f"{model.config.n_layers} layers · state {_scaled(model.init_state(1).nbytes, 'kMG')}B · "
-        f"{str(weight.dtype).removeprefix('torch.')} · {threads} thread{'s' if threads != 1 else ''}{kernels}"
+        f"{precision_of(model)} · {threads} thread{'s' if threads != 1 else ''}{kernels}"
     )
 
 
@@ -343,54 +468,3 @@ def _scaled(value: float, prefixes: str) -> str:
             break
         value /= 1000
     return f"{value:.3g} {prefix}"
-
-
-class Bar:
-    """A progress bar on stderr: only on a terminal, only if the work takes a while, gone when it is done."""
-
-    PATIENCE = 0.5  # seconds that need no bar
-
-    def __init__(self) -> None:
-        self._wanted, self._begin = sys.stderr.isatty(), time.perf_counter()
-        self._bar: Any = None
-
-    def show(self, what: str, done: int, total: int | None, words: str = "") -> None:
-        """Show how far the work is.
-
-        Args:
-            what: is going on.
-            done: in any unit.
-            total: in the same; None if nobody knows.
-            words: numbers to show beside the bar.
-        """
-        if not self._wanted or time.perf_counter() - self._begin < self.PATIENCE:
-            return
-        if self._bar is None:
-            self._bar = _rich_bar()
-            self._bar.add_task(what, words="")
-            self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=done, total=total, words=words)
-
-    def clear(self) -> None:
-        """Remove the bar, so that something else can be printed."""
-        if self._bar is not None:
-            self._bar.stop()
-        self._bar, self._begin = None, time.perf_counter()
-
-
-def _rich_bar() -> Any:
-    """Build the bar; rich is imported only by those who look at one."""
-    from rich import progress
-    from rich.console import Console
-
-    return progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.TaskProgressColumn(),
-        progress.TextColumn("{task.fields[words]}"),
-        progress.TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        redirect_stdout=False,  # or what goes to stdout would end up on stderr
-        redirect_stderr=False,
-    )
