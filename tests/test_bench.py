@@ -8,20 +8,36 @@ import json
 import math
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from longscan.bench import ops, peers, race, report, stream, tasks, train, worker
+import longscan
+from longscan.bench import (
+    ceilings,
+    generate,
+    llama,
+    ops,
+    ours,
+    peers,
+    race,
+    report,
+    shipped,
+    stream,
+    tasks,
+    train,
+    worker,
+)
 from longscan.bench import race as race_module
 from longscan.bench.race import Contender, Measurement, Pace
 from longscan.models import Mamba, MambaConfig
 
-SUITES = ("ops", "train", "generate", "stream")
+SUITES = ("ops", "train", "generate", "shipped", "stream")
 JOBS = """
 import os
 
@@ -170,16 +186,23 @@ def run_here(
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every suite races in this process."""
+def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every suite races in this process, and what processes it starts find longscan."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(longscan.__file__).parent.parent))
+    monkeypatch.setattr(ceilings, "READ_PROBE", 2**20)
+    monkeypatch.setattr(shipped, "QUICK_FAR", 200)
     for suite in SUITES:
         monkeypatch.setattr(importlib.import_module(f"longscan.bench.{suite}"), "race", run_here)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sizes this small only wait for a second
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """No peer is installed."""
-    for module in ("race", "sitting"):
+    for module in ("race", "sitting", "generate"):
         monkeypatch.setattr(importlib.import_module(f"longscan.bench.{module}"), "installed", lambda _: False)
 
 
@@ -271,6 +294,61 @@ def test_peers_run(job: str) -> None:
     prepare(f"longscan.bench.peers:{job}", arguments | more[job.split("_")[0]])()
 
 
+SMALL: dict[str, Any] = {"d_model": 64, "n_layers": 2, "vocab_size": 512}
+# the error of the logits that a format may cause; llama.cpp also rounds the activations of quantised layers
+LOGITS = {"f32": 1e-5, "f16": 2e-3, "bf16": 2e-2, "q8_0": 5e-2, "q4_0": 0.5, "q4_K": 0.5}
+
+
+def test_llama_computes_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    assert set(LOGITS) == set(llama.FORMATS)
+    here = {"prompt": 40, "n_tokens": 2}
+    expected = ours.decode(SMALL, **here)()["excerpt"]
+    for name, path in llama.export(SMALL, tmp_path).items():
+        details = llama.decode(str(path), SMALL["vocab_size"], **here)()
+        assert generate._distance(expected, details["excerpt"]) < LOGITS[name], name
+        assert details["weight_bytes"] == pytest.approx(path.stat().st_size, rel=0.05), name
+
+
+def test_llama_keeps_rows_apart(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    path = llama.export(SMALL, tmp_path, ("f32",))["f32"]
+    session, ids = llama._Session(str(path), rows=3), np.arange(40)
+    session.read(ids)
+    session.fork()
+    for tokens in np.array([[5, 6, 7], [1, 2, 3]]):
+        last = session.step(tokens).copy()
+    model = ours.mamba(SMALL)
+    for row, tokens in enumerate(([5, 1], [6, 2], [7, 3])):
+        logits, _ = model.prefill(torch.tensor([*ids, *tokens])[None])
+        torch.testing.assert_close(torch.from_numpy(last[row]), logits[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", generate.PRECISIONS)
+def test_decoding_reads_what_it_says(precision: str) -> None:
+    details = ours.decode(SMALL, 8, 2, precision, 3)()
+    bits = {"float32": 32, "bf16": 16, "int8": 8, "int4": 4}[precision]
+    least = train.matrix_parameters(**SMALL) * bits // 8
+    assert least < details["weight_bytes"] < least + train.matrix_parameters(**SMALL)
+    assert details["state_bytes"] == ours.mamba(SMALL).init_state(1).nbytes
+
+
+def test_the_loop_knows_its_share_of_python() -> None:
+    found = ours.write(SMALL, prompt=4, n_tokens=16)()
+    assert ("python_share" in found) == (longscan.ops.backend() != "reference")
+    assert 0 < found.get("python_share", 0.5) < 1
+    assert "timed" not in repr(getattr(longscan.ops._native._library, "ls_decode_tokens", None))
+
+
+def test_a_process_is_timed_to_its_first_output() -> None:
+    slow_end = "import sys, time; print('x', flush=True); time.sleep(0.5)"
+    assert ours.first_output(["-c", slow_end])()["seconds"] < 0.5
+    with pytest.raises(RuntimeError, match="ended with code 1"):
+        ours.first_output(["-c", "raise SystemExit(1)"])()
+
+
 def test_extrapolation_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     model = {"d_model": 16, "n_layers": 50, "vocab_size": 32}
@@ -311,21 +389,26 @@ def test_everything_prints_without_peers(cli: Any, here: None, bare: None) -> No
         "selective_scan forward",
         "causal_conv1d",
         "training: tokens/s",
-        "generation",
-        "through evaluate",
+        "reading a prompt: tokens/s",
+        "writing, by sequences at once",
+        "seconds from the start of the process",
+        "writing after a prompt",
+        "evaluate: 20,000 tokens",
     ):
         assert title in done.out
     assert "longscan" in done.out
     assert (
-        "not installed: mambapy, transformers; to compare with them: pip install longscan[peers]" in done.out
+        "not installed: mambapy, transformers, llama-cpp-python; to compare with them: "
+        "pip install 'longscan[peers,llama]'" in done.out
     )
     assert "\x1b" not in done.out
 
 
-def test_figure(cli: Any, here: None, tmp_path: Path) -> None:
+def test_figure(cli: Any, here: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(ours, "first_output", lambda argv: lambda: {"seconds": 1.0})
     path = tmp_path / "bench.png"
-    done = cli("bench", "ops", "train", "generate", "stream", "--quick", "--figure", path, "--json")
+    done = cli("bench", *SUITES, "--quick", "--no-peers", "--figure", path, "--json")
     assert done.code == 0, done.err
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [suite["suite"] for suite in json.loads(done.out)["suites"]] == list(SUITES)
@@ -336,11 +419,12 @@ def test_figure(cli: Any, here: None, tmp_path: Path) -> None:
     [
         (("opps",), 2, "did you mean 'ops'"),
         (("ops", "--repeats", 0), 2, "--repeats: expected 1 or more, got 0"),
+        (("generate", "--shape", "131m"), 2, "131m"),
         (("ops", "--threads", -1), 2, "--threads: expected 1 or more, got -1"),
         (("ops", "--figure", "bench.txt"), 2, "ends in .png, .svg or .pdf"),
         (("ops", "--figure", "nowhere/bench.png"), 1, "there is no directory"),
     ],
-    ids=["suite", "repeats", "threads", "suffix", "directory"],
+    ids=["suite", "repeats", "shape", "threads", "suffix", "directory"],
 )
 def test_misuse(cli: Any, argv: tuple[object, ...], code: int, words: str) -> None:
     done = cli("bench", *argv)
@@ -372,6 +456,46 @@ def test_goals_stand_beside_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "20 ×" in text
     assert "2048" in text
     assert not [row for row in found.rows if row["contender"] == train.HF and row["seq_len"] > 512]
+
+
+def test_generation_beside_its_goals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    slow = {"llama.cpp f32": 3.0, "llama.cpp q4_0": 2.0, "llama.cpp q4_K": 1.8, generate.HF: 10.0}
+    slow |= {"longscan int4": 0.5, "longscan int8 × 8": 2.0, generate.PRODUCTS: 0.3, generate.UPDATES: 0.2}
+    slow |= {generate.READING: 0.9}
+    weights = 4 * train.matrix_parameters(**generate.SHAPES["130m"].model)
+
+    def fake(title: str, contenders: Sequence[Contender], pace: Pace) -> dict[str, Measurement]:
+        details: dict[str, Any] = {"weight_bytes": weights, "state_bytes": 0, "python_share": 0.04}
+        if title == "decode":
+            details["excerpt"] = [1.0, 3.0]
+        return {c.name: measurement(c.name, slow.get(c.name, 1.0), details=dict(details)) for c in contenders}
+
+    monkeypatch.setattr(generate, "race", fake)
+    monkeypatch.setattr(generate, "installed", lambda _: True)
+    monkeypatch.setattr(
+        llama, "export", lambda model, folder: {name: folder / name for name in llama.FORMATS}
+    )
+    found = generate.run(Pace(), quick=False)
+    ratios = {ratio.what: ratio for ratio in found.ratios}
+
+    def shown(what: str) -> tuple[float, str]:
+        return pytest.approx(ratios[what].measured), ratios[what].goal
+
+    assert shown("prefill 512: float32 over llama.cpp f32") == (3.0, "≥ 2.2 ×")
+    assert shown("prefill 2048: int4 over llama.cpp q4_0") == (4.0, "≥ 2.5 ×")
+    assert shown("prefill 512: our slowest over the fastest llama.cpp") == (1.0, "")
+    assert shown("prefill 512: int8, share of both ceilings in turn") == (0.5, "")
+    assert shown("decode 1: int4 over llama.cpp q4_0 or q4_K") == (3.6, "≥ 1.6 ×")
+    assert shown("decode 1: float32, share of reading the weights") == (0.9, "≥ 90 %")
+    assert shown("decode 1: int4, share of Python in generate_ids") == (0.04, "≤ 5 %")
+    assert shown("decode 8: int8 over one sequence") == (4.0, "≥ 4 ×")
+    assert shown("decode 32: int8 over one sequence") == (32.0, "≥ 8 ×")
+    cases = [row["case"] for row in found.rows if row["contender"] == "longscan int8"]
+    assert cases == ["prefill 512", "prefill 2048", "decode 1", "decode 8", "decode 32"]
+    assert {row["logits_error"] for row in found.rows if row["case"] == "decode 1"} == {0.0}
+    assert "excerpt" not in json.dumps(found.as_dict(), allow_nan=False)
+    larger = generate.run(Pace(), quick=False, shape="370m")
+    assert {r.what: r.goal for r in larger.ratios}["decode 1: int8 over llama.cpp q8_0"] == "≥ 1.26 ×"
 
 
 def test_marks_of_single_and_extrapolated_runs() -> None:

@@ -242,8 +242,8 @@ def test_a_separator_parts_the_documents(cli: Any, folder: Path) -> None:
         (("text", "ops"), 2, "expected no other suite beside it"),
         (("text", "--quick"), 2, "no options but --train"),
         (("text", "--figure", "a.png"), 2, "no options but --train"),
-        (("ops", "--test", "a.txt"), 2, "are for the suite text"),
-        (("--model", "mine"), 2, "are for the suite text"),
+        (("ops", "--test", "a.txt"), 2, "are for the suites text and quality"),
+        (("--model", "mine"), 2, "are for the suites text and quality"),
         (("texd",), 2, "did you mean 'text'"),
         (("text", "--train", "none.txt", "--test", "none.txt"), 1, "no such file or folder: none.txt"),
     ],
@@ -267,4 +267,4 @@ def test_all_suites_are_those_that_need_no_files(cli: Any, monkeypatch: pytest.M
     sitting = importlib.import_module("longscan.bench.sitting")
     monkeypatch.setattr(sitting, "sit", lambda suites, *_: ran.append(suites))
     assert cli("bench").code == 0
-    assert ran == [["ops", "train", "generate", "stream"]]
+    assert ran == [["ops", "train", "generate", "shipped", "stream"]]

@@ -18,6 +18,7 @@ from longscan.bench.worker import Run
 __all__ = ["exp_fma", "matmul", "read"]
 
 PROBE = 10**8  # state updates on every thread: long enough that waking the threads does not count
+READ_PROBE = 2**29  # bytes: far more than any cache
 
 
 def exp_fma(n_states: int) -> Run:
@@ -72,8 +73,8 @@ def matmul(n_rows: int, shapes: list[list[int]], backward: bool, operations: flo
     return run
 
 
-def read(n_bytes: int) -> Run:
-    """Prepare a sum over memory that no cache holds.
+def read(n_bytes: float) -> Run:
+    """Prepare the reading of memory that no cache holds, by all threads and as fast as they can.
 
     Args:
         n_bytes: how many the work has to read.
@@ -81,11 +82,11 @@ def read(n_bytes: int) -> Run:
     Returns:
         What to measure.
     """
-    memory = torch.ones(2**27)
 
     def run() -> dict[str, Any]:
-        begin = time.perf_counter()
-        memory.sum()
-        return {"seconds": (time.perf_counter() - begin) * n_bytes / memory.nbytes}
+        rate = ops.native_read_probe(READ_PROBE)
+        if rate is None:
+            raise RuntimeError(f"no native library: {ops.native_info().reason}")
+        return {"seconds": n_bytes / rate}
 
     return run

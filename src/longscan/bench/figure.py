@@ -50,10 +50,16 @@ def draw(reports: Sequence[Report], title: str, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    panels = {"ops": _milliseconds, "train": _lengths, "generate": _rates, "stream": _quarters}
+    panels = {
+        "ops": _milliseconds,
+        "train": _lengths,
+        "generate": _rates,
+        "shipped": _milliseconds,
+        "stream": _quarters,
+    }
     heights = [
         1.2 + 0.24 * (len(report.rows) + len(_cases(report.rows)))
-        if report.suite in ("ops", "generate")
+        if report.suite in ("ops", "generate", "shipped")
         else 4.5
         for report in reports
     ]

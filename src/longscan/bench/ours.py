@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from longscan import ops
 from longscan.bench import tasks
-from longscan.bench.worker import Run, resident_memory
-from longscan.models import Mamba, MambaConfig
+from longscan.bench.worker import Run, resident_memory, settle
+from longscan.models import LanguageModel, Mamba, MambaConfig
+from longscan.models.quantized import quantize_model
+from longscan.ops import _native
 
-__all__ = ["conv", "decode", "prefill", "scan", "stream", "train"]
+__all__ = ["conv", "decode", "far", "first_output", "mamba", "prefill", "scan", "stream", "train", "write"]
+
+PIECE = 1024  # tokens of a very long prompt read at a time
 
 
 def scan(sizes: list[int], backward: bool) -> Run:
@@ -43,27 +51,139 @@ def train(model: dict[str, Any], batch: int, seq_len: int) -> Run:
     return tasks.training(mamba.parameters(), loss)
 
 
-def prefill(model: dict[str, Any], seq_len: int) -> Run:
+def mamba(model: dict[str, Any] | str, precision: str = "float32") -> LanguageModel:
+    """Make a model for inference.
+
+    Args:
+        model: fields of MambaConfig, for random weights that are the same in every process; or a name for
+            `load`.
+        precision: "float32", or a format of `quantize_model`.
+    """
+    drawn: LanguageModel
+    if isinstance(model, str):
+        from longscan.checkpoint import load  # it brings libraries that the memory of others should not show
+
+        drawn, _ = load(model, offline=True)
+    else:
+        drawn = Mamba(MambaConfig(**model), torch.Generator().manual_seed(0))
+    drawn.eval().requires_grad_(False)
+    if precision != "float32":
+        quantize_model(drawn, cast(ops.Kind, precision))
+    return drawn
+
+
+def prefill(model: dict[str, Any], seq_len: int, precision: str = "float32") -> Run:
     """Prepare the reading of a prompt."""
-    mamba = Mamba(MambaConfig(**model)).eval()
+    reader = mamba(model, precision)
     ids = tasks.random_ids(1, seq_len, model["vocab_size"])
 
     def run() -> None:
-        mamba.prefill(ids)
+        reader.prefill(ids)
 
     return run
 
 
-def decode(model: dict[str, Any], prompt: int, n_tokens: int) -> Run:
-    """Prepare greedy decoding after a prompt."""
-    mamba = Mamba(MambaConfig(**model)).eval()
-    logits, state = mamba.prefill(tasks.random_ids(1, prompt, model["vocab_size"]))
-    return tasks.decoding(logits.argmax(-1), n_tokens, lambda ids: mamba.step(ids, state)[0])
+def decode(
+    model: dict[str, Any], prompt: int, n_tokens: int, precision: str = "float32", batch: int = 1
+) -> Run:
+    """Prepare greedy decoding after a prompt, of `batch` sequences at once."""
+    writer = mamba(model, precision)
+    logits, state = writer.prefill(tasks.random_ids(1, prompt, model["vocab_size"]))
+    details: dict[str, Any] = {
+        "weight_bytes": sum(tensor.nbytes for tensor in writer.state_dict().values()),
+        "state_bytes": state.nbytes,
+        "excerpt": tasks.excerpt(logits[0]),
+    }
+    state = state.fork(batch)
+    steps = tasks.decoding(logits.argmax(-1).repeat(batch), n_tokens, lambda ids: writer.step(ids, state)[0])
+    return lambda: (steps() or {}) | details
+
+
+def write(model: dict[str, Any] | str, prompt: int, n_tokens: int, precision: str = "float32") -> Run:
+    """Prepare greedy decoding as callers of the library do it, with the share of it outside native calls."""
+    from longscan.engine import generate_ids  # lazily, as `load`
+    from longscan.sampling import SamplingConfig
+
+    writer = mamba(model, precision)
+    ids = tasks.random_ids(1, prompt, writer.config.vocab_size)[0].tolist()
+    config = SamplingConfig(max_new_tokens=n_tokens + 1, temperature=0.0)
+
+    def run() -> dict[str, Any]:
+        events = generate_ids(writer, [ids], config, eos_id=None)
+        next(events)  # reads the prompt
+        with _native_clock() as native:
+            begin = time.perf_counter()
+            for _ in events:
+                pass
+            seconds = time.perf_counter() - begin
+        share = {"python_share": 1 - native[0] / seconds} if native[0] else {}
+        return {"seconds": seconds, **share}
+
+    return run
+
+
+def far(model: dict[str, Any] | str, prompt: int, n_tokens: int, precision: str = "float32") -> Run:
+    """Prepare greedy decoding after a very long prompt, and tell what the process holds by then."""
+    writer, state = mamba(model, precision), None
+    random, done = torch.Generator().manual_seed(0), 0
+    logits = torch.empty(0)
+    while done < prompt:
+        piece = min(PIECE, prompt - done)  # drawn as it is read, so that nothing here grows with the prompt
+        ids = torch.randint(writer.config.vocab_size, (1, piece), generator=random)
+        logits, state = writer.prefill(ids, state)
+        done += piece
+    assert state is not None
+    here = state
+    settle()
+    details = {"state_bytes": state.nbytes, "resident_bytes": resident_memory()}
+    steps = tasks.decoding(logits.argmax(-1), n_tokens, lambda ids: writer.step(ids, here)[0])
+    return lambda: (steps() or {}) | details
+
+
+def first_output(argv: list[str]) -> Run:
+    """Prepare the start of a process of Python, up to the first thing it prints."""
+
+    def run() -> dict[str, Any]:
+        begin = time.perf_counter()
+        with subprocess.Popen(
+            [sys.executable, *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout
+            said = process.stdout.read(1)
+            seconds = time.perf_counter() - begin
+            process.stdout.read()
+        if process.returncode or not said:
+            raise RuntimeError(f"{' '.join(argv)} ended with code {process.returncode}")
+        return {"seconds": seconds}
+
+    return run
+
+
+@contextmanager
+def _native_clock() -> Iterator[list[float]]:
+    """Add up the seconds spent in the native decoder meanwhile."""
+    library: Any = _native._library
+    spent = [0.0]
+    if library is None:
+        yield spent
+        return
+    decode = library.ls_decode_tokens
+
+    def timed(arguments: bytes) -> int:
+        begin = time.perf_counter()
+        code: int = decode(arguments)
+        spent[0] += time.perf_counter() - begin
+        return code
+
+    library.ls_decode_tokens = timed
+    try:
+        yield spent
+    finally:
+        library.ls_decode_tokens = decode
 
 
 def stream(model: dict[str, Any], n_tokens: int) -> Run:
     """Prepare the evaluation of one document of n_tokens bytes, with time and memory after every chunk."""
-    # imported here: it brings libraries that the memory of the other jobs should not show
     from longscan.evaluate import Evaluation, evaluate
     from longscan.tokenizer import ByteTokenizer
 

@@ -70,7 +70,7 @@ class Measurement:
         name: the contender's.
         seconds: one per turn; empty if it failed.
         warm: False if the only number is that of a first run.
-        peak_bytes: highest resident set of the whole process, if known.
+        peak_bytes: highest resident set of the whole process since it was prepared, if known.
         extra_bytes: how far one run raises the resident set, if that was asked for.
         details: whatever else the job measured.
         note: why there is no number, if there is none.

@@ -27,12 +27,14 @@ class Ratio:
         measured: the ratio; NaN if one side was not measured.
         goal: in words, "" if there is none.
         percent: whether to show it as a percentage.
+        unit: of what is no ratio.
     """
 
     what: str
     measured: float
     goal: str = ""
     percent: bool = False
+    unit: str = "×"
 
     def text(self) -> str:
         """Return the ratio as the table shows it."""
@@ -40,7 +42,8 @@ class Ratio:
             return "–"
         if self.percent:
             return f"{100 * self.measured:.0f} %"
-        return f"{self.measured:,.0f} ×" if self.measured >= 100 else f"{self.measured:.3g} ×"
+        digits = ",.0f" if self.measured >= 100 else ".3g"
+        return f"{self.measured:{digits}} {self.unit}"
 
 
 @dataclass(kw_only=True)

@@ -15,15 +15,21 @@ import typer
 from rich.console import Console
 
 from longscan.bench import figure as drawing
-from longscan.bench import generate, ops, stream, train
+from longscan.bench import generate, ops, shipped, stream, train
 from longscan.bench.machine import OthersLoad, installed, machine, versions
 from longscan.bench.race import Pace
 from longscan.bench.report import Report
 
 __all__ = ["sit"]
 
-SUITES = {"ops": ops.run, "train": train.run, "generate": generate.run, "stream": stream.run}
-PEERS = ("mambapy", "transformers")
+SUITES = {
+    "ops": ops.run,
+    "train": train.run,
+    "generate": generate.run,
+    "shipped": shipped.run,
+    "stream": stream.run,
+}
+PEERS = {"mambapy": "peers", "transformers": "peers", "llama-cpp-python": "llama"}  # and the extra with it
 
 
 def sit(
@@ -34,6 +40,7 @@ def sit(
     peers: bool,
     threads: int | None,
     quick: bool,
+    shape: str,
 ) -> None:
     """Run suites and print what they found.
 
@@ -45,6 +52,7 @@ def sit(
         peers: whether to run what is not ours.
         threads: for everyone; torch's choice if None.
         quick: whether to use tiny sizes.
+        shape: of the suite generate.
 
     Raises:
         LongscanError: the figure could not be drawn.
@@ -60,23 +68,26 @@ def sit(
     with _progress() as tell:
         pace = Pace(repeats=repeats, budget=0.05 if quick else 0.5, threads=threads, peers=peers, tell=tell)
         for suite in suites:
-            reports.append(_run(suite, pace, quick))
+            reports.append(_run(suite, pace, quick, shape))
             if not as_json:
                 typer.echo("\n" + reports[-1].text(shutil.get_terminal_size((120, 24)).columns))
     if as_json:
         found = {"missing_peers": absent, "suites": [report.as_dict() for report in reports]}
         typer.echo(json.dumps(about | found, indent=2, ensure_ascii=False))
     elif absent:
-        typer.echo(f"\nnot installed: {', '.join(absent)}; to compare with them: pip install longscan[peers]")
+        extras = ",".join(dict.fromkeys(PEERS[package] for package in absent))
+        typer.echo(
+            f"\nnot installed: {', '.join(absent)}; to compare with them: pip install 'longscan[{extras}]'"
+        )
     if figure is not None:
         drawing.draw(reports, _heading(about), figure)
         typer.echo(f"figure: {figure}", err=True)
 
 
-def _run(suite: str, pace: Pace, quick: bool) -> Report:
+def _run(suite: str, pace: Pace, quick: bool, shape: str) -> Report:
     """Run a suite and note what a reader of its numbers has to know."""
     others = OthersLoad()
-    report = SUITES[suite](pace, quick)
+    report = generate.run(pace, quick, shape) if suite == "generate" else SUITES[suite](pace, quick)
     report.others = others.share()
     if report.others is not None and report.others > 0.03:
         report.notes.append(

@@ -1,70 +1,97 @@
-"""`longscan bench stream`: one very long document through `evaluate`, quarter by quarter: flat or not?"""
+"""`longscan bench stream`: one very long text, evaluated and read, quarter by quarter: flat or not?"""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
-from longscan.bench.race import Contender, Pace, race
+from longscan.bench.race import Contender, Measurement, Pace, race
 from longscan.bench.report import Ratio, Report, table
 from longscan.bench.train import QUICK_SHAPE, SHAPE, describe
+from longscan.bench.worker import Run, resident_memory
 
-__all__ = ["run"]
+__all__ = ["read_prompt", "run"]
 
-TOKENS, QUICK_TOKENS = 200_000, 20_000
+TOKENS, QUICK_TOKENS = 1_000_000, 20_000
 OURS = "longscan"
+JOBS = {"evaluate": "longscan.bench.ours:stream", "read": "longscan.bench.stream:read_prompt"}
 
 
 def run(pace: Pace, quick: bool) -> Report:
-    """Evaluate one document in one run, watched after every chunk.
+    """Let one run each evaluate a document and read a prompt, watched after every chunk.
 
     Args:
         pace: the threads.
-        quick: a small model and a shorter document.
+        quick: a small model and a shorter text.
 
     Returns:
         The report.
     """
     report = Report(suite="stream")
     model, n_tokens = (QUICK_SHAPE, QUICK_TOKENS) if quick else (SHAPE, TOKENS)
-    contender = Contender(
-        name=OURS,
-        job="longscan.bench.ours:stream",
-        arguments={"model": model, "n_tokens": n_tokens},
-        patience=0.0,  # the first run is the only one: it warms up by itself
-    )
-    found = race("stream", [contender], pace)
-    report.add("stream", found.values(), n_tokens, "tokens/s", n_tokens=n_tokens)
-    row = report.rows[0]
+    for case, job in JOBS.items():
+        contender = Contender(
+            name=OURS,
+            job=job,
+            arguments={"model": model, "n_tokens": n_tokens},
+            patience=0.0,  # the first run is the only one: it warms up by itself
+        )
+        _watch(report, case, race(case, [contender], pace)[OURS], n_tokens)
+    report.notes.append(f"One text, one run of each, random weights; {describe(model)}.")
+    return report
+
+
+def _watch(report: Report, case: str, measured: Measurement, n_tokens: int) -> None:
+    """Add what one run showed, if it got that far."""
+    report.add(case, [measured], n_tokens, "tokens/s", n_tokens=n_tokens)
+    row = report.rows[-1]
     marks = row.pop("marks", None)
     if marks is None:
-        return report
+        return
     row["quarters"] = quarters = _quarters(marks)
     start = marks[0][2]
     body = [[f"{q['tokens']:,}", f"{q['rate']:,.0f}", f"{q['resident_bytes'] / 1e6:,.1f}"] for q in quarters]
     report.tables.append(
         table(
-            f"{n_tokens:,} tokens through evaluate",
+            f"{case}: {n_tokens:,} tokens",
             ["up to token", "tokens/s in this quarter", "resident MB at its end"],
             [[f"{marks[0][0]:,}", "", f"{start / 1e6:,.1f}"], *body],
         )
     )
     rates = [q["rate"] for q in quarters]
-    report.ratios = [
+    report.ratios += [
         Ratio(
-            what="last quarter's speed over the first's",
+            what=f"{case}: last quarter's speed over the first's",
             measured=rates[-1] / rates[0],
             goal="flat",
             percent=True,
         ),
         Ratio(
-            what="resident set at the end over that after the first chunk",
+            what=f"{case}: resident set at the end over that after the first chunk",
             measured=quarters[-1]["resident_bytes"] / start,
             goal="constant",
             percent=True,
         ),
     ]
-    report.notes.append(f"One document, one run, random weights; {describe(model)}.")
-    return report
+
+
+def read_prompt(model: dict[str, Any], n_tokens: int) -> Run:
+    """Prepare reading one prompt of n_tokens, with time and memory after every chunk. Runs in a worker."""
+    from longscan.bench import tasks
+    from longscan.models import Mamba, MambaConfig
+    from longscan.reading import read
+
+    mamba = Mamba(MambaConfig(**model)).eval()
+    ids = tasks.random_ids(1, n_tokens, model["vocab_size"])[0]
+
+    def run() -> dict[str, Any]:
+        marks: list[tuple[int, float, int]] = []  # tokens read, seconds, resident bytes
+        read(
+            mamba, ids, progress=lambda done, _: marks.append((done, time.perf_counter(), resident_memory()))
+        )
+        return {"marks": marks}
+
+    return run
 
 
 def _quarters(marks: list[list[Any]]) -> list[dict[str, Any]]:

@@ -15,11 +15,14 @@ __all__ = [
     "conv_inputs",
     "decoding",
     "differentiable",
+    "excerpt",
     "next_token_loss",
     "random_ids",
     "scan_inputs",
     "training",
 ]
+
+N_EXCERPT = 128
 
 
 def scan_inputs(batch: int, seq_len: int, d_inner: int, d_state: int) -> tuple[Tensor, ...]:
@@ -88,6 +91,11 @@ def differentiable(op: Callable[..., Tensor], inputs: tuple[Tensor, ...], backwa
 def random_ids(batch: int, seq_len: int, vocab_size: int) -> Tensor:
     """Draw tokens, (batch, seq_len) int64."""
     return torch.randint(vocab_size, (batch, seq_len), generator=torch.Generator().manual_seed(0))
+
+
+def excerpt(logits: Any) -> list[float]:
+    """Pick a few of some logits (vocab_size,), enough to see whether two programs compute the same."""
+    return [float(value) for value in logits[:: max(1, len(logits) // N_EXCERPT)]]
 
 
 def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from typing import Any, TextIO
 
 from longscan.ops import keep_memory
 
-__all__ = ["Run", "extra_memory", "main", "peak_memory", "resident_memory", "turn"]
+__all__ = ["Run", "extra_memory", "main", "peak_memory", "resident_memory", "settle", "turn"]
 
 Run = Callable[[], dict[str, Any] | None]
 
@@ -55,14 +55,19 @@ def turn(run: Run, budget: float) -> dict[str, Any]:
 
 def extra_memory(run: Run) -> int:
     """Run once and return by how many bytes the resident set grew at its highest."""
+    settle()
+    before = resident_memory()
+    run()
+    return max(0, peak_memory() - before)
+
+
+def settle() -> None:
+    """Give back what is free, and forget the highest resident set so far."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)  # pages freed by earlier runs would be taken again unseen
     _reset_peak()
-    before = resident_memory()
-    run()
-    return max(0, peak_memory() - before)
 
 
 def resident_memory() -> int:
@@ -84,6 +89,7 @@ def main() -> None:
     order = json.loads(sys.argv[1])
     module, name = order["job"].split(":")
     run: Run = getattr(importlib.import_module(module), name)(**order["arguments"])
+    settle()  # the peak is that of the runs, not of preparing
     _reply(replies, {})
     for line in sys.stdin:
         order = json.loads(line)
