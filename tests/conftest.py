@@ -12,9 +12,13 @@ os.environ.setdefault(
     "HF_HUB_OFFLINE", "1"
 )  # before anything imports the hub: no test reaches for the network
 
+import hypothesis
 import pytest
 
 from longscan.cli import main
+
+# for tests/test_fuzz.py, see CONTRIBUTING.md
+hypothesis.settings.register_profile("fuzz", max_examples=20_000, print_blob=True)
 
 
 @dataclass(frozen=True)

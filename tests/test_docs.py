@@ -23,7 +23,8 @@ from longscan.tokenizer import ByteTokenizer
 ROOT = Path(__file__).parents[1]
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
 READMES = (ENGLISH, CHINESE)
-DOCUMENTS = (*READMES, "CONTRIBUTING.md", "CHANGELOG.md")
+PAIRS = (READMES, ("docs/quantization.md", "docs/quantization.zh-CN.md"))
+DOCUMENTS = (*(document for pair in PAIRS for document in pair), "CONTRIBUTING.md", "CHANGELOG.md")
 PLANNED = ("planned", "计划中")
 
 
@@ -77,20 +78,37 @@ def commands(document: str) -> list[list[str]]:
 # both languages
 
 
-def test_the_same_sections() -> None:
-    levels = [re.findall(r"^#+", prose(document), re.MULTILINE) for document in READMES]
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_same_sections(pair: tuple[str, str]) -> None:
+    levels = [re.findall(r"^#+", prose(document), re.MULTILINE) for document in pair]
     assert levels[0] == levels[1]
 
 
-def test_the_same_code() -> None:
-    english, chinese = ([untranslated(block) for block in blocks(document)] for document in READMES)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_same_code(pair: tuple[str, str]) -> None:
+    english, chinese = ([untranslated(block) for block in blocks(document)] for document in pair)
     assert english == chinese
 
 
-def test_the_same_links_and_markers() -> None:
-    english, chinese = ({*links(document)} for document in READMES)
-    assert english - {CHINESE} == chinese - {ENGLISH}
-    markers = [re.findall(r"^<!-- .* -->$", read(document), re.MULTILINE) for document in READMES]
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_same_numbers(pair: tuple[str, str]) -> None:
+    english, chinese = (
+        [
+            re.findall(r"\d+(?:[.,]\d+)*", line)
+            for line in prose(document).splitlines()
+            if line.startswith("|")
+        ]
+        for document in pair
+    )
+    assert english == chinese
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_same_links_and_markers(pair: tuple[str, str]) -> None:
+    english, chinese = ({*links(document)} for document in pair)
+    names = {Path(document).name for document in pair}
+    assert english - names == chinese - names
+    markers = [re.findall(r"^<!-- .* -->$", read(document), re.MULTILINE) for document in pair]
     assert markers[0] == markers[1]
 
 
@@ -112,7 +130,7 @@ def test_the_tree_exists(document: str) -> None:
 def test_links_lead_somewhere(document: str) -> None:
     for link in links(document):
         if not link.startswith("https://"):
-            assert (ROOT / link.split("#")[0]).exists(), link
+            assert ((ROOT / document).parent / link.split("#")[0]).exists(), link
 
 
 @pytest.mark.parametrize("document", READMES)

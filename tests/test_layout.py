@@ -20,12 +20,26 @@ MODULES = [
 ORDER = [
     *("errors", "files", "config"),
     *("ops", "models"),
-    *("tokenizer", "documents", "data", "layouts", "weights", "checkpoint", "convert"),
-    *("sampling", "generate", "evaluate", "plot", "progress", "recipe", "runs", "trainer", "train"),
+    *(
+        "tokenizer",
+        "documents",
+        "data",
+        "layouts",
+        "weights",
+        "gguf_check",
+        "gguf_tokenizer",
+        "gguf_files",
+        "locate",
+        "checkpoint",
+        "convert",
+    ),
+    *("reading", "prefix", "snapshots"),
+    *("sampling", "request", "speculate", "engine", "bar", "generate", "quantize", "evaluate"),
+    *("plot", "progress", "recipe", "runs", "trainer", "train"),
     *("bench", "catalog", "doctor", "cli"),
 ]
 # inside models/: what all of them share, in order too, and who descends from whom
-COMMON = ("layers", "loss", "state", "backbone")
+COMMON = ("layers", "loss", "state_file", "state", "decoder", "backbone", "quantized")
 ANCESTORS: dict[str, set[str]] = {"mamba": set()}
 
 

@@ -17,9 +17,16 @@ if TYPE_CHECKING:
     from longscan import models, ops
     from longscan.checkpoint import convert, load, save
     from longscan.config import Config
+    from longscan.engine import Engine
     from longscan.errors import LongscanError, UsageError
     from longscan.evaluate import Evaluation, evaluate
     from longscan.generate import SamplingConfig, generate
+    from longscan.models import State
+    from longscan.prefix import PrefixCache
+    from longscan.quantize import quantize
+    from longscan.request import Request
+    from longscan.snapshots import Snapshots
+    from longscan.speculate import DraftModel, PromptLookup
     from longscan.tokenizer import Tokenizer, load_tokenizer
     from longscan.train import TrainConfig, train
 
@@ -28,9 +35,16 @@ __version__ = "0.1.0"
 _HOME = {
     "checkpoint": ("convert", "load", "save"),
     "config": ("Config",),
+    "engine": ("Engine",),
     "errors": ("LongscanError", "UsageError"),
     "evaluate": ("Evaluation", "evaluate"),
     "generate": ("SamplingConfig", "generate"),
+    "models": ("State",),
+    "prefix": ("PrefixCache",),
+    "quantize": ("quantize",),
+    "request": ("Request",),
+    "snapshots": ("Snapshots",),
+    "speculate": ("DraftModel", "PromptLookup"),
     "tokenizer": ("Tokenizer", "load_tokenizer"),
     "train": ("TrainConfig", "train"),
 }
@@ -38,9 +52,16 @@ _MODULE_OF = {name: f"longscan.{module}" for module, names in _HOME.items() for 
 
 __all__ = [
     "Config",
+    "DraftModel",
+    "Engine",
     "Evaluation",
     "LongscanError",
+    "PrefixCache",
+    "PromptLookup",
+    "Request",
     "SamplingConfig",
+    "Snapshots",
+    "State",
     "Tokenizer",
     "TrainConfig",
     "UsageError",
@@ -52,6 +73,7 @@ __all__ = [
     "load_tokenizer",
     "models",
     "ops",
+    "quantize",
     "save",
     "train",
 ]

@@ -28,6 +28,7 @@ VERBS = {
     "train": ("longscan.train", "Train a model on your own text files, or resume a run."),
     "evaluate": ("longscan.evaluate", "Perplexity and bits per byte of a model on text files."),
     "convert": ("longscan.convert", "Rewrite a model directory in another layout or precision."),
+    "quantize": ("longscan.quantize", "Store a model's weights in fewer bits."),
     "models": ("longscan.catalog", "The line of models: who they are, what works."),
     "bench": ("longscan.bench", "Measure this machine: ops, training, generation."),
     "doctor": (
