@@ -66,7 +66,7 @@ LS_INLINE void phase(Member *me, int64_t units, const Body &body) {
 #if defined(__SSE2__)
     _mm_pause();
 #endif
-    if (turn > 20000) ls_yield();  // the others may need this processor
+    if (turn > 4000) ls_yield();  // the others may need this processor
   }
 }
 

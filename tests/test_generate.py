@@ -20,6 +20,7 @@ from longscan.engine import generate_ids
 from longscan.errors import LongscanError, UsageError
 from longscan.generate import _encode, generate, generate_batch
 from longscan.models import LanguageModel, Mamba, MambaConfig, State
+from longscan.reading import CHUNK
 from longscan.sampling import SamplingConfig, TextWriter
 from longscan.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 
@@ -148,10 +149,10 @@ def test_more_prompts_than_slots_wait(model: Mamba, monkeypatch: pytest.MonkeyPa
 
 def test_reading_is_told(model: Mamba) -> None:
     seen: list[tuple[int, int]] = []
-    prompts = [[1] * 300, [2] * 10]
+    prompts = [[1] * (CHUNK + 44), [2] * 10]
     config = SamplingConfig(max_new_tokens=1)
     list(generate_ids(model, prompts, config, eos_id=None, progress=lambda *now: seen.append(now)))
-    assert seen == [(256, 310), (300, 310), (310, 310)]
+    assert seen == [(CHUNK, CHUNK + 54), (CHUNK + 44, CHUNK + 54), (CHUNK + 54, CHUNK + 54)]
 
 
 def test_finished_rows_leave_the_batch() -> None:

@@ -229,13 +229,15 @@ def test_states_may_lie_further_apart(model: Mamba) -> None:
     assert cache.find(ids)[0] == 4 * CHUNK
     assert torch.equal(cache.read(ids)[0], logits)
     state = read(model, ids[:CHUNK])[1]
-    with pytest.raises(LongscanError, match="a prefix of 256 tokens: expected a multiple of 512"):
+    with pytest.raises(
+        LongscanError, match=f"a prefix of {CHUNK} tokens: expected a multiple of {2 * CHUNK}"
+    ):
         cache.store(ids[:CHUNK], state)
     near = PrefixCache(model)
     near.store(ids[:CHUNK], state)
     assert near.find(ids)[0] == CHUNK
     for every in (0, 100, CHUNK + 1):
-        with pytest.raises(UsageError, match=f"every: expected a multiple of 256, got {every}"):
+        with pytest.raises(UsageError, match=f"every: expected a multiple of {CHUNK}, got {every}"):
             PrefixCache(model, every=every)
     with pytest.raises(UsageError, match="max_bytes"):
         PrefixCache(model, max_bytes=-1)

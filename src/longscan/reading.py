@@ -20,7 +20,7 @@ from longscan.tokenizer import Tokenizer
 
 __all__ = ["CHUNK", "Ids", "Progress", "as_tensor", "encode", "read"]
 
-CHUNK = 256  # tokens read at a time
+CHUNK = 512  # tokens read at a time: at 130m, 256 cost 9 to 18 % of the speed of 1,024, 512 3 to 8 %
 WHOLE = 2**20  # characters up to which texts are encoded together, on all cores
 
 Ids = Sequence[int] | np.ndarray | Tensor  # one text; a list, an array (of a mapped file, say) or a tensor

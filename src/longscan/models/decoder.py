@@ -7,6 +7,7 @@ it holds a copy, and leave models alone whose modules are adapted or watched by 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from operator import attrgetter, eq, is_
 from typing import Any
 
@@ -32,14 +33,10 @@ class Decoder:
     def __init__(self, stack: ops.MambaStack, model: nn.Module, copied: list[Tensor]) -> None:
         self._stack = stack
         modules = list(model.modules())
-        owned = [
-            (owner, name, tensor)
-            for module in modules
-            for owner in (module._parameters, module._buffers)
-            for name, tensor in owner.items()
-            if tensor is not None
-        ]
-        self._owners, self._names, self._tensors = (list(column) for column in zip(*owned, strict=True))
+        owners = [owner for module in modules for owner in (module._parameters, module._buffers)]
+        self._owners: list[dict[str, Tensor | None]] = [owner for owner in owners if owner]  # type: ignore[misc]
+        self._owned: list[Tensor | None] = [tensor for owner in self._owners for tensor in owner.values()]
+        self._tensors = [tensor for tensor in self._owned if tensor is not None]
         self._pointers = list(map(Tensor.data_ptr, self._tensors))
         self._copied = [tensor for tensor in copied if not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._copied]
@@ -49,7 +46,7 @@ class Decoder:
         """Whether the model still is what it was, and nobody watches its modules; asked at every token."""
         return (
             not any(self._hooks)
-            and all(map(is_, map(dict.get, self._owners, self._names), self._tensors))
+            and all(map(is_, chain.from_iterable(map(dict.values, self._owners)), self._owned))
             and all(map(eq, map(Tensor.data_ptr, self._tensors), self._pointers))
             and all(map(eq, map(_VERSION, self._copied), self._versions))
         )

@@ -125,8 +125,10 @@ class MambaStack:
         rest = struct.pack("3q", _native.address(self._layers), pointers, pointers + len(states) // 2)
         tail = struct.pack("3q", self._norm, ids.data_ptr(), logits.data_ptr())
         if not _native.decode(head + self._sizes + rest + self._matrices + tail):
-            bad = next(i for i in ids.flatten().tolist() if not 0 <= i < self.ids)
-            raise ValueError(f"ids: expected 0 to {self.ids - 1:,}, got {bad:,}")
+            bad = [i for i in ids.flatten().tolist() if not 0 <= i < self.ids]
+            if not bad:
+                raise RuntimeError("ls_decode_tokens refused its arguments; please report this defect")
+            raise ValueError(f"ids: expected 0 to {self.ids - 1:,}, got {bad[0]:,}")
         return logits
 
 
