@@ -197,7 +197,7 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     code = blocks(ENGLISH, "python")
-    assert len(code) == 3
+    assert len(code) == 4
     for number, block in enumerate(code):
         exec(compile(block, f"{ENGLISH}, Python block {number + 1}", "exec"), names)
     saved, tokenizer = load(tmp_path / "my-model")

@@ -338,7 +338,7 @@ def test_the_state_stays_where_it_is(model: Mamba, monkeypatch: pytest.MonkeyPat
     places: set[int] = set()
     usual = LanguageModel.step
 
-    def step(self: LanguageModel, ids: Tensor, state: State) -> Any:
+    def step(self: LanguageModel, ids: Tensor, state: State, unchanged: bool = False) -> Any:
         places.add(state.layers[0][0].data_ptr())
         return usual(self, ids, state)
 

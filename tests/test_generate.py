@@ -70,7 +70,7 @@ class Parrot:
         state = State([Clock(ids[:, -1], torch.zeros_like(ids[:, -1]))])
         return self._logits(state), state
 
-    def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, ids: Tensor, state: State, unchanged: bool = False) -> tuple[Tensor, State]:
         clock = state.layers[0]
         said = [self.scripts[int(s)][int(t)] for s, t in zip(*clock, strict=True)]
         assert ids.tolist() == said, "the model must read what was drawn for the same row"

@@ -37,6 +37,7 @@ from longscan.tokenizer import Tokenizer
 
 __all__ = ["Engine", "Request", "drain", "generate_ids"]
 
+LOOK = 64  # rounds after which the engine looks whether somebody changed the model meanwhile
 MAX_SLOTS = 32  # of generate_ids; more rows at a time gain little more
 
 
@@ -101,7 +102,7 @@ class Engine:
         self._progress, self._read, self._submitted = progress, 0, 0
         self._vocab_size = min([model.config.vocab_size, *([tokenizer.vocab_size] if tokenizer else [])])
         self._device = model.backbone.embedding.weight.device
-        self._number = 0
+        self._number = self._rounds = 0
         self._waiting: deque[_Row] = deque()  # the first of them may be partly read
         self._rows: list[_Row] = []  # row i has slot i
         self._state: State | None = None
@@ -226,7 +227,11 @@ class Engine:
         """Read the last token of each row."""
         self._settle()
         state, ids = self._heads[len(self._rows) - 1]
-        logits, _ = self.model.step(ids if self._device.type == "cpu" else ids.to(self._device), state)
+        unchanged = bool(self._rounds % LOOK)
+        self._rounds += 1
+        logits, _ = self.model.step(
+            ids if ids.device == self._device else ids.to(self._device), state, unchanged
+        )
         for row, values in zip(self._rows, to_array(logits), strict=True):
             row.logits = values
             row.text.position += 1

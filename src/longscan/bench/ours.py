@@ -95,7 +95,9 @@ def decode(
         "excerpt": tasks.excerpt(logits[0]),
     }
     state = state.fork(batch)
-    steps = tasks.decoding(logits.argmax(-1).repeat(batch), n_tokens, lambda ids: writer.step(ids, state)[0])
+    steps = tasks.decoding(
+        logits.argmax(-1).repeat(batch), n_tokens, lambda ids: writer.step(ids, state, True)[0]
+    )
     return lambda: (steps() or {}) | details
 
 
@@ -136,7 +138,7 @@ def far(model: dict[str, Any] | str, prompt: int, n_tokens: int, precision: str 
     here = state
     settle()
     details = {"state_bytes": state.nbytes, "resident_bytes": resident_memory()}
-    steps = tasks.decoding(logits.argmax(-1), n_tokens, lambda ids: writer.step(ids, here)[0])
+    steps = tasks.decoding(logits.argmax(-1), n_tokens, lambda ids: writer.step(ids, here, True)[0])
     return lambda: (steps() or {}) | details
 
 

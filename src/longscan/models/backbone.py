@@ -18,7 +18,7 @@ from ..errors import LongscanError
 from .decoder import Decoder
 from .layers import Linear, RMSNorm, WeightOnly, blank, linear, project
 from .loss import count, linear_loss, nats, next_tokens, row_chunks
-from .state import State
+from .state import State, latest, over
 
 StateT = TypeVar("StateT", bound=tuple[Tensor, ...])
 
@@ -346,34 +346,37 @@ class LanguageModel(nn.Module):
             else:
                 state = self._restart(state, last_idx, seq_idx[:, chunk])
                 hidden, state = self.backbone(ids[:, chunk], state, seq_idx[:, chunk])
-                last = _latest(last, hidden, seq_idx[:, chunk])
-                last_idx = _latest(last_idx, seq_idx[:, chunk], seq_idx[:, chunk])
+                last = latest(last, hidden, seq_idx[:, chunk])
+                last_idx = latest(last_idx, seq_idx[:, chunk], seq_idx[:, chunk])
         if last is None:
             raise ValueError(f"ids: expected a non-empty (batch, seq_len), got {tuple(ids.shape)}")
         return self.head(last), state
 
     @torch.no_grad()
-    def step(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
+    def step(self, ids: Tensor, state: State, unchanged: bool = False) -> tuple[Tensor, State]:
         """Read one token per row, in one native call if the model can be decoded natively.
 
         Args:
             ids: (batch,) int64.
             state: overwritten with the state after the token.
+            unchanged: the caller's word that weights, modules and hooks are as they were at the last step.
+                To look at them all takes longer than everything else that Python does for a token.
 
         Returns:
             logits: (batch, padded_vocab_size).
             state: the same object.
         """
-        logits = self._decode(ids[:, None], state)
+        logits = self._decode(ids[:, None], state, unchanged)
         return (self.head(self.backbone.step(ids, state)) if logits is None else logits[:, 0]), state
 
     @torch.no_grad()
-    def advance(self, ids: Tensor, state: State) -> tuple[Tensor, State]:
+    def advance(self, ids: Tensor, state: State, unchanged: bool = False) -> tuple[Tensor, State]:
         """Read a few tokens per row: bit for bit what as many steps give, while the weights are read once.
 
         Args:
             ids: (batch, steps) int64; for long texts `prefill` is faster.
             state: overwritten with the state after the last token.
+            unchanged: see `step`.
 
         Returns:
             logits: (batch, steps, padded_vocab_size), after each token.
@@ -384,11 +387,17 @@ class LanguageModel(nn.Module):
         """
         if ids.dim() != 2 or 0 in ids.shape:
             raise ValueError(f"ids: expected a non-empty (batch, steps), got {tuple(ids.shape)}")
-        logits = self._decode(ids, state)
+        logits = self._decode(ids, state, unchanged)
         if logits is None:
             steps = [self.head(self.backbone.step(column, state)) for column in ids.unbind(1)]
             logits = torch.stack(steps, 1)
         return logits, state
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the model; the decoder is for the weights as they were."""
+        self._decoder = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def stack(self) -> tuple[ops.MambaStack, list[Tensor]] | None:
         """Describe the weights to the native decoder, if it can run this model as it is.
@@ -399,11 +408,11 @@ class LanguageModel(nn.Module):
         """
         return None
 
-    def _decode(self, ids: Tensor, state: State) -> Tensor | None:
+    def _decode(self, ids: Tensor, state: State, unchanged: bool) -> Tensor | None:
         """Read ids (batch, steps) natively; None if that is not possible."""
         if torch.compiler.is_compiling():
             return None
-        if self._decoder is None or not self._decoder.fresh():
+        if self._decoder is None or not (unchanged or self._decoder.fresh()):
             described = self.stack()
             self._decoder = None if described is None else Decoder(described[0], self, described[1])
             if self._decoder is None or not self._decoder.fresh():
@@ -469,7 +478,7 @@ class LanguageModel(nn.Module):
         fresh = (first >= 0) & (last_idx >= 0) & (first != last_idx)  # (batch,)
 
         def pick(new: Tensor, old: Tensor) -> Tensor:
-            return torch.where(_over(fresh, old), new, old)
+            return torch.where(over(fresh, old), new, old)
 
         pairs = zip(self.init_state(state.batch_size).layers, state.layers, strict=True)
         return State([old._make(map(pick, new, old)) for new, old in pairs], state.model)
@@ -485,16 +494,3 @@ class LanguageModel(nn.Module):
         if weight is None or not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
             return self.token_losses(hidden, targets).sum() / count(targets)
         return linear_loss(hidden, weight, targets, self.config.vocab_size)
-
-
-def _latest(previous: Tensor | None, values: Tensor, seq_idx: Tensor) -> Tensor:
-    """Pick from values (batch, seq_len, ...) those of each row's last token; previous where it has none."""
-    time = torch.arange(seq_idx.shape[1], device=seq_idx.device)
-    last = torch.where(seq_idx < 0, -1, time).amax(1)  # (batch,)
-    latest = values[torch.arange(len(last), device=last.device), last]
-    return latest if previous is None else torch.where(_over(last < 0, latest), previous, latest)
-
-
-def _over(rows: Tensor, tensor: Tensor) -> Tensor:
-    """Shape rows (batch,) so that it broadcasts over tensor (batch, ...)."""
-    return rows.view(-1, *(1 for _ in tensor.shape[1:]))

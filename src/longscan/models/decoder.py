@@ -32,6 +32,9 @@ class Decoder:
 
     def __init__(self, stack: ops.MambaStack, model: nn.Module, copied: list[Tensor]) -> None:
         self._stack = stack
+        self._memory = [
+            tensor.detach() for tensor in model.state_dict().values()
+        ]  # stays while it is pointed at
         modules = list(model.modules())
         owners = [owner for module in modules for owner in (module._parameters, module._buffers)]
         self._owners: list[dict[str, Tensor | None]] = [owner for owner in owners if owner]  # type: ignore[misc]

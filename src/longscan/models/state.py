@@ -235,3 +235,16 @@ def _check_tokens(what: str, tokens: Tensor, model: Owner) -> None:
     wrong = tokens[(tokens < 0) | (tokens >= size)]
     if len(wrong):
         raise LongscanError(f"{what}: expected token ids from 0 to {size - 1:,}, got {int(wrong[0]):,}.")
+
+
+def latest(previous: Tensor | None, values: Tensor, seq_idx: Tensor) -> Tensor:
+    """Pick from values (batch, seq_len, ...) those of each row's last token; previous where it has none."""
+    time = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+    last = torch.where(seq_idx < 0, -1, time).amax(1)  # (batch,)
+    found = values[torch.arange(len(last), device=last.device), last]
+    return found if previous is None else torch.where(over(last < 0, found), previous, found)
+
+
+def over(rows: Tensor, tensor: Tensor) -> Tensor:
+    """Shape rows (batch,) so that it broadcasts over tensor (batch, ...)."""
+    return rows.view(-1, *(1 for _ in tensor.shape[1:]))
