@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 
 import gguf_bytes as raw
 from longscan.errors import LongscanError
-from longscan.gguf_files import load_gguf
+from longscan.gguf_check import check
+from longscan.gguf_files import load_gguf, save_gguf
 from longscan.models import Mamba, MambaConfig, State
+from longscan.tokenizer import ByteTokenizer, train_bpe
 
 EXAMPLES = max(250, settings.default.max_examples)  # the profile may ask for more
 DEADLINE = 10_000  # milliseconds: a file of a few kB takes one or two
@@ -169,6 +171,24 @@ def structured(draw: Callable[..., Any]) -> bytes:
 @given(data=structured())
 def test_impossible_gguf(data: bytes, folder: Path) -> None:
     survive(load_gguf, folder / "b.gguf", data)
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe"])
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, int]:
+    """A file with a whole tokenizer in it, and where its tensors begin."""
+    pytest.importorskip("gguf")
+    path = tmp_path_factory.mktemp("written") / "a.gguf"
+    tokenizer = ByteTokenizer() if request.param == "bytes" else train_bpe(["a b ab abc abcd dcba"] * 9, 300)
+    config = MambaConfig(d_model=32, n_layers=1, vocab_size=304, d_state=2)
+    save_gguf(Mamba(config, torch.Generator().manual_seed(0)), path, tokenizer, "Q8_0")
+    return path.read_bytes(), min(info.begin for info in check(path).tensors.values())
+
+
+@settings(fuzz, max_examples=EXAMPLES // 4)
+@given(choice=st.data())
+def test_damaged_tokenizers(choice: st.DataObject, written: tuple[bytes, int], folder: Path) -> None:
+    data, head = written
+    survive(load_gguf, folder / "t.gguf", damage(data, choice.draw(edits(len(data), head))))
 
 
 # ---- states

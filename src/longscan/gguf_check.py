@@ -153,8 +153,8 @@ class _Parser:
         for _ in range(n_keys):
             key = self.text("a key", MAX_NAME)
             if key in metadata:
-                self.refuse(f"the key {key!r} is there twice")
-            metadata[key] = self.value(key, self.scalar("I", f"the type of {key}"))
+                self.refuse(f"the key {short(key)} is there twice")
+            metadata[key] = self.value(short(key))
         alignment = metadata.get("general.alignment", 32)
         if type(alignment) is not int or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
             self.refuse(f"general.alignment is {short(alignment)}, expected a power of two")
@@ -162,7 +162,7 @@ class _Parser:
         for _ in range(n_tensors):
             name = self.text("the name of a tensor", MAX_NAME)
             if name in tensors:
-                self.refuse(f"the tensor {name!r} is there twice")
+                self.refuse(f"the tensor {short(name)} is there twice")
             tensors[name] = self.tensor(name, alignment)
         begin = -(-self.at // alignment) * alignment
         tensors = {
@@ -181,8 +181,9 @@ class _Parser:
             self.cut(f"{count:,} {what}", self.at + count * least_bytes)
         return count
 
-    def value(self, key: str, kind: int) -> Value:
-        """Read one value of the metadata."""
+    def value(self, key: str) -> Value:
+        """Read one value of the metadata; the key is for the error."""
+        kind = self.scalar("I", f"the type of {key}")
         if kind == STRING:
             return self.text(key, MAX_HEADER)
         if kind in SCALARS:
