@@ -11,6 +11,7 @@ extern const ls_kernels ls_kernels_baseline;
 #if defined(__x86_64__)
 extern const ls_kernels ls_kernels_avx2;
 extern const ls_kernels ls_kernels_avx512;
+extern const ls_kernels ls_kernels_avx512vnni;
 #endif
 
 static ls_parallel_for pool = nullptr;
@@ -25,7 +26,8 @@ void ls_yield(void) { sched_yield(); }
 static bool runs(const ls_kernels *candidate) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (candidate == &ls_kernels_avx512)
+  if (candidate == &ls_kernels_avx512vnni && !__builtin_cpu_supports("avx512vnni")) return false;
+  if (candidate == &ls_kernels_avx512vnni || candidate == &ls_kernels_avx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   if (candidate == &ls_kernels_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -36,7 +38,7 @@ static bool runs(const ls_kernels *candidate) {
 LS_EXPORT int32_t ls_choose_isa(const char *name) {
   const ls_kernels *best_first[] = {
 #if defined(__x86_64__)
-      &ls_kernels_avx512, &ls_kernels_avx2,
+      &ls_kernels_avx512vnni, &ls_kernels_avx512, &ls_kernels_avx2,
 #endif
       &ls_kernels_baseline};
   for (const ls_kernels *candidate : best_first) {

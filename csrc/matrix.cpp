@@ -35,7 +35,9 @@ LS_INLINE V load_as(const void *p) {
 
 // acc + the sums of neighbouring products
 LS_INLINE ivec madd(ivec acc, hvec a, hvec b) {
-#if defined(__AVX512BW__)
+#if defined(__AVX512VNNI__)
+  return (ivec)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
   return acc + (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
   return acc + (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
@@ -270,25 +272,32 @@ LS_APART void dot_int8(const Tile *t) {
   const int64_t n = t->m->n_in;
   const int8_t *w = (const int8_t *)t->m->data + t->o * n;
   const int64_t ahead = ahead_of(O * n);
+  const int16_t *q[R];
+  LS_UNROLL
+  for (int r = 0; r < R; ++r) q[r] = t->row[r].q;
   vec acc[R][O] = {};
   for (int64_t begin = 0; begin < n; begin += ACT) {
     const int64_t end = begin + ACT < n ? begin + ACT : n;
     ivec sums[R][O] = {};
     int64_t i = begin;
-    for (; i + 2 * W <= end; i += 2 * W)
+    for (; i + 2 * W <= end; i += 2 * W) {
+      hvec x[R];
+      LS_UNROLL
+      for (int r = 0; r < R; ++r) x[r] = load_as<hvec>(q[r] + i);
       LS_UNROLL
       for (int j = 0; j < O; ++j) {
         prefetch(w + j * n + i, ahead);
         const hvec wj = widen(w + j * n + i);
         LS_UNROLL
-        for (int r = 0; r < R; ++r) sums[r][j] = madd(sums[r][j], wj, load_as<hvec>(t->row[r].q + i));
+        for (int r = 0; r < R; ++r) sums[r][j] = madd(sums[r][j], wj, x[r]);
       }
+    }
     if (i < end)  // the activations are padded with zeros
       LS_UNROLL
       for (int j = 0; j < O; ++j) {
         const hvec wj = widen_n(w + j * n + i, (int)(end - i));
         LS_UNROLL
-        for (int r = 0; r < R; ++r) sums[r][j] = madd(sums[r][j], wj, load_as<hvec>(t->row[r].q + i));
+        for (int r = 0; r < R; ++r) sums[r][j] = madd(sums[r][j], wj, load_as<hvec>(q[r] + i));
       }
     LS_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -390,38 +399,54 @@ LS_APART void dot_int8_blocks(const Tile *t) {
   totals<R, O>(t, acc);
 }
 
-// The same for 4 bits: n_in is a multiple of 32.
-template <int R>
-LS_INLINE void part_int4(const uint8_t *w, const uint16_t *scale, const Row *row, int64_t begin, int64_t blocks,
-                         vec *part) {
-  const Scales scales = scales_of(scale, blocks);
+// The same for 4 bits and P outputs, which share the activations they load: n_in is a multiple of 32.
+template <int R, int P>
+LS_INLINE void part_int4(const uint8_t *w, int64_t stride, const uint16_t *scale, int64_t scale_stride,
+                         const Row *row, int64_t begin, int64_t blocks, vec (*part)[P]) {
+  Scales scales[P];
+  LS_UNROLL
+  for (int j = 0; j < P; ++j) scales[j] = scales_of(scale + j * scale_stride, blocks);
   const uvec low = uvec{} + 15;
   LS_UNROLL
   for (int b = 0; b < blocks; b += GROUP) {
-    uvec words;
-    if (b + GROUP <= blocks) {
-      words = load_as<uvec>(w + b * (BLOCK / 2));
-    } else {
-      uint8_t rest[4 * W] = {};
-      memcpy(rest, w + b * (BLOCK / 2), (size_t)(blocks - b) * (BLOCK / 2));
-      words = load_as<uvec>(rest);
+    hvec nibbles[P][4];
+    vec scaled[P];
+    LS_UNROLL
+    for (int j = 0; j < P; ++j) {
+      const uint8_t *from = w + j * stride + b * (BLOCK / 2);
+      uvec words;
+      if (b + GROUP <= blocks) {
+        words = load_as<uvec>(from);
+      } else {
+        uint8_t rest[4 * W] = {};
+        memcpy(rest, from, (size_t)(blocks - b) * (BLOCK / 2));
+        words = load_as<uvec>(rest);
+      }
+      LS_UNROLL
+      for (int k = 0; k < 4; ++k) nibbles[j][k] = (hvec)(k == 3 ? words >> 12 : words >> 4 * k & low);
+      scaled[j] = spread(scales[j], b);
     }
-    const hvec nibbles[4] = {(hvec)(words & low), (hvec)(words >> 4 & low), (hvec)(words >> 8 & low),
-                             (hvec)(words >> 12)};
-    const vec scaled = spread(scales, b);
     const int64_t at = begin + b * BLOCK;
     LS_UNROLL
     for (int r = 0; r < R; ++r) {
-      ivec sums = load_as<ivec>(row[r].offset + at / 8);
+      ivec sums[P];
       LS_UNROLL
-      for (int k = 0; k < 4; ++k) sums = madd(sums, nibbles[k], load_as<hvec>(row[r].q + at + k * 2 * W));
-      part[r] = fma(to_float(sums), scaled, part[r]);
+      for (int j = 0; j < P; ++j) sums[j] = load_as<ivec>(row[r].offset + at / 8);
+      LS_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        const hvec x = load_as<hvec>(row[r].q + at + k * 2 * W);
+        LS_UNROLL
+        for (int j = 0; j < P; ++j) sums[j] = madd(sums[j], nibbles[j][k], x);
+      }
+      LS_UNROLL
+      for (int j = 0; j < P; ++j) part[r][j] = fma(to_float(sums[j]), scaled[j], part[r][j]);
     }
   }
 }
 
 template <int R, int O>
 LS_APART void dot_int4(const Tile *t) {
+  constexpr int P = R > 1 && O > 1 && W == 16 ? 2 : 1;
   const int64_t n = t->m->n_in, n_blocks = n / BLOCK;
   const uint8_t *w = (const uint8_t *)t->m->data + t->o * (n / 2);
   const uint16_t *scale = (const uint16_t *)t->m->scale + t->o * n_blocks;
@@ -429,18 +454,21 @@ LS_APART void dot_int4(const Tile *t) {
   vec acc[R][O] = {};
   for (int64_t begin = 0; begin < n; begin += ACT) {
     LS_UNROLL
-    for (int j = 0; j < O; ++j) {
-      vec part[R] = {};
+    for (int j = 0; j < O; j += P) {
+      vec part[R][P] = {};
       const uint8_t *from = w + (j * n + begin) / 2;
-      prefetch(from, ahead);
-      prefetch(from + 64, ahead);
+      LS_UNROLL
+      for (int p = 0; p < P; ++p) prefetch(from + p * n / 2, ahead), prefetch(from + p * n / 2 + 64, ahead);
       const uint16_t *scales = scale + j * n_blocks + begin / BLOCK;
       if (begin + ACT <= n)
-        part_int4<R>(from, scales, t->row, begin, ACT / BLOCK, part);
+        part_int4<R, P>(from, n / 2, scales, n_blocks, t->row, begin, ACT / BLOCK, part);
       else
-        part_int4<R>(from, scales, t->row, begin, (n - begin) / BLOCK, part);
+        part_int4<R, P>(from, n / 2, scales, n_blocks, t->row, begin, (n - begin) / BLOCK, part);
       LS_UNROLL
-      for (int r = 0; r < R; ++r) acc[r][j] = fma(part[r], splat(t->row[r].scale[begin / ACT]), acc[r][j]);
+      for (int r = 0; r < R; ++r)
+        LS_UNROLL
+        for (int p = 0; p < P; ++p)
+          acc[r][j + p] = fma(part[r][p], splat(t->row[r].scale[begin / ACT]), acc[r][j + p]);
     }
   }
   totals<R, O>(t, acc);

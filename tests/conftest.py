@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 os.environ.setdefault(
@@ -16,9 +17,41 @@ import hypothesis
 import pytest
 
 from longscan.cli import main
+from longscan.ops import _native
 
 # for tests/test_fuzz.py, see CONTRIBUTING.md
 hypothesis.settings.register_profile("fuzz", max_examples=20_000, print_blob=True)
+
+
+ISAS = ("baseline", "avx2", "avx512", "avx512vnni")
+
+
+@contextlib.contextmanager
+def chosen(isa: str) -> Iterator[str]:
+    """Run the kernels of an instruction set, if this processor has it."""
+    library = _native._library
+    if library is None or library.ls_choose_isa(isa.encode()):
+        pytest.skip(f"no {isa} kernels here")
+    yield isa
+    library.ls_choose_isa(os.environ.get("LONGSCAN_ISA", "").encode())
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a test on every instruction set."""
+    with chosen(request.param) as isa:
+        yield isa
+
+
+@pytest.fixture(params=["reference", *ISAS])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run a test on the fallback and on every instruction set."""
+    if request.param == "reference":
+        monkeypatch.setattr(_native, "_library", None)
+        yield "reference"
+    else:
+        with chosen(request.param) as isa:
+            yield isa
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -41,17 +40,6 @@ def tokens(model: Mamba, *size: int) -> Tensor:
 
 def largest(difference: Tensor, scale: Tensor) -> float:
     return float(difference.abs().max() / scale.abs().max())
-
-
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    library = _native._library
-    assert library is not None
-    before = library.ls_isa()
-    if library.ls_choose_isa(request.param.encode()):
-        pytest.skip(f"this processor has no {request.param}")
-    yield str(request.param)
-    library.ls_choose_isa(before)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -1,12 +1,9 @@
 """Stored weights: rounding, packing, and the products with them, on every instruction set."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from longscan import ops
-from longscan.ops import _native
 from longscan.ops.quant import FEW_ROWS, Kind
 
 KINDS: tuple[Kind, ...] = ("bf16", "int8", "int4")
@@ -27,19 +24,6 @@ def stored(kind: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor 
     scale = (blocks.abs().amax(2) / 127).half()
     q = (blocks / scale.float()[..., None]).round().clamp(-127, 127).to(torch.int8)
     return q.flatten(1), scale
-
-
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if _native._library is None:
-        pytest.skip("no native library")
-    library = _native._library
-    assert library is not None
-    before = library.ls_isa()
-    if library.ls_choose_isa(request.param.encode()):
-        pytest.skip(f"this processor has no {request.param}")
-    yield str(request.param)
-    library.ls_choose_isa(before)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,7 +24,7 @@ _TOLERANCE = (
 )
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "huggingface-hub", "typer", "rich")
 _OPTIONAL = ("matplotlib", "transformers", "mambapy")
-_CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "asimd", "sve")
+_CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "asimd", "sve")
 
 
 def command(

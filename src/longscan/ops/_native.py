@@ -4,8 +4,8 @@ The library is plain C: it knows nothing of torch or Python and takes raw pointe
 the address of torch's C symbol ``torch_parallel_for`` is handed to the library once, so there is one pool of
 threads and ``torch.set_num_threads`` rules them all.
 
-``LONGSCAN_BACKEND=reference`` turns the library off; ``LONGSCAN_ISA=baseline|avx2|avx512`` picks an
-instruction set.
+``LONGSCAN_BACKEND=reference`` turns the library off; ``LONGSCAN_ISA`` picks an
+instruction set: baseline, avx2, avx512 or avx512vnni.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ class NativeInfo:
 
     Attributes:
         path: the library in use, or None.
-        isa: the instruction set chosen at load ("avx512", "avx2" or "baseline"), or None.
+        isa: the instruction set chosen at load ("avx512vnni", "avx512", "avx2" or "baseline"), or None.
         reason: why there is no library, or None when there is one.
     """
 
