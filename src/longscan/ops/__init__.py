@@ -1,8 +1,10 @@
 """What is computed: one file per op, each with a reference, gradients and a native kernel."""
 
-from ._native import NativeInfo, backend, keep_memory, native_probe, native_read_probe
+from ._native import NativeInfo, backend, keep_memory, native_probe, native_read_probe, release_memory
+from .attention import attention, attention_ref, masked_softmax
 from .conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
 from .decode import MambaBlock, MambaStack, Matrix, decodes
+from .dropout import dropout
 from .linear import linear, linear_ref, multiplication, multiply
 from .quant import Kind, dequantize, dequantize_ref, pack_int4, quant_linear, quantize, unpack_int4
 from .scan import selective_scan, selective_scan_ref, selective_scan_step
@@ -13,6 +15,8 @@ __all__ = [
     "MambaStack",
     "Matrix",
     "NativeInfo",
+    "attention",
+    "attention_ref",
     "backend",
     "causal_conv1d",
     "causal_conv1d_ref",
@@ -20,9 +24,11 @@ __all__ = [
     "decodes",
     "dequantize",
     "dequantize_ref",
+    "dropout",
     "keep_memory",
     "linear",
     "linear_ref",
+    "masked_softmax",
     "multiplication",
     "multiply",
     "native_info",
@@ -31,6 +37,7 @@ __all__ = [
     "pack_int4",
     "quant_linear",
     "quantize",
+    "release_memory",
     "selective_scan",
     "selective_scan_ref",
     "selective_scan_step",

@@ -226,12 +226,24 @@ def keep_memory() -> None:
 
     By default glibc hands large blocks back to the system, and every training step takes them anew, page by
     page, which costs an op that is bound by memory much of its time. Without glibc nothing happens.
+
+    oneDNN keeps a program for each shape it meets, 1,024 of them: where every batch has another shape they
+    take hundreds of megabytes and hardly one is used again. Before torch's first product it can be told
+    otherwise.
     """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_threshold, 2**30)
+
+
+def release_memory() -> None:
+    """Hand back to the system what the C allocator holds in pieces; for now and then, where shapes vary."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def native_probe(n_states: int) -> float | None:

@@ -1,0 +1,132 @@
+"""Attention: each query takes the average of the values, weighted by how well their keys answer it.
+
+    out_i = sum_j a_ij v_j,    a_i = softmax_j(scale q_i . k_j) over the j that query i may look at
+
+Vaswani et al., 2017 (arXiv 1706.03762), section 3.2. A mask says True where a query may look, as in torch's
+scaled_dot_product_attention; in nn.MultiheadAttention True means the opposite. A query that may look at
+nothing gets zeros, and passes no gradient on: the softmax over nothing would be NaN.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# --- 1. the equation ----------------------------------------------------------------------------------------
+
+
+def attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`attention` as the equation says, and show the weights.
+
+    Args:
+        q: as there, like all that follows.
+        k: likewise.
+        v: likewise.
+        mask: likewise.
+        causal: likewise.
+        scale: likewise.
+        dropout: likewise.
+
+    Returns:
+        out: (batch, q_len, n_heads, d_v).
+        weights: (batch, n_heads, q_len, k_len), before dropout; each row sums to 1, or is zero.
+    """
+    group = _check(q, k, v)
+    k, v = (x.repeat_interleave(group, 2) for x in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    weights = masked_softmax(scores, _combine(mask, causal, q, k))
+    return torch.einsum("bhij,bjhd->bihd", F.dropout(weights, dropout), v), weights
+
+
+def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Turn scores into weights that sum to 1 over the last axis, or are all zero where nothing is allowed.
+
+    Args:
+        scores: (..., k_len).
+        mask: boolean, broadcastable to the scores; True takes part. All do if None.
+
+    Returns:
+        (..., k_len).
+    """
+    if mask is None:
+        return scores.softmax(-1)
+    # a row of nothing but -inf is NaN, forward and backward; a large finite number would make it uniform
+    lowest = torch.finfo(scores.dtype).min
+    return scores.masked_fill(~mask, lowest).softmax(-1) * mask
+
+
+# --- 2. the op ----------------------------------------------------------------------------------------------
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attend, through torch's fused kernel, without holding all weights where it can.
+
+    Args:
+        q: (batch, q_len, n_heads, d_head), the queries.
+        k: (batch, k_len, n_kv_heads, d_head), the keys. n_heads is a multiple of n_kv_heads: so many heads in
+            turn share one head of keys and values.
+        v: (batch, k_len, n_kv_heads, d_v), the values.
+        mask: boolean, broadcastable to (batch, n_heads, q_len, k_len), True where a query may look.
+        causal: whether query i sees only the keys up to i + k_len - q_len: the queries are the last q_len
+            of the k_len positions.
+        scale: of the scores; d_head ** -0.5 if None.
+        dropout: share of the weights that is dropped; the caller says 0 when it does not train.
+
+    Returns:
+        (batch, q_len, n_heads, d_v); zeros for a query that may look at nothing.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    group = _check(q, k, v)
+    square = causal and mask is None and q.shape[1] == k.shape[1]
+    out: Tensor = F.scaled_dot_product_attention(
+        q.transpose(1, 2),  # (batch, n_heads, q_len, d_head)
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=None if square else _combine(mask, causal, q, k),
+        dropout_p=dropout,
+        is_causal=square,
+        scale=scale,
+        enable_gqa=group > 1,
+    )
+    return out.transpose(1, 2)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """Insist on shapes that fit; return how many heads share one of keys and values."""
+    shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"q, k, v: expected (batch, seq_len, n_heads, d_head), {shapes}")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"q, k, v: expected one batch, one d_head, and a value for every key, {shapes}")
+    group, rest = divmod(q.shape[2], k.shape[2])
+    if rest:
+        raise ValueError(f"q, k: expected n_heads to be a multiple of n_kv_heads, {shapes}")
+    return group
+
+
+def _combine(mask: Tensor | None, causal: bool, q: Tensor, k: Tensor) -> Tensor | None:
+    """Join the mask with the causal one, or return None if every query may look everywhere."""
+    q_len, k_len = q.shape[1], k.shape[1]
+    if not causal or q_len == 1:  # a single query is the last one and sees all
+        return mask
+    allowed = torch.ones(q_len, k_len, dtype=torch.bool, device=q.device).tril(k_len - q_len)
+    return allowed if mask is None else mask & allowed
