@@ -23,7 +23,7 @@ from longscan import checkpoint, locate
 from longscan.checkpoint import convert, fingerprint, load, resolve, save
 from longscan.errors import LongscanError
 from longscan.files import read_json, write_json
-from longscan.models import LanguageModel, Mamba, MambaConfig
+from longscan.models import MODELS, LanguageModel, Llama, LlamaConfig, Mamba, MambaConfig
 from longscan.tokenizer import ByteTokenizer, train_bpe
 
 EMBEDDING = "backbone.embeddings.weight"
@@ -422,7 +422,7 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "huge": ({"hidden_size": 10**12, "intermediate_size": ...}, "the sizes in config.json are impossible"),
     "huger": ({"state_size": 10**30}, "the sizes in config.json are impossible"),
     "wide": ({"hidden_size": 10**6, "intermediate_size": ...}, "(264, 16) instead of (264, 1000000)"),
-    "type": ({"model_type": "llama"}, "model_type: expected 'mamba', got 'llama'"),
+    "type": ({"model_type": "rwkv"}, "model_type: no model called 'rwkv'"),
     "neither": ({"model_type": ...}, "neither a Hugging Face configuration (no model_type) nor an official"),
 }
 
@@ -653,3 +653,45 @@ def test_convert_command_errors(cli: Any, saved: Path, tmp_path: Path) -> None:
     assert done.code == 1
     assert "shorter than its header says" in done.err
     assert not (tmp_path / "b").exists()
+
+
+# ---- models of other kinds
+
+
+@pytest.mark.parametrize("name", [name for name, entry in MODELS.items() if entry.kind == "translation"])
+def test_a_translator_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
+    """In our own layout; the loader of language models says what it found."""
+    entry = MODELS[name]
+    fields = {**entry.presets["tiny"], "vocab_size": 257}
+    model = entry.cls(entry.config.from_dict(fields), generator=torch.Generator().manual_seed(0))
+    save(model, tmp_path / "model", ByteTokenizer())
+    raw = read_json(tmp_path / "model" / "config.json")
+    assert (raw["model_type"], raw["longscan"]) == (name, 1)
+    again, tokenizer = checkpoint.load_translator(tmp_path / "model")
+    assert again.config == model.config
+    assert again.fingerprint() == model.fingerprint()
+    assert tokenizer.vocab_size == 257
+    assert f"is a {name}, a translation model; expected a language model" in refusal(tmp_path / "model")
+    edit(tmp_path / "model", longscan=2)
+    with pytest.raises(LongscanError, match="longscan: expected version 1 of the layout"):
+        checkpoint.load_translator(tmp_path / "model")
+    edit(tmp_path / "model", longscan=1, surprise=3)
+    with pytest.raises(LongscanError, match="has no field 'surprise'"):
+        checkpoint.load_translator(tmp_path / "model")
+
+
+def test_a_language_model_is_no_translator(saved: Path) -> None:
+    with pytest.raises(LongscanError, match="is a mamba, a language model; expected a translation model"):
+        checkpoint.load_translator(saved)
+
+
+def test_only_mamba_goes_into_the_official_layout_and_gguf(tmp_path: Path) -> None:
+    config = LlamaConfig(d_model=16, n_layers=1, n_heads=2, vocab_size=20)
+    save(Llama(config, torch.Generator().manual_seed(0)), tmp_path / "model")
+    with pytest.raises(LongscanError, match="the official layout is Mamba's, this is a Llama"):
+        convert(tmp_path / "model", tmp_path / "other", layout="official")
+    with pytest.raises(LongscanError, match="Llama has no place in a GGUF file"):
+        convert(tmp_path / "model", tmp_path / "other.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    narrow = convert(tmp_path / "model", tmp_path / "other", dtype=torch.bfloat16)
+    assert narrow.dtype == torch.bfloat16

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from longscan.models import Mamba, MambaConfig, State
+from longscan.models import MODELS, LanguageModel, LlamaConfig, MambaConfig, State
+from longscan.models.state import KV
 
 # largest difference allowed, relative to the largest value compared
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -23,14 +24,22 @@ Rows = list[Tensor]
 Reading = tuple[list[Tensor], list[State]]
 
 
-def build(seed: int, dtype: torch.dtype) -> Mamba:
+def build(seed: int, dtype: torch.dtype, name: str) -> LanguageModel:
     """A small model of odd sizes, every parameter far from its start so that every one matters."""
     draw = torch.Generator().manual_seed(seed)
 
     def pick(*values: Any) -> Any:
         return values[int(torch.randint(len(values), (), generator=draw))]
 
-    config = MambaConfig(
+    model = MODELS[name].cls(CONFIGS[name](pick), draw)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=draw)
+    return model.to(dtype)
+
+
+def mamba_config(pick: Callable[..., Any]) -> MambaConfig:
+    return MambaConfig(
         d_model=pick(3, 8),
         n_layers=2,
         vocab_size=11,
@@ -42,11 +51,24 @@ def build(seed: int, dtype: torch.dtype) -> Mamba:
         bias=pick(True, False),
         tie_embeddings=pick(True, False),
     )
-    model = Mamba(config, draw)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=draw)
-    return model.to(dtype)
+
+
+def llama_config(pick: Callable[..., Any]) -> LlamaConfig:
+    n_heads = pick(2, 4)
+    return LlamaConfig(
+        d_model=pick(6, 8),
+        n_layers=2,
+        vocab_size=11,
+        n_heads=n_heads,
+        n_kv_heads=pick(None, 1, 2),
+        d_head=pick(2, 6),
+        d_ff=pick(5, None),
+        rope_theta=pick(1e4, 50.0),
+        tie_embeddings=pick(True, False),
+    )
+
+
+CONFIGS = {"mamba": mamba_config, "llama": llama_config}
 
 
 def draw_rows(seed: int, lengths: list[int]) -> Rows:
@@ -54,18 +76,26 @@ def draw_rows(seed: int, lengths: list[int]) -> Rows:
     return [torch.randint(0, 11, (length,), generator=draw) for length in lengths]
 
 
-def draw_state(model: Mamba, rows: int) -> State:
+def draw_state(model: LanguageModel, rows: int) -> State:
+    """Some state; where it grows with the text the rows are of different lengths, with room behind them."""
     draw = torch.Generator().manual_seed(7)
-    return model.init_state(rows).map(lambda t: torch.randn(t.shape, generator=draw).to(t.dtype))
+    state = model.init_state(rows)
+    state.reserve(5)
+    state = state.map(lambda t: torch.randn(t.shape, generator=draw).to(t.dtype))
+    lengths = torch.randint(0, 6, (rows,), generator=draw)
+    state.layers = [
+        layer._replace(length=lengths.clone()) if isinstance(layer, KV) else layer for layer in state.layers
+    ]
+    return state
 
 
-def alone(model: Mamba, rows: Rows, start: State, seed: int) -> Reading:
+def alone(model: LanguageModel, rows: Rows, start: State, seed: int) -> Reading:
     """What all others must equal."""
     outputs = [model(row[None], state=start.select([i])) for i, row in enumerate(rows)]
     return [output.logits[0] for output in outputs], [output.state for output in outputs]
 
 
-def in_chunks(model: Mamba, rows: Rows, start: State, seed: int) -> Reading:
+def in_chunks(model: LanguageModel, rows: Rows, start: State, seed: int) -> Reading:
     """Each row cut at random places, the state carried along."""
     draw = torch.Generator().manual_seed(seed)
     logits, states = [], []
@@ -82,7 +112,7 @@ def in_chunks(model: Mamba, rows: Rows, start: State, seed: int) -> Reading:
     return logits, states
 
 
-def padded(model: Mamba, rows: Rows, start: State, seed: int, side: str) -> Reading:
+def padded(model: LanguageModel, rows: Rows, start: State, seed: int, side: str) -> Reading:
     """All rows in one batch, with padding before, behind or anywhere among the tokens."""
     draw = torch.Generator().manual_seed(seed)
     ids, seq_idx = lay_out(rows, draw, side)
@@ -108,19 +138,19 @@ def lay_out(rows: Rows, draw: torch.Generator, side: str) -> tuple[Tensor, Tenso
     return ids, seq_idx
 
 
-def left_padded(model: Mamba, rows: Rows, start: State, seed: int) -> Reading:
+def left_padded(model: LanguageModel, rows: Rows, start: State, seed: int) -> Reading:
     return padded(model, rows, start, seed, "left")
 
 
-def right_padded(model: Mamba, rows: Rows, start: State, seed: int) -> Reading:
+def right_padded(model: LanguageModel, rows: Rows, start: State, seed: int) -> Reading:
     return padded(model, rows, start, seed, "right")
 
 
-def scattered(model: Mamba, rows: Rows, start: State, seed: int) -> Reading:
+def scattered(model: LanguageModel, rows: Rows, start: State, seed: int) -> Reading:
     return padded(model, rows, start, seed, "scattered")
 
 
-def step_by_step(model: Mamba, rows: Rows, start: State, seed: int) -> Reading:
+def step_by_step(model: LanguageModel, rows: Rows, start: State, seed: int) -> Reading:
     """One token at a time; rows of a batch that are done leave it."""
     state, logits = start.clone(), [[] for _ in rows]
     active, finals = list(range(len(rows))), [None] * len(rows)
@@ -136,6 +166,7 @@ def step_by_step(model: Mamba, rows: Rows, start: State, seed: int) -> Reading:
     return [torch.stack(pieces) for pieces in logits], finals
 
 
+names = pytest.mark.parametrize("name", CONFIGS)
 DIFFERENTIABLE = [in_chunks, left_padded, right_padded, scattered]
 CASES = st.tuples(st.integers(0, 999), st.lists(st.integers(1, 75), min_size=1, max_size=4))
 few = settings(max_examples=12, deadline=None, derandomize=True, database=None)
@@ -157,36 +188,40 @@ def assert_same(got: Reading, expected: Reading, dtype: torch.dtype) -> None:
 
 
 def assert_states_close(got: State, expected: State, dtype: torch.dtype) -> None:
-    for a, b in zip(got.layers, expected.layers, strict=True):
-        assert_close(a.conv, b.conv, dtype)
-        assert_close(a.ssm, b.ssm, dtype)
+    for a, b in zip(got.used().layers, expected.used().layers, strict=True):
+        for field, x, y in zip(a._fields, a, b, strict=True):
+            if field == "length":
+                assert torch.equal(x, y)
+            else:
+                assert_close(x, y, dtype)
 
 
+@names
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["f64", "f32"])
 @pytest.mark.parametrize("way", [*DIFFERENTIABLE, step_by_step])
 @few
 @given(case=CASES)
 def test_every_way_of_reading_is_one_forward_pass(
-    way: Callable[..., Reading], dtype: torch.dtype, case
+    way: Callable[..., Reading], dtype: torch.dtype, name: str, case
 ) -> None:
     seed, lengths = case
-    model, rows = build(seed, dtype), draw_rows(seed, lengths)
+    model, rows = build(seed, dtype, name), draw_rows(seed, lengths)
     start = draw_state(model, len(rows))
-    before = start.clone()
+    before = start.map(torch.clone)
     with torch.no_grad():
         assert_same(way(model, rows, start, seed), alone(model, rows, start, seed), dtype)
     for untouched, layer in zip(before.layers, start.layers, strict=True):
-        assert torch.equal(untouched.conv, layer.conv)
-        assert torch.equal(untouched.ssm, layer.ssm)
+        assert all(map(torch.equal, untouched, layer))
 
 
+@names
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["f64", "f32"])
 @few
 @given(case=CASES)
-def test_packed_rows_are_separate_forward_passes(dtype: torch.dtype, case) -> None:
+def test_packed_rows_are_separate_forward_passes(dtype: torch.dtype, name: str, case) -> None:
     """All rows behind one another in one: the first continues the state, the others start from nothing."""
     seed, lengths = case
-    model, rows = build(seed, dtype), draw_rows(seed, lengths)
+    model, rows = build(seed, dtype, name), draw_rows(seed, lengths)
     start = draw_state(model, 1)
     seq_idx = torch.cat([torch.full((len(row),), 3 * i) for i, row in enumerate(rows)])[None].to(torch.int32)
     output = model(torch.cat(rows)[None], state=start, seq_idx=seq_idx)
@@ -203,13 +238,14 @@ def test_packed_rows_are_separate_forward_passes(dtype: torch.dtype, case) -> No
         assert_close(got, want, dtype)
 
 
+@names
 @pytest.mark.parametrize("side", ["left", "right", "scattered", "packed"])
 @few
 @given(case=CASES, chunk_size=st.integers(1, 40))
-def test_prefill_is_the_end_of_a_forward_pass(side: str, case, chunk_size: int) -> None:
+def test_prefill_is_the_end_of_a_forward_pass(side: str, name: str, case, chunk_size: int) -> None:
     """Chunks of any size, cutting anywhere: through padding, between packed sequences, inside them."""
     seed, lengths = case
-    model, rows = build(seed, torch.float64), draw_rows(seed, lengths)
+    model, rows = build(seed, torch.float64, name), draw_rows(seed, lengths)
     if side == "packed":
         ids, seq_idx = lay_out([torch.cat(rows)], torch.Generator().manual_seed(seed), "scattered")
         seq_idx[seq_idx >= 0] = torch.cat([torch.full((len(row),), i) for i, row in enumerate(rows)])
@@ -227,8 +263,9 @@ def test_prefill_is_the_end_of_a_forward_pass(side: str, case, chunk_size: int) 
         assert_states_close(state.select([i]), expected_state, torch.float64)
 
 
-def test_prefill_without_seq_idx_and_without_a_state() -> None:
-    model = build(3, torch.float64)
+@names
+def test_prefill_without_seq_idx_and_without_a_state(name: str) -> None:
+    model = build(3, torch.float64, name)
     ids = torch.stack(draw_rows(0, [50, 50]))
     expected = model(ids)
     for chunk_size in (1, 7, 50, 1024):
@@ -237,35 +274,42 @@ def test_prefill_without_seq_idx_and_without_a_state() -> None:
         assert_states_close(state, expected.state, torch.float64)
 
 
-def gradients(model: Mamba, rows: Rows, start: State, way: Callable[..., Reading]) -> list[Tensor]:
+def gradients(model: LanguageModel, rows: Rows, start: State, way: Callable[..., Reading]) -> list[Tensor]:
     """Of a loss that weighs all logits and all of the final states: to the parameters and the start."""
     draw = torch.Generator().manual_seed(5)
-    start = start.map(lambda tensor: tensor.clone().requires_grad_())
+    start = start.map(lambda t: t.clone().requires_grad_() if t.is_floating_point() else t)
     logits, states = way(model, rows, start, 1)
-    tensors = [*logits, *(tensor for state in states for layer in state.layers for tensor in layer)]
+    tensors = [*logits, *(tensor for state in states for tensor in numbers(state.used()))]
     loss = sum((tensor * torch.randn(tensor.shape, generator=draw)).sum() for tensor in tensors)
-    inputs = [*model.parameters(), *(tensor for layer in start.layers for tensor in layer)]
-    return torch.autograd.grad(loss, [tensor for tensor in inputs if tensor.numel()])
+    inputs = [tensor for tensor in (*model.parameters(), *numbers(start)) if tensor.numel()]
+    return torch.autograd.grad(loss, inputs, materialize_grads=True)
 
 
+def numbers(state: State) -> list[Tensor]:
+    """All of a state but its counts."""
+    return [tensor for layer in state.layers for tensor in layer if tensor.is_floating_point()]
+
+
+@names
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["f64", "f32"])
 @pytest.mark.parametrize("way", DIFFERENTIABLE)
 @settings(few, max_examples=6)
 @given(case=CASES)
 def test_gradients_do_not_depend_on_the_way_either(
-    way: Callable[..., Reading], dtype: torch.dtype, case
+    way: Callable[..., Reading], dtype: torch.dtype, name: str, case
 ) -> None:
     """Chunks with a carried state are no truncation: gradients run through the states to the first token."""
     seed, lengths = case
-    model, rows = build(seed, dtype), draw_rows(seed, lengths)
+    model, rows = build(seed, dtype, name), draw_rows(seed, lengths)
     start = draw_state(model, len(rows))
     expected = gradients(model, rows, start, alone)
     for got, want in zip(gradients(model, rows, start, way), expected, strict=True):
         assert_close(got, want, dtype)
 
 
-def test_a_forked_state_goes_two_ways() -> None:
-    model = build(1, torch.float64)
+@names
+def test_a_forked_state_goes_two_ways(name: str) -> None:
+    model = build(1, torch.float64, name)
     [row] = draw_rows(2, [20])
     _, state = model.prefill(row[None])
     fork = state.select([0, 0, 0])

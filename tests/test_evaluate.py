@@ -17,7 +17,7 @@ from longscan import save
 from longscan.documents import Piece, iter_pieces
 from longscan.errors import LongscanError, UsageError
 from longscan.evaluate import Evaluation, evaluate
-from longscan.models import Mamba, MambaConfig
+from longscan.models import Llama, LlamaConfig, Mamba, MambaConfig
 from longscan.tokenizer import ByteTokenizer, train_bpe
 
 Cli = Callable[..., Any]
@@ -110,6 +110,22 @@ def test_memory_is_that_of_a_chunk(model: Mamba) -> None:
     for (_, length), pulled in passes:  # text is asked for when the chunk before it is done
         read += length
         assert pulled * len(TEXT.encode()) < read + len(TEXT.encode()) + 128
+
+
+@pytest.mark.parametrize("chunk_size", [7, 32, 1024])
+def test_a_model_with_positions_reads_long_documents_in_windows(chunk_size: int) -> None:
+    """Of 20 tokens, wherever chunks are cut; warnings are errors, so no text got longer."""
+    config = LlamaConfig(d_model=16, n_layers=1, n_heads=2, vocab_size=257, max_positions=20)
+    model = Llama(config, torch.Generator().manual_seed(0)).eval()
+    nats = 0.0
+    for ids in filter(None, map(BYTES.encode, DOCUMENTS)):
+        read = torch.tensor([BYTES.eos_id, *ids[:-1]]).split(20)
+        for window, targets in zip(read, torch.tensor(ids).split(20), strict=True):
+            logits = model(window[None]).logits[0, :, :257].double()
+            nats += F.cross_entropy(logits, targets, reduction="sum").item()
+    result = evaluate(model, BYTES, DOCUMENTS, chunk_size=chunk_size)
+    assert result.nats == pytest.approx(nats, rel=1e-5)
+    assert result.documents == len(DOCUMENTS)
 
 
 def test_many_short_documents_share_a_pass(model: Mamba) -> None:

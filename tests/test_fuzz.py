@@ -23,7 +23,7 @@ import gguf_bytes as raw
 from longscan.errors import LongscanError
 from longscan.gguf_check import check
 from longscan.gguf_files import load_gguf, save_gguf
-from longscan.models import Mamba, MambaConfig, State
+from longscan.models import LanguageModel, Llama, LlamaConfig, Mamba, MambaConfig, State
 from longscan.tokenizer import ByteTokenizer, train_bpe
 
 EXAMPLES = max(250, settings.default.max_examples)  # the profile may ask for more
@@ -45,11 +45,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("fuzz")
 
 
-@pytest.fixture(scope="module")
-def model() -> Mamba:
-    return Mamba(
-        MambaConfig(d_model=32, n_layers=1, vocab_size=16, d_state=2), torch.Generator().manual_seed(0)
-    )
+@pytest.fixture(scope="module", params=["mamba", "llama"])
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    draw = torch.Generator().manual_seed(0)
+    if request.param == "llama":
+        return Llama(LlamaConfig(d_model=8, n_layers=1, n_heads=2, vocab_size=16), draw)
+    return Mamba(MambaConfig(d_model=32, n_layers=1, vocab_size=16, d_state=2), draw)
 
 
 def edits(size: int, head: int) -> st.SearchStrategy[list[tuple[str, int, int, bytes]]]:
@@ -195,7 +196,7 @@ def test_damaged_tokenizers(choice: st.DataObject, written: tuple[bytes, int], f
 
 
 @pytest.fixture(scope="module")
-def state_file(model: Mamba, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def state_file(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("state") / "a.safetensors"
     _, state = model.prefill(torch.arange(9)[None])
     state.save(path, position=9, pending=[3], model=model)
@@ -204,7 +205,7 @@ def state_file(model: Mamba, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @fuzz
 @given(choice=st.data())
-def test_damaged_state(choice: st.DataObject, model: Mamba, state_file: bytes, folder: Path) -> None:
+def test_damaged_state(choice: st.DataObject, model: LanguageModel, state_file: bytes, folder: Path) -> None:
     head = 8 + int.from_bytes(state_file[:8], "little")
     data = damage(state_file, choice.draw(edits(len(state_file), head)))
     survive(lambda path: State.load(path, model), folder / "a.state", data)
@@ -223,7 +224,9 @@ JSON = st.recursive(
 
 @fuzz
 @given(choice=st.data())
-def test_impossible_state(choice: st.DataObject, model: Mamba, state_file: bytes, folder: Path) -> None:
+def test_impossible_state(
+    choice: st.DataObject, model: LanguageModel, state_file: bytes, folder: Path
+) -> None:
     length = int.from_bytes(state_file[:8], "little")
     header = json.loads(state_file[8 : 8 + length])
     for _ in range(choice.draw(st.integers(1, 3))):
@@ -237,7 +240,7 @@ def test_impossible_state(choice: st.DataObject, model: Mamba, state_file: bytes
     survive(lambda path: State.load(path, model), folder / "b.state", data)
 
 
-def test_deep_json_in_a_state(model: Mamba, tmp_path: Path) -> None:
+def test_deep_json_in_a_state(model: LanguageModel, tmp_path: Path) -> None:
     text = b"[" * 100_000
     survive(lambda path: State.load(path, model), tmp_path / "a", struct.pack("<Q", len(text)) + text)
     (tmp_path / "b").write_bytes(struct.pack("<Q", 2**40))

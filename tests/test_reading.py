@@ -15,7 +15,7 @@ from longscan import documents, reading
 from longscan.documents import split
 from longscan.errors import LongscanError, UsageError
 from longscan.locate import ASSETS
-from longscan.models import Mamba, MambaConfig, State
+from longscan.models import LanguageModel, Llama, LlamaConfig, Mamba, MambaConfig, State
 from longscan.models.quantized import quantize_model
 from longscan.prefix import PrefixCache
 from longscan.reading import CHUNK, encode, read
@@ -25,12 +25,27 @@ from longscan.tokenizer import load_tokenizer
 VOCAB = 61
 
 
+@pytest.fixture(scope="module", params=["float32", "int4", "llama"])
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    return make(request.param)
+
+
 @pytest.fixture(scope="module", params=["float32", "int4"])
-def model(request: pytest.FixtureRequest) -> Mamba:
-    config = MambaConfig(d_model=64, n_layers=2, vocab_size=VOCAB, d_state=8)
-    model = Mamba(config, torch.Generator().manual_seed(0)).eval()
-    if request.param != "float32":
-        quantize_model(model, request.param)
+def constant(request: pytest.FixtureRequest) -> Mamba:
+    """A model whose state has one size."""
+    model = make(request.param)
+    assert isinstance(model, Mamba)
+    return model
+
+
+def make(kind: str) -> LanguageModel:
+    draw = torch.Generator().manual_seed(0)
+    if kind == "llama":
+        config = LlamaConfig(d_model=64, n_layers=2, vocab_size=VOCAB, n_heads=4, max_positions=12_000)
+        return Llama(config, draw).eval()
+    model = Mamba(MambaConfig(d_model=64, n_layers=2, vocab_size=VOCAB, d_state=8), draw).eval()
+    if kind != "float32":
+        quantize_model(model, kind)
     return model
 
 
@@ -39,7 +54,7 @@ def text(length: int, seed: int = 0) -> list[int]:
 
 
 def same(first: State, second: State) -> bool:
-    pairs = zip(first.named_tensors(), second.named_tensors(), strict=True)
+    pairs = zip(first.used().named_tensors(), second.used().named_tensors(), strict=True)
     return all(torch.equal(a, b) for (_, a), (_, b) in pairs)
 
 
@@ -47,15 +62,15 @@ def same(first: State, second: State) -> bool:
 
 
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
-def test_reading_is_the_forward_pass(model: Mamba, length: int) -> None:
+def test_reading_is_the_forward_pass(model: LanguageModel, length: int) -> None:
     ids = text(length)
     logits, state = read(model, ids)
     expected = model(torch.tensor([ids]))
     torch.testing.assert_close(logits, expected.logits[0, -1], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(state.layers[1].ssm, expected.state.layers[1].ssm, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state.layers[1], expected.state.layers[1], rtol=1e-4, atol=1e-4)
 
 
-def test_the_bits_do_not_depend_on_where_reading_went_on(model: Mamba) -> None:
+def test_the_bits_do_not_depend_on_where_reading_went_on(model: LanguageModel) -> None:
     ids = text(4 * CHUNK + 50)
     logits, state = read(model, ids)
     for cut in (CHUNK, 3 * CHUNK, 4 * CHUNK):
@@ -74,7 +89,7 @@ def test_the_bits_do_not_depend_on_where_reading_went_on(model: Mamba) -> None:
     [list, tuple, np.array, torch.tensor, lambda ids: array("q", ids), lambda ids: np.array(ids, np.uint16)],
     ids=["list", "tuple", "numpy", "tensor", "array", "uint16"],
 )
-def test_tokens_come_in_many_forms(model: Mamba, kind: Callable[[list[int]], Any]) -> None:
+def test_tokens_come_in_many_forms(model: LanguageModel, kind: Callable[[list[int]], Any]) -> None:
     ids = text(2 * CHUNK + 3)
     assert torch.equal(read(model, kind(ids))[0], read(model, ids)[0])
     cache = PrefixCache(model)
@@ -82,7 +97,7 @@ def test_tokens_come_in_many_forms(model: Mamba, kind: Callable[[list[int]], Any
     assert cache.find(kind(ids))[0] == 2 * CHUNK
 
 
-def test_boundaries_and_progress(model: Mamba) -> None:
+def test_boundaries_and_progress(model: LanguageModel) -> None:
     ids, steps, told = text(2 * CHUNK), list[tuple[int, State]](), list[tuple[int, int]]()
     start = 2 * CHUNK + 100
     _, state = read(
@@ -113,7 +128,7 @@ def test_boundaries_and_progress(model: Mamba) -> None:
     ],
     ids=["none", "beyond", "negative", "huge", "words", "fractions", "rows", "truth"],
 )
-def test_what_cannot_be_read_is_refused(model: Mamba, ids: Any, message: str) -> None:
+def test_what_cannot_be_read_is_refused(model: LanguageModel, ids: Any, message: str) -> None:
     for reader in (lambda: read(model, ids), lambda: Snapshots(model).read(ids)):
         with pytest.raises(LongscanError, match=message):
             reader()
@@ -121,7 +136,7 @@ def test_what_cannot_be_read_is_refused(model: Mamba, ids: Any, message: str) ->
         PrefixCache(model).read(ids)
 
 
-def test_a_state_of_several_rows_cannot_read_one_text(model: Mamba) -> None:
+def test_a_state_of_several_rows_cannot_read_one_text(model: LanguageModel) -> None:
     with pytest.raises(ValueError, match="state of 1 row and a position of 0 or more, got 2 rows at 0"):
         read(model, [1], model.init_state(2))
     with pytest.raises(ValueError, match="got 1 rows at -1"):
@@ -155,7 +170,9 @@ def test_a_long_text_is_encoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> No
 # the prefix cache
 
 
-def test_the_cache_changes_nothing_but_the_work(model: Mamba, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_changes_nothing_but_the_work(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = text(3 * CHUNK + 40)
     second = first[: 2 * CHUNK + 10] + text(CHUNK, seed=1)
     expected = [read(model, ids) for ids in (first, second, first)]
@@ -175,7 +192,7 @@ def test_the_cache_changes_nothing_but_the_work(model: Mamba, monkeypatch: pytes
     assert (cache.lookups, cache.hits, cache.hit_tokens) == (3, 2, 5 * CHUNK)
 
 
-def test_the_longest_prefix_leaves_a_token_to_read(model: Mamba) -> None:
+def test_the_longest_prefix_leaves_a_token_to_read(model: LanguageModel) -> None:
     cache, ids = PrefixCache(model), text(2 * CHUNK)
     assert cache.find(ids) == (0, None)
     cache.read(ids)
@@ -195,9 +212,9 @@ def test_the_longest_prefix_leaves_a_token_to_read(model: Mamba) -> None:
     assert cache.find([*ids, 1]) == (0, None)
 
 
-def test_what_was_not_used_for_longest_goes_first(model: Mamba) -> None:
-    size = model.init_state(1).nbytes
-    cache = PrefixCache(model, max_bytes=3 * size)
+def test_what_was_not_used_for_longest_goes_first(constant: Mamba) -> None:
+    size = constant.init_state(1).nbytes
+    cache = PrefixCache(constant, max_bytes=3 * size)
     a, b, c, d = (text(CHUNK + 1, seed) for seed in range(4))
     for ids in (a, b, c):
         cache.read(ids)
@@ -206,14 +223,14 @@ def test_what_was_not_used_for_longest_goes_first(model: Mamba) -> None:
     cache.read(d)
     assert [cache.find(ids)[0] for ids in (a, b, c, d)] == [CHUNK, 0, CHUNK, CHUNK]
     assert cache.nbytes == 3 * size
-    nothing = PrefixCache(model, max_bytes=0)
+    nothing = PrefixCache(constant, max_bytes=0)
     nothing.read(a)
     assert nothing.count == 0
 
 
-def test_a_long_text_leaves_room_for_others(model: Mamba) -> None:
-    size = model.init_state(1).nbytes
-    cache, other, long = PrefixCache(model, max_bytes=8 * size), text(CHUNK + 1, 1), text(20 * CHUNK)
+def test_a_long_text_leaves_room_for_others(constant: Mamba) -> None:
+    size = constant.init_state(1).nbytes
+    cache, other, long = PrefixCache(constant, max_bytes=8 * size), text(CHUNK + 1, 1), text(20 * CHUNK)
     cache.read(other)
     logits = cache.read(long)[0]
     assert cache.find(other)[0] == CHUNK
@@ -222,7 +239,7 @@ def test_a_long_text_leaves_room_for_others(model: Mamba) -> None:
     assert torch.equal(cache.read(long)[0], logits)
 
 
-def test_states_may_lie_further_apart(model: Mamba) -> None:
+def test_states_may_lie_further_apart(model: LanguageModel) -> None:
     cache, ids = PrefixCache(model, every=2 * CHUNK), text(5 * CHUNK)
     logits = cache.read(ids)[0]
     assert cache.count == 2
@@ -246,7 +263,7 @@ def test_states_may_lie_further_apart(model: Mamba) -> None:
 # snapshots
 
 
-def written(model: Mamba, **options: Any) -> tuple[Snapshots, dict[int, tuple[Tensor, State]]]:
+def written(model: LanguageModel, **options: Any) -> tuple[Snapshots, dict[int, tuple[Tensor, State]]]:
     """Read, write, read and write; return also what was seen at the end of each part and at every step."""
     snapshots, seen = Snapshots(model, **options), dict[int, tuple[Tensor, State]]()
     for part, (length, steps) in enumerate([(2 * CHUNK + 30, 70), (CHUNK + 200, 40)]):
@@ -263,9 +280,9 @@ def written(model: Mamba, **options: Any) -> tuple[Snapshots, dict[int, tuple[Te
     [{}, {"every": 16}, {"every": 10**9}, {"every": 1, "max_bytes": 10**5}, {"max_bytes": 0}],
     ids=["every-chunk", "every-16", "none", "thinned", "no-room"],
 )
-def test_going_back_is_exact(model: Mamba, options: dict[str, Any]) -> None:
+def test_going_back_is_exact(model: LanguageModel, options: dict[str, Any]) -> None:
     snapshots, seen = written(model, **options)
-    for position in sorted(seen, reverse=True)[::7]:
+    for position in sorted(seen, reverse=True)[:: 40 if model.init_state(1).growth else 7]:
         logits = snapshots.back(position)
         assert snapshots.position == position
         assert logits is not None
@@ -276,7 +293,7 @@ def test_going_back_is_exact(model: Mamba, options: dict[str, Any]) -> None:
     assert same(snapshots.state, model.init_state(1))
 
 
-def test_the_text_goes_on_from_where_it_went_back(model: Mamba) -> None:
+def test_the_text_goes_on_from_where_it_went_back(model: LanguageModel) -> None:
     snapshots, _ = written(model, every=32)
     ids = text(2 * CHUNK + 30, 0)
     snapshots.back(CHUNK + 9)  # in the middle of the first prompt
@@ -293,7 +310,7 @@ def test_the_text_goes_on_from_where_it_went_back(model: Mamba) -> None:
     assert torch.equal(snapshots.back(place), expected)
 
 
-def test_a_text_may_begin_with_a_state(model: Mamba) -> None:
+def test_a_text_may_begin_with_a_state(model: LanguageModel) -> None:
     ids = text(CHUNK + 30)
     state = read(model, ids[:40])[1]
     before = state.clone()
@@ -310,9 +327,9 @@ def test_a_text_may_begin_with_a_state(model: Mamba) -> None:
             snapshots.back(position)
 
 
-def test_snapshots_thin_out_towards_the_past(model: Mamba) -> None:
-    size = model.init_state(1).nbytes
-    snapshots = Snapshots(model, every=4, max_bytes=12 * size)
+def test_snapshots_thin_out_towards_the_past(constant: Mamba) -> None:
+    size = constant.init_state(1).nbytes
+    snapshots = Snapshots(constant, every=4, max_bytes=12 * size)
     for token in text(1000):
         snapshots.step(token)
     assert snapshots.nbytes <= 12 * size
@@ -324,7 +341,7 @@ def test_snapshots_thin_out_towards_the_past(model: Mamba) -> None:
         assert position - nearest <= max(4, 1.5 * back), places
 
 
-def test_a_failed_read_changes_nothing(model: Mamba) -> None:
+def test_a_failed_read_changes_nothing(model: LanguageModel) -> None:
     snapshots = Snapshots(model)
     logits = snapshots.read(text(CHUNK))
     for bad in (lambda: snapshots.read([*text(2 * CHUNK), VOCAB]), lambda: snapshots.step(VOCAB)):

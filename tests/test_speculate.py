@@ -12,26 +12,21 @@ from hypothesis import strategies as st
 
 from longscan.engine import Engine, Request
 from longscan.errors import LongscanError, UsageError
-from longscan.models import Mamba, MambaConfig
+from longscan.models import LanguageModel
 from longscan.sampling import Event, SamplingConfig
 from longscan.speculate import MAX_PENDING, Drafter, DraftModel, Pace, PromptLookup, Text
 from longscan.tokenizer import ByteTokenizer
+from small_models import NAMES, build
 
 BYTES = ByteTokenizer()
 
 
-def build(vocab_size: int = 257, seed: int = 0, sharpness: float = 5) -> Mamba:
-    """A small random model that has opinions."""
-    config = MambaConfig(d_model=16, n_layers=2, d_state=4, vocab_size=vocab_size, tie_embeddings=False)
-    model = Mamba(config, torch.Generator().manual_seed(seed)).eval()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(sharpness)
-    return model
-
-
 @pytest.fixture(scope="module")
-def model() -> Mamba:
-    return build()
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    return build(name=getattr(request, "param", "mamba"))
+
+
+each_model = pytest.mark.parametrize("model", NAMES, indirect=True)
 
 
 class Oracle:
@@ -68,7 +63,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(
-    model: Mamba, prompt: Sequence[int], drafter: Drafter | None, slots: int = 1, **sampling: Any
+    model: LanguageModel, prompt: Sequence[int], drafter: Drafter | None, slots: int = 1, **sampling: Any
 ) -> tuple[list[Event], Engine]:
     config = SamplingConfig.from_dict({"seed": 1, "max_new_tokens": 60, **sampling})
     engine = Engine(model, BYTES, slots=slots, drafter=drafter)
@@ -84,10 +79,20 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+WHO = ["right", "errs", "wrong", "babbler", "lookup", "same-model", "other-model"]
+
+
 @pytest.mark.parametrize("sampling", SETTINGS, ids=["greedy", "sampled", "penalized", "one-token"])
-@pytest.mark.parametrize("who", ["right", "errs", "wrong", "babbler", "lookup", "same-model", "other-model"])
+@pytest.mark.parametrize(
+    ("model", "who"),
+    [
+        *(("mamba", who) for who in WHO),
+        *(("llama", who) for who in ("errs", "babbler", "same-model")),
+    ],
+    indirect=["model"],
+)
 @pytest.mark.usefixtures("eager")
-def test_the_text_is_the_same_with_drafts(model: Mamba, sampling: dict[str, Any], who: str) -> None:
+def test_the_text_is_the_same_with_drafts(model: LanguageModel, sampling: dict[str, Any], who: str) -> None:
     prompt = [*range(40), *range(20)]
     plain, _ = write(model, prompt, None, **sampling)
     text = prompt + [event.token for event in plain]
@@ -113,7 +118,7 @@ def test_the_text_is_the_same_with_drafts(model: Mamba, sampling: dict[str, Any]
 
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("wrong", [(), range(0, 200, 3)], ids=["right", "errs"])
-def test_a_text_ends_inside_a_draft(model: Mamba, wrong: Sequence[int]) -> None:
+def test_a_text_ends_inside_a_draft(model: LanguageModel, wrong: Sequence[int]) -> None:
     plain, _ = write(model, [1], None, max_new_tokens=200, temperature=1.0)
     text = [1] + [event.token for event in plain]
     eos, stop = text[30], BYTES.decode(text[1:])[22:24]
@@ -137,8 +142,9 @@ def test_a_text_ends_inside_a_draft(model: Mamba, wrong: Sequence[int]) -> None:
         assert torch.equal(*ends)
 
 
+@each_model
 @pytest.mark.usefixtures("eager")
-def test_drafts_rest_while_there_is_company(model: Mamba) -> None:
+def test_drafts_rest_while_there_is_company(model: LanguageModel) -> None:
     plain, _ = write(model, [1], None, temperature=0)
     text = [1] + [event.token for event in plain]
     oracle = Oracle(text, wrong=range(3, 200, 5))
@@ -157,7 +163,7 @@ def test_drafts_rest_while_there_is_company(model: Mamba) -> None:
     assert [event for event in events if event.row == 0] == plain
 
 
-def test_one_slot_drafts_though_others_wait(model: Mamba) -> None:
+def test_one_slot_drafts_though_others_wait(model: LanguageModel) -> None:
     drafter = DraftModel(model)
     engine = Engine(model, BYTES, drafter=drafter, slots=1)
     for _ in range(2):
@@ -202,14 +208,15 @@ def test_a_lookup_looks_at_the_end_of_a_long_prompt(monkeypatch: pytest.MonkeyPa
     assert PromptLookup().propose([1, 2, 3, *[0] * 5, 1, 2], 3) == [3, 0, 0]
 
 
-def greedy(model: Mamba, ids: list[int], n: int) -> list[int]:
+def greedy(model: LanguageModel, ids: list[int], n: int) -> list[int]:
     out = list(ids)
     for _ in range(n):
         out.append(int(model(torch.tensor([out])).logits[0, -1, :257].argmax()))
     return out[len(ids) :]
 
 
-def test_a_draft_model_writes_what_it_finds_likeliest(model: Mamba) -> None:
+@each_model
+def test_a_draft_model_writes_what_it_finds_likeliest(model: LanguageModel) -> None:
     drafter, ids = DraftModel(model, k=4), list(range(30))
     for kept, then in ((4, 0), (2, 9), (0, 8), (4, 7), (1, 6)):
         guess = drafter.propose(ids, 9)
@@ -221,7 +228,7 @@ def test_a_draft_model_writes_what_it_finds_likeliest(model: Mamba) -> None:
     assert drafter.propose(ids, 2) == greedy(model, ids, 2)  # asked again
 
 
-def test_a_draft_model_of_another_vocabulary_is_refused(model: Mamba) -> None:
+def test_a_draft_model_of_another_vocabulary_is_refused(model: LanguageModel) -> None:
     with pytest.raises(LongscanError, match="the draft model has 300 ids, the model 257"):
         Engine(model, drafter=DraftModel(build(300)))
 
@@ -274,7 +281,7 @@ def test_bad_news_is_forgotten() -> None:
     assert pace.drafts(1, 8) > 0
 
 
-def test_useless_drafts_are_given_up(model: Mamba) -> None:
+def test_useless_drafts_are_given_up(model: LanguageModel) -> None:
     plain, _ = write(model, [1], None, temperature=1.0, max_new_tokens=300)
     text = [1] + [event.token for event in plain]
     drafted, engine = write(model, [1], Oracle(text, wrong=range(400)), temperature=1.0, max_new_tokens=300)
@@ -282,7 +289,7 @@ def test_useless_drafts_are_given_up(model: Mamba) -> None:
     assert engine.drafted < 60
 
 
-def test_good_drafts_are_noticed_without_reading_them(model: Mamba) -> None:
+def test_good_drafts_are_noticed_without_reading_them(model: LanguageModel) -> None:
     text = Text(pending=[1], ids=[1])
     engine = Engine(model, drafter=Oracle([1, 2, 3, 4], k=3))
     speculator = engine._speculator

@@ -12,7 +12,7 @@ import typer
 
 from longscan.config import nearest
 from longscan.errors import UsageError
-from longscan.models import LINEAGE, MODELS, ModelEntry
+from longscan.models import LINEAGE, MODELS, LanguageModel, ModelEntry
 
 __all__ = ["command"]
 
@@ -59,8 +59,10 @@ def _details(entry: ModelEntry) -> dict[str, Any]:
     for preset, fields in entry.presets.items():
         with torch.device("meta"):
             model = entry.cls(entry.config.from_dict(fields))
+        presets[preset] = {**fields, "parameters": model.num_parameters()}
+        if isinstance(model, LanguageModel):
             state = model.init_state(1)
-        presets[preset] = {**fields, "parameters": model.num_parameters(), "state_bytes": state.nbytes}
+            presets[preset] |= {"state_bytes": state.nbytes, "state_bytes_per_token": state.growth}
     return {
         **_row(entry),
         "paper": entry.paper,
@@ -96,9 +98,16 @@ def _page(details: dict[str, Any]) -> str:
         "preset      parameters  weights  state per text",
     ]
     for name, sizes in details["presets"].items():
-        weights, state = _bytes(4 * sizes["parameters"]), _bytes(sizes["state_bytes"])
-        lines.append(f"{name:7}  {sizes['parameters']:>13,}  {weights:>7}  {state:>14}")
+        weights = _bytes(4 * sizes["parameters"])
+        lines.append(f"{name:7}  {sizes['parameters']:>13,}  {weights:>7}  {_state(sizes):>14}")
     return "\n".join(lines)
+
+
+def _state(sizes: dict[str, Any]) -> str:
+    """Say how much a model remembers, in constant size or by the token."""
+    if growth := sizes.get("state_bytes_per_token"):
+        return f"{_bytes(growth)}/token"
+    return _bytes(sizes["state_bytes"]) if "state_bytes" in sizes else "-"
 
 
 def _bytes(count: int) -> str:

@@ -12,19 +12,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from longscan import ops
+from longscan.config import Config
 from longscan.errors import LongscanError
 from longscan.files import atomic_directory, read_json, write_json
 from longscan.gguf_files import GGUFType, load_gguf, save_gguf
-from longscan.layouts import read_config, read_format, to_huggingface, to_official
+from longscan.layouts import publish, read_config, read_format, to_official, write_config
 from longscan.locate import OFFICIAL, official_tokenizer, resolve, shipped
-from longscan.models import LINEAGE, MODELS, LanguageModel, LanguageModelConfig, MambaConfig, ModelEntry
+from longscan.models import (
+    MODELS,
+    LanguageModel,
+    LanguageModelConfig,
+    MambaConfig,
+    Model,
+    ModelEntry,
+    ModelKind,
+    Translator,
+    entry_of,
+)
 from longscan.models.layers import WeightOnly
 from longscan.models.quantized import kind_of, quantize_model, store_like
 from longscan.models.quantized import precision as precision_of
@@ -35,17 +46,21 @@ from longscan.weights import read_weights, some
 __all__ = [
     "Layout",
     "Precision",
+    "assemble",
     "check_new",
     "convert",
     "dequantized",
     "fingerprint",
     "load",
+    "load_translator",
+    "read_model",
     "resolve",
     "save",
     "shipped",
 ]
 
 Layout = Literal["hf", "official"]
+ModelT = TypeVar("ModelT", bound=Model)
 Precision = Literal["float32", "bf16", "int8", "int4"]
 
 SHARD_SIZE = "5GB"
@@ -83,41 +98,101 @@ def load(
         raise LongscanError(f"precision: expected {', '.join(get_args(Precision))}, got {precision!r}.")
     directory = resolve(name_or_dir, revision=revision, offline=offline)
     if directory.is_file():
-        model, tokenizer = load_gguf(directory)
-        return _at(model if kind_of(model) or not dtype else model.to(dtype), precision), tokenizer
+        gguf, tokenizer = load_gguf(directory)
+        return _at(gguf if kind_of(gguf) or not dtype else gguf.to(dtype), precision), tokenizer
     tokenizer = load_tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
     if tokenizer is None and str(name_or_dir).startswith(OFFICIAL):
         tokenizer = official_tokenizer(offline)
-    path = directory / "config.json"
-    raw = read_json(path)
-    try:
-        name, config = read_config(raw, tokenizer.vocab_size if tokenizer else None)
-        kind = read_format(raw)
-    except LongscanError as error:
-        raise LongscanError(f"{path}: {error}") from error
-    if tokenizer and tokenizer.vocab_size > config.vocab_size:
-        raise LongscanError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size:,} ids, the model {config.vocab_size:,}. "
-            "They do not belong together: put the right tokenizer.json there, or remove this one."
-        )
-    tensors = MODELS[name].rename(read_weights(directory, quantised=kind is not None))
     if precision:
         dtype = torch.float32 if precision == "float32" else None  # these formats round whatever there is
-    if kind:
-        model = _assemble_quantised(directory, MODELS[name], config, tensors, kind)
-    else:
-        model = _assemble(directory, MODELS[name], config, tensors, dtype)
+    model = read_model(directory, "language", tokenizer.vocab_size if tokenizer else None, dtype)
+    assert isinstance(model, LanguageModel)
     return _at(model, precision), tokenizer
 
 
+def load_translator(
+    name_or_dir: str | Path,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    dtype: torch.dtype | None = torch.float32,
+) -> tuple[Translator, Tokenizer]:
+    """Load a translation model and its tokenizer.
+
+    Args:
+        name_or_dir: see `resolve`.
+        revision: see `load`.
+        offline: see `load`.
+        dtype: of the weights; None keeps that of the file.
+
+    Returns:
+        model: ready to run, in evaluation mode.
+        tokenizer: for both languages.
+
+    Raises:
+        LongscanError: as `load`; or there is no tokenizer.
+    """
+    directory = resolve(name_or_dir, revision=revision, offline=offline)
+    if directory.is_file() or not (directory / "tokenizer.json").is_file():
+        raise LongscanError(
+            f"{directory}: expected a model directory with the tokenizer.json of a translator."
+        )
+    tokenizer = load_tokenizer(directory)
+    model = read_model(directory, "translation", tokenizer.vocab_size, dtype)
+    assert isinstance(model, Translator)
+    return model, tokenizer
+
+
+def read_model(
+    directory: Path, kind: ModelKind, tokenizer_size: int | None, dtype: torch.dtype | None
+) -> Model:
+    """Read the model of a directory, strictly.
+
+    Args:
+        directory: with config.json and weights.
+        kind: what the caller can use.
+        tokenizer_size: ids of the tokenizer beside it, if there is one.
+        dtype: of the weights; None keeps that of the file. Quantised weights stay as they are.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        LongscanError: it is of another kind, or damaged, or does not fit the tokenizer.
+    """
+    path = directory / "config.json"
+    raw = read_json(path)
+    try:
+        name, config = read_config(raw, tokenizer_size)
+        stored = read_format(raw)
+    except LongscanError as error:
+        raise LongscanError(f"{path}: {error}") from error
+    entry = MODELS[name]
+    if entry.kind != kind:
+        raise LongscanError(
+            f"{directory} is a {name}, a {entry.kind} model; expected a {kind} model. Verbs for it: "
+            f"{', '.join(entry.verbs)}."
+        )
+    vocab_size = config.vocab_size  # type: ignore[attr-defined]  # every kind of model has one
+    if tokenizer_size and tokenizer_size > vocab_size:
+        raise LongscanError(
+            f"{directory}: the tokenizer has {tokenizer_size:,} ids, the model {vocab_size:,}. "
+            "They do not belong together: put the right tokenizer.json there, or remove this one."
+        )
+    tensors = entry.rename(read_weights(directory, quantised=stored is not None))
+    if stored:
+        return _assemble_quantised(directory, entry, config, tensors, stored)
+    return assemble(directory, entry, config, tensors, dtype)
+
+
 def save(
-    model: LanguageModel,
+    model: Model,
     directory: str | Path,
     tokenizer: Tokenizer | None = None,
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a model directory in Hugging Face layout, whole or not at all.
+    """Write a model directory, whole or not at all, in Hugging Face layout if the model has one.
 
     Args:
         model: what to save; if it is quantised, as it is.
@@ -192,7 +267,7 @@ def check_new(destination: str | Path) -> Path:
 
 
 @torch.no_grad()
-def dequantized(model: LanguageModel) -> LanguageModel:
+def dequantized(model: ModelT) -> ModelT:
     """Return a model with plain float32 weights that computes the same.
 
     Args:
@@ -208,14 +283,13 @@ def dequantized(model: LanguageModel) -> LanguageModel:
         if isinstance(module, WeightOnly):
             tensors[f"{name}.weight"] = ops.dequantize(module.weight, module.scale)
             tensors.pop(f"{name}.scale", None)
-    entry = next(entry for entry in LINEAGE if entry.cls is type(model))
     with torch.device("meta"):
-        plain = entry.cls(model.config)
+        plain = type(model)(model.config)
     plain.load_state_dict(tensors, assign=True)
     return plain.eval()
 
 
-def fingerprint(model: LanguageModel) -> str:
+def fingerprint(model: Model) -> str:
     """Return a short hash of the weights: a state or a cache made with others is of no use to this model.
 
     Args:
@@ -236,12 +310,12 @@ def _at(model: LanguageModel, precision: Precision | None) -> LanguageModel:
 def _assemble_quantised(
     directory: Path,
     entry: ModelEntry,
-    config: LanguageModelConfig,
+    config: Config,
     tensors: dict[str, Tensor],
     kind: ops.Kind,
-) -> LanguageModel:
+) -> Model:
     """Build a model around stored tensors, for inference."""
-    model = _assemble(directory, entry, config, tensors, torch.float32, kind)
+    model = assemble(directory, entry, config, tensors, torch.float32, kind)
     if (found := precision_of(model)) != kind:
         raise LongscanError(
             f"{directory}: config.json says {kind}, the weights are {found}. Fetch both again."
@@ -249,30 +323,38 @@ def _assemble_quantised(
     return model.requires_grad_(False)
 
 
-def _assemble(
+def assemble(
     directory: Path,
     entry: ModelEntry,
-    config: LanguageModelConfig,
+    config: Config,
     tensors: dict[str, Tensor],
     dtype: torch.dtype | None,
     kind: ops.Kind | None = None,
-) -> LanguageModel:
-    """Build a model around the tensors; each is copied once, out of its file."""
-    if config.n_layers > len(tensors):  # before a loop over layers that do not exist
+) -> Model:
+    """Build a model around tensors, strictly; each is copied once, out of its file.
+
+    Args:
+        directory: where they are from, for messages.
+        entry: the model's.
+        config: its sizes.
+        tensors: under our names; a head that repeats the embedding is taken out of them.
+        dtype: of the weights; None keeps theirs.
+        kind: the narrowest stored format among them, if they are quantised.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        LongscanError: a tensor is missing, left over, or of another shape or type; or the sizes are absurd.
+    """
+    n_layers = config.to_dict().get("n_layers", 1)  # some have one that nobody counts
+    if n_layers > len(tensors):  # before a loop over layers that do not exist
         raise LongscanError(
-            f"{directory}: config.json says {config.n_layers:,} layers, {len(tensors)} tensors are there."
+            f"{directory}: config.json says {n_layers:,} layers, {len(tensors)} tensors are there."
         )
-    embedding, head = tensors.get(EMBEDDING), tensors.get(HEAD)
-    model = _blank(
-        directory, entry, config, dtype or (torch.float32 if embedding is None else embedding.dtype)
-    )
-    if config.tie_embeddings and embedding is not None and head is not None and embedding.shape == head.shape:
-        if not torch.equal(embedding, head):
-            raise LongscanError(
-                f"{directory}: config.json says the head is the embedding, the file holds another {HEAD}. "
-                "Set tie_word_embeddings (official: tie_embeddings) to false to use it."
-            )
-        del tensors[HEAD]
+    largest = max(tensors.values(), key=Tensor.numel, default=torch.empty(0))
+    model = _blank(directory, entry, config, dtype or largest.dtype)
+    _drop_tied_head(directory, config, tensors)
     if kind:
         try:
             store_like(model, tensors)
@@ -285,9 +367,20 @@ def _assemble(
     return model.eval()
 
 
-def _blank(
-    directory: Path, entry: ModelEntry, config: LanguageModelConfig, dtype: torch.dtype
-) -> LanguageModel:
+def _drop_tied_head(directory: Path, config: Config, tensors: dict[str, Tensor]) -> None:
+    """Drop a head that repeats the embedding, as others write it."""
+    embedding, head = tensors.get(EMBEDDING), tensors.get(HEAD)
+    tied = isinstance(config, LanguageModelConfig) and config.tie_embeddings
+    if tied and embedding is not None and head is not None and embedding.shape == head.shape:
+        if not torch.equal(embedding, head):
+            raise LongscanError(
+                f"{directory}: config.json says the head is the embedding, the file holds another {HEAD}. "
+                "Set tie_word_embeddings (official: tie_embeddings) to false to use it."
+            )
+        del tensors[HEAD]
+
+
+def _blank(directory: Path, entry: ModelEntry, config: Config, dtype: torch.dtype) -> Model:
     """Build a model of shapes and types, without memory; which parameters stay wide is the model's affair."""
     try:
         with torch.device("meta"):
@@ -324,21 +417,20 @@ def _check_fit(
 
 
 def _write(
-    model: LanguageModel,
+    model: Model,
     directory: Path,
     tokenizer: Tokenizer | None,
     layout: Layout,
     dtype: torch.dtype | None,
 ) -> None:
     """Write a model directory in either layout."""
-    config = model.config
-    if not isinstance(config, MambaConfig):
-        raise LongscanError(f"{type(model).__name__} has no published layout to be saved in.")
-    kind = kind_of(model)
+    config, kind = model.config, kind_of(model)
+    if layout == "official" and not isinstance(config, MambaConfig):
+        raise LongscanError(f"the official layout is Mamba's, this is a {type(model).__name__}: use hf.")
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if kind is None:
-        dtype = dtype or model.backbone.embedding.weight.dtype
-        like = _blank(directory, MODELS["mamba"], config, dtype).state_dict()
+        dtype = dtype or model.dtype
+        like = _blank(directory, entry_of(model), config, dtype).state_dict()
         tensors = {name: tensor.to(like[name].dtype) for name, tensor in tensors.items()}
     elif dtype or layout == "official":
         place = f"a file of {_name(dtype)}" if dtype else "the official layout"
@@ -350,17 +442,19 @@ def _write(
         dtype = STORED[kind]
     with atomic_directory(directory, marker="config.json") as new:
         try:
-            if layout == "official":
+            if isinstance(config, MambaConfig) and layout == "official":
                 write_json(new / "config.json", to_official(config))
                 tensors.setdefault(HEAD, tensors[EMBEDDING])  # one storage: it takes no more room in the file
                 torch.save(tensors, new / "pytorch_model.bin")
             else:
-                eos_id = tokenizer.eos_id if tokenizer else None
-                ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos_id)
-                fields = to_huggingface(config, _name(dtype), kind)
-                write_json(new / "config.json", {**fields, **ends})
-                write_json(new / "generation_config.json", ends)
-                _write_safetensors(tensors, new)
+                fields = write_config(model, _name(dtype), kind)
+                if isinstance(model, LanguageModel):  # what generates elsewhere asks where a text ends
+                    eos_id = tokenizer.eos_id if tokenizer else None
+                    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos_id)
+                    write_json(new / "generation_config.json", ends)
+                    fields |= ends
+                write_json(new / "config.json", fields)
+                _write_safetensors({publish(model, name): tensor for name, tensor in tensors.items()}, new)
         except (SafetensorError, RuntimeError) as error:  # how the two libraries say that the disk is full
             raise LongscanError(f"{directory}: the weights could not be written ({error}).") from error
         if tokenizer:
@@ -368,14 +462,10 @@ def _write(
 
 
 def _write_safetensors(tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """Write tensors of our names under Hugging Face's, in shards if they are large."""
+    """Write tensors, in shards if they are large."""
     from huggingface_hub import save_torch_state_dict
 
-    theirs = {
-        name.replace("backbone.embedding.", "backbone.embeddings."): tensor
-        for name, tensor in tensors.items()
-    }
-    save_torch_state_dict(theirs, directory, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
+    save_torch_state_dict(dict(tensors), directory, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
 
 
 def _name(dtype: torch.dtype) -> str:

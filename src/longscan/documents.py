@@ -30,6 +30,7 @@ __all__ = [
     "find_files",
     "iter_documents",
     "iter_pieces",
+    "read_text",
     "split",
     "training_text",
 ]
@@ -243,11 +244,22 @@ def _pieces(file: Path, separator: str | None, field: str) -> Iterator[Piece]:
         for text in _jsonl(file, field):
             yield from _cut([text], None)
     else:
-        yield from _cut(_read(file), separator)
+        yield from _cut(read_text(file), separator)
 
 
-def _read(path: Path) -> Iterator[str]:
-    """Decompress and decode a file block by block, strictly."""
+def read_text(path: Path) -> Iterator[str]:
+    """Decompress and decode a file block by block, strictly.
+
+    Args:
+        path: the file, also .gz or .xz; without a byte order mark from here on.
+
+    Yields:
+        Its text, in pieces of about a megabyte.
+
+    Raises:
+        LongscanError: not UTF-8, or a damaged compressed file; names the place.
+        OSError: it can't be read.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, started = 0, False
     try:
@@ -326,7 +338,7 @@ def _break(text: str, start: int, end: int) -> int:
 
 def _jsonl(path: Path, field: str) -> Iterator[str]:
     """Yield the text of each line."""
-    for number, line in enumerate(_lines(_read(path)), 1):
+    for number, line in enumerate(_lines(read_text(path)), 1):
         if not line.strip():
             continue
         try:

@@ -106,6 +106,7 @@ class Engine:
         self._waiting: deque[_Row] = deque()  # the first of them may be partly read
         self._rows: list[_Row] = []  # row i has slot i
         self._state: State | None = None
+        self._grows = False  # whether the state needs room for each token
         self._heads: list[tuple[State, Tensor]] = []  # views of the first 1, 2, ... rows, and their next ids
         self._ids = torch.zeros(slots, dtype=torch.int64)
         self._next = self._ids.numpy()  # the same memory; writing a number takes 0.1 µs this way
@@ -226,6 +227,8 @@ class Engine:
     def _decode(self) -> None:
         """Read the last token of each row."""
         self._settle()
+        if self._grows:
+            self._reserve(1)
         state, ids = self._heads[len(self._rows) - 1]
         unchanged = bool(self._rounds % LOOK)
         self._rounds += 1
@@ -265,6 +268,8 @@ class Engine:
             token = self._write(row, logits, events)
             return token, row.finish is not None
 
+        if self._grows:
+            self._reserve(speculator.most)
         speculator.round(self._heads[0][0], row.text, row.left, draw)
         self._next[0] = row.text.pending[-1]
         if row.finish is not None:
@@ -340,14 +345,29 @@ class Engine:
         self._settle()
         if self._state is None:
             self._state = self.model.init_state(self.slots)
-            self._heads = [(self._state.head(n), self._ids[:n]) for n in range(1, self.slots + 1)]
+            self._grows = bool(self._state.growth)
+            self._look()
+        layers = list(self._state.layers)
         self._state.copy_row_(len(self._rows), row.state, 0)
+        if self._grows and self._state.layers[0] is not layers[0]:
+            self._look()
         row.state, row.keep = None, None
         row.logits = to_array(logits)
         row.text.position = row.request.position + len(row.ids)
         if self._speculator:
             row.text.ids = row.ids.tolist()
         self._rows.append(row)
+
+    def _reserve(self, n: int) -> None:
+        """Make room for n tokens in the rows that are in use."""
+        assert self._state is not None
+        if self._state.reserve(n, len(self._rows)):
+            self._look()
+
+    def _look(self) -> None:
+        """Make the views of the first rows."""
+        assert self._state is not None
+        self._heads = [(self._state.head(n), self._ids[:n]) for n in range(1, self.slots + 1)]
 
     def _leave(self, slot: int) -> None:
         """Free a slot; the last row moves there."""
@@ -367,7 +387,8 @@ class Engine:
         """Copy where a row stands."""
         assert self._state is not None
         text = self._rows[slot].text
-        return SavedState(self._state.select([slot]), text.position, list(text.pending))
+        row = self._state.map(lambda tensor: tensor[slot : slot + 1])
+        return SavedState(row.clone(), text.position, list(text.pending))
 
 
 def generate_ids(

@@ -2,7 +2,8 @@
 
 All documents are laid end to end and read in chunks. The state is carried from chunk to chunk and starts
 afresh where a document begins, so the memory is that of one chunk, and the result that of reading every
-document at once, however long it is and however short its neighbours are.
+document at once, however long it is and however short its neighbours are. A model that was made for texts of
+a certain length reads a longer document in windows of that length, each afresh.
 
 The first token of a document is predicted from the end-of-text token, as in training, so every byte of the
 text is paid for; the end of a document is not predicted. A document of more than two million characters is
@@ -162,6 +163,8 @@ def follow(
     device = model.backbone.embedding.weight.device
     state: State | None = None
     current = 0  # the document that the state is in the middle of
+    if model.max_positions is not None:
+        blocks = _windows(blocks, model.max_positions)
     for chunk in _chunks(blocks, chunk_size):
         ids, targets, numbers = chunk.to(device).unsqueeze(1)  # (1, chunk_size) each
         first, last = int(numbers[0, 0]), int(numbers[0, -1])
@@ -220,6 +223,17 @@ class Source:
         )
 
 
+def _windows(blocks: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """Number the windows of `size` tokens in blocks (3, any) instead of the documents."""
+    document = number = place = 0
+    for block in blocks:
+        if (found := int(block[2, 0])) != document:
+            document, number, place = found, number + -(-place // size), 0
+        windows = torch.arange(place, place + block.shape[1]) // size
+        place += block.shape[1]
+        yield torch.cat([block[:2], number + 1 + windows[None]])
+
+
 def _chunks(blocks: Iterable[Tensor], size: int) -> Iterator[Tensor]:
     """Cut blocks (3, any) anew into chunks (3, size); the last may be shorter."""
     waiting: list[Tensor] = []
@@ -257,7 +271,8 @@ def command(
 ) -> None:
     """Perplexity and bits per byte of a model on text files.
 
-    Documents of any length are read as a whole, in constant memory. FILES are .txt, .md or .jsonl in UTF-8,
+    Documents of any length are read as a whole, in constant memory; by a model made for texts of a certain
+    length, in windows of that length. FILES are .txt, .md or .jsonl in UTF-8,
     also .gz or .xz; a file is a document, and so is each line of a .jsonl file. Each is predicted from its
     first byte on, after an end of text.
 

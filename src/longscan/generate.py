@@ -48,6 +48,7 @@ __all__ = [
     "generate_ids",
     "load_with_tokenizer",
     "use_threads",
+    "utf8",
 ]
 
 REASONS = {"eos": "end of text", "stop": "stop string"}
@@ -392,17 +393,28 @@ def _prompts(given: list[str]) -> list[str]:
         given = ["-"]
     piped = ""
     if "-" in given:
-        piped = _utf8(sys.stdin.buffer.read(), "the prompt on stdin").removeprefix("\ufeff")
+        piped = utf8(sys.stdin.buffer.read(), "the prompt on stdin").removeprefix("\ufeff")
         piped = piped.removesuffix("\n").removesuffix("\r")
     # Python passes bytes that are not UTF-8 on as lone surrogates
     return [
-        piped if text == "-" else _utf8(text.encode(errors="surrogateescape"), "the prompt")
+        piped if text == "-" else utf8(text.encode(errors="surrogateescape"), "the prompt")
         for text in given or [""]
     ]
 
 
-def _utf8(data: bytes, what: str) -> str:
-    """Decode strictly."""
+def utf8(data: bytes, what: str) -> str:
+    """Decode strictly.
+
+    Args:
+        data: bytes of text.
+        what: they are, for the message.
+
+    Returns:
+        The text.
+
+    Raises:
+        LongscanError: they are not UTF-8.
+    """
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -452,11 +464,12 @@ def describe(name: str, model: LanguageModel) -> str:
         name: what the user called it.
         model: the model.
     """
-    threads = torch.get_num_threads()
+    threads, state = torch.get_num_threads(), model.init_state(1)
+    size = f"{_scaled(state.growth, 'kMG')}B a token" if state.growth else f"{_scaled(state.nbytes, 'kMG')}B"
     kernels = " · reference kernels, see longscan doctor" if ops.backend() == "reference" else ""
     return (
         f"{name} · {type(model).__name__}, {_scaled(model.num_parameters(), 'kMB').strip()} parameters, "
-        f"{model.config.n_layers} layers · state {_scaled(model.init_state(1).nbytes, 'kMG')}B · "
+        f"{model.config.n_layers} layers · state {size} · "
         f"{precision_of(model)} · {threads} thread{'s' if threads != 1 else ''}{kernels}"
     )
 

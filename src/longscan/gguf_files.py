@@ -157,7 +157,9 @@ def save_gguf(
         raise LongscanError(f"type of the GGUF file: expected {', '.join(FILE_TYPES)}, got {kind!r}.")
     config = model.config
     if not isinstance(config, MambaConfig):
-        raise LongscanError(f"{type(model).__name__} has no place in a GGUF file: only Mamba has.")
+        raise LongscanError(
+            f"{type(model).__name__} has no place in a GGUF file here: only Mamba has. Use a directory."
+        )
     if config.expand != 2 or config.bias:
         got = f"expand {config.expand}, bias {str(config.bias).lower()}"
         raise LongscanError(f"llama.cpp computes only Mambas of expand 2 without bias, this one has {got}.")
@@ -242,7 +244,7 @@ def _read_sizes(header: Header) -> MambaConfig:
             f"the tokenizer has {listed:,} ids, the model {n_rows:,}: they do not belong together."
         )
     size = _count(metadata, VOCAB_SIZE, prefix="") if VOCAB_SIZE in metadata else listed
-    return read_config(
+    _, config = read_config(
         {
             **raw,
             "model_type": "mamba",
@@ -253,7 +255,9 @@ def _read_sizes(header: Header) -> MambaConfig:
             "tie_word_embeddings": "output.weight" not in tensors,
             "use_conv_bias": "blk.0.ssm_conv1d.bias" in tensors,
         }
-    )[1]
+    )
+    assert isinstance(config, MambaConfig)
+    return config
 
 
 def _count(metadata: Mapping[str, Value], key: str, prefix: str = f"{ARCHITECTURE}.") -> int:

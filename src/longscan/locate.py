@@ -16,7 +16,9 @@ __all__ = ["OFFICIAL", "official_tokenizer", "resolve", "shipped"]
 ASSETS = Path(__file__).parent / "assets"
 
 # what is fetched from a hub repository, which often holds the same weights in other formats too
-WANTED = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+WANTED_TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
+WANTED = ["config.json", "generation_config.json", *WANTED_TOKENIZER]
+WANTED += ["vocab.txt", "sentence_bert_config.json", "1_Pooling/config.json"]
 WANTED_WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 WANTED_PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
 
@@ -72,7 +74,7 @@ def official_tokenizer(offline: bool) -> Tokenizer | None:
         None, after a warning, if it can't be had.
     """
     try:
-        return load_tokenizer(_snapshot(OFFICIAL_TOKENIZER, WANTED[2:], None, offline))
+        return load_tokenizer(_snapshot(OFFICIAL_TOKENIZER, WANTED_TOKENIZER, None, offline))
     except LongscanError as error:
         warnings.warn(f"the model has no tokenizer: {error}", stacklevel=3)
         return None

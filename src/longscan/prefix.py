@@ -1,8 +1,8 @@
 """A cache of states by what was read: who begins like somebody before reads only the rest.
 
-An attention model keeps keys and values of every token; here a prefix of any length is one state of constant
-size, so a cache holds the states after some of the multiples of CHUNK tokens. That is where `reading.read`
-cuts, hence what is computed from a cached state is bit for bit what is computed without the cache.
+A cache holds the states after some of the multiples of CHUNK tokens. That is where `reading.read` cuts, hence
+what is computed from a cached state is bit for bit what is computed without the cache. A recurrent state has
+one size whatever the prefix; keys and values grow with it, so of them fewer are kept.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class PrefixCache:
         self.model, self.max_bytes, self.every = model, max_bytes, every
         self.nbytes = 0  # of all states together
         self.hits = self.hit_tokens = self.lookups = 0
-        self._row_bytes = max(1, model.init_state(1).nbytes)
+        empty = model.init_state(1)
+        self._row_bytes, self._growth = max(1, empty.nbytes), empty.growth
         self._states: OrderedDict[bytes, State] = OrderedDict()  # used last at the end
 
     @property
@@ -120,7 +121,7 @@ class PrefixCache:
         """
         keys = list(self._keys(ids))
         n, state = self._find(keys, len(ids))
-        stride = self._stride(len(keys) - n // self.every)
+        stride = self._stride(n // self.every, len(keys))
 
         def keep(position: int, reached: State) -> None:
             block, rest = divmod(position, self.every)
@@ -157,10 +158,11 @@ class PrefixCache:
             _, oldest = self._states.popitem(last=False)
             self.nbytes -= oldest.nbytes
 
-    def _stride(self, blocks: int) -> int:
-        """Say how many blocks lie between kept states, so that a text of so many takes only its share."""
-        room = self.max_bytes // (SHARE * self._row_bytes)
-        return max(1, -(-blocks // max(1, room)))
+    def _stride(self, begin: int, end: int) -> int:
+        """Say how many blocks lie between kept states, so that those of a text take only its share."""
+        mean = self._row_bytes + self._growth * self.every * (begin + end) // 2
+        room = self.max_bytes // (SHARE * mean)
+        return max(1, -(-(end - begin) // max(1, room)))
 
     def _keys(self, ids: Ids) -> Iterator[bytes]:
         """Yield the key of each prefix of a multiple of `every` tokens, the shortest first."""

@@ -71,6 +71,7 @@ class Snapshots:
         self._stretches: list[_Stretch] = []
         self._places: list[int] = []  # positions of the snapshots, ascending
         self._states: list[State] = []
+        self._nbytes = 0
 
     @property
     def position(self) -> int:
@@ -95,7 +96,7 @@ class Snapshots:
     @property
     def nbytes(self) -> int:
         """Size of all snapshots in bytes."""
-        return len(self._states) * self._first.nbytes
+        return self._nbytes
 
     def read(self, ids: Ids, progress: Progress | None = None) -> Tensor:
         """Read a prompt, or a part of one.
@@ -201,6 +202,7 @@ class Snapshots:
     def _forget(self, position: int) -> None:
         """Drop the snapshots after a position."""
         n = bisect.bisect_right(self._places, position)
+        self._nbytes -= sum(state.nbytes for state in self._states[n:])
         del self._places[n:], self._states[n:]
 
     def _keep(self, position: int, state: State) -> None:
@@ -209,6 +211,7 @@ class Snapshots:
             return
         self._places.append(position)
         self._states.append(state.clone())
+        self._nbytes += self._states[-1].nbytes
         while self._max_bytes is not None and self.nbytes > self._max_bytes:
             self._drop()
 
@@ -220,6 +223,7 @@ class Snapshots:
         gaps = zip(before, places, behind, strict=False)
         costs = [(after - left) / (now - place) for left, place, after in gaps]
         index = costs.index(min(costs))
+        self._nbytes -= self._states[index].nbytes
         del self._places[index], self._states[index]
 
 

@@ -4,10 +4,10 @@ The model draws its own token at each drafted place, with the text's own random 
 and accepts the draft for as long as it is what was drawn. So the text is token for token the one without
 drafts, greedy or sampled; that is more than rejection sampling keeps, which is the distribution.
 
-A recurrent state cannot drop tokens from its end, so before drafts are read the state is copied, and if one
-of them was wrong the copy comes back. Tokens accepted from that round are then known but not read: they wait
-as `pending` and are read in the next round together with the next drafts, for the weights are read once
-whatever the number of tokens.
+A recurrent state cannot drop tokens from its end, so before drafts are read the state is copied (of keys and
+values only their number), and if one of them was wrong the copy comes back. Tokens accepted from that round
+are then known but not read: they wait as `pending` and are read in the next round together with the next
+drafts, for the weights are read once whatever the number of tokens.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class DraftModel:
         self.model, self.k = model, k
         self._known = _Known()
         self._live = model.init_state(1)
-        self._commit = self._live.clone()  # after all tokens that are certain
+        self._commit = self._live.mark()  # after all tokens that are certain
         self._ahead: list[int] = []  # guesses that the live state has read beyond
         self._logits = np.empty(0, np.float32)  # (padded_vocab_size,) after the tokens that are certain
 
@@ -159,19 +159,19 @@ class DraftModel:
         if not self._known.continues(ids):
             self._known, self._ahead = _Known(), []
             self._live = self.model.init_state(1)
-            self._commit = self._live.clone()
+            self._commit = self._live.mark()
         fresh, ahead = list(ids[self._known.length :]), self._ahead
         if len(fresh) > len(ahead) and fresh[: len(ahead)] == ahead:
             fresh = fresh[len(ahead) :]  # the guesses were right and are read already
         else:
-            copy_state(self._commit, self._live)
+            self._live.rewind(self._commit)
         if len(fresh) > 2 * MAX_PENDING:
             logits, self._live = read(self.model, fresh, self._live, self._known.length)
             self._logits = to_array(logits)
         elif fresh:
             several, _ = self.model.advance(_tensor([fresh], self.model), self._live)
             self._logits = to_array(several[0, -1])
-        copy_state(self._live, self._commit)
+        self._commit = self._live.mark(self._commit)
         self._known.take(ids)
         return self._logits
 
@@ -291,11 +291,16 @@ class Speculator:
             drafter.check(model)
         self._model, self._drafter = model, drafter
         self._pace = Pace()
-        self._snapshot: State | None = None
-        self._ahead = True  # whether the state has gone on since the snapshot
+        self._mark: list[Tensor] = []
+        self._ahead = True  # whether the state has gone on since the mark
         self._shadow: list[int] = []  # a draft that was not read: what comes shows whether it was good
         self._waits, self._gap = 0, self.PROBE  # tokens since the last look, and to the next
         self.drafted = self.accepted = 0
+
+    @property
+    def most(self) -> int:
+        """Tokens that a round reads at most."""
+        return MAX_PENDING + self._drafter.k + 1
 
     def moved(self) -> None:
         """Learn that the state goes on without this object, or is another."""
@@ -315,7 +320,7 @@ class Speculator:
         drafts = self._drafts(text, room)
         begin = time.perf_counter()
         if drafts and self._ahead:
-            self._snapshot = _keep(state, self._snapshot)
+            self._mark = state.mark(self._mark)
         fed, new = [*text.pending, *drafts], list[int]()
         if len(fed) == 1:
             logits = self._model.step(_tensor(fed, self._model), state)[0]
@@ -341,8 +346,7 @@ class Speculator:
         if right:
             text.position, text.pending = text.position + len(fed), new[-1:]
         else:
-            assert self._snapshot is not None
-            copy_state(self._snapshot, state)
+            state.rewind(self._mark)
             self._ahead, text.pending = False, text.pending + new
 
     def settle(self, state: State, text: Text) -> None:
@@ -388,23 +392,6 @@ class Speculator:
             hit = self._shadow[0] == token
             self._pace.judged(1, int(hit))
             self._shadow = self._shadow[1:] if hit else []
-
-
-def copy_state(source: State, target: State) -> None:
-    """Overwrite a state with another of the same shape, in one call for all its tensors."""
-    torch._foreach_copy_(_tensors(target), _tensors(source))
-
-
-def _keep(state: State, old: State | None) -> State:
-    """Copy a state, into the memory of an old copy if there is one."""
-    if old is None:
-        return state.clone()
-    copy_state(state, old)
-    return old
-
-
-def _tensors(state: State) -> list[Tensor]:
-    return [tensor for layer in state.layers for tensor in layer]
 
 
 def _tensor(ids: list[int] | list[list[int]], model: LanguageModel) -> Tensor:

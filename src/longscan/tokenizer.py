@@ -236,14 +236,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return BPETokenizer(tokenizer, eos_id)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = (END_OF_TEXT,)) -> BPETokenizer:
     """Learn a byte-pair encoding over UTF-8 bytes, through which any text makes the round trip unchanged.
 
     Merges: Sennrich et al. 2016 (arXiv:1508.07909); over bytes inside words: GPT-2 (Radford et al. 2019).
 
     Args:
         texts: the training text in pieces of any length; cut them where words end.
-        vocab_size: ids wanted: the end of text (id 0), 256 bytes, and merges. Little text gives fewer.
+        vocab_size: ids wanted: the special tokens, 256 bytes, and merges. Little text gives fewer.
+        special: tokens that are no text, with the ids from 0; the last one ends a text.
 
     Returns:
         The tokenizer; the same text gives the same one.
@@ -251,18 +252,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
     Raises:
         UsageError: `vocab_size` leaves no room for the bytes, or is absurdly large.
     """
-    if not 257 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise UsageError(f"vocab_size: expected 257 to {MAX_VOCAB_SIZE:,}, got {vocab_size:,}.")
+    least = 256 + len(special)
+    if not least <= vocab_size <= MAX_VOCAB_SIZE:
+        raise UsageError(f"vocab_size: expected {least} to {MAX_VOCAB_SIZE:,}, got {vocab_size:,}.")
     tokenizer = _byte_level(models.BPE(), use_regex=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(_chop(texts), trainer)
-    return BPETokenizer(tokenizer, eos_id=0)
+    return BPETokenizer(tokenizer, eos_id=len(special) - 1)
 
 
 class _ByteStream(StreamDecoder):

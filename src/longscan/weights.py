@@ -45,12 +45,15 @@ def find_weights(directory: Path) -> list[Path]:
     return []
 
 
-def read_weights(directory: Path, quantised: bool = False) -> dict[str, Tensor]:
+def read_weights(
+    directory: Path, quantised: bool = False, buffers: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
     """Read the tensors of a model directory.
 
     Args:
         directory: see `find_weights`.
         quantised: whether whole numbers of 8 bits may be among them.
+        buffers: endings of names of whole numbers that were saved along and say nothing; they are left out.
 
     Returns:
         name -> tensor, mapped from the file, floating point unless quantised.
@@ -67,6 +70,8 @@ def read_weights(directory: Path, quantised: bool = False) -> dict[str, Tensor]:
     for file in files:
         shard = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
         for name, tensor in shard.items():
+            if name.endswith(buffers) and not tensor.is_floating_point():
+                continue
             if name in tensors:
                 raise LongscanError(f"{file}: {name} is in another shard too. Fetch all shards again.")
             stored = quantised and tensor.dtype in (torch.int8, torch.uint8)

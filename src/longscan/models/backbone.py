@@ -5,7 +5,6 @@ chunked reading is here. Parameters carry the names of the official Mamba checkp
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 
@@ -18,7 +17,8 @@ from ..errors import LongscanError
 from .decoder import Decoder
 from .layers import Linear, RMSNorm, WeightOnly, blank, linear, project
 from .loss import count, linear_loss, nats, next_tokens, row_chunks
-from .state import State, latest, over
+from .model import Model
+from .state import State, latest
 
 StateT = TypeVar("StateT", bound=tuple[Tensor, ...])
 
@@ -84,15 +84,26 @@ class Mixer(nn.Module, Generic[StateT]):
 
     recurrence: tuple[str, ...] = ()
 
-    def forward(
-        self, x: Tensor, state: StateT | None = None, seq_idx: Tensor | None = None
-    ) -> tuple[Tensor, StateT]:
+    def plan(self, ids: Tensor, state: StateT | None, seq_idx: Tensor | None) -> Any:
+        """Work out once what the mixers of all layers need to know of the places of the tokens.
+
+        Args:
+            ids: (batch, seq_len), or (batch,) before a step.
+            state: of the first layer.
+            seq_idx: (batch, seq_len) integers: a new value starts a new sequence, negative means padding.
+
+        Returns:
+            What `forward` and `step` get; seq_idx itself unless a mixer needs more.
+        """
+        return seq_idx
+
+    def forward(self, x: Tensor, state: StateT | None, plan: Any, /) -> tuple[Tensor, StateT]:
         """Mix along time.
 
         Args:
             x: (batch, seq_len, d_model).
             state: what came before the first token; nothing if None.
-            seq_idx: (batch, seq_len) integers: a new value starts a new sequence, negative means padding.
+            plan: see `plan`.
 
         Returns:
             y: (batch, seq_len, d_model).
@@ -108,12 +119,13 @@ class Mixer(nn.Module, Generic[StateT]):
         """
         raise NotImplementedError
 
-    def step(self, x: Tensor, state: StateT) -> Tensor:
+    def step(self, x: Tensor, state: StateT, plan: Any, /) -> Tensor:
         """Take in one token per row.
 
         Args:
             x: (batch, d_model).
             state: overwritten with the state after the token.
+            plan: see `plan`.
 
         Returns:
             y: (batch, d_model).
@@ -142,25 +154,25 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = mixer
 
-    def forward(self, x: Tensor, state: Any, seq_idx: Tensor | None) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, state: Any, plan: Any) -> tuple[Tensor, Any]:
         """Add the mixer's word to the residual stream x (batch, seq_len, d_model); see `Mixer.forward`."""
-        y, state = self.mixer(self.norm(x), state, seq_idx)
+        y, state = self.mixer(self.norm(x), state, plan)
         return x + y, state
 
-    def step(self, x: Tensor, state: Any) -> Tensor:
+    def step(self, x: Tensor, state: Any, plan: Any) -> Tensor:
         """Do the same for one token per row, x (batch, d_model); see `Mixer.step`."""
-        return x + self.mixer.step(self.norm(x), state)
+        return x + self.mixer.step(self.norm(x), state, plan)
 
 
 class Backbone(nn.Module):
     """From ids to the normalised residual stream that the head reads."""
 
     def __init__(
-        self, config: LanguageModelConfig, mixers: Iterable[Mixer[Any]], generator: torch.Generator | None
+        self, config: LanguageModelConfig, blocks: Iterable[Block], generator: torch.Generator | None
     ) -> None:
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
-        self.layers = nn.ModuleList(Block(config, mixer) for mixer in mixers)
+        self.layers = nn.ModuleList(blocks)
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
         self.embedding = blank(nn.Embedding, config.padded_vocab_size, config.d_model)
         if not self.embedding.weight.is_meta:
@@ -178,7 +190,7 @@ class Backbone(nn.Module):
         Args:
             ids: (batch, seq_len) integers.
             state: what came before the first token; nothing if None.
-            seq_idx: (batch, seq_len), see `Mixer.forward`.
+            seq_idx: (batch, seq_len), see `Mixer.plan`.
             streams: a list that receives the residual stream before each block, (batch, seq_len, d_model).
 
         Returns:
@@ -189,20 +201,26 @@ class Backbone(nn.Module):
             raise ValueError(f"ids: expected a non-empty (batch, seq_len), got {tuple(ids.shape)}")
         x = self._embed(ids)
         before = [None] * len(self.layers) if state is None else state.layers
-        after = []
+        plan, after = self._first.plan(ids, before[0], seq_idx), []
         for layer, layer_state in zip(self.layers, before, strict=True):
             if streams is not None:
                 streams.append(x)
-            x, layer_state = layer(x, layer_state, seq_idx)
+            x, layer_state = layer(x, layer_state, plan)
             after.append(layer_state)
         return self.norm_f(x), State(after, None if state is None else state.model)
 
     def step(self, ids: Tensor, state: State) -> Tensor:
         """Read one token per row, ids (batch,), into the state; return hidden (batch, d_model)."""
-        x = self._embed(ids)
+        state.reserve(1)
+        x, plan = self._embed(ids), self._first.plan(ids, state.layers[0], None)
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
-            x = cast(Block, layer).step(x, layer_state)
+            x = cast(Block, layer).step(x, layer_state, plan)
         return cast(Tensor, self.norm_f(x))
+
+    @property
+    def _first(self) -> Mixer[Any]:
+        """The mixer that speaks for all."""
+        return cast(Block, self.layers[0]).mixer
 
     def _embed(self, ids: Tensor) -> Tensor:
         """Start the residual stream, in float32 so that many small additions are not lost."""
@@ -227,25 +245,26 @@ class Output(NamedTuple):
     hidden: tuple[Tensor, ...] | None
 
 
-class LanguageModel(nn.Module):
-    """A causal language model around a stack of mixers.
+class LanguageModel(Model):
+    """A causal language model around a stack of blocks.
 
     Args:
         config: the model's Config, kept as `model.config`.
-        mixers: one per layer.
+        blocks: one per layer.
         generator: randomness of the embedding (and head); torch's global one if None.
     """
+
+    config: LanguageModelConfig
 
     def __init__(
         self,
         config: LanguageModelConfig,
-        mixers: Iterable[Mixer[Any]],
+        blocks: Iterable[Block],
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self._decoder: Decoder | None = None
-        self.backbone = Backbone(config, mixers, generator)
+        self.backbone = Backbone(config, blocks, generator)
         self.lm_head = None  # tied: the head is the embedding, so no copy can drift and files hold it once
         if not config.tie_embeddings:
             self.lm_head = linear(config.d_model, config.padded_vocab_size, False, generator)
@@ -290,6 +309,21 @@ class LanguageModel(nn.Module):
                 losses = nats(logits.flatten(0, 1), targets.flatten(), self.config.vocab_size)
                 loss = losses.sum() / count(targets)
         return Output(logits, loss, state, None if streams is None else (*streams, hidden))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the embedding, also of one that is stored in fewer bits."""
+        return self.backbone.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.backbone.embedding.weight.device
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens of the longest text it was made for, if there is such a length."""
+        return None
 
     def head(self, hidden: Tensor) -> Tensor:
         """Turn what the backbone returns into logits.
@@ -433,42 +467,10 @@ class LanguageModel(nn.Module):
         pieces = [nats(self.head(h), t, vocab_size) for h, t in row_chunks(hidden, targets, vocab_size)]
         return torch.cat(pieces).view(targets.shape)
 
-    def fingerprint(self) -> str:
-        """Return a short hash of the weights: a state or a cache made with others is of no use to this model.
-
-        Another type of the same weights is another fingerprint.
-        """
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
-
-    def num_parameters(self) -> int:
-        """Count the numbers that were learnt, stored ones too; a tied head is the embedding, counted once."""
-        stored = [module.weight for module in self.modules() if isinstance(module, WeightOnly)]
-        two_a_byte = sum(weight.numel() for weight in stored if weight.dtype == torch.uint8)
-        return sum(tensor.numel() for tensor in (*self.parameters(), *stored)) + two_a_byte
-
-    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Sort the trainable parameters for AdamW: matrices decay; norms, biases and the recurrence do not.
-
-        Args:
-            weight_decay: for those that decay.
-
-        Returns:
-            Two groups with "params" and "weight_decay".
-        """
+    def undecayed(self) -> Iterable[nn.Parameter]:
+        """Return the parameters of the recurrence, which set time scales."""
         mixers = [module for module in self.modules() if isinstance(module, Mixer)]
-        kept = {id(mixer.get_parameter(name)) for mixer in mixers for name in mixer.recurrence}
-        groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                groups[parameter.dim() < 2 or id(parameter) in kept].append(parameter)
-        return [
-            {"params": groups[0], "weight_decay": weight_decay},
-            {"params": groups[1], "weight_decay": 0.0},
-        ]
+        return (mixer.get_parameter(name) for mixer in mixers for name in mixer.recurrence)
 
     def _restart(self, state: State, last_idx: Tensor | None, seq_idx: Tensor) -> State:
         """Forget rows whose next token opens a new sequence: the ops can't see that across chunks."""
@@ -476,12 +478,7 @@ class LanguageModel(nn.Module):
             return state
         first = seq_idx.gather(1, (seq_idx >= 0).int().argmax(1, keepdim=True))[:, 0]  # (batch,), < 0 if none
         fresh = (first >= 0) & (last_idx >= 0) & (first != last_idx)  # (batch,)
-
-        def pick(new: Tensor, old: Tensor) -> Tensor:
-            return torch.where(over(fresh, old), new, old)
-
-        pairs = zip(self.init_state(state.batch_size).layers, state.layers, strict=True)
-        return State([old._make(map(pick, new, old)) for new, old in pairs], state.model)
+        return state.restarted(fresh, self.init_state(state.batch_size))
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean nats per target without ever holding all logits."""

@@ -79,7 +79,9 @@ def row_chunks(hidden: Tensor, targets: Tensor, vocab_size: int) -> Iterator[tup
         yield hidden[begin : begin + rows], targets[begin : begin + rows]
 
 
-def linear_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+def linear_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, label_smoothing: float = 0.0
+) -> Tensor:
     """Compute the mean nats of a linear head, with first-order gradients, holding only pieces of the logits.
 
     Args:
@@ -87,41 +89,52 @@ def linear_loss(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
         weight: (padded_vocab_size, d_model).
         targets: (...) int64 below vocab_size, or -100.
         vocab_size: how many rows of the weight belong to tokens.
+        label_smoothing: share of the probability that the other vocab_size - 1 tokens are to have together.
 
     Returns:
         () float32 at least; 0 if there is no target. Backward with create_graph=True raises RuntimeError.
     """
-    return cast(Tensor, _LinearLoss.apply(hidden, weight, targets, vocab_size))  # type: ignore[no-untyped-call]
+    arguments = hidden, weight, targets, vocab_size, label_smoothing
+    return cast(Tensor, _LinearLoss.apply(*arguments))  # type: ignore[no-untyped-call]
 
 
 class _LinearLoss(torch.autograd.Function):
     """Takes the gradients while each piece of the logits exists.
 
-    With p = softmax(W h) the gradient of the logits is (p - onehot(target)) / n_targets: known at once, so
-    nothing of size (tokens, vocab_size) is kept for the backward pass and nothing is computed twice.
+    With p = softmax(W h) and q what p should be, onehot(target) or a smoothed one, the gradient of the logits
+    is (p - q) / n_targets: known at once, so nothing of size (tokens, vocab_size) is kept for the backward
+    pass and nothing is computed twice.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, smoothing: float
+    ) -> Tensor:
         used = weight[:vocab_size]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         loss, dhidden = hidden.new_zeros((), dtype=dtype), []
         dweight = torch.zeros_like(weight, dtype=dtype)
         share = 1.0 / count(targets).to(dtype)
+        other = smoothing / (vocab_size - 1) if smoothing else 0.0  # q of each token that is not the target
         for h, t in row_chunks(hidden, targets, vocab_size):
             wanted = (t != IGNORE)[:, None] * share  # (rows, 1), what each row counts in the mean
             index = t.masked_fill(t == IGNORE, 0)[:, None]  # (rows, 1)
             scores = F.log_softmax(ops.multiply(h, used.T).to(dtype), dim=-1)  # (rows, vocab_size)
-            loss -= (scores.gather(1, index) * wanted).sum()
-            dlogits = scores.exp_().scatter_add_(1, index, -torch.ones_like(wanted)).mul_(wanted)
+            loss -= ((1 - smoothing - other) * scores.gather(1, index) * wanted).sum()
+            if other:
+                loss -= other * (scores.sum(1, keepdim=True) * wanted).sum()
+            dlogits = scores.exp_()
+            if other:
+                dlogits -= other
+            dlogits.scatter_add_(1, index, torch.full_like(wanted, smoothing + other - 1)).mul_(wanted)
             dhidden.append(ops.multiply(dlogits.to(h.dtype), used))
             dweight[:vocab_size] += ops.multiply(dlogits.T, h.to(dtype))
         ctx.save_for_backward(torch.cat(dhidden).view(hidden.shape), dweight.to(weight.dtype))
         return loss
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # that is, create_graph=True
             raise RuntimeError("second derivatives need all logits: ask the model for return_logits=True")
         dhidden, dweight = ctx.saved_tensors
-        return dhidden * dloss.to(dhidden.dtype), dweight * dloss.to(dweight.dtype), None, None
+        return dhidden * dloss.to(dhidden.dtype), dweight * dloss.to(dweight.dtype), None, None, None

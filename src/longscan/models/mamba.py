@@ -153,7 +153,7 @@ class MambaMixer(Mixer[MambaState]):
         self.out_proj.weight /= math.sqrt(config.n_layers)  # n_layers terms add up in the residual stream
 
     def forward(
-        self, x: Tensor, state: MambaState | None = None, seq_idx: Tensor | None = None
+        self, x: Tensor, state: MambaState | None = None, seq_idx: Tensor | None = None, /
     ) -> tuple[Tensor, MambaState]:
         """Mix along time.
 
@@ -188,12 +188,13 @@ class MambaMixer(Mixer[MambaState]):
         zeros = self.A_log.new_zeros
         return MambaState(zeros(batch_size, past, d_inner), zeros(batch_size, d_inner, d_state))
 
-    def step(self, x: Tensor, state: MambaState) -> Tensor:
+    def step(self, x: Tensor, state: MambaState, plan: None = None, /) -> Tensor:
         """Take in one token per row.
 
         Args:
             x: (batch, d_model).
             state: overwritten with the state after the token.
+            plan: nothing.
 
         Returns:
             y: (batch, d_model).
@@ -240,8 +241,8 @@ class Mamba(LanguageModel):
     config: MambaConfig
 
     def __init__(self, config: MambaConfig, generator: torch.Generator | None = None) -> None:
-        mixers = [MambaMixer(config, generator) for _ in range(config.n_layers)]
-        super().__init__(config, mixers, generator)
+        blocks = [Block(config, MambaMixer(config, generator)) for _ in range(config.n_layers)]
+        super().__init__(config, blocks, generator)
 
     def stack(self) -> tuple[ops.MambaStack, list[Tensor]] | None:
         """Describe the weights to the native decoder, if it can run this model as it is.

@@ -12,23 +12,23 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import LongscanError
-from .backbone import LanguageModel
 from .layers import DtProjection, WeightOnly, WeightOnlyEmbedding, WeightOnlyLinear
+from .model import Model
 
 KINDS: tuple[ops.Kind, ...] = ("bf16", "int8", "int4")
 DELICATE = ("x_proj", "dt_proj")  # small, and what they compute is exponentiated: never less than 8 bits
 
 
-def precision(model: LanguageModel) -> str:
+def precision(model: Model) -> str:
     """Say how a model's weights are stored: "float32", "bfloat16", ..., or a format of `quantize_model`.
 
     Args:
         model: any. "bf16" means stored weights under float32 activations, "bfloat16" a model of that type.
     """
-    return kind_of(model) or str(model.backbone.embedding.weight.dtype).removeprefix("torch.")
+    return kind_of(model) or str(model.dtype).removeprefix("torch.")
 
 
-def kind_of(model: LanguageModel) -> ops.Kind | None:
+def kind_of(model: Model) -> ops.Kind | None:
     """Say in which format a model is stored: the narrowest of its matrices', as a file may mix them.
 
     Args:
@@ -42,7 +42,7 @@ def kind_of(model: LanguageModel) -> ops.Kind | None:
 
 
 @torch.no_grad()
-def quantize_model(model: LanguageModel, kind: ops.Kind) -> None:
+def quantize_model(model: Model, kind: ops.Kind) -> None:
     """Store a model's matrices in fewer bits, in place.
 
     Args:
@@ -70,7 +70,7 @@ def quantize_model(model: LanguageModel, kind: ops.Kind) -> None:
     model.float().eval().requires_grad_(False)
 
 
-def store_like(model: LanguageModel, tensors: Mapping[str, Tensor]) -> None:
+def store_like(model: Model, tensors: Mapping[str, Tensor]) -> None:
     """Give a model, mostly one on the meta device, the stored layers that tensors of a file are for.
 
     Args:
@@ -120,7 +120,7 @@ def check_stored(name: str, q: Tensor, scale: Tensor | None, shape: tuple[int, i
         )
 
 
-def _matrices(model: LanguageModel) -> list[tuple[str, nn.Module]]:
+def _matrices(model: Model) -> list[tuple[str, nn.Module]]:
     """List the layers whose weights are stored, with their names."""
     return [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)]
 

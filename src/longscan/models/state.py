@@ -1,6 +1,7 @@
 """What a model remembers, as an object: to carry on, fork, drop rows of, weigh, keep in a file."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -26,14 +27,56 @@ class Owner(Protocol):
         """Return the state before any token."""
 
 
+class KV(NamedTuple):
+    """What one attention layer remembers: the keys and values of every token, so it grows with the text.
+
+    A row's tokens stand at its front, in order; what lies behind them is room, finite and never looked at.
+
+    Attributes:
+        k: (batch, capacity, n_kv_heads, d_head) keys.
+        v: (batch, capacity, n_kv_heads, d_head) values.
+        length: (batch,) int64, how many of the places each row uses.
+    """
+
+    k: Tensor
+    v: Tensor
+    length: Tensor
+
+    @property
+    def capacity(self) -> int:
+        """Tokens for which there is room."""
+        return self.k.shape[1]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return int(self.length.max()) if self.capacity and len(self.length) else 0
+
+    def used(self) -> "KV":
+        """Return a view without the room."""
+        n = self.longest
+        return KV(self.k[:, :n], self.v[:, :n], self.length)
+
+    def grown(self, capacity: int) -> "KV":
+        """Return a copy that has room for as many tokens, and is at least doubled so that copies are rare."""
+        capacity = max(capacity, 2 * self.capacity, 16)
+
+        def wider(tensor: Tensor) -> Tensor:
+            wide = tensor.new_zeros(len(tensor), capacity, *tensor.shape[2:])
+            wide[:, : tensor.shape[1]] = tensor
+            return wide
+
+        return KV(wider(self.k), wider(self.v), self.length)
+
+
 @dataclasses.dataclass(eq=False)
 class State:
-    """All that a model remembers of what it has read, at a size that does not grow with the text.
+    """All that a model remembers of what it has read.
 
     `layers[i]` is the named tuple of tensors of mixer i, every tensor with the batch as its first axis. In
-    Mamba it is (conv, ssm): conv (batch, d_conv - 1, d_inner) holds the last inputs of the convolution,
-    oldest first, and ssm (batch, d_inner, d_state) the hidden state h; both are float32 whatever the weights
-    (float64 in a float64 model).
+    Mamba it is (conv, ssm), whose size does not grow with the text: conv (batch, d_conv - 1, d_inner) holds
+    the last inputs of the convolution, oldest first, and ssm (batch, d_inner, d_state) the hidden state h;
+    both are float32 whatever the weights (float64 in a float64 model). In attention it is a `KV`.
 
     `forward` and `prefill` take a state and return a new one; `step` overwrites the one it is given. `model`
     is the one whose `init_state` or `prefill` made it, or None: only `save` asks.
@@ -58,8 +101,68 @@ class State:
         return State([layer._make(map(function, layer)) for layer in self.layers], self.model)
 
     def clone(self) -> "State":
-        """Return a copy that further steps on this state do not touch."""
-        return self.map(torch.clone)
+        """Return a copy that further steps on this state do not touch, without room that is not used."""
+        return self.used().map(torch.clone)
+
+    def used(self) -> "State":
+        """Return a view without room that is not used; see `KV`."""
+        layers = [layer.used() if isinstance(layer, KV) else layer for layer in self.layers]
+        return State(layers, self.model)
+
+    @property
+    def growth(self) -> int:
+        """Bytes that each token adds to a row; 0 if the size is constant."""
+        caches = [layer for layer in self.layers if isinstance(layer, KV)]
+        return sum(2 * cache.k.element_size() * math.prod(cache.k.shape[2:]) for cache in caches)
+
+    @torch.no_grad()
+    def reserve(self, n: int, rows: int | None = None) -> bool:
+        """Make room for n more tokens; a state of constant size always has it.
+
+        Args:
+            n: tokens.
+            rows: in how many rows, the first ones; all if None.
+
+        Returns:
+            Whether tensors were replaced by larger ones: views made before, by `head`, are then of the past.
+        """
+        first = next((layer for layer in self.layers if isinstance(layer, KV)), None)
+        if first is None or not len(first.length):
+            return False
+        needed = int(first.length[:rows].max()) + n
+        if first.capacity >= needed:
+            return False
+        self.layers = [layer.grown(needed) if isinstance(layer, KV) else layer for layer in self.layers]
+        return True
+
+    @torch.no_grad()
+    def mark(self, memory: list[Tensor] | None = None) -> list[Tensor]:
+        """Copy what further steps on this state overwrite; of a `KV` that is only its length.
+
+        Args:
+            memory: an older mark that is not needed any more.
+
+        Returns:
+            What `rewind` takes.
+        """
+        if not memory:
+            return [tensor.clone() for tensor in self._overwritten()]
+        torch._foreach_copy_(memory, self._overwritten())
+        return memory
+
+    @torch.no_grad()
+    def rewind(self, mark: list[Tensor]) -> None:
+        """Go back, in place, to where `mark` was called.
+
+        Args:
+            mark: of this state, which has taken nothing but steps since.
+        """
+        torch._foreach_copy_(self._overwritten(), mark)
+
+    def _overwritten(self) -> list[Tensor]:
+        return [
+            tensor for layer in self.layers for tensor in (layer[-1:] if isinstance(layer, KV) else layer)
+        ]
 
     def detach(self) -> "State":
         """Return a state that shares the values but no gradients: where truncated backpropagation cuts."""
@@ -96,6 +199,8 @@ class State:
     def head(self, n: int) -> "State":
         """Return the first n rows as a view: a `step` on it is a step on these rows of this state.
 
+        What grows must have room: `reserve` it on the whole state, then take the view.
+
         Args:
             n: at most batch_size.
 
@@ -111,14 +216,25 @@ class State:
         """Overwrite a row in place.
 
         Args:
-            to: the row of this state.
+            to: the row of this state; if it needs more room than there is, all rows get it, see `reserve`.
             source: any state of the same model, also this one.
             source_row: the row of it that is copied.
 
         Raises:
             IndexError: there is no such row.
         """
-        for layer, other in zip(self.layers, source.layers, strict=True):
+        for index, (layer, other) in enumerate(zip(self.layers, source.layers, strict=True)):
+            if isinstance(layer, KV):
+                n = int(other.length[source_row])
+                if n > layer.capacity:
+                    layer = self.layers[index] = layer.grown(n)
+                layer.k[to, :n], layer.v[to, :n] = other.k[source_row, :n], other.v[source_row, :n]
+                layer.k[to, n:], layer.v[to, n:] = (
+                    0,
+                    0,
+                )  # NaN that a text left there would count in spite of masks
+                layer.length[to] = n
+                continue
             for tensor, values in zip(layer, other, strict=True):
                 tensor[to].copy_(values[source_row])
 
@@ -159,7 +275,7 @@ class State:
                 "the state holds NaN or infinite numbers, so nothing can follow from it: the model's weights "
                 "are damaged, or their type is too narrow (load it in float32)."
             )
-        state_file.write(path, _identity(model), dict(self.named_tensors()), position, tokens)
+        state_file.write(path, _identity(model), dict(self.used().named_tensors()), position, tokens)
 
     @classmethod
     def load(cls, path: str | Path, model: Owner) -> "SavedState":
@@ -177,11 +293,18 @@ class State:
             OSError: it cannot be read.
         """
         tensors, position, tokens = state_file.read(Path(path), _identity(model))
-        state = model.init_state(len(next(iter(tensors.values()))))
-        state.model = model
-        with torch.no_grad():
-            for name, tensor in state.named_tensors():
-                tensor.copy_(tensors[name])
+        like = model.init_state(0)
+        device = like.layers[0][0].device
+        places = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+        state = State(
+            [
+                layer._make(places[f"layers.{index}.{field}"] for field in layer._fields)
+                for index, layer in enumerate(like.layers)
+            ],
+            model,
+        )
+        if not state._is_whole():
+            raise LongscanError(f"{path} is damaged: its rows have impossible lengths. Save the state again.")
         if not state.is_finite():
             raise LongscanError(f"{path} is damaged: it holds NaN or infinite numbers. Save the state again.")
         _check_tokens(f"{path}: pending", tokens, model)
@@ -192,6 +315,35 @@ class State:
         for index, layer in enumerate(self.layers):
             for field, tensor in zip(layer._fields, layer, strict=True):
                 yield f"layers.{index}.{field}", tensor
+
+    def restarted(self, rows: Tensor, fresh: "State") -> "State":
+        """Return a state in which some rows have read nothing.
+
+        Args:
+            rows: (batch,) bool.
+            fresh: the state before any token, of as many rows.
+        """
+
+        def pick(new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(over(rows, old), new, old)
+
+        layers = [
+            old._replace(length=old.length.masked_fill(rows, 0))
+            if isinstance(old, KV)
+            else old._make(map(pick, new, old))
+            for new, old in zip(fresh.layers, self.layers, strict=True)
+        ]
+        return State(layers, self.model)
+
+    def _is_whole(self) -> bool:
+        """Whether every layer that grows has the same rows, none beyond its room, the longest filling it."""
+        caches = [layer for layer in self.layers if isinstance(layer, KV)]
+        return all(
+            torch.equal(cache.length, caches[0].length)
+            and int(cache.length.min()) >= 0
+            and int(cache.length.max()) == cache.capacity
+            for cache in caches
+        )
 
     def is_finite(self) -> bool:
         """Whether there is no NaN and no infinity in it."""
@@ -226,7 +378,9 @@ def _identity(model: Owner) -> state_file.Identity:
     """Describe whose state it is."""
     like = model.init_state(0)
     name, layers = type(model).__name__, len(like.layers)
-    return state_file.Identity(name, layers, model.fingerprint, dict(like.named_tensors()))
+    caches = [index for index, layer in enumerate(like.layers) if isinstance(layer, KV)]
+    grows = frozenset(f"layers.{index}.{field}" for index in caches for field in ("k", "v"))
+    return state_file.Identity(name, layers, model.fingerprint, dict(like.named_tensors()), grows)
 
 
 def _check_tokens(what: str, tokens: Tensor, model: Owner) -> None:

@@ -1,6 +1,6 @@
 """The file of a state: safetensors, believed only after everything in its header was checked.
 
-One tensor per layer and field, `layers.3.ssm`, float32 bit for bit (float64 in a float64 model), and the
+One tensor per layer and field, `layers.3.ssm`, bit for bit in its own type, and the
 tokens of the text that are known but not read yet, `pending`. The metadata name the model by class, number of
 layers and fingerprint, because the numbers mean nothing to any other, and the position in the text.
 """
@@ -21,7 +21,13 @@ from ..files import atomic_write
 FORMAT, VERSION, PENDING = "longscan-state", "1", "pending"
 MAX_HEADER = 4 << 20  # bytes; 64 layers need 10 kB
 MAX_BYTES = 2**63 - 1
-TYPES = {"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}
+TYPES = {
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}
 AGAIN = "Save the state again."
 
 
@@ -33,12 +39,14 @@ class Identity(NamedTuple):
         layers: how many.
         fingerprint: computes the hash of its weights.
         like: name -> tensor (0, ...), the state of no rows.
+        grows: the names of those that are (rows, tokens, ...), as many tokens in each.
     """
 
     model: str
     layers: int
     fingerprint: Callable[[], str]
     like: Mapping[str, Tensor]
+    grows: frozenset[str] = frozenset()
 
 
 class Entry(NamedTuple):
@@ -178,14 +186,18 @@ def _check_owner(path: Path, facts: dict[str, Any], entries: dict[str, Entry], o
     if wrong := sorted(expected ^ entries.keys()):
         what = "is missing" if wrong[0] in expected else "does not belong there"
         raise LongscanError(f"{path} is damaged: {_short(wrong[0])} {what}. {AGAIN}")
-    rows = next(iter(entries[next(iter(owner.like))].shape), 0)
+    first = entries[next(iter(owner.like))].shape
+    rows, places = next(iter(first), 0), first[1] if len(first) > 1 else 0
     for name, like in owner.like.items():
-        entry, rest = entries[name], tuple(like.shape[1:])
-        if not rows or entry.shape != (rows, *rest) or TYPES[entry.dtype] != like.dtype:
+        entry, rest = entries[name], list(like.shape[1:])
+        grows = name in owner.grows
+        shape = (rows, places, *rest[1:]) if grows else (rows, *rest)
+        if not rows or entry.shape != shape or TYPES[entry.dtype] != like.dtype:
             kind = next(key for key, dtype in TYPES.items() if dtype == like.dtype)
+            sizes = ["rows", *(["tokens"] if grows else []), *map(str, rest[grows:])]
             raise LongscanError(
                 f"{path} is the state of another model: expected {name} to be {kind} of shape "
-                f"({', '.join(['rows', *map(str, rest)])}), found {entry.dtype} {_short(entry.shape)}. "
+                f"({', '.join(sizes)}), found {entry.dtype} {_short(entry.shape)}. "
                 "Use the model that wrote it."
             )
     pending = entries[PENDING]

@@ -1,0 +1,423 @@
+"""BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding.
+
+Jacob Devlin, Ming-Wei Chang, Kenton Lee and Kristina Toutanova, 2018, arXiv 1810.04805.
+
+Parent: the encoder of the Transformer, post-norm.
+Kept: multi-head attention, the position-wise network, a norm after each residual sum.
+Changed: no decoder and no causal mask, every token sees all others; positions are learnt and added together
+with a token type (which of two texts) and normed; GELU for ReLU. It learns by filling in words that were
+hidden (masked language model) and by telling whether a text follows another (next-sentence prediction: label
+0 = it does, 1 = it is a random one).
+
+Deviations from the original code: GELU is exact (`gelu`) as in the checkpoints that circulate; the original's
+tanh approximation is `gelu_tanh`. Padding is masked out, not discouraged by -10000. Dropout as there.
+
+    x = LN(word[id] + position[t] + type[s])
+    x = LN(x + W_O attention(W_Q x, W_K x, W_V x))        n_layers times, d_head = d_model / n_heads
+    x = LN(x + W_2 gelu(W_1 x))
+    pooled = tanh(W_p x_[CLS])
+    hidden word: softmax(E LN(gelu(W x)) + b), E the word embeddings;    next sentence, class: W pooled + b
+
+Glossary: H = d_model, L = n_layers, A = n_heads; 4H = d_ff. Parameters have the names of Hugging Face's
+BertForPreTraining and BertForSequenceClassification.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import Config
+from ..errors import LongscanError
+from ..ops import attention, attention_ref
+from .layers import Linear, blank, project
+from .loss import IGNORE
+from .model import Model
+
+Head: TypeAlias = Literal["none", "pretraining", "classifier"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"d_model": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 257, "max_positions": 64},
+    "tiny-lm": {
+        "d_model": 256,
+        "n_layers": 4,
+        "n_heads": 4,
+        "vocab_size": 4096,
+    },  # "mini" in the paper's code
+    "minilm-l6": {"d_model": 384, "n_layers": 6, "n_heads": 12, "vocab_size": 30522},
+    "base": {"d_model": 768, "n_layers": 12, "n_heads": 12, "vocab_size": 30522},
+    "large": {"d_model": 1024, "n_layers": 24, "n_heads": 16, "vocab_size": 30522},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BertConfig(Config):
+    """The sizes of a BERT, and what stands on top of it; the paper's symbols stand in the comments.
+
+    Raises:
+        LongscanError: a value is out of range.
+    """
+
+    d_model: int  # H
+    n_layers: int  # L
+    n_heads: int  # A
+    vocab_size: int
+    d_ff: int | None = None  # None is 4 H
+    max_positions: int = 512
+    n_types: int = 2
+    pad_id: int = 0
+    norm_eps: float = 1e-12
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    init_std: float = 0.02  # of a normal distribution cut off at twice that
+    head: Head = "pretraining"
+    labels: tuple[str, ...] = ()  # of the classifier, in the order of its outputs
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("d_model", "n_layers", "n_heads", "vocab_size", "max_positions", "n_types", "d_ff"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1) and not (name == "d_ff" and value is None):
+                raise LongscanError(f"{name}: expected a whole number of at least 1, got {value!r}.")
+        if self.d_model % self.n_heads:
+            raise LongscanError(
+                f"n_heads: expected a divisor of d_model = {self.d_model}, got {self.n_heads}."
+            )
+        if not 0 <= self.pad_id < self.vocab_size:
+            raise LongscanError(f"pad_id: expected an id below {self.vocab_size}, got {self.pad_id}.")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise LongscanError(f"{name}: expected a share below 1, got {getattr(self, name)}.")
+        for name in ("norm_eps", "init_std"):
+            if not getattr(self, name) > 0:
+                raise LongscanError(f"{name}: expected more than 0, got {getattr(self, name)}.")
+        if (self.head == "classifier") != bool(self.labels):
+            raise LongscanError(f"labels: they belong to a classifier, got {len(self.labels)} ({self.head}).")
+        if len(set(self.labels)) < len(self.labels):
+            raise LongscanError("labels: expected different names.")
+
+    @property
+    def d_inner(self) -> int:
+        """Width between the two matrices of the position-wise network: d_ff, or what it stands for."""
+        return 4 * self.d_model if self.d_ff is None else self.d_ff
+
+
+class BertOutput(NamedTuple):
+    """What a forward pass returns.
+
+    Attributes:
+        hidden: (batch, seq_len, d_model).
+        pooled: (batch, d_model), from [CLS].
+        weights: "encoder.0" ... -> (batch, n_heads, seq_len, seq_len), or None if not asked for.
+    """
+
+    hidden: Tensor
+    pooled: Tensor
+    weights: dict[str, Tensor] | None
+
+
+class PretrainingBatch(NamedTuple):
+    """Pairs of texts with hidden words.
+
+    Attributes:
+        ids: (batch, seq_len) int64, what the model reads.
+        types: (batch, seq_len) int64, the token types.
+        labels: (batch, seq_len) int64, the word to be found where one was chosen, else -100.
+        is_random: (batch,) int64, 1 where the second text does not follow the first.
+    """
+
+    ids: Tensor
+    types: Tensor
+    labels: Tensor
+    is_random: Tensor
+
+
+class Embeddings(nn.Module):
+    """Word, position and token type, added and normed."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.word_embeddings = blank(nn.Embedding, config.vocab_size, config.d_model)
+        self.position_embeddings = blank(nn.Embedding, config.max_positions, config.d_model)
+        self.token_type_embeddings = blank(nn.Embedding, config.n_types, config.d_model)
+        self.LayerNorm = nn.LayerNorm(config.d_model, config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, ids: Tensor, types: Tensor) -> Tensor:
+        """Embed ids and types (batch, seq_len): (batch, seq_len, d_model)."""
+        positions = self.position_embeddings.weight[: ids.shape[1]]  # (seq_len, d_model)
+        x = self.word_embeddings(ids) + positions + self.token_type_embeddings(types)
+        return cast(Tensor, self.dropout(self.LayerNorm(x)))
+
+
+class SelfAttention(nn.Module):
+    """Every token asks every other that is not padding."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.n_heads, self.dropout = config.n_heads, config.attention_dropout
+        self.query, self.key, self.value = (blank(Linear, config.d_model, config.d_model) for _ in range(3))
+
+    def forward(self, x: Tensor, mask: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            x: (batch, seq_len, d_model).
+            mask: (batch, 1, 1, seq_len) bool, True at tokens; all of them if None.
+            wanted: whether the weights are.
+
+        Returns:
+            y: (batch, seq_len, d_model), the heads side by side.
+            weights: (batch, n_heads, seq_len, seq_len), or None.
+        """
+        heads = (map_to(x).unflatten(-1, (self.n_heads, -1)) for map_to in (self.query, self.key, self.value))
+        q, k, v = heads  # (batch, seq_len, n_heads, d_head) each
+        dropout = self.dropout if self.training else 0.0
+        if wanted:
+            y, weights = attention_ref(q, k, v, mask=mask, dropout=dropout)
+            return y.flatten(2), weights
+        return attention(q, k, v, mask=mask, dropout=dropout).flatten(2), None
+
+
+class AddNorm(nn.Module):
+    """LN(residual + dropout(W x + b)), the end of both halves of a layer."""
+
+    def __init__(self, config: BertConfig, d_in: int) -> None:
+        super().__init__()
+        self.dense = blank(Linear, d_in, config.d_model)
+        self.LayerNorm = nn.LayerNorm(config.d_model, config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Map x (..., d_in) and add it to the residual (..., d_model)."""
+        return cast(Tensor, self.LayerNorm(residual + self.dropout(self.dense(x))))
+
+
+class Dense(nn.Module):
+    """A matrix and a non-linearity, under the name that checkpoints give it."""
+
+    def __init__(self, d_in: int, d_out: int, activation: str) -> None:
+        super().__init__()
+        self.dense = blank(Linear, d_in, d_out)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d_in) to (..., d_out)."""
+        x = self.dense(x)
+        if self.activation == "tanh":
+            return torch.tanh(x)
+        return F.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+
+
+class Transform(Dense):
+    """A `Dense` and a norm, before the masked-word head compares."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config.d_model, config.d_model, config.activation)
+        self.LayerNorm = nn.LayerNorm(config.d_model, config.norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d_model) to (..., d_model)."""
+        return cast(Tensor, self.LayerNorm(super().forward(x)))
+
+
+class Layer(nn.Module):
+    """Attention, then the position-wise network."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        parts = {"self": SelfAttention(config), "output": AddNorm(config, config.d_model)}
+        self.attention = nn.ModuleDict(parts)
+        self.intermediate = Dense(config.d_model, config.d_inner, config.activation)
+        self.output = AddNorm(config, config.d_inner)
+
+    def forward(self, x: Tensor, mask: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
+        """Compute x (batch, seq_len, d_model) anew; see `SelfAttention.forward`."""
+        y, weights = self.attention["self"](x, mask, wanted)
+        x = self.attention["output"](y, x)
+        return self.output(self.intermediate(x), x), weights
+
+
+class Encoder(nn.Module):
+    """Embeddings, layers and the pooler."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.n_layers))})
+        self.pooler = Dense(config.d_model, config.d_model, "tanh")
+
+
+class MaskedWordHead(nn.Module):
+    """The vector that is compared with the word embeddings, and a bias for each word."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.transform = Transform(config)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor, embedding: nn.Module) -> Tensor:
+        """Map (..., d_model) to logits (..., vocab_size)."""
+        return project(self.transform(hidden), embedding) + self.bias
+
+
+class Bert(Model):
+    """A BERT with the head that its configuration names.
+
+    Args:
+        config: the sizes.
+        generator: randomness of the start; torch's global one if None. Dropout draws from the global one.
+    """
+
+    config: BertConfig
+
+    def __init__(self, config: BertConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__(config)
+        self.bert = Encoder(config)
+        if config.head == "pretraining":
+            words, follows = MaskedWordHead(config), blank(Linear, config.d_model, 2)
+            self.cls = nn.ModuleDict({"predictions": words, "seq_relationship": follows})
+        elif config.head == "classifier":
+            self.dropout = nn.Dropout(config.dropout)
+            self.classifier = blank(Linear, config.d_model, len(config.labels))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
+                self._start(module, generator)
+
+    @torch.no_grad()
+    def _start(self, module: nn.Linear | nn.Embedding, generator: torch.Generator | None) -> None:
+        """Draw a matrix from the truncated normal distribution; biases are 0."""
+        std = self.config.init_std
+        nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        ids: Tensor,
+        types: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        return_weights: bool = False,
+    ) -> BertOutput:
+        """Read texts.
+
+        Args:
+            ids: (batch, seq_len) int64, starting with [CLS].
+            types: (batch, seq_len) int64, the token types; 0 if None.
+            mask: (batch, seq_len) bool, True at tokens; where ids differ from pad_id if None. What stands in
+                padding changes no token's result.
+            return_weights: whether to return the attention weights.
+
+        Returns:
+            See `BertOutput`.
+
+        Raises:
+            ValueError: there are no tokens, or more than positions.
+        """
+        if ids.dim() != 2 or 0 in ids.shape:
+            raise ValueError(f"ids: expected a non-empty (batch, seq_len), got {tuple(ids.shape)}")
+        if ids.shape[1] > self.config.max_positions:
+            raise ValueError(f"ids: expected at most {self.config.max_positions} a row, got {ids.shape[1]}")
+        mask = ids != self.config.pad_id if mask is None else mask
+        allowed = None if bool(mask.all()) else mask[:, None, None]  # (batch, 1, 1, seq_len)
+        x = self.bert.embeddings(ids, torch.zeros_like(ids) if types is None else types)
+        seen = {}
+        for number, layer in enumerate(cast(nn.ModuleList, self.bert.encoder["layer"])):
+            x, seen[f"encoder.{number}"] = layer(x, allowed, return_weights)
+        return BertOutput(x, self.bert.pooler(x[:, 0]), seen if return_weights else None)
+
+    def words(self, hidden: Tensor) -> Tensor:
+        """Guess hidden words.
+
+        Args:
+            hidden: (..., d_model) of `forward`.
+
+        Returns:
+            Logits (..., vocab_size).
+
+        Raises:
+            ValueError: the model has no such head.
+        """
+        self._need("pretraining")
+        return cast(Tensor, self.cls["predictions"](hidden, self.bert.embeddings.word_embeddings))
+
+    def follows(self, pooled: Tensor) -> Tensor:
+        """Tell whether the second text follows the first.
+
+        Args:
+            pooled: (batch, d_model) of `forward`.
+
+        Returns:
+            Logits (batch, 2): it follows, it is a random one.
+
+        Raises:
+            ValueError: the model has no such head.
+        """
+        self._need("pretraining")
+        return cast(Tensor, self.cls["seq_relationship"](pooled))
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Score the classes.
+
+        Args:
+            pooled: (batch, d_model) of `forward`.
+
+        Returns:
+            Logits (batch, len(config.labels)).
+
+        Raises:
+            ValueError: the model has no such head.
+        """
+        self._need("classifier")
+        return cast(Tensor, self.classifier(self.dropout(pooled)))
+
+    def losses(self, batch: PretrainingBatch) -> tuple[Tensor, Tensor]:
+        """Compute what pre-training minimises the sum of.
+
+        Args:
+            batch: on the model's device.
+
+        Returns:
+            words: () mean nats of the chosen words, 0 if none was.
+            follows: () mean nats of the next-sentence labels.
+        """
+        output = self(batch.ids, batch.types)
+        chosen = batch.labels != IGNORE
+        logits = self.words(output.hidden[chosen])  # (n_chosen, vocab_size): of the other words nobody asks
+        words = F.cross_entropy(logits, batch.labels[chosen], reduction="sum") / chosen.sum().clamp(min=1)
+        return words, F.cross_entropy(self.follows(output.pooled), batch.is_random)
+
+    def _need(self, head: str) -> None:
+        """Insist on a head."""
+        if self.config.head != head:
+            raise ValueError(f"head: expected a model with {head!r}, got {self.config.head!r}")
+
+
+def rename(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the parameters of a published checkpoint their present names.
+
+    A bare encoder has no `bert.` prefix; files of the first years say gamma and beta; some hold buffers that
+    say nothing, and the bias of the masked-word head twice. `cls.predictions.decoder.weight` stays: whether
+    it repeats the embedding is for the reader of the file to judge.
+
+    Args:
+        state_dict: name -> tensor.
+
+    Returns:
+        The same tensors under our names.
+    """
+    ours: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        if name.startswith(("embeddings.", "encoder.", "pooler.")):
+            name = f"bert.{name}"
+        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if name == "cls.predictions.decoder.bias":
+            name = "cls.predictions.bias"
+        if not name.endswith(("embeddings.position_ids", "embeddings.token_type_ids")):
+            ours.setdefault(name, tensor)
+    return ours

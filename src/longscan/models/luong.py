@@ -1,0 +1,206 @@
+"""Effective Approaches to Attention-based Neural Machine Translation.
+
+Minh-Thang Luong, Hieu Pham, Christopher D. Manning, 2015, arXiv 1508.04025.
+
+Parents: seq2seq, whose deep LSTMs and reversed source it keeps; Bahdanau, whose attention it simplifies.
+Changed: the decoder takes its step first and looks with the new state h_t; the score may be a plain product;
+a local kind looks at a window of the source only; and what was looked at is fed into the next step, so that
+the decoder knows where it has been.
+
+Deviations: one vocabulary for both languages; dropout on embeddings, between layers and before the softmax.
+
+    score  = h_t . h_s | h_t . W_a h_s | v_a . tanh(W_a [h_t; h_s])         dot, general, concat (section 3.1)
+    a_t    = softmax(score), or softmax(W_a h_t), which looks at no h_s     location
+    c_t    = sum_s a_t(s) h_s       h~_t = tanh(W_c [c_t; h_t])             p(y_t) = softmax(W_s h~_t)
+
+Local attention (section 3.2) takes the softmax over |s - p_t| <= D only, with p_t = t (local-m), or, of a
+source of S tokens, p_t = S sigmoid(v_p . tanh(W_p h_t)) (local-p). Then the weights are multiplied by
+exp(-(s - p_t)^2 / (2 (D/2)^2)), and so sum to less than 1: this factor is how gradients reach W_p and v_p.
+Positions count from 0, in the order of the text. A window that lies beyond the end of the source is empty:
+the weights are zero.
+
+Glossary: d_hidden, d_embedding = the 1000 of the paper, n_layers = its 4; h_s = annotations; D = window.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import masked_softmax
+from .bahdanau import AdditiveAttention, Memory
+from .layers import linear
+from .seq2seq import LSTM, uniform
+from .state import State
+from .translator import Translator, TranslatorConfig, Writing, embedding
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"vocab_size": 64, "d_embedding": 24, "d_hidden": 32, "n_layers": 2},
+    "multi30k": {
+        "vocab_size": 8000,
+        "d_embedding": 256,
+        "d_hidden": 384,
+        "n_layers": 1,
+        "dropout": 0.2,
+    },
+    "paper": {
+        "vocab_size": 50000,
+        "d_embedding": 1000,
+        "d_hidden": 1000,
+        "n_layers": 4,
+        "where": "local-p",
+        "dropout": 0.2,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LuongConfig(TranslatorConfig):
+    """The sizes and the kind of attention.
+
+    Raises:
+        LongscanError: a value is out of range.
+    """
+
+    d_embedding: int
+    d_hidden: int
+    n_layers: int = 4
+    reverse: bool = True  # read the source from its end to its start
+    score: Literal["dot", "general", "concat", "location"] = "general"
+    where: Literal["global", "local-m", "local-p"] = "global"
+    window: int = 10  # D
+    input_feeding: bool = True
+    n_locations: int = 100  # source positions that the location score knows; it looks at none beyond
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        self.check_counts("d_embedding", "d_hidden", "n_layers", "window", "n_locations")
+
+
+class Fed(NamedTuple):
+    """What input feeding carries on.
+
+    Attributes:
+        h_tilde: (batch, d_hidden) of the last step.
+    """
+
+    h_tilde: Tensor
+
+
+class Luong(Translator):
+    """Deep LSTMs, and attention with the state after the step.
+
+    Args:
+        config: the sizes.
+        generator: randomness of the start; torch's global one if None.
+    """
+
+    config: LuongConfig
+
+    def __init__(self, config: LuongConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__(config)
+        n, sizes = config.d_hidden, (config.d_embedding, config.d_hidden, config.n_layers, config.dropout)
+        self.source_embedding = embedding(config.vocab_size, config.d_embedding)
+        self.target_embedding = embedding(config.vocab_size, config.d_embedding)
+        self.encoder, self.decoder = LSTM(*sizes), LSTM(*sizes)
+        self.feed = linear(n, 4 * n, False) if config.input_feeding else None  # from h~ into the first layer
+        self.align: nn.Module | None = None  # W_a, and v_a of concat
+        if config.score == "general":
+            self.align = linear(n, n, False)
+        elif config.score == "concat":
+            self.align = AdditiveAttention(n, n, n)
+        elif config.score == "location":
+            self.align = linear(n, config.n_locations, False)
+        self.centre = None  # W_p, tanh, v_p
+        if config.where == "local-p":
+            self.centre = nn.Sequential(linear(n, n, False), nn.Tanh(), linear(n, 1, False))
+        self.combine = linear(2 * n, n, False)  # W_c
+        self.head = linear(n, config.vocab_size, False)  # W_s
+        uniform(self, 0.1, generator)  # section 4.1
+
+    def read(self, source: Tensor, weights: dict[str, Tensor] | None = None) -> Writing:
+        """Read source sentences; see `Translator.read`."""
+        mask = source != self.config.pad_id
+        x = self.drop(self.table("source")(source))
+        h, state = self.encoder(x, self.encoder.init_state(len(source)), mask, self.config.reverse)
+        keys = h
+        if isinstance(self.align, AdditiveAttention):
+            keys = self.align.key(h)
+        elif self.align is not None and self.config.score == "general":
+            keys = self.align(h)
+        fed = Fed(h.new_zeros(len(h), self.config.d_hidden))
+        return Writing(State([*state, fed]), State([Memory(h, keys, mask)]))
+
+    def write(self, target: Tensor, state: Writing, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """Read whole target sentences; see `Translator.write`."""
+        words = self.drop(self.target_embedding(target))
+        (memory,), (*layers, fed) = state.memory.layers, state.decoder.layers
+        times = torch.arange(target.shape[1], device=target.device)
+        if self.feed is None:  # no step waits for attention: all look at once
+            h, _ = self.decoder(words, layers)
+            hidden, looked = self._look(h, memory, times)
+        else:
+            steps, looks, last = [], [], fed.h_tilde.unsqueeze(1)
+            for t, x in enumerate(self.decoder.project(words).unbind(1)):
+                layers = self.decoder.step(x + self.feed(last.squeeze(1)), layers)
+                last, look = self._look(layers[-1].h.unsqueeze(1), memory, times[t : t + 1])
+                steps.append(last)
+                looks.append(look)
+            hidden, looked = torch.cat(steps, 1), torch.cat(looks, 1)
+        if weights is not None:
+            weights["cross"] = looked.unsqueeze(1)
+        return self.drop(hidden)
+
+    def advance(self, ids: Tensor, state: Writing) -> Tensor:
+        """Read one target token per row; see `Translator.advance`."""
+        x = self.decoder.project(self.drop(self.target_embedding(ids)))
+        (memory,), (*layers, fed) = state.memory.layers, state.decoder.layers
+        if self.feed is not None:
+            x = x + self.feed(fed.h_tilde)
+        layers = self.decoder.step(x, layers)
+        time = torch.full((1,), state.position, device=ids.device)
+        h = layers[-1].h.view(len(memory.mask), -1, self.config.d_hidden)  # (batch, rows of each, d_hidden)
+        hidden = self._look(h, memory, time)[0].flatten(0, 1)
+        state.decoder = State([*layers, Fed(hidden)])
+        return self.drop(hidden)
+
+    def _look(self, h: Tensor, memory: Memory, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Attend with the new state.
+
+        Args:
+            h: (batch, q_len, d_hidden).
+            memory: of the sentences.
+            times: (q_len,) or (1,), the step that each query belongs to.
+
+        Returns:
+            h~: (batch, q_len, d_hidden).
+            weights: (batch, q_len, src_len).
+        """
+        mask, place = memory.mask.unsqueeze(1), torch.arange(memory.mask.shape[1], device=h.device)
+        if self.config.score == "location":
+            mask = mask & (place < self.config.n_locations)
+        distance = None
+        if self.centre is not None:
+            lengths = memory.mask.sum(1).view(-1, 1, 1)
+            distance = place - lengths * self.centre(h).sigmoid()  # (batch, q_len, src_len)
+        elif self.config.where == "local-m":
+            distance = place - times.view(1, -1, 1)
+        if distance is not None:
+            mask = mask & (distance.abs() <= self.config.window)
+        weights = masked_softmax(self._scores(h, memory), mask)
+        if self.centre is not None and distance is not None:
+            weights = weights * torch.exp(-(distance**2) / (2 * (self.config.window / 2) ** 2))
+        both = torch.cat((weights @ memory.annotations, h), -1)
+        return self.combine(both).tanh(), weights
+
+    def _scores(self, h: Tensor, memory: Memory) -> Tensor:
+        """Score the source positions, (batch, q_len, src_len), for h (batch, q_len, d_hidden)."""
+        if isinstance(self.align, AdditiveAttention):
+            return cast(Tensor, self.align(h, memory.keys))
+        if self.align is not None and self.config.score == "location":
+            src_len = memory.mask.shape[1]
+            return F.pad(self.align(h), (0, max(0, src_len - self.config.n_locations)))[..., :src_len]
+        return h @ memory.keys.transpose(1, 2)

@@ -1,0 +1,262 @@
+"""Sequence to Sequence Learning with Neural Networks.
+
+Ilya Sutskever, Oriol Vinyals, Quoc V. Le, 2014, arXiv 1409.3215.
+
+Parent: the recurrent language model. It reads the source, last word first, and what it remembers then, a
+vector per layer, is all that the decoder has to go by: there is no attention. Bahdanau measures against the
+encoder-decoder of Cho et al. (2014, arXiv 1406.1078), which also shows the decoder that one vector at every
+step; Luong starts from this one. It is this one here because it is the stronger of the two and because Luong
+is, to the line, this model with attention: what differs between them is what attention buys.
+
+Deviations: one vocabulary for both languages; dropout, on embeddings, between layers and before the softmax
+(Zaremba et al., 2014, arXiv 1409.2329), as the small data sets of today ask for.
+
+    i, f, o = sigmoid(W x + U h + b)    g = tanh(W x + U h + b)    c = f c + i g    h = o tanh(c)
+
+Glossary: d_embedding, d_hidden = the 1000 of the paper, n_layers = its 4; h, c = hidden state and cell.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import dropout
+from .layers import linear
+from .state import State
+from .translator import Translator, TranslatorConfig, Writing, embedding
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"vocab_size": 64, "d_embedding": 24, "d_hidden": 32, "n_layers": 2},
+    "multi30k": {
+        "vocab_size": 8000,
+        "d_embedding": 256,
+        "d_hidden": 384,
+        "n_layers": 2,
+        "dropout": 0.2,
+    },
+    "paper": {"vocab_size": 80000, "d_embedding": 1000, "d_hidden": 1000, "n_layers": 4},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seq2SeqConfig(TranslatorConfig):
+    """The sizes of a deep LSTM encoder-decoder.
+
+    Raises:
+        LongscanError: a value is out of range.
+    """
+
+    d_embedding: int
+    d_hidden: int
+    n_layers: int = 4
+    reverse: bool = True  # read the source from its end to its start, section 3.3
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        self.check_counts("d_embedding", "d_hidden", "n_layers")
+
+
+class LSTMState(NamedTuple):
+    """What one layer remembers.
+
+    Attributes:
+        h: (batch, d_hidden).
+        c: (batch, d_hidden).
+    """
+
+    h: Tensor
+    c: Tensor
+
+
+class Cell(Protocol):
+    """A recurrent layer, one step at a time."""
+
+    def __call__(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """Take projected inputs (batch, ...) and the state; return the next one, first what is read of it."""
+
+
+def unroll(
+    cell: Cell, x: Tensor, state: tuple[Tensor, ...], mask: Tensor | None = None, backward: bool = False
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Run a cell over sentences; padding leaves its state as it is.
+
+    Args:
+        cell: the cell.
+        x: (batch, seq_len, ...) its projected inputs.
+        state: tensors (batch, d_hidden).
+        mask: (batch, seq_len) boolean, False in padding; there is none if None.
+        backward: whether to read from right to left.
+
+    Returns:
+        outputs: (batch, seq_len, d_hidden), the first tensor of the state after each token.
+        state: after the last token read.
+    """
+    columns = x.unbind(1)
+    outputs: list[Tensor] = []
+    ragged = [False] * len(columns) if mask is None else (~mask).any(0).tolist()
+    for t in range(len(columns))[:: -1 if backward else 1]:
+        after = cell(columns[t], *state)
+        if mask is not None and ragged[t]:
+            real = mask[:, t, None]
+            after = tuple(torch.where(real, new, old) for new, old in zip(after, state, strict=True))
+        state = after
+        outputs.append(state[0])
+    return torch.stack(outputs[:: -1 if backward else 1], 1), state
+
+
+class LSTMCell(nn.Module):
+    """One layer of LSTM; the inputs of a whole sentence are projected in one product.
+
+    Args:
+        d_in: width of the inputs.
+        d_hidden: width of the state.
+    """
+
+    def __init__(self, d_in: int, d_hidden: int) -> None:
+        super().__init__()
+        self.input = linear(d_in, 4 * d_hidden, True)
+        self.recurrent = linear(d_hidden, 4 * d_hidden, False)
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Take one step.
+
+        Args:
+            x: (batch, 4 d_hidden), inputs through `input`.
+            h: (batch, d_hidden).
+            c: (batch, d_hidden).
+
+        Returns:
+            h, c: after the step.
+        """
+        i, f, g, o = (x + self.recurrent(h)).chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+
+class LSTM(nn.Module):
+    """Layers of LSTM, each reading the one below, with dropout between them.
+
+    Args:
+        d_in: width of the inputs.
+        d_hidden: width of each layer.
+        n_layers: how many.
+        dropout: share of the numbers dropped between layers.
+    """
+
+    def __init__(self, d_in: int, d_hidden: int, n_layers: int, dropout: float) -> None:
+        super().__init__()
+        self.d_hidden, self.dropout = d_hidden, dropout
+        self.layers = nn.ModuleList(LSTMCell(d_hidden if i else d_in, d_hidden) for i in range(n_layers))
+
+    def init_state(self, batch_size: int) -> list[LSTMState]:
+        """Return the state before any token: zeros."""
+        zeros = next(self.parameters()).new_zeros(batch_size, self.d_hidden)
+        return [LSTMState(zeros, zeros)] * len(self.layers)
+
+    def forward(
+        self, x: Tensor, state: list[LSTMState], mask: Tensor | None = None, backward: bool = False
+    ) -> tuple[Tensor, list[LSTMState]]:
+        """Read whole sentences, layer by layer.
+
+        Args:
+            x: (batch, seq_len, d_in).
+            state: of each layer.
+            mask: see `unroll`.
+            backward: see `unroll`.
+
+        Returns:
+            outputs: (batch, seq_len, d_hidden) of the top layer.
+            state: of each layer after the last token read.
+        """
+        after = []
+        for i, (cell, start) in enumerate(zip(self.layers, state, strict=True)):
+            x = dropout(x, self.dropout, self.training and i > 0)
+            x, last = unroll(cast(LSTMCell, cell), cast(LSTMCell, cell).input(x), start, mask, backward)
+            after.append(LSTMState._make(last))
+        return x, after
+
+    def project(self, x: Tensor) -> Tensor:
+        """Project inputs (..., d_in) to what `step` takes, (..., 4 d_hidden)."""
+        return cast(Tensor, cast(LSTMCell, self.layers[0]).input(x))
+
+    def step(self, x: Tensor, state: list[LSTMState]) -> list[LSTMState]:
+        """Read one token.
+
+        Args:
+            x: (batch, 4 d_hidden), inputs through `project`.
+            state: of each layer.
+
+        Returns:
+            The state of each layer after the token; the h of the last is the output.
+        """
+        after: list[LSTMState] = []
+        for i, (cell, before) in enumerate(zip(self.layers, state, strict=True)):
+            if i:
+                x = cast(LSTMCell, cell).input(dropout(after[-1].h, self.dropout, self.training))
+            after.append(LSTMState._make(cell(x, *before)))
+        return after
+
+
+class Source(NamedTuple):
+    """All the decoder knows of the source beside the state it starts from: how many sentences there are.
+
+    Attributes:
+        lengths: (batch,) of the sentences.
+    """
+
+    lengths: Tensor
+
+
+class Seq2Seq(Translator):
+    """A deep LSTM reads, another one writes from where the first one stopped.
+
+    Args:
+        config: the sizes.
+        generator: randomness of the start; torch's global one if None.
+    """
+
+    config: Seq2SeqConfig
+
+    def __init__(self, config: Seq2SeqConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__(config)
+        sizes = (config.d_embedding, config.d_hidden, config.n_layers, config.dropout)
+        self.source_embedding = embedding(config.vocab_size, config.d_embedding)
+        self.target_embedding = embedding(config.vocab_size, config.d_embedding)
+        self.encoder, self.decoder = LSTM(*sizes), LSTM(*sizes)
+        self.head = linear(config.d_hidden, config.vocab_size, False)
+        uniform(self, 0.08, generator)  # section 3.4
+
+    def read(self, source: Tensor, weights: dict[str, Tensor] | None = None) -> Writing:
+        """Read source sentences; see `Translator.read`."""
+        mask = source != self.config.pad_id
+        x = self.drop(self.table("source")(source))
+        _, state = self.encoder(x, self.encoder.init_state(len(source)), mask, self.config.reverse)
+        return Writing(State([*state]), State([Source(mask.sum(1))]))
+
+    def write(self, target: Tensor, state: Writing, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """Read whole target sentences; see `Translator.write`."""
+        hidden, _ = self.decoder(self.drop(self.target_embedding(target)), state.decoder.layers)
+        return self.drop(hidden)
+
+    def advance(self, ids: Tensor, state: Writing) -> Tensor:
+        """Read one target token per row; see `Translator.advance`."""
+        x = self.decoder.project(self.drop(self.target_embedding(ids)))
+        layers = self.decoder.step(x, state.decoder.layers)
+        state.decoder = State([*layers])
+        return self.drop(layers[-1].h)
+
+
+@torch.no_grad()
+def uniform(model: nn.Module, bound: float, generator: torch.Generator | None) -> None:
+    """Draw all parameters evenly from [-bound, bound].
+
+    Args:
+        model: whose.
+        bound: the largest.
+        generator: randomness; torch's global one if None.
+    """
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, -bound, bound, generator)
