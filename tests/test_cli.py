@@ -139,6 +139,71 @@ def test_a_verb_is_built_from_its_function(cli: Cli, verb: Any) -> None:
     assert cli("evaluate", "--count", "two").code == 2
 
 
+@pytest.fixture
+def group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put two subcommands in the place of a verb."""
+
+    def sing(song: Annotated[str, typer.Argument(help="Which.")]) -> None:
+        """Sing a song.
+
+        Raises:
+            LongscanError: nobody knows it.
+        """
+        if song == "unknown":
+            raise LongscanError("nobody knows it.")
+        typer.echo(f"la {song}")
+
+    def hum() -> None:
+        """Hum."""
+
+    module = types.ModuleType("stand_in")
+    module.commands = {"sing": sing, "hum": hum}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "stand_in", module)
+    monkeypatch.setitem(frame.VERBS, "evaluate", ("stand_in", "Make music."))
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("argv", [[], ["--help"]], ids=["nothing", "help"])
+def test_a_group_lists_its_commands(cli: Cli, argv: list[str]) -> None:
+    done = cli("evaluate", *argv)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith("Usage: longscan evaluate ")
+    assert "Make music." in done.out
+    assert "  sing  Sing a song." in done.out
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (
+            ["snig"],
+            2,
+            "error: No such command 'snig'. Did you mean 'sing'?\n       See `longscan evaluate --help`.",
+        ),
+        (["sing"], 2, "error: Missing argument 'song'.\n       See `longscan evaluate sing --help`."),
+        (
+            ["sing", "a", "-x"],
+            2,
+            "error: No such option: -x\n       See `longscan evaluate sing --help`.",
+        ),
+        (["sing", "unknown"], 1, "error: nobody knows it."),
+    ],
+    ids=["command", "argument", "option", "failure"],
+)
+def test_misuse_of_a_group(cli: Cli, argv: list[str], code: int, words: str) -> None:
+    done = cli("evaluate", *argv)
+    assert (done.code, done.out, done.err) == (code, "", words + "\n")
+
+
+@pytest.mark.usefixtures("group")
+def test_a_command_of_a_group(cli: Cli) -> None:
+    assert cli("evaluate", "sing", "solo").out == "la solo\n"
+    shown = cli("evaluate", "sing", "--help").out
+    assert shown.startswith("Usage: longscan evaluate sing ")
+    assert "Raises:" not in shown
+
+
 def test_long_messages_wrap_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file as load_tensors
 
 from longscan.checkpoint import load
 from longscan.errors import LongscanError, UsageError
+from longscan.models import MODELS
 from longscan.plot import plot_losses
 from longscan.progress import Display, Snapshot, Terminal, duration
 from longscan.recipe import TrainConfig, make_model, read_recipe
@@ -31,6 +32,7 @@ from longscan.runs import Metrics, lock
 from longscan.tokenizer import ByteTokenizer
 from longscan.train import resume, train
 from longscan.trainer import StepReport, Trainer, learning_rate
+from longscan.translate import TranslateConfig
 
 TINY: dict[str, Any] = {
     "tokenizer": "bytes",
@@ -93,7 +95,7 @@ def whole(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
     """Only `whole` draws its curves: drawing takes longer than these runs."""
-    monkeypatch.setattr(importlib.import_module("longscan.train"), "plot_losses", lambda *_: None)
+    monkeypatch.setattr(importlib.import_module("longscan.run"), "plot_losses", lambda *_: None)
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:
@@ -129,8 +131,8 @@ def test_it_learns(tmp_path: Path) -> None:
     pace = {"steps": 120, "lr": 3e-2, "seq_len": 48, "accumulate": 1, "save_every": 1000}
     quiet = {"eval_every": 0, "sample_every": 0}
     result = train(TrainConfig.from_dict({**TINY, **paths, **pace, **quiet}), tmp_path / "run")
-    assert result.valid_bits_per_byte is not None
-    assert result.valid_bits_per_byte < 1.0  # 8 before, 3.5 for one who knows how frequent each letter is
+    assert result.valid is not None
+    assert result.valid < 1.0  # 8 before, 3.5 for one who knows how frequent each letter is
 
 
 def test_the_records(whole: Path, config: TrainConfig) -> None:
@@ -186,9 +188,9 @@ def test_training_a_bpe_and_taking_it_again(text: Path, config: TrainConfig, tmp
 
 def test_few_documents_teach_how_a_text_begins(config: TrainConfig, whole: Path) -> None:
     seen: list[torch.Tensor] = []
-    run = importlib.import_module("longscan.train")._Run(whole, config, Display())
+    run = importlib.import_module("longscan.train").LanguageRun(whole, config, Display())
     run.metrics.close()
-    seen = [run.trainer.batch(step)[:, 0] for step in range(8)]
+    seen = [part[:, 0] for step in range(8) for part, _ in run.batch(step)]
     assert (torch.cat(seen) == 256).nonzero()[:, 0].tolist() == [0, 16]
 
 
@@ -207,20 +209,37 @@ def test_learning_rate() -> None:
     )  # no warm-up
 
 
+def test_linear_falls_to_nothing() -> None:
+    config = TrainConfig(lr=1.0, warmup=10, schedule="linear")
+    rates = [learning_rate(config, step, 110) for step in range(110)]
+    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert rates[10:] == pytest.approx([1 - (step + 1) / 100 for step in range(100)])
+
+
+def test_noam_peaks_where_the_paper_says() -> None:
+    config = TrainConfig(lr=1.0, warmup=4000, schedule="noam")
+    rates = [learning_rate(config, step, 10_000, d_model=512) for step in range(10_000)]
+    assert max(rates) == rates[3999] == pytest.approx(6.99e-4, rel=1e-3)  # d_model^-1/2 warmup^-1/2
+    assert rates[0] == pytest.approx(512**-0.5 * 4000**-1.5)
+    assert rates[8099] == pytest.approx(512**-0.5 / 90)
+
+
 def test_epochs_become_steps() -> None:
-    assert TrainConfig(epochs=1.5, batch_size=4, accumulate=2).total_steps(windows=100) == 19
-    assert TrainConfig(batch_size=4).total_steps(windows=100) == 100  # four epochs unless said otherwise
+    assert TrainConfig(epochs=1.5, batch_size=4, accumulate=2).total_steps(100, 8) == 19
+    assert TrainConfig(batch_size=4).total_steps(100, 4) == 100  # four epochs unless said otherwise
 
 
 @pytest.mark.parametrize(
     "path", sorted(Path(__file__).parents[1].glob("recipes/*.toml")), ids=lambda path: path.name
 )
 def test_recipes_are_valid(path: Path) -> None:
-    config = read_recipe(path, {"data": ["text"], "seed": 3})
-    assert (config.data, config.seed) == (("text",), 3)
+    model = tomllib.loads(path.read_text())["model"]
+    kind = TranslateConfig if MODELS[model].kind == "translation" else TrainConfig
+    config = read_recipe(path, {"seed": 3}, kind)
+    assert config.seed == 3
     assert config.steps or config.epochs
     assert set(tomllib.loads(path.read_text())) <= set(config.to_dict())
-    assert make_model(config, ByteTokenizer()).num_parameters() > 1e6
+    assert make_model(config, 257).num_parameters() > 1e6
 
 
 def test_flags_win_over_the_recipe(tmp_path: Path) -> None:
@@ -277,7 +296,7 @@ import torch._dynamo  # what the first optimizer imports: once here instead of i
 from longscan.files import read_json
 from longscan.train import TrainConfig, resume, train
 
-module = importlib.import_module("longscan.train")
+module = importlib.import_module("longscan.run")
 module.plot_losses = lambda *_: None
 config, root = TrainConfig.from_dict(read_json(sys.argv[1])), sys.argv[2]
 moments = 0
@@ -409,7 +428,7 @@ def test_a_full_disk(
         train(config, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000002"]
     monkeypatch.undo()
-    monkeypatch.setattr(importlib.import_module("longscan.train"), "plot_losses", lambda *_: None)
+    monkeypatch.setattr(importlib.import_module("longscan.run"), "plot_losses", lambda *_: None)
     resume(tmp_path / "run")
     assert_same(tmp_path / "run", whole)
 
@@ -445,6 +464,17 @@ def test_what_may_change_when_resuming_and_what_may_not(whole: Path, tmp_path: P
     settings = json.loads((run / "train.json").read_text())
     (run / "train.json").write_text(json.dumps({**settings, "seed": 5}))
     with pytest.raises(LongscanError, match=r"seed cannot change .*step-000008"):
+        resume(run)
+
+
+def test_a_run_of_another_verb_names_it(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    settings = json.loads((run / "train.json").read_text())
+    (run / "train.json").write_text(json.dumps({**settings, "verb": "juggle"}))
+    with pytest.raises(
+        LongscanError, match=rf"another kind. Continue it with: longscan juggle --resume {run}"
+    ):
         resume(run)
 
 
@@ -493,7 +523,7 @@ def test_command_stops_and_goes_on(
             if snapshot.step == 5:
                 interrupt(signal.SIGINT)()
 
-    module = importlib.import_module("longscan.train")
+    module = importlib.import_module("longscan.run")
     monkeypatch.setattr(module, "Terminal", Stopping)
     run = tmp_path / "run"
     done = cli("train", text, "--out", run, *FLAGS)
@@ -570,13 +600,13 @@ def test_plain_lines_where_nobody_watches() -> None:
     stream = io.StringIO()
     terminal = Terminal(10, Console(file=stream))
     for step in range(1, 21):
-        bits = 1.5 if step > 10 else None
+        valid = "1.500 bits/byte" if step > 10 else None
         terminal.show(
             Snapshot(
                 step=step,
                 total=20,
                 loss=2.0,
-                valid_bits_per_byte=bits,
+                valid=valid,
                 tokens_per_second=1234.5,
                 seconds_left=400.0,
             )
@@ -593,7 +623,7 @@ def test_a_bar_on_a_terminal() -> None:
     stream = io.StringIO()
     terminal = Terminal(10, Console(file=stream, force_terminal=True, width=120, highlight=False))
     snapshot = Snapshot(
-        step=5, total=20, loss=2.0, valid_bits_per_byte=1.5, tokens_per_second=99.0, seconds_left=9000.0
+        step=5, total=20, loss=2.0, valid="1.500 bits/byte", tokens_per_second=99.0, seconds_left=9000.0
     )
     terminal.show(snapshot)
     terminal.line("a [line] in\n\x1b[2Jbetween")
@@ -629,7 +659,7 @@ def test_plot_losses(tmp_path: Path, suffix: str, n_valid: int) -> None:
 def test_without_matplotlib_there_is_one_word(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("longscan.train"), "plot_losses", plot_losses)
+    monkeypatch.setattr(importlib.import_module("longscan.run"), "plot_losses", plot_losses)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     display = Recorder()
     train(config, tmp_path / "run", display)

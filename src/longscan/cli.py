@@ -11,7 +11,7 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -22,14 +22,24 @@ from longscan.errors import LongscanError, UsageError
 
 __all__ = ["VERBS", "main"]
 
-#: verb -> the module whose `command` function it is, and the line that the list of verbs shows
+#: verb -> the module whose `command` function it is, or whose `commands` are its subcommands, and the line
+#: that the list of verbs shows
 VERBS = {
     "generate": ("longscan.generate", "Continue a text with a model, piece by piece."),
     "train": ("longscan.train", "Train a model on your own text files, or resume a run."),
     "evaluate": ("longscan.evaluate", "Perplexity and bits per byte of a model on text files."),
+    "translate": (
+        "longscan.translate",
+        "Train a translator on sentence pairs, measure it, translate with it.",
+    ),
+    "classify": ("longscan.classify", "Fine-tune a BERT on labelled texts, measure it, classify with it."),
+    "fill-mask": ("longscan.fill_mask", "Guess the words that a text hides behind [MASK]."),
+    "embed": ("longscan.embed", "Turn texts into vectors, or say how alike they are."),
     "convert": ("longscan.convert", "Rewrite a model directory in another layout or precision."),
     "quantize": ("longscan.quantize", "Store a model's weights in fewer bits."),
     "models": ("longscan.catalog", "The line of models: who they are, what works."),
+    "plot": ("longscan.plot", "Draw what a model looks at: alignments, attention, positions."),
+    "reproduce": ("longscan.reproduce", "Repeat a published experiment, their numbers beside ours."),
     "bench": ("longscan.bench", "Measure this machine: ops, training, generation."),
     "doctor": (
         "longscan.doctor",
@@ -90,8 +100,7 @@ def _root(
     ] = False,
 ) -> None:
     """Sequence models with a memory: train them, run them, look inside, on any machine."""
-    if ctx.invoked_subcommand is None:
-        typer.echo(ctx.get_help())
+    _show_help(ctx)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,13 +129,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _load(verb: str) -> Any:
-    """Import a verb's module and build the command from the signature and docstring of its `command`."""
-    function = importlib.import_module(VERBS[verb][0]).command
-    # `Args:` and what follows is for readers of the source: the options describe themselves
-    summary = (inspect.getdoc(function) or VERBS[verb][1]).split("\n\nArgs:")[0].split("\n\nRaises:")[0]
+    """Import a verb's module and build its command, or the group of its subcommands."""
+    module, summary = VERBS[verb]
+    loaded = importlib.import_module(module)
     holder = typer.Typer(**_STYLE)
-    holder.command(verb, help=summary)(function)
+    if not hasattr(loaded, "commands"):
+        _add(holder, verb, loaded.command, summary)
+        return typer.main.get_command(holder)
+    for name, function in loaded.commands.items():
+        _add(holder, name, function, summary)
+    holder.callback(invoke_without_command=True, help=summary)(_show_help)
     return typer.main.get_command(holder)
+
+
+def _add(holder: typer.Typer, name: str, function: Callable[..., None], summary: str) -> None:
+    """Build a command from the signature and docstring of its function.
+
+    `Args:` and what follows is for readers of the source: the options describe themselves.
+    """
+    text = (inspect.getdoc(function) or summary).split("\n\nArgs:")[0].split("\n\nRaises:")[0]
+    holder.command(name, help=text)(function)
+
+
+def _show_help(ctx: typer.Context) -> None:
+    """Print the help of a group that is called by its name alone."""
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
 
 
 def _usage(error: typer.TyperException) -> str:

@@ -1,40 +1,65 @@
-"""Figures, as PNG or SVG files; matplotlib is an extra and is imported only when something is drawn."""
+"""`longscan plot`: where a translator looks, what positions are, how long sentences fare; and loss curves.
+
+Figures are PNG, SVG or PDF files; matplotlib is an extra and is imported only when something is drawn.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from longscan.errors import LongscanError
+import torch
+import typer
+from torch import Tensor
+
+from longscan.checkpoint import load_translator
+from longscan.errors import LongscanError, UsageError
+from longscan.files import atomic_file, read_json
+from longscan.models.transformer import sinusoids
+from longscan.pairs import rows
+from longscan.translation import translate
+from longscan.words import group
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_losses"]
+__all__ = ["commands", "plot_bleu", "plot_losses", "plot_positions", "plot_weights"]
 
-# Two colours of the Okabe-Ito palette, which readers with any common colour blindness tell apart.
+# the Okabe-Ito palette, which readers with any common colour blindness tell apart; in print, markers do
 BLUE, VERMILION = "#0072B2", "#D55E00"
+COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+SEQUENTIAL, DIVERGING = "cividis", "PuOr"  # of matplotlib's maps, two that are safe in the same sense
+FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Droid Sans Fallback")  # for Chinese
+SUFFIXES = (".png", ".svg", ".pdf")
+
+Out = Annotated[Path, typer.Option(help="The figure to write: .png, .svg or .pdf.")]
 
 
-def plot_losses(metrics: Iterable[Mapping[str, Any]], path: str | Path) -> None:
+def plot_losses(
+    metrics: Iterable[Mapping[str, Any]],
+    path: str | Path,
+    valid_key: str = "valid_bits_per_byte",
+    valid_label: str = "validation (bits/byte)",
+) -> None:
     """Draw the loss curves of a training run.
 
     Args:
         metrics: the records of `metrics.jsonl`: those with `loss` make the upper panel, those with
-            `valid_bits_per_byte` the lower one.
+            `valid_key` the lower one.
         path: the file to write; its suffix, .png or .svg, chooses the format.
+        valid_key: what the lower panel shows.
+        valid_label: what its axis says.
 
     Raises:
         LongscanError: matplotlib is not installed.
     """
     records = list(metrics)
     losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
-    valid = [
-        (record["step"], record["valid_bits_per_byte"])
-        for record in records
-        if "valid_bits_per_byte" in record
-    ]
+    valid = [(record["step"], record[valid_key]) for record in records if valid_key in record]
     figure = _figure(7.0, 6.0 if valid else 3.5)
     panels = figure.subplots(2 if valid else 1, 1, sharex=True, squeeze=False)[:, 0]
     panels[0].plot(*_columns(losses), color=BLUE, alpha=0.3, linewidth=0.8, label="each step")
@@ -44,13 +69,277 @@ def plot_losses(metrics: Iterable[Mapping[str, Any]], path: str | Path) -> None:
     if valid:
         step, best = min(valid, key=lambda point: point[1])
         panels[1].plot(*_columns(valid), color=VERMILION, marker="o", markersize=3, linewidth=1.6)
-        panels[1].set_ylabel("validation (bits per byte)")
+        panels[1].set_ylabel(valid_label)
         panels[1].set_title(f"lowest {best:.3f} at step {step:,}", fontsize="medium", loc="right")
     panels[-1].set_xlabel("step")
     for panel in panels:
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
+        _tidy(panel)
     figure.savefig(path, dpi=150)
+
+
+def plot_weights(
+    panels: Mapping[str, Tensor], source: Sequence[str], target: Sequence[str], path: Path, title: str = ""
+) -> None:
+    """Draw attention weights with the words on the axes.
+
+    Args:
+        panels: a title and the weights (n_target, n_source) of each panel.
+        source: what is looked at.
+        target: what looks.
+        path: the file to write.
+        title: of the figure.
+
+    Raises:
+        LongscanError: matplotlib is not installed.
+    """
+    columns = min(len(panels), 4)
+    lines = -(-len(panels) // columns)
+    width, height = 1.2 + 0.32 * len(source), 1.2 + 0.26 * len(target)
+    figure = _figure(max(4.0, columns * width + 0.8), max(2.5, lines * height + 0.4))
+    axes = figure.subplots(lines, columns, squeeze=False)
+    figure.suptitle(title, fontsize="medium")
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    for place, (ax, (name, weights)) in enumerate(zip(axes.flat, panels.items(), strict=False)):
+        image = ax.imshow(weights.numpy(), cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto")
+        ax.set_title(name, fontsize="small")
+        ax.set_xticks(range(len(source)), source, rotation=60, ha="right", fontsize="small")
+        ax.set_yticks(
+            range(len(target)), target if place % columns == 0 else [""] * len(target), fontsize="small"
+        )
+        if place >= len(panels) - columns:
+            ax.set_xlabel("looked at")
+        if place % columns == 0:
+            ax.set_ylabel("looking")
+    figure.colorbar(image, ax=axes, label="attention weight", shrink=0.8)
+    _save(figure, path)
+
+
+def plot_positions(d_model: int, length: int, path: Path) -> None:
+    """Draw the Transformer's positional encodings and what their dot products tell about distance.
+
+    Args:
+        d_model: their width.
+        length: positions.
+        path: the file to write.
+
+    Raises:
+        LongscanError: matplotlib is not installed.
+    """
+    table = sinusoids(0, length, d_model)
+    products = table @ table.mT / (d_model / 2)  # a vector with itself gives d_model / 2
+    figure = _figure(13.0, 4.0)
+    left, middle, right = figure.subplots(1, 3)
+    image = left.imshow(
+        table.numpy(), cmap=DIVERGING, vmin=-1, vmax=1, aspect="auto", interpolation="nearest"
+    )
+    left.set(title="encodings: sine, cosine, sine, ...", xlabel="component", ylabel="position")
+    figure.colorbar(image, ax=left)
+    image = middle.imshow(products.numpy(), cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
+    middle.set(title="dot products, over $d_{model}/2$", xlabel="position", ylabel="position")
+    figure.colorbar(image, ax=middle)
+    for place, colour, marker in zip((0, length // 4, length // 2), COLOURS, MARKERS, strict=False):
+        distances = [other - place for other in range(length)]
+        right.plot(
+            distances, products[place], color=colour, marker=marker, markevery=max(1, length // 12),
+            markersize=4, linewidth=1.2, label=f"from position {place}",
+        )  # fmt: skip
+    right.set(
+        title="one curve: only the distance counts",
+        xlabel="distance",
+        ylabel="dot product, over $d_{model}/2$",
+    )
+    _tidy(right)
+    right.legend(frameon=False, fontsize="small")
+    _save(figure, path)
+
+
+def plot_bleu(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Draw BLEU against the length of the source, a line for each system (Bahdanau et al., figure 2).
+
+    Args:
+        reports: a name and what `translate evaluate --json` says of each.
+        path: the file to write.
+
+    Raises:
+        LongscanError: matplotlib is not installed.
+    """
+    figure = _figure(7.0, 4.5)
+    ax = figure.subplots()
+    ticks: dict[float, str] = {}
+    for place, (name, report) in enumerate(reports.items()):
+        points = report["by_length"]
+        x = [point["mean_words"] for point in points]
+        ticks |= {
+            value: f"{point['words']}\nn={point['sentences']:,}"
+            for value, point in zip(x, points, strict=True)
+        }
+        style: dict[str, Any] = {
+            "color": COLOURS[place % len(COLOURS)],
+            "marker": MARKERS[place % len(MARKERS)],
+        }
+        ax.plot(
+            x, [point["bleu"] for point in points], label=f"{name} ({report['bleu']:.1f} on all)", **style
+        )
+    ax.set_xticks(list(ticks), list(ticks.values()), fontsize="small")
+    ax.set(xlabel="words in the source sentence", ylabel="BLEU")
+    ax.set_ylim(bottom=0)
+    _tidy(ax)
+    ax.legend(frameon=False)
+    _save(figure, path)
+
+
+def alignment(
+    model: Annotated[str, typer.Argument(help="A translator's directory.")],
+    sentence: Annotated[str, typer.Argument(help="What to translate.")],
+    target: Annotated[str | None, typer.Option(help="Its translation; the model's own if not given.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Of a Transformer; the last one if not given.")] = None,
+    pieces: Annotated[bool, typer.Option("--pieces", help="Show the tokens instead of words.")] = False,
+    out: Out = Path("alignment.png"),
+) -> None:
+    """Where a translator looked in the source for each word that it wrote.
+
+    Of a Transformer the mean over the heads of a layer; `plot attention` shows each.
+
+    Raises:
+        UsageError: there is no such layer, or the figure has no format.
+        LongscanError: the model has no attention, or a file can't be read or written.
+    """
+    _check_out(out)
+    weights, sides = _look(model, sentence, target, pieces)
+    name = _pick(weights, "cross", layer)
+    plot_weights({name: weights[name].mean(0)}, *sides["cross"], out, Path(model).resolve().parent.name)
+    typer.echo(f"wrote {out}")
+
+
+def attention(
+    model: Annotated[str, typer.Argument(help="A translator's directory.")],
+    sentence: Annotated[str, typer.Argument(help="What to translate.")],
+    target: Annotated[str | None, typer.Option(help="Its translation; the model's own if not given.")] = None,
+    part: Annotated[
+        Literal["encoder", "decoder", "cross"],
+        typer.Option(help="Source at source, target at target, or target at source."),
+    ] = "cross",
+    layer: Annotated[int | None, typer.Option(help="The last one if not given.")] = None,
+    pieces: Annotated[bool, typer.Option("--pieces", help="Show the tokens instead of words.")] = False,
+    out: Out = Path("attention.png"),
+) -> None:
+    """Where each head of a translator looks.
+
+    Raises:
+        UsageError: there is no such part or layer, or the figure has no format.
+        LongscanError: the model has no attention, or a file can't be read or written.
+    """
+    _check_out(out)
+    weights, sides = _look(model, sentence, target, pieces)
+    name = _pick(weights, part, layer)
+    panels = {f"head {number}": head for number, head in enumerate(weights[name])}
+    plot_weights(panels, *sides[part], out, f"{name} of {Path(model).resolve().parent.name}")
+    typer.echo(f"wrote {out}")
+
+
+def positions(
+    d_model: Annotated[int, typer.Option(help="Width of the encodings.")] = 128,
+    length: Annotated[int, typer.Option(help="Positions.")] = 100,
+    out: Out = Path("positions.png"),
+) -> None:
+    """The sinusoids that tell a Transformer where a word stands, and why adding them works.
+
+    Raises:
+        UsageError: a number makes no sense, or the figure has no format.
+    """
+    _check_out(out)
+    if d_model < 2 or d_model % 2:
+        raise UsageError(f"--d-model: expected an even number of 2 or more, got {d_model}.")
+    if not 2 <= length <= 5000:
+        raise UsageError(f"--length: expected 2 to 5,000, got {length:,}.")
+    plot_positions(d_model, length, out)
+    typer.echo(f"wrote {out}")
+
+
+def bleu(
+    files: Annotated[list[Path], typer.Argument(help="What `translate evaluate --json` printed.")],
+    out: Out = Path("bleu.png"),
+) -> None:
+    """BLEU against the length of the source, a line for each file, called by its name.
+
+    Raises:
+        UsageError: the figure has no format.
+        LongscanError: a file is something else.
+    """
+    _check_out(out)
+    reports = {file.stem: read_json(file) for file in files}
+    for file, report in zip(files, reports.values(), strict=False):
+        if not {"by_length", "bleu"} <= report.keys():
+            raise LongscanError(f"{file}: expected what `longscan translate evaluate --json` prints.")
+    plot_bleu(reports, out)
+    typer.echo(f"wrote {out}")
+
+
+commands = {"alignment": alignment, "attention": attention, "positions": positions, "bleu": bleu}
+
+
+def _look(
+    name: str, sentence: str, target: str | None, pieces: bool
+) -> tuple[dict[str, Tensor], dict[str, tuple[list[str], list[str]]]]:
+    """Return the weights (n_heads, n_looking, n_looked_at), and of each part the words on both axes."""
+    model, tokenizer = load_translator(name)
+    if target is None:
+        target = translate(model, tokenizer, [sentence])[0].text
+    ids = [tokenizer.encode(text.strip()) for text in (sentence, target)]
+    if not ids[0]:
+        raise UsageError("SENTENCE: expected some words, got none.")
+    with torch.no_grad():
+        found = model(rows(ids[:1], bos=False), rows(ids[1:], bos=True)[:, :-1], return_weights=True).weights
+    if not found:
+        raise LongscanError(f"{name} has no attention to look at: it is a {type(model).__name__}.")
+    source, written = (group(tokenizer, side, pieces) for side in ids)
+    sides = {"encoder": (source, source), "decoder": (written.read(), written), "cross": (source, written)}
+    weights = {}
+    for key, tensor in found.items():
+        looked_at, looking = sides[key.split(".")[0]]
+        # a word gets what its pieces get, and looks as its pieces do on average
+        weights[key] = looking.matrix(mean=True) @ tensor[0].float() @ looked_at.matrix(mean=False).mT
+    return weights, {part: (one.words, other.words) for part, (one, other) in sides.items()}
+
+
+def _pick(weights: Mapping[str, Tensor], part: str, layer: int | None) -> str:
+    """Return the name of the weights of a layer."""
+    names = [name for name in weights if name.split(".")[0] == part]
+    if not names:
+        known = ", ".join(dict.fromkeys(name.split(".")[0] for name in weights))
+        raise UsageError(f"--part: this model has {known} attention, no {part}.")
+    if layer is not None and not -len(names) <= layer < len(names):
+        raise UsageError(f"--layer: expected 0 to {len(names) - 1}, got {layer}.")
+    return names[-1 if layer is None else layer]
+
+
+def _check_out(path: Path) -> None:
+    """Refuse a figure that could not be written."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"--out: expected a name that ends in {', '.join(SUFFIXES)}, got {path}.")
+    if not path.absolute().parent.is_dir():
+        raise LongscanError(f"--out: there is no directory {path.absolute().parent}.")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a figure, whole or not at all, in a font that has the characters if there is one."""
+    from matplotlib import font_manager, rc_context
+
+    known = set(font_manager.fontManager.get_font_names())
+    family = ["DejaVu Sans", *(name for name in FONTS if name in known)]
+    with warnings.catch_warnings(), rc_context({"font.family": family, "svg.fonttype": "none"}):
+        warnings.filterwarnings("ignore", "Glyph")  # SVG files leave the font to the reader
+        for text in figure.findobj(lambda artist: hasattr(artist, "set_fontfamily")):
+            text.set_fontfamily(family)  # type: ignore[attr-defined]
+        with atomic_file(path) as temporary:
+            figure.savefig(temporary, dpi=150, format=path.suffix[1:])
+
+
+def _tidy(ax: Axes) -> None:
+    """Take away what says nothing."""
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def _figure(width: float, height: float) -> Figure:

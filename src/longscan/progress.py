@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
@@ -23,7 +22,7 @@ class Snapshot:
     step: int
     total: int
     loss: float
-    valid_bits_per_byte: float | None
+    valid: str | None  # the last validation: "1.234 bits/byte"
     tokens_per_second: float
     seconds_left: float
 
@@ -129,9 +128,8 @@ def _columns() -> list[ProgressColumn]:
 
 def _words(snapshot: Snapshot) -> str:
     """The numbers of a snapshot."""
-    valid = snapshot.valid_bits_per_byte
-    parts: list[Any] = [f"loss {snapshot.loss:.3f}"]
-    if valid is not None:
-        parts.append(f"valid {valid:.3f} bits/byte")
+    parts = [f"loss {snapshot.loss:.3f}"]
+    if snapshot.valid is not None:
+        parts.append(f"valid {snapshot.valid}")
     parts += [f"{snapshot.tokens_per_second:,.0f} tok/s", f"{duration(snapshot.seconds_left)} left"]
     return "  ".join(parts)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import time
 import tomllib
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar, overload
 
 import torch
 import typer
@@ -19,140 +20,216 @@ from longscan.config import Config, nearest
 from longscan.data import TokenFiles, prepare, training_text
 from longscan.errors import LongscanError, UsageError
 from longscan.files import atomic_directory
-from longscan.models import MODELS, LanguageModel, LanguageModelConfig
+from longscan.models import MODELS, Model, ModelKind
 from longscan.progress import duration
 from longscan.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
+from longscan.wordpiece import load_wordpiece, train_wordpiece
 
 __all__ = [
+    "FreshConfig",
+    "RunConfig",
     "TrainConfig",
-    "flag_parameters",
+    "add_flags",
+    "check_device",
     "make_model",
     "make_tokenizer",
     "make_tokens",
     "model_settings",
     "read_recipe",
+    "setting",
 ]
 
-DEFAULT_EPOCHS = 4.0
 
+def setting(default: Any, help: str, **traits: bool) -> Any:
+    """Declare a field of a RunConfig.
 
-def _setting(default: Any, help: str) -> Any:
-    """Declare a field of TrainConfig; the text is its line in `longscan train --help`."""
-    return field(default=default, metadata={"help": help})
+    Args:
+        default: its value if nobody says otherwise.
+        help: its line in `--help`.
+        traits: `harmless`: it may change between the halves of an interrupted run, because it doesn't change
+            the weights; `path`: it names files; `size`: it is a field of the model's Config; `argument`: it
+            is no flag.
+    """
+    return field(default=default, metadata={"help": help, **traits})
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Config):
-    """Everything that decides what `longscan train` computes: a field is a flag and a key of a recipe file.
+class RunConfig(Config):
+    """What every training run is told: a field is a flag and a key of a recipe file. Subclasses add theirs.
 
     Raises:
         UsageError: a value cannot work.
     """
 
-    data: tuple[str, ...] = _setting((), "Text files or folders.")
-    valid: tuple[str, ...] = _setting((), "Held-out file; without it a part of DATA is held out. Repeatable.")
-    valid_fraction: float = _setting(0.05, "Part of DATA held out for validation.")
-    separator: str | None = _setting(None, "What parts the documents of a plain-text file.")
-    tokenizer: str = _setting("bpe", "'bpe' trains one, 'bytes' needs none, else a model directory.")
-    vocab_size: int = _setting(4096, "Tokens of the BPE to train.")
+    EPOCHS: ClassVar[float] = 4.0  # of a run that isn't told its length
 
-    model: str = _setting("mamba", "Architecture, see `longscan models`.")
-    preset: str = _setting("tiny-lm", "Size of the model; the next flags change it.")
-    d_model: int | None = _setting(None, "Width.")
-    n_layers: int | None = _setting(None, "Layers.")
-    d_state: int | None = _setting(None, "State per channel.")
-    d_conv: int | None = _setting(None, "Width of the convolution.")
-    expand: int | None = _setting(None, "Channels of the recurrence per channel of the model.")
-
-    seq_len: int = _setting(512, "Tokens in a sequence.")
-    batch_size: int = _setting(8, "Sequences in a forward pass.")
-    accumulate: int = _setting(1, "Forward passes in a step.")
-    steps: int | None = _setting(None, "Optimizer steps.")
-    epochs: float | None = _setting(
-        None, f"Passes over DATA, instead of --steps; {DEFAULT_EPOCHS:g} without either."
+    steps: int | None = setting(None, "Optimizer steps.")
+    epochs: float | None = setting(None, "Passes over the data, instead of --steps.")
+    schedule: Literal["cosine", "linear", "noam"] = setting(
+        "cosine", "Course of the learning rate; noam is the Transformer's: --lr is its factor."
     )
-    # AdamW, linear warm-up and cosine as in the Mamba paper, appendix E.2
-    lr: float = _setting(3e-3, "Peak learning rate.")
-    min_lr: float | None = _setting(None, "Learning rate at the end; a hundredth of --lr without it.")
-    warmup: int = _setting(200, "Steps to reach the peak, at most a tenth of the run.")
-    weight_decay: float = _setting(0.1, "AdamW's decay of the matrices.")
-    beta1: float = _setting(0.9, "AdamW's memory of the gradient.")
-    beta2: float = _setting(0.95, "AdamW's memory of its square.")
-    clip: float = _setting(1.0, "Largest norm of the gradient.")
-    seed: int = _setting(0, "Start of all randomness.")
-    device: str = _setting("cpu", "Where to compute, in torch's words.")
-    threads: int | None = _setting(None, "Threads; sums, hence the last bits, depend on it.")
+    lr: float = setting(3e-3, "Peak learning rate.")
+    min_lr: float | None = setting(None, "Rate at the end; --lr / 100 (cosine) or 0 (linear) without it.")
+    warmup: int = setting(200, "Steps to reach the peak, at most a tenth of the run but for noam.")
+    weight_decay: float = setting(0.1, "AdamW's decay of the matrices.")
+    beta1: float = setting(0.9, "AdamW's memory of the gradient.")
+    beta2: float = setting(0.95, "AdamW's memory of its square.")
+    eps: float = setting(1e-8, "AdamW's smallest divisor.")
+    clip: float = setting(1.0, "Largest norm of the gradient.")
+    seed: int = setting(0, "Start of all randomness.")
+    device: str = setting("cpu", "Where to compute, in torch's words.")
+    # another machine may have fewer threads: the result is then equal but for rounding
+    threads: int | None = setting(None, "Threads; sums, hence the last bits, depend on it.", harmless=True)
 
-    eval_every: int = _setting(200, "Steps between validations; 0 = only at the end.")
-    eval_windows: int = _setting(32, "Sequences in a validation; all of them at the end.")
-    sample_every: int = _setting(200, "Steps between samples of text; 0 = none.")
-    sample_prompt: str = _setting("", "What the samples continue.")
-    sample_tokens: int = _setting(64, "Length of a sample.")
-    save_every: int = _setting(200, "Steps between checkpoints.")
-    log_every: int = _setting(10, "Steps between lines where no bar can be drawn.")
+    eval_every: int = setting(200, "Steps between validations; 0 = only at the end.", harmless=True)
+    save_every: int = setting(200, "Steps between checkpoints.", harmless=True)
+    log_every: int = setting(10, "Steps between lines where no bar can be drawn.", harmless=True)
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, each by its name."""
-        at_least = {
-            **dict.fromkeys(("seq_len", "vocab_size"), 2),
-            **dict.fromkeys(("d_model", "n_layers", "d_state", "d_conv", "expand", "threads", "steps"), 1),
-            **dict.fromkeys(
-                ("batch_size", "accumulate", "log_every", "save_every", "eval_windows", "sample_tokens"), 1
-            ),
-            **dict.fromkeys(("warmup", "seed", "eval_every", "sample_every"), 0),
-            **dict.fromkeys(("weight_decay", "min_lr"), 0),
-        }
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UsageError(f"{name}: expected {least} or more, got {value}.")
-        for name in ("lr", "epochs", "clip"):
+        self.check_least(1, "steps", "threads", "save_every", "log_every")
+        self.check_least(0, "warmup", "seed", "eval_every", "weight_decay", "min_lr")
+        for name in ("lr", "epochs", "clip", "eps"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UsageError(f"{name}: expected more than 0, got {value}.")
-        for name in ("beta1", "beta2", "valid_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UsageError(f"{name}: expected at least 0 and below 1, got {getattr(self, name)}.")
+        self.check_fractions("beta1", "beta2")
         if self.final_lr > self.lr:
             raise UsageError(f"min_lr: expected at most lr = {self.lr:g}, got {self.min_lr:g}.")
         if self.steps is not None and self.epochs is not None:
             raise UsageError("steps: give either steps or epochs, got both.")
 
+    def check_least(self, least: int, *names: str) -> None:
+        """Refuse fields that are set and below a bound."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{name}: expected {least} or more, got {value}.")
+
+    def check_fractions(self, *names: str) -> None:
+        """Refuse fields that are set and outside [0, 1)."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise UsageError(f"{name}: expected at least 0 and below 1, got {value}.")
+
     @property
     def final_lr(self) -> float:
         """The learning rate of the last step."""
-        return self.lr / 100 if self.min_lr is None else self.min_lr
+        return self.lr / 100 * (self.schedule == "cosine") if self.min_lr is None else self.min_lr
+
+    def total_steps(self, items: int, per_step: int = 1) -> int:
+        """Return the length of the run in optimizer steps.
+
+        Args:
+            items: in one pass over the data: sequences, or batches.
+            per_step: of them in a step.
+        """
+        if self.steps is not None:
+            return self.steps
+        return math.ceil((self.epochs or self.EPOCHS) * items / per_step)
+
+    def changed(self, other: RunConfig) -> list[str]:
+        """Return the names of the fields that differ from `other` and would change the weights."""
+        return [
+            entry.name
+            for entry in fields(self)
+            if not entry.metadata.get("harmless") and getattr(self, entry.name) != getattr(other, entry.name)
+        ]
+
+    def absolute(self) -> Self:
+        """Return the configuration with every path absolute, so that it holds in any working directory."""
+        paths = [entry.name for entry in fields(self) if entry.metadata.get("path")]
+        return self.replace(**{name: _absolute(getattr(self, name)) for name in paths})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreshConfig(RunConfig):
+    """A run that begins with a new model: its name, preset and sizes."""
+
+    KINDS: ClassVar[tuple[ModelKind, ...]]  # of the models it can train
+
+    model: str = setting("mamba", "Architecture, see `longscan models`.")
+    preset: str = setting("tiny", "Size of the model; the next flags change it.")
+    d_model: int | None = setting(None, "Width.", size=True)
+    n_layers: int | None = setting(None, "Layers.", size=True)
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot be."""
+        super().__post_init__()
+        self.check_least(1, *(name for name, value in self.sizes.items() if type(value) is int))
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The fields of the model's Config that are given."""
+        names = [entry.name for entry in fields(self) if entry.metadata.get("size")]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(FreshConfig):
+    """Everything that decides what `longscan train` computes."""
+
+    KINDS = ("language", "masked")
+
+    data: tuple[str, ...] = setting((), "Text files or folders.", path=True, argument=True)
+    valid: tuple[str, ...] = setting(
+        (), "Held-out file; without it a part of DATA is held out. Repeatable.", path=True
+    )
+    valid_fraction: float = setting(0.05, "Part of DATA held out for validation.")
+    separator: str | None = setting(None, "What parts the documents of a plain-text file.")
+    tokenizer: str = setting(
+        "bpe", "'bpe' trains one (bert: WordPiece), 'bytes' needs none, else a model directory."
+    )
+    vocab_size: int = setting(4096, "Tokens of the BPE to train.")
+
+    preset: str = setting("tiny-lm", "Size of the model; the next flags change it.")
+    n_heads: int | None = setting(None, "Heads of the attention.", size=True)
+    n_kv_heads: int | None = setting(None, "Heads of keys and values that those share.", size=True)
+    d_ff: int | None = setting(None, "Width inside the feed-forward layers.", size=True)
+    d_state: int | None = setting(None, "State per channel.", size=True)
+    d_conv: int | None = setting(None, "Width of the convolution.", size=True)
+    expand: int | None = setting(None, "Channels of the recurrence per channel of the model.", size=True)
+
+    seq_len: int = setting(512, "Tokens in a sequence.")
+    batch_size: int = setting(8, "Sequences in a forward pass.")
+    accumulate: int = setting(1, "Forward passes in a step.")
+
+    eval_windows: int = setting(32, "Sequences in a validation; all of them at the end.", harmless=True)
+    sample_every: int = setting(200, "Steps between samples of text; 0 = none.", harmless=True)
+    sample_prompt: str = setting("", "What the samples continue.", harmless=True)
+    sample_tokens: int = setting(64, "Length of a sample.", harmless=True)
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, each by its name."""
+        super().__post_init__()
+        self.check_least(2, "seq_len", "vocab_size")
+        self.check_least(1, "batch_size", "accumulate", "eval_windows", "sample_tokens")
+        self.check_least(0, "sample_every")
+        self.check_fractions("valid_fraction")
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens that one optimizer step sees."""
         return self.seq_len * self.batch_size * self.accumulate
 
-    def total_steps(self, windows: int) -> int:
-        """Return the length of the run in optimizer steps, given the sequences in the training text."""
-        if self.steps is not None:
-            return self.steps
-        return math.ceil((self.epochs or DEFAULT_EPOCHS) * windows / (self.batch_size * self.accumulate))
 
-    def changed(self, other: TrainConfig) -> list[str]:
-        """Return the names of the fields that differ from `other` and would change the weights."""
-        mine, theirs = self.to_dict(), other.to_dict()
-        return [name for name in mine if name not in _HARMLESS and mine[name] != theirs[name]]
+C = TypeVar("C", bound=RunConfig)
 
 
-# What may change between the halves of an interrupted run: how often it reports, and the threads, because
-# another machine may have fewer (the result is then equal but for rounding).
-_HARMLESS = frozenset(
-    "threads eval_every eval_windows sample_every sample_prompt sample_tokens save_every log_every".split()
-)
-
-
-def read_recipe(path: Path | None, flags: Mapping[str, Any]) -> TrainConfig:
+@overload
+def read_recipe(path: Path | None, flags: Mapping[str, Any]) -> TrainConfig: ...
+@overload
+def read_recipe(path: Path | None, flags: Mapping[str, Any], kind: type[C]) -> C: ...
+def read_recipe(
+    path: Path | None, flags: Mapping[str, Any], kind: type[RunConfig] = TrainConfig
+) -> RunConfig:
     """Join a recipe file and the flags given beside it; flags win.
 
     Args:
         path: a TOML file of fields, or None.
         flags: field -> value.
+        kind: whose fields they are.
 
     Returns:
         The settings.
@@ -166,37 +243,52 @@ def read_recipe(path: Path | None, flags: Mapping[str, Any]) -> TrainConfig:
     if path is not None:
         try:
             recipe = tomllib.loads(path.read_text(encoding="utf-8"))
-            TrainConfig.from_dict(recipe)
+            kind.from_dict(recipe)
         except (ValueError, LongscanError) as error:  # tomllib's and Unicode's errors are ValueErrors
             raise LongscanError(f"{path}: {error}") from error
     rivals = {"steps": "epochs", "epochs": "steps"}
     recipe = {name: value for name, value in recipe.items() if rivals.get(name) not in flags}
     try:
-        return TrainConfig.from_dict({**recipe, **flags})
+        return kind.from_dict({**recipe, **flags})
     except LongscanError as error:
-        name, _, fault = str(error).removeprefix("TrainConfig.").partition(":")
+        name, _, fault = str(error).removeprefix(f"{kind.__name__}.").partition(":")
         raise UsageError(f"--{name.replace('_', '-')}:{fault}") from error
 
 
-def flag_parameters() -> list[inspect.Parameter]:
-    """Make a flag of each field of TrainConfig, so that flags, recipes and Python have the same names."""
-    hints = typing.get_type_hints(TrainConfig)
-    parameters = []
-    for setting in fields(TrainConfig):
-        if setting.name == "data":  # the arguments
+def add_flags(command: Callable[..., None], kind: type[RunConfig]) -> None:
+    """Give a command that ends in `**settings` a flag for each field, where Typer looks for them.
+
+    Flags, recipes and Python so have the same names.
+
+    Args:
+        command: the function; its signature is replaced.
+        kind: whose fields; what it adds itself stands before what it shares with others.
+    """
+    hints = typing.get_type_hints(kind)
+    depth = {
+        name: len(cls.__mro__)
+        for cls in reversed(kind.__mro__)
+        for name in vars(cls).get("__annotations__", ())
+    }
+    signature = inspect.signature(command, eval_str=True)
+    parameters = list(signature.parameters.values())[:-1]
+    for entry in sorted(fields(kind), key=lambda entry: -depth[entry.name]):
+        if entry.metadata.get("argument"):
             continue
-        default = "" if setting.default in (None, (), "") else f" [{setting.default}]"
-        option = typer.Option(help=setting.metadata["help"] + default, show_default=False)
-        hint: Any = list[str] if setting.name == "valid" else hints[setting.name]
-        parameters.append(
-            inspect.Parameter(
-                setting.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[hint | None, option],
-            )
-        )
-    return parameters
+        default = "" if entry.default in (None, (), "") else f" [{entry.default}]"
+        option = typer.Option(help=entry.metadata["help"] + default, show_default=False)
+        several = typing.get_origin(hints[entry.name]) is tuple
+        hint: Any = list[str] if several else hints[entry.name]
+        annotation = Annotated[hint | None, option]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(entry.name, keyword, default=None, annotation=annotation))
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+
+
+# how tokenizers are called, read and learnt
+_Kind: TypeAlias = tuple[str, Callable[[str | Path], Tokenizer], Callable[[Iterable[str], int], Tokenizer]]
+_BPE: _Kind = "BPE", load_tokenizer, train_bpe
+_WORDPIECE: _Kind = "WordPiece", load_wordpiece, train_wordpiece
 
 
 def make_tokenizer(config: TrainConfig, place: Path, tell: Callable[[str], None]) -> Tokenizer:
@@ -213,15 +305,19 @@ def make_tokenizer(config: TrainConfig, place: Path, tell: Callable[[str], None]
     Raises:
         LongscanError: there is no such tokenizer, or no text to train one on.
     """
+    masked = MODELS[config.model].kind == "masked"
+    name, load, learn = _WORDPIECE if masked else _BPE
     if place.is_dir():
-        return load_tokenizer(place)
+        return load(place)
     started = time.perf_counter()
     if config.tokenizer == "bpe":
-        tokenizer: Tokenizer = train_bpe(training_text(config.data, **_division(config)), config.vocab_size)
+        tokenizer = learn(training_text(config.data, **_division(config)), config.vocab_size)
         seconds = time.perf_counter() - started
-        tell(f"tokenizer  BPE of {tokenizer.vocab_size:,} tokens, trained in {duration(seconds)}")
+        tell(f"tokenizer  {name} of {tokenizer.vocab_size:,} tokens, trained in {duration(seconds)}")
     else:
-        tokenizer = ByteTokenizer() if config.tokenizer == "bytes" else load_tokenizer(config.tokenizer)
+        if masked and config.tokenizer == "bytes":
+            raise UsageError(f"--tokenizer: {config.model} needs WordPiece, which hides words, not bytes.")
+        tokenizer = ByteTokenizer() if config.tokenizer == "bytes" else load(config.tokenizer)
         tell(f"tokenizer  {config.tokenizer}, {tokenizer.vocab_size:,} tokens")
     with atomic_directory(place) as temporary:
         tokenizer.save(temporary)
@@ -250,7 +346,7 @@ def make_tokens(
     return prepare(config.data, tokenizer, place, progress=progress, **_division(config))
 
 
-def model_settings(config: TrainConfig, vocab_size: int) -> LanguageModelConfig:
+def model_settings(config: FreshConfig, vocab_size: int) -> Config:
     """Return the configuration of the model to train.
 
     Args:
@@ -263,31 +359,46 @@ def model_settings(config: TrainConfig, vocab_size: int) -> LanguageModelConfig:
     Raises:
         UsageError: there is no such model, preset or device, or the sizes are impossible.
     """
+    choice = [name for name, entry in MODELS.items() if entry.kind in config.KINDS]
     if config.model not in MODELS:
-        raise UsageError(f"--model: no model called {config.model!r}{nearest(config.model, MODELS)}")
+        raise UsageError(f"--model: no model called {config.model!r}{nearest(config.model, choice)}")
     entry = MODELS[config.model]
+    if config.model not in choice:
+        raise UsageError(
+            f"--model: expected one of {', '.join(choice)}, got the {entry.kind} model {entry.name}."
+        )
     presets = entry.presets
     if config.preset not in presets:
         close = nearest(config.preset, presets)
         raise UsageError(f"--preset: {config.model} has no preset {config.preset!r}{close}")
+    check_device(config.device)
     try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
-        raise UsageError(f"--device {config.device}: {str(error).splitlines()[0]}") from error
-    sizes = {name: getattr(config, name) for name in ("d_model", "n_layers", "d_state", "d_conv", "expand")}
-    given = {name: value for name, value in sizes.items() if value is not None}
-    try:
-        return entry.config.from_dict({**presets[config.preset], "vocab_size": vocab_size, **given})
+        return entry.config.from_dict({**presets[config.preset], "vocab_size": vocab_size, **config.sizes})
     except LongscanError as error:
         raise UsageError(str(error)) from error
 
 
-def make_model(config: TrainConfig, tokenizer: Tokenizer) -> LanguageModel:
+def check_device(device: str) -> None:
+    """Insist that there is such a device.
+
+    Args:
+        device: in torch's words.
+
+    Raises:
+        UsageError: there is none.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+        raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
+def make_model(config: FreshConfig, vocab_size: int) -> Model:
     """Build the model with fresh weights drawn from the run's seed.
 
     Args:
         config: the settings.
-        tokenizer: the run's; it decides the vocabulary.
+        vocab_size: tokens of the tokenizer.
 
     Returns:
         The model, on the run's device.
@@ -296,14 +407,15 @@ def make_model(config: TrainConfig, tokenizer: Tokenizer) -> LanguageModel:
         UsageError: as `model_settings`.
         LongscanError: there is no memory for a model of that size.
     """
-    settings = model_settings(config, tokenizer.vocab_size)
+    settings = model_settings(config, vocab_size)
     generator = torch.Generator().manual_seed(config.seed)
     try:
         return MODELS[config.model].cls(settings, generator=generator).to(config.device)
     except RuntimeError as error:  # torch's word for a lack of memory, on any device
         if "allocate" not in str(error) and "memory" not in str(error):
             raise
-        sizes = f"d_model {settings.d_model:,}, {settings.n_layers:,} layers"
+        numbers = {name: value for name, value in settings.to_dict().items() if type(value) is int}
+        sizes = ", ".join(f"{name} {value:,}" for name, value in numbers.items() if name != "vocab_size")
         raise LongscanError(f"no memory for a model of {sizes}. Choose a smaller one.") from error
 
 
@@ -314,3 +426,10 @@ def _division(config: TrainConfig) -> dict[str, Any]:
         "valid_fraction": config.valid_fraction,
         "separator": config.separator,
     }
+
+
+def _absolute(value: str | tuple[str, ...] | None) -> str | list[str] | None:
+    """Return a path, or several, from the root."""
+    if isinstance(value, str):
+        return os.path.abspath(value) if value else value
+    return None if value is None else [os.path.abspath(path) for path in value]

@@ -16,11 +16,12 @@ from types import FrameType
 from typing import Any, Self
 
 from longscan.errors import LongscanError
-from longscan.files import atomic_write
+from longscan.files import atomic_write, read_json
 
-__all__ = ["SETTINGS", "Metrics", "Signals", "lock", "refuse_content"]
+__all__ = ["SETTINGS", "VERB", "Metrics", "Signals", "lock", "read_settings", "refuse_content"]
 
 SETTINGS = "train.json"  # the resolved configuration; it also marks a directory as a run's
+VERB = "verb"  # a key in it: what resumes the run
 LOCK = ".lock"
 
 
@@ -75,7 +76,8 @@ def refuse_content(directory: Path) -> None:
         with lock(directory):  # says so if the run is going on
             pass
         raise LongscanError(
-            f"{directory} already holds a run. Continue it with: longscan train --resume {directory}\n"
+            f"{directory} already holds a run. Continue it with: "
+            f"longscan {_verb(directory)} --resume {directory}\n"
             "Or choose another directory: nothing is overwritten."
         )
     if not all(fnmatch(name, f".{SETTINGS}.*.new") for name in names):  # those of a run killed at its start
@@ -83,6 +85,35 @@ def refuse_content(directory: Path) -> None:
             f"{directory} is not empty (it holds {', '.join(names[:3])}{', ...' if names[3:] else ''}). "
             "Choose a new directory: nothing is overwritten."
         )
+
+
+def read_settings(directory: Path, verb: str) -> dict[str, Any]:
+    """Return the configuration of the run in a directory.
+
+    Args:
+        directory: the run's.
+        verb: what it has to be a run of.
+
+    Returns:
+        The fields of its configuration.
+
+    Raises:
+        LongscanError: there is no run, or it is another verb's.
+    """
+    if not (directory / SETTINGS).is_file():
+        raise LongscanError(
+            f"no run to resume in {directory}: expected the {SETTINGS} that `longscan {verb}` writes."
+        )
+    if (actual := _verb(directory)) != verb:
+        raise LongscanError(
+            f"{directory} is a run of another kind. Continue it with: longscan {actual} --resume {directory}"
+        )
+    return {name: value for name, value in read_json(directory / SETTINGS).items() if name != VERB}
+
+
+def _verb(directory: Path) -> str:
+    """Return what resumes the run in a directory."""
+    return str(read_json(directory / SETTINGS).get(VERB, "train"))
 
 
 class Metrics:

@@ -1,4 +1,4 @@
-"""The engine under `longscan train`: optimizer steps, and checkpoints from which a run goes on bit for bit.
+"""The engine under every training: optimizer steps, and checkpoints from which a run goes on bit for bit.
 
 Everything random is a function of the seed and the step number, so a checkpoint is the weights, the moments
 of AdamW, torch's random state and one integer. Nothing is pickled: tensors in safetensors, the rest in JSON.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,30 +19,38 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longscan.errors import LongscanError
+from longscan.errors import LongscanError, UsageError
 from longscan.files import atomic_directory, read_json, write_json
-from longscan.models import LanguageModel
-from longscan.recipe import TrainConfig
+from longscan.models import Model
+from longscan.recipe import RunConfig
 
 __all__ = ["Checkpoints", "DivergedError", "StepReport", "Trainer", "learning_rate"]
 
 
-def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """Return the learning rate of one step: linear warm-up to `lr`, then a cosine down to `final_lr`.
+def learning_rate(config: RunConfig, step: int, total: int, d_model: int = 1) -> float:
+    """Return the learning rate of one step.
+
+    Cosine and linear rise to `lr` in `warmup` steps and fall to `final_lr`. Noam, of "Attention Is All You
+    Need" (Vaswani et al. 2017), section 5.3, is lr d_model^-1/2 min(s^-1/2, s warmup^-3/2), s from 1.
 
     Args:
         config: the run.
         step: steps done so far, from 0.
         total: steps in the run.
+        d_model: width of the model; only noam asks.
 
     Returns:
         The rate for the step after `step`.
     """
+    if config.schedule == "noam":
+        rise = (step + 1) * max(config.warmup, 1) ** -1.5
+        return float(config.lr * d_model**-0.5 * min((step + 1) ** -0.5, rise))
     warmup = min(config.warmup, total // 10)
     if step < warmup:
         return config.lr * (step + 1) / warmup
     progress = (step + 1 - warmup) / (total - warmup)
-    return config.final_lr + (config.lr - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+    left = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1 - progress
+    return config.final_lr + (config.lr - config.final_lr) * left
 
 
 class DivergedError(LongscanError):
@@ -51,9 +59,10 @@ class DivergedError(LongscanError):
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step was like; `loss` in nats per token."""
+    """What one optimizer step was like; `loss` in nats per token, `tokens` predicted in it."""
 
     step: int
+    tokens: int
     loss: float
     lr: float
     grad_norm: float
@@ -66,18 +75,32 @@ class Trainer:
         model: the model; its parameters are updated in place.
         config: the run.
         total: steps in the whole run, for the learning rate.
-        batch: step number -> ids (batch_size * accumulate, seq_len + 1), the same ids whenever it is asked.
+        batch: step number -> the parts of its batch and how many tokens each predicts; the same parts
+            whenever it is asked.
+        loss: model, part -> the mean loss of a token; a step descends the mean over the tokens of all parts.
+
+    Raises:
+        UsageError: the schedule is noam and the model has no d_model.
     """
 
     def __init__(
-        self, model: LanguageModel, config: TrainConfig, total: int, batch: Callable[[int], Tensor]
+        self,
+        model: Model,
+        config: RunConfig,
+        total: int,
+        batch: Callable[[int], Sequence[tuple[Any, int]]],
+        loss: Callable[[Any, Any], Tensor],
     ) -> None:
-        self.model, self.config, self.total, self.batch = model, config, total, batch
+        self.model, self.config, self.total, self.batch, self.loss = model, config, total, batch, loss
+        self.d_model = model.config.to_dict().get("d_model")
+        if config.schedule == "noam" and self.d_model is None:
+            raise UsageError("--schedule noam: expected a model with a d_model, this one has none.")
         self.step_number = 0  # steps done
         self.optimizer = torch.optim.AdamW(
             model.param_groups(config.weight_decay),
             lr=config.lr,
             betas=(config.beta1, config.beta2),
+            eps=config.eps,
             fused=True,  # one pass over memory; elementwise, so the bits do not depend on the threads
         )
 
@@ -95,24 +118,25 @@ class Trainer:
         Raises:
             DivergedError: the loss or the gradient is not finite; the weights are those before the step.
         """
-        config = self.config
-        rate = learning_rate(config, self.step_number, self.total)
-        ids = self.batch(self.step_number).to(config.device)
+        rate = learning_rate(self.config, self.step_number, self.total, self.d_model or 1)
+        parts = self.batch(self.step_number)
+        total = sum(tokens for _, tokens in parts)
+        self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
-        for part in torch.split(ids, config.batch_size):
-            output = self.model(part, labels=part, return_logits=False)
-            (output.loss / config.accumulate).backward()
-            loss += output.loss.item() / config.accumulate
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+        mean = 0.0
+        for part, tokens in parts:
+            loss = self.loss(self.model, part) * (tokens / total)
+            loss.backward()  # type: ignore[no-untyped-call]
+            mean += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
+        if not (math.isfinite(mean) and math.isfinite(norm)):
+            what = f"the loss is {mean}" if not math.isfinite(mean) else f"the gradient's norm is {norm}"
             raise DivergedError(f"{what} at step {self.step_number + 1} (learning rate {rate:.2g}).")
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.step_number += 1
-        return StepReport(self.step_number, loss, rate, norm)
+        return StepReport(self.step_number, total, mean, rate, norm)
 
     def save(self, directory: Path) -> None:
         """Write weights, optimizer and random state into an existing directory.
@@ -209,7 +233,7 @@ class Checkpoints:
         Raises:
             LongscanError: there are some, but none is whole.
         """
-        for directory in self._directories():
+        for directory in self.directories():
             try:
                 state = read_json(directory / "state.json")
                 for name in self.FILES:
@@ -221,7 +245,7 @@ class Checkpoints:
                 warn(f"skipping checkpoint {directory}: {error}")
                 continue
             return directory, state
-        if self._directories():
+        if self.directories():
             raise LongscanError(
                 f"no checkpoint in {self.root} is whole. Delete that folder to begin the run again."
             )
@@ -233,7 +257,7 @@ class Checkpoints:
         Args:
             step: the last one to keep, from which the run goes on. Only for the process that holds the lock.
         """
-        later = [path for path in self._directories() if self.step_of(path) > step]
+        later = [path for path in self.directories() if self.step_of(path) > step]
         for path in [*self.root.glob(".step-*"), *later]:
             shutil.rmtree(path, ignore_errors=True)
         self._prune()
@@ -245,11 +269,11 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Drop the oldest."""
-        for old in self._directories()[self.keep :]:
+        for old in self.directories()[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
 
-    def _directories(self) -> list[Path]:
-        """Return the checkpoint directories, newest first."""
+    def directories(self) -> list[Path]:
+        """Return those there are, newest first."""
         found = [path for path in self.root.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
         return sorted(found, key=self.step_of, reverse=True)
 
