@@ -1,0 +1,150 @@
+"""Sentences in, translations out; and how good they are."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from longscan.bleu import by_length, score
+from longscan.errors import LongscanError
+from longscan.models import Translator
+from longscan.pairs import EOS, IdPairs, TextPairs, rows
+from longscan.search import translate_ids
+from longscan.tokenizer import Tokenizer
+
+__all__ = ["Translation", "describe", "measure", "translate"]
+
+BATCH = 64  # sentences at a time
+BATCH_TOKENS = 4096  # of a forward pass
+
+
+class Translation(NamedTuple):
+    """A sentence in the other language."""
+
+    text: str
+    score: float  # log probability over the length penalty
+
+
+def translate(
+    model: Translator,
+    tokenizer: Tokenizer,
+    sentences: Sequence[str],
+    *,
+    beam_size: int = 5,
+    length_penalty: float = 0.6,
+) -> list[Translation]:
+    """Translate sentences; the others of a call never change a translation.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's.
+        sentences: any number; an empty one gives an empty one.
+        beam_size: hypotheses to follow; 1 = greedy.
+        length_penalty: see `translate_ids`.
+
+    Returns:
+        The translations in the order of the sentences.
+
+    Raises:
+        LongscanError: the tokenizer is not the model's, or a sentence is too long for the model.
+    """
+    _check_tokenizer(model, tokenizer)
+    found = [Translation("", 0.0)] * len(sentences)
+    encoded = tokenizer.encode_batch([sentence.strip() for sentence in sentences])
+    order = sorted((i for i, ids in enumerate(encoded) if ids), key=lambda i: len(encoded[i]))
+    limit = model.max_positions
+    if order and limit is not None:
+        _check_length(sentences[order[-1]], len(encoded[order[-1]]) + 1, limit)
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        source = rows([encoded[i] for i in chosen], bos=False).to(model.device)
+        hypotheses = translate_ids(model, source, beam_size=beam_size, length_penalty=length_penalty)
+        for i, hypothesis in zip(chosen, hypotheses, strict=True):
+            found[i] = Translation(tokenizer.decode(hypothesis.ids), hypothesis.score)
+    return found
+
+
+def measure(
+    model: Translator,
+    tokenizer: Tokenizer,
+    pairs: TextPairs,
+    beam_size: int,
+    length_penalty: float,
+    tokenize: str,
+) -> dict[str, Any]:
+    """Measure a translator on sentence pairs.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's.
+        pairs: sentences and their translations by people.
+        beam_size: see `translate`.
+        length_penalty: see `translate`.
+        tokenize: see `bleu.score`.
+
+    Returns:
+        What `bleu.score` gives, sentences, perplexity of the people's translations, by_length, seconds of
+        translating, sentences_per_second, and the translations.
+
+    Raises:
+        LongscanError: as `translate`.
+    """
+    begin = time.perf_counter()
+    found = translate(model, tokenizer, pairs.source, beam_size=beam_size, length_penalty=length_penalty)
+    seconds = time.perf_counter() - begin
+    hypotheses = [each.text for each in found]
+    ids, _ = IdPairs.encode(pairs, tokenizer, model.max_positions or 2**31)
+    return {
+        "sentences": len(hypotheses),
+        **score(hypotheses, pairs.target, tokenize),
+        "perplexity": round(math.exp(min(mean_loss(model, ids), 700.0)), 4),
+        "by_length": by_length(pairs.source, hypotheses, pairs.target, tokenize),
+        "seconds": round(seconds, 3),
+        "sentences_per_second": round(len(hypotheses) / seconds, 2),
+        "translations": hypotheses,
+    }
+
+
+@torch.inference_mode()
+def mean_loss(model: Translator, pairs: IdPairs, batch_tokens: int = BATCH_TOKENS) -> float:
+    """Return the mean nats of a target token.
+
+    Args:
+        model: in evaluation mode.
+        pairs: all of which count.
+        batch_tokens: of a forward pass.
+    """
+    total = 0.0
+    for batch in pairs.in_order(batch_tokens):
+        loss = model.loss(batch.source.to(model.device), batch.target.to(model.device))
+        total += loss.item() * batch.tokens
+    return total / int(pairs.target_lengths.sum())
+
+
+def describe(model: Translator) -> str:
+    """Say in a few words what translates."""
+    return f"{type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters"
+
+
+def _check_tokenizer(model: Translator, tokenizer: Tokenizer) -> None:
+    """Insist that they belong together."""
+    config = model.config
+    ours = (tokenizer.vocab_size, tokenizer.eos_id)
+    if ours != (config.vocab_size, config.eos_id) or config.eos_id != EOS:
+        raise LongscanError(
+            f"the tokenizer has {tokenizer.vocab_size:,} ids and ends texts with {tokenizer.eos_id}, the "
+            f"model was trained with {config.vocab_size:,} and {config.eos_id}: put its own beside it."
+        )
+
+
+def _check_length(sentence: str, length: int, limit: int) -> None:
+    """Refuse a sentence that has no room in the model."""
+    if length > limit:
+        raise LongscanError(
+            f"a sentence of {length:,} tokens ({sentence[:40]!r}...) is longer than the {limit:,} positions "
+            "of the model. Split it."
+        )
