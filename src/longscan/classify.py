@@ -1,0 +1,414 @@
+"""`longscan classify`: fine-tune a BERT on labelled texts, measure it, classify with it.
+
+The directory of a run (see run.py) holds `start/`, the checkpoint it begins with under its new head, and
+`data/`, the examples, besides: nothing else is needed to resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import torch
+import typer
+from torch import Tensor
+from torch.nn import functional as F
+
+from longscan.checkpoint import save
+from longscan.encoders import LoadedBert, load_bert
+from longscan.errors import LongscanError, UsageError
+from longscan.examples import (
+    Example,
+    divide,
+    frame_examples,
+    number_labels,
+    parse_columns,
+    predict,
+    read_examples,
+    score,
+    shuffled,
+)
+from longscan.files import atomic_directory
+from longscan.generate import use_threads
+from longscan.models import Bert, Model
+from longscan.recipe import RunConfig, add_flags, check_device, setting
+from longscan.run import Run
+from longscan.runs import Signals
+from longscan.text_input import read_stdin, tell_cut
+from longscan.wordpiece import Framed
+
+__all__ = ["ClassifyConfig", "ClassifyRun", "commands", "load_classifier"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyConfig(RunConfig):
+    """Everything that decides what `longscan classify train` computes; rates as in the BERT paper, A.3."""
+
+    EPOCHS: ClassVar[float] = 3.0
+
+    data: tuple[str, ...] = setting((), "Files of labelled texts.", path=True, argument=True)
+    valid: tuple[str, ...] = setting(
+        (), "Held-out file; without it a part of DATA is held out. Repeatable.", path=True
+    )
+    valid_fraction: float = setting(0.1, "Part of DATA held out for validation.")
+    columns: str = setting("1,2", "Where label, text (and the other text of a pair) stand in a table.")
+    model: str = setting("", "Checkpoint to start from: a BERT's directory or hub id.")
+
+    seq_len: int = setting(128, "Tokens of a text; longer ones are cut.")
+    batch_size: int = setting(32, "Texts in a forward pass.")
+    accumulate: int = setting(1, "Forward passes in a step.")
+
+    schedule: Literal["cosine", "linear", "noam"] = setting("linear", "Course of the learning rate.")
+    lr: float = setting(5e-5, "Peak learning rate.")
+    warmup: int = setting(100, "Steps to reach the peak, at most a tenth of the run.")
+    weight_decay: float = setting(0.01, "AdamW's decay of the matrices.")
+    beta2: float = setting(0.999, "AdamW's memory of the gradient's square.")
+    eps: float = setting(1e-6, "AdamW's smallest divisor.")
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, each by its name."""
+        super().__post_init__()
+        self.check_least(8, "seq_len")
+        self.check_least(1, "batch_size", "accumulate")
+        self.check_fractions("valid_fraction")
+        parse_columns(self.columns)
+
+
+class _Part(NamedTuple):
+    """What a forward pass reads."""
+
+    ids: Tensor  # (batch, seq_len)
+    types: Tensor  # likewise
+    labels: Tensor  # (batch,)
+
+
+class ClassifyRun(Run[ClassifyConfig]):
+    """Fine-tunes a BERT: tell the class of a text, or of a pair of texts."""
+
+    verb = "classify train"
+    settings = ClassifyConfig
+    valid_key, valid_unit = "valid_loss", "nats/text"
+
+    def prepare(self) -> tuple[Model, int]:
+        """Read examples and checkpoint, or what the run made of them before."""
+        config = self.config
+        if not config.data:
+            raise UsageError("nothing to train on: name files of labelled texts.")
+        if not config.model:
+            raise UsageError("--model: expected the checkpoint to start from, a BERT's directory or hub id.")
+        check_device(config.device)
+        place = self.directory / "data"
+        if not place.is_dir():
+            self._prepare(place)
+        found = load_bert(self.directory / "start")
+        self.model, self.tokenizer = found.model.to(config.device), found.tokenizer
+        self.train, self.valid = (self._encode(place / f"{name}.jsonl") for name in ("train", "valid"))
+        self.rows = config.batch_size * config.accumulate
+        self.plan: tuple[int, list[list[int]]] = -1, []  # an epoch and its batches
+        self.identity = self._identify()
+        steps = -(-len(self.train[1]) // self.rows)
+        return self.model, config.total_steps(steps)
+
+    def introduce(self) -> None:
+        """Say what is trained on what."""
+        framed, numbers = self.train
+        cut = sum(one.cut > 0 for one in framed)
+        words = f", {cut:,} cut at {self.config.seq_len} tokens" if cut else ""
+        self.display.line(
+            f"data       {len(framed):,} texts of {len(self.model.config.labels)} classes{words}, "
+            f"{len(self.valid[1]):,} held out"
+        )
+        epochs = self.trainer.total * self.rows / len(numbers)
+        self.display.line(
+            f"model      {self.config.model}, {self.model.num_parameters() / 1e6:.2f} M parameters, "
+            f"{self.trainer.total:,} steps of {self.rows} texts ({epochs:.3g} epochs)"
+        )
+
+    def batch(self, step: int) -> list[tuple[_Part, int]]:
+        """Return the texts of a step in parts."""
+        framed, numbers = self.train
+        epoch, place = divmod(step, -(-len(framed) // self.rows))
+        if self.plan[0] != epoch:
+            lengths = [len(one.ids) for one in framed]
+            self.plan = epoch, shuffled(lengths, self.rows, self.config.seed, epoch)
+        chosen, parts = self.plan[1][place], []
+        for start in range(0, len(chosen), self.config.batch_size):
+            some = chosen[start : start + self.config.batch_size]
+            ids, types = self.tokenizer.collate([framed[number] for number in some])
+            labels = torch.tensor([numbers[number] for number in some])
+            parts.append((_Part(ids, types, labels), len(some)))
+        return parts
+
+    def loss(self, model: Bert, part: _Part) -> Tensor:
+        """Return the mean nats of a text's class."""
+        ids, types, labels = (tensor.to(self.config.device) for tensor in part)
+        return F.cross_entropy(model.classify(model(ids, types).pooled), labels)
+
+    def fingerprint(self) -> str:
+        """Identify the examples and the checkpoint begun with."""
+        return self.identity
+
+    def export(self, directory: Path) -> None:
+        """Write the classifier of the last step in Hugging Face layout."""
+        save(self.model, directory, self.tokenizer)
+
+    @property
+    def validates(self) -> bool:
+        """Whether examples are held out."""
+        return bool(self.valid[1])
+
+    def validate(self, signals: Signals, *, last: bool) -> dict[str, Any] | None:
+        """Measure loss, accuracy and F1 on what is held out."""
+        framed, truth = self.valid
+        scores = predict(self.model, self.tokenizer, framed, self.config.batch_size)
+        found = score(truth, scores.argmax(1).tolist())
+        self.say(f"accuracy {found.accuracy:.1%}, macro-F1 {found.macro_f1:.3f}")
+        return {
+            "valid_loss": F.nll_loss(scores, torch.tensor(truth)).item(),
+            "valid_accuracy": found.accuracy,
+            "valid_macro_f1": found.macro_f1,
+        }
+
+    def _identify(self) -> str:
+        """Hash the examples and the checkpoint begun with."""
+        digest = hashlib.sha256()
+        for name in ("data/train.jsonl", "data/valid.jsonl", "start/config.json", "start/model.safetensors"):
+            with open(self.directory / name, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def _encode(self, path: Path) -> tuple[list[Framed], list[int]]:
+        """Frame the examples of a file and number their labels."""
+        if not path.stat().st_size:
+            return [], []
+        examples = read_examples([path])
+        framed = frame_examples(self.tokenizer, examples, self.config.seq_len)
+        return framed, number_labels(examples, self.model.config.labels)
+
+    def _prepare(self, place: Path) -> None:
+        """Divide the examples and put a new head on the checkpoint."""
+        config = self.config
+        train = read_examples(config.data, config.columns)
+        if config.valid:
+            valid = read_examples(config.valid, config.columns)
+        else:
+            train, valid = divide(train, config.valid_fraction)
+        names = {example.label for example in train}
+        labels = sorted(names, key=int if all(name.isdecimal() for name in names) else None)
+        if len(labels) < 2:
+            raise LongscanError(f"{train[0].where}: expected two classes or more, all are {labels[0]!r}.")
+        number_labels(valid, labels)
+        if valid and (valid[0].pair is None) != (train[0].pair is None):
+            raise LongscanError(
+                f"{valid[0].where}: expected pairs there as in the training data, or nowhere."
+            )
+        generator = torch.Generator().manual_seed(config.seed)
+        found = load_bert(config.model, "classifier", labels=labels, generator=generator)
+        positions = found.model.config.max_positions
+        if config.seq_len > positions:
+            raise UsageError(f"--seq-len: expected at most the {positions} positions of {config.model}.")
+        if found.fresh:
+            parts = ", ".join(part.rstrip(".") for part in found.fresh)
+            self.display.line(f"fresh      {parts}: not in {config.model}, learnt from the examples alone")
+        save(found.model, self.directory / "start", found.tokenizer)
+        with atomic_directory(place) as temporary:
+            for name, examples in (("train", train), ("valid", valid)):
+                lines = [json.dumps(example._asdict(), ensure_ascii=False) + "\n" for example in examples]
+                (temporary / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def load_classifier(name_or_dir: str | Path) -> LoadedBert:
+    """Load a BERT that classifies.
+
+    Args:
+        name_or_dir: see `load_bert`.
+
+    Raises:
+        LongscanError: as `load_bert`; or it has no such head.
+    """
+    found = load_bert(name_or_dir)
+    if found.model.config.head != "classifier":
+        raise LongscanError(
+            f"{found.directory} does not classify: its head is {found.model.config.head!r}. "
+            f"Train one: longscan classify train --model {found.directory} FILE --out DIR"
+        )
+    found.need("classifier.", "classify")
+    return found
+
+
+def train(
+    data: Annotated[list[str] | None, typer.Argument(help="Files of labelled texts.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the new run.")] = None,
+    resume_from: Annotated[
+        Path | None, typer.Option("--resume", help="Continue the run in this directory.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option("--config", help="TOML file of settings; flags win.")] = None,
+    **settings: Any,
+) -> None:
+    """Fine-tune a BERT on labelled texts, or resume a run after any kind of stop.
+
+    DATA is a table, a row a line, columns parted by tabs, the first one the label and the second one the text
+    unless --columns says otherwise; or .jsonl with "label" and "text". Both may be .gz or .xz. --out
+    receives checkpoints, metrics.jsonl, loss.png and in the end model/. Ctrl-C stops after the step in hand.
+
+    Args:
+        data: what to train on.
+        out: the new run's directory.
+        resume_from: an earlier run's.
+        recipe: settings in a file.
+        settings: one flag for each field of ClassifyConfig.
+
+    Raises:
+        UsageError: flags that contradict each other or have impossible values.
+    """
+    result = ClassifyRun.serve(out, resume_from, recipe, {"data": data, **settings})
+    place = result.directory / "model"
+    typer.echo(f'trained {result.total:,} steps · try: longscan classify predict {place} "..."')
+
+
+add_flags(train, ClassifyConfig)
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A classifier's directory.")]
+SeqLen = Annotated[int | None, typer.Option(help="Cut texts at so many tokens; the model's limit if None.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; as torch likes if not given.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def evaluate(
+    model: ModelArgument,
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILES", help="Labelled texts, as train takes them.")
+    ],
+    columns: Annotated[str, typer.Option(help="Where label and text stand in a table.")] = "1,2",
+    baseline: Annotated[
+        list[Path] | None,
+        typer.Option(help="Also score TF-IDF and logistic regression, trained on this file. Repeatable."),
+    ] = None,
+    seq_len: SeqLen = None,
+    as_json: AsJson = False,
+    threads: Threads = None,
+) -> None:
+    """Accuracy and F1 of a classifier on labelled texts, over all and by class.
+
+    Raises:
+        UsageError: a flag has an impossible value.
+        LongscanError: the model or a file can't be read, or a label was not in the training data.
+    """
+    use_threads(threads)
+    examples = read_examples(files, columns)
+    found = load_classifier(model)
+    labels = found.model.config.labels
+    truth = number_labels(examples, labels)
+    framed = frame_examples(found.tokenizer, examples, _room(found, seq_len))
+    scores = score(truth, predict(found.model, found.tokenizer, framed).argmax(1).tolist())
+    report: dict[str, Any] = {"model": model, "texts": len(examples)}
+    report |= {"accuracy": scores.accuracy, "macro_f1": scores.macro_f1}
+    if baseline:
+        peer = score(truth, tfidf(read_examples(baseline, columns), examples, labels))
+        report["tfidf"] = {"accuracy": peer.accuracy, "macro_f1": peer.macro_f1}
+    fields = ("precision", "recall", "f1", "texts")
+    classes = {labels[n]: dict(zip(fields, row, strict=True)) for n, row in scores.classes.items()}
+    tell_cut(framed)
+    if as_json:
+        typer.echo(json.dumps({**report, "classes": classes}, ensure_ascii=False, indent=2))
+        return
+    typer.echo(f"accuracy {scores.accuracy:.4f} · macro-F1 {scores.macro_f1:.4f} · {len(examples):,} texts")
+    if baseline:
+        typer.echo(
+            f"accuracy {peer.accuracy:.4f} · macro-F1 {peer.macro_f1:.4f} · TF-IDF + logistic regression"
+        )
+    typer.echo(f"{'precision':>9}  {'recall':>6}  {'F1':>6}  {'texts':>7}  class")
+    for label, row in classes.items():
+        typer.echo(
+            f"{row['precision']:>9.4f}  {row['recall']:>6.4f}  {row['f1']:>6.4f}  {row['texts']:>7,}  {label}"
+        )
+
+
+def predict_texts(
+    model: ModelArgument,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; without, the lines of stdin.")] = None,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Each is a pair of texts, parted by a tab.")] = False,
+    seq_len: SeqLen = None,
+    as_json: AsJson = False,
+    threads: Threads = None,
+) -> None:
+    """Tell the classes of texts: those given, or the lines of stdin.
+
+    A line each: the class, its probability, the text, parted by tabs; with --json all probabilities.
+
+    Raises:
+        UsageError: a flag has an impossible value.
+        LongscanError: the model can't be read, or a text is no pair.
+    """
+    use_threads(threads)
+    found = load_classifier(model)
+    texts = texts or read_stdin()
+    if not texts:
+        return
+    parted = [text.split("\t") if pairs else [text] for text in texts]
+    for number, parts in enumerate(parted, 1):
+        if pairs and len(parts) != 2:
+            raise LongscanError(f"text {number}: expected a pair parted by a tab, got {len(parts)} parts.")
+    second = [parts[1] for parts in parted] if pairs else None
+    framed = found.tokenizer.frame_batch([parts[0] for parts in parted], second, _room(found, seq_len))
+    labels = found.model.config.labels
+    for text, row in zip(texts, predict(found.model, found.tokenizer, framed).exp().tolist(), strict=True):
+        best = max(range(len(row)), key=row.__getitem__)
+        if as_json:
+            shown = {
+                "text": text,
+                "label": labels[best],
+                "probabilities": dict(zip(labels, row, strict=True)),
+            }
+            typer.echo(json.dumps(shown, ensure_ascii=False))
+        else:
+            typer.echo(f"{labels[best]}\t{row[best]:.4f}\t{' '.join(text.splitlines())}")
+    tell_cut(framed)
+
+
+commands = {"train": train, "predict": predict_texts, "evaluate": evaluate}
+
+
+def tfidf(train: Sequence[Example], test: Sequence[Example], labels: Sequence[str]) -> list[int]:
+    """Classify with what there was before: word and word-pair counts, and a linear model of them.
+
+    Args:
+        train: what to learn from; five of its folds choose how much to regularise.
+        test: what to classify.
+        labels: the classes.
+
+    Returns:
+        The numbers of the classes.
+
+    Raises:
+        LongscanError: scikit-learn is not installed, or a label is not among `labels`.
+    """
+    try:
+        names = "feature_extraction.text", "linear_model", "model_selection"
+        text, linear, selection = (importlib.import_module(f"sklearn.{name}") for name in names)
+    except ImportError as error:
+        raise LongscanError("the baseline needs scikit-learn: pip install scikit-learn") from error
+    words = text.TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    counts = words.fit_transform([_whole(example) for example in train])
+    search = selection.GridSearchCV(linear.LogisticRegression(max_iter=1000), {"C": [0.1, 1, 10, 100]}, cv=5)
+    search.fit(counts, number_labels(train, labels))
+    answers: list[int] = search.predict(words.transform([_whole(example) for example in test])).tolist()
+    return answers
+
+
+def _whole(example: Example) -> str:
+    """Return all text of an example."""
+    return example.text if example.pair is None else f"{example.text}\n{example.pair}"
+
+
+def _room(found: LoadedBert, seq_len: int | None) -> int:
+    """Return how many tokens of a text are read."""
+    positions = found.model.config.max_positions
+    if seq_len is not None and not 3 <= seq_len <= positions:
+        raise UsageError(f"--seq-len: expected 3 to {positions}, the positions of the model, got {seq_len}.")
+    return seq_len or positions

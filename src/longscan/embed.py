@@ -1,0 +1,120 @@
+"""`longscan embed`: texts as vectors of length 1, whose products say how alike the texts are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+from torch.nn import functional as F
+
+from longscan.encoders import LoadedBert, load_bert
+from longscan.errors import LongscanError, UsageError
+from longscan.examples import by_length
+from longscan.files import atomic_file, read_json
+from longscan.generate import use_threads
+from longscan.pairs import read_lines
+from longscan.text_input import read_stdin, tell_cut
+from longscan.wordpiece import Framed
+
+__all__ = ["command", "embed"]
+
+MOST = 50  # texts of which every pair is printed
+
+
+def embed(found: LoadedBert, texts: Sequence[str], rows: int = 32) -> Tensor:
+    """Turn texts into vectors: the mean over their tokens, scaled to length 1.
+
+    Args:
+        found: a BERT, best one that was trained for it, such as all-MiniLM-L6-v2.
+        texts: what is too long for the model is cut.
+        rows: read at a time.
+
+    Returns:
+        (n_texts, d_model) float32: products are cosines.
+
+    Raises:
+        LongscanError: the model asks for another kind of mean.
+    """
+    return _vectors(found, found.tokenizer.frame_batch(texts, room=_room(found)), rows)
+
+
+@torch.inference_mode()
+def _vectors(found: LoadedBert, framed: Sequence[Framed], rows: int = 32) -> Tensor:
+    """Do it for texts in tokens."""
+    model, tokenizer = found.model, found.tokenizer
+    vectors = torch.empty(len(framed), model.config.d_model)
+    for batch in by_length(framed, rows):
+        ids, types = (part.to(model.device) for part in tokenizer.collate([framed[n] for n in batch]))
+        mask = (ids != tokenizer.pad_id)[:, :, None]  # (batch, seq_len, 1)
+        mean = (model(ids, types).hidden * mask).sum(1) / mask.sum(1)
+        vectors[batch] = F.normalize(mean, dim=-1).float().cpu()
+    return vectors
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A BERT's directory or hub id.")],
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; without, the lines of stdin.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Read texts from this file, one a line.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the vectors as .npy, a row a text.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a text.")] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; as torch likes if not given.")] = None,
+) -> None:
+    """Turn texts into vectors: print how alike they are, or write them with --out.
+
+    Without --out and --json a line for each pair of texts: their cosine, then both, parted by tabs, the most
+    alike first.
+
+    Raises:
+        UsageError: flags that contradict each other, or too few texts to compare.
+        LongscanError: the model or the file can't be read, or a text is empty.
+    """
+    if texts and file:
+        raise UsageError("give either texts or --file, not both.")
+    if out is not None and out.suffix != ".npy":
+        raise UsageError(f"--out: expected a name that ends in .npy, got {out}.")
+    use_threads(threads)
+    given = read_lines(file) if file else texts or read_stdin()
+    for number, text in enumerate(given, 1):
+        if not text.strip():
+            raise LongscanError(f"text {number} is empty: leave it out.")
+    if not (out or as_json) and not 2 <= len(given) <= MOST:
+        raise UsageError(f"expected 2 to {MOST} texts to compare, got {len(given)}: see --out and --json.")
+    if not given:
+        raise UsageError("no text given.")
+    found = load_bert(model, "none")
+    framed = found.tokenizer.frame_batch(given, room=_room(found))
+    tell_cut(framed)
+    vectors = _vectors(found, framed)
+    if out is not None:
+        with atomic_file(out) as temporary, open(temporary, "wb") as stream:
+            np.save(stream, vectors.numpy())
+        typer.echo(f"{len(given):,} vectors of {vectors.shape[1]} numbers in {out}")
+    elif as_json:
+        for text, vector in zip(given, vectors.tolist(), strict=True):
+            typer.echo(json.dumps({"text": text, "vector": vector}, ensure_ascii=False))
+    else:
+        alike = vectors @ vectors.T  # (n_texts, n_texts)
+        for i, j in sorted(combinations(range(len(given)), 2), key=lambda pair: -alike[pair].item()):
+            typer.echo(f"{alike[i, j].item():.4f}\t{given[i]}\t{given[j]}")
+
+
+def _room(found: LoadedBert) -> int:
+    """Return the most tokens of a text, and insist on the pooling that is done here.
+
+    The files are those of sentence-transformers; without them nothing says otherwise.
+    """
+    directory, room = found.directory, found.model.config.max_positions
+    pooling, limits = directory / "1_Pooling" / "config.json", directory / "sentence_bert_config.json"
+    if pooling.is_file() and not read_json(pooling).get("pooling_mode_mean_tokens", True):
+        raise LongscanError(
+            f"{pooling}: expected pooling_mode_mean_tokens, it asks for another kind of mean."
+        )
+    limit = read_json(limits).get("max_seq_length") if limits.is_file() else None
+    return min(room, limit) if isinstance(limit, int) and limit > 2 else room

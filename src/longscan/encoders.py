@@ -1,0 +1,142 @@
+"""BERTs from disk: with the head that is asked for, whatever head the checkpoint has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longscan.checkpoint import assemble, resolve
+from longscan.errors import LongscanError
+from longscan.files import read_json
+from longscan.layouts import read_config
+from longscan.models import MODELS
+from longscan.models.bert import Bert, BertConfig, Head
+from longscan.weights import read_weights
+from longscan.wordpiece import WordPieceTokenizer, load_wordpiece
+
+__all__ = ["LoadedBert", "load_bert"]
+
+TIED, EMBEDDING = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
+BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+# what a checkpoint may lack as a whole; what of it the wanted head has no use for is left out
+PARTS = ("bert.pooler.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs.")
+
+
+@dataclass(frozen=True)
+class LoadedBert:
+    """What `load_bert` found.
+
+    Attributes:
+        model: in evaluation mode.
+        tokenizer: its own.
+        fresh: the parts that the checkpoint lacks, which hold random numbers now.
+        directory: where all this is.
+    """
+
+    model: Bert
+    tokenizer: WordPieceTokenizer
+    fresh: tuple[str, ...]
+    directory: Path
+
+    def need(self, part: str, purpose: str) -> None:
+        """Insist that a part was learnt.
+
+        Args:
+            part: the beginning of its parameters' names.
+            purpose: what it is needed for.
+
+        Raises:
+            LongscanError: the checkpoint lacks it.
+        """
+        if part in self.fresh:
+            raise LongscanError(
+                f"{self.directory} can't {purpose}: it has no {part}* weights, the result would be random. "
+                "Take a checkpoint with them, or train them."
+            )
+
+
+def load_bert(
+    name_or_dir: str | Path,
+    head: Head | None = None,
+    *,
+    labels: Sequence[str] = (),
+    generator: torch.Generator | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+) -> LoadedBert:
+    """Load a checkpoint of the BERT family in Hugging Face layout, and its tokenizer.
+
+    With and without the `bert.` prefix, with gamma and beta, safetensors or pickled tensors: see `rename`.
+
+    Args:
+        name_or_dir: see `resolve`.
+        head: what is to stand on top; what the checkpoint has if None.
+        labels: of a new classifier; those of the checkpoint if there are none.
+        generator: randomness of the parts that the checkpoint lacks.
+        revision: branch, tag or commit of a hub repository.
+        offline: whether to use only what the hub's cache holds.
+
+    Returns:
+        Model, tokenizer, and what is not from the checkpoint.
+
+    Raises:
+        LongscanError: no such model, another model, or a file that is damaged or does not fit the others.
+    """
+    directory = resolve(name_or_dir, revision=revision, offline=offline)
+    if directory.is_file():
+        raise LongscanError(f"{directory}: expected a model directory of a BERT, got a file.")
+    config = stored = _read(directory)
+    tokenizer = load_wordpiece(directory)
+    tokenizer.check(config.vocab_size, directory)
+    if tokenizer.pad_id != config.pad_id:
+        raise LongscanError(
+            f"{directory}: the tokenizer pads with {tokenizer.pad_id}, config.json says {config.pad_id}."
+        )
+    if head is not None:
+        named = (tuple(labels) or stored.labels) if head == "classifier" else ()
+        config = stored.replace(head=head, labels=named)
+    tensors = MODELS["bert"].rename(read_weights(directory, buffers=BUFFERS))
+    _drop_tied(directory, tensors)
+    if config.labels != stored.labels:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
+    least = BertConfig(d_model=1, n_layers=1, n_heads=1, vocab_size=1, head=config.head, labels=config.labels)
+    with torch.device("meta"):
+        names = list(Bert(least).state_dict())
+    wanted = tuple(part for part in PARTS if any(name.startswith(part) for name in names))
+    tensors = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.startswith(PARTS) or name.startswith(wanted)
+    }
+    fresh = tuple(part for part in wanted if not any(name.startswith(part) for name in tensors))
+    embedding = tensors.get(EMBEDDING)
+    if fresh and embedding is not None and embedding.shape == (config.vocab_size, config.d_model):
+        small = config.replace(n_layers=1, d_ff=1, max_positions=1, n_types=1)  # the parts have no such sizes
+        start = Bert(small, generator).state_dict()
+        tensors |= {name: tensor for name, tensor in start.items() if name.startswith(fresh)}
+    model = assemble(directory, MODELS["bert"], config, tensors, torch.float32)
+    assert isinstance(model, Bert)
+    return LoadedBert(model, tokenizer, fresh, directory)
+
+
+def _read(directory: Path) -> BertConfig:
+    """Read the configuration."""
+    path = directory / "config.json"
+    try:
+        name, config = read_config(read_json(path))
+    except LongscanError as error:
+        raise LongscanError(f"{path}: {error}") from error
+    if not isinstance(config, BertConfig):
+        raise LongscanError(f"{directory} is a {name}; expected a BERT.")
+    return config
+
+
+def _drop_tied(directory: Path, tensors: dict[str, Tensor]) -> None:
+    """Drop the matrix of the masked-word head that repeats the embedding; refuse another one."""
+    tied, embedding = tensors.pop(TIED, None), tensors.get(EMBEDDING)
+    if tied is not None and (embedding is None or not torch.equal(tied, embedding)):
+        raise LongscanError(f"{directory}: {TIED} is not the word embedding: that is another model.")

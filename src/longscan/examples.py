@@ -1,0 +1,302 @@
+"""Labelled texts: read from tables and JSON lines, framed for BERT, put into batches, scored."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longscan.documents import JSONL, OPENERS
+from longscan.errors import LongscanError, UsageError
+from longscan.models import Bert
+from longscan.pairs import read_lines
+from longscan.wordpiece import Framed, WordPieceTokenizer
+
+__all__ = [
+    "Example",
+    "Scores",
+    "by_length",
+    "divide",
+    "frame_examples",
+    "number_labels",
+    "parse_columns",
+    "predict",
+    "read_examples",
+    "score",
+    "shuffled",
+]
+
+WINDOW = 16  # batches whose texts are sorted by length together
+
+
+class Example(NamedTuple):
+    """A text, or a pair of them, and what it is.
+
+    Attributes:
+        label: its class.
+        text: never empty.
+        pair: the other text of a pair, or None.
+        where: file and line, for messages.
+    """
+
+    label: str
+    text: str
+    pair: str | None
+    where: str
+
+
+def parse_columns(columns: str) -> tuple[int, ...]:
+    """Understand which columns of a table hold label, text and perhaps the other text.
+
+    Args:
+        columns: numbers from 1, parted by commas.
+
+    Returns:
+        Two or three indices, from 0.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    numbers = columns.split(",")
+    if len(numbers) not in (2, 3) or not all(number.strip().isdecimal() for number in numbers):
+        raise UsageError(f"columns: expected LABEL,TEXT or LABEL,TEXT,PAIR such as 1,2; got {columns!r}.")
+    indices = tuple(int(number) - 1 for number in numbers)
+    if min(indices) < 0 or len(set(indices)) < len(indices):
+        raise UsageError(f"columns: expected different numbers from 1 on, got {columns!r}.")
+    return indices
+
+
+def read_examples(paths: Sequence[str | Path], columns: str = "1,2") -> list[Example]:
+    r"""Read labelled texts.
+
+    Args:
+        paths: tables with a row a line and columns parted by tabs, without quoting; or .jsonl files of
+            {"label": ..., "text": ..., "pair": ...}. UTF-8, also .gz or .xz. Blank lines are skipped.
+        columns: of a table, see `parse_columns`. A first row that calls the label column "label" is a header.
+
+    Returns:
+        The examples, in order.
+
+    Raises:
+        LongscanError: a row with another number of columns, an empty label or text, a bad line; no example.
+        OSError: a file can't be read.
+    """
+    indices = parse_columns(columns)
+    examples: list[Example] = []
+    for path in map(Path, paths):
+        name = path.stem if path.suffix in OPENERS else path.name
+        reader = _jsonl(path) if Path(name).suffix.lower() in JSONL else _table(path, indices)
+        examples += reader
+    for label, text, pair, where in examples:
+        if not label.strip() or not text.strip() or (pair is not None and not pair.strip()):
+            raise LongscanError(f"{where}: expected a label and a text, got an empty one.")
+        if (pair is None) != (examples[0].pair is None):
+            raise LongscanError(f"{where}: expected all examples to have a pair, or none of them.")
+    if not examples:
+        raise LongscanError(
+            f"no examples in {', '.join(map(str, paths))}: expected a label and a text a line."
+        )
+    return examples
+
+
+def number_labels(examples: Sequence[Example], labels: Sequence[str]) -> list[int]:
+    """Turn labels into the numbers of a model's outputs.
+
+    Args:
+        examples: labelled texts.
+        labels: what the model knows.
+
+    Returns:
+        A number for each example.
+
+    Raises:
+        LongscanError: a label was not in the training data.
+    """
+    number = {label: place for place, label in enumerate(labels)}
+    unseen = Counter(example.label for example in examples if example.label not in number)
+    if unseen:
+        label, count = unseen.most_common(1)[0]
+        where = next(example.where for example in examples if example.label == label)
+        known = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
+        raise LongscanError(
+            f"{where}: the label {label!r} was not in the training data, which had {known} "
+            f"({count:,} such rows{f', {len(unseen)} such labels' if len(unseen) > 1 else ''}). "
+            "Correct the label, leave these rows out, or train anew with them."
+        )
+    return [number[example.label] for example in examples]
+
+
+def frame_examples(tokenizer: WordPieceTokenizer, examples: Sequence[Example], room: int) -> list[Framed]:
+    """Frame texts and pairs; see `WordPieceTokenizer.frame_batch`.
+
+    Args:
+        tokenizer: the model's.
+        examples: of `read_examples`.
+        room: the most tokens in a frame.
+    """
+    pairs = [example.pair for example in examples if example.pair is not None]
+    return tokenizer.frame_batch([example.text for example in examples], pairs or None, room)
+
+
+def divide(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
+    """Hold examples out, of each class the same share, drawn at random but always the same ones.
+
+    Args:
+        examples: labelled texts.
+        share: of each class, rounded down.
+
+    Returns:
+        The examples to train on and those held out, in order.
+    """
+    left = {label: int(share * count) for label, count in Counter(e.label for e in examples).items()}
+    held = set()
+    for number in np.random.Philox(key=0).random_raw(len(examples)).argsort(kind="stable").tolist():
+        if left[examples[number].label] > 0:
+            left[examples[number].label] -= 1
+            held.add(number)
+    kept = [example for number, example in enumerate(examples) if number not in held]
+    return kept, [examples[number] for number in sorted(held)]
+
+
+def shuffled(lengths: Sequence[int], rows: int, seed: int, epoch: int) -> list[list[int]]:
+    """Put all examples into batches of about equal length, in random order.
+
+    Args:
+        lengths: of each example.
+        rows: examples in a batch; the last one may have less.
+        seed: of the run.
+        epoch: another one is another order.
+
+    Returns:
+        The numbers of the examples in each batch: a pure function of the arguments.
+    """
+    bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
+    order = bits.random_raw(len(lengths)).argsort(kind="stable").tolist()
+    batches = []
+    for start in range(0, len(order), WINDOW * rows):
+        window = sorted(order[start : start + WINDOW * rows], key=lambda place: lengths[place])
+        batches += [window[first : first + rows] for first in range(0, len(window), rows)]
+    return [batches[place] for place in bits.random_raw(len(batches)).argsort(kind="stable")]
+
+
+def by_length(framed: Sequence[Framed], rows: int) -> list[list[int]]:
+    """Put texts into batches of about equal length, so that little is padding.
+
+    Args:
+        framed: the texts.
+        rows: texts in a batch.
+
+    Returns:
+        The numbers of the texts in each batch.
+    """
+    order = sorted(range(len(framed)), key=lambda place: len(framed[place].ids))
+    return [order[start : start + rows] for start in range(0, len(order), rows)]
+
+
+@torch.inference_mode()
+def predict(model: Bert, tokenizer: WordPieceTokenizer, framed: Sequence[Framed], rows: int = 32) -> Tensor:
+    """Classify texts.
+
+    Args:
+        model: a classifier, in evaluation mode.
+        tokenizer: its own.
+        framed: the texts.
+        rows: read at a time.
+
+    Returns:
+        log p of each class (n_texts, n_labels).
+    """
+    scores = torch.empty(len(framed), len(model.config.labels))
+    for batch in by_length(framed, rows):
+        ids, types = (part.to(model.device) for part in tokenizer.collate([framed[n] for n in batch]))
+        scores[batch] = model.classify(model(ids, types).pooled).log_softmax(-1).float().cpu()
+    return scores
+
+
+class Scores(NamedTuple):
+    """How well texts were classified.
+
+    Attributes:
+        accuracy: share of right answers.
+        macro_f1: mean F1 over the classes that occur, in truth or among the answers.
+        classes: number of the class -> precision, recall, F1, and how many there are.
+    """
+
+    accuracy: float
+    macro_f1: float
+    classes: dict[int, tuple[float, float, float, int]]
+
+
+def score(truth: Sequence[int], answers: Sequence[int]) -> Scores:
+    """Score answers.
+
+    Args:
+        truth: numbers of classes, at least one.
+        answers: what the classifier says.
+
+    Returns:
+        The scores; what would be 0 / 0 is 0.
+    """
+    right = Counter(a for a, b in zip(truth, answers, strict=True) if a == b)
+    there, said = Counter(truth), Counter(answers)
+    classes = {}
+    for number in sorted({*there, *said}):
+        precision = right[number] / said[number] if said[number] else 0.0
+        recall = right[number] / there[number] if there[number] else 0.0
+        f1 = 2 * right[number] / (there[number] + said[number])
+        classes[number] = (precision, recall, f1, there[number])
+    mean = sum(f1 for _, _, f1, _ in classes.values()) / len(classes)
+    return Scores(right.total() / len(truth), mean, classes)
+
+
+def _table(path: Path, indices: tuple[int, ...]) -> Iterator[Example]:
+    """Yield the rows of a table."""
+    width = 0
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        row = line.removesuffix("\r").split("\t")
+        if width == 0:
+            width = len(row)
+            if width <= max(indices):
+                raise LongscanError(
+                    f"{path}:{number}: expected at least {max(indices) + 1} columns parted by tabs, got "
+                    f"{width}. Say with --columns where label and text stand."
+                )
+            if row[indices[0]].strip().lower() == "label":
+                continue
+        if len(row) != width:
+            raise LongscanError(
+                f"{path}:{number}: expected {width} columns as in the rows before, got {len(row)}. "
+                "A text with tabs in it needs the .jsonl form."
+            )
+        yield _example([row[index] for index in indices], f"{path}:{number}")
+
+
+def _jsonl(path: Path) -> Iterator[Example]:
+    """Yield the lines of a .jsonl file."""
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            value: Any = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise LongscanError(f"{where}: not JSON ({error}); expected an object a line.") from error
+        fields = value if isinstance(value, dict) else {}
+        label, text, pair = (fields.get(name) for name in ("label", "text", "pair"))
+        if not isinstance(label, str | int) or not isinstance(text, str) or not isinstance(pair, str | None):
+            raise LongscanError(f'{where}: expected {{"label": "...", "text": "..."}}, got {line[:200]}')
+        yield _example([str(label), text, *([] if pair is None else [pair])], where)
+
+
+def _example(values: Sequence[str], where: str) -> Example:
+    """Put the values of a row together."""
+    label, text, *pair = values
+    return Example(label.strip(), text, pair[0] if pair else None, where)

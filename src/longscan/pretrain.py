@@ -1,0 +1,177 @@
+"""Pre-training of BERT, the run under `longscan train --model bert`: find hidden words, tell what follows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longscan.checkpoint import save
+from longscan.data import open_tokens
+from longscan.errors import UsageError
+from longscan.masking import PairDataset, SentenceTokenizer
+from longscan.models import Bert, Model
+from longscan.models.bert import PretrainingBatch
+from longscan.models.loss import IGNORE
+from longscan.recipe import TrainConfig, make_model, make_tokenizer, make_tokens, model_settings
+from longscan.run import Run
+from longscan.runs import Signals
+from longscan.wordpiece import WordPieceTokenizer
+
+__all__ = ["PretrainRun", "measure"]
+
+
+class PretrainRun(Run[TrainConfig]):
+    """Trains a BERT on running text, whose sentences and documents it needs to know apart."""
+
+    verb = "train"
+    settings = TrainConfig
+    valid_key, valid_unit = "valid_loss", "nats/word + next sentence"
+
+    def prepare(self) -> tuple[Model, int]:
+        """Make vocabulary, sentences and model."""
+        config = self.config
+        if not config.data:
+            raise UsageError("nothing to train on: name text files or folders.")
+        model_settings(config, config.vocab_size)  # a wrong flag is better known before the text is read
+        place = self.directory / "tokenizer"
+        self.tokenizer = cast(WordPieceTokenizer, make_tokenizer(config, place, self.display.line))
+        self.model = cast(Bert, make_model(config, self.tokenizer.vocab_size))
+        sizes = self.model.config
+        if config.seq_len > sizes.max_positions:
+            raise UsageError(
+                f"--seq-len: expected at most {sizes.max_positions}, the positions of the model, "
+                f"got {config.seq_len}."
+            )
+        if self.tokenizer.pad_id != sizes.pad_id:
+            raise UsageError(
+                f"--tokenizer: expected [PAD] to be id {sizes.pad_id}, it is {self.tokenizer.pad_id}."
+            )
+        sentences = SentenceTokenizer(self.tokenizer)
+        self.tokens = make_tokens(config, sentences, self.directory / "data", self.display.prepare)
+        rows = config.batch_size * config.accumulate
+        self.dataset = PairDataset(self.tokens.train.path, self.tokenizer, config.seq_len, rows, config.seed)
+        self.held_out = (
+            PairDataset(self.tokens.valid.path, self.tokenizer, config.seq_len, config.batch_size)
+            if self.tokens.valid
+            else None
+        )
+        return self.model, config.total_steps(self.dataset.pairs_per_epoch, rows)
+
+    def introduce(self) -> None:
+        """Say what is trained on what."""
+        train, valid = self.tokens.train, self.tokens.valid
+        held_out = f"{valid.tokens:,} held out" if valid else "none held out: no validation"
+        documents = f"{train.documents:,} document{'s' if train.documents != 1 else ''}"
+        self.display.line(f"data       {train.tokens:,} tokens in {documents}, {held_out}")
+        if train.documents == 1:
+            self.display.line(
+                "           one document: a random next sentence comes from it too; part it with --separator"
+            )
+        total, rows = self.trainer.total, self.dataset.batch_size
+        epochs = total * rows / self.dataset.pairs_per_epoch
+        self.display.line(
+            f"model      {self.config.model} of {self.model.num_parameters() / 1e6:.2f} M parameters, "
+            f"{total:,} steps of {rows:,} pairs of {self.config.seq_len:,} tokens ({epochs:.3g} epochs)"
+        )
+
+    def batch(self, step: int) -> list[tuple[PretrainingBatch, int]]:
+        """Return the pairs of a step in parts, and how many words of each are to be found."""
+        whole = self.dataset.batch(step)
+        pieces = zip(*(torch.split(tensor, self.config.batch_size) for tensor in whole), strict=True)
+        parts = [PretrainingBatch(*piece) for piece in pieces]
+        return [(part, int((part.labels != IGNORE).sum())) for part in parts]
+
+    def loss(self, model: Bert, part: PretrainingBatch) -> Tensor:
+        """Return the mean loss of a hidden word and of a next sentence, added."""
+        device = self.config.device
+        words, follows = model.losses(PretrainingBatch(*(tensor.to(device) for tensor in part)))
+        return words + follows
+
+    def fingerprint(self) -> str:
+        """Identify the tokens trained on."""
+        return hashlib.sha256((self.tokens.directory / "meta.json").read_bytes()).hexdigest()
+
+    def export(self, directory: Path) -> None:
+        """Write the model of the last step in Hugging Face layout, both heads with it."""
+        save(self.model, directory, self.tokenizer)
+
+    @property
+    def validates(self) -> bool:
+        """Whether text is held out."""
+        return self.held_out is not None
+
+    def validate(self, signals: Signals, *, last: bool) -> dict[str, Any] | None:
+        """Measure loss and accuracy of both tasks on held-out pairs, beside what guessing gives."""
+        assert self.held_out is not None
+        batches = self.held_out.walk(None if last else self.config.eval_windows)
+        found = measure(self.model, batches, self._usual, signals)
+        if found is not None:
+            self.say(
+                f"words {found['valid_word_accuracy']:.1%} (the most frequent one: "
+                f"{found['valid_word_baseline']:.1%}), next sentence {found['valid_next_accuracy']:.1%} "
+                f"(the most frequent answer: {found['valid_next_baseline']:.1%})"
+            )
+        return found
+
+    @cached_property
+    def _usual(self) -> int:
+        """The most frequent word of the training text."""
+        counts = np.zeros(self.tokenizer.vocab_size, np.int64)
+        ids = open_tokens(self.tokens.train.path)
+        for start in range(0, len(ids), 2**24):  # bincount makes int64 of them
+            counts += np.bincount(ids[start : start + 2**24], minlength=len(counts))
+        counts[[self.tokenizer.sep_id, self.tokenizer.cls_id]] = 0
+        return int(counts.argmax())
+
+
+@torch.inference_mode()
+def measure(
+    model: Bert, batches: Iterable[PretrainingBatch], usual: int, signals: Signals | None = None
+) -> dict[str, float] | None:
+    """Measure how well a BERT does what it is pre-trained for.
+
+    Args:
+        model: in evaluation mode.
+        batches: held-out pairs.
+        usual: the word to guess if one knows nothing: the most frequent one of the training text.
+        signals: what may interrupt it.
+
+    Returns:
+        Losses in nats, shares of right answers, and those of guessing; None if a signal came.
+    """
+    sums = torch.zeros(6, dtype=torch.float64)  # nats, right, guessed right of the words; of the next ones
+    words = pairs = 0
+    for whole in batches:
+        if signals and signals.received:
+            return None
+        batch = PretrainingBatch(*(tensor.to(model.device) for tensor in whole))
+        output = model(batch.ids, batch.types)
+        chosen = batch.labels != IGNORE
+        wanted = batch.labels[chosen]
+        for place, logits, labels in (
+            (0, model.words(output.hidden[chosen]), wanted),
+            (3, model.follows(output.pooled), batch.is_random),
+        ):
+            sums[place] += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            sums[place + 1] += (logits.argmax(-1) == labels).sum().item()
+        sums[2] += (wanted == usual).sum().item()
+        sums[5] += batch.is_random.sum().item()
+        words, pairs = words + len(wanted), pairs + len(batch.is_random)
+    word, right, guess = (sums[:3] / max(words, 1)).tolist()
+    follow, told, random = (sums[3:] / max(pairs, 1)).tolist()
+    return {
+        "valid_loss": word + follow,
+        "valid_word_loss": word,
+        "valid_word_accuracy": right,
+        "valid_word_baseline": guess,
+        "valid_next_loss": follow,
+        "valid_next_accuracy": told,
+        "valid_next_baseline": max(random, 1 - random),
+    }

@@ -1,0 +1,464 @@
+"""Classifying and embedding texts: the run, the verbs, the scores, and what may be wrong with the data."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from longscan.checkpoint import save
+from longscan.classify import ClassifyConfig, ClassifyRun, load_classifier, tfidf
+from longscan.embed import embed
+from longscan.encoders import load_bert
+from longscan.errors import LongscanError, UsageError
+from longscan.examples import (
+    by_length,
+    divide,
+    parse_columns,
+    predict,
+    read_examples,
+    score,
+    shuffled,
+)
+from longscan.models import Bert, BertConfig
+from longscan.wordpiece import train_wordpiece
+
+GOOD, BAD = "a fine warm lovely film", "a poor cold dreadful film"
+ROWS = [("good", f"{GOOD} number {n}") for n in range(20)] + [("bad", f"{BAD} number {n}") for n in range(20)]
+TOKENIZER = train_wordpiece([text for _, text in ROWS] * 2, 150)
+SIZES: dict[str, Any] = {"d_model": 16, "n_layers": 1, "n_heads": 2, "max_positions": 32, "init_std": 0.1}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint without heads."""
+    directory = tmp_path_factory.mktemp("bert") / "model"
+    config = BertConfig.from_dict({**SIZES, "vocab_size": TOKENIZER.vocab_size, "head": "none"})
+    save(Bert(config, torch.Generator().manual_seed(0)), directory, TOKENIZER)
+    return directory
+
+
+def table(path: Path, rows: list[tuple[str, ...]] = ROWS) -> Path:
+    path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> ClassifyConfig:
+    data = table(tmp_path_factory.mktemp("data") / "train.tsv")
+    return ClassifyConfig.from_dict(
+        {
+            "data": [str(data)],
+            "model": str(bert),
+            "steps": 24,
+            "batch_size": 8,
+            "accumulate": 2,
+            "lr": 2e-2,
+            "seq_len": 16,
+            "save_every": 4,
+            "eval_every": 8,
+            "threads": 1,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config: ClassifyConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    torch.manual_seed(0)
+    result = ClassifyRun.begin(config, directory)
+    assert (result.step, result.total, result.stopped_by) == (24, 24, None)
+    return directory
+
+
+def metrics(directory: Path) -> list[dict[str, Any]]:
+    records = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+# the run
+
+
+def test_it_learns(whole: Path) -> None:
+    [*_, last] = [record for record in metrics(whole) if "valid_accuracy" in record]
+    assert (last["step"], last["valid_accuracy"], last["valid_macro_f1"]) == (24, 1.0, 1.0)
+    assert last["valid_loss"] < 0.2
+    found = load_classifier(whole / "model")
+    assert found.model.config.labels == ("bad", "good")
+    framed = found.tokenizer.frame_batch([BAD, GOOD])
+    assert predict(found.model, found.tokenizer, framed).argmax(1).tolist() == [0, 1]
+
+
+def test_transformers_says_the_same(whole: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    found = load_classifier(whole / "model")
+    framed = found.tokenizer.frame_batch([BAD, GOOD, "film"])
+    ours = predict(found.model, found.tokenizer, framed)
+    peer = transformers.AutoModelForSequenceClassification.from_pretrained(whole / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(whole / "model")
+    theirs = peer(**tokenizer([BAD, GOOD, "film"], padding=True, return_tensors="pt")).logits
+    assert (ours - theirs.log_softmax(-1)).abs().max() < 1e-5
+    assert peer.config.id2label == {0: "bad", 1: "good"}
+
+
+@pytest.mark.parametrize("after", [2, 4, 9])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    after: int, config: ClassifyConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = ClassifyRun._step
+
+    def interrupted(self: ClassifyRun) -> None:
+        if self.trainer.step_number == after:
+            raise OSError("the power is gone")
+        done(self)
+
+    monkeypatch.setattr(ClassifyRun, "_step", interrupted)
+    torch.manual_seed(0)
+    with pytest.raises(LongscanError, match="classify train --resume"):
+        ClassifyRun.begin(config.replace(data=(str(table(tmp_path / "gone.tsv")),)), tmp_path / "run")
+    monkeypatch.undo()
+    (tmp_path / "gone.tsv").unlink()  # the run has its own copy
+    torch.manual_seed(0 if after == 2 else 5)  # before the first checkpoint it begins again
+    assert ClassifyRun.resume(tmp_path / "run").step == 24
+    weights = "model/model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (whole / weights).read_bytes()
+    assert metrics(tmp_path / "run") == metrics(whole)
+
+
+def test_a_changed_start_is_noticed(config: ClassifyConfig, whole: Path, tmp_path: Path) -> None:
+    ClassifyRun.begin(config.replace(steps=4), tmp_path / "run")
+    file = tmp_path / "run" / "start" / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(LongscanError, match="is not what"):
+        ClassifyRun.resume(tmp_path / "run")
+
+
+def test_what_is_fresh_is_told(cli: Any, config: ClassifyConfig, bert: Path, tmp_path: Path) -> None:
+    done = cli(
+        *("classify", "train", config.data[0], "--model", bert, "--out", tmp_path / "run"),
+        *("--steps", 1, "--seq-len", 8, "--batch-size", 4),
+    )
+    assert done.code == 0
+    assert "fresh      classifier: not in" in done.err
+    assert "36 texts of 2 classes, 36 cut at 8 tokens, 4 held out" in done.err
+    assert "longscan classify predict" in done.out
+
+
+# the verbs
+
+
+def test_evaluate_and_predict(cli: Any, whole: Path, tmp_path: Path) -> None:
+    model = whole / "model"
+    rows = [("good", GOOD), ("good", GOOD), ("bad", BAD), ("good", BAD)]
+    done = cli("classify", "evaluate", model, table(tmp_path / "test.tsv", rows))
+    assert done.code == 0
+    assert done.out.splitlines()[0] == "accuracy 0.7500 · macro-F1 0.7333 · 4 texts"
+    report = json.loads(cli("classify", "evaluate", model, tmp_path / "test.tsv", "--json").out)
+    assert (report["accuracy"], report["texts"]) == (0.75, 4)
+    assert report["classes"]["good"] == {
+        "precision": 1.0,
+        "recall": pytest.approx(2 / 3),
+        "f1": pytest.approx(0.8),
+        "texts": 3,
+    }
+    lines = [
+        line.split("\t")
+        for line in cli("classify", "predict", model, stdin=f"{GOOD}\n{BAD}\n").out.splitlines()
+    ]
+    assert [(label, text) for label, _, text in lines] == [("good", GOOD), ("bad", BAD)]
+    assert all(0.5 < float(share) <= 1 for _, share, _ in lines)
+    shown = json.loads(cli("classify", "predict", model, GOOD, "--json").out)
+    assert shown["label"] == "good"
+    assert sum(shown["probabilities"].values()) == pytest.approx(1)
+    assert cli("classify", "predict", model, stdin="").out == ""
+
+
+def test_texts_that_are_cut_are_counted(cli: Any, whole: Path) -> None:
+    done = cli("classify", "predict", whole / "model", "film " * 40, "film")
+    assert (done.code, len(done.out.splitlines())) == (0, 2)
+    assert "1 of 2 texts were cut at 32 tokens" in done.err
+    done = cli("classify", "predict", whole / "model", "film " * 9, "--seq-len", 8)
+    assert "1 of 1 texts were cut at 8 tokens" in done.err
+
+
+def test_pairs(cli: Any, bert: Path, tmp_path: Path) -> None:
+    """Whether the second text is the first one's: nothing in either alone tells."""
+    rows = [("yes", text, text) for _, text in ROWS] + [("no", GOOD, BAD), ("no", BAD, GOOD)] * 10
+    data = table(tmp_path / "pairs.tsv", rows)
+    flags = ("--model", bert, "--out", tmp_path / "run", "--steps", 2, "--seq-len", 32, "--columns", "1,2,3")
+    assert cli("classify", "train", data, *flags).code == 0
+    model = tmp_path / "run" / "model"
+    assert cli("classify", "evaluate", model, data, "--columns", "1,2,3").code == 0
+    assert cli("classify", "predict", model, "--pairs", f"{GOOD}\t{BAD}").out.startswith(("yes\t", "no\t"))
+    done = cli("classify", "predict", model, "--pairs", GOOD)
+    assert (done.code, done.out) == (1, "")
+    assert "text 1: expected a pair parted by a tab" in done.err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="scikit-learn is not installed")
+def test_the_baseline(cli: Any, whole: Path, tmp_path: Path) -> None:
+    data = table(tmp_path / "all.tsv")
+    examples = read_examples([data])
+    answers = tfidf(examples, examples, ("bad", "good"))
+    assert score([int(e.label == "good") for e in examples], answers).accuracy == 1.0
+    done = cli("classify", "evaluate", whole / "model", data, "--baseline", data)
+    assert done.out.splitlines()[1] == "accuracy 1.0000 · macro-F1 1.0000 · TF-IDF + logistic regression"
+
+
+# bad data
+
+
+def bare(path: Path) -> None:
+    table(path, [("good",)])
+
+
+def ragged(path: Path) -> None:
+    table(path, [("good", GOOD), ("bad", BAD, "more")])
+
+
+def empty(path: Path) -> None:
+    path.write_text("\n\n")
+
+
+def no_label(path: Path) -> None:
+    table(path, [("good", GOOD), (" ", BAD)])
+
+
+def no_text(path: Path) -> None:
+    table(path, [("good", GOOD), ("bad", "  ")])
+
+
+def one_class(path: Path) -> None:
+    table(path, [("good", GOOD), ("good", BAD)])
+
+
+def not_utf8(path: Path) -> None:
+    path.write_bytes(b"good\t\xff\xfe\n")
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (bare, "1: expected at least 2 columns parted by tabs, got 1"),
+        (ragged, "2: expected 2 columns as in the rows before, got 3"),
+        (empty, "no examples"),
+        (no_label, "2: expected a label and a text, got an empty one"),
+        (no_text, "2: expected a label and a text, got an empty one"),
+        (one_class, "1: expected two classes or more, all are 'good'"),
+        (not_utf8, "not UTF-8"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_bad_tables(cli: Any, bert: Path, tmp_path: Path, write: Any, words: str) -> None:
+    write(tmp_path / "data.tsv")
+    done = cli("classify", "train", tmp_path / "data.tsv", "--model", bert, "--out", tmp_path / "run")
+    assert (done.code, done.out) == (1, "")
+    assert words in done.err
+    assert str(tmp_path / "data.tsv") in done.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"label": "a"}',
+        '{"text": "a"}',
+        '{"label": null, "text": "a"}',
+        '{"label": "a", "text": 3}',
+    ],
+)
+def test_bad_json_lines(line: str, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text(f'{{"label": "a", "text": "b"}}\n{line}\n')
+    with pytest.raises(LongscanError, match=r"data\.jsonl:2: "):
+        read_examples([tmp_path / "data.jsonl"])
+
+
+def test_labels_unseen_in_training(cli: Any, whole: Path, bert: Path, tmp_path: Path) -> None:
+    known, other = (
+        table(tmp_path / "known.tsv"),
+        table(tmp_path / "other.tsv", [("good", GOOD), ("fair", BAD)]),
+    )
+    flags = ("--model", bert, "--out", tmp_path / "run", "--valid", other)
+    for done in (
+        cli("classify", "evaluate", whole / "model", other),
+        cli("classify", "train", known, *flags),
+    ):
+        assert (done.code, done.out) == (1, "")
+        assert "other.tsv:2: the label 'fair' was not in the training data, which had bad, good" in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_misuse(cli: Any, whole: Path, bert: Path, tmp_path: Path) -> None:
+    data, model, out = table(tmp_path / "data.tsv"), ("--model", bert), ("--out", tmp_path / "run")
+    for code, words, arguments in (
+        (2, "--model: expected the checkpoint", ("train", data, *out)),
+        (2, "nothing to train on", ("train", *model, *out)),
+        (2, "at most the 32 positions", ("train", data, *model, *out)),
+        (2, "--columns", ("train", data, *model, *out, "--columns", "1")),
+        (2, "columns: expected different numbers", ("evaluate", whole / "model", data, "--columns", "2,2")),
+        (1, "no model called", ("train", data, "--model", "nothing", *out)),
+        (1, "does not classify: its head is 'none'", ("predict", bert, "film")),
+        (2, "--seq-len: expected 3 to 32", ("predict", whole / "model", "film", "--seq-len", 33)),
+        (2, "--device nowhere", ("train", data, *model, *out, "--device", "nowhere")),
+        (1, "no run to resume", ("train", "--resume", tmp_path / "nowhere")),
+        (1, "is a run of another kind", ("train", "--resume", other_run(tmp_path))),
+    ):
+        done = cli("classify", *arguments)
+        assert (done.code, done.out) == (code, ""), words
+        assert words in done.err
+        assert not (tmp_path / "run").exists()
+
+
+def other_run(directory: Path) -> Path:
+    place = directory / "other"
+    place.mkdir(exist_ok=True)
+    (place / "train.json").write_text('{"verb": "train"}')
+    return place
+
+
+def test_a_checkpoint_of_another_width(cli: Any, whole: Path, tmp_path: Path) -> None:
+    loaded = load_classifier(whole / "model")
+    save(loaded.model, tmp_path / "wide", loaded.tokenizer)
+    path = tmp_path / "wide" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 32}))
+    done = cli("classify", "predict", tmp_path / "wide", "film")
+    assert (done.code, done.out) == (1, "")
+    assert "of another shape" in done.err
+
+
+# its parts
+
+
+def test_tables_and_json_lines(tmp_path: Path) -> None:
+    plain = read_examples([table(tmp_path / "a.tsv", [("label", "text"), ("x", "one"), ("y", 'a "quote')])])
+    assert [(e.label, e.text, e.pair) for e in plain] == [("x", "one", None), ("y", 'a "quote', None)]
+    assert plain[0].where == f"{tmp_path / 'a.tsv'}:2"
+    wide = read_examples([table(tmp_path / "b.tsv", [("train", "x", "3.5", "one")])], columns="2,4")
+    assert [(e.label, e.text) for e in wide] == [("x", "one")]
+    with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
+        file.write('{"label": 1, "text": "with\\ttab"}\n\n{"label": "2", "text": "b"}\n')
+    assert [(e.label, e.text) for e in read_examples([tmp_path / "c.jsonl.gz"])] == [
+        ("1", "with\ttab"),
+        ("2", "b"),
+    ]
+    (tmp_path / "d.jsonl").write_text(
+        '{"label": "1", "text": "a"}\n{"label": "1", "text": "a", "pair": "b"}\n'
+    )
+    with pytest.raises(LongscanError, match=r"d\.jsonl:2: expected all examples to have a pair"):
+        read_examples([tmp_path / "d.jsonl"])
+
+
+@pytest.mark.parametrize("columns", ["", "1", "0,1", "1,1", "a,b", "1,2,3,4", "1,-2"])
+def test_impossible_columns(columns: str) -> None:
+    with pytest.raises(UsageError, match="columns: expected"):
+        parse_columns(columns)
+
+
+def test_every_class_is_held_out_alike(tmp_path: Path) -> None:
+    examples = read_examples([table(tmp_path / "a.tsv")])
+    kept, held = divide(examples, 0.25)
+    assert sorted(e.label for e in held) == ["bad"] * 5 + ["good"] * 5
+    assert sorted([*kept, *held]) == sorted(examples)
+    assert divide(examples, 0.25) == (kept, held)
+    assert divide(examples, 0.0) == (examples, [])
+
+
+def test_batches_hold_every_example_once_and_are_of_like_length() -> None:
+    lengths = np.random.default_rng(0).integers(1, 60, 1000).tolist()
+    batches = shuffled(lengths, 8, seed=0, epoch=3)
+    assert sorted(n for batch in batches for n in batch) == list(range(1000))
+    assert len(batches) == 125
+    spread = [max(lengths[n] for n in batch) - min(lengths[n] for n in batch) for batch in batches]
+    assert np.mean(spread) < 10
+    assert batches == shuffled(lengths, 8, seed=0, epoch=3)
+    assert batches != shuffled(lengths, 8, seed=0, epoch=4)
+    assert batches != shuffled(lengths, 8, seed=1, epoch=3)
+    assert [len(batch) for batch in shuffled(lengths[:3], 2, 0, 0)] in ([2, 1], [1, 2])
+
+
+def test_scores() -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        truth, answers = draw.integers(0, 4, (2, 12)).tolist()
+        found = score(truth, answers)
+        assert found.accuracy == pytest.approx(metrics.accuracy_score(truth, answers))
+        assert found.macro_f1 == pytest.approx(
+            metrics.f1_score(truth, answers, average="macro", zero_division=0)
+        )
+
+
+def test_scores_by_hand() -> None:
+    found = score([0, 0, 1, 2], [0, 1, 1, 1])
+    assert found.accuracy == 0.5
+    assert found.classes == {
+        0: (1.0, 0.5, pytest.approx(2 / 3), 2),
+        1: (pytest.approx(1 / 3), 1.0, 0.5, 1),
+        2: (0.0, 0.0, 0.0, 1),
+    }
+    assert found.macro_f1 == pytest.approx((2 / 3 + 0.5) / 3)
+
+
+# vectors
+
+
+def test_embedding_is_the_mean_over_tokens(bert: Path) -> None:
+    found = load_bert(bert, "none")
+    texts = [GOOD, "film", BAD]
+    framed, vectors = found.tokenizer.frame_batch(texts), embed(found, texts, rows=2)
+    for one, vector in zip(framed, vectors, strict=True):
+        mean = found.model(torch.tensor([one.ids])).hidden[0].mean(0)
+        assert (vector - mean / mean.norm()).abs().max() < 1e-6
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(3))
+    assert [len(batch) for batch in by_length(framed, 2)] == [2, 1]
+
+
+def test_embed(cli: Any, bert: Path, tmp_path: Path) -> None:
+    lines = [line.split("\t") for line in cli("embed", bert, GOOD, BAD, GOOD).out.splitlines()]
+    assert [(float(cosine), a, b) for cosine, a, b in lines[:1]] == [(1.0, GOOD, GOOD)]
+    assert len(lines) == 3
+    (tmp_path / "texts.txt").write_text(f"{GOOD}\n{BAD}\n")
+    done = cli("embed", bert, "--file", tmp_path / "texts.txt", "--out", tmp_path / "vectors.npy")
+    assert (done.code, done.out) == (0, f"2 vectors of 16 numbers in {tmp_path / 'vectors.npy'}\n")
+    vectors = np.load(tmp_path / "vectors.npy")
+    shown = [
+        json.loads(line) for line in cli("embed", bert, "--json", stdin=f"{GOOD}\n{BAD}").out.splitlines()
+    ]
+    assert np.allclose([row["vector"] for row in shown], vectors)
+    assert [row["text"] for row in shown] == [GOOD, BAD]
+
+
+def test_embed_misuse(cli: Any, bert: Path, tmp_path: Path) -> None:
+    for code, words, arguments in (
+        (2, "2 to 50 texts to compare, got 1", (bert, "film")),
+        (2, "no text given", (bert, "--json")),
+        (2, "ends in .npy", (bert, "film", "--out", tmp_path / "a.txt")),
+        (2, "not both", (bert, "film", "--file", tmp_path / "a.txt")),
+        (1, "text 2 is empty", (bert, "film", " ")),
+        (1, "a.txt", (bert, "--file", tmp_path / "a.txt")),
+    ):
+        done = cli("embed", *arguments)
+        assert (done.code, done.out) == (code, ""), words
+        assert words in done.err
+
+
+def test_files_of_sentence_transformers_are_minded(cli: Any, bert: Path, tmp_path: Path) -> None:
+    found = load_bert(bert)
+    save(found.model, tmp_path / "model", found.tokenizer)
+    (tmp_path / "model" / "sentence_bert_config.json").write_text('{"max_seq_length": 6}')
+    done = cli("embed", tmp_path / "model", "film", GOOD)
+    assert "1 of 2 texts were cut at 6 tokens" in done.err
+    (tmp_path / "model" / "1_Pooling").mkdir()
+    (tmp_path / "model" / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": false}')
+    done = cli("embed", tmp_path / "model", "film", GOOD)
+    assert (done.code, done.out) == (1, "")
+    assert "pooling_mode_mean_tokens" in done.err
