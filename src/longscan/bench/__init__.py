@@ -1,8 +1,9 @@
 """`longscan bench`: ours, the peers that happen to be installed and the machine's ceiling, in one sitting.
 
-A suite (ops, train, generate, shipped, stream) is a file that lists cases and contenders; `race` measures
-these in fresh processes that take turns; what a process runs stands in `ours`, `peers`, `llama` and
-`ceilings`. The suites text and quality are no races: they measure predictions, on files that the user names.
+A suite (ops, train, generate, translate, shipped, stream) is a file that lists cases and contenders; `race`
+measures these in fresh processes that take turns; what a process runs stands in `ours`, `peers`, `llama`,
+`translators` and `ceilings`. The suites text and quality are no races: they measure predictions, on files
+that the user names.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from longscan.errors import UsageError
 
 __all__ = ["SUITES", "command"]
 
-SUITES = ("ops", "train", "generate", "shipped", "stream")
+SUITES = ("ops", "train", "generate", "translate", "shipped", "stream")
 TEXT, QUALITY = "text", "quality"
 SHIPPED, SEPARATOR = "longscan-tiny-en", "\n\n\n"  # the model and what parts the documents it learnt from
 
@@ -26,7 +27,7 @@ def command(
     suites: Annotated[
         list[str] | None,
         typer.Argument(
-            help="ops, train, generate, shipped, stream; all when left out. Or text or quality, by itself."
+            help="ops, train, generate, translate, shipped, stream; all when left out. Or text or quality."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,

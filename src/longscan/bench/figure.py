@@ -54,12 +54,13 @@ def draw(reports: Sequence[Report], title: str, path: Path) -> None:
         "ops": _milliseconds,
         "train": _lengths,
         "generate": _rates,
+        "translate": _rates,
         "shipped": _milliseconds,
         "stream": _quarters,
     }
     heights = [
         1.2 + 0.24 * (len(report.rows) + len(_cases(report.rows)))
-        if report.suite in ("ops", "generate", "shipped")
+        if report.suite in ("ops", "generate", "translate", "shipped")
         else 4.5
         for report in reports
     ]
@@ -84,7 +85,8 @@ def _rates(ax: Axes, report: Report) -> None:
     """Draw the speed in each case."""
     rows = [row for row in report.rows if row["rate"]]
     _points(ax, rows, [_range(row) for row in rows])
-    ax.set_xlabel("tokens/s (right is better)")
+    units = dict.fromkeys(row["unit"] for row in rows)
+    ax.set_xlabel(f"{' or '.join(units)} (right is better)")
 
 
 def _points(ax: Axes, rows: list[dict[str, Any]], values: Sequence[tuple[float, ...]]) -> None:

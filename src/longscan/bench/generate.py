@@ -29,6 +29,7 @@ class Sizes:
 
     Attributes:
         model: fields of MambaConfig.
+        llama: those of a Llama of about as many parameters, see `ours.fresh`.
         prompts: lengths read.
         batches: sequences that write together, beside 1.
         n_tokens: each of them writes.
@@ -36,26 +37,41 @@ class Sizes:
     """
 
     model: dict[str, int]
+    llama: dict[str, Any]
     prompts: tuple[int, ...] = (512, 2048)
     batches: tuple[int, ...] = (8, 32)
     n_tokens: int = 64
     slack: float = 1.0
 
 
+LLAMA: dict[str, Any] = {"model": "llama", "max_positions": 4096}
 # the presets, padded
 SHAPES = {
-    "130m": Sizes(model={"d_model": 768, "n_layers": 24, "vocab_size": 50280}),
+    "130m": Sizes(
+        model={"d_model": 768, "n_layers": 24, "vocab_size": 50280},
+        llama=LLAMA | {"n_layers": 12, "n_heads": 12},
+    ),
     "370m": Sizes(
-        model={"d_model": 1024, "n_layers": 48, "vocab_size": 50280}, prompts=(512,), batches=(), slack=0.9
+        model={"d_model": 1024, "n_layers": 48, "vocab_size": 50280},
+        llama=LLAMA | {"n_layers": 24, "n_heads": 16},
+        prompts=(512,),
+        batches=(),
+        slack=0.9,
     ),
 }
 QUICK = Sizes(
-    model={"d_model": 64, "n_layers": 2, "vocab_size": 512}, prompts=(32,), batches=(2,), n_tokens=8
+    model={"d_model": 64, "n_layers": 2, "vocab_size": 512},
+    llama=LLAMA | {"n_layers": 1, "n_heads": 4},
+    prompts=(32,),
+    batches=(2,),
+    n_tokens=8,
 )
 D_STATE = 16
 
-HF, PRODUCTS, UPDATES, READING = (
+HF, LLAMA_OURS, LLAMA_HF, PRODUCTS, UPDATES, READING = (
     "transformers float32",
+    "no Mamba: Llama float32, longscan",
+    "no Mamba: Llama float32, transformers",
     "ceiling: matrix products alone",
     "ceiling: state updates alone",
     "ceiling: reading the float32 weights",
@@ -141,6 +157,7 @@ def _read(report: Report, sizes: Sizes, seq_len: int, files: Mapping[str, Path],
         *(_ours(precision, "prefill", here | {"precision": precision}) for precision in PRECISIONS),
         *(_llama(name, path, "prefill", sizes, seq_len=seq_len) for name, path in files.items()),
         _transformers("prefill", here),
+        *_llamas("prefill", here, sizes),
         Contender(name=PRODUCTS, job="longscan.bench.ceilings:matmul", arguments=products),
         Contender(name=UPDATES, job="longscan.bench.ceilings:exp_fma", arguments=updates),
     ]
@@ -148,6 +165,7 @@ def _read(report: Report, sizes: Sizes, seq_len: int, files: Mapping[str, Path],
     report.add(case, found.values(), seq_len, "tokens/s")
     ratios = [
         (f"float32 over {HF}", faster(found, "longscan float32", HF), 5.0),
+        *_beside_llamas(found),
         *(_over(found, precision, *READ[precision]) for precision in PRECISIONS),
     ]
     slowest = max((f"longscan {p}" for p in PRECISIONS), key=lambda name: _seconds(found, name))
@@ -168,6 +186,7 @@ def _write(report: Report, sizes: Sizes, files: Mapping[str, Path], pace: Pace) 
     """Race decoding, one sequence and several, and record it."""
     n_tokens, found = sizes.n_tokens, race("decode", _writers(sizes, files), pace)
     excerpts = {name: m.details.pop("excerpt", None) for name, m in found.items()}
+    excerpts[LLAMA_OURS] = None  # another model: there is nothing to compare
     for name, m in found.items():
         m.details["logits_error"] = _distance(excerpts["longscan float32"], excerpts[name])
     for batch in (1, *sizes.batches):
@@ -180,6 +199,7 @@ def _write(report: Report, sizes: Sizes, files: Mapping[str, Path], pace: Pace) 
         report.add(f"decode {batch}", here, batch * n_tokens, "tokens/s", batch=batch)
     ratios = [
         (f"float32 over {HF}", faster(found, "longscan float32", HF), 2.5),
+        *_beside_llamas(found),
         *(_over(found, precision, *WRITE[precision]) for precision in PRECISIONS),
     ]
     report.ratios += [_ratio(f"decode 1: {what}", value, goal, sizes) for what, value, goal in ratios]
@@ -207,6 +227,7 @@ def _writers(sizes: Sizes, files: Mapping[str, Path]) -> list[Contender]:
         *(_ours(precision, "decode", here | {"precision": precision}) for precision in PRECISIONS),
         *(_llama(name, path, "decode", sizes, **rest) for name, path in files.items()),
         _transformers("decode", here),
+        *_llamas("decode", here, sizes),
         Contender(name=READING, job="longscan.bench.ceilings:read", arguments={"n_bytes": weights}),
         Contender(name=LOOP, job="longscan.bench.ours:write", arguments=here | {"precision": "int4"}),
     ]
@@ -287,12 +308,27 @@ def _llama(name: str, path: Path, job: str, sizes: Sizes, **arguments: int) -> C
     )
 
 
-def _transformers(job: str, arguments: dict[str, Any]) -> Contender:
+def _transformers(job: str, arguments: dict[str, Any], name: str = HF) -> Contender:
     """Make transformers a contender."""
     job = f"longscan.bench.peers:{job}_transformers"
     return Contender(
-        name=HF, job=job, arguments=arguments, packages=("transformers",), peer=True, patience=30.0
+        name=name, job=job, arguments=arguments, packages=("transformers",), peer=True, patience=30.0
     )
+
+
+def _llamas(job: str, arguments: dict[str, Any], sizes: Sizes) -> list[Contender]:
+    """Make the Transformer of today a contender, ours and that of transformers."""
+    arguments = arguments | {"model": sizes.model | sizes.llama}
+    ours = Contender(name=LLAMA_OURS, job=f"longscan.bench.ours:{job}", arguments=arguments)
+    return [ours, _transformers(job, arguments, LLAMA_HF)]
+
+
+def _beside_llamas(found: Mapping[str, Measurement]) -> list[tuple[str, float, float]]:
+    """Set Mamba beside Llama, and our Llama beside that of transformers."""
+    return [
+        ("float32 over our Llama", faster(found, "longscan float32", LLAMA_OURS), 0.0),
+        ("our Llama over transformers'", faster(found, LLAMA_OURS, LLAMA_HF), 1.0),
+    ]
 
 
 def _times(batch: int) -> str:

@@ -68,10 +68,10 @@ def export(model: dict[str, Any], directory: Path, formats: Sequence[str] = FORM
     Returns:
         Format -> file.
     """
-    from longscan.bench.ours import mamba
+    from longscan.bench.ours import ready
     from longscan.gguf_files import GGUFType, save_gguf
 
-    ours = mamba(model)
+    ours = ready(model)
     paths = {name: directory / f"{name}.gguf" for name in formats}
     for name, path in paths.items():
         if name != K_QUANT:

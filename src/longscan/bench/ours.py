@@ -15,11 +15,23 @@ from torch import Tensor
 from longscan import ops
 from longscan.bench import tasks
 from longscan.bench.worker import Run, resident_memory, settle
-from longscan.models import LanguageModel, Mamba, MambaConfig
+from longscan.models import MODELS, LanguageModel
 from longscan.models.quantized import quantize_model
 from longscan.ops import _native
 
-__all__ = ["conv", "decode", "far", "first_output", "mamba", "prefill", "scan", "stream", "train", "write"]
+__all__ = [
+    "conv",
+    "decode",
+    "far",
+    "first_output",
+    "fresh",
+    "prefill",
+    "ready",
+    "scan",
+    "stream",
+    "train",
+    "write",
+]
 
 PIECE = 1024  # tokens of a very long prompt read at a time
 
@@ -38,25 +50,38 @@ def conv(sizes: list[int], d_conv: int, backward: bool) -> Run:
     return tasks.differentiable(op, tasks.conv_inputs(sizes, d_conv), backward)
 
 
+def fresh(model: dict[str, Any], generator: torch.Generator | None = None) -> LanguageModel:
+    """Make a model with random weights.
+
+    Args:
+        model: fields of its Config; "model" names it, or else it is a Mamba.
+        generator: randomness of the start; torch's global one if None.
+    """
+    fields = dict(model)
+    entry = MODELS[fields.pop("model", "mamba")]
+    drawn = entry.cls(entry.config.from_dict(fields), generator)
+    assert isinstance(drawn, LanguageModel)
+    return drawn
+
+
 def train(model: dict[str, Any], batch: int, seq_len: int) -> Run:
-    """Prepare a training step of the Mamba that MambaConfig's fields describe."""
-    mamba = Mamba(MambaConfig(**model))
+    """Prepare a training step of a model, see `fresh`."""
+    learner = fresh(model)
     ids = tasks.random_ids(batch, seq_len, model["vocab_size"])
 
     def loss() -> Tensor:
-        value = mamba(ids, labels=ids, return_logits=False).loss
+        value = learner(ids, labels=ids, return_logits=False).loss
         assert isinstance(value, Tensor)
         return value
 
-    return tasks.training(mamba.parameters(), loss)
+    return tasks.training(learner.parameters(), loss)
 
 
-def mamba(model: dict[str, Any] | str, precision: str = "float32") -> LanguageModel:
+def ready(model: dict[str, Any] | str, precision: str = "float32") -> LanguageModel:
     """Make a model for inference.
 
     Args:
-        model: fields of MambaConfig, for random weights that are the same in every process; or a name for
-            `load`.
+        model: see `fresh`, for random weights that are the same in every process; or a name for `load`.
         precision: "float32", or a format of `quantize_model`.
     """
     drawn: LanguageModel
@@ -65,7 +90,7 @@ def mamba(model: dict[str, Any] | str, precision: str = "float32") -> LanguageMo
 
         drawn, _ = load(model, offline=True)
     else:
-        drawn = Mamba(MambaConfig(**model), torch.Generator().manual_seed(0))
+        drawn = fresh(model, torch.Generator().manual_seed(0))
     drawn.eval().requires_grad_(False)
     if precision != "float32":
         quantize_model(drawn, cast(ops.Kind, precision))
@@ -74,7 +99,7 @@ def mamba(model: dict[str, Any] | str, precision: str = "float32") -> LanguageMo
 
 def prefill(model: dict[str, Any], seq_len: int, precision: str = "float32") -> Run:
     """Prepare the reading of a prompt."""
-    reader = mamba(model, precision)
+    reader = ready(model, precision)
     ids = tasks.random_ids(1, seq_len, model["vocab_size"])
 
     def run() -> None:
@@ -87,7 +112,7 @@ def decode(
     model: dict[str, Any], prompt: int, n_tokens: int, precision: str = "float32", batch: int = 1
 ) -> Run:
     """Prepare greedy decoding after a prompt, of `batch` sequences at once."""
-    writer = mamba(model, precision)
+    writer = ready(model, precision)
     logits, state = writer.prefill(tasks.random_ids(1, prompt, model["vocab_size"]))
     details: dict[str, Any] = {
         "weight_bytes": sum(tensor.nbytes for tensor in writer.state_dict().values()),
@@ -106,7 +131,7 @@ def write(model: dict[str, Any] | str, prompt: int, n_tokens: int, precision: st
     from longscan.engine import generate_ids  # lazily, as `load`
     from longscan.sampling import SamplingConfig
 
-    writer = mamba(model, precision)
+    writer = ready(model, precision)
     ids = tasks.random_ids(1, prompt, writer.config.vocab_size)[0].tolist()
     config = SamplingConfig(max_new_tokens=n_tokens + 1, temperature=0.0)
 
@@ -126,7 +151,7 @@ def write(model: dict[str, Any] | str, prompt: int, n_tokens: int, precision: st
 
 def far(model: dict[str, Any] | str, prompt: int, n_tokens: int, precision: str = "float32") -> Run:
     """Prepare greedy decoding after a very long prompt, and tell what the process holds by then."""
-    writer, state = mamba(model, precision), None
+    writer, state = ready(model, precision), None
     random, done = torch.Generator().manual_seed(0), 0
     logits = torch.empty(0)
     while done < prompt:
@@ -189,7 +214,7 @@ def stream(model: dict[str, Any], n_tokens: int) -> Run:
     from longscan.evaluate import Evaluation, evaluate
     from longscan.tokenizer import ByteTokenizer
 
-    mamba = Mamba(MambaConfig(**model)).eval()
+    reader = fresh(model).eval()
     letters = torch.randint(97, 123, (n_tokens,), generator=torch.Generator().manual_seed(0))
     document = bytes(letters.tolist()).decode()
 
@@ -199,7 +224,7 @@ def stream(model: dict[str, Any], n_tokens: int) -> Run:
         def mark(so_far: Evaluation) -> None:
             marks.append((so_far.tokens, time.perf_counter(), resident_memory()))
 
-        evaluate(mamba, ByteTokenizer(), [document], progress=mark)
+        evaluate(reader, ByteTokenizer(), [document], progress=mark)
         return {"marks": marks}
 
     return run

@@ -179,7 +179,7 @@ def train_mambapy(model: dict[str, Any], batch: int, seq_len: int) -> Run:
 def train_transformers(
     model: dict[str, Any], batch: int, seq_len: int, use_mambapy: bool = False, one_layer: bool = False
 ) -> Run:
-    """Prepare a training step of transformers' Mamba.
+    """Prepare a training step of transformers' Mamba, or Llama.
 
     With one_layer the step is taken with one layer and with none, and the time of all layers is extrapolated.
     """
@@ -233,23 +233,30 @@ def decode_transformers(model: dict[str, Any], prompt: int, n_tokens: int) -> Ru
     peer = _transformers(model).eval()
     with torch.no_grad():
         output = peer(tasks.random_ids(1, prompt, model["vocab_size"]), use_cache=True, logits_to_keep=1)
-    cache = output.cache_params
+    cache = "past_key_values" if model.get("model") == "llama" else "cache_params"
+    past = {cache: output[cache], "use_cache": True}
 
     def advance(ids: Tensor) -> Tensor:
-        logits: Tensor = peer(ids[:, None], cache_params=cache, use_cache=True).logits[:, -1]
+        logits: Tensor = peer(ids[:, None], **past).logits[:, -1]
         return logits
 
     return tasks.decoding(output.logits[:, -1].argmax(-1), n_tokens, advance)
 
 
 def _transformers(model: dict[str, Any], use_mambapy: bool = False) -> Any:
-    """Make transformers' Mamba in float32; model has d_model, n_layers, vocab_size."""
-    from transformers import MambaConfig, MambaForCausalLM
+    """Make transformers' Mamba, or Llama, in float32; model is as in `ours.fresh`."""
+    from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-    config = MambaConfig(
-        hidden_size=model["d_model"],
-        num_hidden_layers=model["n_layers"],
-        vocab_size=model["vocab_size"],
-        use_mambapy=use_mambapy,
-    )
-    return MambaForCausalLM(config)
+    sizes = {
+        "hidden_size": model["d_model"],
+        "num_hidden_layers": model["n_layers"],
+        "vocab_size": model["vocab_size"],
+        "tie_word_embeddings": True,
+    }
+    if model.get("model") != "llama":
+        return MambaForCausalLM(MambaConfig(**sizes, use_mambapy=use_mambapy))
+    from longscan.models import LlamaConfig as Ours
+
+    ours = Ours.from_dict({name: value for name, value in model.items() if name != "model"})
+    heads, d_ff = ours.n_heads, ours.ff_width
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=heads, intermediate_size=d_ff))

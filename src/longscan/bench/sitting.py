@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from longscan.bench import figure as drawing
-from longscan.bench import generate, ops, shipped, stream, train
+from longscan.bench import generate, ops, shipped, stream, train, translate
 from longscan.bench.machine import OthersLoad, installed, machine, versions
 from longscan.bench.race import Pace
 from longscan.bench.report import Report
@@ -26,6 +26,7 @@ SUITES = {
     "ops": ops.run,
     "train": train.run,
     "generate": generate.run,
+    "translate": translate.run,
     "shipped": shipped.run,
     "stream": stream.run,
 }

@@ -8,7 +8,7 @@ from typing import Any
 from longscan.bench.race import Contender, Measurement, Pace, faster, race
 from longscan.bench.report import Ratio, Report, rate, rate_table
 
-__all__ = ["LSTM", "SHAPE", "TRANSFORMER", "describe", "matrices", "matrix_parameters", "run"]
+__all__ = ["LLAMA", "LSTM", "SHAPE", "TRANSFORMER", "describe", "matrices", "matrix_parameters", "run"]
 
 SHAPE = {"d_model": 256, "n_layers": 8, "vocab_size": 4096}
 LENGTHS, TOKENS = (128, 512, 2048, 8192), 4096
@@ -16,10 +16,13 @@ QUICK_SHAPE = {"d_model": 64, "n_layers": 2, "vocab_size": 512}
 QUICK_LENGTHS, QUICK_TOKENS = (32, 128), 128
 # as many parameters as the Mamba of SHAPE
 TRANSFORMER = {"n_layers": 4, "n_heads": 4, "d_ff": 1200}
+LLAMA: dict[str, Any] = {"model": "llama", "n_layers": 4, "n_heads": 4, "d_ff": 800}
 LSTM = {"n_layers": 2, "d_hidden": 488}
 
-OURS, MAMBAPY, HF_MAMBAPY, HF, GPT, RNN, CEILING = (
+OURS, LLAMA_OURS, LLAMA_HF, MAMBAPY, HF_MAMBAPY, HF, GPT, RNN, CEILING = (
     "longscan",
+    "no Mamba: Llama, longscan",
+    "no Mamba: Llama, transformers",
     "mambapy",
     "transformers, use_mambapy",
     "transformers, default",
@@ -63,7 +66,8 @@ def run(pace: Pace, quick: bool) -> Report:
     ]
     report.notes.append(
         f"A step: forward, backward and AdamW in float32 on {least:,} tokens, or on one sequence if that is "
-        f"longer; {describe(model)}" + ("." if quick else "; Transformer and LSTM have as many parameters.")
+        f"longer; {describe(model)}"
+        + ("." if quick else "; Llama, Transformer and LSTM have as many parameters.")
     )
     return report
 
@@ -136,8 +140,11 @@ def _contenders(model: dict[str, int], batch: int, seq_len: int) -> list[Contend
         "operations": 6 * matrix_parameters(**model) * tokens,
     }
     gpt, rnn = with_layers(TRANSFORMER["n_layers"]), with_layers(LSTM["n_layers"])
+    llama = here | {"model": model | LLAMA | {"max_positions": seq_len}}
     contenders = [
         Contender(name=OURS, job="longscan.bench.ours:train", arguments=here),
+        Contender(name=LLAMA_OURS, job="longscan.bench.ours:train", arguments=llama),
+        peer(LLAMA_HF, "train_transformers", ("transformers",), **llama),
         Contender(name=CEILING, job="longscan.bench.ceilings:matmul", arguments=products),
         peer(GPT, "train_transformer", **gpt, n_heads=TRANSFORMER["n_heads"], d_ff=TRANSFORMER["d_ff"]),
         peer(RNN, "train_lstm", **rnn, d_hidden=LSTM["d_hidden"]),
@@ -166,6 +173,8 @@ def _ratios(seq_len: int, found: dict[str, Measurement]) -> list[Ratio]:
         ("peak memory, share of mambapy's", _memory_share(found, MAMBAPY), "≤ 25 %", True),
         ("peak memory, share of transformers'", _memory_share(found, HF_MAMBAPY), "≤ 25 %", True),
         ("speed, share of the Transformer's", faster(found, OURS, GPT), gpt_goal, True),
+        ("speed, share of our Llama's", faster(found, OURS, LLAMA_OURS), "", True),
+        ("our Llama faster than transformers'", faster(found, LLAMA_OURS, LLAMA_HF), "≥ 1 ×", False),
         ("speed, share of the ceiling", faster(found, OURS, CEILING), "", True),
     )
     return [

@@ -1,0 +1,91 @@
+"""`longscan bench translate`: how fast the translators learn and write, beside others of the same size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from longscan.bench.race import Contender, Pace, faster, race
+from longscan.bench.report import Ratio, Report, rate, rate_table
+from longscan.models import MODELS
+
+__all__ = ["run"]
+
+PRESET, QUICK_PRESET = "multi30k", "tiny"
+PAIRS, QUICK_PAIRS = 256, 8  # of a training step
+SENTENCES, QUICK_SENTENCES = 64, 2  # translated together
+N_TOKENS, QUICK_N_TOKENS = 20, 3  # of each translation
+BEAMS = (1, 5)
+TARGET_TOKENS = 14  # of a pair on average, eos_id included: see `translators.sentences`
+
+OURS, TORCH, MARIAN = "longscan", "torch.nn.Transformer", "transformers, Marian"
+ELDERS = {"luong": "longscan, Luong", "bahdanau": "longscan, Bahdanau", "seq2seq": "longscan, no attention"}
+
+
+def run(pace: Pace, quick: bool) -> Report:
+    """Race training steps and translations.
+
+    Args:
+        pace: how thoroughly.
+        quick: small models, to see that it works.
+
+    Returns:
+        The report.
+    """
+    report = Report(suite="translate")
+    n_pairs = QUICK_PAIRS if quick else PAIRS
+    found = race("training", _contenders("train", quick, n=n_pairs), pace)
+    report.add("training", found.values(), n_pairs * TARGET_TOKENS, "tokens/s")
+    goal = "≥ 1 ×"
+    for peer in (TORCH, MARIAN):
+        report.ratios.append(
+            Ratio(what=f"training: faster than {peer}", measured=faster(found, OURS, peer), goal=goal)
+        )
+    n, n_tokens = (QUICK_SENTENCES, QUICK_N_TOKENS) if quick else (SENTENCES, N_TOKENS)
+    for beam_size in BEAMS:
+        case = "greedy" if beam_size == 1 else f"beam of {beam_size}"
+        contenders = _contenders("translate", quick, n=n, beam_size=beam_size, n_tokens=n_tokens)
+        found = race(case, contenders, pace)
+        report.add(case, found.values(), n, "sentences/s", beam_size=beam_size)
+        what = f"{case}: faster than {MARIAN}"
+        report.ratios.append(Ratio(what=what, measured=faster(found, OURS, MARIAN), goal=goal))
+    training = [row for row in report.rows if row["case"] == "training"]
+    writing = [row for row in report.rows if row["case"] != "training"]
+    report.tables = [
+        rate_table("training a translator: target tokens/s (min–max)", training, rate),
+        rate_table(f"translating into {n_tokens} tokens: sentences/s (min–max)", writing, rate),
+    ]
+    report.notes.append(
+        f"A step: forward, backward and AdamW in float32 on {n_pairs} pairs of about {TARGET_TOKENS} tokens, "
+        f"with label smoothing; {n} sentences are translated together. Random weights; the sizes, and the "
+        f"dropout in training, are those of the preset {QUICK_PRESET if quick else PRESET}."
+    )
+    return report
+
+
+def _contenders(what: str, quick: bool, **arguments: Any) -> list[Contender]:
+    """List who trains ("train") or translates ("translate")."""
+    preset = QUICK_PRESET if quick else PRESET
+
+    def mine(model: str, name: str) -> Contender:
+        fields = dict(MODELS[model].presets[preset])
+        job = f"longscan.bench.translators:{what}_ours"
+        return Contender(name=name, job=job, arguments={"name": model, "fields": fields, **arguments})
+
+    fields = {"dropout": 0.0, **MODELS["transformer"].presets[preset]}
+    peers: list[tuple[str, str, tuple[str, ...]]] = [("marian", MARIAN, ("transformers",))]
+    if what == "train":  # torch's has no search of its own
+        peers.insert(0, ("torch", TORCH, ()))
+    return [
+        mine("transformer", OURS),
+        *(
+            Contender(
+                name=name,
+                job=f"longscan.bench.translators:{what}_{job}",
+                arguments={"fields": fields, **arguments},
+                packages=packages,
+                peer=True,
+            )
+            for job, name, packages in peers
+        ),
+        *(mine(model, name) for model, name in ELDERS.items()),
+    ]
