@@ -23,7 +23,7 @@ from longscan.tokenizer import ByteTokenizer
 ROOT = Path(__file__).parents[1]
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
 READMES = (ENGLISH, CHINESE)
-PAIRS = (READMES, ("docs/quantization.md", "docs/quantization.zh-CN.md"))
+PAIRS = (READMES, *((f"docs/{name}.md", f"docs/{name}.zh-CN.md") for name in ("attention", "quantization")))
 DOCUMENTS = (*(document for pair in PAIRS for document in pair), "CONTRIBUTING.md", "CHANGELOG.md")
 PLANNED = ("planned", "计划中")
 
@@ -138,9 +138,9 @@ def test_ticks_are_what_works(document: str) -> None:
     lines = re.findall(r"^\| (20[12]\d \| .*) \|$", read(document), re.MULTILINE)
     rows = [line.split(" | ") for line in lines]
     assert [row[0] for row in rows] == sorted(row[0] for row in rows)
-    today = {row[1]: row[-1] for row in rows}
+    today = {row[1].lower(): row[-1] for row in rows}
     for entry in LINEAGE:
-        assert today.pop(entry.cls.__name__).split() == [word for verb in entry.verbs for word in (verb, "✓")]
+        assert today.pop(entry.name).split() == [word for verb in entry.verbs for word in (verb, "✓")]
     assert all(what in PLANNED for what in today.values()), today
 
 
@@ -183,6 +183,12 @@ def test_commands_parse(document: str) -> None:
         else:
             assert [program, arguments[0]] == ["pip", "install"]
             assert set(re.findall(r"\[(.*)\]", arguments[1])) <= set(extras)
+
+
+def test_the_answers_about_attention_run() -> None:
+    names: dict[str, Any] = {}
+    for number, block in enumerate(blocks("docs/attention.md", "python")):
+        exec(compile(block, f"docs/attention.md, Python block {number + 1}", "exec"), names)
 
 
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,13 @@ ORDER = [
     *("ops", "models"),
     *(
         "tokenizer",
+        "wordpiece",
+        "words",
         "documents",
         "data",
+        "pairs",
+        "wordvectors",
+        "masking",
         "layouts",
         "weights",
         "gguf_check",
@@ -31,16 +36,41 @@ ORDER = [
         "gguf_files",
         "locate",
         "checkpoint",
+        "encoders",
         "convert",
     ),
     *("reading", "prefix", "snapshots"),
-    *("sampling", "request", "speculate", "engine", "bar", "generate", "quantize", "evaluate"),
-    *("plot", "progress", "recipe", "runs", "trainer", "train"),
-    *("bench", "catalog", "doctor", "cli"),
+    *(
+        "sampling",
+        "request",
+        "speculate",
+        "engine",
+        "search",
+        "bleu",
+        "translation",
+        "bar",
+        "generate",
+        "quantize",
+        "evaluate",
+    ),
+    *("plot", "progress", "recipe", "runs", "trainer", "run", "pretrain", "train", "translate"),
+    *("text_input", "examples", "classify", "fill_mask", "embed"),
+    *("reproduce", "bench", "catalog", "doctor", "cli"),
 ]
 # inside models/: what all of them share, in order too, and who descends from whom
-COMMON = ("layers", "loss", "state_file", "state", "decoder", "backbone", "quantized")
-ANCESTORS: dict[str, set[str]] = {"mamba": set()}
+COMMON = (
+    *("layers", "model", "loss", "state_file", "state", "decoder", "backbone", "quantized"),
+    "translator",
+)
+ANCESTORS: dict[str, set[str]] = {
+    "seq2seq": set(),
+    "bahdanau": {"seq2seq"},
+    "luong": {"seq2seq", "bahdanau"},
+    "transformer": {"bahdanau", "luong"},
+    "bert": {"transformer"},
+    "llama": {"transformer"},
+    "mamba": set(),
+}
 
 
 def imported(path: Path) -> Iterator[tuple[str, ...]]:

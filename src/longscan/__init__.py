@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longscan import models, ops
-    from longscan.checkpoint import convert, load, save
+    from longscan.checkpoint import convert, load, load_translator, save
     from longscan.config import Config
+    from longscan.embed import embed
+    from longscan.encoders import load_bert
     from longscan.engine import Engine
     from longscan.errors import LongscanError, UsageError
     from longscan.evaluate import Evaluation, evaluate
+    from longscan.fill_mask import fill_mask
     from longscan.generate import SamplingConfig, generate
     from longscan.models import State
     from longscan.prefix import PrefixCache
@@ -29,15 +32,19 @@ if TYPE_CHECKING:
     from longscan.speculate import DraftModel, PromptLookup
     from longscan.tokenizer import Tokenizer, load_tokenizer
     from longscan.train import TrainConfig, train
+    from longscan.translation import translate
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "checkpoint": ("convert", "load", "save"),
+    "checkpoint": ("convert", "load", "load_translator", "save"),
     "config": ("Config",),
+    "embed": ("embed",),
+    "encoders": ("load_bert",),
     "engine": ("Engine",),
     "errors": ("LongscanError", "UsageError"),
     "evaluate": ("Evaluation", "evaluate"),
+    "fill_mask": ("fill_mask",),
     "generate": ("SamplingConfig", "generate"),
     "models": ("State",),
     "prefix": ("PrefixCache",),
@@ -47,6 +54,7 @@ _HOME = {
     "speculate": ("DraftModel", "PromptLookup"),
     "tokenizer": ("Tokenizer", "load_tokenizer"),
     "train": ("TrainConfig", "train"),
+    "translation": ("translate",),
 }
 _MODULE_OF = {name: f"longscan.{module}" for module, names in _HOME.items() for name in names}
 
@@ -67,15 +75,20 @@ __all__ = [
     "UsageError",
     "__version__",
     "convert",
+    "embed",
     "evaluate",
+    "fill_mask",
     "generate",
     "load",
+    "load_bert",
     "load_tokenizer",
+    "load_translator",
     "models",
     "ops",
     "quantize",
     "save",
     "train",
+    "translate",
 ]
 
 

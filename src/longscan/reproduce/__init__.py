@@ -1,0 +1,75 @@
+"""`longscan reproduce`: published experiments on this machine, their numbers beside ours.
+
+An experiment is a file: `multi30k`, `en_zh`. It names the systems to train, what was published about them and
+what differs; `systems` trains what isn't trained yet, measures, and remembers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longscan.config import nearest
+from longscan.errors import UsageError
+
+__all__ = ["EXPERIMENTS", "command"]
+
+#: name -> the line that describes it; the module is called the same, with underscores
+EXPERIMENTS = {
+    "multi30k": "English to German: no attention, Bahdanau, Luong and the Transformer, one vocabulary.",
+    "en-zh": "English to Chinese: a Transformer on real software texts.",
+}
+
+
+def command(
+    name: Annotated[str | None, typer.Argument(help="The experiment; without it they are listed.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Directory of its data.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Directory of the runs and results; finished runs are found there.")
+    ] = Path("runs"),
+    full: Annotated[bool, typer.Option("--full", help="As large as it gets: see the experiment.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few steps: to see that it runs, not to quote.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; as torch likes if not given.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as one JSON object.")] = False,
+) -> None:
+    """Repeat a published experiment and print its numbers beside those measured here.
+
+    What is trained already, in --out, is not trained again; Ctrl-C stops in good order, the same command goes
+    on. The results are NAME.json and NAME.png in --out; they say "reduced" where they are.
+
+    Args:
+        name: of an experiment.
+        data: where its files are.
+        out: receives a directory for each system.
+        full: several seeds, all of the data.
+        quick: a few steps.
+        threads: at least 1.
+        as_json: for programs.
+
+    Raises:
+        UsageError: there is no such experiment, or flags contradict each other.
+        LongscanError: data are missing, or a run was made with other settings.
+    """
+    if name is None:
+        for known, line in EXPERIMENTS.items():
+            typer.echo(f"{known:10} {line}")
+        return
+    if name not in EXPERIMENTS:
+        raise UsageError(f"no experiment called {name!r}{nearest(name, EXPERIMENTS)}")
+    if full and quick:
+        raise UsageError("--full and --quick: expected one of them, got both.")
+    module = importlib.import_module(f"longscan.reproduce.{name.replace('-', '_')}")
+    if data is None:
+        raise UsageError(f"--data: expected the directory with {', '.join(module.FILES)}.")
+    from longscan.reproduce.systems import Plan
+
+    plan = Plan(name=name, data=data, out=out, full=full, quick=quick, threads=threads)
+    plan.check(module.FILES, module.SOURCE)
+    report = module.run(plan)
+    typer.echo(json.dumps(report, ensure_ascii=False, indent=2) if as_json else module.show(report))

@@ -1,0 +1,200 @@
+"""What experiments have in common: systems that are trained unless they are, measured, and remembered."""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from longscan.checkpoint import load_translator
+from longscan.errors import LongscanError
+from longscan.files import read_json, write_json
+from longscan.pairs import TextPairs
+from longscan.plot import plot_bleu
+from longscan.progress import Terminal
+from longscan.runs import SETTINGS, read_settings
+from longscan.translate import TranslateConfig, TranslateRun
+from longscan.translation import measure
+
+__all__ = ["Plan", "summary", "table"]
+
+QUICK = {"steps": 3, "epochs": None, "eval_every": 0, "bleu_sentences": 4, "save_every": 100}
+QUICK_SENTENCES = 12
+N_SAMPLES = 5
+BEAM, LENGTH_PENALTY = 5, 0.6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the command line asks for; see `reproduce.command`."""
+
+    name: str
+    data: Path
+    out: Path
+    full: bool = False
+    quick: bool = False
+    threads: int | None = None
+
+    def check(self, files: Sequence[str], source: str) -> None:
+        """Insist on the data.
+
+        Args:
+            files: their names.
+            source: where they come from.
+
+        Raises:
+            LongscanError: some are missing.
+        """
+        missing = [file for file in files if not (self.data / file).is_file()]
+        if missing:
+            raise LongscanError(f"--data {self.data}: expected {', '.join(missing)} there. {source}")
+
+    def train(self, place: str, config: TranslateConfig) -> Path:
+        """Train a system, go on with it, or find it finished.
+
+        Args:
+            place: its directory in `out`.
+            config: its settings.
+
+        Returns:
+            The run's directory.
+
+        Raises:
+            LongscanError: the directory holds a run with other settings.
+            typer.Exit: it was stopped.
+        """
+        directory = self.out / (f"quick-{place}" if self.quick else place)
+        if self.quick:
+            config = config.replace(**QUICK)
+        config, display = config.replace(threads=self.threads), Terminal(100)
+        typer.echo(f"── {directory.name} ──", err=True)
+        if (directory / SETTINGS).is_file():
+            stored = TranslateConfig.from_dict(read_settings(directory, TranslateRun.verb))
+            paths = {entry.name for entry in fields(config) if entry.metadata.get("path")}
+            if other := [name for name in config.changed(stored) if name not in paths]:
+                raise LongscanError(
+                    f"{directory} was trained with {other[0]} = {getattr(stored, other[0])!r}, this "
+                    f"experiment has {getattr(config, other[0])!r}. Name another --out."
+                )
+            changes = {} if self.threads is None else {"threads": self.threads}
+            result = TranslateRun.resume(directory, changes, display)
+        else:
+            torch.manual_seed(config.seed)
+            result = TranslateRun.begin(config, directory, display)
+        if result.stopped_by is not None:
+            typer.echo(f"stopped after step {result.step:,}; the same command goes on", err=True)
+            raise typer.Exit(130 if result.stopped_by == signal.SIGINT else 0)
+        return directory
+
+    def measure(self, directory: Path, pairs: TextPairs, tokenize: str) -> dict[str, Any]:
+        """Measure a trained system on the test pairs, unless that is done.
+
+        Args:
+            directory: the run's.
+            pairs: sentences and their translations by people.
+            tokenize: see `bleu.score`.
+
+        Returns:
+            What `translation.measure` gives, with a few samples instead of all translations; parameters,
+            epochs, seed and minutes of the run.
+        """
+        model, tokenizer = load_translator(directory / "model")
+        if self.quick:
+            pairs = pairs.select(range(QUICK_SENTENCES))
+        key = f"{model.fingerprint()} {tokenizer.fingerprint} {len(pairs.source)} {tokenize}"
+        kept = directory / "test.json"
+        if kept.is_file() and (found := read_json(kept)).get("key") == key:
+            return found
+        found = measure(model, tokenizer, pairs, BEAM, LENGTH_PENALTY, tokenize)
+        translations = found.pop("translations")
+        step = max(1, len(translations) // N_SAMPLES)
+        config = read_settings(directory, TranslateRun.verb)
+        found |= {
+            "key": key,
+            "samples": [
+                {"source": pairs.source[i], "reference": pairs.target[i], "translation": translations[i]}
+                for i in range(0, len(translations), step)
+            ][:N_SAMPLES],
+            "parameters": model.num_parameters(),
+            "epochs": config["epochs"],
+            "seed": config["seed"],
+            "minutes": round(_seconds(directory) / 60, 1),
+        }
+        write_json(kept, found)
+        return found
+
+    def finish(self, rows: Mapping[str, Sequence[dict[str, Any]]], notes: dict[str, Any]) -> dict[str, Any]:
+        """Write the results and the figure.
+
+        Args:
+            rows: system -> what `measure` gave for each seed.
+            notes: what else is to be said; "reduced" tells in what, if it is.
+
+        Returns:
+            The results.
+        """
+        report = {
+            "experiment": self.name,
+            **notes,
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+            "systems": {name: summary(found) for name, found in rows.items()},
+            "runs": {name: list(found) for name, found in rows.items()},
+        }
+        write_json(self.out / f"{self.name}.json", report)
+        try:
+            plot_bleu({name: found[0] for name, found in rows.items()}, self.out / f"{self.name}.png")
+        except LongscanError as error:
+            typer.echo(f"no {self.name}.png: {error}", err=True)
+        return report
+
+
+def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean over the seeds, and the lowest and highest BLEU.
+
+    Args:
+        found: what `Plan.measure` gave, of one system.
+    """
+    bleu = [each["bleu"] for each in found]
+    names = ("bleu", "chrf", "perplexity", "parameters", "minutes")
+    means = {name: round(sum(each[name] for each in found) / len(found), 2) for name in names}
+    return {**means, "bleu_range": [min(bleu), max(bleu)], "seeds": [each["seed"] for each in found]}
+
+
+def table(report: Mapping[str, Any], published: Mapping[str, str]) -> list[str]:
+    """Return lines: for each system what was published and what was measured.
+
+    Args:
+        report: of `Plan.finish`.
+        published: system -> in a few words.
+    """
+    head = ("system", "published", "BLEU", "seeds", "chrF", "perplexity", "parameters", "minutes")
+    rows = [head]
+    for name, found in report["systems"].items():
+        low, high = found["bleu_range"]
+        spread = f" ({low:.1f}-{high:.1f})" if len(found["seeds"]) > 1 else ""
+        numbers = (f"{found['bleu']:.2f}{spread}", f"{len(found['seeds'])}", f"{found['chrf']:.2f}")
+        sizes = (
+            f"{found['perplexity']:.2f}",
+            f"{found['parameters'] / 1e6:.2f} M",
+            f"{found['minutes']:.0f}",
+        )
+        rows.append((name, published.get(name, "-"), *numbers, *sizes))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _seconds(directory: Path) -> float:
+    """Return the time that a run's steps took."""
+    seconds = 0.0
+    for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        seconds = json.loads(line).get("seconds", seconds)
+    return seconds
