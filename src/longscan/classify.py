@@ -250,7 +250,7 @@ def train(
     recipe: Annotated[Path | None, typer.Option("--config", help="TOML file of settings; flags win.")] = None,
     **settings: Any,
 ) -> None:
-    """Fine-tune a BERT on labelled texts, or resume a run after any kind of stop.
+    """Fine-tune a BERT on labelled texts, or resume a run.
 
     DATA is a table, a row a line, columns parted by tabs, the first one the label and the second one the text
     unless --columns says otherwise; or .jsonl with "label" and "text". Both may be .gz or .xz. --out
@@ -293,7 +293,7 @@ def evaluate(
     as_json: AsJson = False,
     threads: Threads = None,
 ) -> None:
-    """Accuracy and F1 of a classifier on labelled texts, over all and by class.
+    """Accuracy and F1 on labelled texts, also by class.
 
     Raises:
         UsageError: a flag has an impossible value.
@@ -337,7 +337,7 @@ def predict_texts(
     as_json: AsJson = False,
     threads: Threads = None,
 ) -> None:
-    """Tell the classes of texts: those given, or the lines of stdin.
+    """Tell the classes of texts, or of the lines of stdin.
 
     A line each: the class, its probability, the text, parted by tabs; with --json all probabilities.
 

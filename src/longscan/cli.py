@@ -28,11 +28,8 @@ VERBS = {
     "generate": ("longscan.generate", "Continue a text with a model, piece by piece."),
     "train": ("longscan.train", "Train a model on your own text files, or resume a run."),
     "evaluate": ("longscan.evaluate", "Perplexity and bits per byte of a model on text files."),
-    "translate": (
-        "longscan.translate",
-        "Train a translator on sentence pairs, measure it, translate with it.",
-    ),
-    "classify": ("longscan.classify", "Fine-tune a BERT on labelled texts, measure it, classify with it."),
+    "translate": ("longscan.translate", "Train a translator, measure it, translate with it."),
+    "classify": ("longscan.classify", "Fine-tune a BERT on labels, measure it, classify."),
     "fill-mask": ("longscan.fill_mask", "Guess the words that a text hides behind [MASK]."),
     "embed": ("longscan.embed", "Turn texts into vectors, or say how alike they are."),
     "convert": ("longscan.convert", "Rewrite a model directory in another layout or precision."),

@@ -197,7 +197,7 @@ def alignment(
     pieces: Annotated[bool, typer.Option("--pieces", help="Show the tokens instead of words.")] = False,
     out: Out = Path("alignment.png"),
 ) -> None:
-    """Where a translator looked in the source for each word that it wrote.
+    """Where a translator looked for each word that it wrote.
 
     Of a Transformer the mean over the heads of a layer; `plot attention` shows each.
 
@@ -243,7 +243,7 @@ def positions(
     length: Annotated[int, typer.Option(help="Positions.")] = 100,
     out: Out = Path("positions.png"),
 ) -> None:
-    """The sinusoids that tell a Transformer where a word stands, and why adding them works.
+    """The sinusoids that tell where a word stands.
 
     Raises:
         UsageError: a number makes no sense, or the figure has no format.
@@ -261,7 +261,7 @@ def bleu(
     files: Annotated[list[Path], typer.Argument(help="What `translate evaluate --json` printed.")],
     out: Out = Path("bleu.png"),
 ) -> None:
-    """BLEU against the length of the source, a line for each file, called by its name.
+    """BLEU against the length of the source, by file.
 
     Raises:
         UsageError: the figure has no format.

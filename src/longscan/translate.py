@@ -285,7 +285,7 @@ def train(
     recipe: Annotated[Path | None, typer.Option("--config", help="TOML file of settings; flags win.")] = None,
     **settings: Any,
 ) -> None:
-    """Train a translator on sentence pairs, or resume a run after any kind of stop.
+    """Train a translator on sentence pairs, or resume a run.
 
     --source and --target are files of one sentence a line, line n of one the translation of line n of the
     other; or --source alone is a table of two tab-separated columns. Also .gz or .xz. The directory --out
@@ -325,7 +325,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads; as torch likes if not given.")] = None,
 ) -> None:
-    """BLEU, chrF and perplexity of a translator, over all and by the length of the source.
+    """BLEU, chrF and perplexity, also by length of source.
 
     Pairs with an empty side are left out. The numbers are sacrebleu's, with its signatures.
     `longscan plot bleu` draws the JSON of several translators.
@@ -375,7 +375,7 @@ def text(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a sentence.")] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads; as torch likes if not given.")] = None,
 ) -> None:
-    """Translate sentences: those given, or the lines of stdin, or what is typed in.
+    """Translate sentences, lines of stdin, or what is typed.
 
     Each translation is a line; an empty line gives an empty one.
 
