@@ -227,11 +227,12 @@ def keep_memory() -> None:
     By default glibc hands large blocks back to the system, and every training step takes them anew, page by
     page, which costs an op that is bound by memory much of its time. Without glibc nothing happens.
 
-    oneDNN keeps a program for each shape it meets, 1,024 of them: where every batch has another shape they
-    take hundreds of megabytes and hardly one is used again. Before torch's first product it can be told
-    otherwise.
+    oneDNN keeps a program for each shape it meets, 1,024 of them, and torch's layer above it as many more:
+    where every batch has another shape they take gigabytes and hardly one is used again. Before torch's first
+    product they can be told otherwise.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "64")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h

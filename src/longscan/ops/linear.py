@@ -101,8 +101,10 @@ def multiplication() -> str:
     return "oneDNN" if _native.prefers_onednn() else "torch's default"
 
 
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # with a stride of zero, as the gradient of a sum has, oneDNN takes a thousand times as long
+    x, weight = (t.contiguous() if 0 in t.stride() else t for t in (x, weight))
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return product
 
 
@@ -115,7 +117,7 @@ def _forward(x, weight, bias):  # type: ignore[no-untyped-def]
         x, weight, bias = x.contiguous(), weight.contiguous(), _native.dense(bias)
         return _native.multiply(x, weight, None, bias, rows)
     if _native.prefers_onednn() and _native.available(x, weight, bias):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return _onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
