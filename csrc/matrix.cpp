@@ -193,8 +193,9 @@ struct Tile {
   float *total;  // (R, O)
 };
 
-// Where the weights will be read that the next tiles need: the processor's own prefetching loses its way in rows as
-// short as these. A whole number of tiles, so that every cache line is asked for once, and far enough to hide memory.
+// Where the weights will be read that the next tiles of several rows need: they read four outputs side by side, and
+// the processor's own prefetching loses its way in pieces that short. A whole number of tiles, so that every cache
+// line is asked for once, and far enough to hide memory.
 LS_INLINE int64_t ahead_of(int64_t tile_bytes) { return ls_ceil(LS_AHEAD, tile_bytes) * tile_bytes; }
 LS_INLINE void prefetch(const void *p, int64_t ahead) { __builtin_prefetch((const char *)p + ahead); }
 
@@ -220,7 +221,7 @@ LS_APART void dot_f32(const Tile *t) {
   for (; i + W <= n; i += W)
     LS_UNROLL
     for (int j = 0; j < O; ++j) {
-      if (R > 1) prefetch(w + j * n + i, ahead);  // one row alone is fastest as it is
+      if (R > 1) prefetch(w + j * n + i, ahead);
       const vec wj = load(w + j * n + i);
       LS_UNROLL
       for (int r = 0; r < R; ++r) acc[r][j] = fma(wj, load(t->row[r].x + i), acc[r][j]);
@@ -245,7 +246,7 @@ LS_APART void dot_bf16(const Tile *t) {
   for (; i + 2 * W <= n; i += 2 * W)
     LS_UNROLL
     for (int j = 0; j < O; ++j) {
-      prefetch(w + j * n + i, ahead);
+      if (R > 1) prefetch(w + j * n + i, ahead);
       const ivec pairs = load_as<ivec>(w + j * n + i);
       const vec even = (vec)(pairs << 16), odd = (vec)(pairs & (int32_t)0xffff0000);
       LS_UNROLL
@@ -286,7 +287,7 @@ LS_APART void dot_int8(const Tile *t) {
       for (int r = 0; r < R; ++r) x[r] = load_as<hvec>(q[r] + i);
       LS_UNROLL
       for (int j = 0; j < O; ++j) {
-        prefetch(w + j * n + i, ahead);
+        if (R > 1) prefetch(w + j * n + i, ahead);
         const hvec wj = widen(w + j * n + i);
         LS_UNROLL
         for (int r = 0; r < R; ++r) sums[r][j] = madd(sums[r][j], wj, x[r]);
@@ -386,7 +387,7 @@ LS_APART void dot_int8_blocks(const Tile *t) {
     for (int j = 0; j < O; ++j) {
       vec part[R] = {};
       const int8_t *from = w + j * n + begin;
-      for (int line = 0; line < 4; ++line) prefetch(from + 64 * line, ahead);
+      for (int line = 0; R > 1 && line < 4; ++line) prefetch(from + 64 * line, ahead);
       const uint16_t *scales = scale + j * n_blocks + begin / BLOCK;
       if (begin + ACT <= n)
         part_int8_blocks<R>(from, scales, t->row, begin, ACT / BLOCK, part);
@@ -458,7 +459,8 @@ LS_APART void dot_int4(const Tile *t) {
       vec part[R][P] = {};
       const uint8_t *from = w + (j * n + begin) / 2;
       LS_UNROLL
-      for (int p = 0; p < P; ++p) prefetch(from + p * n / 2, ahead), prefetch(from + p * n / 2 + 64, ahead);
+      for (int p = 0; R > 1 && p < P; ++p)
+        prefetch(from + p * n / 2, ahead), prefetch(from + p * n / 2 + 64, ahead);
       const uint16_t *scales = scale + j * n_blocks + begin / BLOCK;
       if (begin + ACT <= n)
         part_int4<R, P>(from, n / 2, scales, n_blocks, t->row, begin, ACT / BLOCK, part);
@@ -529,7 +531,8 @@ void outputs(const Product *p, int64_t begin, int64_t end) {
     Product part = *p;
     part.y += first * p->stride;
     int64_t o = begin;
-    for (; o + 4 <= end; o += 4) all_rows<4>(&part, rows, n, o);
+    if (n > 1)  // one row alone leaves nothing to share: read as memory lies, which processors foresee best
+      for (; o + 4 <= end; o += 4) all_rows<4>(&part, rows, n, o);
     for (; o < end; ++o) all_rows<1>(&part, rows, n, o);
   }
 }
