@@ -57,3 +57,8 @@ def test_peers_run() -> None:
     torch.manual_seed(0)
     translators.train_marian(FIELDS, 2)()
     assert translators.translate_marian(FIELDS, 2, 3, 4)() == {"tokens": 4}
+
+
+def test_writing_with_and_without_the_cache() -> None:
+    for cached in (True, False):
+        translators.write_ours(FIELDS, 2, 3, cached)()

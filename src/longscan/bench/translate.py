@@ -15,6 +15,9 @@ PAIRS, QUICK_PAIRS = 256, 8  # of a training step
 SENTENCES, QUICK_SENTENCES = 64, 2  # translated together
 N_TOKENS, QUICK_N_TOKENS = 20, 3  # of each translation
 BEAMS = (1, 5)
+LENGTHS, QUICK_LENGTHS = (64, 128, 256, 512), (2, 4, 8)  # of what is written with a cache
+N_WRITTEN = 8  # sentences side by side
+UNCACHED = 256  # the longest that is written without
 TARGET_TOKENS = 14  # of a pair on average, eos_id included: see `translators.sentences`
 
 OURS, TORCH, MARIAN = "longscan", "torch.nn.Transformer", "transformers, Marian"
@@ -50,9 +53,11 @@ def run(pace: Pace, quick: bool) -> Report:
         report.ratios.append(Ratio(what=what, measured=faster(found, OURS, MARIAN), goal=goal))
     training = [row for row in report.rows if row["case"] == "training"]
     writing = [row for row in report.rows if row["case"] != "training"]
+    lengths = _write(report, pace, quick)
     report.tables = [
         rate_table("training a translator: target tokens/s (min–max)", training, rate),
         rate_table(f"translating into {n_tokens} tokens: sentences/s (min–max)", writing, rate),
+        rate_table(f"writing {N_WRITTEN} long sentences: tokens/s (min–max)", lengths, rate),
     ]
     report.notes.append(
         f"A step: forward, backward and AdamW in float32 on {n_pairs} pairs of about {TARGET_TOKENS} tokens, "
@@ -60,6 +65,37 @@ def run(pace: Pace, quick: bool) -> Report:
         f"dropout in training, are those of the preset {QUICK_PRESET if quick else PRESET}."
     )
     return report
+
+
+def _write(report: Report, pace: Pace, quick: bool) -> list[dict[str, Any]]:
+    """Measure what the length of a sentence costs, with the cache of keys and values and without."""
+    lengths, before = QUICK_LENGTHS if quick else LENGTHS, len(report.rows)
+    fields = dict(MODELS["transformer"].presets[QUICK_PRESET if quick else PRESET])
+    seconds = {}
+    for length in lengths:
+        contenders = [
+            Contender(
+                name=f"{OURS}, {name}",
+                job="longscan.bench.translators:write_ours",
+                arguments={"fields": fields, "n": N_WRITTEN, "n_tokens": length, "cached": cached},
+            )
+            for name, cached in (("cached", True), ("all anew", False))
+            if cached or length <= UNCACHED
+        ]
+        case = f"{length} tokens"
+        found = race(case, contenders, pace)
+        report.add(case, found.values(), N_WRITTEN * length, "tokens/s")
+        seconds[length] = {name: measured.median for name, measured in found.items()}
+        if len(found) == 2:
+            ratio = faster(found, *found)
+            report.ratios.append(Ratio(what=f"{case}: faster with the cache", measured=ratio))
+    cached = [times[f"{OURS}, cached"] for times in seconds.values()]
+    growth = (
+        (cached[-1] - cached[-2]) / (cached[-2] - cached[-3]) / 2
+    )  # twice as many tokens, each twice as far
+    what = f"{lengths[-1]} tokens: time of a token over that at {lengths[-2]}"
+    report.ratios.append(Ratio(what=what, measured=growth, goal="≤ 2 ×, linear"))
+    return report.rows[before:]
 
 
 def _contenders(what: str, quick: bool, **arguments: Any) -> list[Contender]:

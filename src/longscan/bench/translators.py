@@ -25,6 +25,7 @@ __all__ = [
     "train_torch",
     "translate_marian",
     "translate_ours",
+    "write_ours",
 ]
 
 PAD, BOS, EOS = 0, 1, 2
@@ -165,6 +166,29 @@ def translate_marian(fields: dict[str, Any], n: int, beam_size: int, n_tokens: i
         return {"tokens": found.shape[1] - 2}
 
     return run
+
+
+def write_ours(fields: dict[str, Any], n: int, n_tokens: int, cached: bool) -> Run:
+    """Prepare our Transformer writing n_tokens for n sentences, with its cache or all anew at each token."""
+    model, (source, target) = ours("transformer", fields).eval(), sentences(n, fields["vocab_size"])
+    first = target[:, 0]
+
+    def step_by_step() -> None:
+        state = model.start(source)
+        tasks.decoding(first, n_tokens, lambda ids: model.step(ids, state)[0])()
+
+    def anew() -> None:
+        written = first[:, None]
+
+        def advance(ids: Tensor) -> Tensor:
+            nonlocal written
+            logits = model(source, written).logits[:, -1]
+            written = torch.cat([written, logits.argmax(-1, keepdim=True)], 1)
+            return cast(Tensor, logits)
+
+        tasks.decoding(first, n_tokens, advance)()
+
+    return torch.no_grad()(step_by_step if cached else anew)
 
 
 def _loss(logits: Tensor, target: Tensor) -> Tensor:
