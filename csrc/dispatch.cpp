@@ -73,6 +73,41 @@ LS_EXPORT int32_t ls_scan_forward(const ls_scan *args) { return bad(args) ? -1 :
 LS_EXPORT int32_t ls_scan_backward(const ls_scan *args) { return bad(args) ? -1 : kernels->scan_backward(args); }
 LS_EXPORT int32_t ls_conv_forward(const ls_conv *args) { return bad(args) ? -1 : kernels->conv_forward(args); }
 LS_EXPORT int32_t ls_conv_backward(const ls_conv *args) { return bad(args) ? -1 : kernels->conv_backward(args); }
+
+static bool bad(const ls_diagonal *a) {
+  return a->batch < 1 || a->seq_len < 1 || a->channels < 1 || a->d_state < 1 || a->d_state > LS_MAX_STATE;
+}
+static bool bad(const ls_vandermonde *a) {
+  return a->rows < 1 || a->channels < 1 || a->rows % a->channels || a->d_state < 1 || a->length < 1;
+}
+static bool bad(const ls_cauchy *a) {
+  return a->numerators < 1 || a->numerators > LS_CAUCHY_NUMERATORS || a->channels < 1 || a->d_state < 1 ||
+         a->n_places < 1;
+}
+static bool bad(const ls_legs *a) {
+  return a->channels < 1 || a->seq_len < 1 || a->order < 1 || a->order > LS_MAX_ORDER || a->start < 0 || a->every < 0;
+}
+
+LS_EXPORT int32_t ls_diagonal_forward(const ls_diagonal *args) {
+  return bad(args) ? -1 : kernels->diagonal_forward(args);
+}
+LS_EXPORT int32_t ls_diagonal_backward(const ls_diagonal *args) {
+  return bad(args) ? -1 : kernels->diagonal_backward(args);
+}
+LS_EXPORT int64_t ls_diagonal_boundaries(int64_t batch, int64_t seq_len, int64_t channels, int64_t d_state) {
+  const int64_t units = batch * ls_ceil(channels, LS_DIAGONAL_CHANNELS);
+  return ls_ceil(seq_len, LS_TILE) * units * LS_DIAGONAL_CHANNELS * d_state * 2;
+}
+LS_EXPORT int32_t ls_vandermonde_forward(const ls_vandermonde *args) {
+  return bad(args) ? -1 : kernels->vandermonde_forward(args);
+}
+LS_EXPORT int32_t ls_vandermonde_backward(const ls_vandermonde *args) {
+  return bad(args) ? -1 : kernels->vandermonde_backward(args);
+}
+LS_EXPORT int32_t ls_cauchy_forward(const ls_cauchy *args) { return bad(args) ? -1 : kernels->cauchy_forward(args); }
+LS_EXPORT int32_t ls_cauchy_backward(const ls_cauchy *args) { return bad(args) ? -1 : kernels->cauchy_backward(args); }
+LS_EXPORT int32_t ls_legs_scan(const ls_legs *args) { return bad(args) ? -1 : kernels->legs(args); }
+
 static bool bad(const ls_matrix *m) {
   return m->n_in < 1 || m->n_out < 1 || m->format < LS_F32 || m->format > LS_INT4 ||
          (m->format >= LS_INT8_BLOCKS && m->n_in % 32) || (m->format >= LS_INT8 && !m->scale);

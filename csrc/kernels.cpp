@@ -39,6 +39,13 @@ int32_t scan_forward(const ls_scan *);
 int32_t scan_backward(const ls_scan *);
 int32_t conv_forward(const ls_conv *);
 int32_t conv_backward(const ls_conv *);
+int32_t diagonal_forward(const ls_diagonal *);
+int32_t diagonal_backward(const ls_diagonal *);
+int32_t vandermonde_forward(const ls_vandermonde *);
+int32_t vandermonde_backward(const ls_vandermonde *);
+int32_t cauchy_forward(const ls_cauchy *);
+int32_t cauchy_backward(const ls_cauchy *);
+int32_t legs(const ls_legs *);
 int32_t multiply(const ls_matrix *, const float *, float *, int64_t, char *);
 int64_t multiply_workspace(int64_t, int64_t);
 int32_t dequantize(const ls_matrix *, float *);
@@ -48,6 +55,8 @@ int64_t decode_workspace(const ls_decode *);
 
 extern const ls_kernels LS_NAME(LS_ISA);
 const ls_kernels LS_NAME(LS_ISA) = {
-    LS_STRING(LS_ISA),          LS_ISA::scan_forward, LS_ISA::scan_backward,  LS_ISA::conv_forward,
-    LS_ISA::conv_backward,      LS_ISA::multiply,     LS_ISA::multiply_workspace, LS_ISA::dequantize,
-    LS_ISA::decode,             LS_ISA::decode_workspace, LS_ISA::probe_exp_fma,  LS_ISA::probe_read};
+    LS_STRING(LS_ISA),          LS_ISA::scan_forward,        LS_ISA::scan_backward,        LS_ISA::conv_forward,
+    LS_ISA::conv_backward,      LS_ISA::diagonal_forward,    LS_ISA::diagonal_backward,    LS_ISA::vandermonde_forward,
+    LS_ISA::vandermonde_backward, LS_ISA::cauchy_forward,    LS_ISA::cauchy_backward,      LS_ISA::legs,
+    LS_ISA::multiply,           LS_ISA::multiply_workspace,  LS_ISA::dequantize,           LS_ISA::decode,
+    LS_ISA::decode_workspace,   LS_ISA::probe_exp_fma,       LS_ISA::probe_read};

@@ -8,6 +8,13 @@ struct ls_kernels {
   int32_t (*scan_backward)(const ls_scan *);
   int32_t (*conv_forward)(const ls_conv *);
   int32_t (*conv_backward)(const ls_conv *);
+  int32_t (*diagonal_forward)(const ls_diagonal *);
+  int32_t (*diagonal_backward)(const ls_diagonal *);
+  int32_t (*vandermonde_forward)(const ls_vandermonde *);
+  int32_t (*vandermonde_backward)(const ls_vandermonde *);
+  int32_t (*cauchy_forward)(const ls_cauchy *);
+  int32_t (*cauchy_backward)(const ls_cauchy *);
+  int32_t (*legs)(const ls_legs *);
   int32_t (*multiply)(const ls_matrix *, const float *, float *, int64_t, char *);
   int64_t (*multiply_workspace)(int64_t, int64_t);
   int32_t (*dequantize)(const ls_matrix *, float *);

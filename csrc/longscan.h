@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-enum { LS_ABI_VERSION = 2, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
+enum { LS_ABI_VERSION = 3, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_ORDER = 4096, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
 enum { LS_ACTIVATIONS = 256 };  // activations that share a scale when they are rounded to 16 bits
 
 // torch's thread pool: run task(begin, end, context) over pieces of [begin, end). Null means one thread.
@@ -53,6 +53,57 @@ typedef struct {
   float *dx, *dweight, *dbias, *dinitial_state;
   float *workspace;  // batch * d_inner * (d_conv + 1) floats
 } ls_conv;
+
+// Diagonal state space with constant parameters; see src/longscan/ops/diagonal.py. Complex numbers are (re, im) pairs.
+enum { LS_DIAGONAL_CHANNELS = 64, LS_CAUCHY_NUMERATORS = 4 };
+typedef struct {
+  int64_t batch, seq_len, channels, d_state;
+  ls_rows u;
+  const float *a, *c, *initial_state;  // (channels, d_state), likewise, (batch, channels, d_state) or null
+  const int32_t *seq_idx;
+  float *y, *final_state;  // final_state may be initial_state
+  float *boundaries;       // ls_diagonal_boundaries(...) floats: states before each tile; null if no gradient follows
+  // backward only
+  ls_rows dy;
+  const float *dfinal;
+  float *du, *da, *dc, *dinitial_state;
+  float *workspace;  // 4 * batch * channels * d_state floats
+} ls_diagonal;
+
+// kernel (rows, length) = 2 Re sum_n c_n a_n^l; row i of c belongs to channel i % channels of a.
+typedef struct {
+  int64_t rows, channels, d_state, length;
+  const double *a;  // (channels, d_state) complex
+  const float *c;   // (rows, d_state) complex
+  float *kernel;
+  // backward only
+  const float *dkernel;
+  double *sums;  // (rows, d_state, 2) complex: sum_l g_l a^l and sum_l l g_l a^l for g = dkernel
+} ls_vandermonde;
+
+// out (numerators, channels, n_places) = sum_n v_n / (i t - lambda_n) and the conjugate twins; v as alpha = 2 Re v and
+// beta = 2 Re(v conj(lambda)), (numerators, channels, d_state).
+typedef struct {
+  int64_t numerators, channels, d_state, n_places;
+  const float *t, *t_low;  // (n_places) each: t, and what rounding it to float left over
+  const double *lambda;    // (channels, d_state) complex
+  const float *alpha, *beta;
+  float *out;
+  // backward only
+  const float *dout;
+  float *dalpha, *dbeta;
+  double *dlambda;  // through the poles, at constant alpha and beta
+} ls_cauchy;
+
+// HiPPO-LegS; see src/longscan/ops/legs.py. The state (channels, order) advances in place by f (channels, seq_len).
+typedef struct {
+  int64_t channels, seq_len, order, start;  // start: samples taken in before
+  double alpha;                             // 0 forward Euler, 1/2 bilinear, 1 backward Euler
+  const double *f;
+  double *state;
+  int64_t every;      // 0, or a snapshot after every so many samples:
+  double *snapshots;  // (channels, seq_len / every, order)
+} ls_legs;
 
 // A weight (n_out, n_in) in a format of src/longscan/ops/quant.py.
 enum { LS_F32 = 0, LS_BF16 = 1, LS_INT8 = 2, LS_INT8_BLOCKS = 3, LS_INT4 = 4 };
@@ -96,6 +147,14 @@ int32_t ls_scan_backward(const ls_scan *args);
 int64_t ls_scan_workspace(int64_t batch, int64_t seq_len, int64_t d_inner, int64_t d_state, int64_t n_groups);
 int32_t ls_conv_forward(const ls_conv *args);
 int32_t ls_conv_backward(const ls_conv *args);
+int32_t ls_diagonal_forward(const ls_diagonal *args);
+int32_t ls_diagonal_backward(const ls_diagonal *args);
+int64_t ls_diagonal_boundaries(int64_t batch, int64_t seq_len, int64_t channels, int64_t d_state);
+int32_t ls_vandermonde_forward(const ls_vandermonde *args);
+int32_t ls_vandermonde_backward(const ls_vandermonde *args);
+int32_t ls_cauchy_forward(const ls_cauchy *args);
+int32_t ls_cauchy_backward(const ls_cauchy *args);
+int32_t ls_legs_scan(const ls_legs *args);
 // y = x W^T + bias for a few rows x (rows, n_in): reads the weights once, at memory speed. The workspace takes
 // ls_multiply_workspace(rows, n_in) bytes.
 int32_t ls_multiply(const ls_matrix *matrix, const float *x, float *y, int64_t rows, void *workspace);

@@ -283,7 +283,7 @@ def test_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     done = cli("doctor")
     assert (done.code, done.err) == (0, "")
     assert f"longscan {longscan.__version__}" in done.out
-    assert "6 ops ok" in done.out
+    assert "14 ops ok" in done.out
     report = json.loads(cli("doctor", "--json").out)
     assert report["self_check"]["ok"]
     assert max(report["self_check"]["errors"].values()) < 1e-5

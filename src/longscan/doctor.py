@@ -122,9 +122,26 @@ def _results() -> Iterator[tuple[str, Tensor, Tensor]]:
     scan = (x, dt, A, B, C, D, z, dt_bias, True, state)
     conv = (x, random(d_inner, d_conv), random(d_inner), "silu", random(batch, d_conv - 1, d_inner))
 
+    def waves(*shape: int) -> Tensor:
+        return torch.complex(random(*shape), random(*shape))
+
+    log_ratio = torch.complex(-random(d_inner, 5).abs(), random(d_inner, 5))
+    diagonal = (x, log_ratio, waves(d_inner, 5), random(batch, d_inner, 5, 2))
+    places = torch.linspace(0.0, 5.0, 300, dtype=torch.float64)
+    legs = (random(batch, 300), random(batch, 11))
+
     for name, op, reference, arguments in (
         ("selective_scan", ops.selective_scan, ops.selective_scan_ref, scan),
         ("causal_conv1d", ops.causal_conv1d, ops.causal_conv1d_ref, conv),
+        ("diagonal_ssm", ops.diagonal_ssm, ops.diagonal_ssm_ref, diagonal),
+        ("vandermonde", ops.vandermonde, ops.vandermonde_ref, (waves(d_inner, 5), log_ratio, 300)),
+        (
+            "cauchy",
+            lambda v, lam: ops.cauchy(v, places, lam.to(torch.complex128)),
+            lambda v, lam: ops.cauchy_ref(v, places, lam),
+            (waves(4, d_inner, 5), log_ratio),
+        ),
+        ("legs_scan", ops.legs_scan, ops.legs_scan_ref, legs),
     ):
         got, expected = _with_gradients(op, arguments), _with_gradients(reference, _float64(arguments))
         yield name, got[0], expected[0]
@@ -164,16 +181,26 @@ def _results() -> Iterator[tuple[str, Tensor, Tensor]]:
 def _with_gradients(op: Any, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
     """Run an op and its backward; return both outputs in one flat tensor, and all gradients in another."""
     leaves = [a.clone().requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
-    outputs = torch.cat([output.flatten() for output in op(*leaves)])
+    found = op(*leaves)
+    outputs = torch.cat([_flat(output) for output in (found if isinstance(found, tuple) else [found])])
     weights = torch.linspace(-1.0, 1.0, outputs.numel(), dtype=outputs.dtype)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     gradients = torch.autograd.grad((outputs * weights).sum(), tensors)
-    return outputs.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+    return outputs.detach(), torch.cat([_flat(gradient) for gradient in gradients])
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Return all numbers of a tensor in a row, real and imaginary parts of complex ones."""
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).flatten()
 
 
 def _float64(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the arguments with their tensors in float64."""
-    return tuple(a.double() if isinstance(a, Tensor) else a for a in arguments)
+
+    def wide(tensor: Tensor) -> Tensor:
+        return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+    return tuple(wide(a) if isinstance(a, Tensor) else a for a in arguments)
 
 
 def _relative_error(got: Tensor, expected: Tensor) -> float:

@@ -2,15 +2,21 @@
 
 from ._native import NativeInfo, backend, keep_memory, native_probe, native_read_probe, release_memory
 from .attention import attention, attention_ref, masked_softmax
+from .cauchy import cauchy, cauchy_ref
 from .conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
 from .decode import MambaBlock, MambaStack, Matrix, decodes
+from .diagonal import diagonal_ssm, diagonal_ssm_ref, diagonal_ssm_step
 from .dropout import dropout
+from .legs import LegsMethod, legendre, legs_matrices, legs_scan, legs_scan_ref
 from .linear import linear, linear_ref, multiplication, multiply
+from .long_conv import long_conv, long_conv_ref
 from .quant import Kind, dequantize, dequantize_ref, pack_int4, quant_linear, quantize, unpack_int4
 from .scan import selective_scan, selective_scan_ref, selective_scan_step
+from .vandermonde import vandermonde, vandermonde_ref
 
 __all__ = [
     "Kind",
+    "LegsMethod",
     "MambaBlock",
     "MambaStack",
     "Matrix",
@@ -18,16 +24,27 @@ __all__ = [
     "attention",
     "attention_ref",
     "backend",
+    "cauchy",
+    "cauchy_ref",
     "causal_conv1d",
     "causal_conv1d_ref",
     "causal_conv1d_step",
     "decodes",
     "dequantize",
     "dequantize_ref",
+    "diagonal_ssm",
+    "diagonal_ssm_ref",
+    "diagonal_ssm_step",
     "dropout",
     "keep_memory",
+    "legendre",
+    "legs_matrices",
+    "legs_scan",
+    "legs_scan_ref",
     "linear",
     "linear_ref",
+    "long_conv",
+    "long_conv_ref",
     "masked_softmax",
     "multiplication",
     "multiply",
@@ -42,6 +59,8 @@ __all__ = [
     "selective_scan_ref",
     "selective_scan_step",
     "unpack_int4",
+    "vandermonde",
+    "vandermonde_ref",
 ]
 
 

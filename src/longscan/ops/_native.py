@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 _LIBRARY = Path(__file__).resolve().parent.parent / "_lib" / "liblongscan.so"
 
 

@@ -1,0 +1,350 @@
+"""HiPPO-LegS: the whole past of a signal as Legendre coefficients, kept up to date sample by sample.
+
+    c' = (A c + B f) / t,  A[n, m] = -sqrt((2n+1)(2m+1)) below the diagonal, -(n+1) on it,  B[n] = sqrt(2n+1)
+
+The step cancels: sample k takes the state from k - 1 to k, whatever the sampling rate.
+
+    forward    c_k = c_{k-1} + (A c_{k-1} + B f_k) / k                          "backward": A c_k instead,
+                                                                                "bilinear": the mean of both
+    zoh        c_k = exp(A ln(k / (k-1))) c_{k-1} + A^-1 (exp(...) - I) B f_k   exact, for a signal in stairs
+
+A is lower triangular and, below its diagonal, of rank 1, hence O(n) for a step: with m the mean that A meets,
+the coefficients are a chain of filters, each fed with what those before it leave of the signal:
+
+    c_n += ((-(n+1) m_n + sqrt(2n+1) e_n) / k,    e_0 = f_k,    e_{n+1} = e_n - sqrt(2n+1) m_n
+
+The stairs have no such chain but a closed form: the coefficients of a signal that is constant between samples
+are differences of the integrals of Legendre's polynomials.
+"""
+
+import functools
+import math
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _native
+
+LegsMethod: TypeAlias = Literal["bilinear", "forward", "backward", "zoh"]
+
+# how much of c_k, and not c_{k-1}, the matrix meets
+_IMPLICIT = {"forward": 0.0, "bilinear": 0.5, "backward": 1.0}
+_CHUNK = 1 << 16  # samples that exist at a time as rows of one coefficient: they fit into a cache
+
+# --- 1. the equation ----------------------------------------------------------------------------------------
+
+
+def legs_matrices(n: int) -> tuple[Tensor, Tensor]:
+    """Return A (n, n) and B (n,) of c' = (A c + B f) / t in float64."""
+    norm = (2 * torch.arange(n, dtype=torch.float64) + 1).sqrt()
+    return -torch.outer(norm, norm).tril(-1) - torch.arange(1.0, n + 1, dtype=torch.float64).diag(), norm
+
+
+def legs_scan_ref(
+    f: Tensor, state: Tensor, start: int = 0, method: LegsMethod = "bilinear", every: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`legs_scan` sample by sample with dense matrices: the definition, slow and plain."""
+    A, B = (matrix.to(state) for matrix in legs_matrices(state.shape[1]))
+    unit, kept = torch.eye(len(B)).to(state), []
+    for t, sample in enumerate(f.mT):
+        k = start + t + 1
+        if method == "zoh":
+            A_bar = torch.matrix_exp(A * math.log(k / (k - 1))) if k > 1 else torch.zeros_like(A)
+            B_bar = torch.linalg.solve(A, (A_bar - unit) @ B)
+        else:
+            implicit = _IMPLICIT[method]
+            left = unit - implicit / k * A
+            A_bar = torch.linalg.solve(left, unit + (1 - implicit) / k * A)
+            B_bar = torch.linalg.solve(left, B / k)
+        state = state @ A_bar.mT + sample[:, None] * B_bar
+        if every and (t + 1) % every == 0:
+            kept.append(state)
+    return state, torch.stack(kept, 1) if kept else state.new_empty(len(state), 0, len(B))
+
+
+# --- 2. the op ----------------------------------------------------------------------------------------------
+
+
+def legs_scan(
+    f: Tensor, state: Tensor, start: int = 0, method: LegsMethod = "bilinear", every: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Take in samples: O(n) work for each, no memory but that of the signal and the states asked for.
+
+    Args:
+        f: (channels, seq_len), the samples.
+        state: (channels, n) float32 or float64, the coefficients before them, zeros before the first sample.
+            All is computed in float64, where the device has it; a long past is summed up, so keep it so.
+        start: how many samples it has seen.
+        method: how the equation is discretised.
+        every: return the coefficients after every so many samples too.
+
+    Returns:
+        state: (channels, n) after the last sample, of the type it had.
+        history: (channels, seq_len // every, n) likewise; (channels, 0, n) if not asked for.
+
+    Raises:
+        ValueError: shapes do not fit, or a value is out of range.
+        TypeError: the state is neither float32 nor float64.
+    """
+    if f.dim() != 2 or 0 in f.shape:
+        raise ValueError(f"f: expected a non-empty (channels, seq_len), got {tuple(f.shape)}")
+    if state.dim() != 2 or len(state) != len(f) or not state.shape[1]:
+        raise ValueError(f"state: expected (channels={len(f)}, n), got {tuple(state.shape)}")
+    if state.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"state: expected float32 or float64, got {state.dtype}")
+    if method not in ("zoh", *_IMPLICIT):
+        raise ValueError(f"method: expected zoh, {', '.join(_IMPLICIT)}, got {method!r}")
+    if start < 0:
+        raise ValueError(f"start: expected 0 or more samples, got {start}")
+    if every is not None and every < 1:
+        raise ValueError(f"every: expected at least 1 sample, got {every}")
+    wide = torch.float32 if f.device.type == "mps" else torch.float64
+    found = torch.ops.longscan.legs_scan(f.to(wide), state.to(wide), start, method, every or 0)
+    return found[0].to(state.dtype), found[1].to(state.dtype)
+
+
+_lib: Any = torch.library.Library("longscan", "FRAGMENT")  # type: ignore[no-untyped-call]
+_lib.define(
+    "legs_scan(Tensor f, Tensor state, int start, str method, int every) -> (Tensor final, Tensor history)"
+)
+_lib.define(
+    "legs_scan_backward(Tensor dfinal, Tensor dhistory, int seq_len, int start, str method, int every) -> "
+    "(Tensor df, Tensor dstate)"
+)
+
+# --- 3. shapes ----------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("longscan::legs_scan", lib=_lib)
+def _(f, state, start, method, every):  # type: ignore[no-untyped-def]
+    kept = f.shape[1] // every if every else 0
+    return state.new_empty(state.shape), state.new_empty(state.shape[0], kept, state.shape[1])
+
+
+@torch.library.register_fake("longscan::legs_scan_backward", lib=_lib)
+def _(dfinal, dhistory, seq_len, start, method, every):  # type: ignore[no-untyped-def]
+    return dfinal.new_empty(dfinal.shape[0], seq_len), dfinal.new_empty(dfinal.shape)
+
+
+# --- 4. gradients -------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    f, _, *ctx.rest = inputs
+    ctx.seq_len = f.shape[1]
+
+
+def _autograd(ctx, dfinal, dhistory):  # type: ignore[no-untyped-def]
+    gradients = torch.ops.longscan.legs_scan_backward(dfinal, dhistory, ctx.seq_len, *ctx.rest)
+    return *gradients, None, None, None
+
+
+torch.library.register_autograd("longscan::legs_scan", _autograd, setup_context=_setup_context, lib=_lib)
+
+# --- 5. the native kernel -----------------------------------------------------------------------------------
+
+MAX_NATIVE_ORDER = 4096
+
+
+def _forward(f: Tensor, state: Tensor, start: int, method: str, every: int) -> tuple[Tensor, Tensor]:
+    n, seq_len = state.shape[1], f.shape[1]
+    history = state.new_empty(len(state), seq_len // every if every else 0, n)
+    if method in _IMPLICIT and _native.available() and state.device.type == "cpu" and n <= MAX_NATIVE_ORDER:
+        f, state = f.contiguous(), state.clone(memory_format=torch.contiguous_format)
+        (alpha,) = struct.unpack("q", struct.pack("d", _IMPLICIT[method]))
+        sizes = [*f.shape, n, start, alpha, f.data_ptr(), state.data_ptr(), every]
+        _native.call("ls_legs_scan", [*sizes, history.data_ptr()])
+        return state, history
+    if method == "zoh":
+        state = state.clone()
+        for begin, end in _blocks(seq_len, every):
+            state = _stairs(f[:, begin:end], state, start + begin)
+            if every and end % every == 0:
+                history[:, end // every - 1] = state
+        return state, history
+    columns = list(state.unbind(1))
+    for begin, end, scan in _chunks(seq_len, start, n, state.dtype):
+        k = torch.arange(start + begin + 1, start + end + 1, dtype=state.dtype, device=state.device)
+        e, kept = f[:, begin:end], slice(every - 1 - begin % every, None, every) if every else slice(0)
+        for degree in range(n):
+            stage = _Stage(degree, k, _IMPLICIT[method])
+            after = scan(stage.keep, stage.gain * e, columns[degree])  # (channels, samples)
+            before = torch.cat([columns[degree][:, None], after[:, :-1]], 1)
+            e = stage.onward * e - stage.drawn * before
+            columns[degree] = after[:, -1].clone()
+            if every:
+                history[:, begin // every : end // every, degree] = after[:, kept]
+    return torch.stack(columns, 1), history
+
+
+def _backward(
+    dfinal: Tensor, dhistory: Tensor, seq_len: int, start: int, method: str, every: int
+) -> tuple[Tensor, Tensor]:
+    """The chain backwards, from the last degree to the first and from the last sample to the first."""
+    n, df = dfinal.shape[1], dfinal.new_empty(len(dfinal), seq_len)
+    if method == "zoh":
+        for begin, end in reversed(list(_blocks(seq_len, every))):
+            if every and end % every == 0:
+                dfinal = dfinal + dhistory[:, end // every - 1]
+            df[:, begin:end] = _stairs_adjoint(dfinal, end - begin, start + begin)
+            dfinal = dfinal @ _stretch(n, start + begin, start + end).to(dfinal)
+        return df, dfinal.clone()
+    columns = list(dfinal.unbind(1))
+    for begin, end, scan in reversed(list(_chunks(seq_len, start, n, dfinal.dtype))):
+        k = torch.arange(start + begin + 1, start + end + 1, dtype=dfinal.dtype, device=dfinal.device)
+        e, kept = torch.zeros_like(df[:, begin:end]), torch.zeros_like(df[:, begin:end])
+        for degree in reversed(range(n)):
+            stage = _Stage(degree, k, _IMPLICIT[method])
+            if every:
+                kept[:, every - 1 - begin % every :: every] = dhistory[
+                    :, begin // every : end // every, degree
+                ]
+            # g_k is what c_n after sample k is worth: g_{k-1} = keep_k g_k - drawn_k e_k + kept_{k-1}
+            given = kept[:, :-1] - (stage.drawn * e)[:, 1:]
+            last = (columns[degree] + kept[:, -1])[:, None]
+            rest = scan(stage.keep[1:].flip(0), given.flip(1), last[:, 0])
+            g = torch.cat([last, rest], 1).flip(1)
+            columns[degree] = stage.keep[0] * g[:, 0] - stage.drawn[0] * e[:, 0]
+            e = stage.onward * e + stage.gain * g
+        df[:, begin:end] = e
+    return df, torch.stack(columns, 1)
+
+
+class _Stage:
+    """One filter of the chain over samples k (samples,): c = keep c + gain e, then e = onward e - drawn c."""
+
+    def __init__(self, degree: int, k: Tensor, implicit: float) -> None:
+        norm, explicit = math.sqrt(2 * degree + 1), 1 - implicit
+        below = k + implicit * (degree + 1)
+        self.keep = (k - explicit * (degree + 1)) / below
+        self.gain = norm / below
+        self.onward = 1 - implicit * norm * self.gain
+        self.drawn = norm * (explicit + implicit * self.keep)
+
+
+Scan: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _chunks(seq_len: int, start: int, n: int, dtype: torch.dtype) -> Iterator[tuple[int, int, Scan]]:
+    """Cut the samples so that products of `keep`, about (begin / end)^n, stay far from underflow.
+
+    Among the first 2 n samples `keep` may be zero or negative, which only the scan by doubling bears.
+    """
+    growth = math.expm1(-math.log(torch.finfo(dtype).tiny) / (3 * n))
+    begin = 0
+    while begin < seq_len:
+        k = start + begin
+        first = k < 2 * n
+        size = 2 * n - k if first else max(1, int(min(k * growth, _CHUNK)))
+        end = min(begin + size, seq_len)
+        yield begin, end, _scan_by_doubling if first else _scan_by_sums
+        begin = end
+
+
+def _scan_by_doubling(keep: Tensor, given: Tensor, state: Tensor) -> Tensor:
+    """All c_k = keep_k c_{k-1} + given_k, (channels, samples), from state (channels,)."""
+    if not len(keep):
+        return given
+    c = torch.cat([given[:, :1] + (keep[0] * state)[:, None], given[:, 1:]], 1)
+    step = 1
+    while step < len(keep):
+        c = torch.cat([c[:, :step], c[:, step:] + keep[step:] * c[:, :-step]], 1)
+        keep = torch.cat([keep[:step], keep[step:] * keep[:-step]])
+        step *= 2
+    return c
+
+
+def _scan_by_sums(keep: Tensor, given: Tensor, state: Tensor) -> Tensor:
+    """The same for keep > 0: divided by the products of keep, c is a sum."""
+    products = keep.cumprod(0)
+    return (given / products).cumsum(1).add_(state[:, None]).mul_(products)
+
+
+# a signal in stairs
+
+
+def legendre(x: Tensor, n: int) -> Iterator[Tensor]:
+    """Yield Legendre's polynomials of degree 0, 1, ... n - 1 at x, by their three-term recurrence."""
+    before, now = torch.zeros_like(x), torch.ones_like(x)
+    for degree in range(n):
+        yield now
+        before, now = now, ((2 * degree + 1) * x * now - degree * before) / (degree + 1)
+
+
+def _blocks(seq_len: int, every: int) -> Iterator[tuple[int, int]]:
+    """Cut the samples after every `every`, and into chunks."""
+    size = min(every or _CHUNK, _CHUNK)
+    begin = 0
+    while begin < seq_len:
+        end = min(begin + size, seq_len)
+        if every:
+            end = min(end, (begin // every + 1) * every)
+        yield begin, end
+        begin = end
+
+
+def _edges(samples: int, start: int, like: Tensor) -> Tensor:
+    """Where the stairs begin and end, in [-1, 1] over the whole past: (samples + 1,) float64."""
+    edges = torch.arange(start, start + samples + 1, dtype=torch.float64, device=like.device)
+    return 2 * edges / (start + samples) - 1
+
+
+def _integrals(x: Tensor, n: int) -> Iterator[Tensor]:
+    """Yield sqrt(2 degree + 1) / 2 times the integral from -1 to x of each polynomial below degree n."""
+    yield (x + 1) / 2
+    before = iter(legendre(x, n + 1))
+    lower, middle = next(before), next(before)
+    for degree, upper in enumerate(before, 1):  # (2 d + 1) P_d is the derivative of P_{d+1} - P_{d-1}
+        yield (upper - lower) / (2 * math.sqrt(2 * degree + 1))
+        lower, middle = middle, upper
+
+
+def _stairs(f: Tensor, state: Tensor, start: int) -> Tensor:
+    """Coefficients (channels, n) after the samples f (channels, samples)."""
+    channels, samples = f.shape
+    zero = f.new_zeros(channels, 1)
+    # the sum of f_k (integral to its right edge - to its left edge), with each edge taken once
+    drops = torch.cat([zero, f], 1) - torch.cat([f, zero], 1)  # (channels, samples + 1)
+    edges = _edges(samples, start, f)
+    new = [drops @ row.to(f.dtype) for row in _integrals(edges, state.shape[1])]
+    stretched = state @ _stretch(state.shape[1], start, start + samples).to(state).mT
+    return stretched + torch.stack(new, 1)
+
+
+def _stairs_adjoint(dfinal: Tensor, samples: int, start: int) -> Tensor:
+    """What each sample is worth, (channels, samples)."""
+    df = dfinal.new_zeros(len(dfinal), samples)
+    for weight, row in zip(
+        dfinal.unbind(1), _integrals(_edges(samples, start, dfinal), dfinal.shape[1]), strict=True
+    ):
+        df += weight[:, None] * row.diff().to(df.dtype)
+    return df
+
+
+def _stretch(n: int, start: int, end: int) -> Tensor:
+    """Coefficients over `end` samples of what has them over `start` samples and then is zero: (n, n) float64.
+
+    The products of polynomials under the integral have a degree below 2 n, so n Gauss nodes give it exactly.
+    """
+    if not start:
+        return torch.zeros(n, n, dtype=torch.float64)
+    nodes, weights = (torch.from_numpy(values) for values in _gauss(n))
+    ratio = start / end
+    norm = (2 * torch.arange(n, dtype=torch.float64) + 1).sqrt()[:, None]
+    old = norm * torch.stack(list(legendre(nodes, n)))  # (n, nodes)
+    new = norm * torch.stack(list(legendre((nodes + 1) * ratio - 1, n)))
+    return (new * weights) @ old.mT * (ratio / 2)
+
+
+@functools.cache
+def _gauss(n: int) -> tuple[Any, Any]:
+    """Nodes and weights of Gauss and Legendre."""
+    return np.polynomial.legendre.leggauss(n)
+
+
+_lib.impl("legs_scan", _forward, "CompositeExplicitAutograd")
+_lib.impl("legs_scan_backward", _backward, "CompositeExplicitAutograd")
