@@ -10,14 +10,14 @@ from torch.nn import functional as F
 
 from longscan.errors import LongscanError
 from longscan.models import LINEAGE, MODELS, LanguageModel, Mamba, MambaConfig
-from longscan.models.backbone import Mixer
 from longscan.models.loss import IGNORE, linear_loss, next_tokens
 from longscan.models.mamba import PRESETS, rename
+from longscan.models.mixer import Mixer
 
 VERBS = {
     "translation": {"translate"},
     "masked": {"train", "classify", "fill-mask", "embed"},
-    "language": {"train", "generate", "evaluate"},
+    "language": {"train", "generate", "evaluate", "classify", "remember"},
 }
 PUBLISHED = {
     "130m": 129_135_360,

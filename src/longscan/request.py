@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longscan.errors import LongscanError
 from longscan.models import LanguageModel, State
-from longscan.models.state import KV, SavedState
+from longscan.models.state import Growing, SavedState
 from longscan.reading import Ids
 from longscan.sampling import SamplingConfig
 
@@ -129,12 +129,7 @@ def _check_state(state: State, model: LanguageModel) -> None:
 
 def _layout(state: State) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     """Describe the tensors of a state but for its rows and how many tokens it holds."""
-    state = State(
-        [
-            layer._replace(k=layer.k[:, :0], v=layer.v[:, :0]) if isinstance(layer, KV) else layer
-            for layer in state.layers
-        ]
-    )
+    state = State([layer.front(0) if isinstance(layer, Growing) else layer for layer in state.layers])
     return [(name, tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in state.named_tensors()]
 
 

@@ -4,164 +4,19 @@ A model file brings its own Config and Mixer; everything about tokens, the resid
 chunked reading is here. Parameters carry the names of the official Mamba checkpoints.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..config import Config
-from ..errors import LongscanError
 from .decoder import Decoder
 from .layers import Linear, RMSNorm, WeightOnly, blank, linear, project
 from .loss import count, linear_loss, nats, next_tokens, row_chunks
+from .mixer import Block, LanguageModelConfig, Mixer
 from .model import Model
 from .state import State, latest
-
-StateT = TypeVar("StateT", bound=tuple[Tensor, ...])
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig(Config):
-    """What every language model here has; a model's own Config adds its letters.
-
-    Attributes:
-        d_model: width of the residual stream.
-        n_layers: number of blocks.
-        vocab_size: tokens the tokenizer knows.
-        norm_eps: added to the mean square inside each norm.
-        residual_in_fp32: whether the residual stream stays float32 under narrower weights.
-        tie_embeddings: whether the head is the embedding, one parameter under one name.
-        pad_vocab_size_multiple: the embedding has vocab_size rows rounded up to this multiple.
-    """
-
-    d_model: int
-    n_layers: int
-    vocab_size: int
-    norm_eps: float = 1e-5
-    residual_in_fp32: bool = True
-    tie_embeddings: bool = True
-    pad_vocab_size_multiple: int = 8
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            LongscanError: a value is out of range.
-        """
-        for name in ("d_model", "n_layers", "vocab_size", "pad_vocab_size_multiple"):
-            self.check_count(name)
-        if self.norm_eps < 0:
-            raise LongscanError(f"norm_eps: expected zero or more, got {self.norm_eps}.")
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding and of the logits; ids from vocab_size on name no token."""
-        return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
-
-    def check_count(self, name: str) -> None:
-        """Insist that a field is a whole number of at least 1.
-
-        Args:
-            name: the field.
-
-        Raises:
-            LongscanError: it is not.
-        """
-        value = getattr(self, name)
-        if not isinstance(value, int) or value < 1:
-            raise LongscanError(f"{name}: expected a whole number of at least 1, got {value!r}.")
-
-
-class Mixer(nn.Module, Generic[StateT]):
-    """What a paper changes: the part of a block that moves information along time.
-
-    Attributes:
-        recurrence: names of the parameters that set the time scales: never below float32, never decayed.
-    """
-
-    recurrence: tuple[str, ...] = ()
-
-    def plan(self, ids: Tensor, state: StateT | None, seq_idx: Tensor | None) -> Any:
-        """Work out once what the mixers of all layers need to know of the places of the tokens.
-
-        Args:
-            ids: (batch, seq_len), or (batch,) before a step.
-            state: of the first layer.
-            seq_idx: (batch, seq_len) integers: a new value starts a new sequence, negative means padding.
-
-        Returns:
-            What `forward` and `step` get; seq_idx itself unless a mixer needs more.
-        """
-        return seq_idx
-
-    def forward(self, x: Tensor, state: StateT | None, plan: Any, /) -> tuple[Tensor, StateT]:
-        """Mix along time.
-
-        Args:
-            x: (batch, seq_len, d_model).
-            state: what came before the first token; nothing if None.
-            plan: see `plan`.
-
-        Returns:
-            y: (batch, seq_len, d_model).
-            state: after the last token.
-        """
-        raise NotImplementedError
-
-    def init_state(self, batch_size: int) -> StateT:
-        """Return the state before any token.
-
-        Args:
-            batch_size: rows.
-        """
-        raise NotImplementedError
-
-    def step(self, x: Tensor, state: StateT, plan: Any, /) -> Tensor:
-        """Take in one token per row.
-
-        Args:
-            x: (batch, d_model).
-            state: overwritten with the state after the token.
-            plan: see `plan`.
-
-        Returns:
-            y: (batch, d_model).
-        """
-        raise NotImplementedError
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or cast the module; under `.bfloat16()` and `.half()` the recurrence keeps float32."""
-        kept = [self.get_parameter(name) for name in self.recurrence]
-
-        def careful(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if moved.itemsize < 4 and any(tensor is p or tensor is p.grad for p in kept):
-                return tensor.to(moved.device, torch.float32)
-            return moved
-
-        super()._apply(careful, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-
-class Block(nn.Module):
-    """x + mixer(norm(x))."""
-
-    def __init__(self, config: LanguageModelConfig, mixer: Mixer[Any]) -> None:
-        super().__init__()
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mixer = mixer
-
-    def forward(self, x: Tensor, state: Any, plan: Any) -> tuple[Tensor, Any]:
-        """Add the mixer's word to the residual stream x (batch, seq_len, d_model); see `Mixer.forward`."""
-        y, state = self.mixer(self.norm(x), state, plan)
-        return x + y, state
-
-    def step(self, x: Tensor, state: Any, plan: Any) -> Tensor:
-        """Do the same for one token per row, x (batch, d_model); see `Mixer.step`."""
-        return x + self.mixer.step(self.norm(x), state, plan)
 
 
 class Backbone(nn.Module):
@@ -199,9 +54,29 @@ class Backbone(nn.Module):
         """
         if ids.dim() != 2 or 0 in ids.shape:
             raise ValueError(f"ids: expected a non-empty (batch, seq_len), got {tuple(ids.shape)}")
-        x = self._embed(ids)
+        return self.mix(self._embed(ids), state, seq_idx, streams)
+
+    def mix(
+        self,
+        x: Tensor,
+        state: State | None = None,
+        seq_idx: Tensor | None = None,
+        streams: list[Tensor] | None = None,
+    ) -> tuple[Tensor, State]:
+        """Read vectors instead of tokens: what comes after the embedding.
+
+        Args:
+            x: (batch, seq_len, d_model).
+            state: see `forward`.
+            seq_idx: likewise.
+            streams: likewise.
+
+        Returns:
+            hidden: (batch, seq_len, d_model).
+            state: after the last vector.
+        """
         before = [None] * len(self.layers) if state is None else state.layers
-        plan, after = self._first.plan(ids, before[0], seq_idx), []
+        plan, after = self._first.plan(x[..., 0], before[0], seq_idx), []
         for layer, layer_state in zip(self.layers, before, strict=True):
             if streams is not None:
                 streams.append(x)
@@ -250,24 +125,38 @@ class LanguageModel(Model):
 
     Args:
         config: the model's Config, kept as `model.config`.
-        blocks: one per layer.
-        generator: randomness of the embedding (and head); torch's global one if None.
+        generator: randomness of the start; torch's global one if None.
     """
 
     config: LanguageModelConfig
 
-    def __init__(
-        self,
-        config: LanguageModelConfig,
-        blocks: Iterable[Block],
-        generator: torch.Generator | None = None,
-    ) -> None:
+    def __init__(self, config: LanguageModelConfig, generator: torch.Generator | None = None) -> None:
         super().__init__(config)
         self._decoder: Decoder | None = None
-        self.backbone = Backbone(config, blocks, generator)
+        self.backbone = Backbone(config, self.blocks(config, generator), generator)
         self.lm_head = None  # tied: the head is the embedding, so no copy can drift and files hold it once
         if not config.tie_embeddings:
             self.lm_head = linear(config.d_model, config.padded_vocab_size, False, generator)
+
+    @staticmethod
+    def block(config: Any, generator: torch.Generator | None = None) -> Block:
+        """Make one block of this model: what other bodies, not of language, are made of too.
+
+        Args:
+            config: the sizes.
+            generator: randomness of the start; torch's global one if None.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def blocks(cls, config: Any, generator: torch.Generator | None = None) -> list[Block]:
+        """Make all n_layers blocks; a model whose blocks differ by their place says so here.
+
+        Args:
+            config: the sizes.
+            generator: randomness of the start; torch's global one if None.
+        """
+        return [cls.block(config, generator) for _ in range(config.n_layers)]
 
     def forward(
         self,

@@ -38,8 +38,9 @@ from torch.nn import functional as F
 from ..errors import LongscanError
 from ..ops import attention
 from ..ops._segments import check_seq_idx, segments
-from .backbone import Block, LanguageModel, LanguageModelConfig, Mixer
+from .backbone import LanguageModel
 from .layers import Linear, RMSNorm, WeightOnly, blank
+from .mixer import Block, LanguageModelConfig, Mixer
 from .state import KV
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -157,7 +158,7 @@ class Attention(Mixer[KV]):
             self._warn(past + seq_len)
             return self._places(positions, past, mask, None, length + seq_len)
         if seq_idx is None:
-            seq_idx = torch.zeros_like(ids)
+            seq_idx = torch.zeros(batch, seq_len, dtype=torch.int64, device=ids.device)
         starts, padding = segments(seq_idx)
         section = torch.where(padding, -1, starts.cumsum(1))  # (batch, seq_len) 0 continues the state
         count = (~padding).cumsum(1)  # tokens so far, this one included
@@ -337,9 +338,10 @@ class Llama(LanguageModel):
 
     config: LlamaConfig
 
-    def __init__(self, config: LlamaConfig, generator: torch.Generator | None = None) -> None:
-        blocks = [LlamaBlock(config, generator) for _ in range(config.n_layers)]
-        super().__init__(config, blocks, generator)
+    @staticmethod
+    def block(config: LlamaConfig, generator: torch.Generator | None = None) -> Block:
+        """Make one block."""
+        return LlamaBlock(config, generator)
 
     @property
     def max_positions(self) -> int | None:

@@ -36,9 +36,10 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import LongscanError
 from ..ops import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
-from .backbone import Block, LanguageModel, LanguageModelConfig, Mixer
+from .backbone import LanguageModel
 from .decoder import matrix, plain, usual
 from .layers import DtProjection, blank, linear
+from .mixer import Block, LanguageModelConfig, Mixer
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257},
@@ -240,9 +241,10 @@ class Mamba(LanguageModel):
 
     config: MambaConfig
 
-    def __init__(self, config: MambaConfig, generator: torch.Generator | None = None) -> None:
-        blocks = [Block(config, MambaMixer(config, generator)) for _ in range(config.n_layers)]
-        super().__init__(config, blocks, generator)
+    @staticmethod
+    def block(config: MambaConfig, generator: torch.Generator | None = None) -> Block:
+        """Make one block."""
+        return Block(config, MambaMixer(config, generator))
 
     def stack(self) -> tuple[ops.MambaStack, list[Tensor]] | None:
         """Describe the weights to the native decoder, if it can run this model as it is.

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -27,37 +27,49 @@ class Owner(Protocol):
         """Return the state before any token."""
 
 
-class KV(NamedTuple):
-    """What one attention layer remembers: the keys and values of every token, so it grows with the text.
+class Growing:
+    """What every layer state is that keeps something of each token: beside a NamedTuple, before it.
 
     A row's tokens stand at its front, in order; what lies behind them is room, finite and never looked at.
 
     Attributes:
-        k: (batch, capacity, n_kv_heads, d_head) keys.
-        v: (batch, capacity, n_kv_heads, d_head) values.
+        grows: the names of the tensors (batch, capacity, ...); the others have one size.
         length: (batch,) int64, how many of the places each row uses.
     """
 
-    k: Tensor
-    v: Tensor
+    __slots__ = ()
+    grows: ClassVar[tuple[str, ...]]
     length: Tensor
+
+    @property
+    def growing(self) -> dict[str, Tensor]:
+        """The tensors that grow."""
+        return {name: getattr(self, name) for name in self.grows}
+
+    @property
+    def fixed(self) -> list[Tensor]:
+        """The tensors that do not, which a step overwrites; the length is among them."""
+        return [tensor for name, tensor in self._asdict().items() if name not in self.grows]
 
     @property
     def capacity(self) -> int:
         """Tokens for which there is room."""
-        return self.k.shape[1]
+        return int(getattr(self, self.grows[0]).shape[1])
 
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
         return int(self.length.max()) if self.capacity and len(self.length) else 0
 
-    def used(self) -> "KV":
-        """Return a view without the room."""
-        n = self.longest
-        return KV(self.k[:, :n], self.v[:, :n], self.length)
+    def front(self, n: int) -> Self:
+        """Return a view of the first n places."""
+        return self._replace(**{name: tensor[:, :n] for name, tensor in self.growing.items()})
 
-    def grown(self, capacity: int) -> "KV":
+    def used(self) -> Self:
+        """Return a view without the room."""
+        return self.front(self.longest)
+
+    def grown(self, capacity: int) -> Self:
         """Return a copy that has room for as many tokens, and is at least doubled so that copies are rare."""
         capacity = max(capacity, 2 * self.capacity, 16)
 
@@ -66,7 +78,60 @@ class KV(NamedTuple):
             wide[:, : tensor.shape[1]] = tensor
             return wide
 
-        return KV(wider(self.k), wider(self.v), self.length)
+        return self._replace(**{name: wider(tensor) for name, tensor in self.growing.items()})
+
+    def places(self, n: int) -> Tensor:
+        """Return where the next n tokens of each row go, (batch, n), or (1, n) if it is the same in all."""
+        even = len(self.length) and int(self.length.min()) == self.longest
+        begin = self.length[:1] if even else self.length
+        return begin[:, None] + torch.arange(n, device=begin.device)
+
+    def extended(self, past: Tensor, new: Tensor) -> Tensor:
+        """Join what each row has and what comes next.
+
+        Args:
+            past: (batch, capacity, ...), of a tensor that grows.
+            new: (batch, n, ...).
+
+        Returns:
+            (batch, longest + n, ...), zeros behind what comes next in a row.
+        """
+        longest = self.longest
+        past = past[:, :longest].to(new.dtype)
+        if not longest or int(self.length.min()) == longest:
+            return torch.cat([past, new], 1)
+        ones = (1,) * (new.dim() - 2)
+        inside = torch.arange(longest, device=new.device) < self.length[:, None]
+        past = torch.where(inside.view(*inside.shape, *ones), past, 0)
+        place = self.places(new.shape[1])
+        wide = torch.cat([past, torch.zeros_like(new)], 1)
+        return wide.scatter(1, place.view(*place.shape, *ones).expand_as(new), new)
+
+    if TYPE_CHECKING:  # what NamedTuple adds
+
+        def _asdict(self) -> dict[str, Tensor]: ...
+        def _replace(self, **fields: Tensor) -> Self: ...
+
+
+class _KV(NamedTuple):
+    """The fields of `KV`."""
+
+    k: Tensor
+    v: Tensor
+    length: Tensor
+
+
+class KV(Growing, _KV):
+    """What one attention layer remembers: the keys and values of every token, so it grows with the text.
+
+    Attributes:
+        k: (batch, capacity, n_kv_heads, d_head) keys.
+        v: (batch, capacity, n_kv_heads, d_head) values.
+        length: (batch,) int64, how many of the places each row uses.
+    """
+
+    __slots__ = ()
+    grows = ("k", "v")
 
 
 @dataclasses.dataclass(eq=False)
@@ -76,7 +141,8 @@ class State:
     `layers[i]` is the named tuple of tensors of mixer i, every tensor with the batch as its first axis. In
     Mamba it is (conv, ssm), whose size does not grow with the text: conv (batch, d_conv - 1, d_inner) holds
     the last inputs of the convolution, oldest first, and ssm (batch, d_inner, d_state) the hidden state h;
-    both are float32 whatever the weights (float64 in a float64 model). In attention it is a `KV`.
+    both are float32 whatever the weights (float64 in a float64 model). In attention it is a `KV`; see
+    `Growing` for all that grow.
 
     `forward` and `prefill` take a state and return a new one; `step` overwrites the one it is given. `model`
     is the one whose `init_state` or `prefill` made it, or None: only `save` asks.
@@ -105,15 +171,16 @@ class State:
         return self.used().map(torch.clone)
 
     def used(self) -> "State":
-        """Return a view without room that is not used; see `KV`."""
-        layers = [layer.used() if isinstance(layer, KV) else layer for layer in self.layers]
+        """Return a view without room that is not used; see `Growing`."""
+        layers = [layer.used() if isinstance(layer, Growing) else layer for layer in self.layers]
         return State(layers, self.model)
 
     @property
     def growth(self) -> int:
         """Bytes that each token adds to a row; 0 if the size is constant."""
-        caches = [layer for layer in self.layers if isinstance(layer, KV)]
-        return sum(2 * cache.k.element_size() * math.prod(cache.k.shape[2:]) for cache in caches)
+        caches = [layer for layer in self.layers if isinstance(layer, Growing)]
+        tensors = [tensor for cache in caches for tensor in cache.growing.values()]
+        return sum(tensor.element_size() * math.prod(tensor.shape[2:]) for tensor in tensors)
 
     @torch.no_grad()
     def reserve(self, n: int, rows: int | None = None) -> bool:
@@ -126,18 +193,18 @@ class State:
         Returns:
             Whether tensors were replaced by larger ones: views made before, by `head`, are then of the past.
         """
-        first = next((layer for layer in self.layers if isinstance(layer, KV)), None)
+        first = next((layer for layer in self.layers if isinstance(layer, Growing)), None)
         if first is None or not len(first.length):
             return False
         needed = int(first.length[:rows].max()) + n
         if first.capacity >= needed:
             return False
-        self.layers = [layer.grown(needed) if isinstance(layer, KV) else layer for layer in self.layers]
+        self.layers = [layer.grown(needed) if isinstance(layer, Growing) else layer for layer in self.layers]
         return True
 
     @torch.no_grad()
     def mark(self, memory: list[Tensor] | None = None) -> list[Tensor]:
-        """Copy what further steps on this state overwrite; of a `KV` that is only its length.
+        """Copy what further steps on this state overwrite; not what grows, of that the length says enough.
 
         Args:
             memory: an older mark that is not needed any more.
@@ -160,9 +227,8 @@ class State:
         torch._foreach_copy_(self._overwritten(), mark)
 
     def _overwritten(self) -> list[Tensor]:
-        return [
-            tensor for layer in self.layers for tensor in (layer[-1:] if isinstance(layer, KV) else layer)
-        ]
+        layers = (layer.fixed if isinstance(layer, Growing) else layer for layer in self.layers)
+        return [tensor for layer in layers for tensor in layer]
 
     def detach(self) -> "State":
         """Return a state that shares the values but no gradients: where truncated backpropagation cuts."""
@@ -224,18 +290,17 @@ class State:
             IndexError: there is no such row.
         """
         for index, (layer, other) in enumerate(zip(self.layers, source.layers, strict=True)):
-            if isinstance(layer, KV):
+            if isinstance(layer, Growing):
                 n = int(other.length[source_row])
                 if n > layer.capacity:
                     layer = self.layers[index] = layer.grown(n)
-                layer.k[to, :n], layer.v[to, :n] = other.k[source_row, :n], other.v[source_row, :n]
-                layer.k[to, n:], layer.v[to, n:] = (
-                    0,
-                    0,
-                )  # NaN that a text left there would count in spite of masks
-                layer.length[to] = n
-                continue
-            for tensor, values in zip(layer, other, strict=True):
+                for name, tensor in layer.growing.items():
+                    tensor[to, :n] = getattr(other, name)[source_row, :n]
+                    tensor[to, n:] = 0  # NaN that a text left there would count in spite of masks
+                pairs = zip(layer.fixed, other.fixed, strict=True)
+            else:
+                pairs = zip(layer, other, strict=True)
+            for tensor, values in pairs:
                 tensor[to].copy_(values[source_row])
 
     def save(
@@ -327,17 +392,17 @@ class State:
         def pick(new: Tensor, old: Tensor) -> Tensor:
             return torch.where(over(rows, old), new, old)
 
-        layers = [
-            old._replace(length=old.length.masked_fill(rows, 0))
-            if isinstance(old, KV)
-            else old._make(map(pick, new, old))
-            for new, old in zip(fresh.layers, self.layers, strict=True)
-        ]
+        def fresher(new: Any, old: Any) -> Any:
+            kept = old.grows if isinstance(old, Growing) else ()  # of what grows the length says enough
+            pairs = zip(old._fields, new, old, strict=True)
+            return old._make(was if name in kept else pick(now, was) for name, now, was in pairs)
+
+        layers = list(map(fresher, fresh.layers, self.layers))
         return State(layers, self.model)
 
     def _is_whole(self) -> bool:
         """Whether every layer that grows has the same rows, none beyond its room, the longest filling it."""
-        caches = [layer for layer in self.layers if isinstance(layer, KV)]
+        caches = [layer for layer in self.layers if isinstance(layer, Growing)]
         return all(
             torch.equal(cache.length, caches[0].length)
             and int(cache.length.min()) >= 0
@@ -378,8 +443,8 @@ def _identity(model: Owner) -> state_file.Identity:
     """Describe whose state it is."""
     like = model.init_state(0)
     name, layers = type(model).__name__, len(like.layers)
-    caches = [index for index, layer in enumerate(like.layers) if isinstance(layer, KV)]
-    grows = frozenset(f"layers.{index}.{field}" for index in caches for field in ("k", "v"))
+    caches = [(index, layer) for index, layer in enumerate(like.layers) if isinstance(layer, Growing)]
+    grows = frozenset(f"layers.{index}.{field}" for index, layer in caches for field in layer.grows)
     return state_file.Identity(name, layers, model.fingerprint, dict(like.named_tensors()), grows)
 
 

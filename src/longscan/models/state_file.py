@@ -186,7 +186,7 @@ def _check_owner(path: Path, facts: dict[str, Any], entries: dict[str, Entry], o
     if wrong := sorted(expected ^ entries.keys()):
         what = "is missing" if wrong[0] in expected else "does not belong there"
         raise LongscanError(f"{path} is damaged: {_short(wrong[0])} {what}. {AGAIN}")
-    first = entries[next(iter(owner.like))].shape
+    first = entries[min(owner.grows, default=next(iter(owner.like)))].shape
     rows, places = next(iter(first), 0), first[1] if len(first) > 1 else 0
     for name, like in owner.like.items():
         entry, rest = entries[name], list(like.shape[1:])
