@@ -5,7 +5,7 @@ its final state; both must equal those of the row read alone in one pass. Where 
 of every parameter and of the initial state must be equal too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hypothesis.strategies as st
@@ -14,11 +14,32 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from longscan.models import MODELS, LanguageModel, LlamaConfig, MambaConfig, State
-from longscan.models.state import KV
+from longscan.models import (
+    MODELS,
+    CNNConfig,
+    GAUConfig,
+    H3Config,
+    HippoConfig,
+    HyenaConfig,
+    LanguageModel,
+    LanguageModelConfig,
+    LinearAttentionConfig,
+    LlamaConfig,
+    LSSLConfig,
+    LSTMConfig,
+    MambaConfig,
+    S4Config,
+    S4DConfig,
+    State,
+)
+from longscan.models.linear_attention import LinearAttentionState
 
 # largest difference allowed, relative to the largest value compared
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
+ROUGHER = {
+    "hyena": 5e-5
+}  # two sums over the whole text with gates between: its own pass is 1e-5 from float64
+THOROUGH = ("mamba", "llama")  # drawn more often than those whose pieces other tests try too
 
 Rows = list[Tensor]
 Reading = tuple[list[Tensor], list[State]]
@@ -35,7 +56,7 @@ def build(seed: int, dtype: torch.dtype, name: str) -> LanguageModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=draw)
-    return model.to(dtype)
+    return model.to(dtype).eval()  # in training a pass from the start may return no state
 
 
 def mamba_config(pick: Callable[..., Any]) -> MambaConfig:
@@ -68,7 +89,146 @@ def llama_config(pick: Callable[..., Any]) -> LlamaConfig:
     )
 
 
-CONFIGS = {"mamba": mamba_config, "llama": llama_config}
+def lstm_config(pick: Callable[..., Any]) -> LSTMConfig:
+    return LSTMConfig(
+        d_model=pick(3, 8),
+        n_layers=2,
+        vocab_size=11,
+        d_hidden=pick(None, 1, 5),
+        cell=pick("lstm", "gru"),
+        tie_embeddings=pick(True, False),
+    )
+
+
+def cnn_config(pick: Callable[..., Any]) -> CNNConfig:
+    return CNNConfig(
+        d_model=pick(3, 8),
+        n_layers=pick(2, 4),
+        vocab_size=11,
+        d_conv=pick(1, 2, 3, 5),
+        d_inner=pick(None, 5),
+        tie_embeddings=pick(True, False),
+    )
+
+
+def linear_attention_config(pick: Callable[..., Any]) -> LinearAttentionConfig:
+    return LinearAttentionConfig(
+        d_model=pick(4, 8),
+        n_layers=2,
+        vocab_size=11,
+        n_heads=pick(1, 2, 4),
+        d_ff=pick(None, 5),
+        tie_embeddings=pick(True, False),
+    )
+
+
+def gau_config(pick: Callable[..., Any]) -> GAUConfig:
+    return GAUConfig(
+        d_model=pick(3, 8),
+        n_layers=2,
+        vocab_size=11,
+        expand=pick(1, 2),
+        d_attention=pick(3, 4),
+        max_positions=300,
+        tie_embeddings=pick(True, False),
+    )
+
+
+def h3_config(pick: Callable[..., Any]) -> H3Config:
+    return H3Config(
+        d_model=8,
+        n_layers=2,
+        vocab_size=11,
+        d_state=pick(2, 6),
+        d_shift=pick(1, 2, 4),
+        d_head=pick(1, 2),
+        d_ff=pick(None, 5),
+        tie_embeddings=pick(True, False),
+    )
+
+
+def hyena_config(pick: Callable[..., Any]) -> HyenaConfig:
+    return HyenaConfig(
+        d_model=pick(3, 8),
+        n_layers=2,
+        vocab_size=11,
+        order=pick(2, 3),
+        d_conv=pick(1, 3),
+        d_filter=pick(4, 7),
+        n_bands=pick(1, 3),
+        frequency=1.0,
+        max_positions=400,
+        tie_embeddings=pick(True, False),
+    )
+
+
+def hippo_config(pick: Callable[..., Any]) -> HippoConfig:
+    return HippoConfig(
+        d_model=pick(3, 8),
+        n_layers=2,
+        vocab_size=11,
+        d_hidden=pick(None, 5),
+        d_memory=pick(1, 3),
+        d_state=pick(2, 6),
+        measure=pick("legs", "legs", "legt", "lagt", "fourier"),
+        window=pick(8.0, 20.5),
+        tie_embeddings=pick(True, False),
+    )
+
+
+def lssl_config(pick: Callable[..., Any]) -> LSSLConfig:
+    return LSSLConfig(
+        d_model=pick(3, 8),
+        n_layers=2,
+        vocab_size=11,
+        d_state=pick(1, 5, 6),
+        init=pick("legs", "legt", "lagt", "random"),
+        n_outputs=pick(1, 3),
+        alpha=pick(0.5, 1.0),
+        tie_embeddings=pick(True, False),
+    )
+
+
+def s4_config(pick: Callable[..., Any]) -> S4Config:
+    return S4Config(
+        d_model=pick(3, 8),
+        n_layers=2,
+        vocab_size=11,
+        d_state=pick(2, 6),
+        init=pick("legs", "legt", "lagt", "fourier", "random"),
+        l_max=pick(None, 16),
+        tie_embeddings=pick(True, False),
+    )
+
+
+def s4d_config(pick: Callable[..., Any]) -> S4DConfig:
+    discretization = pick("zoh", "bilinear", "softmax")
+    return S4DConfig(
+        d_model=pick(3, 8),
+        n_layers=2,
+        vocab_size=11,
+        d_state=pick(2, 6),
+        init=pick("legs", "inv", "lin", "real"),
+        discretization=discretization,
+        l_max=30 if discretization == "softmax" else None,
+        tie_embeddings=pick(True, False),
+    )
+
+
+CONFIGS: dict[str, Callable[..., LanguageModelConfig]] = {
+    "lstm": lstm_config,
+    "cnn": cnn_config,
+    "linear_attention": linear_attention_config,
+    "hippo": hippo_config,
+    "lssl": lssl_config,
+    "s4": s4_config,
+    "s4d": s4d_config,
+    "gau": gau_config,
+    "h3": h3_config,
+    "hyena": hyena_config,
+    "llama": llama_config,
+    "mamba": mamba_config,
+}
 
 
 def draw_rows(seed: int, lengths: list[int]) -> Rows:
@@ -83,9 +243,12 @@ def draw_state(model: LanguageModel, rows: int) -> State:
     state.reserve(5)
     state = state.map(lambda t: torch.randn(t.shape, generator=draw).to(t.dtype))
     lengths = torch.randint(0, 6, (rows,), generator=draw)
-    state.layers = [
-        layer._replace(length=lengths.clone()) if isinstance(layer, KV) else layer for layer in state.layers
-    ]
+    for i, layer in enumerate(state.layers):
+        if "length" in layer._fields:
+            layer = layer._replace(length=lengths.clone())
+        if isinstance(layer, LinearAttentionState):  # a sum of positive features, which is divided by
+            layer = layer._replace(kv=layer.kv.abs())
+        state.layers[i] = layer
     return state
 
 
@@ -168,32 +331,44 @@ def step_by_step(model: LanguageModel, rows: Rows, start: State, seed: int) -> R
 
 names = pytest.mark.parametrize("name", CONFIGS)
 DIFFERENTIABLE = [in_chunks, left_padded, right_padded, scattered]
-CASES = st.tuples(st.integers(0, 999), st.lists(st.integers(1, 75), min_size=1, max_size=4))
-few = settings(max_examples=12, deadline=None, derandomize=True, database=None)
+CASES = st.tuples(st.integers(0, 999), st.lists(st.integers(1, 75), min_size=1, max_size=3))
+few = settings(max_examples=3, deadline=None, derandomize=True, database=None)
 
 
-def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+def allowed(name: str, dtype: torch.dtype) -> float:
+    """The largest difference for a model."""
+    return ROUGHER.get(name, TOLERANCE[dtype]) if dtype == torch.float32 else TOLERANCE[dtype]
+
+
+def drawn(name: str, case: tuple[int, list[int]]) -> Iterator[tuple[int, list[int]]]:
+    """A seed and the lengths of rows; several seeds for the models that matter most."""
+    seed, lengths = case
+    for more in range(4 if name in THOROUGH else 1):
+        yield seed + 1000 * more, lengths
+
+
+def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
     assert got.shape == expected.shape
     assert got.dtype == expected.dtype
     if expected.numel():
         got, expected = got.detach(), expected.detach()
-        assert (got - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max().clamp(min=1.0)
+        assert (got - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0)
 
 
-def assert_same(got: Reading, expected: Reading, dtype: torch.dtype) -> None:
+def assert_same(got: Reading, expected: Reading, tolerance: float) -> None:
     for a, b in zip(got[0], expected[0], strict=True):
-        assert_close(a, b, dtype)
+        assert_close(a, b, tolerance)
     for a, b in zip(got[1], expected[1], strict=True):
-        assert_states_close(a, b, dtype)
+        assert_states_close(a, b, tolerance)
 
 
-def assert_states_close(got: State, expected: State, dtype: torch.dtype) -> None:
+def assert_states_close(got: State, expected: State, tolerance: float) -> None:
     for a, b in zip(got.used().layers, expected.used().layers, strict=True):
         for field, x, y in zip(a._fields, a, b, strict=True):
             if field == "length":
                 assert torch.equal(x, y)
             else:
-                assert_close(x, y, dtype)
+                assert_close(x, y, tolerance)
 
 
 @names
@@ -204,14 +379,14 @@ def assert_states_close(got: State, expected: State, dtype: torch.dtype) -> None
 def test_every_way_of_reading_is_one_forward_pass(
     way: Callable[..., Reading], dtype: torch.dtype, name: str, case
 ) -> None:
-    seed, lengths = case
-    model, rows = build(seed, dtype, name), draw_rows(seed, lengths)
-    start = draw_state(model, len(rows))
-    before = start.map(torch.clone)
-    with torch.no_grad():
-        assert_same(way(model, rows, start, seed), alone(model, rows, start, seed), dtype)
-    for untouched, layer in zip(before.layers, start.layers, strict=True):
-        assert all(map(torch.equal, untouched, layer))
+    for seed, lengths in drawn(name, case):
+        model, rows = build(seed, dtype, name), draw_rows(seed, lengths)
+        start = draw_state(model, len(rows))
+        before = start.map(torch.clone)
+        with torch.no_grad():
+            assert_same(way(model, rows, start, seed), alone(model, rows, start, seed), allowed(name, dtype))
+        for untouched, layer in zip(before.layers, start.layers, strict=True):
+            assert all(map(torch.equal, untouched, layer))
 
 
 @names
@@ -220,22 +395,23 @@ def test_every_way_of_reading_is_one_forward_pass(
 @given(case=CASES)
 def test_packed_rows_are_separate_forward_passes(dtype: torch.dtype, name: str, case) -> None:
     """All rows behind one another in one: the first continues the state, the others start from nothing."""
-    seed, lengths = case
-    model, rows = build(seed, dtype, name), draw_rows(seed, lengths)
-    start = draw_state(model, 1)
-    seq_idx = torch.cat([torch.full((len(row),), 3 * i) for i, row in enumerate(rows)])[None].to(torch.int32)
-    output = model(torch.cat(rows)[None], state=start, seq_idx=seq_idx)
-    separate = [model(row[None], state=None if i else start) for i, row in enumerate(rows)]
-    expected = torch.cat([one.logits[0] for one in separate])
-    assert_close(output.logits[0], expected, dtype)
-    assert_states_close(output.state, separate[-1].state, dtype)
-    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed))
-    packed_gradients, separate_gradients = (
-        torch.autograd.grad((logits * weight).sum(), list(model.parameters()))
-        for logits in (output.logits[0], expected)
-    )
-    for got, want in zip(packed_gradients, separate_gradients, strict=True):
-        assert_close(got, want, dtype)
+    for seed, lengths in drawn(name, case):
+        model, rows = build(seed, dtype, name), draw_rows(seed, lengths)
+        start = draw_state(model, 1)
+        numbers_of = [torch.full((len(row),), 3 * i, dtype=torch.int32) for i, row in enumerate(rows)]
+        seq_idx = torch.cat(numbers_of)[None]
+        output = model(torch.cat(rows)[None], state=start, seq_idx=seq_idx)
+        separate = [model(row[None], state=None if i else start) for i, row in enumerate(rows)]
+        expected = torch.cat([one.logits[0] for one in separate])
+        assert_close(output.logits[0], expected, allowed(name, dtype))
+        assert_states_close(output.state, separate[-1].state, allowed(name, dtype))
+        weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed))
+        packed_gradients, separate_gradients = (
+            torch.autograd.grad((logits * weight).sum(), list(model.parameters()))
+            for logits in (output.logits[0], expected)
+        )
+        for got, want in zip(packed_gradients, separate_gradients, strict=True):
+            assert_close(got, want, allowed(name, dtype))
 
 
 @names
@@ -244,23 +420,23 @@ def test_packed_rows_are_separate_forward_passes(dtype: torch.dtype, name: str, 
 @given(case=CASES, chunk_size=st.integers(1, 40))
 def test_prefill_is_the_end_of_a_forward_pass(side: str, name: str, case, chunk_size: int) -> None:
     """Chunks of any size, cutting anywhere: through padding, between packed sequences, inside them."""
-    seed, lengths = case
-    model, rows = build(seed, torch.float64, name), draw_rows(seed, lengths)
-    if side == "packed":
-        ids, seq_idx = lay_out([torch.cat(rows)], torch.Generator().manual_seed(seed), "scattered")
-        seq_idx[seq_idx >= 0] = torch.cat([torch.full((len(row),), i) for i, row in enumerate(rows)])
-        start = draw_state(model, 1)
-        expected = model(rows[-1][None], state=start if len(rows) == 1 else None)
-        logits, states = expected.logits[:, -1], [expected.state]
-    else:
-        ids, seq_idx = lay_out(rows, torch.Generator().manual_seed(seed), side)
-        start = draw_state(model, len(rows))
-        separate, states = alone(model, rows, start, seed)
-        logits = torch.stack([row[-1] for row in separate])
-    got, state = model.prefill(ids, start, seq_idx, chunk_size)
-    assert_close(got, logits, torch.float64)
-    for i, expected_state in enumerate(states):
-        assert_states_close(state.select([i]), expected_state, torch.float64)
+    for seed, lengths in drawn(name, case):
+        model, rows = build(seed, torch.float64, name), draw_rows(seed, lengths)
+        if side == "packed":
+            ids, seq_idx = lay_out([torch.cat(rows)], torch.Generator().manual_seed(seed), "scattered")
+            seq_idx[seq_idx >= 0] = torch.cat([torch.full((len(row),), i) for i, row in enumerate(rows)])
+            start = draw_state(model, 1)
+            expected = model(rows[-1][None], state=start if len(rows) == 1 else None)
+            logits, states = expected.logits[:, -1], [expected.state]
+        else:
+            ids, seq_idx = lay_out(rows, torch.Generator().manual_seed(seed), side)
+            start = draw_state(model, len(rows))
+            separate, states = alone(model, rows, start, seed)
+            logits = torch.stack([row[-1] for row in separate])
+        got, state = model.prefill(ids, start, seq_idx, chunk_size)
+        assert_close(got, logits, allowed(name, torch.float64))
+        for i, expected_state in enumerate(states):
+            assert_states_close(state.select([i]), expected_state, allowed(name, torch.float64))
 
 
 @names
@@ -270,8 +446,8 @@ def test_prefill_without_seq_idx_and_without_a_state(name: str) -> None:
     expected = model(ids)
     for chunk_size in (1, 7, 50, 1024):
         logits, state = model.prefill(ids, chunk_size=chunk_size)
-        assert_close(logits, expected.logits[:, -1], torch.float64)
-        assert_states_close(state, expected.state, torch.float64)
+        assert_close(logits, expected.logits[:, -1], allowed(name, torch.float64))
+        assert_states_close(state, expected.state, allowed(name, torch.float64))
 
 
 def gradients(model: LanguageModel, rows: Rows, start: State, way: Callable[..., Reading]) -> list[Tensor]:
@@ -293,18 +469,18 @@ def numbers(state: State) -> list[Tensor]:
 @names
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["f64", "f32"])
 @pytest.mark.parametrize("way", DIFFERENTIABLE)
-@settings(few, max_examples=6)
+@settings(few, max_examples=2)
 @given(case=CASES)
 def test_gradients_do_not_depend_on_the_way_either(
     way: Callable[..., Reading], dtype: torch.dtype, name: str, case
 ) -> None:
     """Chunks with a carried state are no truncation: gradients run through the states to the first token."""
-    seed, lengths = case
-    model, rows = build(seed, dtype, name), draw_rows(seed, lengths)
-    start = draw_state(model, len(rows))
-    expected = gradients(model, rows, start, alone)
-    for got, want in zip(gradients(model, rows, start, way), expected, strict=True):
-        assert_close(got, want, dtype)
+    for seed, lengths in drawn(name, case):
+        model, rows = build(seed, dtype, name), draw_rows(seed, lengths)
+        start = draw_state(model, len(rows))
+        expected = gradients(model, rows, start, alone)
+        for got, want in zip(gradients(model, rows, start, way), expected, strict=True):
+            assert_close(got, want, allowed(name, dtype))
 
 
 @names
@@ -316,4 +492,4 @@ def test_a_forked_state_goes_two_ways(name: str) -> None:
     model.step(torch.tensor([1, 2, 3]), fork)
     for i, token in enumerate((1, 2, 3)):
         expected = model(torch.cat([row, torch.tensor([token])])[None]).state
-        assert_states_close(fork.select([i]), expected, torch.float64)
+        assert_states_close(fork.select([i]), expected, allowed(name, torch.float64))

@@ -91,7 +91,7 @@ def _page(details: dict[str, Any]) -> str:
     """Lay one model out in lines; sizes are those of float32."""
     lines = [
         f"{details['class']} ({details['year']}): memory is {details['idea']}",
-        f"paper    {details['paper']}, arXiv {details['arxiv']}",
+        f"paper    {details['paper']}" + (f", arXiv {details['arxiv']}" if details["arxiv"] else ""),
         f"parents  {', '.join(details['parents']) or 'none'}",
         f"verbs    {', '.join(details['verbs'])}",
         f"file     {details['file']}",

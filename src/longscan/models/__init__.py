@@ -7,28 +7,77 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor
 
 from ..config import Config
-from . import bahdanau, bert, llama, luong, mamba, seq2seq, transformer
-from .backbone import LanguageModel, LanguageModelConfig, Output
+from . import (
+    bahdanau,
+    bert,
+    cnn,
+    gau,
+    h3,
+    hippo,
+    hyena,
+    linear_attention,
+    llama,
+    lssl,
+    lstm,
+    luong,
+    mamba,
+    s4,
+    s4d,
+    seq2seq,
+    transformer,
+)
+from .backbone import LanguageModel, Output
 from .bahdanau import Bahdanau, BahdanauConfig
 from .bert import Bert, BertConfig
+from .cnn import CNN, CNNConfig
+from .gau import GAU, GAUConfig
+from .h3 import H3, H3Config
+from .hippo import HippoConfig, HippoRNN
+from .hyena import Hyena, HyenaConfig
+from .linear_attention import LinearAttentionConfig, LinearTransformer
 from .llama import Llama, LlamaConfig
+from .lssl import LSSL, LSSLConfig
+from .lstm import LSTM, LSTMConfig
 from .luong import Luong, LuongConfig
 from .mamba import Mamba, MambaConfig
+from .mixer import LanguageModelConfig
 from .model import Model
+from .neural_ode import ODERNN, ODERNNConfig
+from .s4 import S4, S4Config
+from .s4d import S4D, S4DConfig
 from .seq2seq import Seq2Seq, Seq2SeqConfig
 from .state import State
 from .transformer import Transformer, TransformerConfig
 from .translator import Translator, TranslatorConfig, TranslatorOutput, Writing
 
 __all__ = [
+    "CNN",
+    "GAU",
+    "H3",
     "LINEAGE",
+    "LSSL",
+    "LSTM",
     "MODELS",
+    "ODERNN",
+    "S4",
+    "S4D",
     "Bahdanau",
     "BahdanauConfig",
     "Bert",
     "BertConfig",
+    "CNNConfig",
+    "GAUConfig",
+    "H3Config",
+    "HippoConfig",
+    "HippoRNN",
+    "Hyena",
+    "HyenaConfig",
+    "LSSLConfig",
+    "LSTMConfig",
     "LanguageModel",
     "LanguageModelConfig",
+    "LinearAttentionConfig",
+    "LinearTransformer",
     "Llama",
     "LlamaConfig",
     "Luong",
@@ -38,7 +87,10 @@ __all__ = [
     "Model",
     "ModelEntry",
     "ModelKind",
+    "ODERNNConfig",
     "Output",
+    "S4Config",
+    "S4DConfig",
     "Seq2Seq",
     "Seq2SeqConfig",
     "State",
@@ -52,6 +104,7 @@ __all__ = [
 ]
 
 ModelKind: TypeAlias = Literal["translation", "masked", "language"]
+LANGUAGE = ("train", "generate", "evaluate", "classify")  # the verbs of all language models
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +141,19 @@ class ModelEntry:
 
 
 LINEAGE: tuple[ModelEntry, ...] = (
+    ModelEntry(
+        name="lstm",
+        kind="language",
+        year=1997,
+        paper="Long Short-Term Memory",
+        arxiv="",
+        idea="a gated feature",
+        parents=(),
+        cls=LSTM,
+        config=LSTMConfig,
+        presets=lstm.PRESETS,
+        verbs=LANGUAGE,
+    ),
     ModelEntry(
         name="seq2seq",
         kind="translation",
@@ -141,6 +207,19 @@ LINEAGE: tuple[ModelEntry, ...] = (
         verbs=("translate",),
     ),
     ModelEntry(
+        name="cnn",
+        kind="language",
+        year=2018,
+        paper="An Empirical Evaluation of Generic Convolutional and Recurrent Networks for Sequence Modeling",
+        arxiv="1803.01271",
+        idea="a window that doubles with each layer",
+        parents=(),
+        cls=CNN,
+        config=CNNConfig,
+        presets=cnn.PRESETS,
+        verbs=LANGUAGE,
+    ),
+    ModelEntry(
         name="bert",
         kind="masked",
         year=2018,
@@ -155,6 +234,110 @@ LINEAGE: tuple[ModelEntry, ...] = (
         rename=bert.rename,
     ),
     ModelEntry(
+        name="linear_attention",
+        kind="language",
+        year=2020,
+        paper="Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
+        arxiv="2006.16236",
+        idea="a sum over all pairs of features",
+        parents=("transformer",),
+        cls=LinearTransformer,
+        config=LinearAttentionConfig,
+        presets=linear_attention.PRESETS,
+        verbs=LANGUAGE,
+    ),
+    ModelEntry(
+        name="hippo",
+        kind="language",
+        year=2020,
+        paper="HiPPO: Recurrent Memory with Optimal Polynomial Projections",
+        arxiv="2008.07669",
+        idea="the best polynomial fit of the past",
+        parents=("lstm",),
+        cls=HippoRNN,
+        config=HippoConfig,
+        presets=hippo.PRESETS,
+        verbs=(*LANGUAGE, "remember"),
+    ),
+    ModelEntry(
+        name="lssl",
+        kind="language",
+        year=2021,
+        paper="Combining Recurrent, Convolutional, and Continuous-time Models with Linear State-Space Layers",
+        arxiv="2110.13985",
+        idea="a linear system, step by step or all at once",
+        parents=("hippo",),
+        cls=LSSL,
+        config=LSSLConfig,
+        presets=lssl.PRESETS,
+        verbs=LANGUAGE,
+    ),
+    ModelEntry(
+        name="s4",
+        kind="language",
+        year=2021,
+        paper="Efficiently Modeling Long Sequences with Structured State Spaces",
+        arxiv="2111.00396",
+        idea="a linear system in O(N + L)",
+        parents=("hippo", "lssl"),
+        cls=S4,
+        config=S4Config,
+        presets=s4.PRESETS,
+        verbs=LANGUAGE,
+    ),
+    ModelEntry(
+        name="gau",
+        kind="language",
+        year=2022,
+        paper="Transformer Quality in Linear Time",
+        arxiv="2202.10447",
+        idea="every token before, behind one wide gate",
+        parents=("linear_attention", "transformer"),
+        cls=GAU,
+        config=GAUConfig,
+        presets=gau.PRESETS,
+        verbs=LANGUAGE,
+    ),
+    ModelEntry(
+        name="s4d",
+        kind="language",
+        year=2022,
+        paper="On the Parameterization and Initialization of Diagonal State Space Models",
+        arxiv="2206.11893",
+        idea="a sum of fading waves",
+        parents=("s4",),
+        cls=S4D,
+        config=S4DConfig,
+        presets=s4d.PRESETS,
+        verbs=LANGUAGE,
+    ),
+    ModelEntry(
+        name="h3",
+        kind="language",
+        year=2022,
+        paper="Hungry Hungry Hippos: Towards Language Modeling with State Space Models",
+        arxiv="2212.14052",
+        idea="a state between two products",
+        parents=("s4d", "linear_attention"),
+        cls=H3,
+        config=H3Config,
+        presets=h3.PRESETS,
+        verbs=LANGUAGE,
+    ),
+    ModelEntry(
+        name="hyena",
+        kind="language",
+        year=2023,
+        paper="Hyena Hierarchy: Towards Larger Convolutional Language Models",
+        arxiv="2302.10866",
+        idea="the whole past through a filter",
+        parents=("h3",),
+        cls=Hyena,
+        config=HyenaConfig,
+        presets=hyena.PRESETS,
+        verbs=LANGUAGE,
+    ),
+    ModelEntry(
         name="llama",
         kind="language",
         year=2023,
@@ -165,7 +348,7 @@ LINEAGE: tuple[ModelEntry, ...] = (
         cls=Llama,
         config=LlamaConfig,
         presets=llama.PRESETS,
-        verbs=("train", "generate", "evaluate"),
+        verbs=LANGUAGE,
         rename=llama.rename,
     ),
     ModelEntry(
@@ -175,11 +358,11 @@ LINEAGE: tuple[ModelEntry, ...] = (
         paper="Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
         arxiv="2312.00752",
         idea="a state that chooses",
-        parents=("h3", "s4d"),
+        parents=("h3", "gau"),
         cls=Mamba,
         config=MambaConfig,
         presets=mamba.PRESETS,
-        verbs=("train", "generate", "evaluate"),
+        verbs=LANGUAGE,
         rename=mamba.rename,
     ),
 )

@@ -1,0 +1,393 @@
+"""HiPPO: Recurrent Memory with Optimal Polynomial Projections.
+
+Albert Gu, Tri Dao, Stefano Ermon, Atri Rudra, Christopher Ré, 2020, arXiv 2008.07669. The Fourier measures
+are of How to Train Your HiPPO, Gu, Johnson, Timalsina, Rudra and Ré, 2022, arXiv 2206.12037.
+
+Parent: the gated recurrent network (LSTM, GRU), and the Legendre Memory Unit, here the measure "lmu".
+Kept: a cell that reads token by token, with gates.
+Changed: what is remembered is no feature that has to be learnt but the best approximation of the whole past:
+the coefficients of its projection on N functions under a measure that says what of the past counts. They
+follow the signal by a linear equation, c' = A c + B f, whose A and B are known in closed form.
+
+Deviations from the official code: all measures but "legs" hold each sample (zero-order hold). To stand in a
+stack the cell is a residual block with a norm before and a projection behind. What the coefficients of a
+signal are worth by themselves, without a cell, is in memory.py.
+
+The cell, for a token x (section 3.2 and appendix):
+
+    f = W_f [x; h; c]                                     what is remembered, d_memory signals
+    g = sigmoid(W_g [x; h; c])      v = tanh(W_v [x; h; c])
+    h = (1 - g) h + g v                                   the gate of a GRU; itself a memory of order N = 1
+    c = A_bar c + B_bar f                                 of each signal, N coefficients
+
+Glossary: f = signal; c = coefficients, N = n = d_state of them; t or k = samples so far; A, B = transition,
+A_bar, B_bar = discretised; theta = window; h = hidden; g = gate; tau = the update v.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import nearest
+from ..errors import LongscanError
+from .backbone import LanguageModel
+from .layers import linear
+from .mixer import Block, LanguageModelConfig
+from .sections import SectionMixer
+from .state import over
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257, "d_state": 16},
+    "tiny-lm": {"d_model": 256, "n_layers": 3, "vocab_size": 4096, "d_hidden": 384, "d_memory": 8},
+}
+
+# --- the matrices -------------------------------------------------------------------------------------------
+
+
+def transition(measure: str, n: int) -> tuple[Tensor, Tensor]:
+    """Return the equation c' = A c + B f by which coefficients of the past follow the signal f.
+
+    For "legs" it is c' = (A c + B f) / t. Windows are of length 1, that of "fourier" of length 2; for another
+    one, divide A and B by its ratio to that.
+
+    Args:
+        measure: a key of MEASURES.
+        n: how many coefficients; even for the Fourier measures.
+
+    Returns:
+        A: (n, n) float64, stable.
+        B: (n,) float64.
+
+    Raises:
+        LongscanError: there is no such measure, or it has no such n.
+    """
+    if measure not in MEASURES:
+        raise LongscanError(f"no measure called {measure!r}{nearest(measure, MEASURES)}")
+    if n < 1:
+        raise LongscanError(f"n: expected at least 1 coefficient, got {n}.")
+    return MEASURES[measure](n)
+
+
+def _degrees(n: int) -> tuple[Tensor, Tensor]:
+    """Return the degrees 0, 1, ... and the norms sqrt(2 degree + 1) of Legendre's polynomials, each (n,)."""
+    degree = torch.arange(n, dtype=torch.float64)
+    return degree, (2 * degree + 1).sqrt()
+
+
+def _legt(n: int) -> tuple[Tensor, Tensor]:
+    """A window, each moment in it counting the same."""
+    degree, norm = _degrees(n)
+    lag = degree[:, None] - degree  # of the row behind the column
+    sign = torch.where(lag < 0, 1 - 2 * (lag % 2), 1.0)
+    return -torch.outer(norm, norm) * sign, norm
+
+
+def _lmu(n: int) -> tuple[Tensor, Tensor]:
+    """The same window in the scaling of the Legendre Memory Unit (Voelker et al. 2019)."""
+    A, B = _legt(n)
+    degree, norm = _degrees(n)
+    scale = norm * (1 - 2 * (degree % 2))
+    return scale[:, None] * A / scale, scale * B
+
+
+def _lagt(n: int) -> tuple[Tensor, Tensor]:
+    """A past that fades: orthonormal functions."""
+    ones = torch.ones(n, n, dtype=torch.float64)
+    return torch.eye(n, dtype=torch.float64) / 2 - ones.tril(), ones[0]
+
+
+def _tlagt(n: int) -> tuple[Tensor, Tensor]:
+    """A past that fades: polynomials under an exponential weight, the form the paper prints."""
+    ones = torch.ones(n, n, dtype=torch.float64)
+    return -ones.tril(), ones[0]
+
+
+def _waves(n: int) -> tuple[Tensor, Tensor]:
+    """Rotations by 0, 1, 2, ... per unit of angle, a pair of coefficients each: R (n, n) and B (n,)."""
+    if n % 2:
+        raise LongscanError(f"n: expected an even number, for pairs of cosine and sine, got {n}.")
+    turns = torch.zeros(n - 1, dtype=torch.float64)
+    turns[::2] = torch.arange(n // 2)
+    B = torch.zeros(n, dtype=torch.float64)
+    B[::2], B[0] = math.sqrt(2), 1  # the constant is its own norm; its sine, entry 1, stays zero
+    return torch.diag(turns, -1) - torch.diag(turns, 1), B
+
+
+def _fourier(n: int) -> tuple[Tensor, Tensor]:
+    """A window of length 2 as a Fourier series."""
+    R, B = _waves(n)
+    return math.pi * R - torch.outer(B, B), B
+
+
+def _foud(n: int) -> tuple[Tensor, Tensor]:
+    """A past that fades, folded into a Fourier series of period 1."""
+    R, B = _waves(n)
+    return 2 * math.pi * R - torch.eye(n, dtype=torch.float64) / 2, B
+
+
+#: what of the past counts, and how much; "legs" is the whole past, each moment counting the same
+MEASURES: dict[str, Callable[[int], tuple[Tensor, Tensor]]] = {
+    "legs": ops.legs_matrices,
+    "legt": _legt,
+    "lmu": _lmu,
+    "lagt": _lagt,
+    "tlagt": _tlagt,
+    "fourier": _fourier,
+    "foud": _foud,
+}
+
+#: how far n functions look back, in the measure's own time: its window, or where a fading past is still told
+SPANS: dict[str, Callable[[int], float]] = {
+    "legs": lambda n: 1.0,
+    "legt": lambda n: 1.0,
+    "lmu": lambda n: 1.0,
+    "lagt": lambda n: 2.0 * n,
+    "tlagt": lambda n: 8.0,
+    "fourier": lambda n: 2.0,
+    "foud": lambda n: 1.0,
+}
+
+
+@functools.lru_cache(maxsize=32)
+def held(measure: str, n: int, dt: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the step of a measure other than "legs": A_bar (n, n) and B_bar (n,), zero-order hold.
+
+    Args:
+        measure: a key of MEASURES.
+        n: how many coefficients.
+        dt: how long a sample lasts, in the measure's own time.
+    """
+    with torch.device("cpu"):
+        A, B = transition(measure, n)
+        both = torch.zeros(n + 1, n + 1, dtype=torch.float64)  # A may be singular: hold f as one more state
+    both[:n, :n], both[:n, n] = A * dt, B * dt
+    step = torch.matrix_exp(both).numpy()
+    return step[:n, :n], step[:n, n]
+
+
+# --- the cell -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HippoConfig(LanguageModelConfig):
+    """The sizes of a stack of HiPPO cells.
+
+    Raises:
+        LongscanError: a value is out of range.
+    """
+
+    d_hidden: int | None = None  # of h; None is d_model
+    d_memory: int = 1  # signals that are remembered
+    d_state: int = 64  # N
+    measure: str = "legs"
+    window: float = 256.0  # theta, in tokens; "legs" has none
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        for name in ("d_memory", "d_state"):
+            self.check_count(name)
+        if self.d_hidden is not None:
+            self.check_count("d_hidden")
+        if self.measure not in MEASURES:
+            raise LongscanError(
+                f"measure: expected one of {', '.join(MEASURES)}, got {self.measure!r}"
+                f"{nearest(self.measure, MEASURES)}"
+            )
+        if self.measure in ("fourier", "foud") and self.d_state % 2:
+            raise LongscanError(f"d_state: expected an even number for waves, got {self.d_state}.")
+        if not self.window >= 1:
+            raise LongscanError(f"window: expected at least 1 token, got {self.window}.")
+
+    @property
+    def width(self) -> int:
+        """Width of h: d_hidden, or the default it stands for."""
+        return self.d_model if self.d_hidden is None else self.d_hidden
+
+
+class HippoState(NamedTuple):
+    """What one layer remembers.
+
+    Attributes:
+        h: (batch, d_hidden) the gated feature.
+        c: (batch, d_memory, d_state) the coefficients.
+        length: (batch,) int64, tokens so far.
+    """
+
+    h: Tensor
+    c: Tensor
+    length: Tensor
+
+
+class HippoMixer(SectionMixer[HippoState]):
+    """The gated cell with a memory of what it chose to remember.
+
+    Args:
+        config: the sizes.
+        generator: randomness of the start; torch's global one if None.
+    """
+
+    def __init__(self, config: HippoConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.measure, self.dt = config.measure, SPANS[config.measure](config.d_state) / config.window
+        self.d_state, self.widths = config.d_state, (config.d_memory, config.width, config.width)
+        self.in_proj = linear(config.d_model, sum(self.widths), True, generator)
+        d_past = config.width + config.d_memory * config.d_state  # of [h; c]
+        self.state_weight = nn.Parameter(torch.empty(sum(self.widths), d_past))
+        self.out_proj = linear(config.width, config.d_model, False, generator)
+        if not self.out_proj.weight.is_meta:
+            nn.init.uniform_(self.state_weight, -(d_past**-0.5), d_past**-0.5, generator=generator)
+            with torch.no_grad():
+                self.out_proj.weight /= math.sqrt(config.n_layers)
+
+    def read(self, x: Tensor, state: HippoState | None, length: Tensor | None) -> tuple[Tensor, HippoState]:
+        """Mix along time, token by token; see `SectionMixer.read`."""
+        h, c, start = self.init_state(len(x)) if state is None else state
+        starts, row = torch.unique(start, return_inverse=True)
+        steps = [self._transition(starts + t, row, c) for t in range(x.shape[1])]
+        said, h, c = _Cells.apply(self.in_proj(x), h, c, self.state_weight, steps, length)  # type: ignore[no-untyped-call]
+        read = x.shape[1] if length is None else length
+        return cast(Tensor, self.out_proj(said)), HippoState(h, c, start + read)
+
+    def _transition(self, seen: Tensor, row: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A_bar (rows or 1, n, n) and B_bar (rows or 1, n) if row i saw seen[row[i]] tokens."""
+        if self.measure == "legs":
+            steps = [_legs_step(self.d_state, k) for k in seen.tolist()]
+            A_bar, B_bar = (np.stack(matrices) for matrices in zip(*steps, strict=True))
+        else:
+            A_bar, B_bar = (matrix[None] for matrix in held(self.measure, self.d_state, self.dt))
+        pair = torch.from_numpy(A_bar).to(like), torch.from_numpy(B_bar).to(like)
+        return pair if len(A_bar) == 1 else (pair[0][row], pair[1][row])
+
+    def init_state(self, batch_size: int) -> HippoState:
+        """Return zeros; see `Mixer.init_state`. The memory is float32 at least."""
+        zeros, wide = self.state_weight.new_zeros, torch.promote_types(self.state_weight.dtype, torch.float32)
+        c = zeros(batch_size, self.widths[0], self.d_state, dtype=wide)
+        return HippoState(zeros(batch_size, self.widths[1]), c, zeros(batch_size, dtype=torch.int64))
+
+    def step(self, x: Tensor, state: HippoState, plan: None = None, /) -> Tensor:
+        """Take in one token per row; see `Mixer.step`."""
+        seen, row = torch.unique(state.length, return_inverse=True)
+        step = self._transition(seen, row, state.c)
+        h, c, _ = _cell(self.in_proj(x), state.h, state.c, self.state_weight, step)
+        state.h.copy_(h)
+        state.c.copy_(c)
+        state.length.add_(1)
+        return cast(Tensor, self.out_proj(h))
+
+    def rescale_time(self, factor: float) -> None:
+        """Make every time step longer; "legs" knows no step and needs no change. See `Mixer.rescale_time`."""
+        self.dt *= factor
+
+
+Step: TypeAlias = tuple[Tensor, Tensor]  # A_bar (rows or 1, n, n) and B_bar (rows or 1, n)
+
+
+def _cell(
+    inputs: Tensor, h: Tensor, c: Tensor, weight: Tensor, step: Step
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """Take in one token of each row: h and c after it, and what the way back needs."""
+    A_bar, B_bar = step
+    past = torch.cat([h, c.flatten(1).to(h)], 1)
+    f, gate, update = torch.split(torch.addmm(inputs, past, weight.mT), _widths(h, c), 1)
+    gate, update = gate.sigmoid(), update.tanh()
+    return (
+        torch.lerp(h, update, gate),
+        c @ A_bar.mT + f.to(c)[..., None] * B_bar[:, None],
+        (past, gate, update),
+    )
+
+
+def _widths(h: Tensor, c: Tensor) -> list[int]:
+    """Widths of f, of the gate and of the update."""
+    return [c.shape[1], h.shape[1], h.shape[1]]
+
+
+class _Cells(torch.autograd.Function):
+    """A cell after the other; the weight's gradient is one product instead of one for each token."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, inputs, h, c, weight, steps, length
+    ):
+        """Read inputs (rows, seq_len, widths): h after each token (rows, seq_len, d_hidden), h and c."""
+        said, kept = [], []
+        for t, step in enumerate(steps):
+            new_h, new_c, used = _cell(inputs[:, t], h, c, weight, step)
+            if length is not None:
+                new_h, new_c = (torch.where(over(t < length, x), x, y) for x, y in ((new_h, h), (new_c, c)))
+            h, c = new_h, new_c
+            said.append(h)
+            kept.append(used)
+        ctx.steps, ctx.shape = steps, c.shape
+        ctx.save_for_backward(weight, length, *(torch.stack(tensors) for tensors in zip(*kept, strict=True)))
+        return torch.stack(said, 1), h, c
+
+    @staticmethod
+    def backward(ctx, dsaid, dh, dc):  # type: ignore[no-untyped-def]
+        """Go back from the last token to the first."""
+        weight, length, pasts, gates, updates = ctx.saved_tensors
+        width, dtype = dh.shape[1], dh.dtype
+        products = pasts.new_empty(len(pasts), len(dh), len(weight))  # gradients of W [x; h; c]
+        for t in reversed(range(len(pasts))):
+            (A_bar, B_bar), gate, update = ctx.steps[t], gates[t], updates[t]
+            dh = dh + dsaid[:, t]
+            df = (dc * B_bar[:, None]).sum(-1).to(dtype)
+            dgate = dh * (update - pasts[t, :, :width]) * gate * (1 - gate)
+            dproduct = torch.cat([df, dgate, dh * gate * (1 - update * update)], 1)
+            if length is not None:
+                dproduct = dproduct * over(t < length, dproduct)
+            products[t] = dproduct
+            dpast = dproduct @ weight
+            new_h = dh * (1 - gate) + dpast[:, :width]
+            new_c = dc @ A_bar + dpast[:, width:].view(ctx.shape).to(dc)
+            if length is not None:
+                new_h, new_c = (torch.where(over(t < length, x), x, y) for x, y in ((new_h, dh), (new_c, dc)))
+            dh, dc = new_h, new_c
+        dweight = products.flatten(0, 1).mT @ pasts.flatten(0, 1)
+        return products.transpose(0, 1), dh, dc, dweight, None, None
+
+
+_STEPS = 64  # of "legs" are made at a time
+
+
+def _legs_step(n: int, seen: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return A_bar (n, n) and B_bar (n,) of the sample after `seen` ones."""
+    A_bar, B_bar = _legs_steps(n, seen // _STEPS)
+    return A_bar[seen % _STEPS], B_bar[seen % _STEPS]
+
+
+@functools.lru_cache(maxsize=64)
+def _legs_steps(n: int, block: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the steps of a block of samples, by the bilinear rule."""
+    with torch.device("cpu"):
+        A, B = (matrix.numpy() for matrix in ops.legs_matrices(n))
+    k = np.arange(block * _STEPS + 1, (block + 1) * _STEPS + 1)[:, None, None]
+    both = np.linalg.solve(
+        np.eye(n) - A / (2 * k), np.concatenate([np.eye(n) + A / (2 * k), B[:, None] / k], 2)
+    )
+    return both[..., :n], both[..., n]
+
+
+class HippoRNN(LanguageModel):
+    """A language model of HiPPO cells.
+
+    Args:
+        config: the sizes.
+        generator: randomness of the start; torch's global one if None.
+    """
+
+    config: HippoConfig
+
+    @staticmethod
+    def block(config: HippoConfig, generator: torch.Generator | None = None) -> Block:
+        """Make one block."""
+        return Block(config, HippoMixer(config, generator))

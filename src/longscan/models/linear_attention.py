@@ -1,0 +1,241 @@
+"""Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention.
+
+Angelos Katharopoulos, Apoorv Vyas, Nikolaos Pappas, François Fleuret, 2020, arXiv 2006.16236.
+
+Parent: the decoder of the Transformer, without an encoder to look at.
+Kept: queries, keys and values in several heads, a feed-forward layer behind.
+Changed: a product of features takes the place of the softmax, so the sum over the past can be kept instead of
+the past: a matrix per head that each token adds to. As a state space this is A = 1, B = phi(k), C = phi(q):
+what is written depends on the token, but nothing is ever forgotten.
+
+Deviations: norms stand before the sublayers; the positions are added to what each layer reads, because the
+embedding here knows none.
+
+    q, k, v = W_q x, W_k x, W_v x                  per head; x normed, plus the sinusoids of its position
+    S       = S + phi(k) [v; 1]'                   phi(x) = elu(x) + 1
+    [n; d]  = S' phi(q)
+    x       = x + W_o n / (d + eps)
+    x       = x + W_2 relu(W_1 x)                  x normed before
+
+Glossary: S = kv, whose last column is the sum z of the keys in the paper; eps = 1e-6.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import LongscanError
+from .backbone import LanguageModel
+from .layers import RMSNorm, linear
+from .mixer import Block, LanguageModelConfig, Mixer
+from .sections import SectionMixer
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257, "n_heads": 4},
+    "tiny-lm": {"d_model": 256, "n_layers": 4, "vocab_size": 4096, "n_heads": 4, "d_ff": 1152},
+}
+CHUNK = 64  # tokens that look at each other directly; the state is summed up between chunks only
+EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearAttentionConfig(LanguageModelConfig):
+    """The sizes of a linear Transformer.
+
+    Raises:
+        LongscanError: a value is out of range.
+    """
+
+    n_heads: int
+    d_ff: int | None = None  # width inside the feed-forward layer; None is 4 d_model
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        self.check_count("n_heads")
+        if self.d_ff is not None:
+            self.check_count("d_ff")
+        if self.d_model % self.n_heads or self.d_model % 2:
+            what = f"d_model: expected an even multiple of n_heads ({self.n_heads})"
+            raise LongscanError(f"{what}, got {self.d_model}.")
+
+    @property
+    def ff_width(self) -> int:
+        """Width inside the feed-forward layer: d_ff, or the default it stands for."""
+        return 4 * self.d_model if self.d_ff is None else self.d_ff
+
+
+class LinearAttentionState(NamedTuple):
+    """What one layer remembers.
+
+    Attributes:
+        kv: (batch, n_heads, d_head, d_head + 1) the sum of phi(k) [v; 1]' over all tokens.
+        length: (batch,) int64 tokens read.
+    """
+
+    kv: Tensor
+    length: Tensor
+
+
+def accumulate(q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum (q_i . k_j) v_j over j <= i, in chunks, in linear time and without keeping a state per token.
+
+    Args:
+        q: (batch, seq_len, n_heads, d_k).
+        k: likewise.
+        v: (batch, seq_len, n_heads, d_v).
+        kv: (batch, n_heads, d_k, d_v), the sum of k v' before.
+
+    Returns:
+        y: (batch, seq_len, n_heads, d_v).
+        kv: after the last token.
+    """
+    seq_len = q.shape[1]
+    size = min(CHUNK, seq_len)
+    room = -seq_len % size
+    shape = (len(q), -1, size, q.shape[2])  # (batch, chunks, size, n_heads)
+    q, k, v = (F.pad(t, (0, 0, 0, 0, 0, room)).reshape(*shape, t.shape[3]) for t in (q, k, v))
+    sums = torch.einsum("bnchd,bnche->bnhde", k, v)  # of each chunk
+    after = kv[:, None] + sums.cumsum(1)
+    before = torch.cat([kv[:, None], after[:, :-1]], 1)  # (batch, chunks, n_heads, d_k, d_v)
+    scores = torch.einsum("bnihd,bnjhd->bnhij", q, k).tril()
+    y = torch.einsum("bnhij,bnjhe->bnihe", scores, v) + torch.einsum("bnihd,bnhde->bnihe", q, before)
+    return y.flatten(1, 2)[:, :seq_len], after[:, -1]
+
+
+def features(x: Tensor) -> Tensor:
+    """Return phi(x) = elu(x) + 1, which is positive."""
+    return F.elu(x) + 1
+
+
+class LinearAttention(SectionMixer[LinearAttentionState]):
+    """Causal attention in linear time.
+
+    Args:
+        config: the sizes.
+        generator: randomness of the start; torch's global one if None.
+    """
+
+    def __init__(self, config: LinearAttentionConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.n_heads, self.d_head = config.n_heads, config.d_model // config.n_heads
+        self.in_proj = linear(config.d_model, 3 * config.d_model, False, generator)  # W_q, W_k, W_v
+        self.out_proj = linear(config.d_model, config.d_model, False, generator)
+        if not self.out_proj.weight.is_meta:
+            with torch.no_grad():
+                self.out_proj.weight /= math.sqrt(2 * config.n_layers)
+
+    def read(
+        self, x: Tensor, state: LinearAttentionState | None, length: Tensor | None
+    ) -> tuple[Tensor, LinearAttentionState]:
+        """Mix along time; see `SectionMixer.read`."""
+        kv, begin = self.init_state(len(x)) if state is None else state
+        time = torch.arange(x.shape[1], device=x.device)
+        q, k, v = self._project(x, begin[:, None] + time)
+        if length is not None:
+            k = k * (time < length[:, None])[..., None, None]
+        y, kv = accumulate(q, k, v, kv)
+        end = begin + (x.shape[1] if length is None else length)
+        return self._finish(y, x.dtype), LinearAttentionState(kv, end)
+
+    def init_state(self, batch_size: int) -> LinearAttentionState:
+        """Return zeros in float32, or float64 in a float64 model; see `Mixer.init_state`."""
+        weight = self.in_proj.weight
+        kind = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        kv = weight.new_zeros(batch_size, self.n_heads, self.d_head, self.d_head + 1, dtype=kind)
+        return LinearAttentionState(kv, kv.new_zeros(batch_size, dtype=torch.int64))
+
+    def step(self, x: Tensor, state: LinearAttentionState, plan: None = None, /) -> Tensor:
+        """Take in one token per row; see `Mixer.step`."""
+        q, k, v = self._project(x, state.length)  # (batch, n_heads, ...) each
+        state.kv.add_(k[..., None] * v[..., None, :])
+        state.length.add_(1)
+        return self._finish((q[..., None, :] @ state.kv)[..., 0, :], x.dtype)
+
+    def _project(self, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Turn x (..., d_model) at positions (...) into phi(q), phi(k) and [v; 1], (..., n_heads, .)."""
+        x = x + sinusoids(position, x.shape[-1]).to(x.dtype)
+        q, k, v = self.in_proj(x).unflatten(-1, (3, self.n_heads, -1)).unbind(-3)
+        # sums over the whole text are no matter for fewer bits
+        q, k, v = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, k, v))
+        return features(q), features(k), F.pad(v, (0, 1), value=1.0)
+
+    def _finish(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """Divide numerators by denominators, y (..., n_heads, d_head + 1), and project."""
+        y = y[..., :-1] / (y[..., -1:] + EPS)
+        return cast(Tensor, self.out_proj(y.flatten(-2).to(dtype)))
+
+
+def sinusoids(position: Tensor, d_model: int) -> Tensor:
+    """Compute the Transformer's encodings of positions, sines before cosines.
+
+    Args:
+        position: (...) integers.
+        d_model: an even width.
+
+    Returns:
+        (..., d_model) float64.
+    """
+    half = torch.arange(d_model // 2, device=position.device, dtype=torch.float64)
+    angles = position[..., None] * 10000 ** (-2 * half / d_model)
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+class FeedForwardBlock(Block):
+    """x + mixer(norm(x)), then x + W_2 f(W_1 ff_norm(x)).
+
+    Args:
+        config: the sizes.
+        mixer: of the first sublayer.
+        d_ff: width inside the second.
+        activation: f.
+        generator: randomness of the start; torch's global one if None.
+    """
+
+    def __init__(
+        self,
+        config: LanguageModelConfig,
+        mixer: Mixer[Any],
+        d_ff: int,
+        activation: nn.Module,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(config, mixer)
+        self.ff_norm = RMSNorm(config.d_model, config.norm_eps)
+        wide = linear(config.d_model, d_ff, True, generator)
+        narrow = linear(d_ff, config.d_model, True, generator)
+        if not narrow.weight.is_meta:
+            with torch.no_grad():
+                narrow.weight /= math.sqrt(2 * config.n_layers)
+        self.ff = nn.Sequential(wide, activation, narrow)
+
+    def forward(self, x: Tensor, state: Any, plan: Any) -> tuple[Tensor, Any]:
+        """Add both sublayers' words to the residual stream x (batch, seq_len, d_model)."""
+        x, state = super().forward(x, state, plan)
+        return x + self.ff(self.ff_norm(x)), state
+
+    def step(self, x: Tensor, state: Any, plan: Any) -> Tensor:
+        """Do the same for one token per row, x (batch, d_model)."""
+        x = super().step(x, state, plan)
+        return cast(Tensor, x + self.ff(self.ff_norm(x)))
+
+
+class LinearTransformer(LanguageModel):
+    """A language model of linear attention and feed-forward layers.
+
+    Args:
+        config: the sizes.
+        generator: randomness of the start; torch's global one if None.
+    """
+
+    config: LinearAttentionConfig
+
+    @staticmethod
+    def block(config: LinearAttentionConfig, generator: torch.Generator | None = None) -> Block:
+        """Make one block."""
+        mixer = LinearAttention(config, generator)
+        return FeedForwardBlock(config, mixer, config.ff_width, nn.ReLU(), generator)

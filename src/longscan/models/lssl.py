@@ -1,0 +1,145 @@
+"""LSSL: Combining Recurrent, Convolutional, and Continuous-time Models with Linear State-Space Layers.
+
+Albert Gu, Isys Johnson, Karan Goel, Khaled Saab, Tri Dao, Atri Rudra, Christopher Ré, 2021, arXiv 2110.13985.
+
+Parent: HiPPO. Kept: its matrices, which make a state of N numbers remember the past.
+Changed: the equation no longer serves an RNN, it is the layer: each channel is the signal of a linear
+system, with time steps, A and B learned; what is nonlinear stands between the layers. So a layer is a
+recurrence and a convolution at once.
+
+Deviations from the paper: a learned A is the dense matrix it is, not a product of sparse ones, since there is
+no fast way to a kernel through them in floating point; `fixed` leaves A and dt as they start (LSSL-f).
+
+The layer, for channel h of the input u:
+
+    A_bar, B_bar = the generalised bilinear transform of A, B for dt_h       section 2
+    K_ml = C_m A_bar^l B_bar                                                 for M outputs a channel
+    y    = K * u + D u
+    out  = out_proj(gelu(y))                                                 mixes channels and outputs
+
+The kernel costs N^2 L time and N L memory for every channel, which is what S4 is about.
+
+Glossary: H = d_model; N = d_state; M = n_outputs; Δ = dt; L = seq_len; α = alpha.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LongscanError
+from .backbone import LanguageModel
+from .hippo import transition
+from .layers import linear
+from .lti import SSMState, StateSpaceConfig, StateSpaceMixer, System, chunked, start_log_dt
+from .mixer import Block
+from .ssm import discretize, krylov
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257, "d_state": 16},
+    "tiny-lm": {"d_model": 384, "n_layers": 9, "vocab_size": 4096, "d_state": 32, "n_outputs": 2},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LSSLConfig(StateSpaceConfig):
+    """The sizes of an LSSL and how it starts; the paper's symbols stand in the comments.
+
+    Raises:
+        LongscanError: a value is out of range.
+    """
+
+    init: Literal["legs", "legt", "lagt", "random"] = "legs"  # the measure of the first A
+    n_outputs: int = 1  # M
+    alpha: float = 0.5  # α, of the generalised bilinear transform
+    fixed: bool = False  # A, B and dt stay as they start
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        self.check_count("n_outputs")
+        if not 0 <= self.alpha <= 1:
+            raise LongscanError(f"alpha: expected a number from 0 to 1, got {self.alpha}.")
+
+
+class DenseSSM(System):
+    """The systems of LSSL: one A and B, the time steps and outputs of each channel.
+
+    Args:
+        config: the sizes.
+        channels: how many.
+        generator: randomness of the start; torch's global one if None.
+    """
+
+    recurrence = ("log_dt", "A", "B")
+
+    def __init__(self, config: LSSLConfig, channels: int, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        n, self.alpha = config.d_state, config.alpha
+        self.log_dt = start_log_dt(config, channels, generator)
+        self.A = nn.Parameter(torch.empty(n, n))
+        self.B = nn.Parameter(torch.empty(n))
+        self.C = nn.Parameter(torch.empty(channels, config.n_outputs, n))
+        self.D = nn.Parameter(torch.empty(channels * config.n_outputs))
+        if not self.C.is_meta:
+            self._start(config, generator)
+        for name in self.recurrence:
+            self.get_parameter(name).requires_grad_(not config.fixed)
+
+    @torch.no_grad()
+    def _start(self, config: LSSLConfig, generator: torch.Generator | None) -> None:
+        """Begin with HiPPO's matrix."""
+        if config.init == "random":
+            nn.init.normal_(self.A, std=1 / config.d_state, generator=generator)
+            nn.init.normal_(self.B, generator=generator)
+        else:
+            A, B = transition(config.init, config.d_state)
+            self.A.copy_(A)
+            self.B.copy_(B)
+        nn.init.normal_(self.C, std=config.d_state**-0.5, generator=generator)
+        nn.init.normal_(self.D, generator=generator)
+
+    def discrete(self) -> tuple[Tensor, Tensor]:
+        """Return A_bar (channels, N, N) and B_bar (channels, N)."""
+        A, B, log_dt = (x.to(self.dtype) for x in (self.A, self.B, self.log_dt))
+        shape = (len(log_dt), *A.shape)
+        return discretize(A.expand(shape), B.expand(shape[:2]), log_dt.exp(), "gbt", self.alpha)
+
+    def kernel(self, length: int) -> Tensor:
+        """Return the kernel (channels n_outputs, length); see `System.kernel`."""
+        return (self.C.to(self.dtype) @ krylov(*self.discrete(), length)).flatten(0, 1)
+
+    def scan(self, u: Tensor, state: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run the recurrence; see `System.scan`. The state is (batch, channels, N)."""
+        return chunked((*self.discrete(), self.C), u, state, seq_idx)
+
+    def advance(self, u: Tensor, state: Tensor) -> Tensor:
+        """Run one step; see `System.advance`."""
+        A_bar, B_bar = self.unchanged(self.discrete)
+        with torch.no_grad():
+            x = torch.einsum("cmn,bcn->bcm", A_bar, state) + B_bar * u[..., None]
+            state.copy_(x)
+            return torch.einsum("cmn,bcn->bcm", self.C.to(self.dtype), x).flatten(1)
+
+    def init_state(self, batch_size: int) -> SSMState:
+        """Return zeros; see `System.init_state`."""
+        channels, _, n = self.C.shape
+        return SSMState(self.C.new_zeros(batch_size, channels, n, dtype=self.dtype))
+
+
+class LSSL(LanguageModel):
+    """A language model of linear state space layers.
+
+    Args:
+        config: the sizes.
+        generator: randomness of the start; torch's global one if None.
+    """
+
+    config: LSSLConfig
+
+    @staticmethod
+    def block(config: LSSLConfig, generator: torch.Generator | None = None) -> Block:
+        """Make one block."""
+        out_proj = linear(config.d_model * config.n_outputs, config.d_model, True, generator)
+        return Block(config, StateSpaceMixer(DenseSSM(config, config.d_model, generator), out_proj))

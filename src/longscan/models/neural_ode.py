@@ -1,0 +1,202 @@
+"""Neural Ordinary Differential Equations, for series that are not sampled evenly.
+
+Ricky T. Q. Chen, Yulia Rubanova, Jesse Bettencourt, David Duvenaud, 2018, arXiv 1806.07366. The ODE-RNN is of
+Rubanova, Chen, Duvenaud, 2019, arXiv 1907.03907, its gated dynamics of De Brouwer and others, 2019, arXiv
+1905.12374.
+
+Parent: the GRU. Kept: at each observation a gate decides what of it enters the state.
+Changed: between observations the state moves on by itself, as long as the clock says. A state space does that
+too, but linearly, so that the way from one observation to the next has a closed form; here it is integrated.
+
+    h'  = f(h)                       from the time of one observation to that of the next
+    h   = GRU(x, h)                  at the observation
+    f(h) = W_2 tanh(W_1 h), or the gated (1 - z) (g - h), in which h stays bounded
+
+Deviations: each gap is integrated in its own time, s = (t - t_k) / (t_{k+1} - t_k), so that the rows of a
+batch need not be observed at the same times.
+"""
+
+import dataclasses
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Config
+from ..errors import LongscanError
+from .layers import blank, linear
+from .model import Model
+
+ADAPTIVE = ("dopri5",)  # these choose their steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ODERNNConfig(Config):
+    """The sizes of an ODE-RNN.
+
+    Attributes:
+        d_input: channels of an observation.
+        d_hidden: width of the state.
+        d_ode: width inside f; None is d_hidden.
+        dynamics: "mlp", or "gated" for those of a continuous GRU.
+        solver: how f is integrated.
+        n_steps: of a solver of fixed steps, in each gap.
+        tolerance: relative and absolute error of a solver that chooses its steps.
+
+    Raises:
+        LongscanError: a value is out of range.
+    """
+
+    d_input: int
+    d_hidden: int
+    d_ode: int | None = None
+    dynamics: Literal["mlp", "gated"] = "mlp"
+    solver: Literal["euler", "midpoint", "rk4", "dopri5"] = "rk4"
+    n_steps: int = 1
+    tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("d_input", "d_hidden", "d_ode", "n_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise LongscanError(f"{name}: expected at least 1, got {value}.")
+        if self.dynamics not in ("mlp", "gated"):
+            raise LongscanError(f"dynamics: expected 'mlp' or 'gated', got {self.dynamics!r}.")
+        if self.solver not in ("euler", "midpoint", "rk4", *ADAPTIVE):
+            raise LongscanError(f"solver: expected euler, midpoint, rk4 or dopri5, got {self.solver!r}.")
+        if not self.tolerance > 0:
+            raise LongscanError(f"tolerance: expected more than 0, got {self.tolerance}.")
+
+
+class MLPDynamics(nn.Module):
+    """W_2 tanh(W_1 h).
+
+    Args:
+        config: the sizes.
+        generator: randomness of the start; torch's global one if None.
+    """
+
+    def __init__(self, config: ODERNNConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        width = config.d_hidden if config.d_ode is None else config.d_ode
+        self.wide = linear(config.d_hidden, width, True, generator)
+        self.narrow = linear(width, config.d_hidden, True, generator)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return how fast h (batch, d_hidden) changes."""
+        return cast(Tensor, self.narrow(self.wide(h).tanh()))
+
+
+class GatedDynamics(nn.Module):
+    """(1 - z) (g - h): what a GRU without inputs does in a moment.
+
+    Args:
+        config: the sizes.
+        generator: randomness of the start; torch's global one if None.
+    """
+
+    def __init__(self, config: ODERNNConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.gates = linear(config.d_hidden, 2 * config.d_hidden, True, generator)
+        self.goal = linear(config.d_hidden, config.d_hidden, True, generator)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return how fast h (batch, d_hidden) changes."""
+        reset, update = self.gates(h).sigmoid().chunk(2, -1)
+        return cast(Tensor, (1 - update) * (self.goal(reset * h).tanh() - h))
+
+
+class ODERNN(Model):
+    """Reads observations with their times.
+
+    Args:
+        config: the sizes.
+        generator: randomness of the start; torch's global one if None.
+    """
+
+    config: ODERNNConfig
+
+    def __init__(self, config: ODERNNConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__(config)
+        dynamics = MLPDynamics if config.dynamics == "mlp" else GatedDynamics
+        self.dynamics: nn.Module = dynamics(config, generator)
+        self.cell = blank(nn.GRUCell, config.d_input, config.d_hidden)
+        bound = config.d_hidden**-0.5
+        for parameter in self.cell.parameters():
+            if not parameter.is_meta:
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+    def forward(
+        self, x: Tensor, times: Tensor, lengths: Tensor | None = None, state: Tensor | None = None
+    ) -> Tensor:
+        """Read series.
+
+        Args:
+            x: (batch, seq_len, d_input) observations.
+            times: (batch, seq_len) when they were made, in order; the state begins at the first one.
+            lengths: (batch,) int64 observations of each row, which stand in front; all if None.
+            state: (batch, d_hidden) at the first time, before the observation; zeros if None.
+
+        Returns:
+            (batch, seq_len, d_hidden) the state after each observation; behind the last of a row, that one.
+
+        Raises:
+            ValueError: shapes do not fit, or times go back.
+            LongscanError: torchdiffeq is not installed.
+        """
+        batch, seq_len = self._check(x, times)
+        time = torch.arange(seq_len, device=x.device)
+        real = None if lengths is None else time < lengths[:, None]  # (batch, seq_len)
+        gaps = times.diff(dim=1).to(x.dtype)
+        gaps = gaps if real is None else gaps * real[:, 1:]
+        if bool((gaps < 0).any()):
+            raise ValueError("times: expected them in order, got one before the one before it")
+        h = x.new_zeros(batch, self.config.d_hidden) if state is None else state
+        after = []
+        for t in range(seq_len):
+            h = self.evolve(h, gaps[:, t - 1]) if t else h
+            seen = self.cell(x[:, t], h)
+            h = seen if real is None else torch.where(real[:, t, None], seen, h)
+            after.append(h)
+        return torch.stack(after, 1)
+
+    def evolve(self, h: Tensor, gap: Tensor) -> Tensor:
+        """Let time pass: also the way to ask for the state between observations, or after the last one.
+
+        Args:
+            h: (batch, d_hidden).
+            gap: (batch,) how long.
+
+        Returns:
+            (batch, d_hidden).
+
+        Raises:
+            LongscanError: torchdiffeq is not installed.
+        """
+        try:
+            from torchdiffeq import odeint
+        except ImportError as error:
+            raise LongscanError(
+                "a neural ODE needs torchdiffeq, which is not installed: pip install 'longscan[ode]'"
+            ) from error
+        config = self.config
+        settings: dict[str, Any] = {"options": {"step_size": 1 / config.n_steps}}
+        if config.solver in ADAPTIVE:
+            settings = {"rtol": config.tolerance, "atol": config.tolerance}
+
+        def speed(_: Tensor, h: Tensor) -> Tensor:
+            change: Tensor = gap[:, None] * self.dynamics(h)
+            return change
+
+        span = torch.tensor([0.0, 1.0], dtype=h.dtype, device=h.device)
+        return cast(Tensor, odeint(speed, h, span, method=config.solver, **settings)[-1])
+
+    def _check(self, x: Tensor, times: Tensor) -> tuple[int, int]:
+        """Validate the shapes; return (batch, seq_len)."""
+        d_input = self.config.d_input
+        if x.dim() != 3 or 0 in x.shape or x.shape[2] != d_input:
+            raise ValueError(f"x: expected a non-empty (batch, seq_len, {d_input}), got {tuple(x.shape)}")
+        if times.shape != x.shape[:2]:
+            raise ValueError(f"times: expected shape {tuple(x.shape[:2])}, got {tuple(times.shape)}")
+        return x.shape[0], x.shape[1]

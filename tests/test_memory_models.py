@@ -1,0 +1,484 @@
+"""The models between the LSTM and Mamba: their equations written out, and the verbs that take each one."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from longscan.bench import ours
+from longscan.errors import LongscanError
+from longscan.models import (
+    CNN,
+    GAU,
+    H3,
+    LSTM,
+    MODELS,
+    CNNConfig,
+    GAUConfig,
+    H3Config,
+    Hyena,
+    HyenaConfig,
+    LanguageModel,
+    LinearAttentionConfig,
+    LinearTransformer,
+    LSTMConfig,
+    State,
+)
+from longscan.models.linear_attention import EPS, accumulate, features, sinusoids
+from longscan.models.mixer import Mixer
+from longscan.models.quantized import quantize_model
+from longscan.models.transformer import sinusoids as transformer_sinusoids
+from longscan.ops import selective_scan_ref
+
+LANGUAGE = [name for name, entry in MODELS.items() if entry.kind == "language"]
+# largest difference allowed from an equation written out; bf16 keeps 8 bits, over two layers
+TOLERANCE = {torch.float64: 1e-11, torch.bfloat16: 0.1}
+SIZES = {"d_model": 8, "n_layers": 2, "vocab_size": 13}
+
+each = pytest.mark.parametrize("name", LANGUAGE)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def draw(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def tiny(name: str, **fields: Any) -> LanguageModel:
+    entry = MODELS[name]
+    sizes = {**entry.presets["tiny"], "vocab_size": 13, **fields}
+    model = entry.cls(entry.config.from_dict(sizes), seeded()).eval()
+    assert isinstance(model, LanguageModel)
+    return model
+
+
+def stirred(model: LanguageModel) -> LanguageModel:
+    """In float64, every parameter far from its start so that every one matters."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=seeded(3))
+    return model.double().eval()
+
+
+def mixer_of(model: LanguageModel) -> Any:
+    return model.backbone.layers[0].mixer
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=0, atol=TOLERANCE[got.dtype])
+
+
+# every model of the line
+
+
+@each
+def test_no_output_depends_on_what_comes_later(name: str) -> None:
+    """By gradient, at every pair of places."""
+    model = stirred(tiny(name))
+    x = draw(1, 7, model.config.d_model).requires_grad_()
+    hidden, _ = model.backbone.mix(x)
+    for t in range(7):
+        [gradient] = torch.autograd.grad(hidden[0, t].sum(), x, retain_graph=True)
+        assert gradient[0, : t + 1].any(1).all()  # two layers, three taps: everything before is seen
+        assert (gradient[0, t + 1 :].abs() <= 1e-13 * gradient.abs().max()).all()  # Fourier rounds
+
+
+@each
+def test_training_and_reading_agree(name: str) -> None:
+    """Some models train by another path, without a final state: values and gradients are the same."""
+    model, ids = stirred(tiny(name)), torch.randint(0, 13, (2, 40), generator=seeded(2))
+    losses = [model.train(mode)(ids, labels=ids).loss for mode in (False, True)]
+    close(*losses)
+    reading, training = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
+    for got, expected in zip(training, reading, strict=True):
+        close(got, expected)
+
+
+@each
+def test_fewer_bits(name: str) -> None:
+    """A bfloat16 model says much the same, and its states keep their types along the way."""
+    model, ids = tiny(name), torch.randint(0, 13, (2, 12), generator=seeded(2))
+    expected = model(ids).logits
+    narrow = tiny(name).bfloat16()
+    with torch.no_grad():
+        output = narrow(ids)
+    kinds = [tensor.dtype for _, tensor in narrow.init_state(2).named_tensors()]
+    assert [tensor.dtype for _, tensor in output.state.named_tensors()] == kinds
+    assert (output.logits - expected).abs().max() < TOLERANCE[torch.bfloat16] * expected.abs().max()
+    state = narrow.init_state(2)
+    for t in range(12):
+        logits, _ = narrow.step(ids[:, t], state)
+    assert [tensor.dtype for _, tensor in state.named_tensors()] == kinds
+    assert (logits - expected[:, -1]).abs().max() < TOLERANCE[torch.bfloat16] * expected.abs().max()
+    for layer in narrow.backbone.layers:
+        assert all(layer.mixer.get_parameter(p).dtype == torch.float32 for p in layer.mixer.recurrence)
+
+
+@each
+def test_stored_weights(name: str) -> None:
+    model, ids = tiny(name), torch.randint(0, 13, (2, 12), generator=seeded(2))
+    with torch.no_grad():
+        expected = model(ids).logits
+        quantize_model(model, "int8")
+        got = model(ids).logits
+        logits, _ = model.step(ids[:, 0], model.init_state(2))
+    assert (got - expected).abs().max() < 0.1 * expected.abs().max()
+    assert (logits - expected[:, 0]).abs().max() < 0.1 * expected.abs().max()
+
+
+@each
+def test_a_state_goes_through_a_file_and_back(name: str, tmp_path: Path) -> None:
+    model, ids = tiny(name), torch.randint(0, 13, (1, 9), generator=seeded(2))
+    _, state = model.prefill(ids)
+    state.save(tmp_path / "state", position=9)
+    loaded = State.load(tmp_path / "state", model).state
+    expected, _ = model.step(ids[:, 0], state)
+    assert torch.equal(model.step(ids[:, 0], loaded)[0], expected)
+
+
+@each
+def test_rows_are_copied_rewound_and_restarted(name: str) -> None:
+    model, ids = tiny(name), torch.randint(0, 13, (3, 9), generator=seeded(2))
+    _, state = model.prefill(ids)
+    other = model.init_state(2)
+    other.copy_row_(1, state, 2)
+    expected, _ = model.step(torch.tensor([4]), state.select([2]))
+    state.reserve(5)
+    mark = state.mark()
+    for token in (5, 6, 7):
+        model.step(torch.full((3,), token), state)
+    state.rewind(mark)
+    fresh, _ = model.step(torch.tensor([4]), model.init_state(1))
+    restarted = state.restarted(torch.tensor([False, True, False]), model.init_state(3))
+    logits, _ = model.step(torch.tensor([4, 4, 4]), restarted)
+    torch.testing.assert_close(logits[2:], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits[1:2], fresh, rtol=1e-4, atol=1e-5)
+    logits, _ = model.step(torch.tensor([4, 4]), other)
+    torch.testing.assert_close(logits[1:], expected, rtol=1e-4, atol=1e-5)
+
+
+@each
+def test_train_generate_and_evaluate(
+    name: str, cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("longscan.run"), "plot_losses", lambda *_: None)
+    text = tmp_path / "poem.txt"
+    text.write_text("round and round the ragged rock\n" * 40)
+    sizes = ("--preset", "tiny", "--tokenizer", "bytes", "--seq-len", 24, "--batch-size", 2, "--steps", 2)
+    done = cli("train", text, "--out", tmp_path / "run", "--model", name, *sizes)
+    assert done.code == 0, done.err
+    directory = tmp_path / "run/model"
+    said = cli("generate", "round", "--model", directory, "--max-new-tokens", 5, "--seed", 0)
+    assert said.code == 0, said.err
+    weighed = cli("evaluate", directory, text)
+    assert weighed.code == 0, weighed.err
+
+
+@each
+def test_bench_takes_it(name: str) -> None:
+    model = {"model": name, **MODELS[name].presets["tiny"]}
+    ours.train(model, batch=2, seq_len=8)()
+    ours.prefill(model, seq_len=8)()
+    ours.write(model, prompt=4, n_tokens=2)()
+
+
+def test_a_paper_before_the_archive_has_no_number(cli: Callable[..., Any]) -> None:
+    page = cli("models", "lstm").out
+    assert "Long Short-Term Memory\n" in page
+    assert "arXiv" not in page
+
+
+@each
+def test_a_preset_to_train_is_as_large_as_others(name: str) -> None:
+    entry = MODELS[name]
+    with torch.device("meta"):
+        model = entry.cls(entry.config.from_dict(entry.presets["tiny-lm"]))
+    assert 3.4e6 < model.num_parameters() < 4.7e6
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("lstm", {"d_hidden": 0}),
+        ("lstm", {"cell": "elman"}),
+        ("cnn", {"d_conv": 0}),
+        ("cnn", {"d_inner": 0}),
+        ("linear_attention", {"n_heads": 3}),
+        ("linear_attention", {"d_ff": 0}),
+        ("gau", {"d_attention": 0}),
+        ("gau", {"max_positions": 0}),
+        ("h3", {"d_shift": 0}),
+        ("h3", {"d_head": 3}),
+        ("h3", {"d_ff": 0}),
+        ("hyena", {"order": 1}),
+        ("hyena", {"frequency": 0.0}),
+        ("hyena", {"n_bands": 0}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_impossible_fields_are_named(name: str, change: dict[str, Any]) -> None:
+    entry = MODELS[name]
+    with pytest.raises(LongscanError, match=next(iter(change))):
+        entry.config.from_dict({**entry.presets["tiny"], **change})
+
+
+# LSTM and GRU
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_recurrent_layers_are_their_equations(cell: str) -> None:
+    model = stirred(LSTM(LSTMConfig(**SIZES, cell=cell, d_hidden=5), seeded()))
+    mixer, x = mixer_of(model), draw(2, 6, 8)
+    rnn = mixer.rnn
+    W, U, b, b_hidden = rnn.weight_ih_l0, rnn.weight_hh_l0, rnn.bias_ih_l0, rnn.bias_hh_l0
+    h = c = torch.zeros(2, 5, dtype=torch.float64)
+    for t in range(6):
+        from_x, from_h = x[:, t] @ W.T + b, h @ U.T + b_hidden
+        if cell == "lstm":
+            i, f, g, o = (from_x + from_h).chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        else:
+            (rx, zx, nx), (rh, zh, nh) = from_x.chunk(3, 1), from_h.chunk(3, 1)
+            z = (zx + zh).sigmoid()
+            h = (1 - z) * (nx + (rx + rh).sigmoid() * nh).tanh() + z * h
+    y, state = mixer(x, None, None)
+    close(y[:, -1], h @ mixer.out_proj.weight.T)
+    close(state.h, h)
+    if cell == "lstm":
+        close(state.c, c)
+
+
+def test_forget_gates_start_open() -> None:
+    kept, shut = (mixer_of(LSTM(LSTMConfig(**SIZES, forget_bias=bias), seeded())).rnn for bias in (1.0, 0.0))
+    moved = kept.bias_ih_l0 - shut.bias_ih_l0
+    torch.testing.assert_close(moved.chunk(4)[1], torch.ones(8))
+    assert not moved.chunk(4)[0].any()
+    assert not moved.chunk(4)[2].any()
+    assert not moved.chunk(4)[3].any()
+
+
+# the CNN
+
+
+def test_dilated_convolutions_are_their_sums() -> None:
+    model = stirred(CNN(CNNConfig(**{**SIZES, "n_layers": 3}, d_conv=3, d_inner=5), seeded()))
+    x = draw(1, 12, 8)
+    for i, layer in enumerate(model.backbone.layers):
+        below = x[0]
+        for conv in (layer.mixer.lower.conv, layer.mixer.upper.conv):
+            rows = []
+            for t in range(12):
+                row = conv.bias.clone()
+                for k in range(3):
+                    s = t - (2 - k) * 2**i
+                    row = row + (conv.weight[:, :, k] @ below[s] if s >= 0 else 0)
+                rows.append(row.relu())
+            below = torch.stack(rows)
+        close(layer.mixer(x, None, None)[0][0], below)
+
+
+def test_a_cnn_sees_a_window_and_no_further() -> None:
+    model = CNN(CNNConfig(**{**SIZES, "n_layers": 3}, d_conv=2), seeded()).double()
+    with torch.no_grad():  # no relu is shut
+        for layer in model.backbone.layers:
+            for conv in (layer.mixer.lower.conv, layer.mixer.upper.conv):
+                conv.weight.abs_()
+                conv.bias.fill_(10)
+    x = draw(1, 40, 8).requires_grad_()
+    hidden, _ = model.backbone.mix(x)
+    [gradient] = torch.autograd.grad(hidden[0, -1, 0], x)
+    seen = gradient[0].any(1)
+    window = 1 + 2 * (2 - 1) * (2**3 - 1)
+    assert seen[-window:].all()
+    assert not seen[:-window].any()
+
+
+# linear attention
+
+
+def test_linear_attention_is_attention_without_a_softmax() -> None:
+    model = stirred(LinearTransformer(LinearAttentionConfig(**SIZES, n_heads=2), seeded()))
+    mixer, x = mixer_of(model), draw(2, 70, 8)  # more than a chunk
+    placed = x + sinusoids(torch.arange(70), 8)
+    q, k, v = ((placed @ W.T).unflatten(-1, (2, 4)) for W in mixer.in_proj.weight.chunk(3))
+    weights = torch.einsum("bihd,bjhd->bhij", features(q), features(k)).tril()
+    weights = weights / (weights.sum(-1, keepdim=True) + EPS)
+    expected = torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2) @ mixer.out_proj.weight.T
+    close(mixer(x, None, None)[0], expected)
+
+
+def test_linear_attention_is_a_state_space_that_forgets_nothing() -> None:
+    """A = 0 and dt = 1, so A_bar = 1; B = k and C = q: what is written and read depends on the token."""
+    q, k, v = draw(2, 70, 1, 4, seed=1), draw(2, 70, 1, 4, seed=2), draw(2, 70, 1, 3, seed=3)
+    start = draw(2, 1, 4, 3, seed=4)
+    y, state = accumulate(q, k, v, start)
+    A, dt = torch.zeros(3, 4, dtype=torch.float64), torch.ones(2, 70, 3, dtype=torch.float64)
+    expected, h = selective_scan_ref(v[:, :, 0], dt, A, k[:, :, 0], q[:, :, 0], initial_state=start[:, 0].mT)
+    close(y[:, :, 0], expected)
+    close(state[:, 0], h.mT)
+
+
+def test_positions_are_those_of_the_transformer() -> None:
+    sines, cosines = sinusoids(torch.arange(3, 50), 12).chunk(2, -1)
+    close(torch.stack([sines, cosines], -1).flatten(1), transformer_sinusoids(3, 50, 12))
+
+
+# the gated attention unit
+
+
+def test_a_gau_is_its_equations() -> None:
+    """The bias as two vectors that are turned, the sums as sums."""
+    model = stirred(GAU(GAUConfig(**SIZES, d_attention=4, max_positions=50), seeded()))
+    mixer, x = mixer_of(model), draw(1, 9, 8)
+    u, v, z = F.silu(x[0] @ mixer.in_proj.weight.T).split((16, 16, 4), 1)
+    q, k = z * mixer.q_scale + mixer.q_shift, z * mixer.k_scale + mixer.k_shift
+
+    def turned(vector: Tensor, t: int) -> Tensor:
+        pairs = torch.complex(*vector.detach().chunk(2))
+        angles = t * 10000.0 ** -(torch.arange(2, dtype=torch.float64) / 2)
+        return pairs * torch.polar(torch.ones_like(angles), angles)
+
+    rows = []
+    for i in range(9):
+        heard = torch.zeros(16, dtype=torch.float64)
+        for j in range(i + 1):
+            bias = (turned(mixer.bias_a, i) * turned(mixer.bias_b, j).conj()).real.sum()
+            heard = heard + F.relu(q[i] @ k[j] / 50 + bias).square() * v[j]
+        rows.append((u[i] * heard) @ mixer.out_proj.weight.T)
+    close(mixer(x, None, None)[0][0], torch.stack(rows))
+
+
+def test_two_gaus_are_as_large_as_a_transformer_layer() -> None:
+    """3 d e + d s and little else, with e = 2 d about 6 d^2: half of the 12 d^2 of attention and its MLP."""
+    mixer = mixer_of(GAU(GAUConfig(d_model=512, n_layers=1, vocab_size=13), seeded()))
+    weights = sum(parameter.numel() for parameter in mixer.parameters())
+    assert weights == 3 * 512 * 1024 + 512 * 128 + 6 * 128
+    assert abs(weights / 512**2 - 6) < 0.3
+
+
+# H3
+
+
+@pytest.mark.parametrize("d_head", [1, 2])
+def test_an_h3_is_its_equations(d_head: int) -> None:
+    model = stirred(H3(H3Config(**SIZES, d_state=6, d_shift=3, d_head=d_head), seeded()))
+    mixer, x = mixer_of(model), draw(1, 10, 8)
+    q, k, v = (x[0] @ mixer.in_proj.weight.T).detach().chunk(3, 1)
+    shift, D = mixer.shift.detach(), mixer.ssm.D.detach()
+    kernel = mixer.ssm.kernel(10).detach()  # (n_heads, 10)
+    shifted = [sum(shift[:, 2 - lag] * k[t - lag] for lag in range(3) if lag <= t) for t in range(10)]
+    y = torch.zeros(10, 8, dtype=torch.float64)
+    for head in range(8 // d_head):
+        part = slice(head * d_head, (head + 1) * d_head)
+        written = [torch.outer(shifted[t][part], v[t, part]) for t in range(10)]
+        for t in range(10):
+            memory = sum(kernel[head, t - s] * written[s] for s in range(t + 1)) + D[head] * written[t]
+            y[t, part] = q[t, part] @ memory
+    close(mixer(x, None, None)[0][0], y @ mixer.out_proj.weight.T)
+
+
+def test_an_h3_that_forgets_nothing_is_linear_attention() -> None:
+    """No shift, and a state space that only adds up: the sum over the past of (q . k) v, in heads."""
+    model = H3(H3Config(**SIZES, d_state=2, d_shift=1, d_head=4), seeded()).double().eval()
+    mixer, x = mixer_of(model), draw(2, 70, 8)
+    with torch.no_grad():
+        mixer.shift.fill_(1)
+        mixer.ssm.log_A_real.fill_(math.log(1e-13))
+        mixer.ssm.A_imag.zero_()
+        mixer.ssm.D.zero_()
+        mixer.ssm.C.copy_(torch.stack([0.5 / mixer.ssm.dt[:, None], torch.zeros(2, 1)], -1))
+    q, k, v = (t.unflatten(-1, (2, 4)) for t in (x @ mixer.in_proj.weight.T).chunk(3, -1))
+    expected, _ = accumulate(q, k, v, torch.zeros(2, 2, 4, 4, dtype=torch.float64))
+    close(mixer(x, None, None)[0], expected.flatten(2) @ mixer.out_proj.weight.T)
+
+
+def test_rescaled_time_stretches_what_an_h3_remembers() -> None:
+    mixer = mixer_of(H3(H3Config(**SIZES), seeded()))
+    before = mixer.ssm.dt.clone()
+    mixer.rescale_time(2)
+    torch.testing.assert_close(mixer.ssm.dt, 2 * before)
+    with pytest.raises(LongscanError, match="no time step"):
+        mixer_of(tiny("cnn")).rescale_time(2)
+
+
+# Hyena
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_hyena_is_its_equations(order: int) -> None:
+    model = stirred(Hyena(HyenaConfig(**SIZES, order=order, frequency=2.0, max_positions=40), seeded()))
+    mixer, x = mixer_of(model), draw(1, 12, 8)
+    with torch.no_grad():
+        projected = (x[0] @ mixer.in_proj.weight.T).numpy()
+        taps, bias = mixer.conv1d.weight[:, 0].numpy(), mixer.conv1d.bias.numpy()
+        filters, D = mixer.filters(12).numpy(), mixer.D.numpy()
+    channels = projected.shape[1]
+    short = [np.convolve(projected[:, c], taps[c, ::-1])[:12] + bias[c] for c in range(channels)]
+    *gates, v = np.split(np.stack(short, 1), order + 1, 1)
+    for i in range(1, order):
+        v = gates[order - i] * v
+        long = [np.convolve(v[:, c], filters[i - 1, c])[:12] for c in range(8)]
+        v = np.stack(long, 1) + D[i - 1] * v
+    expected = torch.from_numpy(gates[0] * v) @ mixer.out_proj.weight.T
+    close(mixer(x, None, None)[0][0], expected)
+
+
+def test_filters_are_functions_of_time_that_fade() -> None:
+    mixer = mixer_of(Hyena(HyenaConfig(**SIZES, max_positions=300), seeded()))
+    filters = mixer.filters(300)
+    assert torch.equal(mixer.filters(40), filters[:, :, :40])
+    bound = mixer.filter_out.abs().sum(1)  # sines are at most 1
+    t = torch.arange(300) / 300
+    for channel, share in ((0, 1.5), (7, 0.3)):
+        window = 0.01 ** (t / share)
+        assert (filters[0, channel].abs() <= bound[channel] * window * (1 + 1e-5)).all()
+
+
+def test_kept_filters_follow_the_weights() -> None:
+    model, ids = tiny("hyena"), torch.randint(0, 13, (1, 9), generator=seeded(2))
+    for _ in range(2):
+        state = model.init_state(1)
+        for t in range(9):
+            logits, _ = model.step(ids[:, t], state)
+        torch.testing.assert_close(logits, model(ids).logits[:, -1], rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            mixer_of(model).filter_out.mul_(-3)
+
+
+@pytest.mark.parametrize("name", ["gau", "hyena"])
+def test_texts_longer_than_it_was_made_for(name: str) -> None:
+    model, ids = tiny(name, max_positions=8), torch.zeros(1, 9, dtype=torch.long)
+    assert model.max_positions == 8
+    with pytest.warns(UserWarning, match="longer than the 8 positions"):
+        model(ids)
+    _, state = model.prefill(ids[:, :8])
+    with pytest.warns(UserWarning, match="longer than the 8 positions"):
+        model.step(ids[:, 0], state)
+    model(ids, seq_idx=torch.tensor([[0] * 5 + [1] * 4]))  # two short ones
+
+
+@each
+def test_a_state_of_other_rows_is_refused(name: str) -> None:
+    model = tiny(name)
+    with pytest.raises(ValueError, match=r"state: expected .*2.* got .*3"):
+        model(torch.zeros(2, 3, dtype=torch.long), state=model.init_state(3))
+
+
+@each
+def test_what_sets_time_scales_does_not_decay(name: str) -> None:
+    model = tiny(name)
+    still = {id(parameter) for parameter in model.param_groups(0.1)[1]["params"]}
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    assert all(id(m.get_parameter(p)) in still for m in mixers for p in m.recurrence)
