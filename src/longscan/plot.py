@@ -1,42 +1,38 @@
-"""`longscan plot`: where a translator looks, what positions are, how long sentences fare; and loss curves.
-
-Figures are PNG, SVG or PDF files; matplotlib is an extra and is imported only when something is drawn.
-"""
+"""`longscan plot`: where a translator looks, what positions are, how long sentences fare; and loss curves."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
 from torch import Tensor
 
+from longscan import plot_memory
 from longscan.checkpoint import load_translator
+from longscan.drawing import (
+    BLUE,
+    COLOURS,
+    DIVERGING,
+    MARKERS,
+    SEQUENTIAL,
+    VERMILION,
+    Out,
+    check_out,
+    new_figure,
+    save_figure,
+    tidy,
+)
 from longscan.errors import LongscanError, UsageError
-from longscan.files import atomic_file, read_json
+from longscan.files import read_json
 from longscan.models.transformer import sinusoids
 from longscan.pairs import rows
 from longscan.translation import translate
 from longscan.words import group
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 __all__ = ["commands", "plot_bleu", "plot_losses", "plot_positions", "plot_weights"]
-
-# the Okabe-Ito palette, which readers with any common colour blindness tell apart; in print, markers do
-BLUE, VERMILION = "#0072B2", "#D55E00"
-COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P")
-SEQUENTIAL, DIVERGING = "cividis", "PuOr"  # of matplotlib's maps, two that are safe in the same sense
-FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Droid Sans Fallback")  # for Chinese
-SUFFIXES = (".png", ".svg", ".pdf")
-
-Out = Annotated[Path, typer.Option(help="The figure to write: .png, .svg or .pdf.")]
 
 
 def plot_losses(
@@ -60,7 +56,7 @@ def plot_losses(
     records = list(metrics)
     losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
     valid = [(record["step"], record[valid_key]) for record in records if valid_key in record]
-    figure = _figure(7.0, 6.0 if valid else 3.5)
+    figure = new_figure(7.0, 6.0 if valid else 3.5)
     panels = figure.subplots(2 if valid else 1, 1, sharex=True, squeeze=False)[:, 0]
     panels[0].plot(*_columns(losses), color=BLUE, alpha=0.3, linewidth=0.8, label="each step")
     panels[0].plot(*_columns(_smooth(losses)), color=BLUE, linewidth=1.6, label="smoothed")
@@ -73,7 +69,7 @@ def plot_losses(
         panels[1].set_title(f"lowest {best:.3f} at step {step:,}", fontsize="medium", loc="right")
     panels[-1].set_xlabel("step")
     for panel in panels:
-        _tidy(panel)
+        tidy(panel)
     figure.savefig(path, dpi=150)
 
 
@@ -95,7 +91,7 @@ def plot_weights(
     columns = min(len(panels), 4)
     lines = -(-len(panels) // columns)
     width, height = 1.2 + 0.32 * len(source), 1.2 + 0.26 * len(target)
-    figure = _figure(max(4.0, columns * width + 0.8), max(2.5, lines * height + 0.4))
+    figure = new_figure(max(4.0, columns * width + 0.8), max(2.5, lines * height + 0.4))
     axes = figure.subplots(lines, columns, squeeze=False)
     figure.suptitle(title, fontsize="medium")
     for ax in axes.flat[len(panels) :]:
@@ -112,7 +108,7 @@ def plot_weights(
         if place % columns == 0:
             ax.set_ylabel("looking")
     figure.colorbar(image, ax=axes, label="attention weight", shrink=0.8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_positions(d_model: int, length: int, path: Path) -> None:
@@ -128,7 +124,7 @@ def plot_positions(d_model: int, length: int, path: Path) -> None:
     """
     table = sinusoids(0, length, d_model)
     products = table @ table.mT / (d_model / 2)  # a vector with itself gives d_model / 2
-    figure = _figure(13.0, 4.0)
+    figure = new_figure(13.0, 4.0)
     left, middle, right = figure.subplots(1, 3)
     image = left.imshow(
         table.numpy(), cmap=DIVERGING, vmin=-1, vmax=1, aspect="auto", interpolation="nearest"
@@ -149,9 +145,9 @@ def plot_positions(d_model: int, length: int, path: Path) -> None:
         xlabel="distance",
         ylabel="dot product, over $d_{model}/2$",
     )
-    _tidy(right)
+    tidy(right)
     right.legend(frameon=False, fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_bleu(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -164,7 +160,7 @@ def plot_bleu(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     Raises:
         LongscanError: matplotlib is not installed.
     """
-    figure = _figure(7.0, 4.5)
+    figure = new_figure(7.0, 4.5)
     ax = figure.subplots()
     ticks: dict[float, str] = {}
     for place, (name, report) in enumerate(reports.items()):
@@ -184,9 +180,9 @@ def plot_bleu(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     ax.set_xticks(list(ticks), list(ticks.values()), fontsize="small")
     ax.set(xlabel="words in the source sentence", ylabel="BLEU")
     ax.set_ylim(bottom=0)
-    _tidy(ax)
+    tidy(ax)
     ax.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def alignment(
@@ -205,7 +201,7 @@ def alignment(
         UsageError: there is no such layer, or the figure has no format.
         LongscanError: the model has no attention, or a file can't be read or written.
     """
-    _check_out(out)
+    check_out(out)
     weights, sides = _look(model, sentence, target, pieces)
     name = _pick(weights, "cross", layer)
     plot_weights({name: weights[name].mean(0)}, *sides["cross"], out, Path(model).resolve().parent.name)
@@ -230,7 +226,7 @@ def attention(
         UsageError: there is no such part or layer, or the figure has no format.
         LongscanError: the model has no attention, or a file can't be read or written.
     """
-    _check_out(out)
+    check_out(out)
     weights, sides = _look(model, sentence, target, pieces)
     name = _pick(weights, part, layer)
     panels = {f"head {number}": head for number, head in enumerate(weights[name])}
@@ -248,7 +244,7 @@ def positions(
     Raises:
         UsageError: a number makes no sense, or the figure has no format.
     """
-    _check_out(out)
+    check_out(out)
     if d_model < 2 or d_model % 2:
         raise UsageError(f"--d-model: expected an even number of 2 or more, got {d_model}.")
     if not 2 <= length <= 5000:
@@ -267,7 +263,7 @@ def bleu(
         UsageError: the figure has no format.
         LongscanError: a file is something else.
     """
-    _check_out(out)
+    check_out(out)
     reports = {file.stem: read_json(file) for file in files}
     for file, report in zip(files, reports.values(), strict=False):
         if not {"by_length", "bleu"} <= report.keys():
@@ -276,7 +272,13 @@ def bleu(
     typer.echo(f"wrote {out}")
 
 
-commands = {"alignment": alignment, "attention": attention, "positions": positions, "bleu": bleu}
+commands = {
+    "alignment": alignment,
+    "attention": attention,
+    "positions": positions,
+    "bleu": bleu,
+    **plot_memory.commands,
+}
 
 
 def _look(
@@ -312,43 +314,6 @@ def _pick(weights: Mapping[str, Tensor], part: str, layer: int | None) -> str:
     if layer is not None and not -len(names) <= layer < len(names):
         raise UsageError(f"--layer: expected 0 to {len(names) - 1}, got {layer}.")
     return names[-1 if layer is None else layer]
-
-
-def _check_out(path: Path) -> None:
-    """Refuse a figure that could not be written."""
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"--out: expected a name that ends in {', '.join(SUFFIXES)}, got {path}.")
-    if not path.absolute().parent.is_dir():
-        raise LongscanError(f"--out: there is no directory {path.absolute().parent}.")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """Write a figure, whole or not at all, in a font that has the characters if there is one."""
-    from matplotlib import font_manager, rc_context
-
-    known = set(font_manager.fontManager.get_font_names())
-    family = ["DejaVu Sans", *(name for name in FONTS if name in known)]
-    with warnings.catch_warnings(), rc_context({"font.family": family, "svg.fonttype": "none"}):
-        warnings.filterwarnings("ignore", "Glyph")  # SVG files leave the font to the reader
-        for text in figure.findobj(lambda artist: hasattr(artist, "set_fontfamily")):
-            text.set_fontfamily(family)  # type: ignore[attr-defined]
-        with atomic_file(path) as temporary:
-            figure.savefig(temporary, dpi=150, format=path.suffix[1:])
-
-
-def _tidy(ax: Axes) -> None:
-    """Take away what says nothing."""
-    ax.grid(alpha=0.25)
-    ax.spines[["top", "right"]].set_visible(False)
-
-
-def _figure(width: float, height: float) -> Figure:
-    """Return an empty figure of the given size in inches, drawn without any display."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise LongscanError("figures need matplotlib: pip install matplotlib") from error
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:

@@ -1,0 +1,177 @@
+"""`longscan remember`: put a signal into a few coefficients, online, and tell it from them."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, cast, get_args
+
+import torch
+import typer
+
+from longscan import ops
+from longscan.config import nearest
+from longscan.drawing import check_out
+from longscan.errors import LongscanError, UsageError
+from longscan.models.hippo import MEASURES
+from longscan.models.memory import Memory
+from longscan.plot_memory import Trace, plot_memory
+from longscan.signals import TESTS, Signal, open_signal
+
+__all__ = ["Remembered", "command", "remember"]
+
+MAX_N = 1024
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What became of a signal.
+
+    Attributes:
+        memory: after the last sample.
+        seconds: the time it took to take the signal in, reading it included.
+        samples: how many of them can be told.
+        energy: mean square of these.
+        error: mean square of what is told wrongly.
+        trace: what is told.
+    """
+
+    memory: Memory
+    seconds: float
+    samples: int
+    energy: float
+    error: float
+    trace: Trace
+
+
+def remember(signal: Signal, memory: Memory) -> Remembered:
+    """Compress a signal, then tell it, piece by piece: memory does not grow with its length.
+
+    Args:
+        signal: of at least one sample.
+        memory: an empty one of one channel.
+
+    Returns:
+        The coefficients, the error and what it took.
+
+    Raises:
+        LongscanError: the signal can't be read or is not finite.
+    """
+    start = time.perf_counter()
+    for _, samples in signal.pieces():
+        memory.write(samples)
+    seconds, oldest = time.perf_counter() - start, memory.oldest
+    trace, energy, error = Trace.empty(signal.length, signal.rate), 0.0, 0.0
+    for begin, samples in signal.pieces(start=oldest):
+        told = memory.reconstruct(torch.arange(begin, begin + len(samples)))[0]
+        energy += float(samples.double().square().sum())
+        error += float((told - samples).square().sum())
+        trace.add(begin, told, signal.length)
+    count = signal.length - oldest
+    return Remembered(memory, seconds, count, energy / count, error / count, trace)
+
+
+def command(
+    source: Annotated[
+        str, typer.Argument(metavar="SIGNAL", help=f"A .wav, .csv or .npy file, or {', '.join(TESTS)}.")
+    ],
+    n: Annotated[
+        list[int] | None, typer.Option(help="Coefficients, 64 if not given; several to compare.")
+    ] = None,
+    measure: Annotated[str, typer.Option(help=f"What of the past counts: {', '.join(MEASURES)}.")] = "legs",
+    window: Annotated[
+        float | None, typer.Option(help="Seconds that the others than legs look back; all if not given.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="How legs takes a step: bilinear, zoh, ...")] = "bilinear",
+    rate: Annotated[
+        float | None, typer.Option(help="Samples per second, where the file does not say.")
+    ] = None,
+    channel: Annotated[int, typer.Option(help="Of a file of several, from 0; in tables the column.")] = 0,
+    samples: Annotated[int, typer.Option(help="Length of a test signal.")] = 10_000,
+    out: Annotated[Path, typer.Option(help="The figure to write: .png, .svg or .pdf.")] = Path(
+        "remember.png"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Compress a signal into a few coefficients as it comes in, tell it from them, and draw both.
+
+    The coefficients are those of the best approximation of the whole past (legs, lagt) or of a window (legt,
+    fourier) that HiPPO keeps up to date sample by sample, in memory that does not grow.
+
+    Raises:
+        UsageError: a value makes no sense.
+        LongscanError: the signal can't be read, is empty or not finite.
+    """
+    check_out(out)
+    sizes = n or [64]
+    _check(sizes, measure, method, samples)
+    signal = open_signal(source, channel=channel, rate=rate, length=samples)
+    reach = signal.length if window is None else window * signal.rate
+    if not 1 <= reach < float("inf"):
+        raise UsageError(f"--window: expected at least one sample, {1 / signal.rate:g} s, got {window} s.")
+    found = {
+        f"N = {size}": remember(
+            signal, Memory(size, measure, window=reach, method=cast(ops.LegsMethod, method))
+        )
+        for size in dict.fromkeys(sizes)
+    }
+    rows = [_row(signal, each) for each in found.values()]
+    if find_spec("matplotlib") is not None:
+        shown = Trace.empty(signal.length, signal.rate)
+        for begin, piece in signal.pieces():
+            shown.add(begin, piece, signal.length)
+        traces = {name: each.trace for name, each in found.items()}
+        coefficients = {name: each.memory.coefficients[0] for name, each in found.items()}
+        plot_memory(shown, traces, coefficients, out, f"{signal.name} through {measure}")
+        wrote = f"wrote {out}"
+    else:
+        wrote = f"no {out}: figures need matplotlib: pip install matplotlib"
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    seconds = signal.length / signal.rate
+    typer.echo(f"{signal.name} · {signal.length:,} samples, {signal.rate:,g} a second, {seconds:,.2f} s")
+    for row in rows:
+        typer.echo(
+            f"{measure} N = {row['n']:<4}  MSE {row['mse']:.3g} of {row['energy']:.3g} "
+            f"({100 * row['mse'] / max(row['energy'], 1e-300):.2g} %)   "
+            f"{row['samples_per_second']:,.0f} samples/s, {row['times_real_time']:,.0f} × real time"
+        )
+    typer.echo(wrote)
+
+
+def _check(sizes: list[int], measure: str, method: str, samples: int) -> None:
+    """Refuse values that make no sense."""
+    if measure not in MEASURES:
+        raise UsageError(f"--measure: there is no {measure!r}{nearest(measure, MEASURES)}")
+    for size in sizes:
+        if not 1 <= size <= MAX_N:
+            raise UsageError(f"--n: expected 1 to {MAX_N:,} coefficients, got {size}.")
+    if method not in get_args(ops.LegsMethod):
+        raise UsageError(f"--method: expected one of {', '.join(get_args(ops.LegsMethod))}, got {method!r}.")
+    if samples < 1:
+        raise UsageError(f"--samples: expected at least 1, got {samples}.")
+
+
+def _row(signal: Signal, found: Remembered) -> dict[str, Any]:
+    """Return what there is to say, for programs."""
+    memory = found.memory
+    if not memory.coefficients.isfinite().all():
+        raise LongscanError(f"{signal.name}: the coefficients overflow; take another --method.")
+    return {
+        "signal": signal.name,
+        "samples": signal.length,
+        "rate": signal.rate,
+        "measure": memory.measure,
+        "n": memory.n,
+        "told_from": memory.oldest / signal.rate,
+        "mse": found.error,
+        "energy": found.energy,
+        "seconds": found.seconds,
+        "samples_per_second": signal.length / found.seconds,
+        "times_real_time": signal.length / signal.rate / found.seconds,
+        "coefficients": memory.coefficients[0].tolist(),
+    }
