@@ -10,7 +10,7 @@ beside its scales: `...in_proj.weight`, `...in_proj.scale`. All else in such a f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
@@ -31,10 +31,8 @@ from longscan.models import (
     LanguageModelConfig,
     MambaConfig,
     Model,
-    ModelEntry,
     ModelKind,
     Translator,
-    entry_of,
 )
 from longscan.models.layers import WeightOnly
 from longscan.models.quantized import kind_of, quantize_model, store_like
@@ -181,8 +179,8 @@ def read_model(
         )
     tensors = entry.rename(read_weights(directory, quantised=stored is not None))
     if stored:
-        return _assemble_quantised(directory, entry, config, tensors, stored)
-    return assemble(directory, entry, config, tensors, dtype)
+        return _assemble_quantised(directory, entry.cls, config, tensors, stored)
+    return assemble(directory, entry.cls, config, tensors, dtype)
 
 
 def save(
@@ -309,13 +307,13 @@ def _at(model: LanguageModel, precision: Precision | None) -> LanguageModel:
 
 def _assemble_quantised(
     directory: Path,
-    entry: ModelEntry,
+    cls: Callable[..., Model],
     config: Config,
     tensors: dict[str, Tensor],
     kind: ops.Kind,
 ) -> Model:
     """Build a model around stored tensors, for inference."""
-    model = assemble(directory, entry, config, tensors, torch.float32, kind)
+    model = assemble(directory, cls, config, tensors, torch.float32, kind)
     if (found := precision_of(model)) != kind:
         raise LongscanError(
             f"{directory}: config.json says {kind}, the weights are {found}. Fetch both again."
@@ -325,7 +323,7 @@ def _assemble_quantised(
 
 def assemble(
     directory: Path,
-    entry: ModelEntry,
+    cls: Callable[..., Model],
     config: Config,
     tensors: dict[str, Tensor],
     dtype: torch.dtype | None,
@@ -335,7 +333,7 @@ def assemble(
 
     Args:
         directory: where they are from, for messages.
-        entry: the model's.
+        cls: the model.
         config: its sizes.
         tensors: under our names; a head that repeats the embedding is taken out of them.
         dtype: of the weights; None keeps theirs.
@@ -353,7 +351,7 @@ def assemble(
             f"{directory}: config.json says {n_layers:,} layers, {len(tensors)} tensors are there."
         )
     largest = max(tensors.values(), key=Tensor.numel, default=torch.empty(0))
-    model = _blank(directory, entry, config, dtype or largest.dtype)
+    model = _blank(directory, cls, config, dtype or largest.dtype)
     _drop_tied_head(directory, config, tensors)
     if kind:
         try:
@@ -380,11 +378,11 @@ def _drop_tied_head(directory: Path, config: Config, tensors: dict[str, Tensor])
         del tensors[HEAD]
 
 
-def _blank(directory: Path, entry: ModelEntry, config: Config, dtype: torch.dtype) -> Model:
+def _blank(directory: Path, cls: Callable[..., Model], config: Config, dtype: torch.dtype) -> Model:
     """Build a model of shapes and types, without memory; which parameters stay wide is the model's affair."""
     try:
         with torch.device("meta"):
-            model = entry.cls(config)
+            model = cls(config)
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes whose product no machine can address
         raise LongscanError(f"{directory}: the sizes in config.json are impossible ({error}).") from error
     return model.to(dtype)
@@ -430,7 +428,7 @@ def _write(
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if kind is None:
         dtype = dtype or model.dtype
-        like = _blank(directory, entry_of(model), config, dtype).state_dict()
+        like = _blank(directory, type(model), config, dtype).state_dict()
         tensors = {name: tensor.to(like[name].dtype) for name, tensor in tensors.items()}
     elif dtype or layout == "official":
         place = f"a file of {_name(dtype)}" if dtype else "the official layout"

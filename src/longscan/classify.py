@@ -1,14 +1,18 @@
 """`longscan classify`: fine-tune a BERT on labelled texts, measure it, classify with it.
 
+With the name of a language model instead, its blocks are trained on sequences: classify_sequences.py.
+
 The directory of a run (see run.py) holds `start/`, the checkpoint it begins with under its new head, and
 `data/`, the examples, besides: nothing else is needed to resume.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import json
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +24,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longscan.checkpoint import save
+from longscan.classify_sequences import (
+    SequencesConfig,
+    SequencesRun,
+    evaluate_sequences,
+    is_sequence_model,
+    predict_sequences,
+)
 from longscan.encoders import LoadedBert, load_bert
 from longscan.errors import LongscanError, UsageError
 from longscan.examples import (
@@ -38,7 +49,8 @@ from longscan.generate import use_threads
 from longscan.models import Bert, Model
 from longscan.recipe import RunConfig, add_flags, check_device, setting
 from longscan.run import Run
-from longscan.runs import Signals
+from longscan.runs import SETTINGS, Signals, read_settings
+from longscan.tasks import bodies
 from longscan.text_input import read_stdin, tell_cut
 from longscan.wordpiece import Framed
 
@@ -250,28 +262,65 @@ def train(
     recipe: Annotated[Path | None, typer.Option("--config", help="TOML file of settings; flags win.")] = None,
     **settings: Any,
 ) -> None:
-    """Fine-tune a BERT on labelled texts, or resume a run.
+    """Fine-tune a BERT on labelled texts, train any language model's blocks on sequences, or resume a run.
 
-    DATA is a table, a row a line, columns parted by tabs, the first one the label and the second one the text
-    unless --columns says otherwise; or .jsonl with "label" and "text". Both may be .gz or .xz. --out
-    receives checkpoints, metrics.jsonl, loss.png and in the end model/. Ctrl-C stops after the step in hand.
+    With --model DIR of a BERT, DATA is a table, a row a line, columns parted by tabs, the first one the label
+    and the second one the text unless --columns says otherwise; or .jsonl with "label" and "text". Both may
+    be .gz or .xz.
+
+    With --model NAME such as mamba, see `longscan models`, DATA may also be .npz files of x, y and lengths,
+    and folders or tars of .wav files, in a folder for each class or named LABEL_....wav; texts are read as
+    bytes. There --lr is 0.003 unless given, --epochs 20, and --seq-len without end.
+
+    --out receives checkpoints, metrics.jsonl, loss.png and in the end model/. Ctrl-C stops after the step in
+    hand.
 
     Args:
         data: what to train on.
         out: the new run's directory.
         resume_from: an earlier run's.
         recipe: settings in a file.
-        settings: one flag for each field of ClassifyConfig.
+        settings: one flag for each field of ClassifyConfig and SequencesConfig.
 
     Raises:
         UsageError: flags that contradict each other or have impossible values.
     """
-    result = ClassifyRun.serve(out, resume_from, recipe, {"data": data, **settings})
+    given = {"data": data, **settings}
+    found = _recipe(recipe) if resume_from is None else _settings(resume_from)
+    sequences = (settings["model"] or found.get("model")) in bodies()
+    run: type[Run[Any]] = SequencesRun if sequences else ClassifyRun
+    fields = {entry.name for entry in dataclasses.fields(run.settings)}
+    for name, value in given.items():
+        if name not in fields and value not in (None, []):
+            other = "a BERT" if sequences else "the blocks of a language model, --model NAME"
+            raise UsageError(f"--{name.replace('_', '-')}: only {other} has it. Leave it out.")
+    given = {name: value for name, value in given.items() if name in fields}
+    result = run.serve(out, resume_from, recipe, given)
     place = result.directory / "model"
-    typer.echo(f'trained {result.total:,} steps · try: longscan classify predict {place} "..."')
+    rest = "FILE" if sequences else '"..."'
+    typer.echo(f"trained {result.total:,} steps · try: longscan classify predict {place} {rest}")
 
 
-add_flags(train, ClassifyConfig)
+@dataclass(frozen=True, kw_only=True)
+class _Flags(ClassifyConfig, SequencesConfig):
+    """What either kind of run is told."""
+
+
+add_flags(train, _Flags)
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    """Return what a run was told; if there is none, it is for the run to say so."""
+    return read_settings(directory, ClassifyRun.verb) if (directory / SETTINGS).is_file() else {}
+
+
+def _recipe(path: Path | None) -> dict[str, Any]:
+    """Return what a recipe says; if it is none, it is for the run to say so."""
+    try:
+        return {} if path is None else tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A classifier's directory.")]
 SeqLen = Annotated[int | None, typer.Option(help="Cut texts at so many tokens; the model's limit if None.")]
@@ -290,16 +339,24 @@ def evaluate(
         typer.Option(help="Also score TF-IDF and logistic regression, trained on this file. Repeatable."),
     ] = None,
     seq_len: SeqLen = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="Regular expression whose group is the label in a sound's path.")
+    ] = None,
     as_json: AsJson = False,
     threads: Threads = None,
 ) -> None:
-    """Accuracy and F1 on labelled texts, also by class.
+    """Accuracy and F1 on labelled texts, also by class; or on sequences.
 
     Raises:
         UsageError: a flag has an impossible value.
         LongscanError: the model or a file can't be read, or a label was not in the training data.
     """
     use_threads(threads)
+    if is_sequence_model(model):
+        _refuse(model, baseline=baseline, seq_len=seq_len)
+        evaluate_sequences(model, files, columns, pattern, as_json)
+        return
+    _refuse(model, pattern=pattern)
     examples = read_examples(files, columns)
     found = load_classifier(model)
     labels = found.model.config.labels
@@ -331,13 +388,16 @@ def evaluate(
 
 def predict_texts(
     model: ModelArgument,
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts; without, the lines of stdin.")] = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(help="Texts; without, the lines of stdin. For a model of sequences: files of them."),
+    ] = None,
     pairs: Annotated[bool, typer.Option("--pairs", help="Each is a pair of texts, parted by a tab.")] = False,
     seq_len: SeqLen = None,
     as_json: AsJson = False,
     threads: Threads = None,
 ) -> None:
-    """Tell the classes of texts, or of the lines of stdin.
+    """Tell the classes of texts, or of the lines of stdin; or of sequences.
 
     A line each: the class, its probability, the text, parted by tabs; with --json all probabilities.
 
@@ -346,6 +406,10 @@ def predict_texts(
         LongscanError: the model can't be read, or a text is no pair.
     """
     use_threads(threads)
+    if is_sequence_model(model):
+        _refuse(model, pairs=pairs, seq_len=seq_len)
+        predict_sequences(model, texts or [], as_json)
+        return
     found = load_classifier(model)
     texts = texts or read_stdin()
     if not texts:
@@ -399,6 +463,13 @@ def tfidf(train: Sequence[Example], test: Sequence[Example], labels: Sequence[st
     search.fit(counts, number_labels(train, labels))
     answers: list[int] = search.predict(words.transform([_whole(example) for example in test])).tolist()
     return answers
+
+
+def _refuse(model: str, **flags: Any) -> None:
+    """Refuse flags that say nothing to a model."""
+    for name, value in flags.items():
+        if value:
+            raise UsageError(f"--{name.replace('_', '-')}: {model} has no use for it. Leave it out.")
 
 
 def _whole(example: Example) -> str:

@@ -118,7 +118,7 @@ def load_bert(
         small = config.replace(n_layers=1, d_ff=1, max_positions=1, n_types=1)  # the parts have no such sizes
         start = Bert(small, generator).state_dict()
         tensors |= {name: tensor for name, tensor in start.items() if name.startswith(fresh)}
-    model = assemble(directory, MODELS["bert"], config, tensors, torch.float32)
+    model = assemble(directory, Bert, config, tensors, torch.float32)
     assert isinstance(model, Bert)
     return LoadedBert(model, tokenizer, fresh, directory)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import os
 import time
@@ -153,6 +154,7 @@ class FreshConfig(RunConfig):
     preset: str = setting("tiny", "Size of the model; the next flags change it.")
     d_model: int | None = setting(None, "Width.", size=True)
     n_layers: int | None = setting(None, "Layers.", size=True)
+    option: tuple[str, ...] = setting((), "NAME=VALUE, any other field of the model's Config. Repeatable.")
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be."""
@@ -161,9 +163,27 @@ class FreshConfig(RunConfig):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """The fields of the model's Config that are given."""
+        """The fields of the model's Config that have a flag and are given."""
         names = [entry.name for entry in fields(self) if entry.metadata.get("size")]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields of the model's Config that are given as text.
+
+        Raises:
+            UsageError: a text is something else.
+        """
+        found: dict[str, Any] = {}
+        for option in self.option:
+            name, equals, value = option.partition("=")
+            if not equals or not name:
+                raise UsageError(f"option: expected NAME=VALUE such as d_state=16, got {option!r}.")
+            try:
+                found[name] = json.loads(value)
+            except ValueError:
+                found[name] = value
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,7 +393,8 @@ def model_settings(config: FreshConfig, vocab_size: int) -> Config:
         raise UsageError(f"--preset: {config.model} has no preset {config.preset!r}{close}")
     check_device(config.device)
     try:
-        return entry.config.from_dict({**presets[config.preset], "vocab_size": vocab_size, **config.sizes})
+        sizes = {**presets[config.preset], "vocab_size": vocab_size, **config.sizes, **config.options}
+        return entry.config.from_dict(sizes)
     except LongscanError as error:
         raise UsageError(str(error)) from error
 

@@ -189,7 +189,7 @@ class Run(ABC, Generic[C]):
             remedy = f"It would happen again: start anew with a lower --lr (this run: {self.config.lr:g})."
             raise LongscanError(f"{error}\n{self._last_good()} {remedy}") from error
         except (LongscanError, OSError, SafetensorError) as error:
-            remedy = f"Put it right and continue with: longscan {self.verb} --resume {self.directory}"
+            remedy = f"Put it right and continue with: {self.again(self.directory)}"
             raise LongscanError(f"{_words(error)}\n{self._last_good()} {remedy}") from error
         finally:
             self.metrics.close()
@@ -200,6 +200,15 @@ class Run(ABC, Generic[C]):
             stopped_by=None if self._complete() else signals.received,
             valid=self.metrics.last(self.valid_key),
         )
+
+    @classmethod
+    def again(cls, directory: Path) -> str:
+        """Return the command that goes on with a run.
+
+        Args:
+            directory: the run's.
+        """
+        return f"longscan {cls.verb} --resume {directory}"
 
     @classmethod
     def begin(cls, config: C, out: str | Path, display: Display | None = None) -> RunResult:
@@ -297,7 +306,7 @@ class Run(ABC, Generic[C]):
             torch.manual_seed(config.seed)
             result = cls.begin(config, out, Terminal(config.log_every))
         if result.stopped_by is not None:
-            remedy = f"continue with: longscan {cls.verb} --resume {result.directory}"
+            remedy = f"continue with: {cls.again(result.directory)}"
             typer.echo(f"stopped after step {result.step:,}; {remedy}", err=True)
             raise typer.Exit(130 if result.stopped_by == signal.SIGINT else 0)
         return result

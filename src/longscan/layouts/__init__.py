@@ -134,5 +134,6 @@ def _read_own(name: str, raw: Mapping[str, Any]) -> Config:
             f"{OWN}: expected version {VERSION} of the layout of a {name}, got {raw.get(OWN)!r}: this file "
             "is of another program, or another longscan. Update it, or make the model again."
         )
-    known = ("model_type", OWN, "dtype", QUANTIZATION)
+    ends = ("bos_token_id", "eos_token_id", "pad_token_id")  # for what generates elsewhere
+    known = ("model_type", OWN, "dtype", QUANTIZATION, *ends)
     return MODELS[name].config.from_dict({key: value for key, value in raw.items() if key not in known})

@@ -1,0 +1,409 @@
+"""`longscan classify` for sequences: train blocks of any language model on signals, images and bytes.
+
+The directory of a run (see run.py) holds `data/`, the sequences, besides: nothing else is needed to resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+import typer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longscan.checkpoint import assemble
+from longscan.errors import LongscanError, UsageError
+from longscan.examples import score, shuffled
+from longscan.files import atomic_directory, read_json, write_json
+from longscan.models import LanguageModelConfig, Model
+from longscan.recipe import FreshConfig, model_settings, setting
+from longscan.run import Run
+from longscan.runs import Signals
+from longscan.sequences import BYTES, Sequences, read_sequences
+from longscan.tasks import SequenceConfig, SequenceModel
+from longscan.weights import read_weights
+
+__all__ = [
+    "SequencesConfig",
+    "SequencesRun",
+    "answers",
+    "evaluate_sequences",
+    "is_sequence_model",
+    "load_sequence_model",
+    "measure",
+    "predict_sequences",
+    "save_sequence_model",
+    "to_rate",
+]
+
+MODEL_TYPE, VERSION = "sequence", 1  # of config.json
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequencesConfig(FreshConfig):
+    """Everything that decides what `longscan classify train --model NAME` computes."""
+
+    KINDS = ("language",)
+    EPOCHS: ClassVar[float] = 20.0
+
+    data: tuple[str, ...] = setting((), "Labelled sequences.", path=True, argument=True)
+    valid: tuple[str, ...] = setting(
+        (), "Held-out file; without it a part of DATA is held out. Repeatable.", path=True
+    )
+    valid_fraction: float = setting(0.1, "Part of DATA held out for validation.")
+    columns: str = setting("1,2", "Where label, text (and the other text of a pair) stand in a table.")
+    pattern: str | None = setting(None, "Regular expression whose group is the label in a sound's path.")
+    model: str = setting("mamba", "Whose blocks, see `longscan models`.")
+    bidirectional: bool = setting(False, "Give each block a second mixer, which reads backwards.")
+    pooling: Literal["mean", "last"] = setting("mean", "What the head reads of a sequence.")
+    dropout: float = setting(0.1, "Share of what a block adds that is left out.")
+
+    seq_len: int | None = setting(None, "Samples of a sequence; longer ones are cut.")
+    batch_size: int = setting(32, "Sequences in a forward pass.")
+    accumulate: int = setting(1, "Forward passes in a step.")
+    weight_decay: float = setting(0.01, "AdamW's decay of the matrices.")
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, each by its name."""
+        super().__post_init__()
+        self.check_least(1, "batch_size", "accumulate", "seq_len")
+        self.check_fractions("valid_fraction", "dropout")
+
+
+class _Part(NamedTuple):
+    """What a forward pass reads."""
+
+    x: Tensor  # (batch, seq_len, d_input) or (batch, seq_len)
+    lengths: Tensor  # (batch,)
+    truth: Tensor  # (batch,) or (batch, n_outputs)
+
+
+class SequencesRun(Run[SequencesConfig]):
+    """Trains a model to tell what a sequence is."""
+
+    verb = "classify train"
+    settings = SequencesConfig
+    valid_key, valid_unit = "valid_loss", "nats/sequence"
+    model: SequenceModel
+
+    def prepare(self) -> tuple[Model, int]:
+        """Read the sequences, or what the run made of them before, and make the model."""
+        config = self.config
+        place = self.directory / "data"
+        if not place.is_dir():
+            self._prepare(place)
+        self.train, self.valid = (read_sequences([place / f"{name}.npz"]) for name in ("train", "valid"))
+        self.rows = config.batch_size * config.accumulate
+        self.plan: tuple[int, list[list[int]]] = -1, []  # an epoch and its batches
+        self.identity = hashlib.sha256((place / "train.npz").read_bytes()).hexdigest()
+        self.model = SequenceModel(self._configure(), torch.Generator().manual_seed(config.seed))
+        self.model.to(config.device)
+        return self.model, config.total_steps(self._steps)
+
+    @property
+    def _steps(self) -> int:
+        """Steps in an epoch."""
+        return -(-len(self.train) // self.rows)
+
+    def introduce(self) -> None:
+        """Say what is trained on what."""
+        train, config = self.train, self.model.config
+        kind = f"{len(config.labels)} classes" if config.labels else f"{config.n_outputs} numbers"
+        low, high = int(train.lengths.min()), int(train.lengths.max())
+        span = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        channels = f" × {config.d_input} channels" if config.d_input else ""
+        steps = f"{span} steps{channels}"
+        self.display.line(
+            f"data       {len(train):,} sequences of {steps}, {kind}, {len(self.valid):,} held out"
+        )
+        self.display.line(
+            f"model      {config.body}, {self.model.num_parameters() / 1e6:.3f} M parameters, "
+            f"{self.trainer.total:,} steps of {self.rows} sequences "
+            f"({self.trainer.total / self._steps:.3g} epochs)"
+        )
+
+    def batch(self, step: int) -> list[tuple[_Part, int]]:
+        """Return the sequences of a step in parts."""
+        epoch, place = divmod(step, self._steps)
+        if self.plan[0] != epoch:
+            self.plan = epoch, shuffled(self.train.lengths.tolist(), self.rows, self.config.seed, epoch)
+        chosen, size = self.plan[1][place], self.config.batch_size
+        some = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        return [(_Part(*self.train.batch(numbers)), len(numbers)) for numbers in some]
+
+    def loss(self, model: SequenceModel, part: _Part) -> Tensor:
+        """Return the mean nats of a sequence's class, or the mean square of the error."""
+        x, lengths, truth = (tensor.to(self.config.device) for tensor in part)
+        return model.loss(model(x, lengths), truth)
+
+    def fingerprint(self) -> str:
+        """Identify the sequences trained on."""
+        return self.identity
+
+    def export(self, directory: Path) -> None:
+        """Write the model of the last step."""
+        save_sequence_model(self.model, directory)
+
+    @property
+    def validates(self) -> bool:
+        """Whether sequences are held out."""
+        return len(self.valid) > 0
+
+    def validate(self, signals: Signals, *, last: bool) -> dict[str, Any] | None:
+        """Measure the loss, and the accuracy or the error, on what is held out."""
+        found = measure(self.model, self.valid, self.config.batch_size)
+        self.say(" · ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        return {f"valid_{name}": value for name, value in found.items()}
+
+    def _configure(self) -> SequenceConfig:
+        """Say what model the run trains."""
+        config, train = self.config, self.train
+        largest = 0 if train.d_input else max(int(some.values.max(initial=0)) for some in (train, self.valid))
+        # texts may hold bytes that these don't; what is known of signals is no vocabulary at all
+        body = model_settings(config, max(BYTES, largest + 1) if not train.d_input else 1)
+        assert isinstance(body, LanguageModelConfig)
+        values = train.values.astype(np.float64)
+        return SequenceConfig(
+            body=config.model,
+            body_config=body,
+            n_outputs=train.n_outputs,
+            labels=train.labels,
+            d_input=train.d_input,
+            mean=tuple(values.mean(0).tolist()) if train.d_input else (),
+            std=tuple(np.maximum(values.std(0), 1e-6).tolist()) if train.d_input else (),
+            rate=train.rate,
+            pooling=config.pooling,
+            bidirectional=config.bidirectional,
+            dropout=config.dropout,
+        )
+
+    def _prepare(self, place: Path) -> None:
+        """Read and divide the sequences."""
+        config = self.config
+        if not config.data:
+            raise UsageError("nothing to train on: name files of labelled sequences.")
+        model_settings(config, BYTES)  # a wrong flag is better known before the data are read
+        how: dict[str, Any] = {"pattern": config.pattern, "columns": config.columns}
+        train = read_sequences(config.data, **how)
+        if config.valid:
+            valid = read_sequences(config.valid, split="test", **how)
+        else:
+            train, valid = train.divide(config.valid_fraction)
+        if len(train.labels) == 1:
+            raise LongscanError(
+                f"{train.names[0]}: expected two classes or more, all are {train.labels[0]!r}."
+            )
+        if (valid.d_input, valid.rate) != (train.d_input, train.rate):
+            raise LongscanError(f"{valid.names[0]}: expected channels and rate as in {train.names[0]}.")
+        valid = valid.labelled(train.labels) if len(valid) else valid
+        if config.seq_len and (cut := int((train.lengths > config.seq_len).sum())):
+            self.display.line(f"cut        {cut:,} sequences at {config.seq_len:,} steps")
+        with atomic_directory(place) as temporary:
+            train.cut(config.seq_len).save(temporary / "train.npz")
+            valid.cut(config.seq_len).save(temporary / "valid.npz")
+
+
+@torch.inference_mode()
+def answers(model: SequenceModel, data: Sequences, rows: int = 32) -> Tensor:
+    """Tell what sequences are.
+
+    Args:
+        model: in any mode, which it keeps.
+        data: the sequences.
+        rows: read at a time.
+
+    Returns:
+        (n, n_outputs): log p of the classes, or the numbers.
+    """
+    training = model.training
+    model.eval()
+    found = torch.empty(len(data), model.config.n_outputs)
+    order = np.argsort(data.lengths, kind="stable").tolist()  # about equal lengths: little padding
+    for start in range(0, len(order), rows):
+        numbers = order[start : start + rows]
+        x, lengths, _ = data.batch(numbers)
+        outputs = model(x.to(model.device), lengths.to(model.device)).float().cpu()
+        found[numbers] = outputs.log_softmax(-1) if model.config.labels else outputs
+    model.train(training)
+    return found
+
+
+def measure(model: SequenceModel, data: Sequences, rows: int = 32) -> dict[str, float]:
+    """Measure a model on labelled sequences.
+
+    Args:
+        model: of the same labels.
+        data: the sequences.
+        rows: read at a time.
+
+    Returns:
+        loss, and of classes accuracy and macro_f1, of numbers the root mean square of the error.
+    """
+    found, truth = answers(model, data, rows), torch.from_numpy(data.truth)
+    loss = model.loss(found, truth).item()
+    if not model.config.labels:
+        return {"loss": loss, "rmse": loss**0.5}
+    scores = score(data.truth.tolist(), found.argmax(1).tolist())
+    return {"loss": loss, "accuracy": scores.accuracy, "macro_f1": scores.macro_f1}
+
+
+def to_rate(model: SequenceModel, rate: float | None) -> None:
+    """Make a model read signals of another rate than it was trained on, by longer or shorter time steps.
+
+    Args:
+        model: changed in place, unless the rates are equal or one is unknown.
+        rate: samples per second.
+
+    Raises:
+        LongscanError: its body knows no time.
+    """
+    trained = model.config.rate
+    if rate and trained and rate != trained:
+        try:
+            model.rescale_time(trained / rate)
+        except LongscanError as error:
+            raise LongscanError(
+                f"the signals have {rate:g} samples per second, the model was trained on {trained:g}: {error}"
+            ) from error
+
+
+def is_sequence_model(directory: str | Path) -> bool:
+    """Tell whether a directory holds what `save_sequence_model` wrote.
+
+    Args:
+        directory: of a model.
+    """
+    path = Path(directory) / "config.json"
+    return path.is_file() and read_json(path).get("model_type") == MODEL_TYPE
+
+
+def save_sequence_model(model: SequenceModel, directory: str | Path) -> None:
+    """Write a model directory, whole or not at all.
+
+    Args:
+        model: what to save.
+        directory: created, or replaced if it is a model directory.
+
+    Raises:
+        LongscanError: the directory holds something else.
+        OSError: it cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    fields = {"model_type": MODEL_TYPE, "longscan": VERSION, **model.config.to_dict()}
+    with atomic_directory(directory, marker="config.json") as new:
+        write_json(new / "config.json", fields)
+        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_sequence_model(directory: str | Path) -> SequenceModel:
+    """Load a model that tells what sequences are.
+
+    Args:
+        directory: of a model that `longscan classify train --model NAME` made.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        LongscanError: it is another model, or damaged.
+    """
+    directory = Path(directory)
+    path = directory / "config.json"
+    raw = read_json(path)
+    if raw.get("model_type") != MODEL_TYPE or raw.get("longscan") != VERSION:
+        raise LongscanError(
+            f"{path}: expected a {MODEL_TYPE} model of version {VERSION}, got {raw.get('model_type')!r} of "
+            f"{raw.get('longscan')!r}. Train one: longscan classify train --model NAME FILE --out DIR"
+        )
+    try:
+        config = SequenceConfig.from_dict(
+            {name: value for name, value in raw.items() if name not in ("model_type", "longscan")}
+        )
+    except LongscanError as error:
+        raise LongscanError(f"{path}: {error}") from error
+    tensors = read_weights(directory)
+    if (n_layers := config.body_config.n_layers) > len(
+        tensors
+    ):  # before a loop over layers that aren't there
+        raise LongscanError(f"{path} says {n_layers:,} layers, {len(tensors)} tensors are there.")
+    model = assemble(directory, SequenceModel, config, tensors, torch.float32)
+    assert isinstance(model, SequenceModel)
+    return model
+
+
+def evaluate_sequences(
+    directory: str, files: Sequence[Path], columns: str, pattern: str | None, as_json: bool
+) -> None:
+    """Measure a model on labelled sequences and print it; see `classify evaluate`.
+
+    Args:
+        directory: of the model.
+        files: see `read_sequences`.
+        columns: likewise.
+        pattern: likewise.
+        as_json: for programs.
+    """
+    model = load_sequence_model(directory)
+    data = read_sequences(files, split="test", pattern=pattern, columns=columns)
+    _fit(model, data)
+    found = measure(model, data.labelled(model.config.labels))
+    if as_json:
+        typer.echo(json.dumps({"model": directory, "sequences": len(data), **found}, indent=2))
+    elif model.config.labels:
+        scores = f"accuracy {found['accuracy']:.4f} · macro-F1 {found['macro_f1']:.4f}"
+        typer.echo(f"{scores} · {len(data):,} sequences")
+    else:
+        typer.echo(f"root mean square error {found['rmse']:.6g} · {len(data):,} sequences")
+
+
+def predict_sequences(directory: str, files: Sequence[str], as_json: bool) -> None:
+    """Print what sequences are; see `classify predict`.
+
+    Args:
+        directory: of the model.
+        files: see `read_sequences`; their labels don't count.
+        as_json: for programs.
+
+    Raises:
+        UsageError: there are no files.
+    """
+    if not files:
+        raise UsageError("FILES: expected sequences, as train takes them; this model reads no stdin.")
+    model = load_sequence_model(directory)
+    data, labels = read_sequences(files, split="test"), model.config.labels
+    _fit(model, data)
+    for name, row in zip(data.names, answers(model, data), strict=True):
+        if as_json:
+            said = {"probabilities": dict(zip(labels, row.exp().tolist(), strict=True))} if labels else {}
+            shown = {"label": labels[int(row.argmax())]} if labels else {"numbers": row.tolist()}
+            typer.echo(json.dumps({"name": name, **shown, **said}, ensure_ascii=False))
+        elif labels:
+            typer.echo(f"{labels[int(row.argmax())]}\t{row.exp().max():.4f}\t{name}")
+        else:
+            typer.echo("\t".join([*(f"{number:.6g}" for number in row.tolist()), name]))
+
+
+def _fit(model: SequenceModel, data: Sequences) -> None:
+    """Insist on sequences that a model can read; at another rate it reads by other time steps."""
+    d_input, vocab_size = model.config.d_input, model.config.body_config.vocab_size
+    if data.d_input != d_input:
+        expected, got = (f"{n} channels" if n else "tokens" for n in (d_input, data.d_input))
+        raise LongscanError(f"{data.names[0]}: expected {expected} as in the training data, got {got}.")
+    if not d_input and int(data.values.max()) >= vocab_size:
+        raise LongscanError(
+            f"{data.names[0]}: expected tokens below {vocab_size:,}, got {int(data.values.max()):,}."
+        )
+    if data.rate and model.config.rate and data.rate != model.config.rate:
+        to_rate(model, data.rate)
+        typer.echo(
+            f"{data.rate:g} samples per second instead of {model.config.rate:g}: time steps are "
+            f"{model.config.rate / data.rate:g} times as long",
+            err=True,
+        )

@@ -1,0 +1,415 @@
+"""Labelled sequences: the files they come from, what may be wrong there, the run and the verbs on them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import tarfile
+import wave
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from longscan.classify_sequences import (
+    SequencesConfig,
+    SequencesRun,
+    answers,
+    load_sequence_model,
+    measure,
+    save_sequence_model,
+)
+from longscan.errors import LongscanError, UsageError
+from longscan.sequences import BYTES, Sequences, read_sequences
+
+Cli = Callable[..., Any]
+RATE = 100
+
+
+def write_npz(path: Path, **arrays: Any) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def write_wav(path: Path, samples: np.ndarray, rate: int = RATE) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes((samples * 32767).astype("<i2").tobytes())
+
+
+def tone(pitch: float, length: int, rate: int = RATE) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * pitch * np.arange(length) / rate)
+
+
+def sounds(directory: Path, rate: int = RATE, n: int = 12) -> Path:
+    """Low and high tones of different lengths, in a folder for each class."""
+    for number in range(n):
+        for label, pitch in (("low", 3.0), ("high", 9.0)):
+            write_wav(
+                directory / label / f"{number}.wav", tone(pitch, (50 + number) * rate // RATE, rate), rate
+            )
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sounds(tmp_path_factory.mktemp("sounds"))
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("longscan.run"), "plot_losses", lambda *_: None)
+
+
+# files
+
+
+def test_npz_of_signals_with_lengths(tmp_path: Path) -> None:
+    x = np.arange(2 * 4 * 3, dtype=np.float32).reshape(2, 4, 3)
+    found = read_sequences([write_npz(tmp_path / "a.npz", x=x, y=[7, 10], lengths=[4, 2])])
+    assert found.labels == ("7", "10")
+    assert (found.d_input, found.n_outputs, found.lengths.tolist()) == (3, 2, [4, 2])
+    assert [row.tolist() for row in found.rows] == [x[0].tolist(), x[1, :2].tolist()]
+    assert found.truth.tolist() == [0, 1]
+
+
+def test_npz_in_parts(tmp_path: Path) -> None:
+    x = np.zeros((3, 5), np.float32)
+    path = write_npz(tmp_path / "a.npz", x_train=x, y_train=[0, 1, 1], x_test=x[:2], y_test=[1, 0])
+    assert [len(read_sequences([path], split=split)) for split in ("train", "test")] == [3, 2]
+    assert read_sequences([path]).d_input == 1
+    with pytest.raises(LongscanError, match="expected arrays x and y, or x_valid and y_valid; got x_test"):
+        read_sequences([path], split="valid")
+
+
+def test_images_are_read_pixel_by_pixel(tmp_path: Path) -> None:
+    x = np.arange(2 * 2 * 3, dtype=np.uint8).reshape(2, 2, 3)
+    found = read_sequences([write_npz(tmp_path / "a.npz", x=x, y=["cat", "dog"])])
+    assert found.values[:, 0] == pytest.approx(np.arange(12) / 255)
+    assert (found.lengths.tolist(), found.labels) == ([6, 6], ("cat", "dog"))
+
+
+def test_tokens_and_numbers(tmp_path: Path) -> None:
+    found = read_sequences([write_npz(tmp_path / "a.npz", x=np.array([[1, 2], [0, 5]]), y=[0.5, 1.5])])
+    assert (found.d_input, found.values.tolist()) == (0, [1, 2, 0, 5])
+    assert (found.labels, found.truth.tolist(), found.n_outputs) == ((), [[0.5], [1.5]], 1)
+
+
+def test_texts_are_read_as_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("good\tah\nbad\tö\n", encoding="utf-8")
+    found = read_sequences([tmp_path / "a.tsv"])
+    assert [row.tolist() for row in found.rows] == [[97, 104], [0xC3, 0xB6]]
+    assert (found.labels, found.truth.tolist(), found.names[1][-2:]) == (("bad", "good"), [1, 0], ":2")
+
+
+def test_folders_and_tars_of_sounds(data: Path, tmp_path: Path) -> None:
+    found = read_sequences([data])
+    assert (found.labels, found.rate, len(found)) == (("high", "low"), RATE, 24)
+    assert found.names[0].endswith("high/0.wav")
+    assert found.rows[0][:, 0] == pytest.approx(tone(9.0, 50), abs=1e-4)
+    for name in ("3_ann_0.wav", "3_bob_0.wav", "12_ann_0.wav"):
+        write_wav(tmp_path / "flat" / name, tone(3.0, 20))
+    with tarfile.open(tmp_path / "flat.tar.xz", "w:xz") as tar:
+        tar.add(tmp_path / "flat", "inside")
+    for place in (tmp_path / "flat", tmp_path / "flat.tar.xz"):
+        assert read_sequences([place]).labels == ("3", "12")
+        assert read_sequences([place], pattern=r"_(\w+)_\d").labels == ("ann", "bob")
+    assert read_sequences([tmp_path / "flat" / "12_ann_0.wav"]).labels == ("12",)
+
+
+def test_what_is_saved_is_read_again(data: Path, tmp_path: Path) -> None:
+    found = read_sequences([data])
+    found.save(tmp_path / "a.npz")
+    again = read_sequences([tmp_path / "a.npz"])
+    for name in ("values", "lengths", "truth"):
+        assert np.array_equal(getattr(found, name), getattr(again, name))
+    assert (again.labels, again.names, again.rate) == (found.labels, found.names, found.rate)
+
+
+def corrupt(path: Path) -> None:
+    path.write_bytes(b"PK\x03\x04 no zip")
+
+
+def write_nan(path: Path) -> None:
+    x = np.zeros((3, 4), np.float32)
+    x[1, 2] = np.nan
+    write_npz(path, x=x, y=[0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (corrupt, "is no .npz file"),
+        (write_nan, r"a\.npz:1: the signal has NaN or infinite numbers, 1 samples"),
+        (lambda path: write_npz(path, a=[1]), "expected arrays x and y, or x_train and y_train; got a"),
+        (lambda path: write_npz(path, x=[[1.0]], y=[0, 1]), r"as many y and lengths as x \(1\), got 2"),
+        (lambda path: write_npz(path, x=[[1.0]], y=[0], lengths=[2]), "expected lengths from 1 to 1, got"),
+        (lambda path: write_npz(path, x=[[-1]], y=[0]), "expected tokens from 0 on, got -1"),
+        (lambda path: write_npz(path, x=[["a"]], y=[0]), "expected numbers x"),
+        (lambda path: write_npz(path, x=np.array([[{}]]), y=[0]), "no .npz file of plain arrays"),
+        (
+            lambda path: write_npz(path, x=np.zeros((1, 2, 2, 2)), y=[0]),
+            r"expected x \(n, seq_len, d_input\)",
+        ),
+        (lambda path: write_npz(path, values=[1]), "expected an array 'lengths' beside the others"),
+    ],
+    ids=["zip", "nan", "names", "counts", "lengths", "tokens", "texts", "objects", "axes", "own"],
+)
+def test_bad_arrays(write: Callable[[Path], Any], words: str, tmp_path: Path) -> None:
+    write(tmp_path / "a.npz")
+    with pytest.raises(LongscanError, match=words):
+        read_sequences([tmp_path / "a.npz"])
+
+
+def test_bad_sounds(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(LongscanError, match=r"expected \.wav files there, found none"):
+        read_sequences([tmp_path])
+    with pytest.raises(UsageError, match="no regular expression"):
+        read_sequences([data], pattern="(")
+    with pytest.raises(UsageError, match="expected a group"):
+        read_sequences([data], pattern="low")
+    with pytest.raises(LongscanError, match=r"high/0\.wav has no label: it does not match '\(low\)'"):
+        read_sequences([data], pattern="(low)")
+    write_wav(tmp_path / "slow" / "a_1.wav", tone(3.0, 20, 50), 50)
+    with pytest.raises(LongscanError, match="at 50 samples per second"):
+        read_sequences([data, tmp_path / "slow"])
+    write_wav(tmp_path / "slow" / "b_1.wav", tone(3.0, 20, 50), 25)
+    with pytest.raises(LongscanError, match="expected sounds of one rate"):
+        read_sequences([tmp_path / "slow"])
+    (tmp_path / "slow" / "a_1.wav").write_bytes(b"RIFF, but not much of it")
+    with pytest.raises(LongscanError, match=r"a_1\.wav"):
+        read_sequences([tmp_path / "slow"])
+    (tmp_path / "a.tar").write_bytes(b"nothing of the kind")
+    with pytest.raises(LongscanError, match="is no tar"):
+        read_sequences([tmp_path / "a.tar"])
+
+
+# batches and parts
+
+
+def test_batches_are_padded_behind(data: Path) -> None:
+    found = read_sequences([data])
+    x, lengths, truth = found.batch([3, 0, 12])
+    assert x.shape == (3, lengths.max(), 1)
+    assert truth.tolist() == [0, 0, 1]
+    for row, number in zip(x, [3, 0, 12], strict=True):
+        signal = torch.from_numpy(found.rows[number])
+        assert torch.equal(row[: len(signal)], signal)
+        assert not row[len(signal) :].any()
+
+
+def test_every_class_is_held_out_alike(data: Path) -> None:
+    train, valid = read_sequences([data]).divide(0.25)
+    assert (len(train), len(valid)) == (18, 6)
+    assert np.bincount(valid.truth).tolist() == [3, 3]
+    assert not set(train.names) & set(valid.names)
+
+
+def test_half_the_rate_and_the_beginning(data: Path) -> None:
+    found = read_sequences([data])
+    half = found.thinned(2)
+    assert half.rate == RATE / 2
+    assert all(np.array_equal(a, b[::2]) for a, b in zip(half.rows, found.rows, strict=True))
+    assert int(found.cut(52).lengths.max()) == 52
+    assert found.cut(None) is found
+
+
+def test_labels_are_numbered_as_the_model_does(data: Path) -> None:
+    found = read_sequences([data])
+    assert found.labelled(["low", "mid", "high"]).truth.tolist() == [2] * 12 + [0] * 12
+    with pytest.raises(LongscanError, match="the label 'low' was not in the training data"):
+        found.labelled(["high", "mid"])
+    with pytest.raises(LongscanError, match="expected numbers to tell, got labels"):
+        found.labelled([])
+
+
+# the run
+
+
+FLAGS = {
+    "model": "s4d",
+    "d_model": 8,
+    "option": ["d_state=8", "dt_min=0.01"],
+    "steps": 20,
+    "batch_size": 8,
+    "lr": 2e-2,
+    "warmup": 2,
+    "dropout": 0.1,
+    "save_every": 5,
+    "eval_every": 10,
+    "threads": 1,
+    "valid_fraction": 0.25,
+}
+
+
+@pytest.fixture(scope="module")
+def config(data: Path) -> SequencesConfig:
+    return SequencesConfig.from_dict({**FLAGS, "data": [str(data)]})
+
+
+@pytest.fixture(scope="module")
+def whole(config: SequencesConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    torch.manual_seed(0)
+    assert SequencesRun.begin(config, directory).step == 20
+    return directory
+
+
+def test_it_learns(whole: Path, data: Path) -> None:
+    model = load_sequence_model(whole / "model")
+    found = measure(model, read_sequences([data]).labelled(model.config.labels))
+    assert found["accuracy"] == found["macro_f1"] == 1.0
+    assert found["loss"] < 0.3
+    assert model.config.rate == RATE
+    records = map(json.loads, (whole / "metrics.jsonl").read_text().splitlines())
+    assert [record["valid_accuracy"] for record in records if "valid_accuracy" in record][-1] == 1.0
+
+
+@pytest.mark.parametrize("after", [3, 7])
+def test_a_stopped_run_goes_on_bit_for_bit(
+    after: int, config: SequencesConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = SequencesRun._step
+
+    def interrupted(self: SequencesRun) -> None:
+        if self.trainer.step_number == after:
+            raise OSError("the power is gone")
+        done(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SequencesRun, "_step", interrupted)
+        torch.manual_seed(0)
+        with pytest.raises(LongscanError, match="classify train --resume"):
+            SequencesRun.begin(config, tmp_path / "run")
+    torch.manual_seed(0 if after == 3 else 5)  # before the first checkpoint it begins again
+    assert SequencesRun.resume(tmp_path / "run").step == 20
+    weights = "model/model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (whole / weights).read_bytes()
+
+
+def test_the_verbs(cli: Cli, data: Path, tmp_path: Path) -> None:
+    flags = ("--model", "s4d", "--d-model", 4, "--option", "d_state=4", "--steps", 2, "--threads", 1)
+    done = cli("classify", "train", data, *flags, "--bidirectional", "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert "24 sequences" not in done.err  # some are held out
+    assert "sequences of 50 to 61 steps × 1 channels, 2 classes" in done.err
+    assert cli("classify", "train", "--resume", tmp_path / "run").code == 0
+    model = tmp_path / "run" / "model"
+    done = cli("classify", "evaluate", model, data)
+    assert done.out.startswith("accuracy ")
+    assert done.out.endswith("· 24 sequences\n")
+    assert json.loads(cli("classify", "evaluate", model, data, "--json").out)["sequences"] == 24
+    lines = cli("classify", "predict", model, data).out.splitlines()
+    assert len(lines) == 24
+    assert {line.split("\t")[0] for line in lines} <= {"low", "high"}
+    shown = json.loads(cli("classify", "predict", model, data, "--json").out.splitlines()[0])
+    assert sum(shown["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_texts_and_numbers(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("".join(f"{n % 2}\t{'xy'[n % 2] * 5}\n" for n in range(20)))
+    flags = ("--model", "mamba", "--d-model", 4, "--steps", 1, "--threads", 1)
+    assert cli("classify", "train", tmp_path / "a.tsv", *flags, "--out", tmp_path / "texts").code == 0
+    assert load_sequence_model(tmp_path / "texts" / "model").config.body_config.vocab_size == BYTES
+    x = np.random.default_rng(0).random((20, 6, 2), np.float32)
+    path = write_npz(tmp_path / "a.npz", x=x, y=x.sum((1, 2)))
+    assert cli("classify", "train", path, *flags, "--out", tmp_path / "numbers").code == 0
+    done = cli("classify", "evaluate", tmp_path / "numbers" / "model", path)
+    assert done.out.startswith("root mean square error ")
+    lines = cli("classify", "predict", tmp_path / "numbers" / "model", path).out.splitlines()
+    assert len(lines) == 20
+    assert float(lines[0].split("\t")[0]) < 100
+
+
+def test_another_rate_is_another_time_step(cli: Cli, whole: Path, tmp_path: Path) -> None:
+    """The same tones at half the rate: with time steps twice as long they are told apart all the same."""
+    slow = sounds(tmp_path / "slow", RATE // 2)
+    done = cli("classify", "evaluate", whole / "model", slow)
+    assert done.out.startswith("accuracy 1.0000")
+    assert "50 samples per second instead of 100: time steps are 2 times as long" in done.err
+
+
+def test_a_body_without_time_refuses_another_rate(cli: Cli, data: Path, tmp_path: Path) -> None:
+    flags = ("--model", "mamba", "--d-model", 4, "--steps", 1, "--threads", 1)
+    assert cli("classify", "train", data, *flags, "--out", tmp_path / "run").code == 0
+    done = cli("classify", "evaluate", tmp_path / "run" / "model", sounds(tmp_path / "slow", 50, 2))
+    assert done.code == 1
+    assert "the signals have 50 samples per second, the model was trained on 100" in done.err
+    assert "resample the signal" in done.err
+
+
+def test_misuse(cli: Cli, whole: Path, data: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "run")
+    (tmp_path / "one.tsv").write_text("a\tx\na\ty\n")
+    for code, words, arguments in (
+        (2, "nothing to train on", ("train", "--model", "s4d", *out)),
+        (2, "option: expected NAME=VALUE", ("train", data, "--model", "s4d", "--option", "d_state", *out)),
+        (2, "has no field 'size'", ("train", data, "--model", "s4d", "--option", "size=3", *out)),
+        (2, "s4d has no preset 'huge'", ("train", data, "--model", "s4d", "--preset", "huge", *out)),
+        (2, "--d-model: only the blocks of a language model", ("train", data, "--d-model", 4, *out)),
+        (1, "expected two classes or more", ("train", tmp_path / "one.tsv", "--model", "s4d", *out)),
+        (
+            1,
+            "expected 1 channels as in the training data, got tokens",
+            ("evaluate", whole / "model", tmp_path / "one.tsv"),
+        ),
+        (2, "FILES: expected sequences", ("predict", whole / "model")),
+        (2, "--pairs: ", ("predict", whole / "model", "--pairs", data)),
+        (2, "--seq-len: ", ("evaluate", whole / "model", data, "--seq-len", 9)),
+    ):
+        done = cli("classify", *arguments)
+        assert (done.code, done.out) == (code, ""), words
+        assert words in done.err
+        assert not (tmp_path / "run").exists()
+
+
+# the model's directory
+
+
+def test_a_directory_round_trip(whole: Path, data: Path, tmp_path: Path) -> None:
+    model = load_sequence_model(whole / "model")
+    save_sequence_model(model, tmp_path / "copy")
+    sequences: Sequences = read_sequences([data])
+    assert torch.equal(answers(load_sequence_model(tmp_path / "copy"), sequences), answers(model, sequences))
+
+
+def edit(directory: Path, **fields: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def deeper(directory: Path) -> None:
+    raw = json.loads((directory / "config.json").read_text())
+    edit(directory, body_config={**raw["body_config"], "n_layers": 10**9})
+
+
+def shorter(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    tensors.pop("head.bias")
+    save_file(tensors, directory / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda directory: edit(directory, model_type="bert"), "expected a sequence model of version 1"),
+        (lambda directory: edit(directory, longscan=2), "expected a sequence model of version 1"),
+        (lambda directory: edit(directory, body="nobody"), "no language model called 'nobody'"),
+        (lambda directory: edit(directory, color=1), "no field 'color'"),
+        (deeper, "says 1,000,000,000 layers"),
+        (shorter, "1 missing: head.bias"),
+    ],
+    ids=["kind", "version", "body", "field", "layers", "tensor"],
+)
+def test_damaged_directories(damage: Callable[[Path], None], words: str, whole: Path, tmp_path: Path) -> None:
+    save_sequence_model(load_sequence_model(whole / "model"), tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(LongscanError, match=words):
+        load_sequence_model(tmp_path / "model")
