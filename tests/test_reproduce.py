@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import io
 import json
 import lzma
+import tarfile
+import wave
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from longscan.errors import LongscanError
 from longscan.recipe import read_recipe
-from longscan.reproduce import EXPERIMENTS, multi30k
+from longscan.reproduce import EXPERIMENTS, accuracies, multi30k
+from longscan.reproduce.synthetic import SyntheticConfig, SyntheticRun
 from longscan.reproduce.systems import Plan, summary
+from longscan.sequences import read_sequences
 from longscan.translate import TranslateConfig
 
 Cli = Callable[..., Any]
@@ -152,3 +159,156 @@ def test_misuse(cli: Cli, data: Path, tmp_path: Path, arguments: list[str], code
 def test_without_a_name_they_are_listed(cli: Cli) -> None:
     done = cli("reproduce")
     assert [line.split()[0] for line in done.out.splitlines()] == list(EXPERIMENTS)
+
+
+# experiments with right answers
+
+
+def write_digits(directory: Path) -> None:
+    draw = np.random.default_rng(0)
+    with tarfile.open(directory / "fsdd.tar.xz", "w:xz") as tar:
+        for name in (f"{digit}_{who}_{n}.wav" for digit in range(3) for who in "ab" for n in range(4, 7)):
+            file = io.BytesIO()
+            with wave.open(file, "wb") as sound:
+                sound.setparams((1, 2, 8000, 0, "NONE", ""))
+                sound.writeframes(draw.integers(-99, 99, 60 + 4 * len(name), np.int16).tobytes())
+            entry = tarfile.TarInfo(f"fsdd/recordings/{name}")
+            entry.size = len(file.getvalue())
+            tar.addfile(entry, io.BytesIO(file.getvalue()))
+
+
+@pytest.fixture(scope="module")
+def sequences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory, draw = tmp_path_factory.mktemp("sequences"), np.random.default_rng(0)
+    y = np.arange(24) % 3
+    images = draw.integers(0, 255, (24, 4, 4), np.uint8)
+    np.savez(directory / "mnist_5k.npz", x_train=images, y_train=y, x_test=images, y_test=y)
+    x, n = draw.standard_normal((24, 9, 2)).astype(np.float32), draw.integers(4, 10, 24)
+    parts = {
+        f"{name}_{part}": a for part in ("train", "test") for name, a in {"x": x, "y": y, "len": n}.items()
+    }
+    np.savez(directory / "japanese_vowels.npz", **parts)
+    write_digits(directory)
+    return directory
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Make an experiment tiny: two systems, narrow, few sequences."""
+
+    def shrink(name: str) -> Any:
+        module = importlib.import_module(f"longscan.reproduce.{name.replace('-', '_')}")
+        if name != "hippo-ablation":
+            for system in [system for system in module.SYSTEMS if system not in ("mamba", "s4d", "h3")]:
+                monkeypatch.delitem(module.SYSTEMS, system)
+        wanted = {"d_model": 8, "n_layers": 1, "train_examples": 20, "test_examples": 10, "batch_size": 4}
+        for field, value in wanted.items():
+            if field in module.SHARED:
+                monkeypatch.setitem(module.SHARED, field, value)
+        return module
+
+    return shrink
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("h3-recall", ["published", "induction", "recall", "35.6", "99.8", "by chance 5.0 and 25.0"]),
+        ("selective-copying", ["selective copying", "plain copying", "99.8", "4,096"]),
+        ("induction", ["4,096", "80.9", "parameters", "read in chunks"]),
+        ("vowels", ["half, dt doubled", "370 held-out"]),
+        ("digits", ["half, as it is", "98.32"]),
+        ("hippo-ablation", ["random", "84.27"]),
+    ],
+)
+def test_right_answers(
+    name: str, words: list[str], cli: Cli, sequences: Path, tmp_path: Path, tiny: Callable[[str], Any]
+) -> None:
+    module = tiny(name)
+    data = ("--data", sequences) if module.FILES else ()
+    arguments = ("reproduce", name, *data, "--out", tmp_path, "--quick", "--threads", 1)
+    done = cli(*arguments)
+    assert done.code == 0, done.err
+    assert "reduced: a few steps only: no result" in done.out
+    for word in (*words, *module.SYSTEMS):
+        assert word in done.out
+    report = json.loads((tmp_path / f"{name}.json").read_text())
+    assert list(report["runs"]) == list(module.SYSTEMS)
+    assert (tmp_path / f"{name}.png").stat().st_size > 1000
+
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.json")}
+    assert json.loads(cli(*arguments, "--json").out)["runs"] == report["runs"]
+    assert {path: path.stat().st_mtime_ns for path in times} == times  # nothing was trained or measured again
+
+
+def test_half_the_rate_is_measured_where_there_is_time(
+    cli: Cli, sequences: Path, tmp_path: Path, tiny: Callable[[str], Any]
+) -> None:
+    tiny("vowels")
+    done = cli("reproduce", "vowels", "--data", sequences, "--out", tmp_path, "--quick", "--threads", 1)
+    assert done.code == 0, done.err
+    runs = json.loads((tmp_path / "vowels.json").read_text())["runs"]
+    assert runs["mamba"][0]["half"] is None
+    for name in ("s4d", "mamba"):
+        assert all(0 <= runs[name][0][measure] <= 100 for measure in ("accuracy", "half_plain"))
+    assert 0 <= runs["s4d"][0]["half"] <= 100
+
+
+def test_the_division_of_the_digits_is_their_own(
+    cli: Cli, sequences: Path, tmp_path: Path, tiny: Callable[[str], Any]
+) -> None:
+    tiny("digits")
+    assert cli("reproduce", "digits", "--data", sequences, "--out", tmp_path, "--quick").code == 0
+    numbers = {
+        part: {name[-5] for name in read_sequences([tmp_path / f"digits-{part}.npz"]).names}
+        for part in ("train", "test")
+    }
+    assert numbers == {"train": {"5", "6"}, "test": {"4"}}
+
+
+def test_what_a_measure_says_of_seeds() -> None:
+    rows = [
+        {"a": value, "parameters": 7, "minutes": 1.0, "seed": seed} for seed, value in enumerate((90.0, 92.0))
+    ]
+    report = {
+        "measures": {"a": "accuracy", "b": "other"},
+        "published": {"a": {"x": 99.5}},
+        "systems": {"x": accuracies._summary(rows, {"a": "accuracy", "b": "other"})},
+        "reduced": None,
+        "notes": [],
+    }
+    head, row = accuracies.show(report).splitlines()
+    assert head.split() == ["system", "published", "accuracy", "other", "seeds", "parameters", "minutes"]
+    assert row.split() == ["x", "99.5", "91.0", "(90.0-92.0)", "-", "2", "7", "1.0"]
+
+
+def test_a_synthetic_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = SyntheticRun._step
+
+    def interrupted(self: SyntheticRun) -> None:
+        if self.trainer.step_number == 5:
+            raise OSError("the power is gone")
+        step(self)
+
+    fields = {
+        "model": "mamba",
+        "d_model": 8,
+        "n_layers": 1,
+        "embed_dropout": 0.2,
+        "threads": 1,
+        "save_every": 2,
+    }
+    for name, more in {"new": {}, "fixed": {"train_examples": 30, "everywhere": True}}.items():
+        config = SyntheticConfig.from_dict(
+            {**fields, **more, "steps": 8, "batch_size": 8, "test_examples": 10}
+        )
+        torch.manual_seed(0)
+        SyntheticRun.begin(config, tmp_path / name)
+        torch.manual_seed(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(SyntheticRun, "_step", interrupted)
+            with pytest.raises(LongscanError, match="continue with: the same command"):
+                SyntheticRun.begin(config, tmp_path / f"{name}-stopped")
+        SyntheticRun.resume(tmp_path / f"{name}-stopped")
+        whole, again = (tmp_path / place / "model/model.safetensors" for place in (name, f"{name}-stopped"))
+        assert whole.read_bytes() == again.read_bytes()

@@ -22,6 +22,15 @@ __all__ = ["EXPERIMENTS", "command"]
 EXPERIMENTS = {
     "multi30k": "English to German: no attention, Bahdanau, Luong and the Transformer, one vocabulary.",
     "en-zh": "English to Chinese: a Transformer on real software texts.",
+    "hippo": "A million samples in 256 numbers: LegS, the LMU, and the floor (HiPPO, section 4.3).",
+    "discretization": "HiPPO-LegS by four discretisations, against the length of the signal.",
+    "s4-cost": "Time and memory against length: S4, LSSL, a Transformer layer (S4, tables 2 and 3).",
+    "h3-recall": "Associative recall and induction: attention, S4D, H3 and Mamba (H3, table 1).",
+    "selective-copying": "Keep some tokens of many: a fixed state fails (Mamba, table 1).",
+    "induction": "Trained on 256 tokens, tried on up to 1,048,576 (Mamba, table 2).",
+    "digits": "Spoken digits from raw samples, also at half the rate.",
+    "vowels": "Who says it: twelve channels of Japanese vowels, also at half the rate.",
+    "hippo-ablation": "Images pixel by pixel: S4 that starts from HiPPO's matrix, or from a random one.",
 }
 
 
@@ -58,14 +67,14 @@ def command(
     """
     if name is None:
         for known, line in EXPERIMENTS.items():
-            typer.echo(f"{known:10} {line}")
+            typer.echo(f"{known:{max(map(len, EXPERIMENTS))}} {line}")
         return
     if name not in EXPERIMENTS:
         raise UsageError(f"no experiment called {name!r}{nearest(name, EXPERIMENTS)}")
     if full and quick:
         raise UsageError("--full and --quick: expected one of them, got both.")
     module = importlib.import_module(f"longscan.reproduce.{name.replace('-', '_')}")
-    if data is None:
+    if data is None and module.FILES:
         raise UsageError(f"--data: expected the directory with {', '.join(module.FILES)}.")
     from longscan.reproduce.systems import Plan
 

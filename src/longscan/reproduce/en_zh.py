@@ -53,7 +53,7 @@ def run(plan: Plan) -> dict[str, Any]:
     tables = {name: plan.out / f"en-zh-{size}-{name}.tsv" for name in ("train", "valid", "test")}
     for name, path in tables.items():
         if not path.is_file():
-            _choose(plan.data / f"{name}.tsv.xz", path, None if plan.full else MAX_WORDS)
+            _choose(plan.files / f"{name}.tsv.xz", path, None if plan.full else MAX_WORDS)
     paths = {"source": str(tables["train"]), "valid_source": str(tables["valid"])}
     config = TranslateConfig.from_dict({**SETTINGS, **paths})
     directory = plan.train(f"en-zh-{size}", config)

@@ -65,7 +65,7 @@ def settings(model: str, plan: Plan, seed: int) -> TranslateConfig:
         "valid_source": "val.en.gz",
         "valid_target": "val.de.gz",
     }
-    paths = {name: str(plan.data / file) for name, file in sides.items()}
+    paths = {name: str(plan.files / file) for name, file in sides.items()}
     return TranslateConfig.from_dict({**SHARED, **SYSTEMS[model], **paths, "model": model, "seed": seed})
 
 
@@ -78,7 +78,7 @@ def run(plan: Plan) -> dict[str, Any]:
     Returns:
         The results.
     """
-    test = read_pairs(*(plan.data / f"test_2016_flickr.{side}.gz" for side in ("en", "de")))
+    test = read_pairs(*(plan.files / f"test_2016_flickr.{side}.gz" for side in ("en", "de")))
     found: dict[str, list[dict[str, Any]]] = {model: [] for model in SYSTEMS}
     for seed in SEEDS if plan.full else SEEDS[:1]:
         for model in SYSTEMS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,14 @@ import typer
 from longscan.checkpoint import load_translator
 from longscan.errors import LongscanError
 from longscan.files import read_json, write_json
+from longscan.models import Model
 from longscan.pairs import TextPairs
 from longscan.plot import plot_bleu
 from longscan.progress import Terminal
+from longscan.recipe import RunConfig
+from longscan.run import Run
 from longscan.runs import SETTINGS, read_settings
-from longscan.translate import TranslateConfig, TranslateRun
+from longscan.translate import TranslateRun
 from longscan.translation import measure
 
 __all__ = ["Plan", "summary", "table"]
@@ -36,7 +39,7 @@ class Plan:
     """What the command line asks for; see `reproduce.command`."""
 
     name: str
-    data: Path
+    data: Path | None
     out: Path
     full: bool = False
     quick: bool = False
@@ -52,16 +55,23 @@ class Plan:
         Raises:
             LongscanError: some are missing.
         """
-        missing = [file for file in files if not (self.data / file).is_file()]
+        missing = [file for file in files if not (self.files / file).is_file()]
         if missing:
             raise LongscanError(f"--data {self.data}: expected {', '.join(missing)} there. {source}")
 
-    def train(self, place: str, config: TranslateConfig) -> Path:
+    @property
+    def files(self) -> Path:
+        """The directory of the data."""
+        assert self.data is not None
+        return self.data
+
+    def train(self, place: str, config: RunConfig, run: type[Run[Any]] = TranslateRun) -> Path:
         """Train a system, go on with it, or find it finished.
 
         Args:
             place: its directory in `out`.
             config: its settings.
+            run: what they are the settings of.
 
         Returns:
             The run's directory.
@@ -72,11 +82,12 @@ class Plan:
         """
         directory = self.out / (f"quick-{place}" if self.quick else place)
         if self.quick:
-            config = config.replace(**QUICK)
+            known = {entry.name for entry in fields(config)}
+            config = config.replace(**{name: value for name, value in QUICK.items() if name in known})
         config, display = config.replace(threads=self.threads), Terminal(100)
         typer.echo(f"── {directory.name} ──", err=True)
         if (directory / SETTINGS).is_file():
-            stored = TranslateConfig.from_dict(read_settings(directory, TranslateRun.verb))
+            stored = run.settings.from_dict(read_settings(directory, run.verb))
             paths = {entry.name for entry in fields(config) if entry.metadata.get("path")}
             if other := [name for name in config.changed(stored) if name not in paths]:
                 raise LongscanError(
@@ -84,10 +95,10 @@ class Plan:
                     f"experiment has {getattr(config, other[0])!r}. Name another --out."
                 )
             changes = {} if self.threads is None else {"threads": self.threads}
-            result = TranslateRun.resume(directory, changes, display)
+            result = run.resume(directory, changes, display)
         else:
             torch.manual_seed(config.seed)
-            result = TranslateRun.begin(config, directory, display)
+            result = run.begin(config, directory, display)
         if result.stopped_by is not None:
             typer.echo(f"stopped after step {result.step:,}; the same command goes on", err=True)
             raise typer.Exit(130 if result.stopped_by == signal.SIGINT else 0)
@@ -108,27 +119,58 @@ class Plan:
         model, tokenizer = load_translator(directory / "model")
         if self.quick:
             pairs = pairs.select(range(QUICK_SENTENCES))
-        key = f"{model.fingerprint()} {tokenizer.fingerprint} {len(pairs.source)} {tokenize}"
-        kept = directory / "test.json"
-        if kept.is_file() and (found := read_json(kept)).get("key") == key:
-            return found
-        found = measure(model, tokenizer, pairs, BEAM, LENGTH_PENALTY, tokenize)
-        translations = found.pop("translations")
-        step = max(1, len(translations) // N_SAMPLES)
-        config = read_settings(directory, TranslateRun.verb)
-        found |= {
-            "key": key,
-            "samples": [
+
+        def score() -> dict[str, Any]:
+            found = measure(model, tokenizer, pairs, BEAM, LENGTH_PENALTY, tokenize)
+            translations = found.pop("translations")
+            step = max(1, len(translations) // N_SAMPLES)
+            samples = [
                 {"source": pairs.source[i], "reference": pairs.target[i], "translation": translations[i]}
                 for i in range(0, len(translations), step)
-            ][:N_SAMPLES],
+            ][:N_SAMPLES]
+            epochs = read_settings(directory, TranslateRun.verb)["epochs"]
+            return {**found, "samples": samples, "epochs": epochs}
+
+        key = f"{tokenizer.fingerprint} {len(pairs.source)} {tokenize}"
+        return self.remember(directory, model, key, score)
+
+    def remember(
+        self,
+        directory: Path,
+        model: Model,
+        key: str,
+        measure: Callable[[], dict[str, Any]],
+        name: str = "test",
+    ) -> dict[str, Any]:
+        """Measure a trained model, unless that is done.
+
+        Args:
+            directory: the run's.
+            model: the trained one.
+            key: what it is measured on.
+            measure: does it.
+            name: of the file in the run's directory that keeps it.
+
+        Returns:
+            What `measure` gives; parameters, seed and minutes of the run.
+        """
+        kept, key = directory / f"{name}.json", f"{model.fingerprint()} {key}"
+        if kept.is_file() and (found := read_json(kept)).get("key") == key:
+            return found
+        found = {
+            **measure(),
+            "key": key,
             "parameters": model.num_parameters(),
-            "epochs": config["epochs"],
-            "seed": config["seed"],
+            "seed": read_json(directory / SETTINGS)["seed"],
             "minutes": round(_seconds(directory) / 60, 1),
         }
         write_json(kept, found)
         return found
+
+    @property
+    def machine(self) -> str:
+        """What the numbers were measured on."""
+        return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
     def finish(self, rows: Mapping[str, Sequence[dict[str, Any]]], notes: dict[str, Any]) -> dict[str, Any]:
         """Write the results and the figure.
@@ -143,7 +185,7 @@ class Plan:
         report = {
             "experiment": self.name,
             **notes,
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+            "machine": self.machine,
             "systems": {name: summary(found) for name, found in rows.items()},
             "runs": {name: list(found) for name, found in rows.items()},
         }

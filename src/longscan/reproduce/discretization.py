@@ -1,0 +1,101 @@
+"""What a step costs: HiPPO-LegS discretised four ways, against the length of the signal.
+
+Band-limited white noise of 50 cycles fits into 256 coefficients to 1e-9, so what is seen here is the error of
+the steps: forward and backward Euler are of first order, the bilinear rule is of second, and the zero-order
+hold projects the stairs of the samples exactly. Nothing is published to compare with.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from typing import Any, get_args
+
+import torch
+import typer
+
+from longscan import ops
+from longscan.files import read_json, write_json
+from longscan.reproduce.hippo import make_memory, mse, plot_lines
+from longscan.reproduce.systems import Plan
+from longscan.signals import white_noise
+
+__all__ = ["FILES", "SOURCE", "run", "show"]
+
+FILES, SOURCE = (), ""
+SEEDS = (0, 1, 2)
+CYCLES = 50
+LENGTHS, FULL_LENGTHS, QUICK_LENGTHS = (3_000, 10_000, 30_000, 100_000), (300_000, 1_000_000), (1_000, 3_000)
+N, QUICK_N = 256, 64
+METHODS: tuple[ops.LegsMethod, ...] = get_args(ops.LegsMethod)
+
+
+def run(plan: Plan) -> dict[str, Any]:
+    """Measure the errors.
+
+    Args:
+        plan: where, and how much.
+
+    Returns:
+        The results.
+    """
+    lengths = QUICK_LENGTHS if plan.quick else LENGTHS + (FULL_LENGTHS if plan.full else ())
+    n = QUICK_N if plan.quick else N
+    rows = [_measure(plan, length, n) for length in lengths]
+    report: dict[str, Any] = {
+        "experiment": plan.name,
+        "reduced": "short signals: no result" if plan.quick else None,
+        "cycles": CYCLES,
+        "n": n,
+        "published": {},
+        "machine": f"{platform.machine()}, torch {torch.__version__}, {ops.backend()}",
+        "rows": rows,
+    }
+    write_json(plan.out / f"{plan.name}.json", report)
+    x = torch.tensor([row["length"] for row in rows])
+    lines = {str(method): (x, torch.tensor([row["mse"][method] for row in rows])) for method in METHODS}
+    title = f"HiPPO-LegS, N = {n}, {CYCLES} cycles of noise"
+    plot_lines(plan, lines, (title, "samples", "mean square error"), log=True)
+    return report
+
+
+def show(report: dict[str, Any]) -> str:
+    """Return the results for a reader.
+
+    Args:
+        report: of `run`.
+    """
+    lines = [
+        f"mean square error, N = {report['n']}, {report['cycles']} cycles, mean of {len(SEEDS)} signals",
+        f"{'samples':>9}" + "".join(f"{method:>11}" for method in METHODS),
+    ]
+    for row in report["rows"]:
+        lines.append(f"{row['length']:9,}" + "".join(f"{row['mse'][method]:11.1e}" for method in METHODS))
+    if report["reduced"]:
+        lines.append(f"reduced: {report['reduced']}")
+    return "\n".join([*lines, "published: nothing to compare with", report["machine"]])
+
+
+def _measure(plan: Plan, length: int, n: int) -> dict[str, Any]:
+    """Measure at one length, unless that is done."""
+    kept = plan.out / f"{plan.name}-{length}.json"
+    key = {"length": length, "cycles": CYCLES, "n": n, "seeds": list(SEEDS)}
+    if kept.is_file() and (found := read_json(kept)).get("key") == key:
+        return found
+    typer.echo(f"── {plan.name}, {length:,} samples ──", err=True)
+    errors: dict[str, list[float]] = {method: [] for method in METHODS}
+    for seed in SEEDS:
+        f = white_noise(length, CYCLES, generator=torch.Generator().manual_seed(seed)).double()
+        for method in METHODS:
+            memory = make_memory(n, length, method)
+            memory.write(f)
+            errors[method].append(mse(memory, f))
+    found = {
+        "key": key,
+        "length": length,
+        "mse": {method: statistics.mean(values) for method, values in errors.items()},
+        "range": {method: [min(values), max(values)] for method, values in errors.items()},
+    }
+    plan.out.mkdir(parents=True, exist_ok=True)
+    write_json(kept, found)
+    return found

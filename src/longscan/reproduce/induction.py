@@ -1,0 +1,162 @@
+"""Trained on 256 tokens, tried on up to 1,048,576: table 2 of Mamba (Gu and Dao 2023).
+
+A mark stands somewhere in the text and again at its end; asked is the token behind it. A state that selects
+keeps that one token however much follows; attention looks for it at distances it has never seen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from longscan.checkpoint import load
+from longscan.errors import LongscanError
+from longscan.files import write_json
+from longscan.models import LanguageModel
+from longscan.reproduce.synthetic import SyntheticConfig, SyntheticRun
+from longscan.reproduce.systems import Plan
+from longscan.synthetics import accuracy, induction
+
+__all__ = ["FILES", "SOURCE", "run", "show"]
+
+FILES, SOURCE = (), ""
+SEEDS = (0, 1, 2)  # of --full
+TRAINED, LONGEST = 8, 20  # powers of two, lengths
+TOKENS, MOST = 2**25, 1024  # read at each length: 32 sequences of the longest, at most so many of others
+CHUNK, ROWS = 1024, 16  # tokens and sequences that are read at a time, so much of short ones too
+
+SHARED: dict[str, Any] = {
+    "task": "induction",
+    "n_layers": 2,
+    "vocab_size": 16,
+    "length": 2**TRAINED - 1,
+    "batch_size": 8,
+    "weight_decay": 0.0,
+    "warmup": 500,
+    "steps": 40_000,
+    "test_examples": 1000,
+    "eval_every": 1000,
+    "save_every": 1000,
+}
+# and the longest text that a system is tried on, a power of two: attention's time grows with the square
+SYSTEMS: dict[str, tuple[dict[str, Any], int]] = {
+    "mamba": ({"d_model": 64, "lr": 1e-3}, LONGEST),
+    "h3": ({"d_model": 128, "lr": 1e-3, "option": ["d_state=64"]}, 16),
+    "llama": (
+        {"d_model": 128, "lr": 1e-3, "option": ["n_heads=2", "n_kv_heads=2", "max_positions=8192"]},
+        13,
+    ),
+}
+PUBLISHED = {  # accuracy at powers of two
+    "mamba": dict.fromkeys(range(6, 21), 100.0),
+    "h3": {8: 100.0, 9: 80.9, 10: 39.5},
+    "llama": {8: 100.0, 9: 83.6, 10: 31.3},
+}
+NOTES = (
+    "published: Mamba, table 2 (llama: attention with rotary positions), 204,800 steps",
+    "measured:  40,000 steps of 8 new sequences; at each length 2^25 tokens, at most 1,024 sequences,",
+    "           read in chunks with a carried state",
+)
+
+
+def run(plan: Plan) -> dict[str, Any]:
+    """Train the systems and measure them at every length.
+
+    Args:
+        plan: where, and how much.
+
+    Returns:
+        The results.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {model: [] for model in SYSTEMS}
+    for seed in SEEDS if plan.full else SEEDS[:1]:
+        for name, (fields, longest) in SYSTEMS.items():
+            config = SyntheticConfig.from_dict({**SHARED, **fields, "model": name, "seed": seed})
+            place = f"induction-{name}" + (f"-seed{seed}" if seed else "")
+            directory = plan.train(place, config, SyntheticRun)
+            model, _ = load(directory / "model")
+            powers = range(6, min(longest, 12 if plan.quick else LONGEST) + 1)
+            rows = {power: _measure(plan, directory, model, power) for power in powers}
+            one = {key: rows[6][key] for key in ("parameters", "seed", "minutes")}
+            runs[name].append({**one, "by_length": {power: row["accuracy"] for power, row in rows.items()}})
+    reduced = "40,000 steps instead of 204,800" + ("" if plan.full else ", one seed")
+    report = {
+        "experiment": plan.name,
+        "reduced": "a few steps only: no result" if plan.quick else reduced,
+        "published": PUBLISHED,
+        "notes": list(NOTES),
+        "machine": plan.machine,
+        "runs": runs,
+    }
+    write_json(plan.out / f"{plan.name}.json", report)
+    try:
+        _plot(report, plan.out / f"{plan.name}.png")
+    except LongscanError as error:
+        typer.echo(f"no {plan.name}.png: {error}", err=True)
+    return report
+
+
+def _measure(plan: Plan, directory: Path, model: LanguageModel, power: int) -> dict[str, Any]:
+    """Measure a model at one length, unless that is done."""
+    length = 2**power
+    n = 2 if plan.quick else min(MOST, TOKENS // length)
+    rows = CHUNK * ROWS // min(length, CHUNK)
+
+    def measure() -> dict[str, Any]:
+        typer.echo(f"{directory.name}: {n:,} sequences of {length:,} tokens", err=True)
+        draw, right = torch.Generator().manual_seed(power), 0.0
+        for start in range(0, n, rows):
+            some = min(rows, n - start)
+            right += some * accuracy(model, induction(some, draw, SHARED["vocab_size"], length - 1), CHUNK)
+        return {"accuracy": 100 * right / n, "sequences": n, "tokens": length}
+
+    return plan.remember(directory, model, f"{n}", measure, f"test-{power}")
+
+
+def show(report: dict[str, Any]) -> str:
+    """Return the results for a reader.
+
+    Args:
+        report: of `run`.
+    """
+    powers = sorted({power for rows in report["runs"].values() for power in rows[0]["by_length"]})
+    lines = [f"{'tokens':>9}" + "".join(f"  {name:>7}  published" for name in report["runs"])]
+    for power in powers:
+        line = f"{2**power:>9,}"
+        for name, rows in report["runs"].items():
+            values = [row["by_length"][power] for row in rows if power in row["by_length"]]
+            mean = f"{sum(values) / len(values):.1f}" if values else "-"
+            known = report["published"][name].get(power)
+            line += f"  {mean:>7}  {'-' if known is None else f'{known:g}':>9}"
+        lines.append(line)
+    for name, rows in report["runs"].items():
+        minutes = sum(row["minutes"] for row in rows) / len(rows)
+        lines.append(
+            f"{name}: {rows[0]['parameters']:,} parameters, {minutes:.1f} minutes, {len(rows)} seeds"
+        )
+    return "\n".join([*lines, f"reduced: {report['reduced']}", *report["notes"]])
+
+
+def _plot(report: dict[str, Any], path: Path) -> None:
+    """Draw accuracy against length."""
+    from longscan.drawing import COLOURS, MARKERS, new_figure, save_figure, tidy
+
+    figure = new_figure(7.0, 4.0)
+    ax = figure.subplots()
+    for name, colour, marker in zip(report["runs"], COLOURS, MARKERS, strict=False):
+        for row in report["runs"][name]:
+            points = row["by_length"]
+            label = name if row is report["runs"][name][0] else None
+            ax.plot([2**p for p in points], list(points.values()), color=colour, marker=marker, label=label)
+        known = report["published"][name]
+        ax.plot([2**p for p in known], list(known.values()), color=colour, linestyle=":", linewidth=1.2)
+    ax.axvline(2**TRAINED, color="grey", linewidth=0.8, linestyle="--")
+    ax.annotate("trained", (2**TRAINED, 3), xytext=(3, 0), textcoords="offset points", color="grey")
+    ax.set_xscale("log", base=2)
+    ax.set(xlabel="tokens", ylabel="right answers (%); dotted: published", ylim=(0, 105))
+    tidy(ax)
+    ax.legend(frameon=False)
+    save_figure(figure, path)

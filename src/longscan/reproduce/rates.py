@@ -1,0 +1,76 @@
+"""Signals that are told apart at the rate they were trained on and, without training again, at half of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longscan.classify_sequences import SequencesConfig, SequencesRun, load_sequence_model, measure
+from longscan.errors import LongscanError
+from longscan.reproduce.accuracies import finish
+from longscan.reproduce.systems import Plan
+from longscan.sequences import Sequences
+
+__all__ = ["MEASURES", "RATE_NOTES", "run_systems"]
+
+MEASURES = {"accuracy": "trained rate", "half": "half, dt doubled", "half_plain": "half, as it is"}
+RATE_NOTES = (
+    "half the rate: every second sample, no training; 'dt doubled': each time step of the state spaces is",
+    "               twice as long, which places without a time step have no use for (-)",
+)
+
+
+def run_systems(
+    plan: Plan,
+    systems: Mapping[str, Mapping[str, Any]],
+    shared: Mapping[str, Any],
+    data: tuple[Path, Sequences],
+    seeds: Sequence[int],
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """Train models on signals and measure them at both rates.
+
+    Args:
+        plan: where, and how much.
+        systems: model -> fields of SequencesConfig.
+        shared: fields that all have.
+        data: the file to train on, and what to measure on.
+        seeds: of the runs.
+        notes: what is to be said of the data.
+
+    Returns:
+        The results.
+    """
+    train, test = data
+    test = test.select(range(min(20, len(test)))) if plan.quick else test
+    found: dict[str, list[dict[str, Any]]] = {model: [] for model in systems}
+    for seed in seeds:
+        for name, fields in systems.items():
+            place = f"{plan.name}-{name}" + (f"-seed{seed}" if seed else "")
+            settings = {**shared, **fields, "model": name, "seed": seed, "data": [str(train)]}
+            directory = plan.train(place, SequencesConfig.from_dict(settings), SequencesRun)
+            found[name].append(_measure(plan, directory, test))
+    reduced = None if plan.full else "one seed"
+    return finish(plan, found, MEASURES, {}, reduced, [*notes, *RATE_NOTES])
+
+
+def _measure(plan: Plan, directory: Path, test: Sequences) -> dict[str, Any]:
+    """Measure a model at both rates, unless that is done."""
+    model = load_sequence_model(directory / "model")
+    test = test.labelled(model.config.labels)
+
+    def score() -> dict[str, Any]:
+        half = test.thinned(2)
+        found = {
+            "accuracy": 100 * measure(model, test)["accuracy"],
+            "half_plain": 100 * measure(model, half)["accuracy"],
+            "half": None,
+        }
+        try:
+            model.rescale_time(2)
+        except LongscanError:  # it knows no time
+            return found
+        return {**found, "half": 100 * measure(model, half)["accuracy"]}
+
+    return plan.remember(directory, model, f"{len(test)}", score)

@@ -1,0 +1,258 @@
+"""What a layer costs against the length of the text: S4, the LSSL it replaces, and attention.
+
+One layer, forward and backward, one text at a time: S4 is to grow as L log L, its kernel alone as N L, and a
+Transformer as L^2; LSSL as N^2 L in time and N L in memory for every channel, whether its powers of A are found
+one after the other, which is naive, or by doubling, which makes large products of them. Beside that, the kernel
+of S4D as it runs here and as a Vandermonde matrix in plain torch. Published (S4, tables 2 and 3) are times on
+an A100, whose ratios are to be compared with those here, not the times.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from torch import Tensor
+
+from longscan import ops
+from longscan.errors import LongscanError
+from longscan.files import read_json, write_json
+from longscan.models import MODELS, LanguageModel, ssm
+from longscan.models.lssl import DenseSSM, LSSLConfig
+from longscan.models.s4 import DPLR, S4Config
+from longscan.models.s4d import DiagonalSSM, S4DConfig
+from longscan.reproduce.systems import Plan
+
+__all__ = ["FILES", "SOURCE", "run", "show"]
+
+FILES, SOURCE = (), ""
+D_MODEL, N, REPEATS = 32, 64, 3
+SECONDS = 12.0  # no length that would take longer, by the growth between the two before
+GIGABYTES = 4.0
+TAIL = 4096  # slopes are fitted from here on
+LENGTHS, FULL_LENGTHS, QUICK_LENGTHS = range(10, 17), range(10, 21), range(7, 9)  # powers of two
+LABELS = {
+    "s4": "S4 layer",
+    "s4-kernel": "S4 kernel",
+    "lssl": "LSSL layer",
+    "lssl-powers": "LSSL kernel, naive",
+    "llama": "Transformer layer",
+    "s4d-kernel": "S4D kernel",
+    "s4d-plain": "S4D kernel, plain torch",
+}
+PUBLISHED = {
+    "table 2, LSSL / S4, time at width 128, 256, 512": [1.95, 6.71, 29.6],
+    "table 2, LSSL / S4, memory at width 128, 256, 512": [41.9, 133.7, 392.2],
+    "table 3, Transformer / S4, time at 1024 and 4096": [1.58, 5.19],
+    "table 3, Transformer / S4, memory at 1024 and 4096": [2.33, 10.99],
+}
+
+
+def run(plan: Plan) -> dict[str, Any]:
+    """Measure every system at every length it can do.
+
+    Args:
+        plan: where, and how much.
+
+    Returns:
+        The results.
+    """
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
+    ops.keep_memory()  # or every large tensor is paid for in page faults
+    powers = QUICK_LENGTHS if plan.quick else FULL_LENGTHS if plan.full else LENGTHS
+    lengths = [1 << power for power in powers]
+    rows = {name: _measure(plan, name, lengths) for name in LABELS}
+    report: dict[str, Any] = {
+        "experiment": plan.name,
+        "reduced": "a few short texts: no result" if plan.quick else None,
+        "d_model": D_MODEL,
+        "d_state": N,
+        "threads": torch.get_num_threads(),
+        "published": PUBLISHED,
+        "machine": f"{platform.machine()}, torch {torch.__version__}, {ops.backend()}",
+        "rows": rows,
+        "slopes": {name: _slope(found) for name, found in rows.items()},
+    }
+    write_json(plan.out / f"{plan.name}.json", report)
+    _plot(plan, report)
+    return report
+
+
+def show(report: dict[str, Any]) -> str:
+    """Return the results for a reader.
+
+    Args:
+        report: of `run`.
+    """
+    rows = report["rows"]
+    lines = [
+        f"one layer, forward and backward, width {report['d_model']}, N = {report['d_state']}, batch 1, "
+        f"{report['threads']} threads: ms (MB), median of {REPEATS}",
+        f"{'tokens':>9}" + "".join(f"{label:>24}" for label in LABELS.values()),
+    ]
+    for length in sorted({int(length) for found in rows.values() for length in found}):
+        cells = (_cell(found.get(str(length))) for found in rows.values())
+        lines.append(f"{length:9,}" + "".join(f"{cell:>24}" for cell in cells))
+    slopes = ("-" if slope is None else f"{slope:.2f}" for slope in report["slopes"].values())
+    lines.append(f"{'slope':>9}" + "".join(f"{slope:>24}" for slope in slopes))
+    for other, base in (
+        ("lssl-powers", "s4-kernel"),
+        ("lssl", "s4"),
+        ("llama", "s4"),
+        ("s4d-plain", "s4d-kernel"),
+    ):
+        shared = sorted(set(rows[other]) & set(rows[base]), key=int)
+        pairs = [
+            f"{rows[other][length]['ms'] / rows[base][length]['ms']:.1f}× at {int(length):,}"
+            for length in shared
+        ]
+        lines.append(f"{LABELS[other]} / {LABELS[base]}, time: {', '.join(pairs)}")
+    lines += [f"published, {name}: {values}" for name, values in report["published"].items()]
+    if report["reduced"]:
+        lines.append(f"reduced: {report['reduced']}")
+    return "\n".join([*lines, report["machine"]])
+
+
+def _cell(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    memory = "" if found["mb"] is None else f" ({found['mb']:,.0f})"
+    return f"{found['ms']:,.1f}{memory}"
+
+
+def _slope(found: dict[str, dict[str, Any]]) -> float | None:
+    """The exponent of the time's growth, fitted by least squares to the logarithms."""
+    points = [
+        (math.log(int(length)), math.log(row["ms"])) for length, row in found.items() if int(length) >= TAIL
+    ]
+    return statistics.linear_regression(*zip(*points, strict=True)).slope if len(points) > 2 else None
+
+
+def _system(name: str, length: int) -> Callable[[], Tensor]:
+    """Return what is measured: a pass whose result is summed and followed backward."""
+    generator = torch.Generator().manual_seed(0)
+    sizes: dict[str, Any] = {"d_model": D_MODEL, "n_layers": 1, "vocab_size": 8}
+    if name == "s4-kernel":
+        s4 = DPLR(S4Config(**sizes, d_state=N, l_max=length), D_MODEL, generator)
+        return lambda: s4.kernel(length)
+    if name == "lssl-powers":
+        dense = DenseSSM(LSSLConfig(**sizes, d_state=N), D_MODEL, generator)
+        return lambda: ssm.kernel_powers(*dense.discrete(), dense.C[:, 0], length)
+    if name.startswith("s4d"):
+        s4d = DiagonalSSM(S4DConfig(**sizes, d_state=N), D_MODEL, generator)
+        product = ops.vandermonde if name == "s4d-kernel" else ops.vandermonde_ref
+
+        def kernel() -> Tensor:
+            z, C = s4d.discrete()
+            return product(C, z, length)
+
+        return kernel
+    own = {"s4": {"d_state": N, "l_max": length}, "lssl": {"d_state": N}}
+    entry = MODELS[name]
+    fields = own.get(name, {"n_heads": 4, "max_positions": length})
+    model = entry.cls(entry.config.from_dict({**sizes, **fields}), generator)
+    assert isinstance(model, LanguageModel)
+    x = torch.randn(1, length, D_MODEL, generator=generator)
+    return lambda: model.backbone.mix(x)[0]
+
+
+def _measure(plan: Plan, name: str, lengths: list[int]) -> dict[str, dict[str, Any]]:
+    """Measure one system, unless that is done; stop before a length that would take too long or too much."""
+    kept = plan.out / f"{plan.name}-{name}.json"
+    key = {"lengths": lengths, "d_model": D_MODEL, "n": N, "threads": torch.get_num_threads()}
+    if kept.is_file() and (known := read_json(kept)).get("key") == key:
+        rows: dict[str, dict[str, Any]] = known["rows"]
+        return rows
+    typer.echo(f"── {plan.name}, {LABELS[name]} ──", err=True)
+    rows, growth = {}, 4.0
+    for length in lengths:
+        last = rows.get(str(length // 2))
+        if last is not None:
+            before = rows.get(str(length // 4))
+            growth = growth if before is None else max(2.0, last["ms"] / before["ms"])
+            too_large = growth * (last["mb"] or 0.0) > 1024 * GIGABYTES
+            if too_large or growth * last["ms"] * (REPEATS + 1) > 1000 * SECONDS * (10 if plan.full else 1):
+                break
+        rows[str(length)] = _row(_system(name, length))
+    plan.out.mkdir(parents=True, exist_ok=True)
+    write_json(kept, {"key": key, "rows": rows})
+    return rows
+
+
+def _row(forward: Callable[[], Tensor]) -> dict[str, Any]:
+    """Time a pass and its gradients, and see what memory they take."""
+
+    def step() -> None:
+        forward().sum().backward()  # type: ignore[no-untyped-call]
+
+    gc.collect()
+    ops.release_memory()
+    before = _memory("VmRSS") if _forget_peak() else None
+    step()  # warm, and with gradients to add to: the peak
+    peak = _memory("VmHWM")
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        step()
+        times.append(1000 * (time.perf_counter() - start))
+    mb = None if before is None or peak is None else (peak - before) / 1024
+    return {"ms": statistics.median(times), "range": [min(times), max(times)], "mb": mb}
+
+
+def _forget_peak() -> bool:
+    """Make the peak what is in use now; whether this system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _memory(field: str) -> int | None:
+    """Return a number of kB that the kernel tells about this process."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith(field)), None)
+
+
+def _plot(plan: Plan, report: dict[str, Any]) -> None:
+    """Draw time and memory, if matplotlib is there."""
+    from longscan.drawing import COLOURS, MARKERS, new_figure, save_figure, tidy
+
+    path = plan.out / f"{plan.name}.png"
+    try:
+        figure = new_figure(11.0, 4.5)
+    except LongscanError as error:
+        typer.echo(f"no {path.name}: {error}", err=True)
+        return
+    axes = figure.subplots(1, 2)
+    for ax, field, label in zip(axes, ("ms", "mb"), ("time in ms", "memory in MB"), strict=True):
+        for place, (name, found) in enumerate(report["rows"].items()):
+            points = [(int(length), row[field]) for length, row in found.items() if row[field]]
+            if not points:
+                continue
+            slope = report["slopes"][name]
+            text = LABELS[name] + (f", L^{slope:.2f}" if field == "ms" and slope is not None else "")
+            ax.plot(
+                *zip(*points, strict=True),
+                color=COLOURS[place % len(COLOURS)],
+                marker=MARKERS[place % len(MARKERS)],
+                linewidth=1.3,
+                label=text,
+            )
+        ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+        tidy(ax)
+    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].set_title(f"One layer, forward and backward, width {report['d_model']}, N = {report['d_state']}")
+    save_figure(figure, path)

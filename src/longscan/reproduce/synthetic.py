@@ -1,0 +1,153 @@
+"""Small language models that are trained on sequences made by rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longscan import ops, synthetics
+from longscan.checkpoint import load, save
+from longscan.models import LanguageModel, Model
+from longscan.recipe import FreshConfig, make_model, setting
+from longscan.reproduce.systems import Plan
+from longscan.run import Run
+from longscan.runs import Signals
+from longscan.synthetics import IGNORED, Examples, accuracy, distinct
+
+__all__ = ["SyntheticConfig", "SyntheticRun", "train_and_measure"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticConfig(FreshConfig):
+    """Everything that decides what a model of a synthetic task becomes."""
+
+    KINDS = ("language",)
+    EPOCHS: ClassVar[float] = 1.0
+
+    task: Literal["recall", "induction", "selective", "copying"] = setting("recall", "Which sequences.")
+    vocab_size: int = setting(10, "Tokens.")
+    length: int = setting(20, "Places before what is asked.")
+    train_examples: int = setting(0, "Sequences trained on; 0 = new ones at every step.")
+    test_examples: int = setting(500, "Sequences measured on.")
+    everywhere: bool = setting(False, "Train on every next token, not on the answers alone.")
+    embed_dropout: float = setting(0.0, "Share of the embeddings that is left out.")
+    batch_size: int = setting(32, "Sequences in a step.")
+
+    def make(self, n: int, generator: torch.Generator) -> Examples:
+        """Make sequences of the task.
+
+        Args:
+            n: how many.
+            generator: randomness.
+        """
+        return cast(Examples, getattr(synthetics, self.task)(n, generator, self.vocab_size, self.length))
+
+
+class SyntheticRun(Run[SyntheticConfig]):
+    """Trains a language model on one task."""
+
+    verb = "reproduce"
+    settings = SyntheticConfig
+    valid_unit = "nats/answer"
+
+    @classmethod
+    def again(cls, directory: Path) -> str:
+        """Return the command that goes on with a run."""
+        return "the same command"
+
+    def prepare(self) -> tuple[Model, int]:
+        """Make the sequences and the model."""
+        config = self.config
+        draw = torch.Generator().manual_seed(_seed(config.seed, -1))
+        examples = distinct(config.make, config.train_examples + config.test_examples, draw)
+        rows = torch.arange(len(examples.ids))
+        self.test = examples.select(rows[: config.test_examples])
+        self.train = examples.select(rows[config.test_examples :]) if config.train_examples else None
+        self.order: tuple[int, Tensor] = -1, rows  # an epoch and its order
+        self.model = cast(LanguageModel, make_model(config, config.vocab_size))
+        return self.model, config.total_steps(-(-config.train_examples // config.batch_size))
+
+    def introduce(self) -> None:
+        """Say what is trained on what."""
+        config, total = self.config, self.trainer.total
+        of = f"of {config.train_examples:,}" if config.train_examples else "new at every step"
+        self.display.line(f"data       {config.task}, {self.test.ids.shape[1]:,} tokens a sequence, {of}")
+        self.display.line(
+            f"model      {config.model} of {self.model.num_parameters():,} parameters, {total:,} steps of "
+            f"{config.batch_size} sequences"
+        )
+
+    def batch(self, step: int) -> list[tuple[Examples, int]]:
+        """Return the sequences of a step."""
+        config = self.config
+        if self.train is None:
+            some = config.make(config.batch_size, torch.Generator().manual_seed(_seed(config.seed, step)))
+        else:
+            n = len(self.train.ids)
+            epoch, place = divmod(step, -(-n // config.batch_size))
+            if self.order[0] != epoch:
+                bits = np.random.Philox(key=np.array([config.seed, epoch], dtype=np.uint64))
+                self.order = epoch, torch.from_numpy(bits.random_raw(n).argsort(kind="stable"))
+            start = place * config.batch_size
+            some = self.train.select(self.order[1][start : start + config.batch_size])
+        some = some.everywhere() if config.everywhere else some
+        return [(some, int((some.targets != IGNORED).sum()))]
+
+    def loss(self, model: LanguageModel, part: Examples) -> Tensor:
+        """Return the mean nats of an answer."""
+        ids, targets = (tensor.to(self.config.device) for tensor in part)
+        x = ops.dropout(model.backbone.embedding(ids), self.config.embed_dropout, model.training)
+        hidden, _ = model.backbone.mix(x)
+        asked = targets != IGNORED
+        return model.token_losses(hidden[asked], targets[asked]).mean()
+
+    def fingerprint(self) -> str:
+        """Identify the sequences: they follow from the settings."""
+        return str(self.test.ids.sum().item())
+
+    def export(self, directory: Path) -> None:
+        """Write the model of the last step."""
+        save(self.model, directory)
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a test: always."""
+        return True
+
+    @torch.inference_mode()
+    def validate(self, signals: Signals, *, last: bool) -> dict[str, Any] | None:
+        """Measure the answers."""
+        right = accuracy(self.model, self.test)
+        self.say(f"accuracy {right:.1%}")
+        return {"valid_loss": self.loss(self.model, self.test).item(), "valid_accuracy": right}
+
+
+def train_and_measure(plan: Plan, place: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Train a model on a task unless it is trained, and measure it on the task's test.
+
+    Args:
+        plan: where.
+        place: the run's directory in `plan.out`.
+        fields: of SyntheticConfig.
+
+    Returns:
+        "accuracy" in percent, and what `Plan.remember` adds.
+    """
+    config = SyntheticConfig.from_dict(dict(fields))
+    directory = plan.train(place, config, SyntheticRun)
+    model, _ = load(directory / "model")
+    draw = torch.Generator().manual_seed(_seed(config.seed, -1))
+    test = distinct(config.make, config.train_examples + config.test_examples, draw)
+    test = test.select(torch.arange(config.test_examples))
+    return plan.remember(directory, model, "test", lambda: {"accuracy": 100 * accuracy(model, test)})
+
+
+def _seed(seed: int, step: int) -> int:
+    """Return the seed of a step's sequences; of the fixed ones if the step is -1."""
+    return (seed << 32) + step + 1
