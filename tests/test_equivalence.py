@@ -36,9 +36,12 @@ from longscan.models.linear_attention import LinearAttentionState
 
 # largest difference allowed, relative to the largest value compared
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
-ROUGHER = {
-    "hyena": 5e-5
-}  # two sums over the whole text with gates between: its own pass is 1e-5 from float64
+ROUGHER = {  # each with its reason
+    # two sums over the whole text with gates between: one pass is already 1e-5 from float64
+    ("hyena", torch.float32): 5e-5,
+    # gradients pass through powers of A, whose P and B lie far from their start here
+    ("s4", torch.float64): 5e-11,
+}
 THOROUGH = ("mamba", "llama")  # drawn more often than those whose pieces other tests try too
 
 Rows = list[Tensor]
@@ -337,7 +340,7 @@ few = settings(max_examples=3, deadline=None, derandomize=True, database=None)
 
 def allowed(name: str, dtype: torch.dtype) -> float:
     """The largest difference for a model."""
-    return ROUGHER.get(name, TOLERANCE[dtype]) if dtype == torch.float32 else TOLERANCE[dtype]
+    return ROUGHER.get((name, dtype), TOLERANCE[dtype])
 
 
 def drawn(name: str, case: tuple[int, list[int]]) -> Iterator[tuple[int, list[int]]]:
