@@ -1,5 +1,8 @@
 """S4, S4D and LSSL: kernels against dense oracles, other lengths, other rates, the start, bad input."""
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -231,3 +234,15 @@ def test_d_reaches_every_output() -> None:
     u = signal(1, 4, 3)
     close(system.eval()(u, None, None)[0], system.D * u.repeat_interleave(2, 2))
     close(system.train()(u, None, None)[0], long_conv(u.repeat_interleave(2, 2), torch.zeros(6, 4), system.D))
+
+
+def test_the_cost_is_measured_once(cli: Callable[..., Any], tmp_path: Path) -> None:
+    arguments = ("reproduce", "s4-cost", "--out", tmp_path, "--quick", "--threads", 1)
+    done = cli(*arguments)
+    assert done.code == 0, done.err
+    for word in ("published, table 2", "5.19", "S4 layer", "LSSL kernel, naive / S4 kernel", "reduced:"):
+        assert word in done.out
+    report = json.loads((tmp_path / "s4-cost.json").read_text())
+    assert all(row["ms"] > 0 for found in report["rows"].values() for row in found.values())
+    assert (tmp_path / "s4-cost.png").stat().st_size > 1000
+    assert json.loads(cli(*arguments, "--json").out)["rows"] == report["rows"]

@@ -1,15 +1,14 @@
 """What a layer costs against the length of the text: S4, the LSSL it replaces, and attention.
 
 One layer, forward and backward, one text at a time: S4 is to grow as L log L, its kernel alone as N L, and a
-Transformer as L^2; LSSL as N^2 L in time and N L in memory for every channel, whether its powers of A are found
-one after the other, which is naive, or by doubling, which makes large products of them. Beside that, the kernel
-of S4D as it runs here and as a Vandermonde matrix in plain torch. Published (S4, tables 2 and 3) are times on
-an A100, whose ratios are to be compared with those here, not the times.
+Transformer as L^2; LSSL as N^2 L in time and N L in memory for every channel, whether its powers of A are
+found one after the other, which is naive, or by doubling, which makes large products of them. Beside that,
+the kernel of S4D as it runs here and as a Vandermonde matrix in plain torch. Published (S4, tables 2 and 3)
+are times on an A100, whose ratios are to be compared with those here, not the times.
 """
 
 from __future__ import annotations
 
-import gc
 import math
 import platform
 import statistics
@@ -35,10 +34,10 @@ __all__ = ["FILES", "SOURCE", "run", "show"]
 
 FILES, SOURCE = (), ""
 D_MODEL, N, REPEATS = 32, 64, 3
-SECONDS = 12.0  # no length that would take longer, by the growth between the two before
+SECONDS = 30.0  # no length that would take longer, by the growth between the two before
 GIGABYTES = 4.0
 TAIL = 4096  # slopes are fitted from here on
-LENGTHS, FULL_LENGTHS, QUICK_LENGTHS = range(10, 17), range(10, 21), range(7, 9)  # powers of two
+LENGTHS, FULL_LENGTHS, QUICK_LENGTHS = range(10, 17), range(10, 21), range(5, 7)  # powers of two
 LABELS = {
     "s4": "S4 layer",
     "s4-kernel": "S4 kernel",
@@ -173,7 +172,7 @@ def _measure(plan: Plan, name: str, lengths: list[int]) -> dict[str, dict[str, A
         rows: dict[str, dict[str, Any]] = known["rows"]
         return rows
     typer.echo(f"── {plan.name}, {LABELS[name]} ──", err=True)
-    rows, growth = {}, 4.0
+    rows, growth = {}, 2.0
     for length in lengths:
         last = rows.get(str(length // 2))
         if last is not None:
@@ -194,7 +193,6 @@ def _row(forward: Callable[[], Tensor]) -> dict[str, Any]:
     def step() -> None:
         forward().sum().backward()  # type: ignore[no-untyped-call]
 
-    gc.collect()
     ops.release_memory()
     before = _memory("VmRSS") if _forget_peak() else None
     step()  # warm, and with gradients to add to: the peak
