@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_layers": 3,
         "n_heads": 8,
         "d_ff": 512,
-        "dropout": 0.1,
+        "dropout": 0.2,
     },
     "base": {
         "vocab_size": 37000,
