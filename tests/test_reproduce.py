@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import lzma
+import sys
 import tarfile
 import wave
 from collections.abc import Callable
@@ -252,6 +253,45 @@ def test_half_the_rate_is_measured_where_there_is_time(
     for name in ("s4d", "mamba"):
         assert all(0 <= runs[name][0][measure] <= 100 for measure in ("accuracy", "half_plain"))
     assert 0 <= runs["s4d"][0]["half"] <= 100
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["ode", "no-ode"])
+def test_irregular(
+    installed: bool, cli: Cli, sequences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("longscan.reproduce.irregular")
+    if installed:
+        pytest.importorskip("torchdiffeq", reason="the extra 'ode' is not installed")
+        monkeypatch.delitem(module.SYSTEMS, "s4d")
+    else:
+        monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+        monkeypatch.delitem(module.SYSTEMS, "lstm")
+        monkeypatch.delitem(module.SYSTEMS, "lstm+gaps")
+    for field in ("d_model", "n_layers"):
+        monkeypatch.setitem(module.SHARED, field, 4 // module.SHARED[field] or 1)
+    arguments = ("reproduce", "irregular", "--data", sequences, "--out", tmp_path, "--quick", "--threads", 1)
+    done = cli(*arguments)
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "irregular.json").read_text())
+    assert list(report["runs"]) == (["neural_ode", "lstm", "lstm+gaps"] if installed else ["s4d"])
+    assert (module.WITHOUT in done.out) != installed
+    for rows in report["runs"].values():
+        assert all(0 <= rows[0][measure] <= 100 for measure in module.MEASURES)
+    whole, half, gaps = (
+        read_sequences([tmp_path / f"irregular-{n}.npz"]) for n in ("all", "half", "half+gaps")
+    )
+    assert half.lengths.tolist() == [-(-n // 2) for n in whole.lengths]
+    for before, after, times, told in zip(
+        whole.rows, half.rows, half._split(half.times), gaps.rows, strict=True
+    ):
+        steps = np.rint(times / module.FRAME).astype(int)
+        assert np.array_equal(after, before[steps])
+        assert told[:, -1] == pytest.approx(np.diff(times, prepend=times[0]), abs=1e-8)
+        assert np.array_equal(told[:, :-1], after)
+
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.json")}
+    assert json.loads(cli(*arguments, "--json").out)["runs"] == report["runs"]
+    assert {path: path.stat().st_mtime_ns for path in times} == times  # nothing was trained or measured again
 
 
 def test_the_division_of_the_digits_is_their_own(

@@ -7,6 +7,7 @@ import json
 import tarfile
 import wave
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,38 @@ def test_images_are_read_pixel_by_pixel(tmp_path: Path) -> None:
     assert (found.lengths.tolist(), found.labels) == ([6, 6], ("cat", "dog"))
 
 
+def test_npz_with_times(tmp_path: Path) -> None:
+    x = np.arange(2 * 4, dtype=np.float32).reshape(2, 4)
+    times = np.array([[5, 6, 8, 9], [1, 1.5, 0, 0]])  # behind the end there may be anything
+    path = write_npz(tmp_path / "a.npz", x_train=x, y_train=[0, 1], len_train=[4, 2], times_train=times)
+    found = read_sequences([path, path])
+    assert found.times is not None
+    assert found.times.tolist() == 2 * [5, 6, 8, 9, 1, 1.5]
+    assert found.gap == pytest.approx(4.5 / 4)
+    for some, expected in (
+        (found.select([1, 0]), [1, 1.5, 5, 6, 8, 9]),
+        (found.thinned(2), 2 * [5, 8, 1]),
+        (found.cut(1), 2 * [5, 1]),
+        (found.select([]), []),
+    ):
+        assert some.times is not None
+        assert some.times.tolist() == expected
+        assert len(some.values) == some.lengths.sum() == len(expected)
+    assert found.cut(1).gap is None
+    padded = found.batch([1, 0])[3]
+    assert padded is not None
+    assert padded.tolist() == [[1, 1.5, 0, 0], [5, 6, 8, 9]]
+    found.save(tmp_path / "b.npz")
+    assert np.array_equal(read_sequences([tmp_path / "b.npz"]).times, found.times)
+    plain = write_npz(tmp_path / "c.npz", x=x, y=[0, 1])
+    with pytest.raises(LongscanError, match="signals of 1 channels, each with its time, with labels as in"):
+        read_sequences([path, plain])
+
+
+def write_times(path: Path, *times: Any) -> None:
+    write_npz(path, x=np.zeros((len(times), 3)), y=[0] * len(times), times=times)
+
+
 def test_tokens_and_numbers(tmp_path: Path) -> None:
     found = read_sequences([write_npz(tmp_path / "a.npz", x=np.array([[1, 2], [0, 5]]), y=[0.5, 1.5])])
     assert (found.d_input, found.values.tolist()) == (0, [1, 2, 0, 5])
@@ -158,9 +191,34 @@ def write_nan(path: Path) -> None:
             lambda path: write_npz(path, x=np.zeros((1, 2, 2, 2)), y=[0]),
             r"expected x \(n, seq_len, d_input\)",
         ),
+        (
+            lambda path: write_times(path, [1, 2]),
+            r"expected a time of each step, \(1, 3\), got int64 \(1, 2\)",
+        ),
+        (
+            lambda path: write_times(path, [5, 6, 7], [1, 3, 3]),
+            r"a\.npz:1: expected seconds that increase, got 3 after 3 at step 2",
+        ),
+        (lambda path: write_times(path, [np.nan, 2, 3]), "got nan at step 0"),
+        (lambda path: write_times(path, [1, np.inf, np.inf]), "got inf after 1 at step 1"),
         (lambda path: write_npz(path, values=[1]), "expected an array 'lengths' beside the others"),
     ],
-    ids=["zip", "nan", "names", "counts", "lengths", "tokens", "texts", "objects", "axes", "own"],
+    ids=[
+        "zip",
+        "nan",
+        "names",
+        "counts",
+        "lengths",
+        "tokens",
+        "texts",
+        "objects",
+        "axes",
+        "few-times",
+        "same-time",
+        "nan-time",
+        "inf-time",
+        "own",
+    ],
 )
 def test_bad_arrays(write: Callable[[Path], Any], words: str, tmp_path: Path) -> None:
     write(tmp_path / "a.npz")
@@ -196,7 +254,8 @@ def test_bad_sounds(data: Path, tmp_path: Path) -> None:
 
 def test_batches_are_padded_behind(data: Path) -> None:
     found = read_sequences([data])
-    x, lengths, truth = found.batch([3, 0, 12])
+    x, lengths, truth, times = found.batch([3, 0, 12])
+    assert times is None
     assert x.shape == (3, lengths.max(), 1)
     assert truth.tolist() == [0, 0, 1]
     for row, number in zip(x, [3, 0, 12], strict=True):
@@ -311,6 +370,72 @@ def test_the_verbs(cli: Cli, data: Path, tmp_path: Path) -> None:
     assert {line.split("\t")[0] for line in lines} <= {"low", "high"}
     shown = json.loads(cli("classify", "predict", model, data, "--json").out.splitlines()[0])
     assert sum(shown["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two speeds of one wave, seen at random times: only who knows the times can tell them apart."""
+    draw = np.random.default_rng(0)
+    times = np.sort(4 * draw.random((48, 6)), 1)
+    y = np.arange(48) % 2
+    return write_npz(
+        tmp_path_factory.mktemp("uneven") / "a.npz", x=np.sin((1 + y[:, None]) * times), y=y, times=times
+    )
+
+
+def test_times_reach_the_model(
+    cli: Cli, uneven: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchdiffeq", reason="the extra 'ode' is not installed")
+    fields = {"model": "neural_ode", "n_layers": 1, "d_model": 16, "option": ["solver=midpoint"], "steps": 50}
+    given = {**FLAGS, **fields, "batch_size": 36, "save_every": 30, "eval_every": 0, "data": [str(uneven)]}
+    config = SequencesConfig.from_dict({**given, "dropout": 0.0})
+    torch.manual_seed(0)
+    SequencesRun.begin(config, tmp_path / "run")
+    model = load_sequence_model(tmp_path / "run" / "model")
+    sequences = read_sequences([uneven])
+    assert model.config.gap == pytest.approx(read_sequences([tmp_path / "run/data/train.npz"]).gap)
+    assert measure(model, sequences)["accuracy"] > 0.9
+    assert measure(model, replace(sequences, times=np.tile(np.linspace(0, 4, 6), 48)))["accuracy"] < 0.8
+
+    done = SequencesRun._step
+
+    def interrupted(self: SequencesRun) -> None:
+        if self.trainer.step_number == 40:
+            raise OSError("the power is gone")
+        done(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SequencesRun, "_step", interrupted)
+        torch.manual_seed(0)
+        with pytest.raises(LongscanError, match="classify train --resume"):
+            SequencesRun.begin(config, tmp_path / "stopped")
+    SequencesRun.resume(tmp_path / "stopped")
+    whole, again = (tmp_path / place / "model/model.safetensors" for place in ("run", "stopped"))
+    assert whole.read_bytes() == again.read_bytes()
+
+    assert cli("classify", "evaluate", tmp_path / "run" / "model", uneven).out.startswith("accuracy ")
+    assert len(cli("classify", "predict", tmp_path / "run" / "model", uneven).out.splitlines()) == 48
+    refused = cli("classify", "evaluate", tmp_path / "run" / "model", data)
+    assert refused.code == 1
+    assert "expected times as in the training data, got none" in refused.err
+
+
+def test_an_ode_from_the_command_line(cli: Cli, data: Path, uneven: Path, tmp_path: Path) -> None:
+    """Evenly sampled sounds need no times: at half the rate its clock runs twice as fast."""
+    pytest.importorskip("torchdiffeq", reason="the extra 'ode' is not installed")
+    flags = ("--model", "neural_ode", "--d-model", 4, "--n-layers", 1, "--threads", 1, "--steps", 1)
+    options = ("--option", "solver=euler", "--option", "d_ode=3", "--bidirectional", "--seq-len", 9)
+    done = cli("classify", "train", data, *flags, *options, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    model = load_sequence_model(tmp_path / "run" / "model")
+    assert (model.config.body_config.to_dict()["d_ode"], model.config.rate) == (3, RATE)
+    slow = sounds(tmp_path / "slow", RATE // 2, 1)
+    done = cli("classify", "evaluate", tmp_path / "run" / "model", slow)
+    assert "time steps are 2 times as long" in done.err
+    done = cli("classify", "train", uneven, *flags, "--valid", data, "--out", tmp_path / "mixed")
+    assert done.code == 1
+    assert "expected channels, rate and times as in" in done.err
 
 
 def test_texts_and_numbers(cli: Cli, tmp_path: Path) -> None:

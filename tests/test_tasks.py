@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -9,8 +10,7 @@ import torch
 from torch import Tensor
 
 from longscan.errors import LongscanError
-from longscan.models import MODELS
-from longscan.tasks import SequenceConfig, SequenceModel, bodies
+from longscan.tasks import BODIES, SequenceConfig, SequenceModel
 
 # largest difference allowed in float64
 TOLERANCE = 1e-10
@@ -19,7 +19,7 @@ SIZES = {"d_model": 8, "n_layers": 2}
 
 def config(body: str = "mamba", **fields: Any) -> SequenceConfig:
     preset = {
-        **MODELS[body].presets["tiny"],
+        **BODIES[body].presets["tiny"],
         **SIZES,
         "vocab_size": 11 if not fields.get("d_input", 3) else 1,
     }
@@ -36,11 +36,22 @@ def build(body: str = "mamba", seed: int = 0, **fields: Any) -> SequenceModel:
     return model
 
 
+def seconds(*shape: int) -> Tensor:
+    """Times of uneven steps."""
+    draw = torch.Generator().manual_seed(6)
+    return (0.2 + 2 * torch.rand(shape, generator=draw, dtype=torch.float64)).cumsum(-1)
+
+
 def signal(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
 
-every = pytest.mark.parametrize("body", bodies())
+needs_ode = pytest.mark.skipif(
+    importlib.util.find_spec("torchdiffeq") is None, reason="the extra 'ode' is not installed"
+)
+every = pytest.mark.parametrize(
+    "body", [pytest.param(name, marks=needs_ode if name == "neural_ode" else ()) for name in BODIES]
+)
 
 
 @every
@@ -50,10 +61,12 @@ every = pytest.mark.parametrize("body", bodies())
 def test_padding_changes_nothing(body: str, pooling: str, bidirectional: bool) -> None:
     model = build(body, pooling=pooling, bidirectional=bidirectional)
     x, lengths = signal(3, 9, 3), torch.tensor([9, 1, 6])
-    together = model(x, lengths)
-    for row, length in enumerate(lengths.tolist()):
-        alone = model(x[row : row + 1, :length])
-        assert (together[row] - alone[0]).abs().max() < TOLERANCE
+    for times in (None, seconds(3, 9)):
+        together = model(x, lengths, times)
+        for row, length in enumerate(lengths.tolist()):
+            own = None if times is None else times[row : row + 1, :length]
+            alone = model(x[row : row + 1, :length], None, own)
+            assert (together[row] - alone[0]).abs().max() < TOLERANCE
 
 
 @torch.no_grad()
@@ -72,8 +85,8 @@ def test_a_mirrored_model_reads_a_mirrored_signal_alike(body: str) -> None:
     model, mirrored = build(body, bidirectional=True), build(body, bidirectional=True)
     for layer in mirrored.layers:
         layer.mixer.forth, layer.mixer.back = layer.mixer.back, layer.mixer.forth
-    x = signal(2, 7, 3)
-    assert (model(x) - mirrored(x.flip(1))).abs().max() < TOLERANCE
+    x, times = signal(2, 7, 3), seconds(2, 7)
+    assert (model(x, None, times) - mirrored(x.flip(1), None, -times.flip(1))).abs().max() < TOLERANCE
 
 
 @torch.no_grad()
@@ -84,7 +97,8 @@ def test_only_two_mixers_see_what_comes() -> None:
     later[0, 5] += 1.0
     for bidirectional, sees in ((False, False), (True, True)):
         model = build(bidirectional=bidirectional)
-        hidden = [model._read(part, torch.arange(6).flip(0)[None]) for part in (x, later)]
+        clock = torch.arange(6)[None]
+        hidden = [model._read(part, clock.flip(1), clock) for part in (x, later)]
         assert torch.equal(hidden[0][:, :5], hidden[1][:, :5]) != sees
 
 
@@ -110,6 +124,34 @@ def test_rescaling_time(body: str) -> None:
     whole, as_it_is = model(x), model(x[:, ::2])
     model.rescale_time(2)
     assert (model(x[:, ::2]) - whole).abs().max() < 0.1 * (as_it_is - whole).abs().max()
+
+
+@every
+@torch.no_grad()
+def test_only_what_is_timed_reads_times(body: str) -> None:
+    model, x = build(body), signal(2, 7, 3)
+    plain, uneven = model(x), model(x, None, seconds(2, 7))
+    assert torch.equal(plain, uneven) != BODIES[body].timed
+
+
+@needs_ode
+@torch.no_grad()
+def test_time_has_the_unit_of_the_training_data() -> None:
+    """Without times the clock ticks at the rate, or once a second; later, or in other units, is no matter."""
+    x, times, lengths = signal(2, 7, 3), seconds(2, 7), torch.tensor([7, 4])
+    ticks = torch.arange(7, dtype=torch.float64).expand(2, -1)
+    expected = build("neural_ode")(x, lengths, ticks)
+    for fields, read in (
+        ({}, None),
+        ({"rate": 50.0}, None),
+        ({"rate": 50.0}, ticks / 50),
+        ({"gap": 0.25}, 1e9 + ticks / 4),
+    ):
+        assert (build("neural_ode", **fields)(x, lengths, read) - expected).abs().max() < TOLERANCE
+    slow, fast = build("neural_ode"), build("neural_ode")
+    fast.rescale_time(2)
+    assert (fast(x, lengths, times) - slow(x, lengths, 2 * times)).abs().max() < TOLERANCE
+    assert (fast(x, lengths, times) - slow(x, lengths, times)).abs().max() > 1e-4
 
 
 @every
@@ -169,6 +211,7 @@ def test_a_config_travels_as_json() -> None:
         ({"mean": [1.0]}, "mean: expected a number for each of 3 channels, got 1"),
         ({"mean": [0.0] * 3, "std": [0.0] * 3}, "std: expected a positive number"),
         ({"rate": -1.0}, "rate: expected more than 0"),
+        ({"gap": 0.0}, "gap: expected more than 0 seconds"),
         ({"dropout": 1.0}, "dropout: expected at least 0 and below 1"),
         ({"pooling": "first"}, "pooling: expected one of 'mean', 'last'"),
     ],
@@ -195,3 +238,23 @@ def test_impossible_configs(fields: dict[str, Any], words: str) -> None:
 def test_impossible_inputs(d_input: int, x: Tensor, lengths: Tensor | None, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         build(d_input=d_input)(x.double(), lengths)
+
+
+def test_impossible_times() -> None:
+    with pytest.raises(ValueError, match=r"times: expected shape \(2, 5\), got \(2, 4\)"):
+        build()(signal(2, 5, 3), None, seconds(2, 4))
+
+
+@needs_ode
+def test_time_does_not_go_back() -> None:
+    with pytest.raises(ValueError, match="times: expected them in order"):
+        build("neural_ode")(signal(2, 5, 3), None, -seconds(2, 5))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"d_hidden": 0}, {"n_steps": 0}, {"solver": "x"}], ids=lambda f: next(iter(f))
+)
+def test_impossible_sizes_of_an_ode(fields: dict[str, Any]) -> None:
+    original = config("neural_ode").to_dict()
+    with pytest.raises(LongscanError, match=next(iter(fields))):
+        SequenceConfig.from_dict({**original, "body_config": {**original["body_config"], **fields}})

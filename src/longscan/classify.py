@@ -50,7 +50,7 @@ from longscan.models import Bert, Model
 from longscan.recipe import RunConfig, add_flags, check_device, setting
 from longscan.run import Run
 from longscan.runs import SETTINGS, Signals, read_settings
-from longscan.tasks import bodies
+from longscan.tasks import BODIES
 from longscan.text_input import read_stdin, tell_cut
 from longscan.wordpiece import Framed
 
@@ -268,9 +268,10 @@ def train(
     and the second one the text unless --columns says otherwise; or .jsonl with "label" and "text". Both may
     be .gz or .xz.
 
-    With --model NAME such as mamba, see `longscan models`, DATA may also be .npz files of x, y and lengths,
-    and folders or tars of .wav files, in a folder for each class or named LABEL_....wav; texts are read as
-    bytes. There --lr is 0.003 unless given, --epochs 20, and --seq-len without end.
+    With --model NAME such as mamba, see `longscan models`, DATA may also be .npz files of x, y, lengths and
+    times, and folders or tars of .wav files, in a folder for each class or named LABEL_....wav; texts are
+    read as bytes. The times of uneven series are read by --model neural_ode alone. There --lr is 0.003 unless
+    given, --epochs 20, and --seq-len without end.
 
     --out receives checkpoints, metrics.jsonl, loss.png and in the end model/. Ctrl-C stops after the step in
     hand.
@@ -287,7 +288,7 @@ def train(
     """
     given = {"data": data, **settings}
     found = _recipe(recipe) if resume_from is None else _settings(resume_from)
-    sequences = (settings["model"] or found.get("model")) in bodies()
+    sequences = (settings["model"] or found.get("model")) in BODIES
     run: type[Run[Any]] = SequencesRun if sequences else ClassifyRun
     fields = {entry.name for entry in dataclasses.fields(run.settings)}
     for name, value in given.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -22,12 +22,12 @@ from longscan.checkpoint import assemble
 from longscan.errors import LongscanError, UsageError
 from longscan.examples import score, shuffled
 from longscan.files import atomic_directory, read_json, write_json
-from longscan.models import LanguageModelConfig, Model
+from longscan.models import LanguageModelConfig, Model, ModelEntry
 from longscan.recipe import FreshConfig, model_settings, setting
 from longscan.run import Run
 from longscan.runs import Signals
 from longscan.sequences import BYTES, Sequences, read_sequences
-from longscan.tasks import SequenceConfig, SequenceModel
+from longscan.tasks import BODIES, Body, SequenceConfig, SequenceModel
 from longscan.weights import read_weights
 
 __all__ = [
@@ -50,7 +50,6 @@ MODEL_TYPE, VERSION = "sequence", 1  # of config.json
 class SequencesConfig(FreshConfig):
     """Everything that decides what `longscan classify train --model NAME` computes."""
 
-    KINDS = ("language",)
     EPOCHS: ClassVar[float] = 20.0
 
     data: tuple[str, ...] = setting((), "Labelled sequences.", path=True, argument=True)
@@ -60,7 +59,7 @@ class SequencesConfig(FreshConfig):
     valid_fraction: float = setting(0.1, "Part of DATA held out for validation.")
     columns: str = setting("1,2", "Where label, text (and the other text of a pair) stand in a table.")
     pattern: str | None = setting(None, "Regular expression whose group is the label in a sound's path.")
-    model: str = setting("mamba", "Whose blocks, see `longscan models`.")
+    model: str = setting("mamba", "Whose blocks, see `longscan models`; or neural_ode.")
     bidirectional: bool = setting(False, "Give each block a second mixer, which reads backwards.")
     pooling: Literal["mean", "last"] = setting("mean", "What the head reads of a sequence.")
     dropout: float = setting(0.1, "Share of what a block adds that is left out.")
@@ -76,6 +75,11 @@ class SequencesConfig(FreshConfig):
         self.check_least(1, "batch_size", "accumulate", "seq_len")
         self.check_fractions("valid_fraction", "dropout")
 
+    @property
+    def choice(self) -> Mapping[str, ModelEntry | Body]:
+        """The models whose blocks it can train, by name."""
+        return BODIES
+
 
 class _Part(NamedTuple):
     """What a forward pass reads."""
@@ -83,6 +87,7 @@ class _Part(NamedTuple):
     x: Tensor  # (batch, seq_len, d_input) or (batch, seq_len)
     lengths: Tensor  # (batch,)
     truth: Tensor  # (batch,) or (batch, n_outputs)
+    times: Tensor | None  # (batch, seq_len), if there are any
 
 
 class SequencesRun(Run[SequencesConfig]):
@@ -119,7 +124,8 @@ class SequencesRun(Run[SequencesConfig]):
         low, high = int(train.lengths.min()), int(train.lengths.max())
         span = f"{low:,}" if low == high else f"{low:,} to {high:,}"
         channels = f" × {config.d_input} channels" if config.d_input else ""
-        steps = f"{span} steps{channels}"
+        every = f", {train.gap:.3g} s apart on average" if train.gap else ""
+        steps = f"{span} steps{channels}{every}"
         self.display.line(
             f"data       {len(train):,} sequences of {steps}, {kind}, {len(self.valid):,} held out"
         )
@@ -140,8 +146,9 @@ class SequencesRun(Run[SequencesConfig]):
 
     def loss(self, model: SequenceModel, part: _Part) -> Tensor:
         """Return the mean nats of a sequence's class, or the mean square of the error."""
-        x, lengths, truth = (tensor.to(self.config.device) for tensor in part)
-        return model.loss(model(x, lengths), truth)
+        device = self.config.device
+        times = None if part.times is None else part.times.to(device)
+        return model.loss(model(part.x.to(device), part.lengths.to(device), times), part.truth.to(device))
 
     def fingerprint(self) -> str:
         """Identify the sequences trained on."""
@@ -179,6 +186,7 @@ class SequencesRun(Run[SequencesConfig]):
             mean=tuple(values.mean(0).tolist()) if train.d_input else (),
             std=tuple(np.maximum(values.std(0), 1e-6).tolist()) if train.d_input else (),
             rate=train.rate,
+            gap=train.gap,
             pooling=config.pooling,
             bidirectional=config.bidirectional,
             dropout=config.dropout,
@@ -200,8 +208,11 @@ class SequencesRun(Run[SequencesConfig]):
             raise LongscanError(
                 f"{train.names[0]}: expected two classes or more, all are {train.labels[0]!r}."
             )
-        if (valid.d_input, valid.rate) != (train.d_input, train.rate):
-            raise LongscanError(f"{valid.names[0]}: expected channels and rate as in {train.names[0]}.")
+        kinds = [(some.d_input, some.rate, some.times is None) for some in (train, valid)]
+        if kinds[0] != kinds[1]:
+            raise LongscanError(
+                f"{valid.names[0]}: expected channels, rate and times as in {train.names[0]}."
+            )
         valid = valid.labelled(train.labels) if len(valid) else valid
         if config.seq_len and (cut := int((train.lengths > config.seq_len).sum())):
             self.display.line(f"cut        {cut:,} sequences at {config.seq_len:,} steps")
@@ -228,8 +239,9 @@ def answers(model: SequenceModel, data: Sequences, rows: int = 32) -> Tensor:
     order = np.argsort(data.lengths, kind="stable").tolist()  # about equal lengths: little padding
     for start in range(0, len(order), rows):
         numbers = order[start : start + rows]
-        x, lengths, _ = data.batch(numbers)
-        outputs = model(x.to(model.device), lengths.to(model.device)).float().cpu()
+        x, lengths, _, times = data.batch(numbers)
+        times = None if times is None else times.to(model.device)
+        outputs = model(x.to(model.device), lengths.to(model.device), times).float().cpu()
         found[numbers] = outputs.log_softmax(-1) if model.config.labels else outputs
     model.train(training)
     return found
@@ -400,6 +412,8 @@ def _fit(model: SequenceModel, data: Sequences) -> None:
         raise LongscanError(
             f"{data.names[0]}: expected tokens below {vocab_size:,}, got {int(data.values.max()):,}."
         )
+    if BODIES[model.config.body].timed and model.config.gap and data.times is None:
+        raise LongscanError(f"{data.names[0]}: expected times as in the training data, got none.")
     if data.rate and model.config.rate and data.rate != model.config.rate:
         to_rate(model, data.rate)
         typer.echo(

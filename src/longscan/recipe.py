@@ -21,8 +21,9 @@ from longscan.config import Config, nearest
 from longscan.data import TokenFiles, prepare, training_text
 from longscan.errors import LongscanError, UsageError
 from longscan.files import atomic_directory
-from longscan.models import MODELS, Model, ModelKind
+from longscan.models import MODELS, Model, ModelEntry, ModelKind
 from longscan.progress import duration
+from longscan.tasks import Body
 from longscan.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_bpe
 from longscan.wordpiece import load_wordpiece, train_wordpiece
 
@@ -160,6 +161,11 @@ class FreshConfig(RunConfig):
         """Refuse sizes that cannot be."""
         super().__post_init__()
         self.check_least(1, *(name for name, value in self.sizes.items() if type(value) is int))
+
+    @property
+    def choice(self) -> Mapping[str, ModelEntry | Body]:
+        """The models it can train, by name."""
+        return {name: entry for name, entry in MODELS.items() if entry.kind in self.KINDS}
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -379,14 +385,15 @@ def model_settings(config: FreshConfig, vocab_size: int) -> Config:
     Raises:
         UsageError: there is no such model, preset or device, or the sizes are impossible.
     """
-    choice = [name for name, entry in MODELS.items() if entry.kind in config.KINDS]
-    if config.model not in MODELS:
-        raise UsageError(f"--model: no model called {config.model!r}{nearest(config.model, choice)}")
-    entry = MODELS[config.model]
+    choice = config.choice
     if config.model not in choice:
+        if config.model not in MODELS:
+            raise UsageError(f"--model: no model called {config.model!r}{nearest(config.model, choice)}")
+        kind = MODELS[config.model].kind
         raise UsageError(
-            f"--model: expected one of {', '.join(choice)}, got the {entry.kind} model {entry.name}."
+            f"--model: expected one of {', '.join(choice)}, got the {kind} model {config.model}."
         )
+    entry = choice[config.model]
     presets = entry.presets
     if config.preset not in presets:
         close = nearest(config.preset, presets)

@@ -7,7 +7,7 @@ import lzma
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -39,6 +39,7 @@ class Sequences:
         labels: names of the classes; none if numbers are to be told.
         names: (n,) what messages call each.
         rate: samples per second, if the files say so.
+        times: (total,) float64 seconds, for series that are not sampled evenly.
     """
 
     values: np.ndarray
@@ -47,6 +48,7 @@ class Sequences:
     labels: tuple[str, ...]
     names: tuple[str, ...]
     rate: float | None = None
+    times: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -64,7 +66,27 @@ class Sequences:
     @property
     def rows(self) -> list[np.ndarray]:
         """Each sequence, (length, d_input) or (length,)."""
-        return np.split(self.values, np.cumsum(self.lengths)[:-1])
+        return self._split(self.values)
+
+    @property
+    def gap(self) -> float | None:
+        """Mean seconds from one step to the next, if there are times."""
+        if self.times is None or not (gaps := int((self.lengths - 1).sum())):
+            return None
+        return float(sum(row[-1] - row[0] for row in self._split(self.times))) / gaps
+
+    def changed(self, change: Callable[[list[np.ndarray]], list[np.ndarray]]) -> Self:
+        """Return sequences of other steps.
+
+        Args:
+            change: chooses among the rows of the values, and alike among those of the times.
+        """
+
+        def of(array: np.ndarray) -> np.ndarray:
+            return np.concatenate([array[:0], *change(self._split(array))])
+
+        times = None if self.times is None else of(self.times)
+        return replace(self, values=of(self.values), lengths=_lengths(change(self.rows)), times=times)
 
     def select(self, numbers: Iterable[int]) -> Self:
         """Return some of them.
@@ -72,11 +94,9 @@ class Sequences:
         Args:
             numbers: which, in the order they are to have.
         """
-        numbers, rows = list(numbers), self.rows
+        numbers = list(numbers)
         return replace(
-            self,
-            values=np.concatenate([rows[n] for n in numbers]) if numbers else self.values[:0],
-            lengths=self.lengths[numbers],
+            self.changed(lambda rows: [rows[n] for n in numbers]),
             truth=self.truth[numbers],
             names=tuple(self.names[n] for n in numbers),
         )
@@ -116,9 +136,8 @@ class Sequences:
         Args:
             factor: old rate / new rate.
         """
-        rows = [row[::factor] for row in self.rows]
         rate = None if self.rate is None else self.rate / factor
-        return replace(self, values=np.concatenate(rows), lengths=_lengths(rows), rate=rate)
+        return replace(self.changed(lambda rows: [row[::factor] for row in rows]), rate=rate)
 
     def cut(self, room: int | None) -> Self:
         """Return the beginnings.
@@ -128,13 +147,9 @@ class Sequences:
         """
         if room is None or int(self.lengths.max(initial=0)) <= room:
             return self
-        return replace(
-            self,
-            values=np.concatenate([row[:room] for row in self.rows]),
-            lengths=np.minimum(self.lengths, room),
-        )
+        return self.changed(lambda rows: [row[:room] for row in rows])
 
-    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Put some into a batch.
 
         Args:
@@ -144,13 +159,20 @@ class Sequences:
             x: (batch, longest, d_input) or (batch, longest), zero behind the shorter ones.
             lengths: (batch,).
             truth: (batch,) or (batch, n_outputs).
+            times: (batch, longest) float64, if there are any.
         """
         ends = np.cumsum(self.lengths)
         lengths = self.lengths[list(numbers)]
-        x = np.zeros((len(lengths), lengths.max(), *self.values.shape[1:]), self.values.dtype)
-        for row, number in zip(x, numbers, strict=True):
-            row[: self.lengths[number]] = self.values[ends[number] - self.lengths[number] : ends[number]]
-        return torch.from_numpy(x), torch.from_numpy(lengths), torch.from_numpy(self.truth[list(numbers)])
+
+        def pad(array: np.ndarray) -> Tensor:
+            padded = np.zeros((len(lengths), lengths.max(), *array.shape[1:]), array.dtype)
+            for row, number in zip(padded, numbers, strict=True):
+                row[: self.lengths[number]] = array[ends[number] - self.lengths[number] : ends[number]]
+            return torch.from_numpy(padded)
+
+        truth = torch.from_numpy(self.truth[list(numbers)])
+        times = None if self.times is None else pad(self.times)
+        return pad(self.values), torch.from_numpy(lengths), truth, times
 
     def save(self, path: Path) -> None:
         """Write a .npz file, which `read_sequences` reads.
@@ -163,9 +185,13 @@ class Sequences:
             "lengths": self.lengths,
             "y": self.truth,
             "rate": self.rate or 0.0,
-        }
+        } | ({} if self.times is None else {"times": self.times})
         with atomic_file(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, labels=np.array(self.labels, str), names=np.array(self.names, str), **arrays)
+
+    def _split(self, array: np.ndarray) -> list[np.ndarray]:
+        """Take apart what stands one behind the other."""
+        return np.split(array, np.cumsum(self.lengths)[:-1])
 
     def _label(self, number: int) -> str:
         """Name what one of them is."""
@@ -179,9 +205,10 @@ def read_sequences(
 
     Args:
         paths: any of
-            .npz files of x, y and perhaps lengths: x is (n, seq_len, d_input) or (n, seq_len) floats,
-            (n, seq_len) whole numbers for tokens, or (n, height, width) bytes for images; y is (n,) whole
-            numbers or texts for classes, floats for numbers. With several parts: x_train, y_train, ...;
+            .npz files of x, y and perhaps lengths and times: x is (n, seq_len, d_input) or (n, seq_len)
+            floats, (n, seq_len) whole numbers for tokens, or (n, height, width) bytes for images; y is (n,)
+            whole numbers or texts for classes, floats for numbers; times is (n, seq_len) seconds, for series
+            that are not sampled evenly. With several parts: x_train, y_train, ...;
             folders or tars of .wav files, in a folder for each class or named LABEL_....wav; or one;
             tables or .jsonl of labelled texts, see `read_examples`, read as bytes.
         split: which part of a file is meant, if it has parts.
@@ -201,7 +228,10 @@ def read_sequences(
         raise UsageError("nothing to read: name files of labelled sequences.")
     first = found[0]
     for other, path in zip(found, paths, strict=True):
-        kinds = [(one.d_input, one.rate, bool(one.labels), one.truth.shape[1:]) for one in (first, other)]
+        kinds = [
+            (one.d_input, one.rate, one.times is None, bool(one.labels), one.truth.shape[1:])
+            for one in (first, other)
+        ]
         if kinds[0] != kinds[1]:
             raise LongscanError(
                 f"{path}: expected {_kind(first)} as in {paths[0]}, got {_kind(other)}. Read them separately."
@@ -209,6 +239,7 @@ def read_sequences(
     names = {label for one in found for label in one.labels}
     labels = tuple(sorted(names, key=int if all(name.isdecimal() for name in names) else None))
     found = [one.labelled(labels) for one in found]
+    times = [one.times for one in found if one.times is not None]
     return Sequences(
         values=np.concatenate([one.values for one in found]),
         lengths=np.concatenate([one.lengths for one in found]),
@@ -216,6 +247,7 @@ def read_sequences(
         labels=labels,
         names=tuple(name for one in found for name in one.names),
         rate=first.rate,
+        times=np.concatenate(times) if times else None,
     )
 
 
@@ -251,7 +283,8 @@ def _kind(some: Sequences) -> str:
     """Say what kind of sequences they are."""
     what = f"signals of {some.d_input} channels" if some.d_input else "tokens"
     rate = f" at {some.rate:g} samples per second" if some.rate else ""
-    return f"{what}{rate} with {'labels' if some.labels else f'{some.n_outputs} numbers'}"
+    times = ", each with its time," if some.times is not None else ""
+    return f"{what}{rate}{times} with {'labels' if some.labels else f'{some.n_outputs} numbers'}"
 
 
 # .npz
@@ -287,7 +320,14 @@ def _npz(path: Path, split: str) -> Sequences:
     else:
         truth = y.reshape(len(y), -1).astype(np.float32)
         found = Sequences(np.concatenate(rows), _lengths(rows), truth, (), tuple(names))
-    return _finite(found)
+    if f"times{tail}" in arrays:
+        times = arrays[f"times{tail}"]
+        if times.shape != x.shape[:2] or times.dtype.kind not in "fiu":
+            got = f"{times.dtype} {times.shape}"
+            raise LongscanError(f"{path}: expected a time of each step, {x.shape[:2]}, got {got}.")
+        rows = [row[:length] for row, length in zip(times, lengths, strict=True)]
+        found = replace(found, times=np.concatenate(rows).astype(np.float64))
+    return _passing(_finite(found))
 
 
 def _steps(path: Path, x: np.ndarray) -> np.ndarray:
@@ -315,12 +355,15 @@ def _own(path: Path, arrays: dict[str, np.ndarray]) -> Sequences:
             labels=tuple(arrays["labels"].tolist()),
             names=tuple(arrays["names"].tolist()),
             rate=float(arrays["rate"]) or None,
+            times=arrays.get("times"),
         )
     except KeyError as error:
         raise LongscanError(f"{path}: expected an array {error} beside the others.") from error
     if len(found.values) != found.lengths.sum() or not len(found) == len(found.truth) == len(found.names):
         raise LongscanError(f"{path}: the lengths are not those of the values. Make the file again.")
-    return found
+    if found.times is not None and found.times.shape != found.values.shape[:1]:
+        raise LongscanError(f"{path}: the times are not those of the values. Make the file again.")
+    return _passing(_finite(found))
 
 
 def _finite(found: Sequences) -> Sequences:
@@ -333,6 +376,27 @@ def _finite(found: Sequences) -> Sequences:
                 f"{found.names[number]}: the signal has NaN or infinite numbers, {int(bad.sum()):,} samples "
                 "in all. Fill the gaps or leave these sequences out."
             )
+    return found
+
+
+def _passing(found: Sequences) -> Sequences:
+    """Refuse times that stand still, go back or are no numbers."""
+    times, ends = found.times, np.cumsum(found.lengths)
+    if times is None:
+        return found
+    with np.errstate(invalid="ignore"):  # inf - inf
+        passes = np.diff(times, prepend=-np.inf) > 0
+    passes[ends[:-1]] = True  # where another sequence starts
+    bad = ~(passes & np.isfinite(times))
+    if bad.any():
+        place = int(bad.argmax())
+        number = int(np.searchsorted(ends, place, side="right"))
+        step = place - int(ends[number] - found.lengths[number])
+        before = f" after {times[place - 1]:g}" if step else ""
+        raise LongscanError(
+            f"{found.names[number]}: expected seconds that increase, got {times[place]:g}{before} at step "
+            f"{step}. Sort the steps, and keep one of those at the same time."
+        )
     return found
 
 

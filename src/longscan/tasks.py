@@ -3,14 +3,15 @@
     signal or ids -> encoder -> [x + mixer(norm(x))] -> norm -> mean or last -> head
 
 The blocks are those of the line of models, so each way of remembering is tried on signals, on images as
-rows of pixels and on text as bytes, under one roof.
+rows of pixels and on text as bytes, under one roof. Beside them stands the neural ODE, which alone reads the
+times of series that are not sampled evenly.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, Self, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +20,41 @@ from torch.nn import functional as F
 from longscan import ops
 from longscan.config import Config, nearest
 from longscan.errors import LongscanError
-from longscan.models import MODELS, LanguageModel, LanguageModelConfig, Model
+from longscan.models import LINEAGE, LanguageModel, LanguageModelConfig, Model, neural_ode
 from longscan.models.layers import RMSNorm, blank, linear
 from longscan.models.mixer import Block, Mixer
 
-__all__ = ["SequenceConfig", "SequenceModel", "bodies"]
+__all__ = ["BODIES", "Body", "SequenceConfig", "SequenceModel"]
 
 
-def bodies() -> list[str]:
-    """Return the names of the models whose blocks can stand here."""
-    return [name for name, entry in MODELS.items() if entry.kind == "language"]
+class Body(NamedTuple):
+    """What blocks come from.
+
+    Attributes:
+        config: their Config.
+        presets: known sizes, fields of the Config by name.
+        blocks: makes them, of a Config and a generator.
+        timed: whether they read times, or places only.
+    """
+
+    config: type[LanguageModelConfig]
+    presets: Mapping[str, dict[str, Any]]
+    blocks: Callable[[Any, torch.Generator | None], Iterable[Block]]
+    timed: bool = False
+
+
+#: whose blocks can stand here: all language models of the line, and what reads times
+BODIES: dict[str, Body] = {
+    entry.name: Body(
+        cast(type[LanguageModelConfig], entry.config),
+        entry.presets,
+        cast(type[LanguageModel], entry.cls).blocks,
+    )
+    for entry in LINEAGE
+    if entry.kind == "language"
+} | {
+    "neural_ode": Body(neural_ode.NeuralODEConfig, neural_ode.PRESETS, neural_ode.blocks, timed=True),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +62,7 @@ class SequenceConfig(Config):
     """The sizes of a model that reads a sequence and says one thing of it.
 
     Attributes:
-        body: name of the language model whose blocks it is made of.
+        body: name of the model whose blocks it is made of, of BODIES.
         body_config: their sizes; of the vocabulary only tokens make use.
         n_outputs: classes, or numbers to be told.
         labels: names of the classes; none if numbers are told.
@@ -44,6 +70,7 @@ class SequenceConfig(Config):
         mean: of each channel in the training data, taken off; nothing if empty.
         std: likewise, divided by.
         rate: samples per second of the training data, if that is known.
+        gap: mean seconds between its steps if it came with times: the unit of a body that reads them.
         pooling: what the head reads: the mean over the sequence, or what stands at its end.
         bidirectional: whether each block has a second mixer, which reads backwards.
         dropout: share of what a block adds that is left out while training.
@@ -57,6 +84,7 @@ class SequenceConfig(Config):
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     rate: float | None = None
+    gap: float | None = None
     pooling: Literal["mean", "last"] = "mean"
     bidirectional: bool = False
     dropout: float = 0.0
@@ -76,9 +104,9 @@ class SequenceConfig(Config):
         """
         if isinstance(mapping, Mapping) and isinstance(mapping.get("body_config"), Mapping):
             name = mapping.get("body")
-            if name not in bodies():
-                raise LongscanError(f"body: no language model called {name!r}{nearest(str(name), bodies())}")
-            config = MODELS[name].config.from_dict(mapping["body_config"])
+            if name not in BODIES:
+                raise LongscanError(f"body: no language model called {name!r}{nearest(str(name), BODIES)}")
+            config = BODIES[name].config.from_dict(mapping["body_config"])
             mapping = {**mapping, "body_config": config}
         return super().from_dict(mapping)
 
@@ -88,7 +116,7 @@ class SequenceConfig(Config):
         Raises:
             LongscanError: a value is out of range.
         """
-        if self.body not in bodies() or not isinstance(self.body_config, MODELS[self.body].config):
+        if self.body not in BODIES or not isinstance(self.body_config, BODIES[self.body].config):
             got = f"{type(self.body_config).__name__} for {self.body!r}"
             raise LongscanError(f"body_config: expected the Config of the body, got {got}.")
         if self.n_outputs < 1 or self.d_input < 0:
@@ -106,6 +134,8 @@ class SequenceConfig(Config):
             raise LongscanError("std: expected a positive number beside each mean.")
         if self.rate is not None and self.rate <= 0:
             raise LongscanError(f"rate: expected more than 0 samples per second, got {self.rate}.")
+        if self.gap is not None and self.gap <= 0:
+            raise LongscanError(f"gap: expected more than 0 seconds, got {self.gap}.")
         if not 0 <= self.dropout < 1:
             raise LongscanError(f"dropout: expected at least 0 and below 1, got {self.dropout}.")
 
@@ -123,8 +153,16 @@ class BothWays(Mixer[Any]):
         self.forth, self.back = forth, back
 
     def plan(self, ids: Tensor, state: None, seq_idx: Tensor | None) -> Any:
-        """Work out what both need; see `Mixer.plan`."""
-        return self.forth.plan(ids, None, None), seq_idx
+        """Work out what both need.
+
+        Args:
+            ids: (batch, seq_len) times, which stand still behind the end of a sequence.
+            state: nothing.
+            seq_idx: (batch, seq_len) the place that each place has backwards.
+        """
+        assert seq_idx is not None
+        back = (ids[:, -1:] - ids.gather(1, seq_idx)).cummax(1).values  # behind the end it would go back
+        return self.forth.plan(ids, None, None), self.back.plan(back, None, None), seq_idx
 
     def forward(self, x: Tensor, state: None, plan: Any, /) -> tuple[Tensor, None]:
         """Mix along time, in both directions.
@@ -132,16 +170,16 @@ class BothWays(Mixer[Any]):
         Args:
             x: (batch, seq_len, d_model).
             state: nothing: there is none that both could continue.
-            plan: that of the mixers, and (batch, seq_len) the place that each place has backwards.
+            plan: those of the mixers, and (batch, seq_len) the place that each place has backwards.
 
         Returns:
             y: (batch, seq_len, d_model).
             state: nothing.
         """
-        places, order = plan
+        places, backwards, order = plan
         order = order[..., None].expand_as(x)
         forth, _ = self.forth(x, None, places)
-        back, _ = self.back(x.gather(1, order), None, places)
+        back, _ = self.back(x.gather(1, order), None, backwards)
         return forth + back.gather(1, order), None
 
     def rescale_time(self, factor: float) -> None:
@@ -166,7 +204,7 @@ class SequenceModel(Model):
     def __init__(self, config: SequenceConfig, generator: torch.Generator | None = None) -> None:
         super().__init__(config)
         body, d_model = config.body_config, config.body_config.d_model
-        kind = cast(type[LanguageModel], MODELS[config.body].cls)
+        blocks = BODIES[config.body].blocks
         self.encoder: nn.Module
         if config.d_input:
             self.encoder = linear(config.d_input, d_model, True, generator)
@@ -174,19 +212,21 @@ class SequenceModel(Model):
             self.encoder = blank(nn.Embedding, body.padded_vocab_size, d_model)
             if not self.encoder.weight.is_meta:
                 nn.init.normal_(self.encoder.weight, generator=generator)
-        self.layers = nn.ModuleList(kind.blocks(body, generator))
+        self.layers = nn.ModuleList(blocks(body, generator))
         if config.bidirectional:
-            for layer, other in zip(self.layers, kind.blocks(body, generator), strict=True):
+            for layer, other in zip(self.layers, blocks(body, generator), strict=True):
                 layer.mixer = BothWays(cast(Block, layer).mixer, other.mixer)
         self.norm_f = RMSNorm(d_model, body.norm_eps)
         self.head = linear(d_model, config.n_outputs, True, generator)
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, lengths: Tensor | None = None, times: Tensor | None = None) -> Tensor:
         """Read sequences.
 
         Args:
             x: (batch, seq_len, d_input) of signals, or (batch, seq_len) int64 of tokens.
             lengths: (batch,) int64, what of each row is the sequence; all if None.
+            times: (batch, seq_len) seconds, in order; at the rate of the training data, or one a step, if
+                None. Bodies that know places only, not times, ignore them: all but the neural ODE.
 
         Returns:
             (batch, n_outputs): unnormalised log p of the classes, or the numbers.
@@ -194,12 +234,13 @@ class SequenceModel(Model):
         Raises:
             ValueError: shapes do not fit.
         """
-        self._check(x, lengths)
+        self._check(x, lengths, times)
         time = torch.arange(x.shape[1], device=x.device)
         ends = torch.full((len(x),), x.shape[1], device=x.device) if lengths is None else lengths
         ends = ends[:, None]  # (batch, 1)
         order = torch.where(time < ends, ends - 1 - time, time) if self.config.bidirectional else None
-        hidden = self._read(x, order)  # (batch, seq_len, d_model)
+        clock = self._clock(times, ends, x.shape[1])
+        hidden = self._read(x, order, clock)  # (batch, seq_len, d_model)
         if self.config.pooling == "last":
             return cast(Tensor, self.head(hidden[torch.arange(len(x), device=x.device), ends[:, 0] - 1]))
         weights = (time < ends).to(hidden.dtype) / ends  # (batch, seq_len)
@@ -231,19 +272,26 @@ class SequenceModel(Model):
         mixers = [module for module in self.modules() if isinstance(module, Mixer)]
         return (mixer.get_parameter(name) for mixer in mixers for name in mixer.recurrence)
 
-    def _read(self, x: Tensor, order: Tensor | None) -> Tensor:
+    def _clock(self, times: Tensor | None, ends: Tensor, seq_len: int) -> Tensor:
+        """Return times in the unit of the body, (batch, seq_len), which stand still behind the ends."""
+        step = 1 / (self.config.rate or 1)
+        unit = self.config.gap or step
+        place = torch.minimum(torch.arange(seq_len, device=ends.device), ends - 1)  # (batch, seq_len)
+        return place * (step / unit) if times is None else times.gather(1, place) / unit
+
+    def _read(self, x: Tensor, order: Tensor | None, clock: Tensor) -> Tensor:
         """Return what stands at each place after the blocks, (batch, seq_len, d_model)."""
         config = self.config
         if config.mean:
             x = (x - x.new_tensor(config.mean)) / x.new_tensor(config.std)
         x = self.encoder(x)
-        plan = cast(Block, self.layers[0]).mixer.plan(x[..., 0], None, order)
+        plan = cast(Block, self.layers[0]).mixer.plan(clock, None, order)
         for layer in self.layers:
             y, _ = layer(x, None, plan)
             x = x + ops.dropout(y - x, config.dropout, self.training) if config.dropout else y
         return cast(Tensor, self.norm_f(x))
 
-    def _check(self, x: Tensor, lengths: Tensor | None) -> None:
+    def _check(self, x: Tensor, lengths: Tensor | None, times: Tensor | None) -> None:
         """Refuse what cannot be read."""
         d_input, shape = self.config.d_input, tuple(x.shape)
         if d_input and (x.dim() != 3 or shape[2] != d_input or 0 in shape):
@@ -256,3 +304,5 @@ class SequenceModel(Model):
             lengths.shape != shape[:1] or not bool(((lengths > 0) & (lengths <= shape[1])).all())
         ):
             raise ValueError(f"lengths: expected {shape[0]} numbers from 1 to {shape[1]}, got {lengths}")
+        if times is not None and times.shape != shape[:2]:
+            raise ValueError(f"times: expected shape {shape[:2]}, got {tuple(times.shape)}")

@@ -42,7 +42,7 @@ from .luong import Luong, LuongConfig
 from .mamba import Mamba, MambaConfig
 from .mixer import LanguageModelConfig
 from .model import Model
-from .neural_ode import ODERNN, ODERNNConfig
+from .neural_ode import ODERNN, NeuralODEConfig, ODERNNConfig
 from .s4 import S4, S4Config
 from .s4d import S4D, S4DConfig
 from .seq2seq import Seq2Seq, Seq2SeqConfig
@@ -87,6 +87,7 @@ __all__ = [
     "Model",
     "ModelEntry",
     "ModelKind",
+    "NeuralODEConfig",
     "ODERNNConfig",
     "Output",
     "S4Config",

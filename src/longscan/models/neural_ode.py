@@ -13,7 +13,9 @@ too, but linearly, so that the way from one observation to the next has a closed
     f(h) = W_2 tanh(W_1 h), or the gated (1 - z) (g - h), in which h stays bounded
 
 Deviations: each gap is integrated in its own time, s = (t - t_k) / (t_{k+1} - t_k), so that the rows of a
-batch need not be observed at the same times.
+batch need not be observed at the same times. To stand where the blocks of language models do, for whole
+sequences (see tasks.py), an ODE-RNN is a mixer with a norm before and a projection behind. It is no language
+model itself: tokens have places, not times.
 """
 
 import dataclasses
@@ -25,8 +27,10 @@ from torch import Tensor, nn
 from ..config import Config
 from ..errors import LongscanError
 from .layers import blank, linear
+from .mixer import Block, LanguageModelConfig, Mixer
 from .model import Model
 
+PRESETS: dict[str, dict[str, Any]] = {"tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257}}
 ADAPTIVE = ("dopri5",)  # these choose their steps
 
 
@@ -200,3 +204,99 @@ class ODERNN(Model):
         if times.shape != x.shape[:2]:
             raise ValueError(f"times: expected shape {tuple(x.shape[:2])}, got {tuple(times.shape)}")
         return x.shape[0], x.shape[1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeuralODEConfig(LanguageModelConfig):
+    """The sizes of a stack of ODE-RNNs; but for the width of the state, the fields are those of one.
+
+    Raises:
+        LongscanError: a value is out of range.
+    """
+
+    d_hidden: int | None = None  # None is d_model
+    d_ode: int | None = None
+    dynamics: Literal["mlp", "gated"] = "gated"  # bounded, however long a gap is
+    solver: Literal["euler", "midpoint", "rk4", "dopri5"] = "rk4"
+    n_steps: int = 1
+    tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        self.of_one()
+
+    def of_one(self) -> ODERNNConfig:
+        """Return the Config of one ODE-RNN.
+
+        Raises:
+            LongscanError: a value is out of range.
+        """
+        return ODERNNConfig(
+            d_input=self.d_model,
+            d_hidden=self.d_model if self.d_hidden is None else self.d_hidden,
+            d_ode=self.d_ode,
+            dynamics=self.dynamics,
+            solver=self.solver,
+            n_steps=self.n_steps,
+            tolerance=self.tolerance,
+        )
+
+
+class ODEMixer(Mixer[Any]):
+    """One ODE-RNN; it reads whole sequences.
+
+    Args:
+        config: the sizes.
+        generator: randomness of the start; torch's global one if None.
+    """
+
+    pace: Tensor
+
+    def __init__(self, config: NeuralODEConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.rnn = ODERNN(config.of_one(), generator)
+        self.out_proj = linear(self.rnn.config.d_hidden, config.d_model, False, generator)
+        self.register_buffer("pace", torch.ones(1))  # of the clock, see rescale_time
+        if not self.out_proj.weight.is_meta:
+            with torch.no_grad():
+                self.out_proj.weight /= config.n_layers**0.5
+
+    def plan(self, ids: Tensor, state: None, seq_idx: Tensor | None) -> Tensor:
+        """Return the times of the places.
+
+        Args:
+            ids: (batch, seq_len), those times.
+            state: nothing.
+            seq_idx: nothing: padding stands behind, where time stands still.
+        """
+        return ids
+
+    def forward(self, x: Tensor, state: None, plan: Tensor, /) -> tuple[Tensor, None]:
+        """Mix along time.
+
+        Args:
+            x: (batch, seq_len, d_model).
+            state: nothing.
+            plan: (batch, seq_len) the times.
+
+        Returns:
+            y: (batch, seq_len, d_model).
+            state: nothing.
+        """
+        return cast(Tensor, self.out_proj(self.rnn(x, self.pace * plan))), None
+
+    @torch.no_grad()
+    def rescale_time(self, factor: float) -> None:
+        """Make the clock run faster; see `Mixer.rescale_time`."""
+        self.pace *= factor
+
+
+def blocks(config: NeuralODEConfig, generator: torch.Generator | None = None) -> list[Block]:
+    """Make all n_layers blocks.
+
+    Args:
+        config: the sizes.
+        generator: randomness of the start; torch's global one if None.
+    """
+    return [Block(config, ODEMixer(config, generator)) for _ in range(config.n_layers)]

@@ -30,6 +30,7 @@ EXPERIMENTS = {
     "induction": "Trained on 256 tokens, tried on up to 1,048,576 (Mamba, table 2).",
     "digits": "Spoken digits from raw samples, also at half the rate.",
     "vowels": "Who says it: twelve channels of Japanese vowels, also at half the rate.",
+    "irregular": "The vowels with half of the steps lost: a neural ODE reads times, others places or gaps.",
     "hippo-ablation": "Images pixel by pixel: S4 that starts from HiPPO's matrix, or from a random one.",
 }
 
