@@ -149,15 +149,7 @@ LS_INLINE vec softplus(vec x) {
   return vmax(splat(0.0f), x) + splat(2.0f) * s * p;
 }
 
-LS_INLINE float sum(vec v) {  // a fixed order: halves onto halves
-  float lane[W];
-  store(lane, v);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
-}
-
-// to[i] = the sum of v[i], for four vectors at once and in the order of sum().
+// sum(v): in a fixed order, halves onto halves. sum4: to[i] = sum(v[i]), for four vectors at once and in that order.
 #if defined(__SSE2__)
 LS_INLINE __m128 quarter(vec v) {
 #if defined(__AVX512F__)
@@ -170,6 +162,10 @@ LS_INLINE __m128 quarter(vec v) {
   return (__m128)v;
 #endif
 }
+LS_INLINE float sum(vec v) {
+  const __m128 q = quarter(v), half = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
 LS_INLINE void sum4(float *to, const vec *v) {
   const __m128 a = quarter(v[0]), b = quarter(v[1]), c = quarter(v[2]), d = quarter(v[3]);
   const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));  // a0+a2 b0+b2 a1+a3 b1+b3
@@ -177,6 +173,13 @@ LS_INLINE void sum4(float *to, const vec *v) {
   _mm_storeu_ps(to, _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
 }
 #else
+LS_INLINE float sum(vec v) {
+  float lane[W];
+  store(lane, v);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
 LS_INLINE void sum4(float *to, const vec *v) {
   for (int i = 0; i < 4; ++i) to[i] = sum(v[i]);
 }
