@@ -24,6 +24,7 @@ from longscan.signals import TESTS, Signal, open_signal
 __all__ = ["Remembered", "command", "remember"]
 
 MAX_N = 1024
+LONGEST = 100_000_000  # samples of a test signal
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,10 @@ def _check(sizes: list[int], measure: str, method: str, samples: int) -> None:
             raise UsageError(f"--n: expected 1 to {MAX_N:,} coefficients, got {size}.")
     if method not in get_args(ops.LegsMethod):
         raise UsageError(f"--method: expected one of {', '.join(get_args(ops.LegsMethod))}, got {method!r}.")
-    if samples < 1:
-        raise UsageError(f"--samples: expected at least 1, got {samples}.")
+    if not 1 <= samples <= LONGEST:
+        raise UsageError(
+            f"--samples: expected 1 to {LONGEST:,}, as a test signal is made in memory, got {samples:,}."
+        )
 
 
 def _row(signal: Signal, found: Remembered) -> dict[str, Any]:
