@@ -32,7 +32,7 @@ from ..errors import LongscanError
 from .backbone import LanguageModel
 from .hippo import transition
 from .layers import linear
-from .lti import SSMState, StateSpaceConfig, StateSpaceMixer, System, chunked, start_log_dt
+from .lti import DenseSystem, SSMState, StateSpaceConfig, StateSpaceMixer, start_log_dt
 from .mixer import Block
 from .ssm import discretize, krylov
 
@@ -63,7 +63,7 @@ class LSSLConfig(StateSpaceConfig):
             raise LongscanError(f"alpha: expected a number from 0 to 1, got {self.alpha}.")
 
 
-class DenseSSM(System):
+class DenseSSM(DenseSystem):
     """The systems of LSSL: one A and B, the time steps and outputs of each channel.
 
     Args:
@@ -110,9 +110,9 @@ class DenseSSM(System):
         """Return the kernel (channels n_outputs, length); see `System.kernel`."""
         return (self.C.to(self.dtype) @ krylov(*self.discrete(), length)).flatten(0, 1)
 
-    def scan(self, u: Tensor, state: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Run the recurrence; see `System.scan`. The state is (batch, channels, N)."""
-        return chunked((*self.discrete(), self.C), u, state, seq_idx)
+    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the discrete systems; see `DenseSystem.dense`."""
+        return *self.discrete(), self.C
 
     def advance(self, u: Tensor, state: Tensor) -> Tensor:
         """Run one step; see `System.advance`."""

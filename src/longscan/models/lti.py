@@ -8,7 +8,7 @@ continues a state or is packed: it is read in chunks.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -82,9 +82,12 @@ class System(nn.Module):
 
     recurrence: tuple[str, ...] = ()
     convolves = True
-    _made: tuple[Any, Any] | None = None
     log_dt: Tensor
     D: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[str, tuple[Any, Any]] = {}
 
     def kernel(self, length: int) -> Tensor:
         """Return the response to a unit impulse, without the direct path.
@@ -200,11 +203,11 @@ class System(nn.Module):
 
     def unchanged(self, make: Callable[[], T]) -> T:
         """Return what `make` makes of the parameters, without gradients; made again once they changed."""
-        key = [(tensor.data_ptr(), tensor._version) for tensor in self.parameters()]
-        if self._made is None or self._made[0] != key:
+        key, name = [(tensor.data_ptr(), tensor._version) for tensor in self.parameters()], make.__name__
+        if name not in self._made or self._made[name][0] != key:
             with torch.no_grad():
-                self._made = (key, make())
-        made: T = self._made[1]
+                self._made[name] = (key, make())
+        made: T = self._made[name][1]
         return made
 
 
@@ -222,15 +225,82 @@ def start_log_dt(config: StateSpaceConfig, channels: int, generator: torch.Gener
     return log_dt
 
 
-def chunked(
-    system: tuple[Tensor, Tensor, Tensor], u: Tensor, state: Tensor | None, seq_idx: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Run a bank of recurrences x = A_bar x + B_bar u, y = C x with dense matrices, in chunks.
+class Tables(NamedTuple):
+    """What a chunk of recurrences x = A x + B u, y = C x multiplies by, with dense matrices.
 
-    What a chunk multiplies by, powers of A_bar times B_bar and C, is found by doubling: about N^3 log CHUNK.
+    Attributes:
+        into: (channels, size, N) A^s B.
+        K: (channels, n_outputs, size) C A^s B.
+        out: (channels, size, n_outputs, N) C A^(t + 1).
+        powers: (channels, N, N) each, A to the powers of two.
+    """
+
+    into: Tensor
+    K: Tensor
+    out: Tensor
+    powers: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, system: tuple[Tensor, Tensor, Tensor], size: int, dtype: torch.dtype) -> "Tables":
+        """Find them by doubling: about N^3 log size.
+
+        Args:
+            system: A_bar (channels, N, N), B_bar (channels, N), C (channels, n_outputs, N), real.
+            size: steps of a chunk, a power of two.
+            dtype: of the result; float64 is computed in, whose errors all tokens would share.
+        """
+        A, B, C = (matrix.double() for matrix in system)
+        squares, into, out = [A], B[:, None], (C @ A)[:, None]
+        while into.shape[1] < size:
+            into = torch.cat([into, into @ squares[-1].mT], 1)
+            out = torch.cat([out, out @ squares[-1][:, None]], 1)
+            squares.append(squares[-1] @ squares[-1])
+        K = torch.einsum("cmn,csn->cms", C, into)
+        return cls(into.to(dtype), K.to(dtype), out.to(dtype), tuple(square.to(dtype) for square in squares))
+
+    def cut(self, size: int) -> "Tables":
+        """Return those of shorter chunks.
+
+        Args:
+            size: a power of two.
+        """
+        powers = self.powers[: size.bit_length()]
+        return Tables(self.into[:, :size], self.K[:, :, :size], self.out[:, :size], powers)
+
+
+class DenseSystem(System):
+    """A bank of systems whose recurrence is run in chunks, with dense matrices."""
+
+    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the discrete systems as real matrices.
+
+        Returns:
+            A_bar: (channels, N, N).
+            B_bar: (channels, N).
+            C: (channels, n_outputs, N).
+        """
+        raise NotImplementedError
+
+    def scan(self, u: Tensor, state: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run the recurrence; see `System.scan`."""
+        size = min(CHUNK, 1 << (u.shape[1] - 1).bit_length())
+        learning = torch.is_grad_enabled()
+        tables = (
+            Tables.of(self.dense(), size, u.dtype) if learning else self.unchanged(self._tables).cut(size)
+        )
+        y, after = chunked(tables, u, None if state is None else state.flatten(2), seq_idx)
+        return y, after.view(self.init_state(len(u)).ssm.shape)
+
+    def _tables(self) -> Tables:
+        """Return the tables of whole chunks."""
+        return Tables.of(self.dense(), CHUNK, self.dtype)
+
+
+def chunked(tables: Tables, u: Tensor, state: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Run a bank of recurrences in chunks.
 
     Args:
-        system: A_bar (channels, N, N), B_bar (channels, N), C (channels, n_outputs, N), real.
+        tables: what a chunk multiplies by.
         u: (batch, seq_len, channels).
         state: (batch, channels, N); zeros if None.
         seq_idx: (batch, seq_len), see `Mixer.plan`.
@@ -239,32 +309,23 @@ def chunked(
         y: (batch, seq_len, channels n_outputs).
         state: (batch, channels, N) after the last token.
     """
-    size = min(CHUNK, 1 << (u.shape[1] - 1).bit_length())
+    size = tables.into.shape[1]
     chunks = Chunks.of(u, seq_idx, size)
-    A, B, C = (matrix.double() for matrix in system)  # a few small products, whose errors all tokens share
-    squares, into, out = [A], B[:, None], (C @ A)[:, None]
-    while into.shape[1] < size:
-        into = torch.cat([into, into @ squares[-1].mT], 1)  # (channels, steps, N): A^s B
-        out = torch.cat([out, out @ squares[-1][:, None]], 1)  # (channels, steps, n_outputs, N): C A^(t+1)
-        squares.append(squares[-1] @ squares[-1])
-    K = torch.einsum("cmn,csn->cms", C, into)
-    powers = [square.to(u.dtype) for square in squares]
-    K, into, out = (table.to(u.dtype) for table in (K, into.flip(1), out))
     t = torch.arange(size, device=u.device)
     lags = t[:, None] - t
-    toeplitz = K[:, :, lags.clamp(min=0)] * (lags >= 0)  # (channels, n_outputs, size, size)
-    entering = torch.einsum("bjsc,csn->bjcn", chunks.take(u, chunks.right), into)
+    toeplitz = tables.K[:, :, lags.clamp(min=0)] * (lags >= 0)  # (channels, n_outputs, size, size)
+    entering = torch.einsum("bjsc,csn->bjcn", chunks.take(u, chunks.right), tables.into.flip(1))
     x, before = u.new_zeros(entering[:, 0].shape) if state is None else state, []
     for index in range(entering.shape[1]):
         x = torch.where(chunks.fresh[:, index, None, None], 0, x)
         before.append(x)
-        x = _after(x, powers, chunks.lengths[:, index]) + entering[:, index]
+        x = _after(x, tables.powers, chunks.lengths[:, index]) + entering[:, index]
     y = torch.einsum("cmts,bjsc->bjtcm", toeplitz, chunks.take(u, chunks.left))
-    y = y + torch.einsum("ctmn,bjcn->bjtcm", out, torch.stack(before, 1))
+    y = y + torch.einsum("ctmn,bjcn->bjtcm", tables.out, torch.stack(before, 1))
     return chunks.give(y.flatten(3), chunks.left), x
 
 
-def _after(x: Tensor, powers: list[Tensor], steps: Tensor) -> Tensor:
+def _after(x: Tensor, powers: Sequence[Tensor], steps: Tensor) -> Tensor:
     """The states x (batch, channels, N) after steps (batch,) of silence, with A_bar to the powers of two."""
     for j, power in enumerate(powers):
         bit = (steps >> j) & 1 == 1

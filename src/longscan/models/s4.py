@@ -37,7 +37,7 @@ from ..ops import cauchy
 from .backbone import LanguageModel
 from .hippo import transition
 from .layers import linear
-from .lti import GatedMixer, SSMState, StateSpaceConfig, System, chunked, start_log_dt
+from .lti import DenseSystem, GatedMixer, SSMState, StateSpaceConfig, start_log_dt
 from .mixer import Block
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -132,7 +132,7 @@ def _random(config: S4Config, generator: torch.Generator | None) -> tuple[Tensor
     return torch.complex(-parts[0].exp(), parts[1].exp()), P[None], B
 
 
-class DPLR(System):
+class DPLR(DenseSystem):
     """The systems of S4, one per channel.
 
     Args:
@@ -174,7 +174,7 @@ class DPLR(System):
 
     @torch.no_grad()
     def _learn(self, C: Tensor) -> None:
-        """Set the parameter C so that the output matrix of the system is C (channels, N), as in `dense`."""
+        """Set the parameter C so that the output matrices of the systems are C (channels, N)."""
         if self.l_max is not None:
             C = C - (C[:, None] @ torch.linalg.matrix_power(self.dense()[0], self.l_max))[:, 0]
         self.C.copy_(torch.view_as_real(_unfold(C)))
@@ -204,7 +204,7 @@ class DPLR(System):
         Returns:
             A_bar: (channels, N, N), on a state that holds real and imaginary part in turn.
             B_bar: (channels, N).
-            C: (channels, N).
+            C: (channels, 1, N).
         """
         decay, across, seen, B_bar = self.discrete()
         n = decay.shape[1]
@@ -218,7 +218,7 @@ class DPLR(System):
             power = torch.linalg.matrix_power(A_bar, self.l_max)
             eye = torch.eye(2 * n, dtype=power.dtype, device=power.device)
             C = torch.linalg.solve(eye - power, C[:, None], left=False)[:, 0]
-        return A_bar, _parts(B_bar), C
+        return A_bar, _parts(B_bar), C[:, None]
 
     def _truncated(self, length: int) -> tuple[Tensor, int]:
         """Return C~ (channels, n) complex and its L, at least `length`."""
@@ -260,13 +260,6 @@ class DPLR(System):
         K: Tensor = torch.fft.irfft(value, n=reach)
         return K[:, :length]
 
-    def scan(self, u: Tensor, state: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Run the recurrence; see `System.scan`. The state is (batch, channels, n, 2)."""
-        A_bar, B_bar, C = self.dense()
-        before = None if state is None else state.flatten(2)
-        y, after = chunked((A_bar, B_bar, C[:, None]), u, before, seq_idx)
-        return y, after.unflatten(2, (-1, 2))  # type: ignore[no-untyped-call]
-
     def advance(self, u: Tensor, state: Tensor) -> Tensor:
         """Run one step in O(N); see `System.advance`."""
         (decay, across, seen, B_bar), C = self.unchanged(self._step)
@@ -281,7 +274,7 @@ class DPLR(System):
         """Return what each step multiplies by, C (channels, n) last, in the type computed in."""
         dtype = torch.complex128 if self.dtype == torch.float64 else torch.complex64
         system = Discrete(*(x.to(dtype) for x in self.discrete()))
-        return system, _unfold(self.dense()[2]).to(dtype)
+        return system, _unfold(self.dense()[2][:, 0]).to(dtype)
 
     def init_state(self, batch_size: int) -> SSMState:
         """Return zeros; see `System.init_state`."""
@@ -290,7 +283,7 @@ class DPLR(System):
     @torch.no_grad()
     def rescale_time(self, factor: float) -> None:
         """Make every time step longer; C stays, so its C~ changes."""
-        C = self.dense()[2]
+        C = self.dense()[2][:, 0]
         super().rescale_time(factor)
         self._learn(C)
 
