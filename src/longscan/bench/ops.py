@@ -1,4 +1,4 @@
-"""`longscan bench ops`: scan and convolution against loops, mambapy, torch and the processor's ceiling."""
+"""`longscan bench ops`: scans, convolution and kernels beside loops, mambapy, torch and the ceiling."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ __all__ = ["run"]
 SHAPES = ((1, 2048, 1536, 16), (8, 512, 512, 16))  # (batch, seq_len, d_inner, d_state)
 QUICK = ((1, 128, 64, 16),)
 D_CONV = 4
+# of the state spaces: (batch, seq_len, channels, n), and (1, length, channels, n) of their kernels
+RUN, KERNEL = (8, 1024, 256, 32), (1, 4096, 256, 32)
+QUICK_RUN, QUICK_KERNEL = (1, 64, 16, 4), (1, 64, 16, 4)
+SPACES = {  # job of ours -> what it is called, and the jobs of others
+    "diagonal": (
+        "diagonal_ssm",
+        {"torch loop, step by step": "diagonal_loop", "torch, as a convolution": "diagonal_fft"},
+    ),
+    "vandermonde": ("vandermonde", {"torch, the whole matrix": "vandermonde_torch"}),
+    "cauchy": ("cauchy", {"torch, the whole matrix": "cauchy_torch"}),
+}
 OURS, LOOPS, MAMBAPY, TORCH, CEILING = (
     "longscan",
     ("torch loop, step by step", "torch loop, exp at once"),
@@ -40,9 +51,14 @@ def run(pace: Pace, quick: bool) -> Report:
     for shape in QUICK if quick else SHAPES:
         for backward in (False, True):
             _conv(report, shape[:3], backward, pace)
+    for job in SPACES:
+        sizes = (QUICK_RUN, QUICK_KERNEL) if quick else (RUN, KERNEL)
+        for backward in (False, True):
+            _space(report, job, sizes[job != "diagonal"], backward, pace)
     report.notes.append(
-        "u, dt (after softplus), A, B, C and D are given. Extra memory counts outputs and gradients. The "
-        "ceiling is the fastest turn of a probe that does the same arithmetic in registers."
+        "u, dt (after softplus), A, B, C and D are given; of the state spaces u, dt A and C. Extra memory "
+        "counts outputs and gradients, over the size of u or, for a kernel, over its own. The ceiling is the "
+        "fastest turn of a probe that does the same arithmetic in registers."
     )
     return report
 
@@ -94,6 +110,23 @@ def _conv(report: Report, shape: tuple[int, ...], backward: bool, pace: Pace) ->
     found = race(case, contenders, pace, memory=True)
     _show(report, case, found, math.prod(shape), shape, backward)
     report.ratios.append(Ratio(what=f"{case}: faster than {TORCH}", measured=faster(found, OURS, TORCH)))
+
+
+def _space(report: Report, job: str, shape: tuple[int, ...], backward: bool, pace: Pace) -> None:
+    """Race an op of the state spaces and show a table."""
+    name, others = SPACES[job]
+    here: dict[str, Any] = {"sizes": shape, "backward": backward}
+    contenders = [Contender(name=OURS, job=f"longscan.bench.ours:{job}", arguments=here)]
+    contenders += [
+        Contender(name=other, job=f"longscan.bench.peers:{theirs}", arguments=here, peer=True, patience=10.0)
+        for other, theirs in others.items()
+    ]
+    case = f"{name} {'forward + backward' if backward else 'forward'} {shape}"
+    found = race(case, contenders, pace, memory=True)
+    _show(report, case, found, math.prod(shape), shape, backward)
+    goal = "≥ 5 ×" if job == "vandermonde" else ""
+    ratio = faster(found, OURS, *others)
+    report.ratios.append(Ratio(what=f"{case}: faster than the best of torch", measured=ratio, goal=goal))
 
 
 def _show(

@@ -20,8 +20,10 @@ from longscan.models.quantized import quantize_model
 from longscan.ops import _native
 
 __all__ = [
+    "cauchy",
     "conv",
     "decode",
+    "diagonal",
     "far",
     "first_output",
     "fresh",
@@ -30,6 +32,7 @@ __all__ = [
     "scan",
     "stream",
     "train",
+    "vandermonde",
     "write",
 ]
 
@@ -48,6 +51,35 @@ def conv(sizes: list[int], d_conv: int, backward: bool) -> Run:
         return ops.causal_conv1d(x, weight, bias, "silu")[0]
 
     return tasks.differentiable(op, tasks.conv_inputs(sizes, d_conv), backward)
+
+
+def diagonal(sizes: list[int], backward: bool) -> Run:
+    """Prepare the recurrence of S4D; sizes are (batch, seq_len, channels, n)."""
+    *shape, n = sizes
+    C, z = tasks.poles(shape[-1], n)
+    inputs = (tasks.signal(shape), z, C)
+    return tasks.differentiable(lambda *x: ops.diagonal_ssm(*x)[0], inputs, backward)
+
+
+def vandermonde(sizes: list[int], backward: bool) -> Run:
+    """Prepare the kernel of S4D; sizes are (1, length, channels, n)."""
+    _, length, channels, n = sizes
+    inputs = tasks.poles(channels, n)
+    return tasks.differentiable(
+        lambda C, z: ops.vandermonde(C, z, length), inputs, backward, (channels, length)
+    )
+
+
+def cauchy(sizes: list[int], backward: bool) -> Run:
+    """Prepare one of the sums in S4's kernel at half of the roots of unity; sizes are as in `vandermonde`."""
+    _, length, channels, n = sizes
+    v, lam = tasks.poles(channels, n)
+    t = 2 * torch.tan(torch.pi * torch.arange((length + 1) // 2, dtype=torch.float64) / length)
+
+    def op(v: Tensor, lam: Tensor) -> Tensor:
+        return ops.cauchy(v[None], t, lam.to(torch.complex128))[0].real
+
+    return tasks.differentiable(op, (v, lam), backward, (channels, len(t)))
 
 
 def fresh(model: dict[str, Any], generator: torch.Generator | None = None) -> LanguageModel:

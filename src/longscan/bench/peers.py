@@ -19,8 +19,11 @@ from longscan.bench.worker import Run
 
 __all__ = [
     "Transformer",
+    "cauchy_torch",
     "conv_torch",
     "decode_transformers",
+    "diagonal_fft",
+    "diagonal_loop",
     "prefill_transformers",
     "scan_loop",
     "scan_mambapy",
@@ -28,6 +31,7 @@ __all__ = [
     "train_mambapy",
     "train_transformer",
     "train_transformers",
+    "vandermonde_torch",
 ]
 
 # --- ops ----------------------------------------------------------------------------------------------------
@@ -82,6 +86,59 @@ def conv_torch(sizes: list[int], d_conv: int, backward: bool) -> Run:
         return F.silu(y[..., : x.shape[1]]).transpose(1, 2)
 
     return tasks.differentiable(op, tasks.conv_inputs(sizes, d_conv), backward)
+
+
+def diagonal_loop(sizes: list[int], backward: bool) -> Run:
+    """Prepare the recurrence of S4D as a loop over time."""
+
+    def op(u: Tensor, z: Tensor, C: Tensor) -> Tensor:
+        A_bar, ys = z.exp(), []
+        h = torch.zeros(u.shape[0], *z.shape, dtype=z.dtype)
+        for u_t in u.unbind(1):
+            h = A_bar * h + u_t[..., None]
+            ys.append(2 * (C * h).sum(-1).real)
+        return torch.stack(ys, 1)
+
+    C, z = tasks.poles(*sizes[2:])
+    return tasks.differentiable(op, (tasks.signal(sizes[:3]), z, C), backward)
+
+
+def diagonal_fft(sizes: list[int], backward: bool) -> Run:
+    """Prepare the same as a convolution: the kernel from its matrix, then Fourier transforms."""
+
+    def op(u: Tensor, z: Tensor, C: Tensor) -> Tensor:
+        length = u.shape[1]
+        K = _vandermonde(C, z, length)
+        product = torch.fft.rfft(u.mT, n=2 * length) * torch.fft.rfft(K, n=2 * length)
+        y: Tensor = torch.fft.irfft(product, n=2 * length)[..., :length].mT
+        return y
+
+    C, z = tasks.poles(*sizes[2:])
+    return tasks.differentiable(op, (tasks.signal(sizes[:3]), z, C), backward)
+
+
+def vandermonde_torch(sizes: list[int], backward: bool) -> Run:
+    """Prepare the kernel of S4D as a product with its whole matrix."""
+    _, length, channels, n = sizes
+    inputs = tasks.poles(channels, n)
+    return tasks.differentiable(lambda C, z: _vandermonde(C, z, length), inputs, backward, (channels, length))
+
+
+def _vandermonde(C: Tensor, z: Tensor, length: int) -> Tensor:
+    """Return the kernels (channels, length)."""
+    return 2 * torch.einsum("cn,cnl->cl", C, (z[..., None] * torch.arange(length)).exp()).real
+
+
+def cauchy_torch(sizes: list[int], backward: bool) -> Run:
+    """Prepare a sum over poles and their conjugates with the whole matrices in memory, in complex64."""
+    _, length, channels, n = sizes
+    t = 2j * torch.tan(torch.pi * torch.arange((length + 1) // 2) / length)
+
+    def op(v: Tensor, lam: Tensor) -> Tensor:
+        sums = v[..., None] / (t - lam[..., None]) + v.conj()[..., None] / (t - lam.conj()[..., None])
+        return sums.sum(1).real
+
+    return tasks.differentiable(op, tasks.poles(channels, n), backward, (channels, len(t)))
 
 
 # --- training -----------------------------------------------------------------------------------------------

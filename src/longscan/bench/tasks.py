@@ -17,8 +17,10 @@ __all__ = [
     "differentiable",
     "excerpt",
     "next_token_loss",
+    "poles",
     "random_ids",
     "scan_inputs",
+    "signal",
     "training",
 ]
 
@@ -60,13 +62,40 @@ def conv_inputs(sizes: Sequence[int], d_conv: int) -> tuple[Tensor, ...]:
     return tuple(torch.randn(shape, generator=random) for shape in shapes)
 
 
-def differentiable(op: Callable[..., Tensor], inputs: tuple[Tensor, ...], backward: bool) -> Run:
+def poles(channels: int, n: int) -> tuple[Tensor, Tensor]:
+    """Make a bank of diagonal state spaces as S4D-Lin starts them.
+
+    Args:
+        channels: how many.
+        n: states of each, one of each conjugate pair.
+
+    Returns:
+        C and dt A (channels, n), complex64.
+    """
+    random = torch.Generator().manual_seed(0)
+    dt = torch.logspace(-3, -1, channels)[:, None]
+    C = torch.view_as_complex(torch.randn(channels, n, 2, generator=random))
+    return C, dt * torch.complex(torch.full((n,), -0.5), torch.pi * torch.arange(n))
+
+
+def signal(sizes: Sequence[int]) -> Tensor:
+    """Make noise of some sizes."""
+    return torch.randn(tuple(sizes), generator=torch.Generator().manual_seed(1))
+
+
+def differentiable(
+    op: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    backward: bool,
+    shape: Sequence[int] | None = None,
+) -> Run:
     """Measure an op, with or without the gradients of all its inputs.
 
     Args:
         op: from the inputs to one output.
         inputs: its arguments.
         backward: whether to go forward and back, or only forward.
+        shape: of the output; that of the first input if None.
 
     Returns:
         What to measure.
@@ -80,7 +109,9 @@ def differentiable(op: Callable[..., Tensor], inputs: tuple[Tensor, ...], backwa
         return forward
 
     leaves = [tensor.requires_grad_() for tensor in inputs]
-    dy = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+    dy = torch.randn(
+        inputs[0].shape if shape is None else tuple(shape), generator=torch.Generator().manual_seed(1)
+    )
 
     def both() -> None:
         torch.autograd.grad(op(*leaves), leaves, dy)
