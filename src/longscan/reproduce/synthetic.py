@@ -38,6 +38,9 @@ class SyntheticConfig(FreshConfig):
     everywhere: bool = setting(False, "Train on every next token, not on the answers alone.")
     embed_dropout: float = setting(0.0, "Share of the embeddings that is left out.")
     batch_size: int = setting(32, "Sequences in a step.")
+    enough: float | None = setting(
+        None, "Stop once this share of the answers was right in three measurements in a row."
+    )
 
     def make(self, n: int, generator: torch.Generator) -> Examples:
         """Make sequences of the task.
@@ -119,6 +122,15 @@ class SyntheticRun(Run[SyntheticConfig]):
     def validates(self) -> bool:
         """Whether there is a test: always."""
         return True
+
+    def report(self, signals: Signals) -> None:
+        """Measure if it is due, and end the run if that was enough."""
+        super().report(signals)
+        enough, here = self.config.enough, self.trainer.step_number
+        if enough is not None and self.metrics.has(here, "valid_accuracy"):
+            shares = [found["valid_accuracy"] for found in self.metrics.records if "valid_accuracy" in found]
+            if len(shares) >= 3 and min(shares[-3:]) >= enough:
+                self.trainer.total = here
 
     @torch.inference_mode()
     def validate(self, signals: Signals, *, last: bool) -> dict[str, Any] | None:
