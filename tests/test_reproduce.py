@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import importlib.util
 import io
 import json
 import lzma
@@ -18,13 +19,16 @@ import numpy as np
 import pytest
 import torch
 
+from longscan.checkpoint import save
 from longscan.errors import LongscanError
-from longscan.recipe import read_recipe
-from longscan.reproduce import EXPERIMENTS, accuracies, multi30k
+from longscan.models import Bert, BertConfig
+from longscan.recipe import TrainConfig, read_recipe
+from longscan.reproduce import EXPERIMENTS, accuracies, bert, multi30k
 from longscan.reproduce.synthetic import SyntheticConfig, SyntheticRun
 from longscan.reproduce.systems import Plan, summary
 from longscan.sequences import read_sequences
 from longscan.translate import TranslateConfig
+from longscan.wordpiece import train_wordpiece
 
 Cli = Callable[..., Any]
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -124,6 +128,66 @@ def test_the_recipes_say_the_same(model: str, tmp_path: Path, monkeypatch: pytes
     assert (config.average, config.save_every) == (recipe.average, recipe.save_every)
 
 
+def test_the_recipe_of_bert_says_the_same(tmp_path: Path) -> None:
+    recipe = read_recipe(RECIPES / "tiny-bert.toml", {}, TrainConfig)
+    config = bert.settings(Plan(name="bert", data=tmp_path, out=tmp_path), seed=0)
+    assert set(config.changed(recipe)) <= {"data", "valid"}
+
+
+def test_bert(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0)
+    for part in ("train", "valid"):
+        sentences = [" ".join(draw.choice(list(WORDS), 9)) + "." for _ in range(90)]
+        text = "\n\n\n".join(" ".join(sentences[n : n + 30]) for n in range(0, 90, 30))
+        (tmp_path / f"{part}.txt.xz").write_bytes(lzma.compress(text.encode()))
+    for field, value in {"vocab_size": 90, "d_model": 16, "n_layers": 1, "batch_size": 4}.items():
+        monkeypatch.setitem(bert.SHARED, field, value)
+    arguments = (
+        "reproduce",
+        "bert",
+        "--data",
+        tmp_path,
+        "--out",
+        tmp_path / "out",
+        "--quick",
+        "--threads",
+        1,
+    )
+    done = cli(*arguments)
+    assert done.code == 0, done.err
+    assert "reduced: a few steps only" in done.out
+    runs = json.loads((tmp_path / "out/bert.json").read_text())["runs"]
+    (one,), (guess,) = runs["bert"], runs["guess"]
+    assert one["words"] == pytest.approx(100 * one["valid_word_accuracy"])
+    assert guess["next"] == pytest.approx(100 * one["valid_next_baseline"])
+    assert 0 < guess["words"] < 50 <= guess["next"]
+    assert json.loads(cli(*arguments, "--json").out)["runs"] == runs
+
+
+def test_movie_snippets(cli: Cli, tmp_path: Path) -> None:
+    films = [("pos", "a fine warm lovely film"), ("neg", "a poor cold dreadful film")]
+    rows = [
+        f"{part}\t{label}\t1.5\t{text} number {n}\n"
+        for part, count in (("train", 12), ("valid", 2), ("test", 5))
+        for n in range(count)
+        for label, text in films
+    ]
+    (tmp_path / "movie_snippets.tsv.xz").write_bytes(lzma.compress("".join(rows).encode()))
+    tokenizer = train_wordpiece([row.split("\t")[3] for row in rows], 120)
+    sizes = {"d_model": 16, "n_layers": 1, "n_heads": 2, "max_positions": 64, "head": "none"}
+    config = BertConfig.from_dict({**sizes, "vocab_size": tokenizer.vocab_size})
+    save(Bert(config, torch.Generator().manual_seed(0)), tmp_path / "start", tokenizer)
+    place = ("--data", tmp_path, "--out", tmp_path / "out", "--model", tmp_path / "start")
+    arguments = ("reproduce", "movie-snippets", *place, "--quick", "--threads", 1)
+    done = cli(*arguments)
+    assert done.code == 0, done.err
+    runs = json.loads((tmp_path / "out/movie-snippets.json").read_text())["runs"]
+    assert runs["minilm"][0]["accuracy"] % 10 == 0  # of ten sentences
+    assert ("tf-idf" in runs) == (importlib.util.find_spec("sklearn") is not None)
+    assert runs.get("tf-idf", [{"accuracy": 100.0}])[0]["accuracy"] == 100.0
+    assert json.loads(cli(*arguments, "--json").out)["runs"]["minilm"] == runs["minilm"]
+
+
 def test_seeds_have_a_spread() -> None:
     one: dict[str, Any] = {
         "bleu": 30.0,
@@ -145,6 +209,7 @@ def test_seeds_have_a_spread() -> None:
         (["multi30k", "--data", "{empty}"], 1, "expected train.en.gz"),
         (["en-zh", "--data", "{empty}"], 1, "expected train.tsv.xz"),
         (["en-zh", "--data", "{data}", "--full", "--quick"], 2, "--full and --quick"),
+        (["en-zh", "--data", "{data}", "--model", "x"], 2, "--model: en-zh trains its models from scratch"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -352,3 +417,14 @@ def test_a_synthetic_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest
         SyntheticRun.resume(tmp_path / f"{name}-stopped")
         whole, again = (tmp_path / place / "model/model.safetensors" for place in (name, f"{name}-stopped"))
         assert whole.read_bytes() == again.read_bytes()
+
+
+def test_a_synthetic_run_ends_when_it_has_learnt_enough(tmp_path: Path) -> None:
+    sizes = {"model": "mamba", "d_model": 8, "n_layers": 1, "threads": 1, "batch_size": 2, "test_examples": 4}
+    for enough, steps in ((0.0, 6), (1.1, 8)):
+        config = SyntheticConfig.from_dict({**sizes, "steps": 8, "eval_every": 2, "enough": enough})
+        torch.manual_seed(0)
+        assert SyntheticRun.begin(config, tmp_path / str(steps)).step == steps
+        result = SyntheticRun.resume(tmp_path / str(steps))
+        assert result.step == steps
+        assert result.stopped_by is None

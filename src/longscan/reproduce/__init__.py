@@ -22,6 +22,8 @@ __all__ = ["EXPERIMENTS", "command"]
 EXPERIMENTS = {
     "multi30k": "English to German: no attention, Bahdanau, Luong and the Transformer, one vocabulary.",
     "en-zh": "English to Chinese: a Transformer on real software texts.",
+    "bert": "A small BERT from scratch: hidden words and next sentences of held-out text.",
+    "movie-snippets": "Kind or unkind: a fine-tuned MiniLM beside TF-IDF and logistic regression.",
     "hippo": "A million samples in 256 numbers: LegS, the LMU, and the floor (HiPPO, section 4.3).",
     "discretization": "HiPPO-LegS by four discretisations, against the length of the signal.",
     "s4-cost": "Time and memory against length: S4, LSSL, a Transformer layer (S4, tables 2 and 3).",
@@ -38,6 +40,9 @@ EXPERIMENTS = {
 def command(
     name: Annotated[str | None, typer.Argument(help="The experiment; without it they are listed.")] = None,
     data: Annotated[Path | None, typer.Option(help="Directory of its data.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint to begin with, where one is: a directory or hub id.")
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Directory of the runs and results; finished runs are found there.")
     ] = Path("runs"),
@@ -56,6 +61,7 @@ def command(
     Args:
         name: of an experiment.
         data: where its files are.
+        model: what to fine-tune; each such experiment has one in mind.
         out: receives a directory for each system.
         full: several seeds, all of the data.
         quick: a few steps.
@@ -77,9 +83,12 @@ def command(
     module = importlib.import_module(f"longscan.reproduce.{name.replace('-', '_')}")
     if data is None and module.FILES:
         raise UsageError(f"--data: expected the directory with {', '.join(module.FILES)}.")
+    start = getattr(module, "MODEL", None)
+    if model is not None and start is None:
+        raise UsageError(f"--model: {name} trains its models from scratch. Leave it out.")
     from longscan.reproduce.systems import Plan
 
-    plan = Plan(name=name, data=data, out=out, full=full, quick=quick, threads=threads)
+    plan = Plan(name=name, data=data, out=out, full=full, quick=quick, threads=threads, model=model or start)
     plan.check(module.FILES, module.SOURCE)
     report = module.run(plan)
     typer.echo(json.dumps(report, ensure_ascii=False, indent=2) if as_json else module.show(report))

@@ -44,6 +44,7 @@ class Plan:
     full: bool = False
     quick: bool = False
     threads: int | None = None
+    model: str | None = None  # what to fine-tune
 
     def check(self, files: Sequence[str], source: str) -> None:
         """Insist on the data.
