@@ -31,12 +31,13 @@ SHARED: dict[str, Any] = {
     "d_model": 192,
     "n_layers": 4,
     "n_heads": 4,
-    "seq_len": 64,
+    "option": ["init_std=0.06", "dropout=0", "attention_dropout=0"],
+    "seq_len": 32,
     "batch_size": 64,
-    "steps": 6000,
+    "steps": 12_000,
     "schedule": "linear",
-    "lr": 2e-3,
-    "warmup": 400,
+    "lr": 1e-3,
+    "warmup": 500,
     "weight_decay": 0.01,
     "beta2": 0.98,
     "eval_every": 500,
@@ -80,7 +81,7 @@ def run(plan: Plan) -> dict[str, Any]:
             shares = {"words": row[f"valid_word_{part}"], "next": row[f"valid_next_{part}"]}
             found[name].append({**row, **{measure: 100 * share for measure, share in shares.items()}})
     found["guess"] = [{**row, "parameters": 0, "minutes": 0.0} for row in found["guess"]]
-    reduced = "four million words, 6,000 steps of 4,096 tokens" + ("" if plan.full else ", one seed")
+    reduced = "four million words, 12,000 steps of 2,048 tokens" + ("" if plan.full else ", one seed")
     return finish(plan, found, MEASURES, {}, reduced, NOTES)
 
 
