@@ -59,8 +59,8 @@ PUBLISHED = {  # accuracy at powers of two
 NOTES = (
     "published: Mamba, table 2 (llama: attention with rotary positions), 204,800 steps",
     "measured:  at most 40,000 steps of 8 new sequences, fewer when three measurements in a row, 1,000 steps",
-    "           apart, are without an error; then at each length 2^25 tokens, at most 1,024 sequences, read in",
-    "           chunks with a carried state",
+    "           apart, are without an error; then at each length 2^25 tokens, at most 1,024 sequences,",
+    "           read in chunks with a carried state",
 )
 
 
