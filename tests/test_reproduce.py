@@ -188,6 +188,13 @@ def test_movie_snippets(cli: Cli, tmp_path: Path) -> None:
     assert json.loads(cli(*arguments, "--json").out)["runs"]["minilm"] == runs["minilm"]
 
 
+def test_a_ragged_table_of_snippets(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "movie_snippets.tsv.xz").write_bytes(lzma.compress(b"train\tpos\t1.5\tfine\ntrain\n"))
+    done = cli("reproduce", "movie-snippets", "--data", tmp_path, "--out", tmp_path / "out", "--quick")
+    assert done.code == 1
+    assert "line 2: expected 4 columns, got 1" in done.err
+
+
 def test_seeds_have_a_spread() -> None:
     one: dict[str, Any] = {
         "bleu": 30.0,

@@ -1,7 +1,7 @@
 """A BERT from scratch (Devlin et al. 2018): hidden words and next sentences of held-out books.
 
-The published models read 3.3 billion words for days; this one reads four million for the better part of an
-hour. The claim that can be tried at this size: both tasks are learnt, far beyond what frequencies tell.
+The published models read 3.3 billion words for days; this one reads four million for an hour or two. The
+claim that can be tried at this size: both tasks are learnt, far beyond what frequencies tell.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ __all__ = ["FILES", "MODEL", "SOURCE", "run", "show"]
 
 FILES = ("movie_snippets.tsv.xz",)
 SOURCE = "It is a table of train, valid or test; pos or neg; a rating; and the sentence; tab-separated."
+COLUMNS = 4
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 SEEDS = (0, 1, 2)  # of --full
 QUICK_TEXTS = 40
@@ -47,6 +48,10 @@ def run(plan: Plan) -> dict[str, Any]:
     plan.out.mkdir(parents=True, exist_ok=True)
     paths = {part: plan.out / f"movie-snippets-{part}.tsv" for part in ("train", "valid", "test")}
     rows = [line.split("\t") for line in read_lines(plan.files / FILES[0])]
+    for number, row in enumerate(rows, 1):
+        if len(row) != COLUMNS:
+            where = f"{plan.files / FILES[0]}, line {number}"
+            raise LongscanError(f"{where}: expected {COLUMNS} columns, got {len(row)}. {SOURCE}")
     for part, path in paths.items():
         chosen = [f"{row[1]}\t{row[-1]}\n" for row in rows if row[0] == part]
         atomic_write(path, "".join(chosen[:QUICK_TEXTS] if plan.quick else chosen))
