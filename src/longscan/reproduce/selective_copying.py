@@ -38,8 +38,6 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "h3": {"option": ["d_state=64"]},
     "mamba": {},
     "lstm": {},
-    "cnn": {},
-    "llama": {},
 }
 MEASURES = {"selective": "selective copying", "copying": "plain copying"}
 PLAIN = ("s4", "mamba")  # what is tried on plain copying too
