@@ -1,7 +1,7 @@
 """English to Chinese on sentences of real software: help pages, handbooks, a game.
 
-Nobody has published a result on these pairs; the experiment shows a Transformer that works after an hour on
-two cores, with its numbers and samples. Without --full it reads sentences of at most 20 English words.
+Nobody has published a result on these pairs; the experiment shows a Transformer that works after an hour of
+one core, with its numbers and samples. Without --full it reads sentences of at most 20 English words.
 """
 
 from __future__ import annotations
