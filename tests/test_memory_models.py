@@ -457,6 +457,29 @@ def test_kept_filters_follow_the_weights() -> None:
             mixer_of(model).filter_out.mul_(-3)
 
 
+@each
+def test_a_fused_optimizer_is_noticed(name: str) -> None:
+    model, ids = tiny(name), torch.randint(0, 13, (2, 70), generator=seeded(2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    before = None
+    for _ in range(2):
+        with torch.no_grad():
+            logits, state = model.prefill(ids[:, :-1])
+            found = torch.stack([logits, model.step(ids[:, -1], state)[0]])
+            copy = tiny(name)
+            copy.load_state_dict(model.state_dict())
+            logits, state = copy.prefill(ids[:, :-1])
+            expected = torch.stack([logits, copy.step(ids[:, -1], state)[0]])
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert before is None or not torch.allclose(found, before, atol=1e-2)
+        before = found
+        loss = model(ids, labels=ids).loss
+        assert loss is not None
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 @pytest.mark.parametrize("name", ["gau", "hyena"])
 def test_texts_longer_than_it_was_made_for(name: str) -> None:
     model, ids = tiny(name, max_positions=8), torch.zeros(1, 9, dtype=torch.long)

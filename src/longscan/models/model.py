@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..config import Config
 from .layers import WeightOnly
@@ -73,3 +74,15 @@ class Model(nn.Module):
             {"params": groups[0], "weight_decay": weight_decay},
             {"params": groups[1], "weight_decay": 0.0},
         ]
+
+
+def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Count an optimizer's step as a change of its parameters: what is kept of them is made anew after it.
+
+    Models know by torch's version counters that their weights changed, and fused optimizers do not count.
+    """
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(_count_step)
