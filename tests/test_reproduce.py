@@ -288,7 +288,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     [
         ("h3-recall", ["published", "induction", "recall", "35.6", "99.8", "by chance 5.0 and 25.0"]),
         ("selective-copying", ["selective copying", "plain copying", "99.8", "4,096"]),
-        ("induction", ["4,096", "80.9", "parameters", "chunks with a carried state"]),
+        ("induction", ["4,096", "80.9", "parameters", "the state carried"]),
         ("vowels", ["half, dt doubled", "370 held-out"]),
         ("digits", ["half, as it is", "98.32"]),
         ("hippo-ablation", ["random", "84.27"]),

@@ -38,6 +38,7 @@ class SyntheticConfig(FreshConfig):
     everywhere: bool = setting(False, "Train on every next token, not on the answers alone.")
     embed_dropout: float = setting(0.0, "Share of the embeddings that is left out.")
     batch_size: int = setting(32, "Sequences in a step.")
+    start: str | None = setting(None, "Model directory to begin with, not at random.", path=True)
     enough: float | None = setting(
         None, "Stop once this share of the answers was right in three measurements in a row."
     )
@@ -74,6 +75,8 @@ class SyntheticRun(Run[SyntheticConfig]):
         self.train = examples.select(rows[config.test_examples :]) if config.train_examples else None
         self.order: tuple[int, Tensor] = -1, rows  # an epoch and its order
         self.model = cast(LanguageModel, make_model(config, config.vocab_size))
+        if config.start is not None:
+            self.model.load_state_dict(load(config.start)[0].state_dict())
         return self.model, config.total_steps(-(-config.train_examples // config.batch_size))
 
     def introduce(self) -> None:
