@@ -681,6 +681,8 @@ def test_a_translator_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
 
 
 def test_a_language_model_is_no_translator(saved: Path) -> None:
+    """Whatever may be wrong with its tokenizer, which a translator's loader would ask more of."""
+    (saved / "tokenizer.json").write_text("{}")
     with pytest.raises(LongscanError, match="is a mamba, a language model; expected a translation model"):
         checkpoint.load_translator(saved)
 

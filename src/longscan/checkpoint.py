@@ -135,6 +135,7 @@ def load_translator(
         raise LongscanError(
             f"{directory}: expected a model directory with the tokenizer.json of a translator."
         )
+    _describe(directory, "translation", None)  # before anything is said about the tokenizer of another kind
     tokenizer = load_tokenizer(directory)
     model = read_model(directory, "translation", tokenizer.vocab_size, dtype)
     assert isinstance(model, Translator)
@@ -158,19 +159,8 @@ def read_model(
     Raises:
         LongscanError: it is of another kind, or damaged, or does not fit the tokenizer.
     """
-    path = directory / "config.json"
-    raw = read_json(path)
-    try:
-        name, config = read_config(raw, tokenizer_size)
-        stored = read_format(raw)
-    except LongscanError as error:
-        raise LongscanError(f"{path}: {error}") from error
+    name, config, stored = _describe(directory, kind, tokenizer_size)
     entry = MODELS[name]
-    if entry.kind != kind:
-        raise LongscanError(
-            f"{directory} is a {name}, a {entry.kind} model; expected a {kind} model. Verbs for it: "
-            f"{', '.join(entry.verbs)}."
-        )
     vocab_size = config.vocab_size  # type: ignore[attr-defined]  # every kind of model has one
     if tokenizer_size and tokenizer_size > vocab_size:
         raise LongscanError(
@@ -294,6 +284,26 @@ def fingerprint(model: Model) -> str:
         model: on any device, in any type; another type is another fingerprint.
     """
     return model.fingerprint()
+
+
+def _describe(
+    directory: Path, kind: ModelKind, tokenizer_size: int | None
+) -> tuple[str, Config, ops.Kind | None]:
+    """Return the name, the sizes and the weights' format of a model directory; raise if of another kind."""
+    path = directory / "config.json"
+    raw = read_json(path)
+    try:
+        name, config = read_config(raw, tokenizer_size)
+        stored = read_format(raw)
+    except LongscanError as error:
+        raise LongscanError(f"{path}: {error}") from error
+    entry = MODELS[name]
+    if entry.kind != kind:
+        raise LongscanError(
+            f"{directory} is a {name}, a {entry.kind} model; expected a {kind} model. Verbs for it: "
+            f"{', '.join(entry.verbs)}."
+        )
+    return name, config, stored
 
 
 def _at(model: LanguageModel, precision: Precision | None) -> LanguageModel:
