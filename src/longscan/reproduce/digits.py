@@ -41,7 +41,6 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "h3": {"option": ["d_state=64"]},
     "mamba": {"n_layers": 2},
     "lstm": {"n_layers": 2},
-    "cnn": {},
 }
 NOTES = (
     "published: S4 98.32, at half the rate 96.30, on ten words of Speech Commands (S4, table 4)",

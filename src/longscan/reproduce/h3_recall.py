@@ -42,8 +42,6 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "s4d": {"option": ["d_state=64"]},
     "h3": {"option": ["d_state=64"]},
     "mamba": {},
-    "lstm": {},
-    "cnn": {},
 }
 MEASURES = {"induction": "induction", "recall": "recall"}
 PUBLISHED = {
