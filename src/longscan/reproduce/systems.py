@@ -26,7 +26,7 @@ from longscan.runs import SETTINGS, read_settings
 from longscan.translate import TranslateRun
 from longscan.translation import measure
 
-__all__ = ["Plan", "summary", "table"]
+__all__ = ["Plan", "minutes", "summary", "table"]
 
 QUICK = {"steps": 3, "epochs": None, "eval_every": 0, "bleu_sentences": 4, "save_every": 100}
 QUICK_SENTENCES = 12
@@ -163,7 +163,7 @@ class Plan:
             "key": key,
             "parameters": model.num_parameters(),
             "seed": read_json(directory / SETTINGS)["seed"],
-            "minutes": round(_seconds(directory) / 60, 1),
+            "minutes": minutes(directory),
         }
         write_json(kept, found)
         return found
@@ -235,9 +235,9 @@ def table(report: Mapping[str, Any], published: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _seconds(directory: Path) -> float:
-    """Return the time that a run's steps took."""
+def minutes(directory: Path) -> float:
+    """Return the time that a run's steps took, to a tenth of a minute."""
     seconds = 0.0
     for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         seconds = json.loads(line).get("seconds", seconds)
-    return seconds
+    return round(seconds / 60, 1)
