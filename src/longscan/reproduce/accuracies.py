@@ -123,10 +123,9 @@ def plot_bars(report: Mapping[str, Any], plan: Plan) -> None:
         shift = (place - (len(measures) - 1) / 2) * width
         here = [(x + shift, found[name]) for x, found in enumerate(systems.values()) if name in found]
         means = [found["mean"] for _, found in here]
-        spread = [
-            [found["mean"] - found["range"][0] for _, found in here],
-            [found["range"][1] - found["mean"] for _, found in here],
-        ]
+        below = [found["mean"] - found["range"][0] for _, found in here]
+        above = [found["range"][1] - found["mean"] for _, found in here]
+        spread = [below, above] if any(above) else None
         colour = COLOURS[place % len(COLOURS)]
         ax.bar([x for x, _ in here], means, 0.9 * width, yerr=spread, color=colour, label=words, capsize=2)
         for x, system in enumerate(systems):
@@ -137,5 +136,5 @@ def plot_bars(report: Mapping[str, Any], plan: Plan) -> None:
     ax.set_xticks(range(len(systems)), list(systems))
     ax.set(ylabel="right answers (%)", ylim=(0, 105))
     tidy(ax)
-    ax.legend(frameon=False, loc="lower right")
+    ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(measures) + 1)
     save_figure(figure, plan.out / f"{plan.name}.png")
