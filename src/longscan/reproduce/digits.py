@@ -25,7 +25,7 @@ LONGEST = 6000  # samples; what is longer is cut
 SHARED: dict[str, Any] = {
     "d_model": 64,
     "n_layers": 3,
-    "epochs": 12.0,
+    "epochs": 8.0,
     "lr": 4e-3,
     "warmup": 100,
     "dropout": 0.1,
@@ -38,7 +38,7 @@ SHARED: dict[str, Any] = {
 SYSTEMS: dict[str, dict[str, Any]] = {
     "s4": {"option": ["d_state=64", f"l_max={LONGEST}"]},
     "s4d": {"option": ["d_state=64"]},
-    "h3": {"option": ["d_state=64"]},
+    "h3": {"n_layers": 2, "option": ["d_state=64"]},
     "mamba": {"n_layers": 2},
     "lstm": {"n_layers": 2},
 }
