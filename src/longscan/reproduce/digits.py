@@ -40,7 +40,6 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "s4d": {"option": ["d_state=64"]},
     "h3": {"n_layers": 2, "option": ["d_state=64"]},
     "mamba": {"n_layers": 2},
-    "lstm": {"n_layers": 2},
 }
 NOTES = (
     "published: S4 98.32, at half the rate 96.30, on ten words of Speech Commands (S4, table 4)",
