@@ -125,11 +125,14 @@ def _low_rank(measure: str, A: Tensor, B: Tensor) -> Tensor:
 
 
 def _random(config: S4Config, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw Lambda, P and B of the same form without HiPPO, to see what HiPPO is worth."""
-    n = config.d_state // 2
-    parts = torch.randn(6, n, dtype=torch.float64, generator=generator)
+    """Draw Lambda, P and B of the same form without HiPPO, to see what HiPPO is worth.
+
+    Normal numbers, and the poles as large as those of an N x N matrix of numbers of deviation 1 / N.
+    """
+    parts = torch.randn(6, config.d_state // 2, dtype=torch.float64, generator=generator)
+    parts[:4] *= config.d_state**-0.5
     P, B = torch.complex(*parts[2:4]), torch.complex(*parts[4:6])
-    return torch.complex(-parts[0].exp(), parts[1].exp()), P[None], B
+    return torch.complex(-parts[0].abs(), parts[1].abs()), P[None], B
 
 
 class DPLR(DenseSystem):
