@@ -292,7 +292,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
         ("selective-copying", ["selective copying", "plain copying", "99.8", "4,096"]),
         ("induction", ["4,096", "80.9", "parameters", "the state carried"]),
         ("vowels", ["half, dt doubled", "370 held-out"]),
-        ("digits", ["half, as it is", "98.32"]),
+        ("digits", ["half, as it is", "low-passed", "98.32"]),
         ("hippo-ablation", ["random", "84.27"]),
     ],
 )

@@ -280,6 +280,20 @@ def test_half_the_rate_and_the_beginning(data: Path) -> None:
     assert found.cut(None) is found
 
 
+def test_low_passed_is_what_a_lower_rate_can_hold(tmp_path: Path) -> None:
+    """A wave below the limit stays, one above is gone; channels and rows don't mix."""
+    time = np.arange(400)
+    slow, fast = np.sin(2 * np.pi * 0.1 * time), np.sin(2 * np.pi * 0.35 * time)  # the limit is 0.25
+    x = np.stack([np.stack([slow + fast, slow], 1), np.stack([fast, 0 * slow], 1)]).astype(np.float32)
+    found = read_sequences([write_npz(tmp_path / "a.npz", x=x, y=[0, 1], lengths=[400, 5])]).low_passed(2)
+    assert found.lengths.tolist() == [400, 5]
+    whole, short = found.rows
+    middle = slice(50, -50)
+    assert whole.dtype == np.float32
+    assert np.abs(whole[middle] - slow[middle, None]).max() < 0.01
+    assert np.abs(short[:, 1]).max() == 0
+
+
 def test_labels_are_numbered_as_the_model_does(data: Path) -> None:
     found = read_sequences([data])
     assert found.labelled(["low", "mid", "high"]).truth.tolist() == [2] * 12 + [0] * 12

@@ -139,6 +139,23 @@ class Sequences:
         rate = None if self.rate is None else self.rate / factor
         return replace(self.changed(lambda rows: [row[::factor] for row in rows]), rate=rate)
 
+    def low_passed(self, factor: int) -> Self:
+        """Return the same signals without the frequencies that a lower rate has no room for.
+
+        Args:
+            factor: old rate / new rate.
+        """
+        reach = 16 * factor
+        lags = np.arange(-reach, reach + 1)
+        window = np.sinc(lags / factor) * np.hamming(len(lags))
+        window /= window.sum()
+
+        def smooth(row: np.ndarray) -> np.ndarray:
+            channels = [np.convolve(channel, window)[reach : reach + len(row)] for channel in row.T]
+            return np.stack(channels, 1).astype(row.dtype)
+
+        return replace(self, values=np.concatenate([self.values[:0], *map(smooth, self.rows)]))
+
     def cut(self, room: int | None) -> Self:
         """Return the beginnings.
 

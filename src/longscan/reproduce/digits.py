@@ -64,7 +64,7 @@ def run(plan: Plan) -> dict[str, Any]:
             _part(sounds, part).save(path)
     seeds = SEEDS if plan.full else SEEDS[:1]
     data = paths["train"], read_sequences([paths["test"]])
-    return run_systems(plan, SYSTEMS, SHARED, data, seeds, NOTES)
+    return run_systems(plan, SYSTEMS, SHARED, data, seeds, NOTES, low=True)
 
 
 def _part(sounds: Sequences, part: str) -> Sequences:

@@ -28,6 +28,7 @@ def run_systems(
     data: tuple[Path, Sequences],
     seeds: Sequence[int],
     notes: Sequence[str],
+    low: bool = False,
 ) -> dict[str, Any]:
     """Train models on signals and measure them at both rates.
 
@@ -38,6 +39,7 @@ def run_systems(
         data: the file to train on, and what to measure on.
         seeds: of the runs.
         notes: what is to be said of the data.
+        low: whether to measure too what is lost with the upper half of the frequencies alone.
 
     Returns:
         The results.
@@ -50,12 +52,18 @@ def run_systems(
             place = f"{plan.name}-{name}" + (f"-seed{seed}" if seed else "")
             settings = {**shared, **fields, "model": name, "seed": seed, "data": [str(train)]}
             directory = plan.train(place, SequencesConfig.from_dict(settings), SequencesRun)
-            found[name].append(_measure(plan, directory, test))
+            found[name].append(_measure(plan, directory, test, low))
     reduced = None if plan.full else "one seed"
-    return finish(plan, found, MEASURES, {}, reduced, [*notes, *RATE_NOTES])
+    measures, notes = dict(MEASURES), [*notes, *RATE_NOTES]
+    if low:
+        measures["low"] = "low-passed"
+        notes.append(
+            "low-passed: at the trained rate, without the frequencies that half of it has no room for"
+        )
+    return finish(plan, found, measures, {}, reduced, notes)
 
 
-def _measure(plan: Plan, directory: Path, test: Sequences) -> dict[str, Any]:
+def _measure(plan: Plan, directory: Path, test: Sequences, low: bool) -> dict[str, Any]:
     """Measure a model at both rates, unless that is done."""
     model = load_sequence_model(directory / "model")
     test = test.labelled(model.config.labels)
@@ -67,10 +75,12 @@ def _measure(plan: Plan, directory: Path, test: Sequences) -> dict[str, Any]:
             "half_plain": 100 * measure(model, half)["accuracy"],
             "half": None,
         }
+        if low:
+            found["low"] = 100 * measure(model, test.low_passed(2))["accuracy"]
         try:
             model.rescale_time(2)
         except LongscanError:  # it knows no time
             return found
         return {**found, "half": 100 * measure(model, half)["accuracy"]}
 
-    return plan.remember(directory, model, f"{len(test)}", score)
+    return plan.remember(directory, model, f"{len(test)}" + (" low" if low else ""), score)
