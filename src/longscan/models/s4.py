@@ -128,6 +128,7 @@ def _random(config: S4Config, generator: torch.Generator | None) -> tuple[Tensor
     """Draw Lambda, P and B of the same form without HiPPO, to see what HiPPO is worth.
 
     Normal numbers, and the poles as large as those of an N x N matrix of numbers of deviation 1 / N.
+    Poles drawn log-normally around 1 did as well as HiPPO's on digits: their spread counts.
     """
     parts = torch.randn(6, config.d_state // 2, dtype=torch.float64, generator=generator)
     parts[:4] *= config.d_state**-0.5
