@@ -293,7 +293,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
         ("induction", ["4,096", "80.9", "parameters", "the state carried"]),
         ("vowels", ["half, dt doubled", "370 held-out"]),
         ("digits", ["half, as it is", "low-passed", "98.32"]),
-        ("hippo-ablation", ["random", "84.27"]),
+        ("hippo-ablation", ["random", "spread", "84.27"]),
     ],
 )
 def test_right_answers(

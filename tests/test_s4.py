@@ -25,6 +25,7 @@ SYSTEMS: dict[str, tuple[type[System], Any]] = {
     "s4-fourier": (DPLR, S4Config(**SIZES, init="fourier")),
     "s4-l_max": (DPLR, S4Config(**SIZES, l_max=16)),
     "s4-random": (DPLR, S4Config(**SIZES, init="random")),
+    "s4-spread": (DPLR, S4Config(**SIZES, init="spread")),
     "s4d": (DiagonalSSM, S4DConfig(**SIZES)),
     "s4d-bilinear": (DiagonalSSM, S4DConfig(**SIZES, init="legs", discretization="bilinear")),
     "s4d-real": (DiagonalSSM, S4DConfig(**SIZES, init="real")),

@@ -56,7 +56,7 @@ class S4Config(StateSpaceConfig):
         LongscanError: a value is out of range.
     """
 
-    init: Literal["legs", "legt", "lagt", "fourier", "random"] = "legs"  # the measure of the first A
+    init: Literal["legs", "legt", "lagt", "fourier", "random", "spread"] = "legs"  # the first A's measure
     l_max: int | None = None  # L of the learned C~; None learns C
 
     def __post_init__(self) -> None:
@@ -127,13 +127,17 @@ def _low_rank(measure: str, A: Tensor, B: Tensor) -> Tensor:
 def _random(config: S4Config, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
     """Draw Lambda, P and B of the same form without HiPPO, to see what HiPPO is worth.
 
-    Normal numbers, and the poles as large as those of an N x N matrix of numbers of deviation 1 / N.
-    Poles drawn log-normally around 1 did as well as HiPPO's on digits: their spread counts.
+    "random" is of normal numbers, with poles as large as those of an N x N matrix of numbers of deviation
+    1 / N; "spread" draws the poles log-normally around 1, over decades.
     """
     parts = torch.randn(6, config.d_state // 2, dtype=torch.float64, generator=generator)
-    parts[:4] *= config.d_state**-0.5
+    if config.init == "random":
+        parts[:4] *= config.d_state**-0.5
+        parts[:2] = parts[:2].abs()
+    else:
+        parts[:2] = parts[:2].exp()
     P, B = torch.complex(*parts[2:4]), torch.complex(*parts[4:6])
-    return torch.complex(-parts[0].abs(), parts[1].abs()), P[None], B
+    return torch.complex(-parts[0], parts[1]), P[None], B
 
 
 class DPLR(DenseSystem):
@@ -164,7 +168,7 @@ class DPLR(DenseSystem):
     @torch.no_grad()
     def _start(self, config: S4Config, generator: torch.Generator | None) -> None:
         """Begin with HiPPO's matrix in every channel."""
-        if config.init == "random":
+        if config.init in ("random", "spread"):
             poles, P, B = _random(config, generator)
         else:
             poles, P, B, _ = nplr(config.init, config.d_state)
