@@ -28,6 +28,7 @@ from longscan.examples import (
     shuffled,
 )
 from longscan.models import Bert, BertConfig
+from longscan.order import RandomStream
 from longscan.wordpiece import train_wordpiece
 
 GOOD, BAD = "a fine warm lovely film", "a poor cold dreadful film"
@@ -374,15 +375,15 @@ def test_every_class_is_held_out_alike(tmp_path: Path) -> None:
 
 def test_batches_hold_every_example_once_and_are_of_like_length() -> None:
     lengths = np.random.default_rng(0).integers(1, 60, 1000).tolist()
-    batches = shuffled(lengths, 8, seed=0, epoch=3)
+    batches = shuffled(lengths, 8, RandomStream(0, 3))
     assert sorted(n for batch in batches for n in batch) == list(range(1000))
     assert len(batches) == 125
     spread = [max(lengths[n] for n in batch) - min(lengths[n] for n in batch) for batch in batches]
     assert np.mean(spread) < 10
-    assert batches == shuffled(lengths, 8, seed=0, epoch=3)
-    assert batches != shuffled(lengths, 8, seed=0, epoch=4)
-    assert batches != shuffled(lengths, 8, seed=1, epoch=3)
-    assert [len(batch) for batch in shuffled(lengths[:3], 2, 0, 0)] in ([2, 1], [1, 2])
+    assert batches == shuffled(lengths, 8, RandomStream(0, 3))
+    assert batches != shuffled(lengths, 8, RandomStream(0, 4))
+    assert batches != shuffled(lengths, 8, RandomStream(1, 3))
+    assert [len(batch) for batch in shuffled(lengths[:3], 2, RandomStream(0, 0))] in ([2, 1], [1, 2])
 
 
 def test_scores() -> None:

@@ -18,7 +18,7 @@ MODULES = [
 
 # a file imports only from its left
 ORDER = [
-    *("errors", "files", "config"),
+    *("errors", "files", "config", "order"),
     *("ops", "models"),
     *(
         "tokenizer",

@@ -21,6 +21,7 @@ from longscan.encoders import load_bert
 from longscan.errors import LongscanError, UsageError
 from longscan.masking import PairDataset, SentenceTokenizer, hide, split_sentences
 from longscan.models import Bert, BertConfig
+from longscan.order import RandomStream
 from longscan.pretrain import PretrainRun, measure
 from longscan.recipe import TrainConfig
 from longscan.train import resume, train
@@ -117,6 +118,17 @@ def test_a_batch_is_a_function_of_seed_and_number(tokens: Path) -> None:
     assert not torch.equal(one.batch(0).ids, one.batch(1).ids)
 
 
+def test_the_pairs_are_the_ones_that_runs_are_made_with(tokens: Path) -> None:
+    found = [pair for step in (0, 40) for pair in stretches(dataset(tokens).batch(step))]
+    starts = [(*sentence(first)[0], label) for first, _, label in found if sentence(first)]
+    assert starts == [
+        *(("epsilon", 49, 1), ("gamma", 28, 0), ("beta", 0, 1), ("zeta", 9, 0), ("zeta", 33, 1)),
+        *(("zeta", 5, 1), ("delta", 34, 1), ("delta", 16, 1), ("beta", 2, 1), ("zeta", 5, 0)),
+        *(("zeta", 34, 0), ("epsilon", 41, 0), ("alpha", 8, 0), ("beta", 22, 0), ("gamma", 1, 0)),
+        ("zeta", 41, 0),
+    ]
+
+
 def test_an_epoch_is_cut_and_hidden_anew(tokens: Path) -> None:
     data = dataset(tokens, batch_size=1)
     size = data.pairs_per_epoch
@@ -179,8 +191,7 @@ def test_counts_of_hidden_words() -> None:
     ids = torch.where(place < lengths[:, None], ids, TOKENIZER.pad_id)
     ids[:, 0] = TOKENIZER.cls_id
     ids[torch.arange(600), lengths - 1] = TOKENIZER.sep_id
-    bits = np.random.Philox(key=np.array([1, 2], dtype=np.uint64))
-    after, labels = hide(ids, TOKENIZER, bits, limit=8)
+    after, labels = hide(ids, TOKENIZER, RandomStream(1, 2), limit=8)
     chosen = labels != -100
     assert chosen.sum(1).tolist() == [min(8, max(1, round(0.15 * n))) for n in lengths.tolist()]
     assert torch.equal(labels[chosen], ids[chosen])

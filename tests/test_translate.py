@@ -107,6 +107,15 @@ def metrics(directory: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
 
 
+def test_a_run_in_the_order_of_an_earlier_version_is_refused(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    for path in (tmp_path / "run").rglob("*.json"):
+        if "order-2 " in (text := path.read_text()):
+            path.write_text(text.replace("order-2 ", ""))
+    with pytest.raises(LongscanError, match="shuffled it into another order"):
+        TranslateRun.resume(tmp_path / "run")
+
+
 def assert_same(directory: Path, whole: Path) -> None:
     weights = "model/model.safetensors"
     assert (directory / weights).read_bytes() == (whole / weights).read_bytes()

@@ -15,6 +15,7 @@ import json
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -47,6 +48,7 @@ from longscan.examples import (
 from longscan.files import atomic_directory
 from longscan.generate import use_threads
 from longscan.models import Bert, Model
+from longscan.order import EpochOrder
 from longscan.recipe import RunConfig, add_flags, check_device, setting
 from longscan.run import Run
 from longscan.runs import SETTINGS, Signals, read_settings
@@ -121,7 +123,8 @@ class ClassifyRun(Run[ClassifyConfig]):
         self.model, self.tokenizer = found.model.to(config.device), found.tokenizer
         self.train, self.valid = (self._encode(place / f"{name}.jsonl") for name in ("train", "valid"))
         self.rows = config.batch_size * config.accumulate
-        self.plan: tuple[int, list[list[int]]] = -1, []  # an epoch and its batches
+        lengths = [len(one.ids) for one in self.train[0]]
+        self.plans = EpochOrder(config.seed, partial(shuffled, lengths, self.rows))
         self.identity = self._identify()
         steps = -(-len(self.train[1]) // self.rows)
         return self.model, config.total_steps(steps)
@@ -145,10 +148,7 @@ class ClassifyRun(Run[ClassifyConfig]):
         """Return the texts of a step in parts."""
         framed, numbers = self.train
         epoch, place = divmod(step, -(-len(framed) // self.rows))
-        if self.plan[0] != epoch:
-            lengths = [len(one.ids) for one in framed]
-            self.plan = epoch, shuffled(lengths, self.rows, self.config.seed, epoch)
-        chosen, parts = self.plan[1][place], []
+        chosen, parts = self.plans[epoch][place], []
         for start in range(0, len(chosen), self.config.batch_size):
             some = chosen[start : start + self.config.batch_size]
             ids, types = self.tokenizer.collate([framed[number] for number in some])

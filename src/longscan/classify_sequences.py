@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -23,6 +24,7 @@ from longscan.errors import LongscanError, UsageError
 from longscan.examples import score, shuffled
 from longscan.files import atomic_directory, read_json, write_json
 from longscan.models import LanguageModelConfig, Model, ModelEntry
+from longscan.order import EpochOrder
 from longscan.recipe import FreshConfig, model_settings, setting
 from longscan.run import Run
 from longscan.runs import Signals
@@ -106,7 +108,7 @@ class SequencesRun(Run[SequencesConfig]):
             self._prepare(place)
         self.train, self.valid = (read_sequences([place / f"{name}.npz"]) for name in ("train", "valid"))
         self.rows = config.batch_size * config.accumulate
-        self.plan: tuple[int, list[list[int]]] = -1, []  # an epoch and its batches
+        self.plans = EpochOrder(config.seed, partial(shuffled, self.train.lengths.tolist(), self.rows))
         self.identity = hashlib.sha256((place / "train.npz").read_bytes()).hexdigest()
         self.model = SequenceModel(self._configure(), torch.Generator().manual_seed(config.seed))
         self.model.to(config.device)
@@ -138,9 +140,7 @@ class SequencesRun(Run[SequencesConfig]):
     def batch(self, step: int) -> list[tuple[_Part, int]]:
         """Return the sequences of a step in parts."""
         epoch, place = divmod(step, self._steps)
-        if self.plan[0] != epoch:
-            self.plan = epoch, shuffled(self.train.lengths.tolist(), self.rows, self.config.seed, epoch)
-        chosen, size = self.plan[1][place], self.config.batch_size
+        chosen, size = self.plans[epoch][place], self.config.batch_size
         some = [chosen[start : start + size] for start in range(0, len(chosen), size)]
         return [(_Part(*self.train.batch(numbers)), len(numbers)) for numbers in some]
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from longscan.documents import Corpus, Paths, Piece, iter_documents, training_text
 from longscan.errors import LongscanError, UsageError
 from longscan.files import atomic_directory, read_json, write_json
+from longscan.order import EpochOrder, RandomStream
 from longscan.tokenizer import Tokenizer
 
 __all__ = [
@@ -189,7 +190,7 @@ class TokenDataset:
     The tokens are taken as a ring (the end-of-text id leads from the last document to the first). Each epoch
     turns it by a random angle, cuts it into windows that touch, and shuffles them: a token is predicted once
     per epoch, and the few left over are others each time. To resume is to know the seed and the number of the
-    next batch. Of NumPy only the raw Philox stream is used, which stays the same from version to version.
+    next batch; see `order`.
 
     Args:
         path: the token file.
@@ -205,8 +206,7 @@ class TokenDataset:
         for name, value in (("seq_len", seq_len), ("batch_size", batch_size)):
             if value < 1:
                 raise UsageError(f"{name}: expected 1 or more, got {value}.")
-        if not 0 <= seed < 2**64:
-            raise UsageError(f"seed: expected 0 to 2**64 - 1, got {seed}.")
+        RandomStream(seed, 0)  # refuses a seed that is out of range before anything is read
         self._tokens = open_tokens(path)
         if len(self._tokens) <= seq_len:
             raise LongscanError(
@@ -215,7 +215,7 @@ class TokenDataset:
             )
         self.seq_len, self.batch_size, self.seed = seq_len, batch_size, seed
         self.windows_per_epoch = len(self._tokens) // seq_len
-        self._starts: dict[int, npt.NDArray[np.int64]] = {}  # of the last two epochs: a batch may span both
+        self._starts = EpochOrder(seed, self._shuffle)
 
     @property
     def tokens_per_epoch(self) -> int:
@@ -238,18 +238,14 @@ class TokenDataset:
         """
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
         places = (divmod(number, self.windows_per_epoch) for number in numbers)
-        starts = [self._epoch(epoch)[place] for epoch, place in places]
+        starts = [self._starts[epoch][place] for epoch, place in places]
         return _gather(self._tokens, np.array(starts), self.seq_len)
 
-    def _epoch(self, epoch: int) -> npt.NDArray[np.int64]:
+    def _shuffle(self, stream: RandomStream) -> npt.NDArray[np.int64]:
         """Return where the windows of an epoch start, in order (windows_per_epoch,)."""
-        if epoch not in self._starts:
-            bits = np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64))
-            angle = int(bits.random_raw()) % len(self._tokens)
-            order = bits.random_raw(self.windows_per_epoch).argsort(kind="stable")
-            self._starts = {key: value for key, value in self._starts.items() if key == epoch - 1}
-            self._starts[epoch] = (angle + order * self.seq_len) % len(self._tokens)
-        return self._starts[epoch]
+        angle = int(stream.raw(1)[0]) % len(self._tokens)
+        order = stream.permutation(self.windows_per_epoch)
+        return (angle + order * self.seq_len) % len(self._tokens)
 
 
 def windows(

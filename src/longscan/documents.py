@@ -19,9 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, NamedTuple, TypeAlias, cast
 
-import numpy as np
-
 from longscan.errors import LongscanError, UsageError
+from longscan.order import RandomStream
 
 __all__ = [
     "Corpus",
@@ -185,7 +184,7 @@ class Corpus:
         sizes, total = self.sizes[0], sum(self.sizes[0])
         share = max(0, min(math.ceil(self.valid_fraction * total), total - 1))
         left, held, torn = share, set(), -1
-        for number in np.random.Philox(key=0).random_raw(len(sizes)).argsort(kind="stable").tolist():
+        for number in RandomStream(0, 0).permutation(len(sizes)).tolist():
             if sizes[number] > left:
                 torn = number if left > share // 2 else -1
                 break

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from longscan.documents import JSONL, OPENERS
 from longscan.errors import LongscanError, UsageError
 from longscan.models import Bert
+from longscan.order import RandomStream
 from longscan.pairs import read_lines
 from longscan.wordpiece import Framed, WordPieceTokenizer
 
@@ -156,7 +156,7 @@ def divide(examples: Sequence[Example], share: float) -> tuple[list[Example], li
     """
     left = {label: int(share * count) for label, count in Counter(e.label for e in examples).items()}
     held = set()
-    for number in np.random.Philox(key=0).random_raw(len(examples)).argsort(kind="stable").tolist():
+    for number in RandomStream(0, 0).permutation(len(examples)).tolist():
         if left[examples[number].label] > 0:
             left[examples[number].label] -= 1
             held.add(number)
@@ -164,25 +164,23 @@ def divide(examples: Sequence[Example], share: float) -> tuple[list[Example], li
     return kept, [examples[number] for number in sorted(held)]
 
 
-def shuffled(lengths: Sequence[int], rows: int, seed: int, epoch: int) -> list[list[int]]:
+def shuffled(lengths: Sequence[int], rows: int, stream: RandomStream) -> list[list[int]]:
     """Put all examples into batches of about equal length, in random order.
 
     Args:
         lengths: of each example.
         rows: examples in a batch; the last one may have less.
-        seed: of the run.
-        epoch: another one is another order.
+        stream: of the epoch, see `order.EpochOrder`.
 
     Returns:
-        The numbers of the examples in each batch: a pure function of the arguments.
+        The numbers of the examples in each batch.
     """
-    bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
-    order = bits.random_raw(len(lengths)).argsort(kind="stable").tolist()
+    order = stream.permutation(len(lengths)).tolist()
     batches = []
     for start in range(0, len(order), WINDOW * rows):
         window = sorted(order[start : start + WINDOW * rows], key=lambda place: lengths[place])
         batches += [window[first : first + rows] for first in range(0, len(window), rows)]
-    return [batches[place] for place in bits.random_raw(len(batches)).argsort(kind="stable")]
+    return [batches[place] for place in stream.permutation(len(batches))]
 
 
 def by_length(framed: Sequence[Framed], rows: int) -> list[list[int]]:

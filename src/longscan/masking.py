@@ -14,14 +14,12 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,6 +27,7 @@ from longscan.data import open_tokens
 from longscan.errors import LongscanError, UsageError
 from longscan.models.bert import PretrainingBatch
 from longscan.models.loss import IGNORE
+from longscan.order import STEPS, EpochOrder, RandomStream
 from longscan.tokenizer import StreamDecoder, Tokenizer
 from longscan.wordpiece import WordPieceTokenizer, fit
 
@@ -140,8 +139,8 @@ class PairDataset:
             raise LongscanError(f"{path} has {len(self._starts)} sentences: pairs need two. Give more text.")
         edges = np.flatnonzero(np.diff(document, prepend=-1, append=-1)).tolist()
         self._documents = list(itertools.pairwise(edges))  # first sentence, and the one after
-        self._plans: dict[int, list[_Pair]] = {}  # of the last two epochs: a batch may span both
-        self.pairs_per_epoch = len(self._plan(0))
+        self._plans = EpochOrder(seed, self._plan)
+        self.pairs_per_epoch = len(self._plans[0])
 
     def batch(self, step: int) -> PretrainingBatch:
         """Return a batch.
@@ -172,13 +171,12 @@ class PairDataset:
         pairs = []
         for number in numbers:
             epoch, place = divmod(number, self.pairs_per_epoch)
-            plan = self._plan(epoch)
+            plan = self._plans[epoch]
             pairs.append(plan[place % len(plan)])
         framed = [self.tokenizer.frame(self._cut(a), self._cut(b), self.seq_len) for a, b, _ in pairs]
         ids, types = self.tokenizer.collate(framed)
-        bits = np.random.Philox(key=np.array([self.seed, 2**63 + step], dtype=np.uint64))
         limit = math.ceil(CHOSEN * self.seq_len)
-        ids, labels = hide(ids, self.tokenizer, bits, limit)
+        ids, labels = hide(ids, self.tokenizer, RandomStream(self.seed, STEPS + step), limit)
         return PretrainingBatch(ids, types, labels, torch.tensor([int(pair.is_random) for pair in pairs]))
 
     def _cut(self, stretch: _Stretch) -> list[int]:
@@ -187,43 +185,37 @@ class PairDataset:
         ids: list[int] = tokens[tokens != self.tokenizer.sep_id].tolist()
         return ids[stretch.front : len(ids) - stretch.back]
 
-    def _plan(self, epoch: int) -> list[_Pair]:
+    def _plan(self, stream: RandomStream) -> list[_Pair]:
         """Return the pairs of an epoch in order."""
-        if epoch not in self._plans:
-            draw = random.Random(f"{self.seed} {epoch}")  # a text gives the same numbers in every Python
-            pairs = [pair for document in self._documents for pair in self._pair_up(document, draw)]
-            key = np.array([self.seed, epoch], dtype=np.uint64)
-            order = np.random.Philox(key=key).random_raw(len(pairs)).argsort(kind="stable").tolist()
-            self._plans = {key: value for key, value in self._plans.items() if key == epoch - 1}
-            self._plans[epoch] = [pairs[place] for place in order]
-        return self._plans[epoch]
+        pairs = [pair for document in self._documents for pair in self._pair_up(document, stream)]
+        return [pairs[place] for place in stream.permutation(len(pairs)).tolist()]
 
-    def _pair_up(self, document: tuple[int, int], draw: random.Random) -> list[_Pair]:
+    def _pair_up(self, document: tuple[int, int], stream: RandomStream) -> list[_Pair]:
         """Cut a document into pairs; sentences whose place a random text took begin the next pair."""
         pairs = []
         at, end = document
         while at < end:
             target = self.seq_len - 3
-            if draw.random() < SHORT:
-                target = 2 + _below(draw, target - 1)
+            if stream.random() < SHORT:
+                target = 2 + stream.below(target - 1)
             stop = self._reach(at, end, target)
-            middle = at + 1 + _below(draw, stop - at - 1) if stop - at > 1 else stop
-            is_random = stop - at == 1 or draw.random() < 0.5
+            middle = at + 1 + stream.below(stop - at - 1) if stop - at > 1 else stop
+            is_random = stop - at == 1 or stream.random() < 0.5
             if is_random:
-                other = self._elsewhere(document, draw)
-                start = other[0] + _below(draw, other[1] - other[0])
+                other = self._elsewhere(document, stream)
+                start = other[0] + stream.below(other[1] - other[0])
                 second = start, self._reach(start, other[1], target - self._count(at, middle))
             else:
                 second = middle, stop
-            pairs.append(self._trim((at, middle), second, is_random, draw))
+            pairs.append(self._trim((at, middle), second, is_random, stream))
             at = middle if is_random else stop
         return pairs
 
-    def _elsewhere(self, document: tuple[int, int], draw: random.Random) -> tuple[int, int]:
+    def _elsewhere(self, document: tuple[int, int], stream: RandomStream) -> tuple[int, int]:
         """Draw another document; the same one after ten attempts, or if there is no other."""
         other = document
         for _ in range(10):
-            other = self._documents[_below(draw, len(self._documents))]
+            other = self._documents[stream.below(len(self._documents))]
             if other != document:
                 break
         return other
@@ -242,12 +234,12 @@ class PairDataset:
         """Count the tokens of some sentences."""
         return sum(self._ends[at] - self._starts[at] for at in range(first, end))
 
-    def _trim(self, a: tuple[int, int], b: tuple[int, int], is_random: bool, draw: random.Random) -> _Pair:
+    def _trim(self, a: tuple[int, int], b: tuple[int, int], is_random: bool, stream: RandomStream) -> _Pair:
         """Leave tokens out until there is room, of the longer one, at the front or the back at random."""
         lengths = self._count(*a), self._count(*b)
         kept = fit(*lengths, self.seq_len - 3)
         excess = [length - keep for length, keep in zip(lengths, kept, strict=True)]
-        front = [draw.getrandbits(count).bit_count() if count else 0 for count in excess]  # a coin for each
+        front = [stream.heads(count) for count in excess]  # a coin for each
         return _Pair(
             _Stretch(*a, front[0], excess[0] - front[0]),
             _Stretch(*b, front[1], excess[1] - front[1]),
@@ -256,14 +248,14 @@ class PairDataset:
 
 
 def hide(
-    ids: Tensor, tokenizer: WordPieceTokenizer, bits: np.random.Philox, limit: int
+    ids: Tensor, tokenizer: WordPieceTokenizer, stream: RandomStream, limit: int
 ) -> tuple[Tensor, Tensor]:
     """Choose words of framed texts and hide them.
 
     Args:
         ids: (batch, seq_len) int64, padded.
         tokenizer: its vocabulary.
-        bits: randomness.
+        stream: randomness.
         limit: the most words to choose in a row.
 
     Returns:
@@ -273,22 +265,11 @@ def hide(
     before = ids.numpy()
     fixed = np.isin(before, (tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id))
     wanted = np.clip(np.round(CHOSEN * (before != tokenizer.pad_id).sum(1)), 1, limit)  # (batch,)
-    order = np.where(fixed, 2.0, _uniform(bits, before.shape))
+    order = np.where(fixed, 2.0, stream.uniform(before.shape))
     chosen = (order.argsort(1, kind="stable").argsort(1) < wanted[:, None]) & ~fixed
-    dice = _uniform(bits, before.shape)
-    anything = (_uniform(bits, before.shape) * tokenizer.vocab_size).astype(np.int64)
+    dice = stream.uniform(before.shape)
+    anything = (stream.uniform(before.shape) * tokenizer.vocab_size).astype(np.int64)
     after = np.where(chosen & (dice < HIDDEN), tokenizer.mask_id, before)
     after = np.where(chosen & (dice >= 1 - REPLACED), anything, after)
     labels = np.where(chosen, before, IGNORE)
     return torch.from_numpy(after), torch.from_numpy(labels)
-
-
-def _uniform(bits: np.random.Philox, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
-    """Draw numbers from [0, 1) out of the raw stream, which stays the same from version to version."""
-    raw = bits.random_raw(math.prod(shape)) >> np.uint64(11)
-    return raw.reshape(shape).astype(np.float64) * 2.0**-53
-
-
-def _below(draw: random.Random, limit: int) -> int:
-    """Draw a whole number from 0 to limit - 1."""
-    return int(draw.random() * limit)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from longscan.documents import read_text
 from longscan.errors import LongscanError
+from longscan.order import EpochOrder, RandomStream
 from longscan.tokenizer import Tokenizer
 
 __all__ = [
@@ -237,7 +238,7 @@ class Batches:
         self._lengths = pairs.source_lengths + pairs.target_lengths
         # the number of batches must not depend on the epoch: they are cut once, where the lengths say
         self._cuts = _cut(pairs, np.argsort(self._lengths, kind="stable"), batch_tokens)
-        self._epoch, self._order = -1, np.empty(0, np.int64)
+        self._epochs = EpochOrder(seed, self._shuffle)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -250,13 +251,14 @@ class Batches:
             step: from 0.
         """
         epoch, place = divmod(step, len(self))
-        if epoch != self._epoch:
-            random = np.random.default_rng([self.seed, epoch])
-            self._order = np.argsort(self._lengths + random.uniform(0, self.JITTER, len(self._lengths)))
-            self._turn = random.permutation(len(self))
-            self._epoch = epoch
-        start, end = self._cuts[self._turn[place]]
-        return self.pairs.gather(self._order[start:end])
+        order, turn = self._epochs[epoch]
+        start, end = self._cuts[turn[place]]
+        return self.pairs.gather(order[start:end])
+
+    def _shuffle(self, stream: RandomStream) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the order of the pairs (n_pairs,), and that of the batches cut out of it (n_batches,)."""
+        jitter = self.JITTER * stream.uniform((len(self._lengths),))
+        return np.argsort(self._lengths + jitter, kind="stable"), stream.permutation(len(self))
 
 
 def _cut(pairs: IdPairs, order: npt.NDArray[np.int64], batch_tokens: int) -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ from longscan.masking import PairDataset, SentenceTokenizer
 from longscan.models import Bert, Model
 from longscan.models.bert import PretrainingBatch
 from longscan.models.loss import IGNORE
+from longscan.order import VERSION
 from longscan.recipe import TrainConfig, make_model, make_tokenizer, make_tokens, model_settings
 from longscan.run import Run
 from longscan.runs import Signals
@@ -95,8 +96,9 @@ class PretrainRun(Run[TrainConfig]):
         return words + follows
 
     def fingerprint(self) -> str:
-        """Identify the tokens trained on."""
-        return hashlib.sha256((self.tokens.directory / "meta.json").read_bytes()).hexdigest()
+        """Identify the tokens trained on, and their order."""
+        meta = (self.tokens.directory / "meta.json").read_bytes()
+        return f"order-{VERSION} {hashlib.sha256(meta).hexdigest()}"
 
     def export(self, directory: Path) -> None:
         """Write the model of the last step in Hugging Face layout, both heads with it."""

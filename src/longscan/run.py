@@ -318,7 +318,10 @@ class Run(ABC, Generic[C]):
             self.saved, state = found
             _refuse_changes(self.config, self.settings.from_dict(state["config"]), self.saved)
             if state["data"] != self.fingerprint():
-                raise LongscanError(f"the data in {self.directory} is not what {self.saved} was trained on.")
+                raise LongscanError(
+                    f"the data in {self.directory} is not what {self.saved} was trained on, or an earlier "
+                    "version of longscan shuffled it into another order. Begin a new run."
+                )
             self.trainer.load(self.saved, state["step"])
             self.seconds = state["seconds"]
         self.checkpoints.sweep(self.trainer.step_number)

@@ -27,6 +27,7 @@ from longscan.errors import LongscanError, UsageError
 from longscan.files import atomic_directory, atomic_write, read_json, write_json
 from longscan.generate import use_threads, utf8
 from longscan.models import Model, Translator
+from longscan.order import HELD_OUT, VERSION, RandomStream
 from longscan.pairs import EOS, SPECIAL, Batch, Batches, IdPairs, TextPairs, read_pairs
 from longscan.recipe import FreshConfig, add_flags, make_model, model_settings, setting
 from longscan.run import Run
@@ -155,8 +156,8 @@ class TranslateRun(Run[TranslateConfig]):
         return model.loss(source, target, self.config.label_smoothing)
 
     def fingerprint(self) -> str:
-        """Identify the pairs trained on."""
-        return self.pairs.fingerprint()
+        """Identify the pairs trained on, and their order."""
+        return f"order-{VERSION} {self.pairs.fingerprint()}"
 
     def export(self, directory: Path) -> None:
         """Write the mean of the last checkpoints."""
@@ -210,7 +211,7 @@ class TranslateRun(Run[TranslateConfig]):
         if config.valid_source is not None:
             valid = read_pairs(config.valid_source, config.valid_target)
         else:
-            order = np.random.default_rng(config.seed).permutation(len(text.source)).tolist()
+            order = RandomStream(config.seed, HELD_OUT).permutation(len(text.source)).tolist()
             n_valid = min(VALID_MOST, int(VALID_SHARE * len(order)))
             if not n_valid:
                 raise LongscanError(

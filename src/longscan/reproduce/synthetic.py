@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from longscan import ops, synthetics
 from longscan.checkpoint import load, save
 from longscan.models import LanguageModel, Model
+from longscan.order import EpochOrder
 from longscan.recipe import FreshConfig, make_model, setting
 from longscan.reproduce.systems import Plan
 from longscan.run import Run
@@ -73,7 +73,8 @@ class SyntheticRun(Run[SyntheticConfig]):
         rows = torch.arange(len(examples.ids))
         self.test = examples.select(rows[: config.test_examples])
         self.train = examples.select(rows[config.test_examples :]) if config.train_examples else None
-        self.order: tuple[int, Tensor] = -1, rows  # an epoch and its order
+        n = config.train_examples
+        self.orders = EpochOrder(config.seed, lambda stream: torch.from_numpy(stream.permutation(n)))
         self.model = cast(LanguageModel, make_model(config, config.vocab_size))
         if config.start is not None:
             self.model.load_state_dict(load(config.start)[0].state_dict())
@@ -95,13 +96,9 @@ class SyntheticRun(Run[SyntheticConfig]):
         if self.train is None:
             some = config.make(config.batch_size, torch.Generator().manual_seed(_seed(config.seed, step)))
         else:
-            n = len(self.train.ids)
-            epoch, place = divmod(step, -(-n // config.batch_size))
-            if self.order[0] != epoch:
-                bits = np.random.Philox(key=np.array([config.seed, epoch], dtype=np.uint64))
-                self.order = epoch, torch.from_numpy(bits.random_raw(n).argsort(kind="stable"))
+            epoch, place = divmod(step, -(-len(self.train.ids) // config.batch_size))
             start = place * config.batch_size
-            some = self.train.select(self.order[1][start : start + config.batch_size])
+            some = self.train.select(self.orders[epoch][start : start + config.batch_size])
         some = some.everywhere() if config.everywhere else some
         return [(some, int((some.targets != IGNORED).sum()))]
 
