@@ -18,7 +18,7 @@ MODULES = [
 
 # a file imports only from its left
 ORDER = [
-    *("errors", "files", "config", "order"),
+    *("errors", "files", "config", "order", "archives", "labelled_arrays"),
     *("ops", "models"),
     *(
         "tokenizer",

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import io
-import lzma
 import re
-import tarfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longscan.archives import has_suffix, is_hidden, iter_tar, read_npz
 from longscan.errors import LongscanError, UsageError
 from longscan.examples import Example, divide, number_labels, read_examples
 from longscan.files import atomic_file
+from longscan.labelled_arrays import parse_labels, parse_lengths, parse_steps, parse_times
 from longscan.signals import read_wav
 
 __all__ = ["BYTES", "Sequences", "read_sequences"]
@@ -26,6 +25,7 @@ __all__ = ["BYTES", "Sequences", "read_sequences"]
 BYTES = 256  # tokens of a text that is read byte by byte
 TARS, SOUND = (".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2"), ".wav"
 LENGTHS = ("lengths", "len")  # what files call them
+OWN = {"values", "lengths", "y", "labels", "names"}  # of a file that `Sequences.save` wrote
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,9 +270,9 @@ def read_sequences(
 
 def _read(path: Path, split: str, pattern: str | None, columns: str) -> Sequences:
     """Read one file or folder."""
-    if path.is_dir() or path.name.endswith((*TARS, SOUND)):
+    if path.is_dir() or has_suffix(path, *TARS, SOUND):
         return _sounds(path, pattern)
-    if path.suffix == ".npz":
+    if has_suffix(path, ".npz"):
         return _npz(path, split)
     examples = read_examples([path], columns)
     texts = [
@@ -309,77 +309,61 @@ def _kind(some: Sequences) -> str:
 
 def _npz(path: Path, split: str) -> Sequences:
     """Read arrays."""
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
-        raise LongscanError(f"{path} is no .npz file of plain arrays ({error}).") from error
-    if "values" in arrays:
+    arrays = read_npz(path)
+    if arrays.keys() >= OWN:
         return _own(path, arrays)
     tail = "" if "x" in arrays else f"_{split}"
     if f"x{tail}" not in arrays or f"y{tail}" not in arrays:
-        raise LongscanError(
-            f"{path}: expected arrays x and y, or x_{split} and y_{split}; got {', '.join(sorted(arrays))}."
-        )
-    x, y = _steps(path, arrays[f"x{tail}"]), arrays[f"y{tail}"]
-    lengths = next((arrays[f"{name}{tail}"] for name in LENGTHS if f"{name}{tail}" in arrays), None)
-    if lengths is None:
-        lengths = np.full(len(x), x.shape[1])
-    if len(y) != len(x) or lengths.shape != (len(x),):
-        raise LongscanError(f"{path}: expected as many y and lengths as x ({len(x):,}), got {len(y):,}.")
-    wrong = (lengths < 1) | (lengths > x.shape[1])
-    if lengths.dtype.kind not in "iu" or wrong.any():
-        raise LongscanError(f"{path}: expected lengths from 1 to {x.shape[1]:,}, got {lengths[wrong][:1]}.")
+        got = ", ".join(sorted(arrays)) or "nothing"
+        raise LongscanError(f"{path}: expected arrays x and y, or x_{split} and y_{split}; got {got}.")
+    x = parse_steps(path, arrays[f"x{tail}"])
+    truth = parse_labels(path, arrays[f"y{tail}"], len(x))
+    given = next((arrays[f"{name}{tail}"] for name in LENGTHS if f"{name}{tail}" in arrays), None)
+    lengths = parse_lengths(path, given, len(x), x.shape[1])
     rows = [row[:length] for row, length in zip(x, lengths, strict=True)]
     names = [f"{path}:{number}" for number in range(len(x))]
-    if y.dtype.kind in "iub" or y.dtype.kind in "US":
-        found = _labelled(rows, [str(label) for label in y.tolist()], names)
+    if isinstance(truth, list):
+        found = _labelled(rows, truth, names)
     else:
-        truth = y.reshape(len(y), -1).astype(np.float32)
-        found = Sequences(np.concatenate(rows), _lengths(rows), truth, (), tuple(names))
+        found = Sequences(np.concatenate(rows), lengths, truth, (), tuple(names))
     if f"times{tail}" in arrays:
-        times = arrays[f"times{tail}"]
-        if times.shape != x.shape[:2] or times.dtype.kind not in "fiu":
-            got = f"{times.dtype} {times.shape}"
-            raise LongscanError(f"{path}: expected a time of each step, {x.shape[:2]}, got {got}.")
+        times = parse_times(path, arrays[f"times{tail}"], x.shape[:2])
         rows = [row[:length] for row, length in zip(times, lengths, strict=True)]
-        found = replace(found, times=np.concatenate(rows).astype(np.float64))
+        found = replace(found, times=np.concatenate(rows))
     return _passing(_finite(found))
-
-
-def _steps(path: Path, x: np.ndarray) -> np.ndarray:
-    """Turn what a file calls x into (n, seq_len, d_input) float32 or (n, seq_len) int64."""
-    if 0 in x.shape or x.ndim < 2 or x.dtype.kind not in "fiu":
-        raise LongscanError(f"{path}: expected numbers x (n, seq_len, ...), got {x.dtype} {x.shape}.")
-    if x.dtype == np.uint8 and x.ndim in (3, 4):  # images: pixel by pixel
-        return x.reshape(len(x), x.shape[1] * x.shape[2], -1).astype(np.float32) / 255
-    if x.ndim == 2 and x.dtype.kind in "iu":
-        if x.min() < 0:
-            raise LongscanError(f"{path}: expected tokens from 0 on, got {x.min()}.")
-        return x.astype(np.int64)
-    if x.ndim > 3:
-        raise LongscanError(f"{path}: expected x (n, seq_len, d_input), got {x.shape}.")
-    return x.reshape(len(x), x.shape[1], -1).astype(np.float32)
 
 
 def _own(path: Path, arrays: dict[str, np.ndarray]) -> Sequences:
     """Read what `Sequences.save` wrote."""
-    try:
-        found = Sequences(
-            values=arrays["values"],
-            lengths=arrays["lengths"],
-            truth=arrays["y"],
-            labels=tuple(arrays["labels"].tolist()),
-            names=tuple(arrays["names"].tolist()),
-            rate=float(arrays["rate"]) or None,
-            times=arrays.get("times"),
-        )
-    except KeyError as error:
-        raise LongscanError(f"{path}: expected an array {error} beside the others.") from error
-    if len(found.values) != found.lengths.sum() or not len(found) == len(found.truth) == len(found.names):
+    values, lengths, truth, names = (arrays[name] for name in ("values", "lengths", "y", "names"))
+    labels, rate, times = arrays["labels"], arrays.get("rate", np.zeros(())), arrays.get("times")
+    kinds = [(values, "fi", (1, 2)), (lengths, "i", (1,)), (truth, "fi", (1, 2)), (labels, "U", (1,))]
+    kinds += [(names, "U", (1,)), (rate, "f", (0,)), *([] if times is None else [(times, "f", (1,))])]
+    whole = all(array.dtype.kind in kind and array.ndim in axes for array, kind, axes in kinds)
+    if not whole or len(truth) != len(lengths) or len(names) != len(lengths):
+        raise LongscanError(f"{path} is not as longscan writes it. Make the file again.")
+    if (lengths < 1).any() or len(values) != lengths.sum():
         raise LongscanError(f"{path}: the lengths are not those of the values. Make the file again.")
-    if found.times is not None and found.times.shape != found.values.shape[:1]:
+    if times is not None and times.shape != values.shape[:1]:
         raise LongscanError(f"{path}: the times are not those of the values. Make the file again.")
+    classes, tokens = truth.ndim == 1, values.ndim == 1
+    if (
+        classes != (truth.dtype.kind == "i")
+        or classes != bool(len(labels))
+        or tokens != (values.dtype.kind == "i")
+    ):
+        raise LongscanError(f"{path} is not as longscan writes it. Make the file again.")
+    if (classes and ((truth < 0) | (truth >= len(labels))).any()) or (tokens and (values < 0).any()):
+        raise LongscanError(f"{path}: a label or a token is out of range. Make the file again.")
+    found = Sequences(
+        values=values,
+        lengths=lengths,
+        truth=truth,
+        labels=tuple(labels.tolist()),
+        names=tuple(names.tolist()),
+        rate=float(rate) or None,
+        times=times,
+    )
     return _passing(_finite(found))
 
 
@@ -447,21 +431,15 @@ def _sounds(path: Path, pattern: str | None) -> Sequences:
 
 def _files(path: Path) -> Iterator[tuple[str, BinaryIO]]:
     """Yield the names and contents of .wav files, in order of the names, or that of the tar."""
-    if path.is_dir() or path.suffix == SOUND:
-        for place in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if place.suffix.lower() == SOUND:
-                with open(place, "rb") as file:
-                    yield str(place.relative_to(path)) if path.is_dir() else path.name, file
+    if not path.is_dir() and not has_suffix(path, SOUND):
+        for name, content in iter_tar(path, lambda name: has_suffix(name, SOUND)):
+            yield name, io.BytesIO(content)
         return
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                if member.isfile() and member.name.lower().endswith(SOUND):
-                    inside = tar.extractfile(member)
-                    assert inside is not None  # it is a file
-                    yield member.name, io.BytesIO(inside.read())  # whole: compressed tars have no way back
-    except (tarfile.TarError, EOFError, lzma.LZMAError) as error:
-        raise LongscanError(f"{path} is no tar, or is cut short ({error}).") from error
+    for place in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        name = str(place.relative_to(path)) if path.is_dir() else path.name
+        if place == path or (has_suffix(name, SOUND) and not is_hidden(name) and place.is_file()):
+            with open(place, "rb") as file:
+                yield name, file
 
 
 def _labels(path: Path, names: Sequence[str], expression: re.Pattern[str] | None) -> list[str]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from longscan.archives import map_npy
 from longscan.config import nearest
 from longscan.errors import LongscanError
 
@@ -255,11 +256,8 @@ def _wav_reader(path: Path, wav: _Wav, channel: int) -> Callable[[int, int], Arr
 
 def _open_npy(path: Path) -> NDArray[Any]:
     """Map an array (length,) or (length, channels) into memory."""
-    try:
-        table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise LongscanError(f"{path} is not an npy file of numbers ({error}).") from error
-    if not isinstance(table, np.ndarray) or table.dtype.kind not in "iuf" or table.ndim not in (1, 2):
+    table = map_npy(path)
+    if table.dtype.kind not in "iuf" or table.ndim not in (1, 2):
         raise LongscanError(f"{path}: expected an array of numbers (length,) or (length, channels).")
     return table.reshape(len(table), -1) if table.size else table.reshape(0, 1)
 

@@ -1,0 +1,196 @@
+"""Archives of data: tars and NumPy files, checked to their end and bounded in what they claim.
+
+One rule holds for all files of data: suffixes count in either case, and what is hidden (a name that begins
+with a dot, or is in such a folder) is left out where a folder or an archive is searched.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import gzip
+import lzma
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from longscan.errors import LongscanError
+
+__all__ = ["check_expansion", "foreign", "has_suffix", "is_hidden", "iter_tar", "map_npy", "read_npz"]
+
+FREE, RATIO = 2**26, 100  # bytes that any file may become; times its size that a larger result may be
+BLOCK = 2**20  # bytes read at a time
+COMPRESSIONS: dict[bytes, Callable[..., IO[bytes]]] = {
+    b"\x1f\x8b": cast(Any, gzip.open),
+    b"\xfd7zXZ\x00": cast(Any, lzma.open),
+    b"BZh": cast(Any, bz2.open),
+}
+
+
+def is_hidden(path: Path | str) -> bool:
+    """Tell whether a file, or a folder it is in, is hidden: .DS_Store, ._0.wav, .git/config.
+
+    Args:
+        path: below the folder or archive that was named.
+    """
+    return any(part.startswith(".") and part != ".." for part in PurePosixPath(path).parts)
+
+
+def has_suffix(path: Path | str, *suffixes: str) -> bool:
+    """Tell whether a name ends in one of these suffixes, in either case.
+
+    Args:
+        path: whose name.
+        suffixes: in small letters.
+    """
+    return str(path).lower().endswith(suffixes)
+
+
+def check_expansion(path: Path, size: int) -> None:
+    """Refuse a small file that would take much memory.
+
+    Args:
+        path: the file, compressed or not.
+        size: bytes that it becomes in memory.
+
+    Raises:
+        LongscanError: more than 64 MB, and more than 100 times the file's own size.
+    """
+    own = path.stat().st_size
+    if size > FREE and size > RATIO * own:
+        raise LongscanError(
+            f"{path}: expected at most {RATIO} times its {own:,} bytes, it claims {size:,} or more. "
+            "If that is meant, save it without compression."
+        )
+
+
+@contextlib.contextmanager
+def foreign(path: Path | str, what: str) -> Iterator[None]:
+    """Turn whatever a parser makes of a damaged file into one clear error.
+
+    Args:
+        path: the file.
+        what: it then is, such as "no tar".
+
+    Raises:
+        LongscanError: the parser failed, by any exception but an OSError of the disk.
+    """
+    try:
+        yield
+    except (gzip.BadGzipFile, tarfile.TarError) as error:
+        raise LongscanError(f"{path} is {what}, or is damaged ({error}). Fetch it again.") from error
+    except LongscanError:
+        raise
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise LongscanError(f"{path} is {what}, or is damaged ({error}).") from error  # bz2's word for it
+    except Exception as error:  # of NumPy alone, nine kinds were seen
+        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise LongscanError(f"{path} is {what}, or is damaged ({said}).") from error
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose header is whole: tarfile takes a damaged one for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: Any) -> Any:
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.HeaderError as error:
+            if type(error).__name__ == "EOFHeaderError":
+                raise
+            raise tarfile.ReadError(f"at byte {tarfile_.offset:,}: {error}") from error
+
+
+def iter_tar(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """Yield files of a tar, also compressed as gzip, xz or bzip2, in its order.
+
+    Args:
+        path: the tar.
+        wanted: whether a file of this name is; hidden ones are not.
+
+    Yields:
+        Names and contents.
+
+    Raises:
+        LongscanError: it is no tar, is damaged or cut short anywhere up to its checksum, has sparse files,
+            or claims too much.
+        OSError: it can't be read.
+    """
+    with open(path, "rb") as file:
+        magic = file.read(6)
+    opener = next((found for start, found in COMPRESSIONS.items() if magic.startswith(start)), open)
+    total = 0
+    with (
+        foreign(path, "no tar"),
+        opener(path, "rb") as stream,
+        tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as tar,
+    ):
+        for member in tar:
+            if not member.isfile() or is_hidden(member.name) or not wanted(member.name):
+                continue
+            if member.issparse():
+                raise LongscanError(f"{path}: {member.name} is a sparse file. Pack the tar without --sparse.")
+            total += member.size
+            check_expansion(path, total)
+            inside = tar.extractfile(member)
+            assert inside is not None  # it is a file
+            yield member.name, inside.read()
+        assert tar.fileobj is not None
+        while block := tar.fileobj.read(BLOCK):  # up to the checksum of the compression
+            if block.strip(b"\0"):
+                raise LongscanError(
+                    f"{path} goes on after its end: it is damaged, or several tars. Pack it anew."
+                )
+
+
+def read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Read an .npz file of plain arrays, checksums included.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The arrays by name.
+
+    Raises:
+        LongscanError: it is something else, is damaged, holds Python objects, or claims too much.
+        OSError: it can't be read.
+    """
+    arrays = {}
+    with foreign(path, "no .npz file of plain arrays"), zipfile.ZipFile(path) as archive:
+        check_expansion(path, sum(info.file_size for info in archive.infolist()))
+        for info in archive.infolist():
+            with archive.open(info) as member:
+                arrays[info.filename.removesuffix(".npy")] = np.lib.format.read_array(
+                    member, allow_pickle=False
+                )
+                if member.read(1):  # to its end, where the checksum is compared
+                    raise ValueError(f"bytes behind the array in {info.filename}")
+    return arrays
+
+
+def map_npy(path: Path) -> npt.NDArray[Any]:
+    """Map an .npy file into memory.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The array, read-only.
+
+    Raises:
+        LongscanError: it is something else, or damaged.
+        OSError: it can't be read.
+    """
+    with foreign(path, "not an npy file of numbers"):
+        table: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(table, np.ndarray):
+            raise TypeError("an archive of several arrays, .npz")
+        return table
