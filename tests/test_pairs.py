@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from longscan.documents import iter_documents
 from longscan.errors import LongscanError, UsageError
+from longscan.examples import read_examples
 from longscan.pairs import SPECIAL, Batches, IdPairs, TextPairs, read_lines, read_pairs, rows
 from longscan.tokenizer import load_tokenizer, train_bpe
 
@@ -49,6 +51,39 @@ def test_a_table(tmp_path: Path, header: bool) -> None:
     lines = [f"{a}\t{b}\torigin" for a, b in zip(ENGLISH, GERMAN, strict=True)]
     table = write(tmp_path / "pairs.tsv", ["source\ttarget\torigin"] * header + lines)
     assert read_pairs(table) == (ENGLISH, GERMAN, 0)
+
+
+@pytest.mark.parametrize(
+    "head", ["source\ttarget", "\ufeffSource \t Target", "\r\nsource\ttarget", "source\ttarget\torigin"]
+)
+def test_a_header_is_no_pair_whatever_ends_its_line(head: str, tmp_path: Path) -> None:
+    rows = [f"{a}\t{b} " for a, b in zip(ENGLISH, GERMAN, strict=True)]
+    for end in ("\n", "\r\n"):
+        path = tmp_path / "pairs.tsv"
+        path.write_bytes((end.join([head, *rows]) + end).encode())
+        assert read_pairs(path)[:2] == (ENGLISH, GERMAN)
+    path.write_text("a\t1\nsource\ttarget\n")
+    assert read_pairs(path) == (["a", "source"], ["1", "target"], 0)  # only the first row is a header
+
+
+def test_lines_of_old_macs_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.tsv").write_bytes(b"a\t1\rb\t2\r")
+    with pytest.raises(LongscanError, match="expected lines that end with LF, got CR alone"):
+        read_pairs(tmp_path / "t.tsv")
+
+
+def test_compressed_in_capitals(tmp_path: Path) -> None:
+    write(tmp_path / "en.gz", ENGLISH).rename(tmp_path / "en.GZ")
+    assert read_lines(tmp_path / "en.GZ") == ENGLISH
+
+
+def test_a_line_without_end_is_refused(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "long.jsonl.gz", "wb") as file:
+        for _ in range(66):
+            file.write(b"a" * 2**20)
+    for read in (read_lines, lambda path: list(iter_documents(path)), lambda path: read_examples([path])):
+        with pytest.raises(LongscanError, match="line 1: expected at most 67,108,864 characters"):
+            read(tmp_path / "long.jsonl.gz")
 
 
 def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:

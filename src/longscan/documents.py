@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, NamedTuple, TypeAlias, cast
 
+from longscan.archives import is_hidden
 from longscan.errors import LongscanError, UsageError
 from longscan.order import RandomStream
 
@@ -28,9 +29,12 @@ __all__ = [
     "Piece",
     "find_files",
     "iter_documents",
+    "iter_lines",
     "iter_pieces",
+    "open_binary",
     "read_text",
     "split",
+    "text_kind",
     "training_text",
 ]
 
@@ -38,6 +42,7 @@ JSONL = (".jsonl", ".json-lines", ".ndjson")
 SUFFIXES = (".txt", ".md", ".text", *JSONL)
 OPENERS = {".gz": cast(Callable[..., IO[bytes]], gzip.open), ".xz": cast(Callable[..., IO[bytes]], lzma.open)}
 PIECE = 2**20  # characters; a longer document comes in several pieces
+MAX_LINE = 2**26  # characters of a line that has to be in memory as a whole
 
 Paths: TypeAlias = str | Path | Iterable[str | Path]
 
@@ -69,13 +74,14 @@ def find_files(paths: Paths) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        inside = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file, path)]
-        texts = [file for file in inside if _kind(file) in SUFFIXES]
+        found = [file for file in sorted(path.rglob("*")) if not is_hidden(file.relative_to(path))]
+        inside = [file for file in found if file.is_file()]
+        texts = [file for file in inside if text_kind(file) in SUFFIXES]
         if not texts:
             kinds = Counter(file.suffix or "without suffix" for file in inside).most_common(4)
-            found = ", ".join(f"{count} {kind}" for kind, count in kinds) or "nothing"
+            there = ", ".join(f"{count} {kind}" for kind, count in kinds) or "nothing"
             raise LongscanError(
-                f"no text in {path}: found {found}. Expected .txt, .md, .text or .jsonl in UTF-8, "
+                f"no text in {path}: found {there}. Expected .txt, .md, .text or .jsonl in UTF-8, "
                 "also compressed as .gz or .xz; a file with another name can be given by itself."
             )
         files += texts
@@ -229,17 +235,27 @@ def training_text(
     yield from (piece.text for name, piece in corpus.pieces() if name == "train")
 
 
-def _hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+def text_kind(file: Path) -> str:
+    """Return the suffix that tells the format, under that of the compression.
+
+    Args:
+        file: its path.
+    """
+    return Path(file.stem if file.suffix.lower() in OPENERS else file.name).suffix.lower()
 
 
-def _kind(file: Path) -> str:
-    """Return the suffix that tells the format, under that of the compression."""
-    return Path(file.stem if file.suffix in OPENERS else file.name).suffix.lower()
+def open_binary(path: Path) -> IO[bytes]:
+    """Open a file to read what is in it, decompressed if its name ends in .gz or .xz.
+
+    Args:
+        path: of the file.
+    """
+    opener: Callable[..., IO[bytes]] = OPENERS.get(path.suffix.lower(), open)
+    return opener(path, "rb")
 
 
 def _pieces(file: Path, separator: str | None, field: str) -> Iterator[Piece]:
-    if _kind(file) in JSONL:
+    if text_kind(file) in JSONL:
         for text in _jsonl(file, field):
             yield from _cut([text], None)
     else:
@@ -262,7 +278,7 @@ def read_text(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, started = 0, False
     try:
-        with OPENERS.get(path.suffix, open)(path, "rb") as file:
+        with open_binary(path) as file:
             while True:
                 block = file.read(PIECE)
                 if b"\0" in block:
@@ -337,7 +353,7 @@ def _break(text: str, start: int, end: int) -> int:
 
 def _jsonl(path: Path, field: str) -> Iterator[str]:
     """Yield the text of each line."""
-    for number, line in enumerate(_lines(read_text(path)), 1):
+    for number, line in enumerate(iter_lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -360,14 +376,33 @@ def _jsonl(path: Path, field: str) -> Iterator[str]:
         yield text
 
 
-def _lines(chunks: Iterable[str]) -> Iterator[str]:
+def iter_lines(path: Path) -> Iterator[str]:
+    r"""Read the lines of a file one by one.
+
+    Args:
+        path: see `read_text`; lines end with "\n" and nothing else.
+
+    Yields:
+        The lines without their ends; the last one is what stands behind the last end, perhaps nothing.
+
+    Raises:
+        LongscanError: as `read_text`; or a line is too long to be one.
+        OSError: the file can't be read.
+    """
     parts: list[str] = []
-    for chunk in chunks:
+    number, size = 1, 0
+    for chunk in read_text(path):
         first, *others = chunk.split("\n")
         parts.append(first)
+        size += len(first)
+        if size > MAX_LINE:
+            raise LongscanError(
+                f"{path}, line {number:,}: expected at most {MAX_LINE:,} characters, got more. "
+                "Cut it into several lines, or give running text as .txt."
+            )
         for line in others:
             yield "".join(parts)
-            parts = [line]
+            parts, size, number = [line], len(line), number + 1
     yield "".join(parts)
 
 

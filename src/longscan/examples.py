@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longscan.documents import JSONL, OPENERS
+from longscan.documents import JSONL, text_kind
 from longscan.errors import LongscanError, UsageError
 from longscan.models import Bert
 from longscan.order import RandomStream
@@ -90,9 +90,7 @@ def read_examples(paths: Sequence[str | Path], columns: str = "1,2") -> list[Exa
     indices = parse_columns(columns)
     examples: list[Example] = []
     for path in map(Path, paths):
-        name = path.stem if path.suffix in OPENERS else path.name
-        reader = _jsonl(path) if Path(name).suffix.lower() in JSONL else _table(path, indices)
-        examples += reader
+        examples += _jsonl(path) if text_kind(path) in JSONL else _table(path, indices)
     for label, text, pair, where in examples:
         if not label.strip() or not text.strip() or (pair is not None and not pair.strip()):
             raise LongscanError(f"{where}: expected a label and a text, got an empty one.")
@@ -291,6 +289,10 @@ def _jsonl(path: Path) -> Iterator[Example]:
         label, text, pair = (fields.get(name) for name in ("label", "text", "pair"))
         if not isinstance(label, str | int) or not isinstance(text, str) or not isinstance(pair, str | None):
             raise LongscanError(f'{where}: expected {{"label": "...", "text": "..."}}, got {line[:200]}')
+        try:
+            f"{label}{text}{pair}".encode()
+        except UnicodeEncodeError as error:
+            raise LongscanError(f"{where}: half of a surrogate pair ({error}).") from error
         yield _example([str(label), text, *([] if pair is None else [pair])], where)
 
 

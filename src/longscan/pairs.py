@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from longscan.documents import read_text
+from longscan.documents import iter_lines
 from longscan.errors import LongscanError
 from longscan.order import EpochOrder, RandomStream
 from longscan.tokenizer import Tokenizer
@@ -74,7 +74,8 @@ def read_pairs(source: str | Path, target: str | Path | None = None) -> TextPair
 
     Args:
         source: one sentence a line; or, without `target`, a table of tab-separated columns, the first two of
-            which are source and target. A first row of "source", "target" is a header. Also .gz or .xz.
+            which are source and target. A first row of "source", "target", in either case, is a
+            header. Also .gz or .xz.
         target: line n is the translation of line n of `source`.
 
     Returns:
@@ -112,11 +113,15 @@ def read_lines(path: str | Path) -> list[str]:
         The lines, without their ends.
 
     Raises:
-        LongscanError: it is not UTF-8, or damaged.
+        LongscanError: it is not UTF-8, or damaged; its lines end with CR alone, or one is too long.
         OSError: it can't be read.
     """
-    text = "".join(read_text(Path(path)))
-    return text.removesuffix("\n").split("\n") if text else []
+    lines = list(iter_lines(Path(path)))
+    if len(lines) - (not lines[-1]) == 1 and "\r" in lines[0].rstrip("\r"):
+        raise LongscanError(
+            f"{path}: expected lines that end with LF, got CR alone: tr '\\r' '\\n' < IN > OUT"
+        )
+    return lines if lines[-1] else lines[:-1]
 
 
 def rows(sentences: Sequence[Sequence[int]], *, bos: bool) -> Tensor:
@@ -275,7 +280,7 @@ def _cut(pairs: IdPairs, order: npt.NDArray[np.int64], batch_tokens: int) -> lis
 
 def _read_table(path: Path) -> list[tuple[str, str]]:
     """Read the first two columns of a table."""
-    found = []
+    found, first = [], True
     for number, line in enumerate(read_lines(path), 1):
         columns = line.split("\t")
         if len(columns) < 2:
@@ -286,6 +291,7 @@ def _read_table(path: Path) -> list[tuple[str, str]]:
                 f"{path}, line {number:,}: expected source and target with a tab between, found no tab. "
                 "For two files of lines give both of them."
             )
-        if number > 1 or tuple(columns[:2]) != HEADER:
+        if not first or tuple(column.strip().lower() for column in columns[:2]) != HEADER:
             found.append((columns[0], columns[1]))
+        first = False
     return found

@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from longscan.documents import OPENERS
+from longscan.documents import open_binary
 from longscan.errors import LongscanError
 
 __all__ = ["WordVectors", "read_vectors"]
@@ -62,7 +62,7 @@ def read_vectors(path: str | Path, wanted: Collection[str] | None = None) -> Wor
     """
     path = Path(path)
     try:
-        with OPENERS.get(path.suffix, open)(path, "rb") as file:
+        with open_binary(path) as file:
             return _read(path, file, wanted)
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise LongscanError(f"{path} is damaged or cut short ({error}). Fetch it again.") from error
