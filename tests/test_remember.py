@@ -214,3 +214,15 @@ def test_reproduce_discretization(cli: Cli, results: Path) -> None:
         assert row["mse"]["zoh"] <= row["mse"]["bilinear"] * 1.01
         assert row["mse"]["bilinear"] < row["mse"]["backward"]
     assert (results / "discretization.png").stat().st_size > 10_000
+
+
+def test_a_loss_is_explained(cli: Cli, tmp_path: Path) -> None:
+    """A memory of N coefficients holds some N / pi cycles: see docs/memory.md."""
+    path = tmp_path / "tone.csv"
+    t = np.arange(2000) / 8000
+    np.savetxt(path, np.sin(2 * np.pi * 200 * t))  # 50 cycles
+    done = cli("remember", path, "--rate", 8000, "--n", 32, "--n", 256, "--out", tmp_path / "a.svg")
+    assert done.code == 0, done.err
+    (line,) = done.err.splitlines()  # 256 are enough
+    assert "% of the energy is lost. N = 32 resolves about 10 cycles" in line
+    assert "frequencies up to 40.7 Hz in 0.25 s: take a larger --n" in line

@@ -107,8 +107,38 @@ def test_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "# by hand\ntime,value\n0,1\n1,2\n"),
+        ("a.csv", "\n\ntime,value\r\n0,1\r\n1,2\r\n"),
+        ("a.csv", "time,value\ns,mV\n0,1\n1,2\n"),
+        ("a.csv", "\ufeff# by hand\n\ntime,value\n  # units\ns,mV\n\n0,1\n1,2\n"),
+        ("a.csv", ",0\n0,1\n1,2\n"),
+        ("a.CSV", ",value\r0,1\r1,2\r"),
+        ("a.tsv", "\t0\n0\t1\n1\t2\n"),
+        ("a.tsv", "\tvalue\n0\t1\n1\t2\t\n"),
+        ("a.txt", "  time value\n  0    1\n  1    2\n"),
+    ],
+)
+def test_headers_of_tables(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    signal = open_signal(tmp_path / name, channel=1)
+    assert signal.piece(0, signal.length).tolist() == [1, 2]
+
+
+def test_a_missing_first_number_is_no_header(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("value\nNA\n1\n")
+    with pytest.raises(LongscanError, match=r"sample 0 \(0\.000 s\) is nan"):
+        open_signal(tmp_path / "a.csv").piece(0, 2)
+
+
+@pytest.mark.parametrize(
     ("name", "content", "words"),
     [
+        ("a.csv", "a\nb\nc\n1\n", "line 3: expected numbers"),
+        ("a.csv", "1" * 2**23, "line 1: expected less than 4,194,304 characters"),
+        ("a.npy", "", "is not an npy file"),
+        ("a.npy", "PK\3\4", "is not an npy file"),
         ("a.csv", "x\n1\ntwo\n", "line 3: expected numbers"),
         ("a.csv", "1,2\n3\n", "line 2: expected 2 columns, got 1"),
         ("a.csv", "x,y\n", "expected samples, found none"),
@@ -116,7 +146,7 @@ def test_tables(tmp_path: Path) -> None:
         ("a.mp3", "", "expected a file that ends in .wav"),
         ("a.wav", "hello", "expected a WAV file"),
     ],
-    ids=["words", "ragged", "empty", "npy", "suffix", "wav"],
+    ids=["headers", "long", "nothing", "zip", "words", "ragged", "empty", "npy", "suffix", "wav"],
 )
 def test_unreadable_files(tmp_path: Path, name: str, content: str, words: str) -> None:
     (tmp_path / name).write_text(content)

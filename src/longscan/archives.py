@@ -190,7 +190,4 @@ def map_npy(path: Path) -> npt.NDArray[Any]:
         OSError: it can't be read.
     """
     with foreign(path, "not an npy file of numbers"):
-        table: Any = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(table, np.ndarray):
-            raise TypeError("an archive of several arrays, .npz")
-        return table
+        return np.lib.format.open_memmap(path, mode="r")

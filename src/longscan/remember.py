@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ from longscan.signals import TESTS, Signal, open_signal
 __all__ = ["Remembered", "command", "remember"]
 
 MAX_N = 1024
+LOSS = 0.1  # share of the energy above which it is worth a word
 LONGEST = 100_000_000  # samples of a test signal
 
 
@@ -120,6 +122,8 @@ def command(
         for size in dict.fromkeys(sizes)
     }
     rows = [_row(signal, each) for each in found.values()]
+    for row in rows:
+        _warn_of_loss(row, min(reach, signal.length) / signal.rate)
     if find_spec("matplotlib") is not None:
         shown = Trace.empty(signal.length, signal.rate)
         for begin, piece in signal.pieces():
@@ -157,6 +161,19 @@ def _check(sizes: list[int], measure: str, method: str, samples: int) -> None:
         raise UsageError(
             f"--samples: expected 1 to {LONGEST:,}, as a test signal is made in memory, got {samples:,}."
         )
+
+
+def _warn_of_loss(row: dict[str, Any], seconds: float) -> None:
+    """Say on stderr how much so many coefficients can hold, if they lost a good part of the signal."""
+    if row["mse"] <= LOSS * row["energy"] or row["measure"] == "lagt":
+        return
+    cycles = row["n"] / math.pi
+    typer.echo(
+        f"warning: {100 * row['mse'] / row['energy']:.0f} % of the energy is lost. N = {row['n']} resolves "
+        f"about {cycles:.0f} cycles, here frequencies up to {cycles / seconds:,.3g} Hz in {seconds:,.3g} s: "
+        "take a larger --n, or a shorter signal or --window.",
+        err=True,
+    )
 
 
 def _row(signal: Signal, found: Remembered) -> dict[str, Any]:

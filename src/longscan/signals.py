@@ -23,6 +23,8 @@ __all__ = ["TESTS", "Signal", "make_signal", "open_signal", "read_wav", "resampl
 
 Array = NDArray[np.float32]
 SUFFIXES = (".wav", ".csv", ".tsv", ".txt", ".npy")
+HEADERS, MISSING = 2, ("", "na", "n/a", "nan", "null", "none")  # lines above the numbers; no number
+MAX_LINE = 1 << 22  # characters of a line of a table
 _PIECE = 1 << 18  # samples read at a time when a whole signal is looked at
 
 
@@ -79,7 +81,8 @@ def open_signal(
     """Open a file, or make a test signal.
 
     Args:
-        source: a .wav, .csv, .tsv, .txt or .npy file, or a key of TESTS.
+        source: a .wav, .csv, .tsv, .txt or .npy file, or a key of TESTS. Above the numbers of a table
+            may stand comments (#), blank lines, and a line each of names and of units.
         channel: which one of several, from 0; in tables a column.
         rate: samples per second where the file does not say, 1 if nobody does.
         length: samples of a test signal.
@@ -114,7 +117,7 @@ def open_signal(
             raise LongscanError(f"{name}: the file says {layout.rate:,} samples per second, not {rate:g}.")
         _check_channel(name, channel, layout.channels)
         return Signal(name, float(layout.rate), layout.frames, _wav_reader(path, layout, channel))
-    table = _open_npy(path) if kind == ".npy" else _read_table(path, "," if kind == ".csv" else None)
+    table = _open_npy(path) if kind == ".npy" else _read_table(path)
     _check_channel(name, channel, table.shape[1])
     if not len(table):
         raise LongscanError(f"{name}: expected samples, found none.")
@@ -262,26 +265,43 @@ def _open_npy(path: Path) -> NDArray[Any]:
     return table.reshape(len(table), -1) if table.size else table.reshape(0, 1)
 
 
-def _read_table(path: Path, delimiter: str | None) -> Array:
-    """Read numbers in lines; a first line of names is passed over."""
+def _read_table(path: Path) -> Array:
+    """Read numbers in lines, below comments and up to two lines of names and units."""
     rows: list[list[float]] = []
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            cells = line.strip().split(delimiter)
-            if not line.strip() or line.startswith("#"):
+    headers = 0
+    for number, line in _table_lines(path):
+        cells = [cell.strip() for cell in _cells(line, path.suffix.lower() == ".csv")]
+        try:
+            row = [math.nan if cell.lower() in MISSING else float(cell) for cell in cells]
+        except ValueError as error:
+            headers += 1
+            if not rows and headers <= HEADERS:
                 continue
-            try:
-                row = [float(cell) if cell.strip() else math.nan for cell in cells]
-            except ValueError as error:
-                if not rows and number == 1:
-                    continue
-                raise LongscanError(f"{path}, line {number}: expected numbers ({error}).") from error
-            if rows and len(row) != len(rows[0]):
-                raise LongscanError(
-                    f"{path}, line {number}: expected {len(rows[0])} columns, got {len(row)}."
-                )
-            rows.append(row)
+            raise LongscanError(f"{path}, line {number}: expected numbers ({error}).") from error
+        if not rows and not headers and cells[0] == "" and cells[1:] == [*map(str, range(len(cells) - 1))]:
+            headers += 1  # ",0", as pandas calls the columns behind its index
+            continue
+        if rows and len(row) != len(rows[0]):
+            raise LongscanError(f"{path}, line {number}: expected {len(rows[0])} columns, got {len(row)}.")
+        rows.append(row)
     return np.array(rows, np.float32).reshape(len(rows), -1 if rows else 1)
+
+
+def _table_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a table with their numbers, without blank ones and comments."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), ""), 1):
+            if len(line) == MAX_LINE:
+                raise LongscanError(
+                    f"{path}, line {number}: expected less than {MAX_LINE:,} characters, a step a line."
+                )
+            if line.strip() and not line.lstrip().startswith("#"):
+                yield number, line.rstrip().lstrip(" ")
+
+
+def _cells(line: str, commas: bool) -> list[str]:
+    """Divide a line at commas; or at tabs if it has some, else at spaces."""
+    return line.split("," if commas else "\t" if "\t" in line else None)
 
 
 # --- signals to try things on -------------------------------------------------------------------------------
