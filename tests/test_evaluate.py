@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -257,3 +258,14 @@ def test_models_that_cannot_read_text(cli: Cli, tmp_path: Path, files: Path) -> 
     done = cli("evaluate", tmp_path / "mute", files)
     assert done.code == 1
     assert "has no tokenizer" in done.err
+
+
+def test_a_file_name_that_is_not_utf8_is_printed(cli: Cli, directory: Path, tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
+    with open(path, "wb") as file:
+        file.write(b"Once upon a time.")
+    done = cli("evaluate", directory, tmp_path, "--per-file", "-q")
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[1].endswith(r"caf\udce9.txt")
+    report = json.loads(cli("evaluate", directory, tmp_path, "--per-file", "--json").out)
+    assert os.fsencode(report["files"][0]["file"]) == path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import io
 import os
 import shutil
 import sys
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 1 failed, 2 misused, 130 interrupted.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    with _plain_warnings():
+    with _plain_warnings(), _escaped_names():
         try:
             code = typer.main.get_command(app).main(arguments, prog_name="longscan", standalone_mode=False)
             sys.stdout.flush()
@@ -195,6 +196,24 @@ def _plain_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = usual
+
+
+@contextlib.contextmanager
+def _escaped_names() -> Iterator[None]:
+    r"""Print a byte of a file name that is not UTF-8 as \udcXX, which JSON too reads as that byte again.
+
+    Nothing that was computed is lost then because it cannot be printed.
+    """
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    usual = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, usual, strict=True):
+            if not stream.closed:
+                stream.reconfigure(errors=errors)
 
 
 def _mute_stdout() -> None:

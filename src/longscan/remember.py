@@ -130,7 +130,8 @@ def command(
             shown.add(begin, piece, signal.length)
         traces = {name: each.trace for name, each in found.items()}
         coefficients = {name: each.memory.coefficients[0] for name, each in found.items()}
-        plot_memory(shown, traces, coefficients, out, f"{signal.name} through {measure}")
+        name = signal.name.encode(errors="backslashreplace").decode()
+        plot_memory(shown, traces, coefficients, out, f"{name} through {measure}")
         wrote = f"wrote {out}"
     else:
         wrote = f"no {out}: figures need matplotlib: pip install matplotlib"
