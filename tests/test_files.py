@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 from longscan.errors import LongscanError
-from longscan.files import atomic_directory, atomic_write, read_json, recover_directory, write_json
+from longscan.files import (
+    atomic_directory,
+    atomic_write,
+    read_json,
+    read_toml,
+    recover_directory,
+    write_json,
+)
 
 
 def listing(folder: Path) -> list[str]:
@@ -162,3 +169,26 @@ def test_bad_json_names_the_file_and_the_place(tmp_path: Path, content: bytes, w
     with pytest.raises(LongscanError, match=words) as caught:
         read_json(tmp_path / "config.json")
     assert "config.json" in str(caught.value)
+
+
+def test_a_name_that_is_not_utf8_travels_through_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"data": ["caf\udce9.txt", "café"]})
+    assert read_json(tmp_path / "a.json") == {"data": ["caf\udce9.txt", "café"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"a = " + b"[" * 2000 + b"]" * 2000, "nested too deep"),
+        (b"a = [\n" + b"[" * 2000 + b"\n" + b"]" * 2000 + b"]", "nested too deep"),
+        (b".".join([b"a"] * 50_000) + b" = 1", "in lines of at most 4,096. Break a long list"),
+        (b"a = 1\n" * 20_000, "at most 65,536 bytes"),
+        (b"a = \xff", "can't decode"),
+        (b"a = ", "Invalid value"),
+    ],
+    ids=["deep", "deep-lines", "key", "long", "latin-1", "toml"],
+)
+def test_settings_that_are_none(text: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_bytes(text)
+    with pytest.raises(LongscanError, match=words):
+        read_toml(tmp_path / "a.toml")

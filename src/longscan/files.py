@@ -6,13 +6,24 @@ import contextlib
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from longscan.errors import LongscanError
 
-__all__ = ["atomic_directory", "atomic_file", "atomic_write", "read_json", "recover_directory", "write_json"]
+__all__ = [
+    "atomic_directory",
+    "atomic_file",
+    "atomic_write",
+    "read_json",
+    "read_toml",
+    "recover_directory",
+    "write_json",
+]
+
+MAX_TOML, MAX_TOML_LINE = 2**16, 2**12  # bytes
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
@@ -120,7 +131,8 @@ def write_json(path: str | Path, value: Any) -> None:
         path: the file to create or replace.
         value: anything JSON can hold; NaN and infinities are refused because other readers refuse them.
     """
-    atomic_write(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    atomic_write(path, text.encode(errors="backslashreplace"))  # a file name that is not UTF-8 has surrogates
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -146,6 +158,36 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise LongscanError(f"{path}: expected a JSON object {{...}}, got {type(value).__name__}.")
     return value
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file of settings.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its fields.
+
+    Raises:
+        LongscanError: it is no TOML, or larger than settings are: tomllib takes a minute for a key of 50,000
+            parts.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        raw = file.read(MAX_TOML + 1)
+    longest = max(map(len, raw.split(b"\n")))
+    if len(raw) > MAX_TOML or longest > MAX_TOML_LINE:
+        raise LongscanError(
+            f"{path}: expected settings of at most {MAX_TOML:,} bytes in lines of at most {MAX_TOML_LINE:,}. "
+            "Break a long list into lines."
+        )
+    try:
+        return tomllib.loads(raw.decode())
+    except ValueError as error:  # tomllib's and Unicode's
+        raise LongscanError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise LongscanError(f"{path}: its brackets are nested too deep.") from error
 
 
 def _aside(path: Path, suffix: str) -> Path:

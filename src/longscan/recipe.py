@@ -7,7 +7,6 @@ import json
 import math
 import os
 import time
-import tomllib
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -20,7 +19,7 @@ import typer
 from longscan.config import Config, nearest
 from longscan.data import TokenFiles, prepare, training_text
 from longscan.errors import LongscanError, UsageError
-from longscan.files import atomic_directory
+from longscan.files import atomic_directory, read_toml
 from longscan.models import MODELS, Model, ModelEntry, ModelKind
 from longscan.progress import duration
 from longscan.tasks import Body
@@ -267,10 +266,10 @@ def read_recipe(
     """
     recipe: dict[str, Any] = {}
     if path is not None:
+        recipe = read_toml(path)
         try:
-            recipe = tomllib.loads(path.read_text(encoding="utf-8"))
             kind.from_dict(recipe)
-        except (ValueError, LongscanError) as error:  # tomllib's and Unicode's errors are ValueErrors
+        except LongscanError as error:
             raise LongscanError(f"{path}: {error}") from error
     rivals = {"steps": "epochs", "epochs": "steps"}
     recipe = {name: value for name, value in recipe.items() if rivals.get(name) not in flags}
