@@ -492,6 +492,8 @@ def test_a_body_without_time_refuses_another_rate(cli: Cli, data: Path, tmp_path
 def test_misuse(cli: Cli, whole: Path, data: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "run")
     (tmp_path / "one.tsv").write_text("a\tx\na\ty\n")
+    (tmp_path / "a.toml").write_text("model = [3]\n")
+    (tmp_path / "b.toml").write_text('model = "who/bert"\ndata = 3\n')
     for code, words, arguments in (
         (2, "nothing to train on", ("train", "--model", "s4d", *out)),
         (2, "option: expected NAME=VALUE", ("train", data, "--model", "s4d", "--option", "d_state", *out)),
@@ -504,12 +506,17 @@ def test_misuse(cli: Cli, whole: Path, data: Path, tmp_path: Path) -> None:
             "expected 1 channels as in the training data, got tokens",
             ("evaluate", whole / "model", tmp_path / "one.tsv"),
         ),
+        (2, "for sequences one of", ("train", tmp_path / "a.npz", "--model", "transformer", *out)),
+        (2, "got the masked model bert", ("train", tmp_path / "a.npz", "--model", "bert", *out)),
+        (2, "got who/bert for the sequences in a.npz", ("train", "a.npz", "--model", "who/bert", *out)),
+        (1, "model: expected text, got [3]", ("train", "--config", tmp_path / "a.toml", *out)),
+        (1, "data: expected a list of text, got 3", ("train", "--config", tmp_path / "b.toml", *out)),
         (2, "FILES: expected sequences", ("predict", whole / "model")),
         (2, "--pairs: ", ("predict", whole / "model", "--pairs", data)),
         (2, "--seq-len: ", ("evaluate", whole / "model", data, "--seq-len", 9)),
     ):
         done = cli("classify", *arguments)
-        assert (done.code, done.out) == (code, ""), words
+        assert (done.code, done.out) == (code, ""), done.err
         assert words in done.err
         assert not (tmp_path / "run").exists()
 

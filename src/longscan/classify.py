@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import importlib
 import json
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -45,13 +44,14 @@ from longscan.examples import (
     score,
     shuffled,
 )
-from longscan.files import atomic_directory
+from longscan.files import atomic_directory, read_toml
 from longscan.generate import use_threads
-from longscan.models import Bert, Model
+from longscan.models import MODELS, Bert, Model
 from longscan.order import EpochOrder
 from longscan.recipe import RunConfig, add_flags, check_device, setting
 from longscan.run import Run
 from longscan.runs import SETTINGS, Signals, read_settings
+from longscan.sequences import is_sequence_file
 from longscan.tasks import BODIES
 from longscan.text_input import read_stdin, tell_cut
 from longscan.wordpiece import Framed
@@ -231,7 +231,8 @@ class ClassifyRun(Run[ClassifyConfig]):
         with atomic_directory(place) as temporary:
             for name, examples in (("train", train), ("valid", valid)):
                 lines = [json.dumps(example._asdict(), ensure_ascii=False) + "\n" for example in examples]
-                (temporary / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+                text = "".join(lines).encode(errors="backslashreplace")  # names of files need not be UTF-8
+                (temporary / f"{name}.jsonl").write_bytes(text)
 
 
 def load_classifier(name_or_dir: str | Path) -> LoadedBert:
@@ -288,7 +289,8 @@ def train(
     """
     given = {"data": data, **settings}
     found = _recipe(recipe) if resume_from is None else _settings(resume_from)
-    sequences = (settings["model"] or found.get("model")) in BODIES
+    model = str(settings["model"] or found.get("model", ""))
+    sequences = model in BODIES
     run: type[Run[Any]] = SequencesRun if sequences else ClassifyRun
     fields = {entry.name for entry in dataclasses.fields(run.settings)}
     for name, value in given.items():
@@ -296,10 +298,22 @@ def train(
             other = "a BERT" if sequences else "the blocks of a language model, --model NAME"
             raise UsageError(f"--{name.replace('_', '-')}: only {other} has it. Leave it out.")
     given = {name: value for name, value in given.items() if name in fields}
+    if not sequences:
+        _check_bert(model, data or found.get("data"))
     result = run.serve(out, resume_from, recipe, given)
     place = result.directory / "model"
     rest = "FILE" if sequences else '"..."'
     typer.echo(f"trained {result.total:,} steps · try: longscan classify predict {place} {rest}")
+
+
+def _check_bert(model: str, data: object) -> None:
+    """Refuse what no BERT is, and files that no BERT reads: it is the model then that doesn't fit."""
+    expected = f"the directory or hub id of a BERT for texts, or for sequences one of {', '.join(BODIES)}"
+    if model in MODELS and not Path(model).exists():
+        raise UsageError(f"--model: expected {expected}; got the {MODELS[model].kind} model {model}.")
+    for path in data if model and isinstance(data, list) else ():
+        if is_sequence_file(str(path)):
+            raise UsageError(f"--model: expected {expected}; got {model} for the sequences in {path}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,8 +332,8 @@ def _settings(directory: Path) -> dict[str, Any]:
 def _recipe(path: Path | None) -> dict[str, Any]:
     """Return what a recipe says; if it is none, it is for the run to say so."""
     try:
-        return {} if path is None else tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return {} if path is None else read_toml(path)
+    except (OSError, LongscanError):
         return {}
 
 

@@ -20,7 +20,7 @@ from longscan.files import atomic_file
 from longscan.labelled_arrays import parse_labels, parse_lengths, parse_steps, parse_times
 from longscan.signals import read_wav
 
-__all__ = ["BYTES", "Sequences", "read_sequences"]
+__all__ = ["BYTES", "Sequences", "is_sequence_file", "read_sequences"]
 
 BYTES = 256  # tokens of a text that is read byte by byte
 TARS, SOUND = (".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2"), ".wav"
@@ -213,6 +213,15 @@ class Sequences:
     def _label(self, number: int) -> str:
         """Name what one of them is."""
         return self.labels[int(self.truth[number])] if self.labels else ""
+
+
+def is_sequence_file(path: str | Path) -> bool:
+    """Tell whether a file or folder can only hold sequences, not texts.
+
+    Args:
+        path: see `read_sequences`.
+    """
+    return has_suffix(path, *TARS, SOUND, ".npz") or Path(path).is_dir()
 
 
 def read_sequences(
