@@ -70,6 +70,7 @@ ORDER = [
     *(
         "text_input",
         "examples",
+        "sequence_tables",
         "sequences",
         "synthetics",
         "classify_sequences",

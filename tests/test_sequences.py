@@ -724,3 +724,57 @@ def test_hidden_files_are_left_out_and_suffixes_have_any_case(data: Path, tmp_pa
     assert len(read_sequences([tmp_path / "d" / "low" / "0.WAV"])) == 1
     (tmp_path / "._0.wav").write_bytes((data / "low" / "0.wav").read_bytes())
     assert len(read_sequences([tmp_path / "._0.wav"])) == 1  # named by itself it is meant
+
+
+# tables
+
+
+def read_csv(path: Path, text: str) -> Sequences:
+    path.write_bytes(text.encode())
+    return read_sequences([path])
+
+
+def test_a_table_of_steps(tmp_path: Path) -> None:
+    text = "\ufeffid,time,Label,x,y\r\na,0,up,1,2\r\na,0.5,up,3,4\r\n7,1,down,5,6\r\n\r\n"
+    found = read_csv(tmp_path / "a.csv", text)
+    assert [row.tolist() for row in found.rows] == [[[1, 2], [3, 4]], [[5, 6]]]
+    assert (found.labels, found.truth.tolist(), found.d_input) == (("down", "up"), [1, 0], 2)
+    assert found.times is not None
+    assert found.times.tolist() == [0, 0.5, 1]
+    assert found.names == (f"{tmp_path / 'a.csv'}: id a", f"{tmp_path / 'a.csv'}: id 7")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["up,1,2,3\ndown,4,5,\n", "t0,label,t1,t2\n1,up,2,3\n4,down,5,\n", 'label,,,\n"up",1,2,3\ndown, 4 ,5\n'],
+    ids=["bare", "header", "quoted"],
+)
+def test_a_table_of_sequences(text: str, tmp_path: Path) -> None:
+    found = read_csv(tmp_path / "a.CSV", text)
+    assert [row[:, 0].tolist() for row in found.rows] == [[1, 2, 3], [4, 5]]
+    assert (found.labels, found.truth.tolist(), found.times) == (("down", "up"), [1, 0], None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no numbers behind a label: expected a header with id"),
+        ("label,a\n", "holds no sequence: expected a header with id"),
+        ("id,label,a\n", "holds no sequence"),
+        ("id,label,time\n1,a,2\n", "no channel in the columns"),
+        ("id,label,x\n1,a,2\n2,a,3\n1,a,4\n", r"a\.csv:4: id '1' occurred before: sort the rows"),
+        ("id,label,x\n1,a,2\n1,b,3\n", r"a\.csv:3: id '1' was 'a' before, now 'b'"),
+        ("id,label,x\n1,a\n", r"a\.csv:2: expected 3 columns, got 2"),
+        ("id,label,x\n1,,2\n", r"a\.csv:2: expected a label, got an empty one"),
+        ("id,label,time,x\n1,a,2,1\n1,a,2,1\n", "expected seconds that increase, got 2 after 2"),
+        ("time,value\n0,1\n", r"a\.csv:1: not a number: 'value'; expected a header with id"),
+        ("a,1\nb,nan\n", r"a\.csv:2: expected a finite number, got 'nan'"),
+        ("a,1\nb,1,2\n", r"a\.csv:2: expected at most 2 columns, got 3"),
+        ("a,1\nb,,2\n", r"a\.csv:2: expected at most 2 columns"),
+        ("a,1,2\nb,,2\n", r"a\.csv:2: not a number: ''"),
+        ('a,"1\nb,2\n', "no row of a table"),
+    ],
+)
+def test_tables_of_something_else(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(LongscanError, match=words):
+        read_csv(tmp_path / "a.csv", text)

@@ -27,6 +27,7 @@ from longscan.checkpoint import save
 from longscan.classify_sequences import (
     SequencesConfig,
     SequencesRun,
+    check_bert,
     evaluate_sequences,
     is_sequence_model,
     predict_sequences,
@@ -46,12 +47,11 @@ from longscan.examples import (
 )
 from longscan.files import atomic_directory, read_toml
 from longscan.generate import use_threads
-from longscan.models import MODELS, Bert, Model
+from longscan.models import Bert, Model
 from longscan.order import EpochOrder
 from longscan.recipe import RunConfig, add_flags, check_device, setting
 from longscan.run import Run
 from longscan.runs import SETTINGS, Signals, read_settings
-from longscan.sequences import is_sequence_file
 from longscan.tasks import BODIES
 from longscan.text_input import read_stdin, tell_cut
 from longscan.wordpiece import Framed
@@ -270,9 +270,10 @@ def train(
     be .gz or .xz.
 
     With --model NAME such as mamba, see `longscan models`, DATA may also be .npz files of x, y, lengths and
-    times, and folders or tars of .wav files, in a folder for each class or named LABEL_....wav; texts are
-    read as bytes. The times of uneven series are read by --model neural_ode alone. There --lr is 0.003 unless
-    given, --epochs 20, and --seq-len without end.
+    times; .csv files with a sequence a row, the label first, or with a step a row, under a header of id,
+    label, perhaps time, and channels; and folders or tars of .wav files, in a folder for each class or named
+    LABEL_....wav; texts are read as bytes. The times of uneven series are read by --model neural_ode alone.
+    There --lr is 0.003 unless given, --epochs 20, and --seq-len without end.
 
     --out receives checkpoints, metrics.jsonl, loss.png and in the end model/. Ctrl-C stops after the step in
     hand.
@@ -299,21 +300,11 @@ def train(
             raise UsageError(f"--{name.replace('_', '-')}: only {other} has it. Leave it out.")
     given = {name: value for name, value in given.items() if name in fields}
     if not sequences:
-        _check_bert(model, data or found.get("data"))
+        check_bert(model, data or found.get("data"))
     result = run.serve(out, resume_from, recipe, given)
     place = result.directory / "model"
     rest = "FILE" if sequences else '"..."'
     typer.echo(f"trained {result.total:,} steps · try: longscan classify predict {place} {rest}")
-
-
-def _check_bert(model: str, data: object) -> None:
-    """Refuse what no BERT is, and files that no BERT reads: it is the model then that doesn't fit."""
-    expected = f"the directory or hub id of a BERT for texts, or for sequences one of {', '.join(BODIES)}"
-    if model in MODELS and not Path(model).exists():
-        raise UsageError(f"--model: expected {expected}; got the {MODELS[model].kind} model {model}.")
-    for path in data if model and isinstance(data, list) else ():
-        if is_sequence_file(str(path)):
-            raise UsageError(f"--model: expected {expected}; got {model} for the sequences in {path}.")
 
 
 @dataclass(frozen=True, kw_only=True)

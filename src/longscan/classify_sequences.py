@@ -23,12 +23,12 @@ from longscan.checkpoint import assemble
 from longscan.errors import LongscanError, UsageError
 from longscan.examples import score, shuffled
 from longscan.files import atomic_directory, read_json, write_json
-from longscan.models import LanguageModelConfig, Model, ModelEntry
+from longscan.models import MODELS, LanguageModelConfig, Model, ModelEntry
 from longscan.order import EpochOrder
 from longscan.recipe import FreshConfig, model_settings, setting
 from longscan.run import Run
 from longscan.runs import Signals
-from longscan.sequences import BYTES, Sequences, read_sequences
+from longscan.sequences import BYTES, Sequences, is_sequence_file, read_sequences
 from longscan.tasks import BODIES, Body, SequenceConfig, SequenceModel
 from longscan.weights import read_weights
 
@@ -36,6 +36,7 @@ __all__ = [
     "SequencesConfig",
     "SequencesRun",
     "answers",
+    "check_bert",
     "evaluate_sequences",
     "is_sequence_model",
     "load_sequence_model",
@@ -219,6 +220,24 @@ class SequencesRun(Run[SequencesConfig]):
         with atomic_directory(place) as temporary:
             train.cut(config.seq_len).save(temporary / "train.npz")
             valid.cut(config.seq_len).save(temporary / "valid.npz")
+
+
+def check_bert(model: str, data: object) -> None:
+    """Refuse what is no BERT, and files that none reads: it is the model then that doesn't fit.
+
+    Args:
+        model: of the run, by name or directory.
+        data: the files to train on, if it is a list.
+
+    Raises:
+        UsageError: it is another model of ours, or a file holds sequences.
+    """
+    expected = f"the directory or hub id of a BERT for texts, or for sequences one of {', '.join(BODIES)}"
+    if model in MODELS and not Path(model).exists():
+        raise UsageError(f"--model: expected {expected}; got the {MODELS[model].kind} model {model}.")
+    for path in data if model and isinstance(data, list) else ():
+        if is_sequence_file(str(path)):
+            raise UsageError(f"--model: expected {expected}; got {model} for the sequences in {path}.")
 
 
 @torch.inference_mode()

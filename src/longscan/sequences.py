@@ -18,6 +18,7 @@ from longscan.errors import LongscanError, UsageError
 from longscan.examples import Example, divide, number_labels, read_examples
 from longscan.files import atomic_file
 from longscan.labelled_arrays import parse_labels, parse_lengths, parse_steps, parse_times
+from longscan.sequence_tables import read_sequence_table
 from longscan.signals import read_wav
 
 __all__ = ["BYTES", "Sequences", "is_sequence_file", "read_sequences"]
@@ -235,6 +236,7 @@ def read_sequences(
             floats, (n, seq_len) whole numbers for tokens, or (n, height, width) bytes for images; y is (n,)
             whole numbers or texts for classes, floats for numbers; times is (n, seq_len) seconds, for series
             that are not sampled evenly. With several parts: x_train, y_train, ...;
+            .csv tables of signals, see `read_sequence_table`;
             folders or tars of .wav files, in a folder for each class or named LABEL_....wav; or one;
             tables or .jsonl of labelled texts, see `read_examples`, read as bytes.
         split: which part of a file is meant, if it has parts.
@@ -283,6 +285,10 @@ def _read(path: Path, split: str, pattern: str | None, columns: str) -> Sequence
         return _sounds(path, pattern)
     if has_suffix(path, ".npz"):
         return _npz(path, split)
+    if has_suffix(path, ".csv", ".csv.gz", ".csv.xz"):
+        table = read_sequence_table(path)
+        found = _labelled(table.rows, table.labels, table.names)
+        return _passing(replace(found, times=None if table.times is None else np.concatenate(table.times)))
     examples = read_examples([path], columns)
     texts = [
         example.text if example.pair is None else f"{example.text}\t{example.pair}" for example in examples
