@@ -627,6 +627,20 @@ def test_each_odd_kind_is_refused(arrays: dict[str, Any], words: str, tmp_path: 
         read_sequences([tmp_path / "a.npz"])
 
 
+def test_whole_floats_are_numbers_and_a_word_says_so(cli: Cli, tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "a.npz", x=np.zeros((20, 3, 1)), y=np.arange(20.0) % 2)
+    done = cli("classify", "train", path, "--model", "s4d", "--steps", 1, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert "y holds whole floats, taken as numbers: for classes save y.astype(int)" in done.err
+
+
+def test_sounds_without_a_label_are_refused(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "low", tmp_path / "low")
+    shutil.copy(data / "low" / "0.wav", tmp_path / "_0.wav")
+    with pytest.raises(LongscanError, match=r"_0\.wav has no label: it is in no folder, or begins with _"):
+        read_sequences([tmp_path])
+
+
 def test_an_array_under_the_name_of_an_archive(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((3, 2)))
     for content in ((tmp_path / "a.npy").read_bytes(), b"", b"PK", b"\x93NUMPY\x01\x00\xff\xff{"):

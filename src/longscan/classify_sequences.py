@@ -205,6 +205,10 @@ class SequencesRun(Run[SequencesConfig]):
             valid = read_sequences(config.valid, split="test", **how)
         else:
             train, valid = train.divide(config.valid_fraction)
+        if not train.labels and (train.truth == train.truth.round()).all():
+            self.display.line(
+                "numbers    y holds whole floats, taken as numbers: for classes save y.astype(int)"
+            )
         if len(train.labels) == 1:
             raise LongscanError(
                 f"{train.names[0]}: expected two classes or more, all are {train.labels[0]!r}."

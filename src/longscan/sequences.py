@@ -463,7 +463,10 @@ def _labels(path: Path, names: Sequence[str], expression: re.Pattern[str] | None
     labels = []
     for name, folder in zip(names, folders, strict=True):
         if expression is None:
-            labels.append(folder if len(set(folders)) > 1 else Path(name).stem.split("_")[0])
+            label = folder if len(set(folders)) > 1 else Path(name).stem.split("_")[0]
+            if not label:
+                raise LongscanError(f"{path}: {name} has no label: it is in no folder, or begins with _.")
+            labels.append(label)
             continue
         found = expression.search(name)
         if found is None or not found[1]:
