@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import runpy
 import shlex
 import tomllib
 from collections.abc import Iterator
@@ -25,9 +26,16 @@ ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
 READMES = (ENGLISH, CHINESE)
 PAIRS = (
     READMES,
-    *((f"docs/{name}.md", f"docs/{name}.zh-CN.md") for name in ("attention", "memory", "quantization")),
+    *(
+        (f"docs/{name}.md", f"docs/{name}.zh-CN.md")
+        for name in ("attention", "benchmarks", "library", "memory", "quantization")
+    ),
 )
-DOCUMENTS = (*(document for pair in PAIRS for document in pair), "CONTRIBUTING.md", "CHANGELOG.md")
+DOCUMENTS = (
+    *(document for pair in PAIRS for document in pair),
+    *("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
+)
+SOURCE = ROOT / "src" / "longscan"
 PLANNED = ("planned", "计划中")
 
 
@@ -43,6 +51,11 @@ def blocks(document: str, *languages: str) -> list[str]:
 
 def prose(document: str) -> str:
     return re.sub(r"^```.*?^```$", "", read(document), flags=re.MULTILINE | re.DOTALL)
+
+
+def in_rooms() -> bool:
+    """Whether the code has moved into its rooms, to which the documents link."""
+    return (SOURCE / "core").is_dir()
 
 
 def untranslated(block: str) -> list[str]:
@@ -108,19 +121,31 @@ def test_the_same_numbers(pair: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_same_links_and_markers(pair: tuple[str, str]) -> None:
-    english, chinese = ({*links(document)} for document in pair)
-    names = {Path(document).name for document in pair}
-    assert english - names == chinese - names
+    english, chinese = (
+        {link.replace(".zh-CN.md", ".md") for link in links(document)} - {Path(pair[0]).name}
+        for document in pair
+    )
+    assert english == chinese
     markers = [re.findall(r"^<!-- .* -->$", read(document), re.MULTILINE) for document in pair]
     assert markers[0] == markers[1]
+
+
+@pytest.mark.parametrize("document", [chinese for _, chinese in PAIRS])
+def test_chinese_pages_link_to_chinese_pages(document: str) -> None:
+    own = Path(document).name.replace(".zh-CN.md", ".md")  # the one link to the other language
+    for link in links(document):
+        if link.endswith(".md") and not link.endswith(".zh-CN.md") and link != own:
+            translation = (ROOT / document).parent / link.replace(".md", ".zh-CN.md")
+            assert not translation.exists(), f"{link} is there in Chinese too"
 
 
 # what they name
 
 
-@pytest.mark.parametrize("document", READMES)
-def test_the_tree_exists(document: str) -> None:
-    [block] = [block for block in blocks(document, "text") if "├──" in block]
+def test_the_tree_exists() -> None:
+    if not in_rooms():
+        pytest.skip("the tree is that of the rooms")
+    [block] = [block for block in blocks("CONTRIBUTING.md", "text") if "├──" in block]
     paths = dict(tree(block))
     assert len(paths) > 40
     for path, remark in paths.items():
@@ -132,8 +157,9 @@ def test_the_tree_exists(document: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document: str) -> None:
     for link in links(document):
-        if not link.startswith("https://"):
-            assert ((ROOT / document).parent / link.split("#")[0]).exists(), link
+        path = ((ROOT / document).parent / link.split("#")[0]).resolve()
+        if not link.startswith("https://") and (in_rooms() or not path.is_relative_to(SOURCE)):
+            assert path.exists(), link
 
 
 @pytest.mark.parametrize("document", READMES)
@@ -149,9 +175,16 @@ def test_ticks_are_what_works(document: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_environment_variables_exist(document: str) -> None:
-    source = (Path(longscan.__file__).parent / "ops" / "_native.py").read_text()
+    source = (SOURCE / "ops" / "_native.py").read_text()
     for name in re.findall(r"LONGSCAN_\w+", read(document)):
         assert f'environ.get("{name}"' in source, name
+
+
+def test_the_figure_of_the_line_shows_every_model() -> None:
+    pytest.importorskip("matplotlib")
+    figure = runpy.run_path(str(ROOT / "docs" / "figures" / "lineage.py"))
+    assert set(figure["MODELS"]) == {entry.name for entry in LINEAGE}
+    assert len(figure["draw"]().axes) == 1
 
 
 def test_the_changelog_begins_with_this_version() -> None:
@@ -195,8 +228,23 @@ def test_the_answers_run(page: str) -> None:
         exec(compile(block, f"docs/{page}.md, Python block {number + 1}", "exec"), names)
 
 
+def test_the_model_of_the_guide_works() -> None:
+    if not in_rooms():
+        pytest.skip("its imports are those of the rooms")
+    [code] = blocks("CONTRIBUTING.md", "python")
+    names: dict[str, Any] = {"__name__": "guide"}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), names)
+    entry = names["ENTRY"]
+    draw = torch.Generator().manual_seed(0)
+    model = entry.cls(entry.config(**entry.presets["tiny"]), draw).double().eval()
+    ids = torch.randint(model.config.vocab_size, (2, 9), generator=draw)
+    _, state = model.prefill(ids[:, :-1])
+    decoded, _ = model.step(ids[:, -1], state)
+    assert torch.allclose(decoded, model(ids).logits[:, -1], atol=1e-12)
+
+
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them, one after the other, on a tiny random model in place of the one that ships."""
+    """All of the library page, one after the other, on a tiny random model in place of the one that ships."""
 
     def stand_in(name: str) -> tuple[Mamba, ByteTokenizer]:
         assert name == inspect.signature(generate_command).parameters["model"].default
@@ -206,10 +254,11 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(longscan, "load", stand_in)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    code = blocks(ENGLISH, "python")
+    code = blocks("docs/library.md", "python")
     assert len(code) == 4
+    assert blocks(ENGLISH, "python") == code[:1]
     for number, block in enumerate(code):
-        exec(compile(block, f"{ENGLISH}, Python block {number + 1}", "exec"), names)
+        exec(compile(block, f"docs/library.md, Python block {number + 1}", "exec"), names)
     saved, tokenizer = load(tmp_path / "my-model")
     assert saved.num_parameters() == names["model"].num_parameters()
     assert isinstance(tokenizer, ByteTokenizer)
