@@ -33,7 +33,7 @@ MODELS = {
     "llama": ("Llama", "rotary positions", 7, 0, ATTENTION),
     "linear_attention": ("Linear attn.", "a sum of k vᵀ", 5, 1, ATTENTION),
     "gau": ("GAU", "attention with a gate", 6, 1, ATTENTION),
-    "hippo": ("HiPPO", "the best polynomial fit", 1, 3, STATE_SPACE),
+    "hippo": ("HiPPO", "best polynomial fit", 1, 3, STATE_SPACE),
     "lssl": ("LSSL", "learned, linear", 2, 3, STATE_SPACE),
     "s4": ("S4", "in O(N + L)", 3, 3, STATE_SPACE),
     "s4d": ("S4D", "a diagonal A", 4, 3, STATE_SPACE),
