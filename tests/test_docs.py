@@ -139,6 +139,22 @@ def test_chinese_pages_link_to_chinese_pages(document: str) -> None:
             assert not translation.exists(), f"{link} is there in Chinese too"
 
 
+# their words
+
+TERMS = """
+prefill, decode, throughput, latency, time to first token, hidden state, peak memory, streams, bit-exact,
+KV cache, speculative decoding, draft model, prefix cache, continuous batching, beam search, beam width,
+masked language modelling, next-sentence prediction, fine-tune, sentiment, reference translation,
+label smoothing, early stopping, weight decay, accuracy, ablation, held-out, benchmark,
+self-attention, receptive field, reconstruct
+"""
+
+
+def test_standard_terms_are_used() -> None:
+    text = " ".join(" ".join(prose(document).split()) for document in DOCUMENTS).lower()
+    assert [term for term in re.split(r",\s+", TERMS.strip()) if term.lower() not in text] == []
+
+
 # what they name
 
 
