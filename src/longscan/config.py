@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from longscan.errors import LongscanError
 
-__all__ = ["Config", "nearest"]
+__all__ = ["Config", "brief", "count", "nearest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +89,30 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}."
+
+
+def count(n: int, noun: str, plural: str | None = None) -> str:
+    """Say how many of something there are.
+
+    Args:
+        n: how many.
+        noun: what one is called.
+        plural: what several are called; `noun` and an s if None.
+
+    Returns:
+        "1 step", "2 steps", "1,000 steps".
+    """
+    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
+def brief(value: float) -> str:
+    """Return a number with three significant digits, or all of those before the point; no exponents.
+
+    Args:
+        value: the number.
+    """
+    short = f"{value:.3g}"
+    return f"{value:,.0f}" if "e+" in short or abs(value) >= 100 else short
 
 
 class _MismatchError(Exception):
