@@ -617,8 +617,9 @@ def test_full_disk(
         raise error("No space left on device")
 
     monkeypatch.setattr(writer, fail)
-    with pytest.raises(LongscanError, match=r"could not be written \(No space left on device\)"):
+    with pytest.raises(OSError, match="No space left on device; free some space") as caught:
         convert(saved, saved.parent / "new", layout=layout)
+    assert caught.value.filename == str(saved.parent / "new")
     assert [path.name for path in saved.parent.iterdir()] == ["saved"]
 
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from longscan.errors import LongscanError
 from longscan.files import (
     atomic_directory,
+    atomic_file,
     atomic_write,
     read_json,
     read_toml,
@@ -27,6 +33,51 @@ def listing(folder: Path) -> list[str]:
 
 def full_disk(*_: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "bytes": lambda path: path.write_bytes(bytes(10**6)),
+    "torch": lambda path: torch.save(torch.zeros(10**6), path),
+    "numpy": lambda path: np.save(path.with_suffix(""), np.zeros(10**6)),
+    "tofile": lambda path: np.zeros(10**6).tofile(path),
+    "safetensors": lambda path: save_file({"x": torch.zeros(10**6)}, path),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=list(WRITERS))
+def test_a_disk_that_takes_no_more_is_named(write: Callable[[Path], object], tmp_path: Path) -> None:
+    """Whoever writes, and however it says so: the error has the path and what helps."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r".") as directory, atomic_directory(tmp_path / "model") as new:
+            write(new / "a.npy")
+        with pytest.raises(OSError, match=r".") as file, atomic_file(tmp_path / "a") as name:
+            write(name.with_suffix(".npy"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert directory.value.filename == str(tmp_path / "model")
+    told = str(directory.value.strerror)
+    assert "choose a file system" in told or "is the disk full?" in told
+    assert not (tmp_path / "model").exists()
+    assert file.value.strerror
+
+
+def test_what_could_not_be_read_keeps_its_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, atomic_directory(tmp_path / "model"):
+        (tmp_path / "source").read_bytes()
+    assert caught.value.filename == str(tmp_path / "source")
+    with pytest.raises(RuntimeError, match=r"^something else$"), atomic_directory(tmp_path / "model"):
+        raise RuntimeError("something else")
+
+
+def test_a_full_disk_is_told_with_a_remedy(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"free some space.*model") as caught,
+        atomic_directory(tmp_path / "model"),
+    ):
+        full_disk()
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_atomic_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:

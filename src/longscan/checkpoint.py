@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from longscan import ops
 from longscan.config import Config
 from longscan.errors import LongscanError
-from longscan.files import atomic_directory, read_json, write_json
+from longscan.files import atomic_directory, read_json, write_json, writing
 from longscan.gguf_files import GGUFType, load_gguf, save_gguf
 from longscan.layouts import publish, read_config, read_format, to_official, write_config
 from longscan.locate import OFFICIAL, official_tokenizer, resolve, shipped
@@ -449,7 +448,7 @@ def _write(
     else:
         dtype = STORED[kind]
     with atomic_directory(directory, marker="config.json") as new:
-        try:
+        with writing(directory):
             if isinstance(config, MambaConfig) and layout == "official":
                 write_json(new / "config.json", to_official(config))
                 tensors.setdefault(HEAD, tensors[EMBEDDING])  # one storage: it takes no more room in the file
@@ -463,8 +462,6 @@ def _write(
                     fields |= ends
                 write_json(new / "config.json", fields)
                 _write_safetensors({publish(model, name): tensor for name, tensor in tensors.items()}, new)
-        except (SafetensorError, RuntimeError) as error:  # how the two libraries say that the disk is full
-            raise LongscanError(f"{directory}: the weights could not be written ({error}).") from error
         if tokenizer:
             tokenizer.save(new)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import tomllib
 from collections.abc import Iterator
@@ -24,6 +26,10 @@ __all__ = [
 ]
 
 MAX_TOML, MAX_TOML_LINE = 2**16, 2**12  # bytes
+    "recover_directory",
+    "write_json",
+    "writing",
+]
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
@@ -38,6 +44,23 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     """
     with atomic_file(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Make errors of the disk say which file could not be written and what helps.
+
+    Args:
+        path: what is written.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        _name_disk_error(error, Path(path))
+        raise
 
 
 @contextlib.contextmanager
@@ -59,8 +82,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _name_disk_error(error, path, temporary)
         raise
     _sync(path.parent)
 
@@ -97,16 +121,17 @@ def atomic_directory(path: str | Path, *, marker: str | None = None) -> Iterator
             )
     temporary = _aside(path, "new")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:
                 _sync(Path(folder, name))
             _sync(Path(folder))
         _swap(temporary, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        _name_disk_error(error, path, temporary)
         raise
 
 
@@ -188,6 +213,47 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise LongscanError(f"{path}: {error}") from error
     except RecursionError as error:
         raise LongscanError(f"{path}: its brackets are nested too deep.") from error
+
+
+_SPACE = "free some space, or choose a directory on another disk"
+_OTHER = "choose a directory that you can write to"
+_REMEDIES = {
+    **{errno.ENOSPC: _SPACE, errno.EDQUOT: _SPACE},
+    **{errno.EACCES: _OTHER, errno.EPERM: _OTHER, errno.EROFS: _OTHER},
+    errno.EFBIG: "choose a file system that takes files of this size",
+    errno.EIO: "the disk may be failing; choose another one",
+}
+# how torch, NumPy and safetensors say that the system took less than they gave it
+_SHORT = re.compile(
+    r"os error (?P<errno>\d+)|unexpected pos \d+|PytorchStreamWriter|file write failed|"
+    r"requested and \d+ written|(?P<full>No space left on device)"
+)
+
+
+def _name_disk_error(error: BaseException, path: Path, temporary: Path | None = None) -> None:
+    """Raise an OSError that names `path` and a remedy if `error` means that it could not be written.
+
+    Args:
+        error: any.
+        path: as its users know it.
+        temporary: the name it is written under.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None:
+        found = _SHORT.search(str(error)) if isinstance(error, Exception) else None
+        if not found:
+            return
+        number = int(found["errno"] or 0) or (errno.ENOSPC if found["full"] else 0)
+    elif isinstance(error, OSError) and error.filename is not None:
+        name = Path(os.fsdecode(error.filename)) if not isinstance(error.filename, int) else path
+        ours = {path, temporary} & {name, *name.parents} if temporary else {path} & {name}
+        if not ours:
+            return  # what could not be read, say
+    elif number == errno.EPIPE:
+        return  # a reader of stdout has gone
+    reason = os.strerror(number) if number else f"it could not be written whole ({error}): is the disk full?"
+    remedy = _REMEDIES.get(number)
+    raise OSError(number or errno.EIO, f"{reason}; {remedy}" if remedy else reason, str(path)) from error
 
 
 def _aside(path: Path, suffix: str) -> Path:
