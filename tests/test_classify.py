@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,6 @@ def config(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> ClassifyConf
 @pytest.fixture(scope="module")
 def whole(config: ClassifyConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("whole") / "run"
-    torch.manual_seed(0)
     result = ClassifyRun.begin(config, directory)
     assert (result.step, result.total, result.stopped_by) == (24, 24, None)
     return directory
@@ -121,16 +121,33 @@ def test_a_stopped_run_goes_on_bit_for_bit(
         done(self)
 
     monkeypatch.setattr(ClassifyRun, "_step", interrupted)
-    torch.manual_seed(0)
     with pytest.raises(LongscanError, match="classify train --resume"):
         ClassifyRun.begin(config.replace(data=(str(table(tmp_path / "gone.tsv")),)), tmp_path / "run")
     monkeypatch.undo()
     (tmp_path / "gone.tsv").unlink()  # the run has its own copy
-    torch.manual_seed(0 if after == 2 else 5)  # before the first checkpoint it begins again
     assert ClassifyRun.resume(tmp_path / "run").step == 24
     weights = "model/model.safetensors"
     assert (tmp_path / "run" / weights).read_bytes() == (whole / weights).read_bytes()
     assert metrics(tmp_path / "run") == metrics(whole)
+
+
+def test_a_step_in_parts_is_the_whole_step(config: ClassifyConfig, bert: Path, tmp_path: Path) -> None:
+    text = json.loads((bert / "config.json").read_text())
+    still = tmp_path / "bert"
+    shutil.copytree(bert, still)
+    dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (still / "config.json").write_text(json.dumps({**text, **dropouts}))
+    losses = []
+    for batch_size, accumulate in (
+        (21, 1),
+        (7, 3),
+        (1, 21),
+    ):  # 36 texts: the second step has 15, parts of 7, 7, 1
+        changed = config.replace(model=str(still), batch_size=batch_size, accumulate=accumulate, steps=2)
+        ClassifyRun.begin(changed, tmp_path / str(batch_size), figures=False)
+        losses.append([record["loss"] for record in metrics(tmp_path / str(batch_size))[:2]])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_a_changed_start_is_noticed(config: ClassifyConfig, whole: Path, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ ORDER = [
         "runs",
         "trainer",
         "run",
+        "run_command",
         "pretrain",
         "train",
         "translate",

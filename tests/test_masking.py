@@ -257,7 +257,6 @@ def config(corpus: Path) -> TrainConfig:
 @pytest.fixture(scope="module")
 def whole(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("whole") / "run"
-    torch.manual_seed(0)
     result = train(config, directory)
     assert (result.step, result.total, result.stopped_by) == (6, 6, None)
     return directory
@@ -278,6 +277,19 @@ def test_a_run_measures_both_tasks_and_what_guessing_gives(whole: Path) -> None:
     assert (found.fresh, found.model.config.head) == ((), "pretraining")
 
 
+def test_a_step_in_parts_is_the_whole_step(config: TrainConfig, tmp_path: Path) -> None:
+    """Masked words are weighted by words, next sentences by pairs, however many of either a part has."""
+    still = config.replace(option=("dropout=0", "attention_dropout=0"), steps=1)
+    losses = []
+    for batch_size, accumulate in ((8, 1), (2, 4), (1, 8)):
+        directory = tmp_path / str(batch_size)
+        train(still.replace(batch_size=batch_size, accumulate=accumulate), directory, figures=False)
+        losses.append(metrics(directory)[0])
+    assert [step["loss"] for step in losses] == pytest.approx(3 * [losses[0]["loss"]], rel=1e-5)
+    assert [step["grad_norm"] for step in losses] == pytest.approx(3 * [losses[0]["grad_norm"]], rel=1e-4)
+    assert len({step["tokens"] for step in losses}) == 1
+
+
 def test_a_stopped_run_goes_on_bit_for_bit(
     config: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,11 +301,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(
         done(self)
 
     monkeypatch.setattr(PretrainRun, "_step", interrupted)
-    torch.manual_seed(0)
     with pytest.raises(LongscanError, match="train --resume"):
         train(config, tmp_path / "run")
     monkeypatch.undo()
-    torch.manual_seed(5)  # dropout's randomness comes from the checkpoint
     assert resume(tmp_path / "run").step == 6
     names = ("model/model.safetensors", "checkpoints/step-000006/model.safetensors")
     for name in names:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -169,10 +168,7 @@ def test_rows_are_copied_rewound_and_restarted(name: str) -> None:
 
 
 @each
-def test_train_generate_and_evaluate(
-    name: str, cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(importlib.import_module("longscan.run"), "plot_losses", lambda *_: None)
+def test_train_generate_and_evaluate(name: str, cli: Callable[..., Any], tmp_path: Path) -> None:
     text = tmp_path / "poem.txt"
     text.write_text("round and round the ragged rock\n" * 40)
     sizes = ("--preset", "tiny", "--tokenizer", "bytes", "--seq-len", 24, "--batch-size", 2, "--steps", 2)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ from longscan.models import MODELS
 from longscan.plot import plot_losses
 from longscan.progress import Display, Snapshot, Terminal, duration
 from longscan.recipe import TrainConfig, make_model, read_recipe
-from longscan.runs import Metrics, lock
+from longscan.runs import Metrics, empty, lock
 from longscan.tokenizer import ByteTokenizer
-from longscan.train import resume, train
+from longscan.train import LanguageRun
+from longscan.train import resume as resume_with_figures
+from longscan.train import train as train_with_figures
 from longscan.trainer import StepReport, Trainer, learning_rate
-from longscan.translate import TranslateConfig
+from longscan.translate import TranslateConfig, TranslateRun
 
 TINY: dict[str, Any] = {
     "tokenizer": "bytes",
@@ -52,6 +55,8 @@ TINY: dict[str, Any] = {
     "sample_tokens": 4,
     "threads": 1,
 }
+# drawing takes longer than these runs
+train, resume = (partial(call, figures=False) for call in (train_with_figures, resume_with_figures))
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
 TEXT = "".join(f"{n} and {n} are {2 * n}.\n" for n in range(60))
 
@@ -87,15 +92,9 @@ def config(text: Path) -> TrainConfig:
 def whole(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing happened to."""
     directory = tmp_path_factory.mktemp("whole")
-    result = train(config, directory)
+    result = train_with_figures(config, directory)
     assert (result.step, result.total, result.stopped_by) == (8, 8, None)
     return directory
-
-
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch: pytest.MonkeyPatch, whole: Path) -> None:
-    """Only `whole` draws its curves: drawing takes longer than these runs."""
-    monkeypatch.setattr(importlib.import_module("longscan.run"), "plot_losses", lambda *_: None)
 
 
 def metrics(directory: Path) -> list[dict[str, Any]]:
@@ -112,7 +111,7 @@ def assert_same(directory: Path, whole: Path) -> None:
         load_tensors(run / "checkpoints/step-000008/optimizer.safetensors") for run in (directory, whole)
     )
     assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one if name != "random_state")
+    assert all(torch.equal(one[name], other[name]) for name in one)
     assert metrics(directory) == metrics(whole)
     assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == [
         "step-000006",
@@ -290,14 +289,12 @@ def test_impossible_settings_are_misuse(flags: dict[str, Any]) -> None:
 # Whatever happens
 
 KILLER = """
-import importlib, os, signal, sys
+import os, signal, sys
 from pathlib import Path
 import torch._dynamo  # what the first optimizer imports: once here instead of in every child
 from longscan.files import read_json
 from longscan.train import TrainConfig, resume, train
 
-module = importlib.import_module("longscan.run")
-module.plot_losses = lambda *_: None
 config, root = TrainConfig.from_dict(read_json(sys.argv[1])), sys.argv[2]
 moments = 0
 
@@ -317,7 +314,7 @@ def child(work):
 
 def victim():
     sys.addaudithook(watch)
-    train(config, run)
+    train(config, run, figures=False)
 
 deadline = int(sys.argv[3])
 while True:
@@ -327,9 +324,9 @@ while True:
         break
     assert os.WTERMSIG(status) == signal.SIGKILL, status
     if Path(run, "train.json").exists():
-        assert child(lambda: resume(run)) == 0
+        assert child(lambda: resume(run, figures=False)) == 0
     else:
-        assert child(lambda: train(config, run)) == 0
+        assert child(lambda: train(config, run, figures=False)) == 0
     deadline += int(sys.argv[4])
 print(deadline)
 """
@@ -355,35 +352,156 @@ def test_kill_9_at_any_moment(config: TrainConfig, whole: Path, tmp_path: Path) 
         assert_same(run, whole)
 
 
+@pytest.mark.parametrize("model", ["transformer", "linear_attention"])
+def test_a_run_killed_before_its_first_checkpoint(model: str, config: TrainConfig, tmp_path: Path) -> None:
+    """Dropout draws the same, whatever torch's random state was before."""
+    kind = "translation" if model == "transformer" else "language"
+    pairs = tmp_path / "pairs.tsv"
+    pairs.write_text("".join(f"a {n}\tb {n}\n" for n in range(60)))
+    if kind == "translation":
+        fields = {"source": str(pairs), "preset": "tiny", "dropout": 0.2, "vocab_size": 270, "threads": 1}
+        run: Any = TranslateRun
+        settings: Any = TranslateConfig.from_dict({**fields, "steps": 5, "bleu_sentences": 0})
+    else:
+        run, settings = LanguageRun, config.replace(model=model, d_state=None, save_every=100)
+    for name, seed in (("whole", 1), ("run", 2)):
+        torch.manual_seed(seed)
+        display = Recorder(3, interrupt(signal.SIGINT) if name == "run" else lambda: None)
+        run.begin(settings, tmp_path / name, display, figures=False)
+    shutil.rmtree(tmp_path / "run/checkpoints")  # as if it had been killed
+    torch.manual_seed(3)
+    run.resume(tmp_path / "run", figures=False)
+    one, other = (tmp_path / name / "model/model.safetensors" for name in ("run", "whole"))
+    assert one.read_bytes() == other.read_bytes()
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
 def interrupt(number: signal.Signals) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name
+)
 def test_signals_wait_for_the_step(
     config: TrainConfig, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     run = tmp_path / "run"
-    torch.manual_seed(7)
     random_state = torch.get_rng_state()
     stopped = train(config, run, Recorder(3, interrupt(number)))
     assert (stopped.step, stopped.stopped_by) == (3, number)
     assert load(run / "model")[0].config.d_model == 16
     assert metrics(run) == [record for record in metrics(whole) if record["step"] <= 3 and "loss" in record]
     assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
-    torch.manual_seed(1)
     assert resume(run, {"log_every": 1}).stopped_by is None
-    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(torch.get_rng_state(), random_state)  # the caller's
     assert_same(run, whole)
 
 
-def test_the_second_ctrl_c_does_not_wait(config: TrainConfig, tmp_path: Path) -> None:
+def test_what_is_ignored_goes_on_being_ignored(config: TrainConfig, tmp_path: Path) -> None:
+    """As nohup wants it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        result = train(config, tmp_path / "run", Recorder(3, interrupt(signal.SIGHUP)))
+        assert (result.step, result.stopped_by) == (8, None)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_second_ctrl_c_says_what_is_there_and_how_to_go_on(
+    config: TrainConfig, whole: Path, tmp_path: Path
+) -> None:
     def twice() -> None:
         interrupt(signal.SIGINT)()
         interrupt(signal.SIGINT)()
 
+    run = tmp_path / "run"
+    display = Recorder(3, twice)
     with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "run", Recorder(3, twice))
+        train(config, run, display)
+    assert display.lines[-1] == (
+        f"step 3: stopped at once. The last good checkpoint is {run}/checkpoints/step-000002. "
+        f"Continue with: longscan train --resume {run}"
+    )
+    resume(run)
+    assert_same(run, whole)
+
+
+def test_a_terminal_that_is_closed_does_not_end_a_run(config: TrainConfig, tmp_path: Path) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    for terminal in (False, True):
+        display = Terminal(1, Console(file=Gone(), force_terminal=terminal))
+        assert train(config, tmp_path / str(terminal), display).step == 8
+
+
+# Longer runs
+
+
+def rates(directory: Path) -> list[float]:
+    return [record["lr"] for record in metrics(directory) if "lr" in record]
+
+
+@pytest.mark.parametrize("changes", [{"steps": 12}, {"epochs": 1.0}], ids=["steps", "epochs"])
+def test_a_finished_run_becomes_longer(
+    changes: dict[str, Any], config: TrainConfig, whole: Path, tmp_path: Path
+) -> None:
+    run, display = tmp_path / "run", Recorder()
+    shutil.copytree(whole, run)
+    result = resume(run, changes, display)
+    total = result.total
+    assert result.step == total > 8
+    assert rates(run)[:8] == rates(whole)
+    now = [learning_rate(config, step, total) for step in range(8, total)]
+    assert rates(run)[8:] == pytest.approx(now)
+    [line] = [line for line in display.lines if line.startswith("longer")]
+    assert line == (
+        f"longer     {total} steps instead of 8: the learning rate goes from {rates(whole)[-1]:.2g} "
+        f"to {now[0]:.2g}, as in a run of {total} steps"
+    )
+    assert resume(run).total == total  # which it remembers
+    assert resume(run, {"steps": total}).total == total
+    assert resume(run).total == total
+
+
+def test_a_longer_run_goes_on_bit_for_bit_wherever_it_stops(whole: Path, tmp_path: Path) -> None:
+    for name in ("once", "stopped"):
+        shutil.copytree(whole, tmp_path / name)
+    resume(tmp_path / "once", {"steps": 14})
+    resume(tmp_path / "stopped", {"steps": 14}, Recorder(11, interrupt(signal.SIGTERM)))
+    shutil.rmtree(max((tmp_path / "stopped/checkpoints").iterdir()))
+    resume(tmp_path / "stopped")
+    one, other = (tmp_path / name / "model/model.safetensors" for name in ("once", "stopped"))
+    assert one.read_bytes() == other.read_bytes()
+    assert metrics(tmp_path / "once") == metrics(tmp_path / "stopped")
+
+
+def test_a_longer_run_whose_newest_checkpoint_is_lost_repeats_the_old_schedule(
+    whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    resume(run, {"steps": 10}, Recorder(9, interrupt(signal.SIGTERM)))
+    for step in (8, 9):
+        shutil.rmtree(run / f"checkpoints/step-{step:06d}")
+    shutil.copytree(whole / "checkpoints/step-000006", run / "checkpoints/step-000006")
+    resume(run)
+    assert rates(run)[:8] == rates(whole)
+    assert len(rates(run)) == 10
+
+
+def test_a_run_never_becomes_shorter(cli: Callable[..., Any], whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    done = cli("train", "--resume", run, "--steps", 7)
+    assert done.code == 2
+    assert "--steps: expected at least the 8 steps of the run, got 7." in done.err
+    assert_same(run, whole)
+    done = cli("train", "--resume", run, "--steps", 9)
+    assert done.code == 0, done.err
+    assert done.out.startswith("trained 9 steps · ")
 
 
 def test_a_finished_run_has_nothing_left_to_do(config: TrainConfig, whole: Path, tmp_path: Path) -> None:
@@ -428,7 +546,6 @@ def test_a_full_disk(
         train(config, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000002"]
     monkeypatch.undo()
-    monkeypatch.setattr(importlib.import_module("longscan.run"), "plot_losses", lambda *_: None)
     resume(tmp_path / "run")
     assert_same(tmp_path / "run", whole)
 
@@ -488,6 +605,63 @@ def test_other_data_is_noticed(config: TrainConfig, whole: Path, tmp_path: Path)
         resume(run)
 
 
+def test_checkpoints_of_another_version_are_refused(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for state in run.glob("checkpoints/*/state.json"):
+        state.write_text(state.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(LongscanError, match="step-000008: expected a checkpoint of format 2, got 1"):
+        resume(run)
+
+
+# A run that came from elsewhere
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "loss.png", "model", "checkpoints", "data"])
+def test_links_in_a_run_are_refused(name: str, whole: Path, tmp_path: Path) -> None:
+    run, precious = tmp_path / "run", tmp_path / "precious"
+    shutil.copytree(whole, run)
+    if (run / name).is_dir():
+        (run / name).rename(precious)
+    else:
+        (run / name).unlink(missing_ok=True)
+        precious.write_text("x")
+    (run / name).symlink_to(precious)
+    before = {path: path.read_bytes() for path in (precious, *precious.rglob("*")) if path.is_file()}
+    with pytest.raises(
+        LongscanError, match=rf"run/{name} is a link to .*precious: a run writes nothing outside"
+    ):
+        resume(run, {"steps": 9})
+    assert before == {path: path.read_bytes() for path in (precious, *precious.rglob("*")) if path.is_file()}
+
+
+def test_links_left_by_a_stranger_are_refused_in_a_new_run(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("x")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(LongscanError, match="is a link"):
+        train(config, tmp_path / "run")
+    (tmp_path / "run/.lock").unlink()
+    os.link(tmp_path / "precious", tmp_path / "run/.lock")
+    with pytest.raises(LongscanError, match="another file's name too"):
+        train(config, tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "x"
+
+
+def test_a_link_to_a_run_is_the_run(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "latest").symlink_to(tmp_path / "run")
+    assert resume(tmp_path / "latest").step == 8
+
+
+def test_a_failed_start_does_not_take_the_lock_of_the_next(tmp_path: Path) -> None:
+    """Who waited with the old file open locks a file that nobody else sees."""
+    with lock(tmp_path):
+        empty(tmp_path, remove=False)
+        with lock(tmp_path), pytest.raises(LongscanError, match="in use"), lock(tmp_path):
+            pass
+
+
 def test_metrics_lose_only_what_comes_again(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text(
@@ -523,7 +697,7 @@ def test_command_stops_and_goes_on(
             if snapshot.step == 5:
                 interrupt(signal.SIGINT)()
 
-    module = importlib.import_module("longscan.run")
+    module = importlib.import_module("longscan.run_command")
     monkeypatch.setattr(module, "Terminal", Stopping)
     run = tmp_path / "run"
     done = cli("train", text, "--out", run, *FLAGS)
@@ -649,8 +823,8 @@ def test_duration(seconds: float, words: str) -> None:
 def test_plot_losses(tmp_path: Path, suffix: str, n_valid: int) -> None:
     pytest.importorskip("matplotlib")
     records: list[dict[str, Any]] = [{"step": step, "loss": 5 / step} for step in range(1, 200)]
-    records += [{"step": step, "valid_bits_per_byte": 3 / step} for step in range(1, n_valid + 1)]
-    plot_losses(records, tmp_path / f"loss{suffix}")
+    records += [{"step": step, "valid_loss": 3 / step, "right": 0.5} for step in range(1, n_valid + 1)]
+    plot_losses(records, tmp_path / f"loss{suffix}", "nats per text", "accuracy", {"right": "accuracy"})
     content = (tmp_path / f"loss{suffix}").read_bytes()
     assert content.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
     assert len(content) > 5000
@@ -659,10 +833,9 @@ def test_plot_losses(tmp_path: Path, suffix: str, n_valid: int) -> None:
 def test_without_matplotlib_there_is_one_word(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("longscan.run"), "plot_losses", plot_losses)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     display = Recorder()
-    train(config, tmp_path / "run", display)
+    train_with_figures(config, tmp_path / "run", display)
     assert [line for line in display.lines if "matplotlib" in line] == [
         "no loss.png: figures need matplotlib: pip install matplotlib"
     ]

@@ -81,24 +81,16 @@ def settings(files: Path) -> dict[str, Any]:
     return {**TINY, **{key: str(files / name) for key, name in names.items()}}
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("longscan.run"), "plot_losses", lambda *_: None)
-
-
 def begin(settings: dict[str, Any], out: Path, display: Display | None = None, **changes: Any) -> Any:
     config = TranslateConfig.from_dict({**settings, **changes})
-    torch.manual_seed(config.seed)
-    return TranslateRun.begin(config, out, display)
+    return TranslateRun.begin(config, out, display, figures=False)
 
 
 @pytest.fixture(scope="module")
 def whole(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing happened to."""
     directory = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("longscan.run"), "plot_losses", lambda *_: None)
-        begin(settings, directory)
+    begin(settings, directory)
     return directory
 
 
@@ -131,7 +123,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(settings: dict[str, Any], tmp_path: P
     begin(settings, tmp_path / "whole", **quick)
     stopped = begin(settings, tmp_path / "run", Stop(3), **quick)
     assert (stopped.step, stopped.stopped_by) == (3, signal.SIGTERM)
-    torch.manual_seed(99)  # the random state of dropout is in the checkpoint
     assert TranslateRun.resume(tmp_path / "run").stopped_by is None
     losses = [[r["loss"] for r in metrics(tmp_path / run) if "loss" in r] for run in ("run", "whole")]
     assert losses[0] == losses[1]

@@ -9,7 +9,6 @@ The directory of a run (see run.py) holds `start/`, the checkpoint it begins wit
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 import json
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from longscan.classify_sequences import (
     is_sequence_model,
     predict_sequences,
 )
+from longscan.config import count
 from longscan.encoders import LoadedBert, load_bert
 from longscan.errors import LongscanError, UsageError
 from longscan.examples import (
@@ -51,10 +51,11 @@ from longscan.models import Bert, Model
 from longscan.order import EpochOrder
 from longscan.recipe import RunConfig, add_flags, check_device, setting
 from longscan.run import Run
+from longscan.run_command import Out, Recipe, Resume, finished, run_command
 from longscan.runs import SETTINGS, Signals, read_settings
 from longscan.tasks import BODIES
 from longscan.text_input import read_stdin, tell_cut
-from longscan.wordpiece import Framed
+from longscan.wordpiece import Framed, WordPieceTokenizer
 
 __all__ = ["ClassifyConfig", "ClassifyRun", "commands", "load_classifier"]
 
@@ -107,8 +108,12 @@ class ClassifyRun(Run[ClassifyConfig]):
     verb = "classify train"
     settings = ClassifyConfig
     valid_key, valid_unit = "valid_loss", "nats/text"
+    unit = "nats per text"
+    score, scores = "accuracy", {"valid_accuracy": "accuracy", "valid_macro_f1": "macro-F1"}
+    trained_on = ("data/train.jsonl", "data/valid.jsonl", "start/config.json", "start/model.safetensors")
+    tokenizer: WordPieceTokenizer
 
-    def prepare(self) -> tuple[Model, int]:
+    def prepare(self) -> tuple[Model, int, int]:
         """Read examples and checkpoint, or what the run made of them before."""
         config = self.config
         if not config.data:
@@ -125,24 +130,16 @@ class ClassifyRun(Run[ClassifyConfig]):
         self.rows = config.batch_size * config.accumulate
         lengths = [len(one.ids) for one in self.train[0]]
         self.plans = EpochOrder(config.seed, partial(shuffled, lengths, self.rows))
-        self.identity = self._identify()
-        steps = -(-len(self.train[1]) // self.rows)
-        return self.model, config.total_steps(steps)
+        return self.model, -(-len(self.train[1]) // self.rows), 1
 
-    def introduce(self) -> None:
-        """Say what is trained on what."""
-        framed, numbers = self.train
+    def describe(self) -> tuple[str, str]:
+        """Return what is trained on, and what a step takes of it."""
+        framed, _ = self.train
         cut = sum(one.cut > 0 for one in framed)
         words = f", {cut:,} cut at {self.config.seq_len} tokens" if cut else ""
-        self.display.line(
-            f"data       {len(framed):,} texts of {len(self.model.config.labels)} classes{words}, "
-            f"{len(self.valid[1]):,} held out"
-        )
-        epochs = self.trainer.total * self.rows / len(numbers)
-        self.display.line(
-            f"model      {self.config.model}, {self.model.num_parameters() / 1e6:.2f} M parameters, "
-            f"{self.trainer.total:,} steps of {self.rows} texts ({epochs:.3g} epochs)"
-        )
+        classes = count(len(self.model.config.labels), "class", "classes")
+        data = f"{count(len(framed), 'text')} of {classes}{words}, {len(self.valid[1]):,} held out"
+        return data, count(self.rows, "text")
 
     def batch(self, step: int) -> list[tuple[_Part, int]]:
         """Return the texts of a step in parts."""
@@ -161,14 +158,6 @@ class ClassifyRun(Run[ClassifyConfig]):
         ids, types, labels = (tensor.to(self.config.device) for tensor in part)
         return F.cross_entropy(model.classify(model(ids, types).pooled), labels)
 
-    def fingerprint(self) -> str:
-        """Identify the examples and the checkpoint begun with."""
-        return self.identity
-
-    def export(self, directory: Path) -> None:
-        """Write the classifier of the last step in Hugging Face layout."""
-        save(self.model, directory, self.tokenizer)
-
     @property
     def validates(self) -> bool:
         """Whether examples are held out."""
@@ -185,14 +174,6 @@ class ClassifyRun(Run[ClassifyConfig]):
             "valid_accuracy": found.accuracy,
             "valid_macro_f1": found.macro_f1,
         }
-
-    def _identify(self) -> str:
-        """Hash the examples and the checkpoint begun with."""
-        digest = hashlib.sha256()
-        for name in ("data/train.jsonl", "data/valid.jsonl", "start/config.json", "start/model.safetensors"):
-            with open(self.directory / name, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
 
     def _encode(self, path: Path) -> tuple[list[Framed], list[int]]:
         """Frame the examples of a file and number their labels."""
@@ -256,11 +237,9 @@ def load_classifier(name_or_dir: str | Path) -> LoadedBert:
 
 def train(
     data: Annotated[list[str] | None, typer.Argument(help="Files of labelled texts.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory of the new run.")] = None,
-    resume_from: Annotated[
-        Path | None, typer.Option("--resume", help="Continue the run in this directory.")
-    ] = None,
-    recipe: Annotated[Path | None, typer.Option("--config", help="TOML file of settings; flags win.")] = None,
+    out: Out = None,
+    resume_from: Resume = None,
+    recipe: Recipe = None,
     **settings: Any,
 ) -> None:
     """Fine-tune a BERT on labelled texts, train any language model's blocks on sequences, or resume a run.
@@ -301,10 +280,14 @@ def train(
     given = {name: value for name, value in given.items() if name in fields}
     if not sequences:
         check_bert(model, data or found.get("data"))
-    result = run.serve(out, resume_from, recipe, given)
-    place = result.directory / "model"
-    rest = "FILE" if sequences else '"..."'
-    typer.echo(f"trained {result.total:,} steps · try: longscan classify predict {place} {rest}")
+    result = run_command(run, out, resume_from, recipe, given)
+    what, rest = ("sequences", "FILE") if sequences else ("texts", '"..."')
+    measured = ""
+    if "valid_accuracy" in result.scores:
+        measured = f"accuracy {result.scores['valid_accuracy']:.1%} on held-out {what}"
+    elif "valid_rmse" in result.scores:
+        measured = f"root mean square error {result.scores['valid_rmse']:.4g} on held-out {what}"
+    finished(result, measured, f"classify predict {result.directory / 'model'} {rest}")
 
 
 @dataclass(frozen=True, kw_only=True)

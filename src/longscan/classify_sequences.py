@@ -5,7 +5,6 @@ The directory of a run (see run.py) holds `data/`, the sequences, besides: nothi
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longscan.checkpoint import assemble
+from longscan.config import count
 from longscan.errors import LongscanError, UsageError
 from longscan.examples import score, shuffled
 from longscan.files import atomic_directory, read_json, write_json
@@ -99,9 +99,12 @@ class SequencesRun(Run[SequencesConfig]):
     verb = "classify train"
     settings = SequencesConfig
     valid_key, valid_unit = "valid_loss", "nats/sequence"
+    unit = "nats per sequence"
+    score, scores = "accuracy", {"valid_accuracy": "accuracy", "valid_macro_f1": "macro-F1"}
+    trained_on = ("data/train.npz",)
     model: SequenceModel
 
-    def prepare(self) -> tuple[Model, int]:
+    def prepare(self) -> tuple[Model, int, int]:
         """Read the sequences, or what the run made of them before, and make the model."""
         config = self.config
         place = self.directory / "data"
@@ -110,33 +113,30 @@ class SequencesRun(Run[SequencesConfig]):
         self.train, self.valid = (read_sequences([place / f"{name}.npz"]) for name in ("train", "valid"))
         self.rows = config.batch_size * config.accumulate
         self.plans = EpochOrder(config.seed, partial(shuffled, self.train.lengths.tolist(), self.rows))
-        self.identity = hashlib.sha256((place / "train.npz").read_bytes()).hexdigest()
         self.model = SequenceModel(self._configure(), torch.Generator().manual_seed(config.seed))
         self.model.to(config.device)
-        return self.model, config.total_steps(self._steps)
+        if not self.train.labels:
+            self.valid_unit, self.unit = "squared error", "mean squared error"
+            self.score, self.scores = "root mean square error", {"valid_rmse": "error"}
+        return self.model, self._steps, 1
 
     @property
     def _steps(self) -> int:
         """Steps in an epoch."""
         return -(-len(self.train) // self.rows)
 
-    def introduce(self) -> None:
-        """Say what is trained on what."""
+    def describe(self) -> tuple[str, str]:
+        """Return what is trained on, and what a step takes of it."""
         train, config = self.train, self.model.config
-        kind = f"{len(config.labels)} classes" if config.labels else f"{config.n_outputs} numbers"
+        labels = len(config.labels)
+        kind = count(labels, "class", "classes") if labels else count(config.n_outputs, "number")
         low, high = int(train.lengths.min()), int(train.lengths.max())
         span = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-        channels = f" × {config.d_input} channels" if config.d_input else ""
+        channels = f" × {count(config.d_input, 'channel')}" if config.d_input else ""
         every = f", {train.gap:.3g} s apart on average" if train.gap else ""
-        steps = f"{span} steps{channels}{every}"
-        self.display.line(
-            f"data       {len(train):,} sequences of {steps}, {kind}, {len(self.valid):,} held out"
-        )
-        self.display.line(
-            f"model      {config.body}, {self.model.num_parameters() / 1e6:.3f} M parameters, "
-            f"{self.trainer.total:,} steps of {self.rows} sequences "
-            f"({self.trainer.total / self._steps:.3g} epochs)"
-        )
+        steps = f"{span} {'step' if span == '1' else 'steps'}{channels}{every}"
+        data = f"{count(len(train), 'sequence')} of {steps}, {kind}, {len(self.valid):,} held out"
+        return data, count(self.rows, "sequence")
 
     def batch(self, step: int) -> list[tuple[_Part, int]]:
         """Return the sequences of a step in parts."""
@@ -150,10 +150,6 @@ class SequencesRun(Run[SequencesConfig]):
         device = self.config.device
         times = None if part.times is None else part.times.to(device)
         return model.loss(model(part.x.to(device), part.lengths.to(device), times), part.truth.to(device))
-
-    def fingerprint(self) -> str:
-        """Identify the sequences trained on."""
-        return self.identity
 
     def export(self, directory: Path) -> None:
         """Write the model of the last step."""
@@ -220,7 +216,8 @@ class SequencesRun(Run[SequencesConfig]):
             )
         valid = valid.labelled(train.labels) if len(valid) else valid
         if config.seq_len and (cut := int((train.lengths > config.seq_len).sum())):
-            self.display.line(f"cut        {cut:,} sequences at {config.seq_len:,} steps")
+            cut_at = count(config.seq_len, "step")
+            self.display.line(f"cut        {count(cut, 'sequence')} at {cut_at}")
         with atomic_directory(place) as temporary:
             train.cut(config.seq_len).save(temporary / "train.npz")
             valid.cut(config.seq_len).save(temporary / "valid.npz")

@@ -23,13 +23,10 @@ __all__ = [
     "read_toml",
     "recover_directory",
     "write_json",
+    "writing",
 ]
 
 MAX_TOML, MAX_TOML_LINE = 2**16, 2**12  # bytes
-    "recover_directory",
-    "write_json",
-    "writing",
-]
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:

@@ -38,39 +38,48 @@ __all__ = ["commands", "plot_bleu", "plot_losses", "plot_positions", "plot_weigh
 def plot_losses(
     metrics: Iterable[Mapping[str, Any]],
     path: str | Path,
-    valid_key: str = "valid_bits_per_byte",
-    valid_label: str = "validation (bits/byte)",
+    unit: str = "nats per token",
+    score: str = "",
+    scores: Mapping[str, str] | None = None,
 ) -> None:
-    """Draw the loss curves of a training run.
+    """Draw the curves of a training run.
 
     Args:
-        metrics: the records of `metrics.jsonl`: those with `loss` make the upper panel, those with
-            `valid_key` the lower one.
-        path: the file to write; its suffix, .png or .svg, chooses the format.
-        valid_key: what the lower panel shows.
-        valid_label: what its axis says.
+        metrics: the records of `metrics.jsonl`: `loss` and `valid_loss` make the upper panel.
+        path: the file to write; its suffix, .png, .svg or .pdf, chooses the format.
+        unit: of both losses.
+        score: what the axis of the lower panel says.
+        scores: other keys with a name for each, which make the lower panel; without them there is none.
 
     Raises:
         LongscanError: matplotlib is not installed.
+        OSError: the file cannot be written.
     """
     records = list(metrics)
-    losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
-    valid = [(record["step"], record[valid_key]) for record in records if valid_key in record]
-    figure = new_figure(7.0, 6.0 if valid else 3.5)
-    panels = figure.subplots(2 if valid else 1, 1, sharex=True, squeeze=False)[:, 0]
+    lines = {name: line for key, name in (scores or {}).items() if (line := _points(records, key))}
+    figure = new_figure(7.0, 6.0 if lines else 3.5)
+    panels = figure.subplots(2 if lines else 1, 1, sharex=True, squeeze=False)[:, 0]
+    losses, valid = _points(records, "loss"), _points(records, "valid_loss")
     panels[0].plot(*_columns(losses), color=BLUE, alpha=0.3, linewidth=0.8, label="each step")
-    panels[0].plot(*_columns(_smooth(losses)), color=BLUE, linewidth=1.6, label="smoothed")
-    panels[0].set_ylabel("training loss (nats per token)")
-    panels[0].legend(frameon=False)
+    panels[0].plot(*_columns(_smooth(losses)), color=BLUE, linewidth=1.6, label="training, smoothed")
+    panels[0].set_ylabel(f"loss ({unit})")
     if valid:
         step, best = min(valid, key=lambda point: point[1])
-        panels[1].plot(*_columns(valid), color=VERMILION, marker="o", markersize=3, linewidth=1.6)
-        panels[1].set_ylabel(valid_label)
-        panels[1].set_title(f"lowest {best:.3f} at step {step:,}", fontsize="medium", loc="right")
+        style: dict[str, Any] = {"marker": "o", "markersize": 3, "linewidth": 1.6}
+        panels[0].plot(*_columns(valid), color=VERMILION, label="validation", **style)
+        title = f"lowest validation loss {best:.3f} at step {step:,}"
+        panels[0].set_title(title, fontsize="medium", loc="right")
+    for number, (name, line) in enumerate(lines.items()):
+        style = {"color": COLOURS[(number + 1) % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+        panels[1].plot(*_columns(line), label=name, markersize=3, linewidth=1.6, **style)
+        panels[1].set_ylabel(f"validation {score}")
     panels[-1].set_xlabel("step")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     for panel in panels:
         tidy(panel)
-    figure.savefig(path, dpi=150)
+        if len(panel.lines) > 1:
+            panel.legend(frameon=False)
+    save_figure(figure, Path(path))
 
 
 def plot_weights(
@@ -314,6 +323,11 @@ def _pick(weights: Mapping[str, Tensor], part: str, layer: int | None) -> str:
     if layer is not None and not -len(names) <= layer < len(names):
         raise UsageError(f"--layer: expected 0 to {len(names) - 1}, got {layer}.")
     return names[-1 if layer is None else layer]
+
+
+def _points(records: Iterable[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """Return step and value of the records that have a key."""
+    return [(record["step"], record[key]) for record in records if key in record]
 
 
 def _columns(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:

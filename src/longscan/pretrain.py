@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longscan.checkpoint import save
+from longscan.config import count
 from longscan.data import open_tokens
 from longscan.errors import UsageError
 from longscan.masking import PairDataset, SentenceTokenizer
 from longscan.models import Bert, Model
 from longscan.models.bert import PretrainingBatch
 from longscan.models.loss import IGNORE
-from longscan.order import VERSION
 from longscan.recipe import TrainConfig, make_model, make_tokenizer, make_tokens, model_settings
 from longscan.run import Run
 from longscan.runs import Signals
@@ -34,8 +31,16 @@ class PretrainRun(Run[TrainConfig]):
     verb = "train"
     settings = TrainConfig
     valid_key, valid_unit = "valid_loss", "nats/word + next sentence"
+    unit = "nats, masked LM + next sentence"
+    score = "accuracy"
+    scores: Mapping[str, str] = {
+        "valid_word_accuracy": "masked words",
+        "valid_next_accuracy": "next sentence",
+    }
+    trained_on = ("data/meta.json",)
+    tokenizer: WordPieceTokenizer
 
-    def prepare(self) -> tuple[Model, int]:
+    def prepare(self) -> tuple[Model, int, int]:
         """Make vocabulary, sentences and model."""
         config = self.config
         if not config.data:
@@ -63,46 +68,31 @@ class PretrainRun(Run[TrainConfig]):
             if self.tokens.valid
             else None
         )
-        return self.model, config.total_steps(self.dataset.pairs_per_epoch, rows)
+        return self.model, self.dataset.pairs_per_epoch, rows
 
-    def introduce(self) -> None:
-        """Say what is trained on what."""
+    def describe(self) -> tuple[str, str]:
+        """Return what is trained on, and what a step takes of it."""
         train, valid = self.tokens.train, self.tokens.valid
         held_out = f"{valid.tokens:,} held out" if valid else "none held out: no validation"
-        documents = f"{train.documents:,} document{'s' if train.documents != 1 else ''}"
-        self.display.line(f"data       {train.tokens:,} tokens in {documents}, {held_out}")
+        data = f"{count(train.tokens, 'token')} in {count(train.documents, 'document')}, {held_out}"
         if train.documents == 1:
-            self.display.line(
-                "           one document: a random next sentence comes from it too; part it with --separator"
+            data += (
+                "\n           one document, so random next sentences come from it too: --separator splits it"
             )
-        total, rows = self.trainer.total, self.dataset.batch_size
-        epochs = total * rows / self.dataset.pairs_per_epoch
-        self.display.line(
-            f"model      {self.config.model} of {self.model.num_parameters() / 1e6:.2f} M parameters, "
-            f"{total:,} steps of {rows:,} pairs of {self.config.seq_len:,} tokens ({epochs:.3g} epochs)"
-        )
+        pairs, tokens = count(self.dataset.batch_size, "pair"), count(self.config.seq_len, "token")
+        return data, f"{pairs} of {tokens}"
 
-    def batch(self, step: int) -> list[tuple[PretrainingBatch, int]]:
-        """Return the pairs of a step in parts, and how many words of each are to be found."""
+    def batch(self, step: int) -> list[tuple[PretrainingBatch, tuple[int, int]]]:
+        """Return the pairs of a step in parts, and how many masked words and pairs there are in each."""
         whole = self.dataset.batch(step)
         pieces = zip(*(torch.split(tensor, self.config.batch_size) for tensor in whole), strict=True)
         parts = [PretrainingBatch(*piece) for piece in pieces]
-        return [(part, int((part.labels != IGNORE).sum())) for part in parts]
+        return [(part, (int((part.labels != IGNORE).sum()), len(part.ids))) for part in parts]
 
     def loss(self, model: Bert, part: PretrainingBatch) -> Tensor:
-        """Return the mean loss of a hidden word and of a next sentence, added."""
+        """Return the mean losses (2,) of the masked words and of the next sentences."""
         device = self.config.device
-        words, follows = model.losses(PretrainingBatch(*(tensor.to(device) for tensor in part)))
-        return words + follows
-
-    def fingerprint(self) -> str:
-        """Identify the tokens trained on, and their order."""
-        meta = (self.tokens.directory / "meta.json").read_bytes()
-        return f"order-{VERSION} {hashlib.sha256(meta).hexdigest()}"
-
-    def export(self, directory: Path) -> None:
-        """Write the model of the last step in Hugging Face layout, both heads with it."""
-        save(self.model, directory, self.tokenizer)
+        return torch.stack(model.losses(PretrainingBatch(*(tensor.to(device) for tensor in part))))
 
     @property
     def validates(self) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
@@ -52,12 +54,21 @@ class Display:
             snapshot: the run after a step.
         """
 
+    def validated(self, valid: str | None) -> None:
+        """Show a validation beside the step it was made after.
+
+        Args:
+            valid: its result, as in a `Snapshot`.
+        """
+
     def close(self) -> None:
         """Leave the screen in order."""
 
 
 class Terminal(Display):
     """Writes to stderr: a bar if it is a terminal, else a line every few steps.
+
+    It falls silent when nobody reads any more: a run does not end because its terminal has gone.
 
     Args:
         every: steps between the lines.
@@ -68,37 +79,60 @@ class Terminal(Display):
         self.every = every
         self.console = console or Console(stderr=True, highlight=False)
         self.bar: Progress | None = None
+        self.snapshot: Snapshot | None = None  # the last one shown
         self.preparation = Bar()
 
     def line(self, text: str) -> None:
         """Show a line that stays, above the bar."""
-        self.preparation.clear()
         safe = CONTROL.sub(
             "\N{REPLACEMENT CHARACTER}", text
         )  # a young model writes anything, also escape codes
-        self.console.print(safe, markup=False, soft_wrap=True)
+        with self._readers():
+            self.preparation.clear()
+            self.console.print(safe, markup=False, soft_wrap=True)
 
     def prepare(self, done: int, total: int) -> None:
         """Show a bar if it takes a while."""
-        self.preparation.show("tokens", done, total, f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
+        with self._readers():
+            self.preparation.show("tokens", done, total, f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
 
     def show(self, snapshot: Snapshot) -> None:
         """Redraw the bar, or write a line if it is time."""
+        self.snapshot = snapshot
         if self.console.is_terminal:
-            if self.bar is None:
-                self.bar = Progress(*_columns(), console=self.console, refresh_per_second=4)
-                self.bar.add_task("train", total=snapshot.total, words="")
-                self.bar.start()
-            self.bar.update(self.bar.task_ids[0], completed=snapshot.step, words=_words(snapshot))
+            with self._readers():
+                self._draw(snapshot)
         elif snapshot.step % self.every == 0 or snapshot.step in (1, snapshot.total):
             self.line(f"step {snapshot.step:,}/{snapshot.total:,}  {_words(snapshot)}")
 
+    def validated(self, valid: str | None) -> None:
+        """Redraw the bar with the validation; a line says it already."""
+        if self.snapshot is not None and self.bar is not None:
+            self.show(replace(self.snapshot, valid=valid))
+
     def close(self) -> None:
         """Stop redrawing the bar."""
-        self.preparation.clear()
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
+        with self._readers():
+            self.preparation.clear()
+            if self.bar is not None:
+                self.bar.stop()
+        self.bar = None
+
+    def _draw(self, snapshot: Snapshot) -> None:
+        """Draw the bar."""
+        if self.bar is None:
+            self.bar = Progress(*_columns(), console=self.console, refresh_per_second=4)
+            self.bar.add_task("train", total=snapshot.total, words="")
+            self.bar.start()
+        self.bar.update(self.bar.task_ids[0], completed=snapshot.step, words=_words(snapshot))
+
+    @contextlib.contextmanager
+    def _readers(self) -> Iterator[None]:
+        """Write to whoever reads; to nobody, without a word, once they have gone."""
+        try:
+            yield
+        except OSError:  # EIO of a terminal that was closed, EPIPE of a pipe
+            self.console.quiet = True
 
 
 def duration(seconds: float) -> str:

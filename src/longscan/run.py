@@ -14,32 +14,44 @@ and metrics end as if nothing had happened.
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 import signal
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-import typer
 from safetensors import SafetensorError
 from torch import Tensor
 
+from longscan.checkpoint import save
+from longscan.config import brief, count
 from longscan.errors import LongscanError, UsageError
-from longscan.files import write_json
 from longscan.generate import use_threads
 from longscan.models import Model
-from longscan.ops import keep_memory, release_memory
+from longscan.ops import release_memory
+from longscan.order import VERSION
 from longscan.plot import plot_losses
-from longscan.progress import Display, Snapshot, Terminal
-from longscan.recipe import RunConfig, read_recipe
-from longscan.runs import SETTINGS, VERB, Metrics, Signals, lock, read_settings, refuse_content
-from longscan.trainer import Checkpoints, DivergedError, Trainer
+from longscan.progress import Display, Snapshot
+from longscan.recipe import RunConfig
+from longscan.runs import (
+    Metrics,
+    Signals,
+    empty,
+    lock,
+    read_earlier,
+    read_settings,
+    refuse_content,
+    write_settings,
+)
+from longscan.tokenizer import Tokenizer
+from longscan.trainer import Checkpoints, DivergedError, Trainer, learning_rate
 
 __all__ = ["Run", "RunResult"]
 
@@ -55,66 +67,109 @@ class RunResult:
     total: int
     stopped_by: signal.Signals | None  # None = the run is complete
     valid: float | None  # the last validation, in the run's own unit
+    scores: Mapping[str, float]  # all that the last validations measured: "valid_loss", "valid_accuracy", ...
 
 
 class Run(ABC, Generic[C]):
     """One process's share of a run; `go` does what remains to be done.
 
     A subclass names its settings and its verb and says what is trained on what. All that its `batch` and
-    `loss` draw at random is a function of the seed and the step, or of torch's random state, which a
-    checkpoint keeps; so validation and samples must leave that alone.
+    `loss` draw at random is a function of the seed and the step: `batch` sees to it itself, and for `loss`
+    the trainer seeds torch at every step.
 
     Args:
         directory: the run's, locked.
         config: the settings.
         display: receives progress.
+        figures: whether loss.png is drawn.
+        before: the settings so far, if `config` may make the run longer.
     """
 
     verb: ClassVar[str]  # what a user calls to resume: "train"
     settings: type[C]
-    valid_key: ClassVar[str] = "valid_loss"  # of the metrics: what the curve of the validation shows
-    valid_unit: ClassVar[str] = "nats/token"
+    valid_key: ClassVar[str] = "valid_loss"  # of the metrics: the validation that progress shows
+    valid_unit: str = "nats/token"
+    unit: str = "nats per token"  # of the losses
+    score: str = ""  # what loss.png shows below the losses: a label, and
+    scores: Mapping[str, str] = {}  # the keys of the metrics with a name for each
+    trained_on: ClassVar[tuple[str, ...]] = ()  # files in the run's directory
+    tokenizer: Tokenizer | None = None  # exported with the model
 
-    def __init__(self, directory: Path, config: C, display: Display) -> None:
-        self.directory, self.config, self.display = directory, config, display
-        model, total = self.prepare()
+    def __init__(
+        self,
+        directory: Path,
+        config: C,
+        display: Display,
+        *,
+        figures: bool = True,
+        before: C | None = None,
+    ) -> None:
+        self.directory, self.config, self.display, self.figures = directory, config, display, figures
+        model, *self.epoch = self.prepare()
+        total, so_far = (each.total_steps(*self.epoch) for each in (config, before or config))
+        if total < so_far:
+            name = "steps" if config.steps is not None else "epochs"
+            raise UsageError(
+                f"--{name}: expected at least the {count(so_far, 'step')} of the run, got {total:,}. "
+                "A run can become longer, not shorter."
+            )
+        if before is not None and total == so_far:
+            self.config = config = config.replace(steps=before.steps, epochs=before.epochs)
         self.trainer = Trainer(model, config, total, self.batch, self.loss)
+        self.trainer.earlier = read_earlier(directory)
         self.metrics = Metrics(directory / "metrics.jsonl")
         self.checkpoints = Checkpoints(directory / "checkpoints", self.kept)
-        self.plotless = False
         self.saved: Path | None = None  # the last good checkpoint
         self.seconds = 0.0  # spent in training steps, over all processes
         self.recent: deque[tuple[float, int]] = deque(maxlen=20)  # seconds and tokens of the last steps
         self.introduce()
-        self._load()
+        self._load(before or config)
+        if before is not None and total > so_far:
+            self._lengthen(before, so_far)
 
     @abstractmethod
-    def prepare(self) -> tuple[Model, int]:
+    def prepare(self) -> tuple[Model, int, int]:
         """Make or find the data, the tokenizer and the fresh model.
 
         Returns:
-            The model, on its device, and the steps in the run.
+            The model, on its device; the items in a pass over the data, and how many of them a step takes.
         """
 
     @abstractmethod
+    def describe(self) -> tuple[str, str]:
+        """Return what is trained on, and what a step takes of it: "5 texts, 1 held out" and "2 texts"."""
+
     def introduce(self) -> None:
         """Say what is trained on what."""
+        data, each = self.describe()
+        n, total = self.trainer.model.num_parameters(), self.trainer.total
+        size = f"{n / 1e6:.2f} M" if n >= 1e5 else f"{n:,}"
+        items, per_step = self.epoch
+        epochs = f" ({brief(total * per_step / items)} epochs)" if items else ""
+        name = self.config.to_dict().get("model")
+        self.display.line(f"data       {data}")
+        self.display.line(f"model      {name} of {size} parameters, {count(total, 'step')} of {each}{epochs}")
 
     @abstractmethod
-    def batch(self, step: int) -> Sequence[tuple[Any, int]]:
-        """Return the parts of a step's batch and how many tokens each predicts; see `Trainer`."""
+    def batch(self, step: int) -> Sequence[tuple[Any, int | tuple[int, ...]]]:
+        """Return the parts of a step and how many items each term of its loss counts; see `Trainer`."""
 
     @abstractmethod
     def loss(self, model: Any, part: Any) -> Tensor:
-        """Return the mean loss of a part's tokens, a scalar."""
+        """Return the mean loss of a part's tokens, a scalar; or a vector of the terms whose sum it is."""
 
-    @abstractmethod
+    @cached_property
     def fingerprint(self) -> str:
-        """Identify what is trained on: a checkpoint goes on with nothing else."""
+        """What is trained on, as a hash: a checkpoint goes on with nothing else."""
+        digest = hashlib.sha256(f"order {VERSION}".encode())
+        for name in self.trained_on:
+            with open(self.directory / name, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
-    @abstractmethod
     def export(self, directory: Path) -> None:
-        """Write the model for others to load."""
+        """Write the model of the last step, not of the best validation, for others to load."""
+        save(self.trainer.model, directory, self.tokenizer)
 
     @property
     def kept(self) -> int:
@@ -124,8 +179,9 @@ class Run(ABC, Generic[C]):
     @property
     def validates(self) -> bool:
         """Whether there is anything to validate on."""
-        return False
+        return True
 
+    @abstractmethod
     def validate(self, signals: Signals, *, last: bool) -> dict[str, Any] | None:
         """Measure the model on held-out data.
 
@@ -136,7 +192,6 @@ class Run(ABC, Generic[C]):
         Returns:
             What goes into the metrics, `valid_key` among it; None if a signal came.
         """
-        raise NotImplementedError
 
     def report(self, signals: Signals) -> None:
         """Validate if this step asks for it and it is not done yet; subclasses add samples."""
@@ -148,6 +203,7 @@ class Run(ABC, Generic[C]):
             self.metrics.write({"step": self.trainer.step_number, **found})
             whole = " (all of what is held out)" if last else ""
             self.say(f"valid {found[self.valid_key]:.4f} {self.valid_unit}{whole}")
+            self.display.validated(self._valid)
             self._plot()
 
     def due(self, key: str, every: int, *, always: bool = False) -> bool:
@@ -177,7 +233,8 @@ class Run(ABC, Generic[C]):
         """
         trainer = self.trainer
         try:
-            with Signals() as signals:
+            # what the steps draw is nothing to the caller
+            with torch.random.fork_rng(devices=()), Signals() as signals:
                 self._report(signals)  # what a killed process still owed
                 while not trainer.done and not signals.received:
                     self._step()
@@ -191,6 +248,9 @@ class Run(ABC, Generic[C]):
         except (LongscanError, OSError, SafetensorError) as error:
             remedy = f"Put it right and continue with: {self.again(self.directory)}"
             raise LongscanError(f"{_words(error)}\n{self._last_good()} {remedy}") from error
+        except KeyboardInterrupt:
+            self.say(f"stopped at once. {self._last_good()} Continue with: {self.again(self.directory)}")
+            raise
         finally:
             self.metrics.close()
         return RunResult(
@@ -199,6 +259,7 @@ class Run(ABC, Generic[C]):
             total=trainer.total,
             stopped_by=None if self._complete() else signals.received,
             valid=self.metrics.last(self.valid_key),
+            scores=self.metrics.latest("valid_"),
         )
 
     @classmethod
@@ -211,16 +272,19 @@ class Run(ABC, Generic[C]):
         return f"longscan {cls.verb} --resume {directory}"
 
     @classmethod
-    def begin(cls, config: C, out: str | Path, display: Display | None = None) -> RunResult:
+    def begin(
+        cls, config: C, out: str | Path, display: Display | None = None, *, figures: bool = True
+    ) -> RunResult:
         """Start a new run.
 
         Args:
             config: its settings.
             out: its directory, new or empty.
             display: receives progress; silent if None.
+            figures: whether loss.png is drawn.
 
         Returns:
-            How it ended: SIGINT and SIGTERM end a run in good order after the step in hand.
+            How it ended: SIGINT, SIGTERM and SIGHUP end a run in good order after the step in hand.
 
         Raises:
             LongscanError: the data, the directory or the configuration cannot be used; or later, the disk is
@@ -240,23 +304,30 @@ class Run(ABC, Generic[C]):
         with lock(directory), closing(display or Display()) as display:
             refuse_content(directory)
             try:
-                write_json(directory / SETTINGS, {VERB: cls.verb, **config.to_dict()})
-                run = cls(directory, config, display)
+                write_settings(directory, cls.verb, config.to_dict())
+                run = cls(directory, config, display, figures=figures)
             except BaseException:  # nothing is trained yet: leave no trace, the command may be given again
-                _empty(directory, remove=not existed)
+                empty(directory, remove=not existed)
                 raise
             return run.go()
 
     @classmethod
     def resume(
-        cls, out: str | Path, changes: dict[str, Any] | None = None, display: Display | None = None
+        cls,
+        out: str | Path,
+        changes: dict[str, Any] | None = None,
+        display: Display | None = None,
+        *,
+        figures: bool = True,
     ) -> RunResult:
         """Continue a run from its newest complete checkpoint, bit for bit.
 
         Args:
             out: its directory.
-            changes: settings to change: only those that cannot change the weights.
+            changes: settings to change: those that cannot change the weights, and more steps or epochs, also
+                of a finished run. The steps that are left then follow the schedule of the new length.
             display: receives progress; silent if None.
+            figures: whether loss.png is drawn.
 
         Returns:
             How it ended.
@@ -265,59 +336,24 @@ class Run(ABC, Generic[C]):
             LongscanError: there is no run, it is another verb's, it is running, a setting must not change; or
                 as `begin`.
         """
-        directory = Path(out)
+        directory, changes = Path(out), dict(changes or {})
+        if "steps" in changes or "epochs" in changes:
+            changes = {"steps": None, "epochs": None, **changes}
         stored = cls.settings.from_dict(read_settings(directory, cls.verb))
         with lock(directory), closing(display or Display()) as display:
-            config = stored.replace(**(changes or {})).absolute()
-            _refuse_changes(config, stored, directory)
+            config = stored.replace(**changes).absolute()
+            _refuse_changes(config, stored, directory, longer=True)
             use_threads(config.threads)
-            return cls(directory, config, display).go()
+            return cls(directory, config, display, figures=figures, before=stored).go()
 
-    @classmethod
-    def serve(
-        cls, out: Path | None, resume_from: Path | None, recipe: Path | None, given: dict[str, Any]
-    ) -> RunResult:
-        """Do what a command line asks for and say how it ended if it was stopped.
-
-        Args:
-            out: the directory of a new run, or
-            resume_from: of an earlier one.
-            recipe: settings in a file.
-            given: flags.
-
-        Returns:
-            How it ended, if it is complete.
-
-        Raises:
-            UsageError: flags that contradict each other or have impossible values.
-            typer.Exit: it was stopped.
-        """
-        given = {name: value for name, value in given.items() if value is not None and value != []}
-        if (out is None) == (resume_from is None):
-            raise UsageError("give either --out DIR for a new run or --resume DIR to continue one.")
-        keep_memory()
-        if resume_from is not None:
-            if recipe is not None:
-                raise UsageError("--config is for a new run: --resume takes the settings the run began with.")
-            result = cls.resume(resume_from, given, Terminal(given.get("log_every", 10)))
-        else:
-            assert out is not None
-            config = read_recipe(recipe, given, cls.settings)
-            torch.manual_seed(config.seed)
-            result = cls.begin(config, out, Terminal(config.log_every))
-        if result.stopped_by is not None:
-            remedy = f"continue with: {cls.again(result.directory)}"
-            typer.echo(f"stopped after step {result.step:,}; {remedy}", err=True)
-            raise typer.Exit(130 if result.stopped_by == signal.SIGINT else 0)
-        return result
-
-    def _load(self) -> None:
-        """Go on from the newest whole checkpoint, or from the start if there is none."""
+    def _load(self, before: C) -> None:
+        """Go on from the newest whole checkpoint, made with the settings `before`, or else from the start."""
         found = self.checkpoints.newest(self.display.line)
         if found:
             self.saved, state = found
-            _refuse_changes(self.config, self.settings.from_dict(state["config"]), self.saved)
-            if state["data"] != self.fingerprint():
+            settings = self.settings.from_dict(state["config"])
+            _refuse_changes(before, settings, self.saved, longer=bool(self.trainer.earlier))
+            if state["data"] != self.fingerprint:
                 raise LongscanError(
                     f"the data in {self.directory} is not what {self.saved} was trained on, or an earlier "
                     "version of longscan shuffled it into another order. Begin a new run."
@@ -328,6 +364,22 @@ class Run(ABC, Generic[C]):
         self.metrics.rewind(self.trainer.step_number)
         if found:
             self.display.line(f"resumed    after step {self.trainer.step_number:,}")
+            if self.trainer.done:
+                self.display.line("finished   more --steps or --epochs continue it")
+
+    def _lengthen(self, before: C, total: int) -> None:
+        """Make the run longer: in the settings of its directory, and the schedule from here on."""
+        config, trainer = self.config, self.trainer
+        step, new = trainer.step_number, trainer.total
+        if step:
+            trainer.earlier.append((step, total))
+        settings = before.replace(steps=config.steps, epochs=config.epochs)
+        write_settings(self.directory, self.verb, settings.to_dict(), trainer.earlier)
+        change = ""
+        if step and config.schedule != "noam":
+            old, now = learning_rate(config, step - 1, total), learning_rate(config, step, new)
+            change = f": the learning rate goes from {old:.2g} to {now:.2g}, as in a run of {new:,} steps"
+        self.display.line(f"longer     {new:,} steps instead of {total:,}{change}")
 
     def _step(self) -> None:
         """Do one step, write its metrics, show it."""
@@ -338,22 +390,27 @@ class Run(ABC, Generic[C]):
         tokens = (self.metrics.last("tokens") or 0) + report.tokens
         self.metrics.write({**vars(report), "tokens": tokens, "seconds": round(self.seconds, 3)})
         seconds = sum(taken for taken, _ in self.recent)
-        valid = self.metrics.last(self.valid_key)
         self.display.show(
             Snapshot(
                 step=report.step,
                 total=self.trainer.total,
                 loss=report.loss,
-                valid=None if valid is None else f"{valid:.3f} {self.valid_unit}",
+                valid=self._valid,
                 tokens_per_second=sum(count for _, count in self.recent) / seconds,
                 seconds_left=(self.trainer.total - report.step) * seconds / len(self.recent),
             )
         )
 
+    @property
+    def _valid(self) -> str | None:
+        """The last validation, in words."""
+        valid = self.metrics.last(self.valid_key)
+        return None if valid is None else f"{valid:.3f} {self.valid_unit}"
+
     def _save(self) -> None:
         """Write a checkpoint; the metrics up to it reach the disk first."""
         self.metrics.sync()
-        extra = {"config": self.config.to_dict(), "data": self.fingerprint(), "seconds": self.seconds}
+        extra = {"config": self.config.to_dict(), "data": self.fingerprint, "seconds": self.seconds}
         self.saved = self.checkpoints.save(self.trainer, extra)
         release_memory()
 
@@ -369,13 +426,14 @@ class Run(ABC, Generic[C]):
 
     def _plot(self) -> None:
         """Draw the curves if matplotlib is there; say it once if it is not."""
+        if not self.figures:
+            return
         try:
             path = self.directory / "loss.png"
-            plot_losses(self.metrics.records, path, self.valid_key, f"validation ({self.valid_unit})")
+            plot_losses(self.metrics.records, path, self.unit, self.score, self.scores)
         except LongscanError as error:
-            if not self.plotless:
-                self.display.line(f"no loss.png: {error}")
-            self.plotless = True
+            self.display.line(f"no loss.png: {error}")
+            self.figures = False
 
     def _finish(self) -> None:
         """Save what is not saved and write the model for others to load."""
@@ -392,25 +450,15 @@ class Run(ABC, Generic[C]):
         return f"The last good checkpoint is {self.saved}." if self.saved else "There is no checkpoint yet."
 
 
-def _refuse_changes(config: RunConfig, stored: RunConfig, place: Path) -> None:
-    """Insist that a run goes on with the settings it began with."""
-    if changed := config.changed(stored):
+def _refuse_changes(config: RunConfig, stored: RunConfig, place: Path, *, longer: bool) -> None:
+    """Insist that a run goes on with the settings it began with, but for its length if it may be `longer`."""
+    changed = [name for name in config.changed(stored) if not (longer and name in ("steps", "epochs"))]
+    if changed:
         name = changed[0]
         raise UsageError(
             f"{name} cannot change in the middle of a run: {place} was made with {getattr(stored, name)!r}, "
             f"got {getattr(config, name)!r}. Leave it out, or start a new run."
         )
-
-
-def _empty(directory: Path, *, remove: bool) -> None:
-    """Take back what the preparation of a failed run wrote into its directory, which was empty before."""
-    for path in directory.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-    if remove:
-        directory.rmdir()
 
 
 def _words(error: Exception) -> str:

@@ -8,20 +8,32 @@ import json
 import os
 import shutil
 import signal
+import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from longscan.errors import LongscanError
-from longscan.files import atomic_write, read_json
+from longscan.files import atomic_write, read_json, write_json, writing
 
-__all__ = ["SETTINGS", "VERB", "Metrics", "Signals", "lock", "read_settings", "refuse_content"]
+__all__ = [
+    "SETTINGS",
+    "Metrics",
+    "Signals",
+    "empty",
+    "lock",
+    "read_earlier",
+    "read_settings",
+    "refuse_content",
+    "write_settings",
+]
 
 SETTINGS = "train.json"  # the resolved configuration; it also marks a directory as a run's
 VERB = "verb"  # a key in it: what resumes the run
+EARLIER = "earlier"  # another: [step, total], until which step the run was to have how many in all
 LOCK = ".lock"
 
 
@@ -35,26 +47,76 @@ def lock(directory: Path) -> Iterator[None]:
         directory: the run's.
 
     Raises:
-        LongscanError: another process holds it; the message says which.
+        LongscanError: another process holds it; the message says which. Or there are links in it, through
+            which a run would write elsewhere.
         OSError: the directory is not writable.
     """
-    with open(
-        directory / LOCK, "a+", encoding="ascii"
-    ) as file:  # never removed: another may be waiting at it
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise LongscanError(
-                f"{directory} is in use: process {file.read().strip() or 'unknown'} is training there. "
-                "Wait for it, stop it with Ctrl-C, or choose another directory."
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    _refuse_links(directory)
+    path = directory / LOCK
+    with _locked(path) as file:
+        with writing(path):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         for leftover in directory.glob(".*.new"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[TextIO]:
+    """Open and lock the file, the one that has this name once it is locked."""
+    while True:
+        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with open(number, "r+", encoding="utf-8", errors="replace") as file:
+            status = os.fstat(number)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                raise LongscanError(f"{path} is another file's name too, or no file. Remove it.")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = file.read(20).strip() or "unknown"
+                raise LongscanError(
+                    f"{path.parent} is in use: process {owner} is training there. "
+                    "Wait for it, stop it with Ctrl-C, or choose another directory."
+                ) from None
+            try:
+                current = os.path.samestat(os.fstat(number), os.lstat(path))
+            except FileNotFoundError:
+                current = False
+            if current:  # else a start that failed has removed it in the meantime
+                yield file
+                return
+
+
+def _refuse_links(directory: Path) -> None:
+    """Insist that what a run writes stays in its directory."""
+    for path in (*directory.glob("*"), *directory.glob("checkpoints/*")):
+        if path.is_symlink():
+            raise LongscanError(
+                f"{path} is a link to {os.readlink(path)}: a run writes nothing outside its directory. "
+                "Replace the link by what it points to, or remove it."
+            )
+
+
+def empty(directory: Path, *, remove: bool) -> None:
+    """Take back what the preparation of a failed run wrote into its directory, which was empty before.
+
+    Args:
+        directory: the run's, locked.
+        remove: whether to remove it too.
+    """
+    for path in directory.iterdir():
+        if path.name == LOCK:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    (directory / LOCK).unlink(missing_ok=True)  # last: from here on another run may begin here
+    if remove:
+        with contextlib.suppress(OSError):
+            directory.rmdir()
 
 
 def refuse_content(directory: Path) -> None:
@@ -108,7 +170,44 @@ def read_settings(directory: Path, verb: str) -> dict[str, Any]:
         raise LongscanError(
             f"{directory} is a run of another kind. Continue it with: longscan {actual} --resume {directory}"
         )
-    return {name: value for name, value in read_json(directory / SETTINGS).items() if name != VERB}
+    fields = read_json(directory / SETTINGS)
+    return {name: value for name, value in fields.items() if name not in (VERB, EARLIER)}
+
+
+def read_earlier(directory: Path) -> list[tuple[int, int]]:
+    """Return until which step a run was to have how many in all, if it was made longer.
+
+    Args:
+        directory: the run's.
+
+    Raises:
+        LongscanError: its settings say something else there.
+    """
+    pairs = read_json(directory / SETTINGS).get(EARLIER, [])
+    if isinstance(pairs, list) and all(map(_is_length, pairs)):
+        return [(until, total) for until, total in pairs]
+    raise LongscanError(f"{directory / SETTINGS}: {EARLIER}: expected pairs of steps, got {pairs!r}.")
+
+
+def _is_length(pair: Any) -> bool:
+    """Tell whether a JSON value is a step and the length of a run that it lies in."""
+    numbers = isinstance(pair, list) and [type(number) for number in pair] == [int, int]
+    return numbers and 0 < pair[0] <= pair[1]
+
+
+def write_settings(
+    directory: Path, verb: str, settings: dict[str, Any], earlier: Sequence[tuple[int, int]] = ()
+) -> None:
+    """Write what `read_settings` and `read_earlier` read.
+
+    Args:
+        directory: the run's.
+        verb: what resumes the run.
+        settings: the fields of its configuration.
+        earlier: until which step it was to have how many in all.
+    """
+    lengths = {EARLIER: [list(pair) for pair in earlier]} if earlier else {}
+    write_json(directory / SETTINGS, {VERB: verb, **lengths, **settings})
 
 
 def _verb(directory: Path) -> str:
@@ -143,7 +242,8 @@ class Metrics:
                 break
             self._keep(record)
         atomic_write(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - `close` closes it
+        number = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._file = open(number, "a", encoding="utf-8")  # noqa: SIM115 - `close` closes it
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; it survives the death of this process from here on.
@@ -151,17 +251,15 @@ class Metrics:
         Args:
             record: JSON values, among them `step`.
         """
-        try:
+        with writing(self.path):
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
-        except OSError as error:
-            error.filename = str(self.path)  # the system does not say where
-            raise
         self._keep(record)
 
     def sync(self) -> None:
         """Make what is written survive a power cut as well."""
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
@@ -176,6 +274,15 @@ class Metrics:
             key: of the record.
         """
         return self._newest.get(key, (-1, None))[0] == step
+
+    def latest(self, prefix: str) -> dict[str, float]:
+        """Return the newest value of every key that begins with a prefix and has numbers.
+
+        Args:
+            prefix: of the keys.
+        """
+        newest = {key: value for key, (_, value) in self._newest.items() if key.startswith(prefix)}
+        return {key: value for key, value in newest.items() if isinstance(value, (int, float))}
 
     def last(self, key: str) -> Any:
         """Return the newest value of a key, or None.
@@ -192,7 +299,12 @@ class Metrics:
 
 
 class Signals:
-    """Catches SIGINT and SIGTERM while a run goes on; the second SIGINT is an ordinary KeyboardInterrupt."""
+    """Catches SIGINT, SIGTERM and SIGHUP while a run goes on; a second SIGINT is a KeyboardInterrupt.
+
+    What the process was started to ignore, as nohup does with SIGHUP, it goes on ignoring.
+    """
+
+    CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -201,7 +313,9 @@ class Signals:
         # Python allows handlers in the main thread only; elsewhere signals are the caller's affair.
         main = threading.current_thread() is threading.main_thread()
         self._before = {
-            number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM) if main
+            number: signal.signal(number, self._handle)
+            for number in self.CAUGHT
+            if main and signal.getsignal(number) != signal.SIG_IGN
         }
         return self
 

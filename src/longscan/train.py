@@ -6,7 +6,6 @@ model is that of the last step, not of the best validation.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -14,7 +13,7 @@ import torch
 import typer
 from torch import Tensor
 
-from longscan.checkpoint import save
+from longscan.config import count
 from longscan.data import TokenDataset, windows
 from longscan.errors import UsageError
 from longscan.generate import generate
@@ -31,18 +30,23 @@ from longscan.recipe import (
     read_recipe,
 )
 from longscan.run import Run, RunResult
+from longscan.run_command import Out, Recipe, Resume, finished, run_command
 from longscan.runs import SETTINGS, Signals, read_settings
+from longscan.tokenizer import Tokenizer
 
 __all__ = ["TrainConfig", "command", "resume", "train"]
 
 
-def train(config: TrainConfig, out: str | Path, display: Display | None = None) -> RunResult:
+def train(
+    config: TrainConfig, out: str | Path, display: Display | None = None, *, figures: bool = True
+) -> RunResult:
     """Train a new model; see `Run.begin`.
 
     Args:
         config: the run.
         out: the run's directory, new or empty.
         display: receives progress; silent if None.
+        figures: whether loss.png is drawn.
 
     Returns:
         How it ended; `valid` in bits per byte, in nats for a BERT.
@@ -50,18 +54,23 @@ def train(config: TrainConfig, out: str | Path, display: Display | None = None) 
     Raises:
         LongscanError: as `Run.begin`.
     """
-    return _run_of(config.model).begin(config, out, display)
+    return _run_of(config.model).begin(config, out, display, figures=figures)
 
 
 def resume(
-    out: str | Path, changes: dict[str, Any] | None = None, display: Display | None = None
+    out: str | Path,
+    changes: dict[str, Any] | None = None,
+    display: Display | None = None,
+    *,
+    figures: bool = True,
 ) -> RunResult:
     """Continue a run from its newest complete checkpoint, bit for bit; see `Run.resume`.
 
     Args:
         out: the run's directory.
-        changes: settings to change: only those that cannot change the weights.
+        changes: settings to change: those that cannot change the weights, and more steps or epochs.
         display: receives progress; silent if None.
+        figures: whether loss.png is drawn.
 
     Returns:
         How it ended; `valid` in bits per byte, in nats for a BERT.
@@ -69,7 +78,7 @@ def resume(
     Raises:
         LongscanError: as `Run.resume`.
     """
-    return _run_of(_model_in(Path(out))).resume(out, changes, display)
+    return _run_of(_model_in(Path(out))).resume(out, changes, display, figures=figures)
 
 
 class LanguageRun(Run[TrainConfig]):
@@ -78,8 +87,10 @@ class LanguageRun(Run[TrainConfig]):
     verb = "train"
     settings = TrainConfig
     valid_key, valid_unit = "valid_bits_per_byte", "bits/byte"
+    trained_on = ("data/meta.json",)
+    tokenizer: Tokenizer
 
-    def prepare(self) -> tuple[Model, int]:
+    def prepare(self) -> tuple[Model, int, int]:
         """Make tokenizer, tokens and model."""
         config = self.config
         if not config.data:
@@ -91,21 +102,15 @@ class LanguageRun(Run[TrainConfig]):
         self.dataset = TokenDataset(self.tokens.train.path, config.seq_len, rows, config.seed)
         if self.tokens.valid:
             next(windows(self.tokens.valid.path, config.seq_len))  # too short? better known now than later
-        total = config.total_steps(self.dataset.windows_per_epoch, rows)
         self.model = cast(LanguageModel, make_model(config, self.tokenizer.vocab_size))
-        return self.model, total
+        return self.model, self.dataset.windows_per_epoch, rows
 
-    def introduce(self) -> None:
-        """Say what is trained on what."""
-        train, valid, model = self.tokens.train, self.tokens.valid, self.model
+    def describe(self) -> tuple[str, str]:
+        """Return what is trained on, and what a step takes of it."""
+        train, valid = self.tokens.train, self.tokens.valid
         held_out = f"{valid.tokens:,} held out" if valid else "none held out: no validation"
-        self.display.line(f"data       {train.tokens:,} tokens of {train.bytes / 1e6:.1f} MB, {held_out}")
-        total, rows = self.trainer.total, self.dataset.batch_size
-        epochs = total * rows / self.dataset.windows_per_epoch
-        self.display.line(
-            f"model      {self.config.model} of {model.num_parameters() / 1e6:.2f} M parameters, "
-            f"{total:,} steps of {self.config.tokens_per_step:,} tokens ({epochs:.3g} epochs)"
-        )
+        data = f"{count(train.tokens, 'token')} of {train.bytes / 1e6:.1f} MB, {held_out}"
+        return data, count(self.config.tokens_per_step, "token")
 
     def batch(self, step: int) -> list[tuple[Tensor, int]]:
         """Return the ids of a step in parts (batch_size, seq_len + 1).
@@ -126,14 +131,6 @@ class LanguageRun(Run[TrainConfig]):
         loss: Tensor = model(part, labels=part, return_logits=False).loss
         return loss
 
-    def fingerprint(self) -> str:
-        """Identify the tokens trained on."""
-        return hashlib.sha256((self.tokens.directory / "meta.json").read_bytes()).hexdigest()
-
-    def export(self, directory: Path) -> None:
-        """Write the model of the last step, not of the best validation, in Hugging Face layout."""
-        save(self.model, directory, self.tokenizer)
-
     @property
     def validates(self) -> bool:
         """Whether text is held out."""
@@ -143,15 +140,15 @@ class LanguageRun(Run[TrainConfig]):
     def validate(self, signals: Signals, *, last: bool) -> dict[str, Any] | None:
         """Measure the loss on held-out windows in nats per token, and in bits per byte."""
         assert self.tokens.valid is not None
-        config, total, count = self.config, 0.0, 0
+        config, total, n = self.config, 0.0, 0
         limit = None if last else config.eval_windows
         for ids in windows(self.tokens.valid.path, config.seq_len, batch_size=config.batch_size, limit=limit):
             if signals.received:
                 return None
             predicted = ids.shape[0] * (ids.shape[1] - 1)
             total += self.loss(self.model, ids).item() * predicted
-            count += predicted
-        loss = total / count
+            n += predicted
+        loss = total / n
         return {"valid_loss": loss, "valid_bits_per_byte": self.tokens.valid.bits_per_byte(loss)}
 
     def report(self, signals: Signals) -> None:
@@ -190,11 +187,9 @@ def _model_in(directory: Path) -> str:
 
 def command(
     data: Annotated[list[str] | None, typer.Argument(help="Text files or folders.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory of the new run.")] = None,
-    resume_from: Annotated[
-        Path | None, typer.Option("--resume", help="Continue the run in this directory.")
-    ] = None,
-    recipe: Annotated[Path | None, typer.Option("--config", help="TOML file of settings; flags win.")] = None,
+    out: Out = None,
+    resume_from: Resume = None,
+    recipe: Recipe = None,
     **settings: Any,
 ) -> None:
     """Train a model on text files, or resume a run after any kind of stop.
@@ -216,12 +211,11 @@ def command(
     given = {name: value for name, value in {"data": data, **settings}.items() if value not in (None, [])}
     model = _model_in(resume_from) if resume_from else read_recipe(recipe, given).model
     run = _run_of(model)
-    result = run.serve(out, resume_from, recipe, given)
-    measured = f" · {result.valid:.4f} {run.valid_unit} on held-out text" if result.valid is not None else ""
+    result = run_command(run, out, resume_from, recipe, given)
+    measured = f"{result.valid:.4f} {run.valid_unit} on held-out text" if result.valid is not None else ""
     place = result.directory / "model"
     masked = f'fill-mask {place} "the [MASK] of the day"'
-    remedy = masked if run is PretrainRun else f"generate --model {place}"
-    typer.echo(f"trained {result.total:,} steps{measured} · try: longscan {remedy}")
+    finished(result, measured, masked if run is PretrainRun else f"generate --model {place}")
 
 
 add_flags(command, TrainConfig)

@@ -1,7 +1,7 @@
 """The engine under every training: optimizer steps, and checkpoints from which a run goes on bit for bit.
 
 Everything random is a function of the seed and the step number, so a checkpoint is the weights, the moments
-of AdamW, torch's random state and one integer. Nothing is pickled: tensors in safetensors, the rest in JSON.
+of AdamW and one integer. Nothing is pickled: tensors in safetensors, the rest in JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from longscan.files import atomic_directory, read_json, write_json
 from longscan.models import Model
 from longscan.recipe import RunConfig
 
-__all__ = ["Checkpoints", "DivergedError", "StepReport", "Trainer", "learning_rate"]
+__all__ = ["Checkpoints", "DivergedError", "StepReport", "Trainer", "learning_rate", "step_seed"]
 
 
 def learning_rate(config: RunConfig, step: int, total: int, d_model: int = 1) -> float:
@@ -53,6 +52,23 @@ def learning_rate(config: RunConfig, step: int, total: int, d_model: int = 1) ->
     return config.final_lr + (config.lr - config.final_lr) * left
 
 
+def step_seed(seed: int, step: int) -> int:
+    """Return the seed of all that a step draws, such as dropout: it depends on nothing that came before.
+
+    Args:
+        seed: the run's.
+        step: steps done so far, from 0.
+
+    Returns:
+        63 bits that no two steps or runs are likely to share.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:8], "big") >> 1
+
+
+class _OtherFormatError(LongscanError):
+    """A checkpoint is of another version."""
+
+
 class DivergedError(LongscanError):
     """The loss or the gradient is not finite."""
 
@@ -78,6 +94,8 @@ class Trainer:
         batch: step number -> the parts of its batch and how many tokens each predicts; the same parts
             whenever it is asked.
         loss: model, part -> the mean loss of a token; a step descends the mean over the tokens of all parts.
+            A loss that is a sum of means over different things is the vector of its terms, and `batch` then
+            says of each part how many things each term means, the tokens first.
 
     Raises:
         UsageError: the schedule is noam and the model has no d_model.
@@ -88,7 +106,7 @@ class Trainer:
         model: Model,
         config: RunConfig,
         total: int,
-        batch: Callable[[int], Sequence[tuple[Any, int]]],
+        batch: Callable[[int], Sequence[tuple[Any, int | tuple[int, ...]]]],
         loss: Callable[[Any, Any], Tensor],
     ) -> None:
         self.model, self.config, self.total, self.batch, self.loss = model, config, total, batch, loss
@@ -96,6 +114,7 @@ class Trainer:
         if config.schedule == "noam" and self.d_model is None:
             raise UsageError("--schedule noam: expected a model with a d_model, this one has none.")
         self.step_number = 0  # steps done
+        self.earlier: list[tuple[int, int]] = []  # until which step the run was to have how many in all
         self.optimizer = torch.optim.AdamW(
             model.param_groups(config.weight_decay),
             lr=config.lr,
@@ -118,14 +137,17 @@ class Trainer:
         Raises:
             DivergedError: the loss or the gradient is not finite; the weights are those before the step.
         """
-        rate = learning_rate(self.config, self.step_number, self.total, self.d_model or 1)
-        parts = self.batch(self.step_number)
-        total = sum(tokens for _, tokens in parts)
+        length = next((total for until, total in self.earlier if self.step_number < until), self.total)
+        rate = learning_rate(self.config, self.step_number, length, self.d_model or 1)
+        parts = [(part, torch.tensor(count).reshape(-1)) for part, count in self.batch(self.step_number)]
+        totals = torch.stack([counts for _, counts in parts]).sum(0)
+        torch.manual_seed(step_seed(self.config.seed, self.step_number))
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         mean = 0.0
-        for part, tokens in parts:
-            loss = self.loss(self.model, part) * (tokens / total)
+        for part, counts in parts:
+            terms = self.loss(self.model, part).reshape(-1)
+            loss = (terms * (counts / totals.clamp(min=1)).to(terms)).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             mean += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
@@ -136,10 +158,10 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
         self.step_number += 1
-        return StepReport(self.step_number, total, mean, rate, norm)
+        return StepReport(self.step_number, int(totals[0]), mean, rate, norm)
 
     def save(self, directory: Path) -> None:
-        """Write weights, optimizer and random state into an existing directory.
+        """Write weights and optimizer into an existing directory.
 
         Args:
             directory: receives `model.safetensors` and `optimizer.safetensors`.
@@ -154,7 +176,7 @@ class Trainer:
             for name, parameter in self.model.named_parameters()
             for key, value in self.optimizer.state[parameter].items()
         }
-        save_file({**moments, "random_state": torch.get_rng_state()}, directory / "optimizer.safetensors")
+        save_file(moments, directory / "optimizer.safetensors")
 
     def load(self, directory: Path, step: int) -> None:
         """Take over what `save` wrote.
@@ -168,7 +190,6 @@ class Trainer:
         """
         weights = load_file(directory / "model.safetensors")
         moments = load_file(directory / "optimizer.safetensors")
-        torch.set_rng_state(moments.pop("random_state"))
         parameters = dict(self.model.named_parameters())
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         if shapes != {name: tuple(tensor.shape) for name, tensor in weights.items()}:
@@ -192,6 +213,7 @@ class Checkpoints:
     """
 
     FILES = ("model.safetensors", "optimizer.safetensors")
+    FORMAT = 2  # 1 kept torch's random state, which said nothing before the first checkpoint
 
     def __init__(self, root: Path, keep: int = 2) -> None:
         self.root, self.keep = root, keep
@@ -214,10 +236,10 @@ class Checkpoints:
             with atomic_directory(target) as directory:
                 trainer.save(directory)
                 hashes = {name: _sha256(directory / name) for name in self.FILES}
-                state = {"format": 1, "step": trainer.step_number, "sha256": hashes, **extra}
+                state = {"format": self.FORMAT, "step": trainer.step_number, "sha256": hashes, **extra}
                 write_json(directory / "state.json", state)
-        except (OSError, SafetensorError) as error:
-            raise LongscanError(f"checkpoint {target} could not be written: {error}.") from error
+        except OSError as error:
+            raise LongscanError(f"checkpoint {target} could not be written: {error.strerror}.") from error
         self._prune()
         return target
 
@@ -231,16 +253,24 @@ class Checkpoints:
             Its directory and its state, or None if the run has none yet.
 
         Raises:
-            LongscanError: there are some, but none is whole.
+            LongscanError: there are some, but none is whole, or one is of another version of longscan.
         """
         for directory in self.directories():
             try:
                 state = read_json(directory / "state.json")
+                if "format" in state and state["format"] != self.FORMAT:
+                    raise _OtherFormatError(
+                        f"{directory}: expected a checkpoint of format {self.FORMAT}, got "
+                        f"{state['format']!r}, which another version of longscan wrote. "
+                        "Finish the run with that version, or start anew."
+                    )
                 for name in self.FILES:
                     if _sha256(directory / name) != state["sha256"][name]:
                         raise LongscanError(f"{name} is damaged (its hash is not the recorded one).")
                 if state["step"] != self.step_of(directory):
                     raise LongscanError("it records another step than its name says.")
+            except _OtherFormatError:
+                raise
             except (OSError, LongscanError, KeyError, TypeError) as error:
                 warn(f"skipping checkpoint {directory}: {error}")
                 continue

@@ -23,14 +23,16 @@ from torch import Tensor
 
 from longscan.bleu import TOKENIZERS, score
 from longscan.checkpoint import load_translator, save
+from longscan.config import count
 from longscan.errors import LongscanError, UsageError
 from longscan.files import atomic_directory, atomic_write, read_json, write_json
 from longscan.generate import use_threads, utf8
 from longscan.models import Model, Translator
-from longscan.order import HELD_OUT, VERSION, RandomStream
+from longscan.order import HELD_OUT, RandomStream
 from longscan.pairs import EOS, SPECIAL, Batch, Batches, IdPairs, TextPairs, read_pairs
 from longscan.recipe import FreshConfig, add_flags, make_model, model_settings, setting
 from longscan.run import Run
+from longscan.run_command import Out, Recipe, Resume, finished, run_command
 from longscan.runs import Signals
 from longscan.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from longscan.translation import describe, mean_loss, measure, translate
@@ -106,8 +108,11 @@ class TranslateRun(Run[TranslateConfig]):
     verb = "translate train"
     settings = TranslateConfig
     valid_key, valid_unit = "valid_perplexity", "perplexity"
+    score, scores = "BLEU of greedy translations", {"valid_bleu": "BLEU"}
+    trained_on = ("data/train.safetensors",)
+    tokenizer: Tokenizer
 
-    def prepare(self) -> tuple[Model, int]:
+    def prepare(self) -> tuple[Model, int, int]:
         """Make tokenizer, pairs and model."""
         config = self.config
         if not config.source:
@@ -132,18 +137,14 @@ class TranslateRun(Run[TranslateConfig]):
             if (file := place / f"{side}_embeddings.safetensors").is_file():
                 known = load_weights(file)
                 self.model.load_vectors(known["ids"], known["vectors"], cast(Any, side))
-        return self.model, config.total_steps(len(self.batches))
+        return self.model, len(self.batches), 1
 
-    def introduce(self) -> None:
-        """Say what is trained on what."""
-        tokens, total = int(self.pairs.target_lengths.sum()), self.trainer.total
-        held_out = f"{len(self.valid):,} pairs held out"
-        self.display.line(f"data       {len(self.pairs):,} pairs, {tokens:,} target tokens, {held_out}")
-        self.display.line(
-            f"model      {self.config.model} of {self.model.num_parameters() / 1e6:.2f} M parameters, "
-            f"{total:,} steps of {tokens / len(self.batches):,.0f} target tokens "
-            f"({total / len(self.batches):.3g} epochs)"
-        )
+    def describe(self) -> tuple[str, str]:
+        """Return what is trained on, and what a step takes of it."""
+        tokens = int(self.pairs.target_lengths.sum())
+        held_out = f"{count(len(self.valid), 'pair')} held out"
+        data = f"{count(len(self.pairs), 'pair')}, {count(tokens, 'target token')}, {held_out}"
+        return data, count(round(tokens / len(self.batches)), "target token")
 
     def batch(self, step: int) -> list[tuple[Batch, int]]:
         """Return the sentences of a step, in one part."""
@@ -154,10 +155,6 @@ class TranslateRun(Run[TranslateConfig]):
         """Return the mean loss of the next target token."""
         source, target = part.source.to(self.config.device), part.target.to(self.config.device)
         return model.loss(source, target, self.config.label_smoothing)
-
-    def fingerprint(self) -> str:
-        """Identify the pairs trained on, and their order."""
-        return f"order-{VERSION} {self.pairs.fingerprint()}"
 
     def export(self, directory: Path) -> None:
         """Write the mean of the last checkpoints."""
@@ -177,11 +174,6 @@ class TranslateRun(Run[TranslateConfig]):
         """As many checkpoints as are averaged."""
         return max(2, self.config.average)
 
-    @property
-    def validates(self) -> bool:
-        """Always: there are held-out pairs."""
-        return True
-
     @torch.inference_mode()
     def validate(self, signals: Signals, *, last: bool) -> dict[str, Any] | None:
         """Measure perplexity on all held-out pairs, BLEU on some, all of them at the end."""
@@ -189,16 +181,17 @@ class TranslateRun(Run[TranslateConfig]):
             return None
         loss = mean_loss(self.model, self.valid, self.config.batch_tokens)
         found: dict[str, Any] = {"valid_loss": loss, "valid_perplexity": math.exp(min(loss, 700.0))}
-        count = len(self.text.source) if last and self.config.bleu_sentences else self.config.bleu_sentences
-        if count:
-            sources, references = self.text.source[:count], self.text.target[:count]
+        n = len(self.text.source) if last and self.config.bleu_sentences else self.config.bleu_sentences
+        if n:
+            sources, references = self.text.source[:n], self.text.target[:n]
             hypotheses = [each.text for each in translate(self.model, self.tokenizer, sources, beam_size=1)]
             shown = self.trainer.step_number % len(sources)
             found["sample"] = {"source": sources[shown], "translation": hypotheses[shown]}
             self.say(f"{sources[shown]}\n  → {hypotheses[shown]}\n  = {references[shown]}")
             try:
                 found["valid_bleu"] = score(hypotheses, references)["bleu"]
-                self.say(f"greedy BLEU {found['valid_bleu']:.2f} on {len(sources):,} held-out sentences")
+                held_out = count(len(sources), "held-out sentence")
+                self.say(f"greedy BLEU {found['valid_bleu']:.2f} on {held_out}")
             except LongscanError as error:
                 self.display.line(str(error))
         return found
@@ -215,7 +208,7 @@ class TranslateRun(Run[TranslateConfig]):
             n_valid = min(VALID_MOST, int(VALID_SHARE * len(order)))
             if not n_valid:
                 raise LongscanError(
-                    f"{config.source}: {len(order)} pairs are too few to hold some out. Name others with "
+                    f"{config.source}: too few pairs to hold some out ({len(order)}). Name others with "
                     "--valid-source and --valid-target."
                 )
             text, valid = text.select(sorted(order[n_valid:])), text.select(sorted(order[:n_valid]))
@@ -228,7 +221,7 @@ class TranslateRun(Run[TranslateConfig]):
                         f"no pair to {name} on is shorter than --max-len {config.max_len}: raise it."
                     )
                 if long := len(side.source) - len(kept.source):
-                    tell(f"{name}      {long:,} pairs of more than {config.max_len} tokens dropped")
+                    tell(f"{name}      {count(long, 'pair')} of more than {config.max_len} tokens dropped")
                 save_file(ids.arrays(), temporary / f"{name}.safetensors")
                 if name == "valid":
                     write_json(temporary / "valid.json", kept._asdict())
@@ -271,7 +264,7 @@ class TranslateRun(Run[TranslateConfig]):
         if not ids:
             raise LongscanError(f"{path}: none of its {vectors.total:,} words is a token of this vocabulary.")
         self.display.line(
-            f"vectors    {len(ids):,} tokens start from {path} ({vectors.format}); out of its "
+            f"vectors    {count(len(ids), 'token')} start from {path} ({vectors.format}); out of its "
             f"{vectors.total:,} words are {len(words) - len(ids):,} tokens, such as {', '.join(missing[-3:])}"
         )
         rows = np.array([found[token] for token in ids])
@@ -279,11 +272,9 @@ class TranslateRun(Run[TranslateConfig]):
 
 
 def train(
-    out: Annotated[Path | None, typer.Option(help="Directory of the new run.")] = None,
-    resume_from: Annotated[
-        Path | None, typer.Option("--resume", help="Continue the run in this directory.")
-    ] = None,
-    recipe: Annotated[Path | None, typer.Option("--config", help="TOML file of settings; flags win.")] = None,
+    out: Out = None,
+    resume_from: Resume = None,
+    recipe: Recipe = None,
     **settings: Any,
 ) -> None:
     """Train a translator on sentence pairs, or resume a run.
@@ -302,12 +293,9 @@ def train(
     Raises:
         UsageError: flags that contradict each other or have impossible values.
     """
-    result = TranslateRun.serve(out, resume_from, recipe, settings)
-    place = result.directory / "model"
-    typer.echo(
-        f"trained {result.total:,} steps · perplexity {result.valid:.2f} on held-out pairs · "
-        f'try: longscan translate text {place} "..."'
-    )
+    result = run_command(TranslateRun, out, resume_from, recipe, settings)
+    measured = f"perplexity {result.valid:.2f} on held-out pairs"
+    finished(result, measured, f'translate text {result.directory / "model"} "..."')
 
 
 add_flags(train, TranslateConfig)

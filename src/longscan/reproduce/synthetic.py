@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from longscan import ops, synthetics
-from longscan.checkpoint import load, save
+from longscan.checkpoint import load
+from longscan.config import count
 from longscan.models import LanguageModel, Model
 from longscan.order import EpochOrder
 from longscan.recipe import FreshConfig, make_model, setting
@@ -58,14 +60,15 @@ class SyntheticRun(Run[SyntheticConfig]):
 
     verb = "reproduce"
     settings = SyntheticConfig
-    valid_unit = "nats/answer"
+    valid_unit, unit = "nats/answer", "nats per answer"
+    score, scores = "accuracy", {"valid_accuracy": "accuracy"}
 
     @classmethod
     def again(cls, directory: Path) -> str:
         """Return the command that goes on with a run."""
         return "the same command"
 
-    def prepare(self) -> tuple[Model, int]:
+    def prepare(self) -> tuple[Model, int, int]:
         """Make the sequences and the model."""
         config = self.config
         draw = torch.Generator().manual_seed(_seed(config.seed, -1))
@@ -78,17 +81,14 @@ class SyntheticRun(Run[SyntheticConfig]):
         self.model = cast(LanguageModel, make_model(config, config.vocab_size))
         if config.start is not None:
             self.model.load_state_dict(load(config.start)[0].state_dict())
-        return self.model, config.total_steps(-(-config.train_examples // config.batch_size))
+        return self.model, -(-config.train_examples // config.batch_size), 1
 
-    def introduce(self) -> None:
-        """Say what is trained on what."""
-        config, total = self.config, self.trainer.total
+    def describe(self) -> tuple[str, str]:
+        """Return what is trained on, and what a step takes of it."""
+        config = self.config
         of = f"of {config.train_examples:,}" if config.train_examples else "new at every step"
-        self.display.line(f"data       {config.task}, {self.test.ids.shape[1]:,} tokens a sequence, {of}")
-        self.display.line(
-            f"model      {config.model} of {self.model.num_parameters():,} parameters, {total:,} steps of "
-            f"{config.batch_size} sequences"
-        )
+        data = f"{config.task}, {self.test.ids.shape[1]:,} tokens a sequence, {of}"
+        return data, count(config.batch_size, "sequence")
 
     def batch(self, step: int) -> list[tuple[Examples, int]]:
         """Return the sequences of a step."""
@@ -110,18 +110,10 @@ class SyntheticRun(Run[SyntheticConfig]):
         asked = targets != IGNORED
         return model.token_losses(hidden[asked], targets[asked]).mean()
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Identify the sequences: they follow from the settings."""
+        """The sequences: they follow from the settings."""
         return str(self.test.ids.sum().item())
-
-    def export(self, directory: Path) -> None:
-        """Write the model of the last step."""
-        save(self.model, directory)
-
-    @property
-    def validates(self) -> bool:
-        """Whether there is a test: always."""
-        return True
 
     def report(self, signals: Signals) -> None:
         """Measure if it is due, and end the run if that was enough."""

@@ -98,7 +98,6 @@ class Plan:
             changes = {} if self.threads is None else {"threads": self.threads}
             result = run.resume(directory, changes, display)
         else:
-            torch.manual_seed(config.seed)
             result = run.begin(config, directory, display)
         if result.stopped_by is not None:
             typer.echo(f"stopped after step {result.step:,}; the same command goes on", err=True)
