@@ -165,6 +165,7 @@ def test_what_is_fresh_is_told(cli: Any, config: ClassifyConfig, bert: Path, tmp
     )
     assert done.code == 0
     assert "fresh      classifier: not in" in done.err
+    assert done.out.startswith("trained 1 step · accuracy ")
     assert "36 texts of 2 classes, 36 cut at 8 tokens, 4 held out" in done.err
     assert "longscan classify predict" in done.out
 
@@ -201,9 +202,9 @@ def test_evaluate_and_predict(cli: Any, whole: Path, tmp_path: Path) -> None:
 def test_texts_that_are_cut_are_counted(cli: Any, whole: Path) -> None:
     done = cli("classify", "predict", whole / "model", "film " * 40, "film")
     assert (done.code, len(done.out.splitlines())) == (0, 2)
-    assert "1 of 2 texts were cut at 32 tokens" in done.err
+    assert "1 of 2 texts was cut at 32 tokens" in done.err
     done = cli("classify", "predict", whole / "model", "film " * 9, "--seq-len", 8)
-    assert "1 of 1 texts were cut at 8 tokens" in done.err
+    assert "1 of 1 text was cut at 8 tokens" in done.err
 
 
 def test_pairs(cli: Any, bert: Path, tmp_path: Path) -> None:
@@ -474,7 +475,7 @@ def test_files_of_sentence_transformers_are_minded(cli: Any, bert: Path, tmp_pat
     save(found.model, tmp_path / "model", found.tokenizer)
     (tmp_path / "model" / "sentence_bert_config.json").write_text('{"max_seq_length": 6}')
     done = cli("embed", tmp_path / "model", "film", GOOD)
-    assert "1 of 2 texts were cut at 6 tokens" in done.err
+    assert "1 of 2 texts was cut at 6 tokens" in done.err
     (tmp_path / "model" / "1_Pooling").mkdir()
     (tmp_path / "model" / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": false}')
     done = cli("embed", tmp_path / "model", "film", GOOD)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longscan.config import Config, nearest
+from longscan.config import Config, brief, count, nearest
 from longscan.errors import LongscanError
 
 
@@ -119,3 +119,19 @@ def test_replace_checks_and_leaves_the_original() -> None:
 def test_nearest() -> None:
     assert nearest("mmba", ["mamba", "s4"]) == "; did you mean 'mamba'?"
     assert nearest("xyz", ["s4", "mamba"]) == "; known: mamba, s4."
+
+
+@pytest.mark.parametrize(
+    ("n", "words"), [(0, "0 classes"), (1, "1 class"), (2, "2 classes"), (12345, "12,345 classes")]
+)
+def test_counts_have_their_nouns(n: int, words: str) -> None:
+    assert count(n, "class", "classes") == words
+    assert count(n, "step") == words.replace("classes", "steps").replace("class", "step")
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "words"),
+    [(99.6, 2, "100"), (0.0123, 2, "0.012"), (1234.4, 3, "1,234"), (3.14159, 3, "3.14"), (999.7, 3, "1,000")],
+)
+def test_brief_numbers_have_no_exponent(value: float, digits: int, words: str) -> None:
+    assert brief(value, digits) == words

@@ -213,7 +213,7 @@ def test_counts_of_hidden_words() -> None:
 def test_too_little_text(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("alpha has number 1 here.")
     files = prepare(tmp_path / "text.txt", SentenceTokenizer(TOKENIZER), tmp_path / "data", valid_fraction=0)
-    with pytest.raises(LongscanError, match="1 sentences: pairs need two"):
+    with pytest.raises(LongscanError, match="1 sentence: pairs need two"):
         dataset(files.train.path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tarfile
 import wave
@@ -368,6 +369,7 @@ def test_the_verbs(cli: Cli, data: Path, tmp_path: Path) -> None:
     done = cli("classify", "train", data, *flags, "--bidirectional", "--out", tmp_path / "run")
     assert done.code == 0, done.err
     assert "24 sequences" not in done.err  # some are held out
+    assert re.match(r"trained 2 steps · accuracy [\d.]+% on held-out sequences · try: ", done.out)
     assert "sequences of 50 to 61 steps × 1 channel, 2 classes" in done.err
     assert cli("classify", "train", "--resume", tmp_path / "run").code == 0
     model = tmp_path / "run" / "model"

@@ -810,6 +810,26 @@ def test_a_bar_on_a_terminal() -> None:
     assert "\N{REPLACEMENT CHARACTER}[2Jbetween" in shown
 
 
+def test_the_bar_ends_with_the_last_validation() -> None:
+    stream = io.StringIO()
+    terminal = Terminal(10, Console(file=stream, force_terminal=True, width=120, highlight=False))
+    terminal.show(
+        Snapshot(
+            step=20,
+            total=20,
+            loss=2.0,
+            valid="1.5 nats/text",
+            tokens_per_second=9.0,
+            seconds_left=0.0,
+            item="texts",
+        )
+    )
+    terminal.validated("1.25 nats/text")
+    terminal.close()
+    *_, last = stream.getvalue().split("step 20/20")
+    assert "valid 1.25 nats/text  9 texts/s" in last
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(0.2, "0 s"), (99.4, "99 s"), (100, "2 min"), (5900, "98 min"), (11100, "3 h 05 min")],
@@ -828,6 +848,19 @@ def test_plot_losses(tmp_path: Path, suffix: str, n_valid: int) -> None:
     content = (tmp_path / f"loss{suffix}").read_bytes()
     assert content.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
     assert len(content) > 5000
+
+
+def test_the_panels_say_what_they_measure(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    records: list[dict[str, Any]] = [{"step": step, "loss": 1.0} for step in range(1, 6)]
+    records += [{"step": 5, "valid_loss": 0.9, "valid_accuracy": 0.75}]
+    plot_losses(records, tmp_path / "a.svg", "nats per text", "accuracy", {"valid_accuracy": "accuracy"})
+    drawn = (tmp_path / "a.svg").read_text()
+    assert ">loss (nats per text)<" in drawn
+    assert ">validation accuracy<" in drawn
+    assert ">lowest validation loss 0.900 at step 5<" in drawn
+    assert "nats per token" not in drawn
+    assert ">2.5<" not in drawn
 
 
 def test_without_matplotlib_there_is_one_word(

@@ -108,8 +108,8 @@ class ClassifyRun(Run[ClassifyConfig]):
     verb = "classify train"
     settings = ClassifyConfig
     valid_key, valid_unit = "valid_loss", "nats/text"
-    unit = "nats per text"
-    score, scores = "accuracy", {"valid_accuracy": "accuracy", "valid_macro_f1": "macro-F1"}
+    unit, item = "nats per text", "texts"
+    score, scores = "accuracy and F1", {"valid_accuracy": "accuracy", "valid_macro_f1": "macro-F1"}
     trained_on = ("data/train.jsonl", "data/valid.jsonl", "start/config.json", "start/model.safetensors")
     tokenizer: WordPieceTokenizer
 
@@ -363,7 +363,9 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps({**report, "classes": classes}, ensure_ascii=False, indent=2))
         return
-    typer.echo(f"accuracy {scores.accuracy:.4f} · macro-F1 {scores.macro_f1:.4f} · {len(examples):,} texts")
+    typer.echo(
+        f"accuracy {scores.accuracy:.4f} · macro-F1 {scores.macro_f1:.4f} · {count(len(examples), 'text')}"
+    )
     if baseline:
         typer.echo(
             f"accuracy {peer.accuracy:.4f} · macro-F1 {peer.macro_f1:.4f} · TF-IDF + logistic regression"

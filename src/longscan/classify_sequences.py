@@ -99,8 +99,8 @@ class SequencesRun(Run[SequencesConfig]):
     verb = "classify train"
     settings = SequencesConfig
     valid_key, valid_unit = "valid_loss", "nats/sequence"
-    unit = "nats per sequence"
-    score, scores = "accuracy", {"valid_accuracy": "accuracy", "valid_macro_f1": "macro-F1"}
+    unit, item = "nats per sequence", "sequences"
+    score, scores = "accuracy and F1", {"valid_accuracy": "accuracy", "valid_macro_f1": "macro-F1"}
     trained_on = ("data/train.npz",)
     model: SequenceModel
 
@@ -390,9 +390,9 @@ def evaluate_sequences(
         typer.echo(json.dumps({"model": directory, "sequences": len(data), **found}, indent=2))
     elif model.config.labels:
         scores = f"accuracy {found['accuracy']:.4f} · macro-F1 {found['macro_f1']:.4f}"
-        typer.echo(f"{scores} · {len(data):,} sequences")
+        typer.echo(f"{scores} · {count(len(data), 'sequence')}")
     else:
-        typer.echo(f"root mean square error {found['rmse']:.6g} · {len(data):,} sequences")
+        typer.echo(f"root mean square error {found['rmse']:.6g} · {count(len(data), 'sequence')}")
 
 
 def predict_sequences(directory: str, files: Sequence[str], as_json: bool) -> None:

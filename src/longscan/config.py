@@ -105,14 +105,15 @@ def count(n: int, noun: str, plural: str | None = None) -> str:
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
 
 
-def brief(value: float) -> str:
-    """Return a number with three significant digits, or all of those before the point; no exponents.
+def brief(value: float, digits: int = 3) -> str:
+    """Return a number with a few significant digits, or all of those before the point: 99.5 is no 1e+02.
 
     Args:
         value: the number.
+        digits: how many.
     """
-    short = f"{value:.3g}"
-    return f"{value:,.0f}" if "e+" in short or abs(value) >= 100 else short
+    short = f"{value:.{digits}g}"
+    return f"{value:,.0f}" if "e+" in short else short
 
 
 class _MismatchError(Exception):

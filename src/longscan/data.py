@@ -268,7 +268,9 @@ def windows(
     """
     tokens = open_tokens(path)
     if len(tokens) < 2:
-        raise LongscanError(f"{path} has {len(tokens)} tokens: too few to predict one. Hold out more text.")
+        raise LongscanError(
+            f"{path} has fewer than 2 tokens ({len(tokens)}): none to predict. Hold out more text."
+        )
     count, rest = divmod(len(tokens) - 1, seq_len)
     chosen = np.arange(count)
     if limit is not None and limit < count:

@@ -14,6 +14,7 @@ import typer
 from torch import Tensor
 from torch.nn import functional as F
 
+from longscan.config import count
 from longscan.encoders import LoadedBert, load_bert
 from longscan.errors import LongscanError, UsageError
 from longscan.examples import by_length
@@ -95,7 +96,7 @@ def command(
     if out is not None:
         with atomic_file(out) as temporary, open(temporary, "wb") as stream:
             np.save(stream, vectors.numpy())
-        typer.echo(f"{len(given):,} vectors of {vectors.shape[1]} numbers in {out}")
+        typer.echo(f"{count(len(given), 'vector')} of {count(vectors.shape[1], 'number')} in {out}")
     elif as_json:
         for text, vector in zip(given, vectors.tolist(), strict=True):
             typer.echo(json.dumps({"text": text, "vector": vector}, ensure_ascii=False))

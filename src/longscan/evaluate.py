@@ -27,6 +27,7 @@ import typer
 from torch import Tensor
 
 from longscan.checkpoint import Precision
+from longscan.config import count
 from longscan.documents import Piece, find_files, iter_pieces
 from longscan.errors import LongscanError, UsageError
 from longscan.generate import Bar, describe, load_with_tokenizer, use_threads
@@ -330,10 +331,11 @@ def _row(part: Evaluation, name: str) -> str:
 
 def _sentence(result: Evaluation) -> str:
     """Say the result in a line."""
-    documents = f"{result.documents:,} document{'s' if result.documents != 1 else ''}"
+    tokens, n_bytes = count(result.tokens, "token"), count(result.bytes, "byte")
+    documents = count(result.documents, "document")
     return (
         f"{result.bits_per_byte:.4f} bits/byte · perplexity {result.perplexity:,.2f} per token · "
-        f"{result.tokens:,} tokens · {result.bytes:,} bytes · {documents} · "
+        f"{tokens} · {n_bytes} · {documents} · "
         f"{result.tokens_per_second:,.0f} tok/s"
     )
 

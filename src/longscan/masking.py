@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longscan.config import count
 from longscan.data import open_tokens
 from longscan.errors import LongscanError, UsageError
 from longscan.models.bert import PretrainingBatch
@@ -136,7 +137,9 @@ class PairDataset:
         self._starts: list[int] = starts[sentence].tolist()
         self._ends: list[int] = marks[sentence].tolist()
         if len(self._starts) < 2:
-            raise LongscanError(f"{path} has {len(self._starts)} sentences: pairs need two. Give more text.")
+            raise LongscanError(
+                f"{path} has {count(len(self._starts), 'sentence')}: pairs need two. Give more text."
+            )
         edges = np.flatnonzero(np.diff(document, prepend=-1, append=-1)).tolist()
         self._documents = list(itertools.pairwise(edges))  # first sentence, and the one after
         self._plans = EpochOrder(seed, self._plan)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from longscan.config import count
 from longscan.documents import iter_lines
 from longscan.errors import LongscanError
 from longscan.order import EpochOrder, RandomStream
@@ -51,7 +52,7 @@ class TextPairs(NamedTuple):
 
     def __str__(self) -> str:
         dropped = f" ({self.dropped:,} with an empty side dropped)" if self.dropped else ""
-        return f"{len(self.source):,} pairs{dropped}"
+        return f"{count(len(self.source), 'pair')}{dropped}"
 
 
 class Batch(NamedTuple):

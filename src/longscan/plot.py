@@ -60,8 +60,12 @@ def plot_losses(
     figure = new_figure(7.0, 6.0 if lines else 3.5)
     panels = figure.subplots(2 if lines else 1, 1, sharex=True, squeeze=False)[:, 0]
     losses, valid = _points(records, "loss"), _points(records, "valid_loss")
-    panels[0].plot(*_columns(losses), color=BLUE, alpha=0.3, linewidth=0.8, label="each step")
-    panels[0].plot(*_columns(_smooth(losses)), color=BLUE, linewidth=1.6, label="training, smoothed")
+    if len(losses) > 50:
+        panels[0].plot(*_columns(losses), color=BLUE, alpha=0.3, linewidth=0.8, label="training, each step")
+        panels[0].plot(*_columns(_smooth(losses)), color=BLUE, linewidth=1.6, label="training, smoothed")
+    else:  # too few to smooth; a single one is a dot
+        dot = "." if len(losses) == 1 else ""
+        panels[0].plot(*_columns(losses), color=BLUE, linewidth=1.6, marker=dot, label="training")
     panels[0].set_ylabel(f"loss ({unit})")
     if valid:
         step, best = min(valid, key=lambda point: point[1])

@@ -31,6 +31,7 @@ class PretrainRun(Run[TrainConfig]):
     verb = "train"
     settings = TrainConfig
     valid_key, valid_unit = "valid_loss", "nats/word + next sentence"
+    item = "masked words"
     unit = "nats, masked LM + next sentence"
     score = "accuracy"
     scores: Mapping[str, str] = {

@@ -19,13 +19,14 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """Where a run stands after a step; loss in nats per token."""
+    """Where a run stands after a step; loss in the run's own unit."""
 
     step: int
     total: int
     loss: float
     valid: str | None  # the last validation: "1.234 bits/byte"
     tokens_per_second: float
+    item: str = "tok"  # what the tokens are where they are no tokens: "texts"
     seconds_left: float
 
 
@@ -165,5 +166,8 @@ def _words(snapshot: Snapshot) -> str:
     parts = [f"loss {snapshot.loss:.3f}"]
     if snapshot.valid is not None:
         parts.append(f"valid {snapshot.valid}")
-    parts += [f"{snapshot.tokens_per_second:,.0f} tok/s", f"{duration(snapshot.seconds_left)} left"]
+    parts += [
+        f"{snapshot.tokens_per_second:,.0f} {snapshot.item}/s",
+        f"{duration(snapshot.seconds_left)} left",
+    ]
     return "  ".join(parts)

@@ -14,7 +14,7 @@ import torch
 import typer
 
 from longscan import ops
-from longscan.config import nearest
+from longscan.config import brief, count, nearest
 from longscan.drawing import check_out
 from longscan.errors import LongscanError, UsageError
 from longscan.models.hippo import MEASURES
@@ -139,11 +139,13 @@ def command(
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     seconds = signal.length / signal.rate
-    typer.echo(f"{signal.name} · {signal.length:,} samples, {signal.rate:,g} a second, {seconds:,.2f} s")
+    typer.echo(
+        f"{signal.name} · {count(signal.length, 'sample')}, {signal.rate:,g} a second, {seconds:,.2f} s"
+    )
     for row in rows:
         typer.echo(
             f"{measure} N = {row['n']:<4}  MSE {row['mse']:.3g} of {row['energy']:.3g} "
-            f"({100 * row['mse'] / max(row['energy'], 1e-300):.2g} %)   "
+            f"({brief(100 * row['mse'] / max(row['energy'], 1e-300), 2)} %)   "
             f"{row['samples_per_second']:,.0f} samples/s, {row['times_real_time']:,.0f} × real time"
         )
     typer.echo(wrote)

@@ -90,6 +90,7 @@ class Run(ABC, Generic[C]):
     valid_key: ClassVar[str] = "valid_loss"  # of the metrics: the validation that progress shows
     valid_unit: str = "nats/token"
     unit: str = "nats per token"  # of the losses
+    item: ClassVar[str] = "tok"  # what progress counts per second
     score: str = ""  # what loss.png shows below the losses: a label, and
     scores: Mapping[str, str] = {}  # the keys of the metrics with a name for each
     trained_on: ClassVar[tuple[str, ...]] = ()  # files in the run's directory
@@ -397,6 +398,7 @@ class Run(ABC, Generic[C]):
                 loss=report.loss,
                 valid=self._valid,
                 tokens_per_second=sum(count for _, count in self.recent) / seconds,
+                item=self.item,
                 seconds_left=(self.trainer.total - report.step) * seconds / len(self.recent),
             )
         )

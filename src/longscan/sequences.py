@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from longscan.archives import has_suffix, is_hidden, iter_tar, read_npz
+from longscan.config import count
 from longscan.errors import LongscanError, UsageError
 from longscan.examples import Example, divide, number_labels, read_examples
 from longscan.files import atomic_file
@@ -432,7 +433,7 @@ def _sounds(path: Path, pattern: str | None) -> Sequences:
         row, rate = read_wav(file, f"{path}: {name}")
         rows.append(row)
         names.append(name)
-        kinds.append(f"{row.shape[1]} channels at {rate:,} samples per second")
+        kinds.append(f"{count(row.shape[1], 'channel')} at {rate:,} samples per second")
         if kinds[0] != kinds[-1]:
             raise LongscanError(
                 f"{path}: expected sounds of one rate and one number of channels, got {kinds[0]} in "

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
+from longscan.config import count
 from longscan.generate import utf8
 from longscan.wordpiece import Framed
 
@@ -29,6 +30,7 @@ def tell_cut(framed: Sequence[Framed]) -> None:
     Args:
         framed: the texts.
     """
-    if count := sum(one.cut > 0 for one in framed):
+    if n_cut := sum(one.cut > 0 for one in framed):
         longest = max(len(one.ids) for one in framed)
-        typer.echo(f"{count:,} of {len(framed):,} texts were cut at {longest:,} tokens", err=True)
+        cut = f"{n_cut:,} of {count(len(framed), 'text')} {'was' if n_cut == 1 else 'were'} cut"
+        typer.echo(f"{cut} at {count(longest, 'token')}", err=True)

@@ -109,7 +109,7 @@ class LanguageRun(Run[TrainConfig]):
         """Return what is trained on, and what a step takes of it."""
         train, valid = self.tokens.train, self.tokens.valid
         held_out = f"{valid.tokens:,} held out" if valid else "none held out: no validation"
-        data = f"{count(train.tokens, 'token')} of {train.bytes / 1e6:.1f} MB, {held_out}"
+        data = f"{count(train.tokens, 'token')} of {_megabytes(train.bytes)}, {held_out}"
         return data, count(self.config.tokens_per_step, "token")
 
     def batch(self, step: int) -> list[tuple[Tensor, int]]:
@@ -172,6 +172,11 @@ class LanguageRun(Run[TrainConfig]):
             seed=config.seed + self.trainer.step_number,
         )
         return config.sample_prompt + "".join(pieces)
+
+
+def _megabytes(n_bytes: int) -> str:
+    """Return a size in a unit that leaves something of it."""
+    return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 1e5 else f"{n_bytes / 1e3:,.1f} kB"
 
 
 def _run_of(model: str) -> type[Run[TrainConfig]]:

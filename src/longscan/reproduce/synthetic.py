@@ -60,7 +60,7 @@ class SyntheticRun(Run[SyntheticConfig]):
 
     verb = "reproduce"
     settings = SyntheticConfig
-    valid_unit, unit = "nats/answer", "nats per answer"
+    valid_unit, unit, item = "nats/answer", "nats per answer", "answers"
     score, scores = "accuracy", {"valid_accuracy": "accuracy"}
 
     @classmethod
