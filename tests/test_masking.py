@@ -290,13 +290,14 @@ def test_a_step_in_parts_is_the_whole_step(config: TrainConfig, tmp_path: Path) 
     assert len({step["tokens"] for step in losses}) == 1
 
 
+@pytest.mark.parametrize("after", [1, 3])  # before the first checkpoint and behind it
 def test_a_stopped_run_goes_on_bit_for_bit(
-    config: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    after: int, config: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = PretrainRun._step
 
     def interrupted(self: PretrainRun) -> None:
-        if self.trainer.step_number == 3:
+        if self.trainer.step_number == after:
             raise OSError("the power is gone")
         done(self)
 
