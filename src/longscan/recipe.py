@@ -64,7 +64,7 @@ class RunConfig(Config):
 
     EPOCHS: ClassVar[float] = 4.0  # of a run that isn't told its length
 
-    steps: int | None = setting(None, "Optimizer steps.")
+    steps: int | None = setting(None, "Optimizer steps; with --resume, more of them make a run longer.")
     epochs: float | None = setting(None, "Passes over the data, instead of --steps.")
     schedule: Literal["cosine", "linear", "noam"] = setting(
         "cosine", "Course of the learning rate; noam is the Transformer's: --lr is its factor."
