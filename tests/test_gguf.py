@@ -418,3 +418,18 @@ def test_llama_cpp_and_the_shipped_model(tmp_path: Path) -> None:
     assert tokenizer is not None
     save_gguf(model, tmp_path / "a.gguf", tokenizer)
     agree(model, tokenizer, tmp_path / "a.gguf", AGREEMENT["F32"])
+
+
+def test_special_tokens_come_back(tmp_path: Path) -> None:
+    ByteTokenizer().save(tmp_path)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    library.add_special_tokens(["<s>", "</s>", "<unk>"])  # 257 to 259
+    roles = {"bos_token": "<s>", "unk_token": "<unk>"}
+    written = BPETokenizer(library, 258, others=[256, 259], roles=roles, adds_bos=True)
+    assert written.prefix == (257,)
+    save_gguf(make(vocab_size=260), tmp_path / "model.gguf", written)
+    _, tokenizer = load_gguf(tmp_path / "model.gguf")
+    assert tokenizer is not None
+    assert (tokenizer.prefix, tokenizer.eos_ids) == ((257,), (258, 256, 259))
+    assert tokenizer.special_ids["bos_token_id"] == 257
+    assert tokenizer.fingerprint == written.fingerprint

@@ -21,6 +21,8 @@ ORDER = [
     *("errors", "files", "config", "order", "archives", "labelled_arrays"),
     *("ops", "models"),
     *(
+        "tokenizer_json",
+        "special_tokens",
         "tokenizer",
         "wordpiece",
         "words",

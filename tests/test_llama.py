@@ -9,18 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import processors
 from torch import Tensor
 from torch.nn import functional as F
 
 import longscan
 from longscan.checkpoint import dequantized
+from longscan.engine import generate_ids
 from longscan.errors import LongscanError
+from longscan.generate import generate_batch
 from longscan.models import Llama, LlamaConfig, Mamba, MambaConfig
 from longscan.models.llama import PRESETS, publish, rename, rotate
 from longscan.models.mamba import PRESETS as MAMBA_PRESETS
 from longscan.models.quantized import quantize_model
 from longscan.models.state import KV
+from longscan.sampling import SamplingConfig
 from longscan.tokenizer import ByteTokenizer
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # of the largest value compared
@@ -413,3 +418,67 @@ def test_models_says_that_its_memory_grows(cli: Any) -> None:
     assert "8.19 kB/token" in page.out
     found = json.loads(cli("models", "llama", "--json").out)
     assert found["presets"]["130m"]["state_bytes_per_token"] == 12 * 2 * 768 * 4
+
+
+# special tokens
+
+
+@pytest.fixture
+def with_bos(tmp_path: Path) -> Path:
+    """A directory whose tokenizer begins texts with <s>, and whose texts end with any of three ids."""
+    library = tokenizers.Tokenizer.from_str(bytes_as_bpe(tmp_path))
+    library.add_special_tokens(["<s>", "</s>", "<unk>", "<|eot|>"])  # 257 to 260
+    library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
+    model = make(vocab_size=264)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)
+    longscan.save(model, tmp_path / "model")
+    library.save(str(tmp_path / "model" / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(names))
+    ids = {"bos_token_id": 257, "eos_token_id": [258, 259, 260]}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(ids))
+    return tmp_path / "model"
+
+
+def bytes_as_bpe(folder: Path) -> str:
+    ByteTokenizer().save(folder / "bytes")
+    return (folder / "bytes" / "tokenizer.json").read_text()
+
+
+def test_text_and_perplexity_are_those_of_transformers(with_bos: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = longscan.load(with_bos)
+    assert tokenizer is not None
+    reference = transformers.AutoModelForCausalLM.from_pretrained(with_bos).eval()
+    ids = transformers.AutoTokenizer.from_pretrained(with_bos)("a text", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = reference(ids, labels=ids).loss.item()
+    result = longscan.evaluate(model, tokenizer, ["a text"])
+    assert result.tokens == 6
+    assert result.nats / result.tokens == pytest.approx(expected, abs=1e-4)
+    text = generate_batch(model, tokenizer, ["a text"], max_new_tokens=8, temperature=0)[0]
+    written = reference.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+    assert text == tokenizer.decode(written.tolist())
+
+
+def test_each_of_several_ids_ends_a_text(with_bos: Path) -> None:
+    model, _ = longscan.load(with_bos)
+    greedy = SamplingConfig(temperature=0, max_new_tokens=8)
+    tokens = [event.token for event in generate_ids(model, [[257]], greedy, eos_id=None)]
+    third = tokens.index(tokens[2])
+    events = list(generate_ids(model, [[257]], greedy, eos_id=(263, tokens[2])))
+    assert [event.token for event in events] == tokens[: third + 1]
+    assert events[-1].finish == "eos"
+
+
+def test_convert_keeps_the_special_tokens(with_bos: Path, tmp_path: Path) -> None:
+    longscan.convert(with_bos, tmp_path / "again")
+    raw = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert (raw["bos_token_id"], raw["eos_token_id"]) == (257, [258, 259, 260])
+    names = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
+    assert [names[role] for role in ("bos_token", "eos_token", "unk_token")] == ["<s>", "</s>", "<unk>"]
+    again = longscan.load(tmp_path / "again")[1]
+    assert again is not None
+    assert (again.prefix, again.eos_ids) == ((257,), (258, 259, 260))

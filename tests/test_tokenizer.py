@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, processors
 
 from longscan.errors import LongscanError, UsageError
 from longscan.tokenizer import (
@@ -243,3 +243,94 @@ def test_damaged_tokenizers_are_errors(content: bytes, tmp_path: Path) -> None:
 def test_lone_surrogates_are_errors(name: str) -> None:
     with pytest.raises(LongscanError, match=r"U\+DCFF at character 2"):
         TOKENIZERS[name].encode("ab\udcff")
+
+
+# ---- special tokens, and files that are not meant well
+
+
+def with_template(folder: Path, **configs: dict[str, Any]) -> Path:
+    """A byte-level vocabulary whose post-processor begins texts with <s>, as Llama's does."""
+    TOKENIZERS["bytes"].save(folder)
+    path = folder / "tokenizer.json"
+    library = tokenizers.Tokenizer.from_file(str(path))
+    library.add_special_tokens(["<s>", "</s>", "<unk>", "<|eot|>"])  # 257 to 260
+    library.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)]),
+        ]
+    )
+    library.save(str(path))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    for name, config in ({"tokenizer_config": names} | configs).items():
+        (folder / f"{name}.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_text_begins_as_the_post_processor_says_and_ends_with_any_stated_id(tmp_path: Path) -> None:
+    ends = {"eos_token_id": [258, 260, 2**40], "bos_token_id": 257}
+    tokenizer = load_tokenizer(with_template(tmp_path, generation_config=ends))
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode_prompts(["Hi"])[0] == theirs("Hi")["input_ids"] == [257, 72, 105]
+    assert (tokenizer.start, tokenizer.eos_ids) == ((257,), (258, 260))
+    tokenizer.save(tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again")
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert again.prefix == (257,)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id) == (257, 258, 259)
+    assert theirs("Hi")["input_ids"] == [257, 72, 105]
+
+
+@pytest.mark.parametrize("eos", [2**40, -1, [2**70], "\ud800"])
+def test_impossible_ends_are_passed_over(eos: Any, tmp_path: Path) -> None:
+    configs = {"config": {"eos_token_id": eos}, "tokenizer_config": {"eos_token": eos}}
+    assert load_tokenizer(saved_with(tmp_path, ["</s>"], configs)).eos_ids == (2,)
+
+
+@pytest.mark.parametrize("text", ["xcaféy", "đem café", "隱é"])
+def test_added_tokens_with_accents_come_back(text: str) -> None:
+    library = tokenizers.Tokenizer.from_str(BPE._tokenizer.to_str())
+    library.add_tokens(["café", "đem"])
+    tokenizer = BPETokenizer(library, BPE.eos_id)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == "".join(stream_pieces(tokenizer, ids)) == text
+
+
+def test_an_added_token_that_is_a_byte_too_is_refused() -> None:
+    library = tokenizers.Tokenizer.from_str(BPE._tokenizer.to_str())
+    library.add_tokens(["é"])  # the name of byte 0xE9: one id, two meanings
+    with pytest.raises(LongscanError, match="an id of its own"):
+        BPETokenizer(library, BPE.eos_id).decode([0])
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "precompiled": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAECA2p1bms="}},
+    "empty-pattern": {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "xx"}},
+    "multiplied": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}] * 8,
+        }
+    },
+    "expression": {"decoder": {"type": "Replace", "pattern": {"Regex": "x*"}, "content": "y" * 1000}},
+    "fixed-length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "strip": {"decoder": {"type": "Strip", "content": "a", "start": 10, "stop": 2**40}},
+    "large-id": {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 2**32 - 1}, "unk_token": "a"}},
+    "panic": {
+        "model": {
+            "type": "BPE",
+            "vocab": {"é": 0, "éb": 1, "b": 2},
+            "merges": [["é", "b"]],
+            "continuing_subword_prefix": "ab",
+        }
+    },
+    "deep": {"normalizer": {"type": "Sequence", "normalizers": [[[[]]]]}},
+}
+
+
+@pytest.mark.parametrize("changes", HOSTILE.values(), ids=HOSTILE)
+def test_files_that_are_not_meant_well_are_errors(changes: dict[str, Any], tmp_path: Path) -> None:
+    path = saved_with(tmp_path, ["</s>"], {}) / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(LongscanError):
+        load_tokenizer(tmp_path).encode("ab" * 50)

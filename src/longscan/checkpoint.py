@@ -37,6 +37,7 @@ from longscan.models.layers import WeightOnly
 from longscan.models.quantized import kind_of, quantize_model, store_like
 from longscan.models.quantized import precision as precision_of
 from longscan.ops.quant import STORED
+from longscan.special_tokens import IDS
 from longscan.tokenizer import Tokenizer, load_tokenizer
 from longscan.weights import read_weights, some
 
@@ -456,8 +457,7 @@ def _write(
             else:
                 fields = write_config(model, _name(dtype), kind)
                 if isinstance(model, LanguageModel):  # what generates elsewhere asks where a text ends
-                    eos_id = tokenizer.eos_id if tokenizer else None
-                    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eos_id)
+                    ends = tokenizer.special_ids if tokenizer else dict.fromkeys(IDS)
                     write_json(new / "generation_config.json", ends)
                     fields |= ends
                 write_json(new / "config.json", fields)

@@ -151,7 +151,7 @@ def prepare(
                 for (name, piece), ids in zip(batch, encoded, strict=True):
                     if name not in writers:
                         file = files.enter_context(open(folder / f"{name}.bin", "wb"))
-                        writers[name] = _Writer(file, _little(dtype), tokenizer.eos_id)
+                        writers[name] = _Writer(file, _little(dtype), tokenizer)
                     writers[name].write(piece, ids)
                 if progress:
                     progress(sum(writer.counts["bytes"] for writer in writers.values()), total)
@@ -292,13 +292,17 @@ def _gather(
 class _Writer:
     """Writes and counts the tokens of one split."""
 
-    def __init__(self, file: IO[bytes], dtype: np.dtype[Any], eos_id: int) -> None:
-        self._file, self._dtype, self._eos_id = file, dtype, eos_id
+    def __init__(self, file: IO[bytes], dtype: np.dtype[Any], tokenizer: Tokenizer) -> None:
+        self._file, self._dtype, self._tokenizer = file, dtype, tokenizer
+        self._begins = True  # whether the next piece is the first of a document
         self.counts = {"tokens": 0, "bytes": 0, "documents": 0}
 
     def write(self, piece: Piece, ids: list[int]) -> None:
+        if self._begins:
+            ids = [*self._tokenizer.prefix, *ids]
         if piece.ends:
-            ids = [*ids, self._eos_id]
+            ids = [*ids, self._tokenizer.eos_id]
+        self._begins = piece.ends
         self._file.write(np.array(ids, dtype=self._dtype).tobytes())
         self.counts["tokens"] += len(ids)
         self.counts["bytes"] += len(piece.text.encode())

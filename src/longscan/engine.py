@@ -47,6 +47,7 @@ class _Row:
     def __init__(self, number: int, request: Request, ids: np.ndarray) -> None:
         self.number, self.request, self.ids = number, request, ids  # pending ones included
         self.state: State | None = request.state  # while the prompt is read
+        self.ends = request.ends
         self.done = 0  # tokens of the prompt that are read
         self.left = request.config.max_new_tokens
         self.logits: np.ndarray | None = None  # (padded_vocab_size,) what to draw the next token from
@@ -256,7 +257,7 @@ class Engine:
             events.append(Event(row.number, -1, "", "error", error))
             return -1
         row.left -= 1
-        text, row.finish = row.writer.push(token, is_eos=token == row.request.eos_id, is_last=not row.left)
+        text, row.finish = row.writer.push(token, is_eos=token in row.ends, is_last=not row.left)
         events.append(Event(row.number, token, text, row.finish))
         return token
 
@@ -396,7 +397,7 @@ def generate_ids(
     prompts: Sequence[Sequence[int]],
     config: SamplingConfig,
     *,
-    eos_id: int | None,
+    eos_id: int | Sequence[int] | None,
     tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Event]:
@@ -404,9 +405,9 @@ def generate_ids(
 
     Args:
         model: any causal model: it reads by `prefill` and `step`, and its state is its own affair.
-        prompts: the ids of each row; an empty one begins after `eos_id`.
+        prompts: the ids of each row; an empty one begins after the first `eos_id`.
         config: how to choose tokens and when to stop.
-        eos_id: the token that ends a row; None if nothing does.
+        eos_id: the token that ends a row, or several; None if nothing does.
         tokenizer: writes the text of the events and looks for stop strings; without one there is no text.
         progress: called while prompts are read, with the tokens read and those of all prompts.
 

@@ -190,21 +190,22 @@ class Source:
 
     def blocks(self) -> Iterator[Tensor]:
         """Yield (3, tokens): what is read, what is to be predicted, the number of the document (from 1)."""
-        number, previous = 1, self._tokenizer.eos_id
+        start = list(self._tokenizer.start)
+        number, previous = 1, start
         for document in self._documents:
             text, ends = (document, True) if isinstance(document, str) else document
             ids = self._tokenizer.encode(text)
-            self._tokens += len(ids)
+            self._tokens += len(ids) and len(ids) + len(previous) - 1  # of a start only the first is given
             self._bytes += len(text.encode())
             if ids:
-                read = torch.tensor([previous, *ids])  # (tokens + 1,)
-                previous = ids[-1]
+                read = torch.tensor([*previous, *ids])  # (previous + tokens,)
+                previous = ids[-1:]
                 del ids
                 for begin in range(0, len(read) - 1, BLOCK):
                     part = read[begin : begin + BLOCK + 1]  # (at most BLOCK + 1,)
                     yield torch.stack([part[:-1], part[1:], torch.full_like(part[1:], number)])
             if ends:
-                number, previous = number + 1, self._tokenizer.eos_id
+                number, previous = number + 1, start
                 self._complete += 1
 
     def evaluation(self, nats: float, tokens: int, seconds: float) -> Evaluation:

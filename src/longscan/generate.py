@@ -72,8 +72,8 @@ def generate(model: LanguageModel, tokenizer: Tokenizer, prompt: str, **sampling
         LongscanError: the model and the tokenizer or the fields do not fit.
     """
     config = SamplingConfig.from_dict(sampling)
-    prompts = tokenizer.encode_batch([prompt])
-    events = generate_ids(model, prompts, config, eos_id=tokenizer.eos_id, tokenizer=tokenizer)
+    prompts = tokenizer.encode_prompts([prompt])
+    events = generate_ids(model, prompts, config, eos_id=tokenizer.eos_ids, tokenizer=tokenizer)
     return (event.text for event in events if event.text)
 
 
@@ -96,8 +96,8 @@ def generate_batch(
     """
     config = SamplingConfig.from_dict(sampling)
     texts = [""] * len(prompts)
-    ids = tokenizer.encode_batch(prompts)
-    for event in generate_ids(model, ids, config, eos_id=tokenizer.eos_id, tokenizer=tokenizer):
+    ids = tokenizer.encode_prompts(prompts)
+    for event in generate_ids(model, ids, config, eos_id=tokenizer.eos_ids, tokenizer=tokenizer):
         texts[event.row] += event.text
     return texts
 
@@ -174,11 +174,11 @@ def command(
     network, tokenizer = load_with_tokenizer(model, revision, offline, precision)
     before = None if load_state is None else _load_state(load_state, network, texts)
     drafter = PromptLookup() if speculate else _draft_model(draft, tokenizer, offline) if draft else None
-    ids = _encode(tokenizer, texts)
+    ids = _encode(tokenizer, texts, begins=before is None)
     session = _Session(texts, stream=len(texts) == 1 and not as_json, silent=as_json)
     slots = min(len(texts), MAX_SLOTS)
     engine = Engine(network, tokenizer, slots=slots, drafter=drafter, progress=session.reading)
-    for request in make_requests(ids, config, tokenizer.eos_id, before, keep=save_state is not None):
+    for request in make_requests(ids, config, tokenizer.eos_ids, before, keep=save_state is not None):
         engine.submit(request)
     if not quiet:
         typer.echo(describe(model, network) + "\n", err=True)
@@ -207,13 +207,17 @@ def command(
         raise typer.Exit(130)
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[Ids]:
-    """Turn prompts into ids; very long ones piece by piece, as a tokenizer takes 500 bytes for each token."""
+def _encode(tokenizer: Tokenizer, texts: list[str], *, begins: bool) -> list[Ids]:
+    """Turn prompts, which begin a text or go on with one, into ids.
+
+    Very long ones are encoded piece by piece, as a tokenizer takes 500 bytes for each token.
+    """
+    prefix = np.array(tokenizer.prefix if begins else (), np.int64)
     pieces = [list(split(text)) for text in texts]
     if all(len(parts) <= 1 for parts in pieces):
-        return list(tokenizer.encode_batch(texts))
+        return list(tokenizer.encode_prompts(texts) if begins else tokenizer.encode_batch(texts))
     return [
-        np.concatenate([np.array(tokenizer.encode(part), np.int64) for part in parts or [""]])
+        np.concatenate([prefix, *(np.array(tokenizer.encode(part), np.int64) for part in parts or [""])])
         for parts in pieces
     ]
 

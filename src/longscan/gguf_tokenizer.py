@@ -21,13 +21,17 @@ from tokenizers import decoders, models, pre_tokenizers
 from longscan.errors import LongscanError
 from longscan.files import read_json
 from longscan.gguf_check import Value, short
-from longscan.tokenizer import BYTES_KIND, END_NAMES, BPETokenizer, ByteTokenizer, Tokenizer
+from longscan.special_tokens import END_NAMES
+from longscan.tokenizer import BYTES_KIND, BPETokenizer, ByteTokenizer, Tokenizer
+from longscan.tokenizer_json import build_tokenizer
 
 __all__ = ["describe_tokenizer", "read_tokenizer", "vocabulary_size"]
 
 PREFIX = "tokenizer.ggml."
 TOKENS, TYPES, MERGES, WORDS = PREFIX + "tokens", PREFIX + "token_type", PREFIX + "merges", PREFIX + "pre"
 WHOLE, BYTES = "tokenizer.huggingface.json", "longscan.tokenizer"
+ENDS, ALL_ENDS, ADD_BOS = ("eot_token_id", "eom_token_id"), "longscan.eos_token_ids", "add_bos_token"
+ROLE_KEYS = {"bos_token": "bos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
 # how text is cut into words, by llama.cpp's names for it; files without a name are older than the names
@@ -74,7 +78,18 @@ def read_tokenizer(metadata: Mapping[str, Value]) -> Tokenizer | None:
         raise
     except Exception as error:  # the library raises nothing more precise
         raise LongscanError(f"the tokenizer is damaged ({error}): fetch the file again.") from error
-    return BPETokenizer(built, _eos(metadata, vocabulary))
+    names, eos_id = {index: name for name, index in vocabulary.items()}, _eos(metadata, vocabulary)
+    stated = {role: metadata.get(PREFIX + key) for role, key in ROLE_KEYS.items()}
+    listed = metadata.get(ALL_ENDS)
+    others = [metadata.get(PREFIX + key) for key in ENDS] + list(listed if isinstance(listed, array) else ())
+    adds_bos = metadata.get(PREFIX + ADD_BOS)
+    return BPETokenizer(
+        built,
+        eos_id,
+        others=[index for index in others if type(index) is int and index in names],
+        roles={role: names[index] for role, index in stated.items() if type(index) is int and index in names},
+        adds_bos=adds_bos if isinstance(adds_bos, bool) else None,
+    )
 
 
 def vocabulary_size(metadata: Mapping[str, Value]) -> int | None:
@@ -111,7 +126,13 @@ def describe_tokenizer(tokenizer: Tokenizer | None, n_rows: int) -> dict[str, An
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
         whole = read_json(Path(folder, "tokenizer.json"))
-        kind = read_json(Path(folder, "tokenizer_config.json")).get(BYTES_KIND)
+        stated = read_json(Path(folder, "tokenizer_config.json"))
+    kind, special = stated.get(BYTES_KIND), tokenizer.special_ids
+    if tokenizer.prefix not in ((), (special["bos_token_id"],)):
+        raise LongscanError(
+            "a GGUF file says only whether a text begins with bos_token, and this tokenizer begins one with "
+            f"{len(tokenizer.prefix)} other tokens. Use a directory."
+        )
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in whole["model"].get("merges", [])]
     added = {entry["content"]: entry["special"] for entry in whole["added_tokens"]}
     ids = {entry["content"]: entry["id"] for entry in whole["added_tokens"]}
@@ -127,11 +148,18 @@ def describe_tokenizer(tokenizer: Tokenizer | None, n_rows: int) -> dict[str, An
         TOKENS: tokens,
         TYPES: types,
         MERGES: merges or [NO_MERGE],
-        PREFIX + "bos_token_id": tokenizer.eos_id,
+        PREFIX + "bos_token_id": special["bos_token_id"],
         PREFIX + "eos_token_id": tokenizer.eos_id,
-        PREFIX + "add_bos_token": False,
+        PREFIX + ADD_BOS: bool(tokenizer.prefix),
         PREFIX + "add_eos_token": False,
         WHOLE: json.dumps(whole, ensure_ascii=False, separators=(",", ":")),
+        **{PREFIX + name: index for name, index in zip(ENDS, tokenizer.eos_ids[1:], strict=False)},
+        **({ALL_ENDS: list(tokenizer.eos_ids)} if tokenizer.eos_ids[1:] else {}),
+        **{
+            PREFIX + key: tokens.index(stated[role])
+            for role, key in ROLE_KEYS.items()
+            if role != "bos_token" and role in stated
+        },
         **({BYTES: kind} if kind else {}),
     }
 
@@ -163,7 +191,10 @@ def _whole(metadata: Mapping[str, Value], vocabulary: dict[str, int]) -> tokeniz
     text = metadata[WHOLE]
     if not isinstance(text, str):
         raise LongscanError(f"{WHOLE}: expected text, got {type(text).__name__}.")
-    built = tokenizers.Tokenizer.from_str(text)
+    try:
+        built = build_tokenizer(text)
+    except LongscanError as error:
+        raise LongscanError(f"{WHOLE}: the tokenizer is damaged: {error}") from error
     if built.get_vocab() != vocabulary:
         raise LongscanError(
             f"{WHOLE} and {TOKENS} are different vocabularies: convert the original model again."

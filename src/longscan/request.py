@@ -27,7 +27,7 @@ class Request:
     Attributes:
         ids: (seq_len,) the prompt, or what follows the tokens of `state` and `pending`.
         config: how to choose tokens and when to stop.
-        eos_id: the token that ends the text; None if nothing does.
+        eos_id: the token that ends the text, or several; None if nothing does.
         state: of one row, to go on from; it is left as it is. The start of a text if None.
         position: how many tokens that state has read.
         pending: the tokens after them, of `SavedState.pending`: read as the engine reads what it has
@@ -37,26 +37,33 @@ class Request:
 
     ids: Ids
     config: SamplingConfig = DEFAULT
-    eos_id: int | None = None
+    eos_id: int | Sequence[int] | None = None
     state: State | None = None
     position: int = 0
     pending: Sequence[int] = ()
     keep: bool = False
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end the text."""
+        if self.eos_id is None:
+            return ()
+        return (self.eos_id,) if isinstance(self.eos_id, int) else tuple(self.eos_id)
+
 
 def make_requests(
     prompts: Sequence[Ids],
     config: SamplingConfig,
-    eos_id: int | None,
+    eos_id: int | Sequence[int] | None,
     before: SavedState | None = None,
     keep: bool = False,
 ) -> Iterator[Request]:
     """Turn prompts that share their settings into requests, row i with seed + i.
 
     Args:
-        prompts: the ids of each; an empty one begins after `eos_id`.
+        prompts: the ids of each; an empty one begins after the first `eos_id`.
         config: how to choose tokens and when to stop.
-        eos_id: the token that ends a text; None if nothing does.
+        eos_id: the token that ends a text, or several; None if nothing does.
         before: what all prompts continue; nothing if None.
         keep: see `Request`.
 
@@ -71,11 +78,11 @@ def make_requests(
         if before is not None:
             request = replace(request, state=before.state, position=before.position, pending=before.pending)
         elif not len(ids):
-            if eos_id is None:
+            if not request.ends:
                 raise LongscanError(
                     "a prompt is empty and no eos_id says how a text begins: give it a token."
                 )
-            request = replace(request, ids=[eos_id])
+            request = replace(request, ids=request.ends[:1])
         yield request
 
 
@@ -100,8 +107,9 @@ def tokens_of(request: Request, model: LanguageModel, max_tokens: int | None = N
     wrong = ids[(ids < 0) | (ids >= size)]
     if len(wrong):
         raise LongscanError(f"token id: expected 0 to {size - 1:,}, got {wrong[0]:,}.")
-    if request.eos_id is not None and not 0 <= request.eos_id < size:
-        raise LongscanError(f"eos_id: expected 0 to {size - 1:,}, or None, got {request.eos_id:,}.")
+    for end in request.ends:
+        if not 0 <= end < size:
+            raise LongscanError(f"eos_id: expected 0 to {size - 1:,}, or None, got {end:,}.")
     if request.position < 0:
         raise LongscanError(f"position: expected 0 or more, got {request.position}.")
     known, new = request.position + len(ids), request.config.max_new_tokens

@@ -11,21 +11,30 @@ import codecs
 import hashlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from longscan.errors import LongscanError, UsageError
 from longscan.files import atomic_write, read_json, write_json
+from longscan.special_tokens import (
+    END_NAMES,
+    END_OF_TEXT,
+    IDS,
+    find_eos,
+    find_others,
+    find_roles,
+    id_of,
+    name_of,
+    template,
+)
+from longscan.tokenizer_json import build_tokenizer, guarded
 
 __all__ = ["BPETokenizer", "ByteTokenizer", "StreamDecoder", "Tokenizer", "load_tokenizer", "train_bpe"]
 
-END_OF_TEXT = "<|endoftext|>"
-END_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]")  # in order of preference
 MAX_VOCAB_SIZE = (
     2**20
 )  # the trainer allocates for all at once, and running out of memory there is no exception
@@ -57,6 +66,23 @@ class Tokenizer(ABC):
 
     vocab_size: int  # one more than the largest id
     eos_id: int  # ends a document
+    prefix: tuple[int, ...] = ()  # the special ids a text begins with, such as that of <s>; often none
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All ids that end a text when they are generated, `eos_id` first."""
+        return (self.eos_id,)
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """What the first token of a text is predicted from: the prefix, else the end of the text before."""
+        return self.prefix or (self.eos_id,)
+
+    @property
+    def special_ids(self) -> dict[str, int | list[int]]:
+        """bos_token_id, eos_token_id and pad_token_id, as a config.json has them."""
+        ends = self.eos_ids
+        return dict.fromkeys(IDS, self.eos_id) | {"eos_token_id": list(ends) if ends[1:] else ends[0]}
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -93,6 +119,10 @@ class Tokenizer(ABC):
         """Encode one text; see `encode_batch`."""
         return self.encode_batch([text])[0]
 
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode texts that a model reads from their beginning: `encode_batch` with `prefix` before each."""
+        return [[*self.prefix, *ids] for ids in self.encode_batch(texts)]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Turn ids into text.
 
@@ -127,7 +157,7 @@ class ByteTokenizer(Tokenizer):
         model = models.BPE(vocab={char: byte for byte, char in alphabet.items()}, merges=[])
         twin = _byte_level(model, use_regex=False)
         twin.add_special_tokens([END_OF_TEXT])
-        _save(directory, twin, END_OF_TEXT, {BYTES_KIND: "bytes"})
+        _save(directory, twin, {"eos_token": END_OF_TEXT, BYTES_KIND: "bytes"})
 
 
 class BPETokenizer(Tokenizer):
@@ -136,28 +166,64 @@ class BPETokenizer(Tokenizer):
     Args:
         tokenizer: of any model, not only BPE; it is changed: truncation and padding are switched off.
         eos_id: the id that ends a document.
+        others: more ids that end a text.
+        roles: names of special tokens by their role: bos_token, unk_token, pad_token.
+        adds_bos: whether bos_token stands before every text; None leaves that to the post-processor.
+
+    Raises:
+        LongscanError: an id or a name is not in the vocabulary, or an added token can't be told from others.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, eos_id: int) -> None:
-        eos = tokenizer.id_to_token(eos_id)
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        eos_id: int,
+        *,
+        others: Sequence[int] = (),
+        roles: Mapping[str, str] | None = None,
+        adds_bos: bool | None = None,
+    ) -> None:
+        eos = name_of(tokenizer, eos_id)
         if eos is None:
             raise LongscanError(f"eos_id: expected an id of the vocabulary, got {eos_id}.")
+        self._roles = dict(roles or {}) | {"eos_token": eos}
+        for role, name in self._roles.items():
+            if tokenizer.token_to_id(name) is None:
+                raise LongscanError(f"{role}: expected a token of the vocabulary, got {name!r}.")
+        self._ends = tuple(dict.fromkeys([eos_id, *others]))
+        if adds_bos is not None and bool(template(tokenizer)) != adds_bos:
+            _put_bos(tokenizer, self._roles.get("bos_token", eos) if adds_bos else None)
+        self.prefix = tuple(id_of(tokenizer, name) for name in template(tokenizer))
         tokenizer.encode_special_tokens = True  # spelled out in a text they are text
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
-        self.eos_id, self._eos = eos_id, eos
+        self.eos_id = eos_id
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode several texts on all cores; see `Tokenizer.encode_batch`."""
         try:
-            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            with guarded():
+                encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError:
             for text in texts:
                 _utf8(text)  # says what is wrong
             raise
         return [encoding.ids for encoding in encodings]
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All ids that end a text when they are generated, `eos_id` first."""
+        return self._ends
+
+    @property
+    def special_ids(self) -> dict[str, int | list[int]]:
+        """The ids of config.json and generation_config.json; a role that no token has falls to `eos_id`."""
+        named = {f"{role}_id": id_of(self._tokenizer, name) for role, name in self._roles.items()}
+        return super().special_ids | {
+            name: index for name, index in named.items() if name in IDS and name != "eos_token_id"
+        }
 
     def stream(self) -> StreamDecoder:
         """Return a decoder for one sequence of ids, in constant time per id."""
@@ -167,12 +233,13 @@ class BPETokenizer(Tokenizer):
 
     def save(self, directory: str | Path) -> None:
         """Write the files that `load_tokenizer` and transformers read; see `Tokenizer.save`."""
-        _save(directory, self._tokenizer, self._eos)
+        _save(directory, self._tokenizer, self._roles)
 
     @cached_property
     def fingerprint(self) -> str:
         """A short hash of everything that decides the ids."""
-        return hashlib.sha256(f"{self.eos_id} {self._tokenizer.to_str()}".encode()).hexdigest()[:16]
+        start = f" {self.prefix}" if self.prefix else ""
+        return hashlib.sha256(f"{self.eos_id}{start} {self._tokenizer.to_str()}".encode()).hexdigest()[:16]
 
     @cached_property
     def _special(self) -> frozenset[int]:
@@ -182,16 +249,26 @@ class BPETokenizer(Tokenizer):
 
     @cached_property
     def _table(self) -> list[bytes]:
-        """The bytes of each id of a byte-level vocabulary."""
+        """The bytes of each id of a byte-level vocabulary; an added token stands for itself."""
         byte_of = {char: byte for byte, char in _byte_alphabet().items()}
+        added = self._tokenizer.get_added_tokens_decoder()
         table = [b""] * self.vocab_size
         for token, index in self._tokenizer.get_vocab().items():
-            if index not in self._special:
-                try:
-                    table[index] = bytes([byte_of[char] for char in token])
-                except KeyError:  # an added token, kept as it is written
-                    table[index] = token.encode()
+            if index in self._special:
+                continue
+            as_bytes = bytes([byte_of[char] for char in token]) if byte_of.keys() >= set(token) else None
+            table[index] = token.encode() if index in added or as_bytes is None else as_bytes
+            if index in added and as_bytes not in (None, table[index]) and self._merges_into(token, index):
+                raise LongscanError(
+                    f"the added token {token!r} has the id {index:,} of bytes that are other text: "
+                    "what it stands for can't be known. Give it an id of its own."
+                )
         return table
+
+    def _merges_into(self, token: str, index: int) -> bool:
+        """Whether bytes in a text, too, become the id of an added token."""
+        with guarded():
+            return [found.id for found in self._tokenizer.model.tokenize(token)] == [index]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -203,7 +280,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Returns:
         The tokenizer; its end-of-text id is the `eos_token` of tokenizer_config.json, else the first usual
         name in the vocabulary, else the `eos_token_id` of generation_config.json or config.json. (Last,
-        because model configurations often carry a default that is not their tokenizer's.)
+        because model configurations often carry a default that is not their tokenizer's.) The others that
+        these two files list end a text too. A text begins with the special tokens that the post-processor
+        puts there; as in transformers, `add_bos_token` beside a tokenizer.json changes nothing.
 
     Raises:
         LongscanError: no tokenizer there, a damaged file, or nothing says which token ends a text.
@@ -221,19 +300,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             "Copy the one the model was trained with into the directory."
         )
     try:
-        tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise
-    except Exception as error:  # the library raises nothing more precise
-        reason = f"{file} is not a tokenizer ({error}). Was it cut short? Fetch it again."
-        raise LongscanError(reason) from error
-    eos_id = _find_eos(tokenizer, configs)
+        tokenizer = build_tokenizer(file.read_bytes())
+    except LongscanError as error:
+        raise LongscanError(f"{file}: {error}") from error
+    eos_id = find_eos(tokenizer, configs)
     if eos_id is None:
         raise LongscanError(
             f"{file} does not say which token ends a text (none of {', '.join(END_NAMES)}). Name it in "
             'tokenizer_config.json beside it: {"eos_token": "..."}.'
         )
-    return BPETokenizer(tokenizer, eos_id)
+    return BPETokenizer(
+        tokenizer,
+        eos_id,
+        others=find_others(tokenizer, configs),
+        roles=find_roles(tokenizer, configs),
+    )
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = (END_OF_TEXT,)) -> BPETokenizer:
@@ -315,8 +396,9 @@ class _WindowStream(StreamDecoder):
 
     def _fresh(self) -> str:
         """Return what the tokens after the context add to its text."""
-        context = self._tokenizer.decode(self._window[: self._printed])
-        return self._tokenizer.decode(self._window)[len(context) :]
+        with guarded():
+            context = self._tokenizer.decode(self._window[: self._printed])
+            return self._tokenizer.decode(self._window)[len(context) :]
 
 
 def _byte_level(model: models.Model, *, use_regex: bool) -> tokenizers.Tokenizer:
@@ -325,6 +407,19 @@ def _byte_level(model: models.Model, *, use_regex: bool) -> tokenizers.Tokenizer
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _put_bos(tokenizer: tokenizers.Tokenizer, bos: str | None) -> None:
+    """Let the post-processor begin a text with a token, or with none."""
+    kept = processors.ByteLevel(trim_offsets=False)
+    if bos is not None:
+        special = [(bos, id_of(tokenizer, bos))]
+        frame = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=special
+        )
+        tokenizer.post_processor = processors.Sequence([kept, frame])
+    else:
+        tokenizer.post_processor = kept
 
 
 def _chop(texts: Iterable[str]) -> Iterator[str]:
@@ -348,34 +443,17 @@ def _byte_alphabet() -> dict[int, str]:
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
 
-def _find_eos(tokenizer: tokenizers.Tokenizer, configs: dict[str, dict[str, Any]]) -> int | None:
-    """Return the first id that the configurations or the usual names give; see `load_tokenizer`."""
-    stated = configs.get("tokenizer_config.json", {}).get("eos_token")
-    candidates = [stated.get("content") if isinstance(stated, dict) else stated, *END_NAMES]
-    for name in ("generation_config.json", "config.json"):
-        value = configs.get(name, {}).get("eos_token_id")
-        candidates += value if isinstance(value, list) else [value]
-    for candidate in candidates:
-        if isinstance(candidate, str) and (index := tokenizer.token_to_id(candidate)) is not None:
-            return index
-        if type(candidate) is int and candidate >= 0 and tokenizer.id_to_token(candidate) is not None:
-            return candidate
-    return None
-
-
-def _save(
-    directory: str | Path, tokenizer: tokenizers.Tokenizer, eos: str, extra: dict[str, str] | None = None
-) -> None:
+def _save(directory: str | Path, tokenizer: tokenizers.Tokenizer, special: Mapping[str, str]) -> None:
     """Write the two files of a Hugging Face tokenizer."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     atomic_write(directory / "tokenizer.json", tokenizer.to_str(pretty=True))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": eos,
+        **special,
         "clean_up_tokenization_spaces": False,  # or transformers drops the space in "a ,"
     }
-    write_json(directory / "tokenizer_config.json", config | (extra or {}))
+    write_json(directory / "tokenizer_config.json", config)
 
 
 def _utf8(text: str) -> bytes:

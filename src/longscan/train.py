@@ -121,7 +121,7 @@ class LanguageRun(Run[TrainConfig]):
         ids = self.dataset.batch(step)
         if self.tokens.train.documents < self.dataset.windows_per_epoch / 16:
             first = step * len(ids)
-            ids[-first % 16 :: 16, 0] = self.tokenizer.eos_id
+            ids[-first % 16 :: 16, 0] = self.tokenizer.start[-1]
         parts = torch.split(ids, self.config.batch_size)
         return [(part, part.shape[0] * (part.shape[1] - 1)) for part in parts]
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from longscan.errors import LongscanError, UsageError
 from longscan.files import atomic_write, read_json, write_json
 from longscan.tokenizer import MAX_VOCAB_SIZE, BPETokenizer
+from longscan.tokenizer_json import build_tokenizer
 
 __all__ = ["Framed", "WordPieceTokenizer", "load_wordpiece", "train_wordpiece"]
 
@@ -78,6 +79,7 @@ class WordPieceTokenizer(BPETokenizer):
         tokenizer.post_processor = processors.BertProcessing((special[3], ids[3]), (special[2], ids[2]))
         self._names = dict(zip(ROLES, special, strict=True))
         super().__init__(tokenizer, eos_id=self.sep_id)
+        self.prefix = ()  # `frame` puts it there
 
     def frame(self, first: Sequence[int], second: Sequence[int] | None = None, room: int = 512) -> Framed:
         """Put [CLS] and [SEP] around a text or a pair; what has no room is cut off the longer one's end.
@@ -202,6 +204,9 @@ def load_wordpiece(directory: str | Path) -> WordPieceTokenizer:
     config = read_json(path) if path.is_file() else {}
     names = [config.get(role) or name for role, name in zip(ROLES, SPECIAL, strict=True)]
     special = [str(name.get("content") if isinstance(name, dict) else name) for name in names]
+    for role, name in zip(ROLES, special, strict=True):
+        if not name.isascii() and any("\ud800" <= char <= "\udfff" for char in name):
+            raise LongscanError(f"{path}: {role}: expected Unicode, got {name!r}.")
     file = next(
         (directory / name for name in ("tokenizer.json", "vocab.txt") if (directory / name).is_file()), None
     )
@@ -212,7 +217,7 @@ def load_wordpiece(directory: str | Path) -> WordPieceTokenizer:
         )
     try:
         if file.suffix == ".json":
-            tokenizer = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+            tokenizer = build_tokenizer(file.read_bytes())
         else:
             tokenizer = _frame_of_bert(_read_vocab(file), special[1], config)
         return WordPieceTokenizer(tokenizer, config.get("do_lower_case"), special)

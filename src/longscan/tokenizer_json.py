@@ -1,0 +1,161 @@
+"""What a tokenizer.json may ask for: the `tokenizers` library panics or fills the memory on some files.
+
+The library believes its file. A rule that puts ten letters for one, eight times over, turns a line of text
+into gigabytes, where running out of memory is no exception but the end of the process. So the rules are
+checked before the library sees them, and whatever it still panics about becomes a LongscanError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import tokenizers
+
+from longscan.errors import LongscanError
+
+__all__ = ["build_tokenizer", "guarded", "template_prefix"]
+
+MAX_GROWTH = 64  # how many times longer all rules together may make a text; real ones stay below 10
+MAX_ID = 2**22  # the largest published vocabularies have 2**18 ids
+MAX_TEMPLATE = 64  # special tokens around a text
+NOT_ONE = "it is not a tokenizer ({}). Was it cut short? Fetch it again."
+LISTS = {
+    "normalizer": "normalizers",
+    "pre_tokenizer": "pretokenizers",
+    "decoder": "decoders",
+    "post_processor": "processors",
+}
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Turn a panic of the library, which is a BaseException, into an error.
+
+    Raises:
+        LongscanError: the library panicked.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise LongscanError(
+            f"the tokenizers library gave up ({error}): the tokenizer.json is damaged or not meant well. "
+            "Fetch it again."
+        ) from error
+
+
+def build_tokenizer(data: bytes | str) -> tokenizers.Tokenizer:
+    """Build the tokenizer of a tokenizer.json.
+
+    Args:
+        data: the content of the file, which may come from anywhere.
+
+    Raises:
+        LongscanError: its rules could multiply a text, or can't be checked; or it is no tokenizer.
+    """
+    try:
+        text = data if isinstance(data, str) else data.decode()
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError(f"expected an object {{...}}, got {type(content).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise LongscanError(NOT_ONE.format(error)) from error
+    _check_rules(content)
+    with guarded():
+        try:
+            built = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises nothing more precise
+            raise LongscanError(NOT_ONE.format(error)) from error
+    largest = max(built.get_vocab().values(), default=0)
+    if largest > MAX_ID:
+        raise LongscanError(f"expected ids up to {MAX_ID:,}, got {largest:,}: fetch the file again.")
+    return built
+
+
+def template_prefix(processor: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Name the special tokens that a post-processor puts before a text.
+
+    Args:
+        processor: `post_processor` of a tokenizer.json.
+
+    Returns:
+        Their names, such as ("<s>",); nothing if it adds none.
+    """
+    names: tuple[str, ...] = ()
+    for step in _steps(processor, "post_processor"):
+        if step.get("type") in ("BertProcessing", "RobertaProcessing"):
+            names = (str(step["cls"][0]), *names)
+        elif step.get("type") == "TemplateProcessing":
+            before: list[str] = []
+            for piece in step["single"]:
+                if "Sequence" in piece:
+                    break
+                before += step["special_tokens"][piece["SpecialToken"]["id"]]["tokens"]
+            names = (*before, *names)
+    return names
+
+
+def _check_rules(content: Mapping[str, Any]) -> None:
+    """Refuse rules that multiply a text, and those that say nothing about what they do."""
+    for part in LISTS:
+        growth = 1
+        for step in _steps(content.get(part), part):
+            growth *= _growth(step, part)
+            if growth > MAX_GROWTH:
+                raise LongscanError(
+                    f"{part}: its rules may make a text {growth:,} times longer, expected at most "
+                    f"{MAX_GROWTH}. Such a file is not meant well: take the original one."
+                )
+    for token in content.get("added_tokens") or ():
+        if isinstance(token, Mapping) and token.get("content") == "":
+            raise LongscanError("added_tokens: expected names, got an empty one. Fetch the file again.")
+
+
+def _steps(rule: Any, part: str) -> list[Mapping[str, Any]]:
+    """List the rules of a part one by one, those inside of Sequences too."""
+    waiting, steps = [rule], []
+    while waiting:
+        step = waiting.pop(0)
+        if not isinstance(step, Mapping):
+            continue  # null, or what the library refuses
+        if step.get("type") == "Sequence":
+            inner = step.get(LISTS[part])
+            waiting[:0] = inner if isinstance(inner, list) else []
+        else:
+            steps.append(step)
+    return steps
+
+
+def _growth(step: Mapping[str, Any], part: str) -> int:
+    """Return how many times longer a rule may make a text, at most."""
+    kind = step.get("type")
+    if kind == "Precompiled":
+        raise LongscanError(
+            f"{part}: Precompiled is a table of SentencePiece that can't be checked, and no model here comes "
+            "with one. Expected NFC, Replace and the like."
+        )
+    if kind == "FixedLength" and step.get("length") == 0:
+        raise LongscanError(f"{part}: FixedLength: expected a length of at least 1, got 0.")
+    if kind == "Strip" and part == "decoder":
+        counts = (step.get("start", 0), step.get("stop", 0))
+        if not all(type(count) is int and 0 <= count <= 1 for count in counts):
+            raise LongscanError(f"{part}: Strip: expected start and stop of 0 or 1, got {counts}.")
+    if kind == "TemplateProcessing":
+        single = step.get("single")
+        if isinstance(single, list) and len(single) > MAX_TEMPLATE:
+            raise LongscanError(f"{part}: expected at most {MAX_TEMPLATE} special tokens, got {len(single)}.")
+    if kind == "Prepend":
+        return 1 + len(str(step.get("prepend", "")))
+    if kind == "Replace":
+        pattern, new = step.get("pattern"), str(step.get("content", ""))
+        old = pattern.get("String") if isinstance(pattern, Mapping) else None
+        if old == "":
+            raise LongscanError(f"{part}: Replace has an empty pattern. Fetch the file again.")
+        if isinstance(old, str):
+            return max(1, -(-len(new) // len(old)))
+        return 1 + len(new)  # an expression may match the nothing between two letters
+    return 1
