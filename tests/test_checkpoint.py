@@ -8,6 +8,7 @@ import pickle
 import random
 import re
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longscan import checkpoint, locate
-from longscan.checkpoint import convert, fingerprint, load, resolve, save
+from longscan.checkpoint import convert, fingerprint, load, read_model, resolve, save
 from longscan.errors import LongscanError
 from longscan.files import read_json, write_json
 from longscan.models import MODELS, LanguageModel, Llama, LlamaConfig, Mamba, MambaConfig
@@ -288,6 +289,7 @@ def test_cut_download(saved: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda data: b"", "shorter than its header says"),
+    "seven-bytes": (lambda data: data[:7], "shorter than its header says"),
     "cut-in-header": (lambda data: data[:100], "shorter than its header says"),
     "longer": (lambda data: data + b"more", "4 bytes more than its header says"),
     "html": (lambda data: b"<!doctype html>" + data, "not a safetensors file"),
@@ -387,6 +389,37 @@ def test_pickle_of_something_else(saved: Path) -> None:
     assert "fetch it again" in refusal(saved)
 
 
+HOLLOW: dict[str, Callable[[], Any]] = {
+    "stride-0": lambda: {"a": torch.zeros(1).expand(2**28)},
+    "one-storage": lambda: {f"a{i}": tensor for tensor in [torch.zeros(9_999)] for i in range(99)},
+    "meta": lambda: {"a": torch.empty(3, device="meta")},
+    "sparse": lambda: {"a": torch.eye(3).to_sparse()},
+    "nested": lambda: {"a": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])},
+    "memory": lambda: {"a": bytearray(9)},
+    "numbered": lambda: {0: torch.zeros(1)},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("make_tensors", HOLLOW.values(), ids=HOLLOW)
+def test_pickles_hold_the_numbers_they_describe(saved: Path, make_tensors: Callable[[], Any]) -> None:
+    (saved / "model.safetensors").unlink()
+    torch.save(make_tensors(), saved / "pytorch_model.bin")
+    assert str(saved / "pytorch_model.bin") in refusal(saved)
+
+
+def test_a_compressed_archive_is_refused(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    file = saved / "pytorch_model.bin"
+    torch.save({"a": torch.zeros(100_000)}, file)
+    with zipfile.ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    assert "is compressed" in refusal(saved)
+
+
 def test_safetensors_come_first(model: Mamba, saved: Path) -> None:
     (saved / "pytorch_model.bin").write_bytes(b"anything")
     assert_same(load(saved)[0], model)
@@ -452,6 +485,15 @@ def test_impossible_official_config(
     convert(saved, tmp_path / "official", layout="official")
     edit(tmp_path / "official", **changes)
     assert expected in refusal(tmp_path / "official")
+
+
+@pytest.mark.parametrize("size", [2**24, 2**31, 2**62])
+def test_sizes_are_compared_with_the_tensors_first(size: int, tmp_path: Path) -> None:
+    entry = MODELS["transformer"]
+    save(entry.cls(entry.config.from_dict(entry.presets["tiny"])), tmp_path / "translator")
+    edit(tmp_path / "translator", d_ff=size)
+    with pytest.raises(LongscanError, match=f"impossible .d_ff = {size:,}, and all"):
+        read_model(tmp_path / "translator", "translation", None, None)
 
 
 def test_config_is_not_json(saved: Path) -> None:
@@ -693,7 +735,9 @@ def test_only_mamba_goes_into_the_official_layout_and_gguf(tmp_path: Path) -> No
     save(Llama(config, torch.Generator().manual_seed(0)), tmp_path / "model")
     with pytest.raises(LongscanError, match="the official layout is Mamba's, this is a Llama"):
         convert(tmp_path / "model", tmp_path / "other", layout="official")
-    with pytest.raises(LongscanError, match="Llama has no place in a GGUF file"):
+    with pytest.raises(
+        LongscanError, match="Llama: expected a Mamba: GGUF files of other models are not written"
+    ):
         convert(tmp_path / "model", tmp_path / "other.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     narrow = convert(tmp_path / "model", tmp_path / "other", dtype=torch.bfloat16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from array import array
 from pathlib import Path
@@ -433,3 +434,18 @@ def test_special_tokens_come_back(tmp_path: Path) -> None:
     assert (tokenizer.prefix, tokenizer.eos_ids) == ((257,), (258, 256, 259))
     assert tokenizer.special_ids["bos_token_id"] == 257
     assert tokenizer.fingerprint == written.fingerprint
+
+
+def test_a_merged_file_says_that_it_has_no_parts(tmp_path: Path) -> None:
+    load_gguf(put(tmp_path, raw.mamba(split__count=raw.u32(0))))
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite(tmp_path: Path, kind: GGUFType, value: float) -> None:
+    model = make()
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.in_proj.weight[3, 5] = value  # type: ignore[union-attr, operator, index]
+    with pytest.raises(LongscanError, match="expected finite numbers, got NaN or infinity"):
+        save_gguf(model, tmp_path / "model.gguf", None, kind)
+    assert not list(tmp_path.iterdir())

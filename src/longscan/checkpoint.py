@@ -39,7 +39,7 @@ from longscan.models.quantized import precision as precision_of
 from longscan.ops.quant import STORED
 from longscan.special_tokens import IDS
 from longscan.tokenizer import Tokenizer, load_tokenizer
-from longscan.weights import read_weights, some
+from longscan.weights import check_widths, read_weights, some
 
 __all__ = [
     "Layout",
@@ -360,6 +360,7 @@ def assemble(
         raise LongscanError(
             f"{directory}: config.json says {n_layers:,} layers, {len(tensors)} tensors are there."
         )
+    check_widths(directory, config.to_dict(), tensors)
     largest = max(tensors.values(), key=Tensor.numel, default=torch.empty(0))
     model = _blank(directory, cls, config, dtype or largest.dtype)
     _drop_tied_head(directory, config, tensors)

@@ -158,7 +158,8 @@ def save_gguf(
     config = model.config
     if not isinstance(config, MambaConfig):
         raise LongscanError(
-            f"{type(model).__name__} has no place in a GGUF file here: only Mamba has. Use a directory."
+            f"{type(model).__name__}: expected a Mamba: GGUF files of other models are not written. "
+            "Use a directory."
         )
     if config.expand != 2 or config.bias:
         got = f"expand {config.expand}, bias {str(config.bias).lower()}"
@@ -217,8 +218,11 @@ def _read_sizes(header: Header) -> MambaConfig:
     architecture = metadata.get("general.architecture")
     if architecture != ARCHITECTURE or metadata.get(f"{ARCHITECTURE}.ssm.dt_b_c_rms", False) is not False:
         what = "a Mamba with extra norms" if architecture == ARCHITECTURE else short(architecture)
-        raise LongscanError(f"general.architecture: expected mamba (Mamba-1), got {what}.")
-    if metadata.get("split.count", 1) != 1:
+        raise LongscanError(
+            f"general.architecture: expected mamba (Mamba-1), got {what}: GGUF files of other models are not "
+            "read. Take the model as a directory of safetensors."
+        )
+    if metadata.get("split.count", 0) not in (0, 1):  # merging leaves 0 behind
         raise LongscanError("this is one part of a model: join them with `llama-gguf-split --merge`.")
     raw: dict[str, Any] = {theirs: _count(metadata, key) for theirs, key in SIZES.items()}
     if raw["num_hidden_layers"] * (len(INNER) - 1) > len(tensors):  # before a loop over layers not there
@@ -426,6 +430,8 @@ def _encode(name: str, tensor: Tensor, scale: Tensor | None, kind: GGUFType) -> 
     if kind in BLOCKS and (blocks := _blocks(tensor, scale, kind)) is not None:
         return blocks.numpy()
     values = tensor.float() if scale is None else ops.dequantize(tensor, scale)
+    if kind in BLOCKS and not values.isfinite().all():
+        raise LongscanError(f"{name}: expected finite numbers, got NaN or infinity: it can't be {kind}.")
     if name.endswith("A_log"):
         values = values.double().exp().neg()
     if kind in PLAIN:
@@ -433,8 +439,6 @@ def _encode(name: str, tensor: Tensor, scale: Tensor | None, kind: GGUFType) -> 
     try:
         if kind == "Q8_0":
             gguf = _package()
-            if not values.isfinite().all():
-                raise ValueError("weight: expected finite numbers, got NaN or infinity")
             quantised: npt.NDArray[np.uint8] = gguf.quantize(values.numpy(), gguf.GGMLQuantizationType.Q8_0)
             return quantised
         q, scale = ops.quantize(values, "int4")

@@ -6,10 +6,13 @@ The tensors are views of the mapped file: nothing is read until it is used, and 
 from __future__ import annotations
 
 import json
+import pickletools
 import re
 import warnings
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,10 +21,16 @@ from torch import Tensor
 from longscan.errors import LongscanError
 from longscan.files import read_json
 
-__all__ = ["find_weights", "read_weights", "some"]
+__all__ = ["check_widths", "find_weights", "read_weights", "some"]
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 MAX_HEADER = 100_000_000  # bytes; what the safetensors library itself accepts
+MAX_PICKLE = 2**26  # bytes of an archive's data.pkl, some hundred a tensor
+PLAIN = re.compile(  # what the pickle of dense tensors names
+    r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.(Size|\w+Storage)"
+    r"|torch\.storage\.(Untyped|Typed)Storage|torch\.(float|bfloat|int|uint)\d+|torch\.bool"
+)
+CHEAP = 2**20  # a width up to which a model of shapes takes no time, so that all that is wrong can be listed
 AGAIN = "delete the file and fetch it again."
 
 
@@ -89,6 +98,27 @@ def read_weights(
     return tensors
 
 
+def check_widths(directory: Path, sizes: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse sizes that the tensors can't have, before a model of these sizes takes time and memory.
+
+    Args:
+        directory: where both are from, for the message.
+        sizes: the fields of a Config; widths and counts among them are compared.
+        tensors: name -> tensor.
+
+    Raises:
+        LongscanError: one is larger than all tensors together.
+    """
+    numbers = 2 * sum(tensor.numel() for tensor in tensors.values())  # four bits are two in a byte
+    for name, size in sizes.items():
+        compared = type(size) is int and name.startswith(("d_", "n_", "vocab", "src_", "tgt_"))
+        if compared and size > max(numbers, CHEAP):
+            raise LongscanError(
+                f"{directory}: the sizes in config.json are impossible ({name} = {size:,}, and all tensors "
+                "together hold fewer numbers). Fetch both again."
+            )
+
+
 def some(names: Iterable[str]) -> str:
     """Put names in a sentence, the first eight of them.
 
@@ -141,7 +171,9 @@ def _check_size(file: Path) -> None:
             raise LongscanError(
                 f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` beside it."
             )
-        if found >= 8 and length > MAX_HEADER:
+        if found < 8:
+            raise LongscanError(f"{file} is shorter than its header says ({found} bytes): {AGAIN}")
+        if length > MAX_HEADER:
             raise LongscanError(f"{file} is not a safetensors file (impossible header length): {AGAIN}")
         header = stream.read(length)
     expected = 8 + length
@@ -170,20 +202,62 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
                 f"{file} is not an archive of torch.save: a bare pickle may contain code and is refused.\n"
                 "Ask for the model as safetensors, or save it again with a recent torch."
             )
+    _check_archive(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols: what matters is raised
             tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged pickle can fail in any way
-        if stranger := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise LongscanError(
-                f"{file} contains code ({stranger[1]}): refused, because loading would run it.\n"
-                "Expected tensors only: ask for the model as safetensors."
-            ) from error
         raise LongscanError(f"{file} is damaged ({type(error).__name__}): {AGAIN}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
+    ):
         raise LongscanError(f"{file}: expected a dictionary of tensors by name, as state_dict() returns.")
+    _check_sizes(file, tensors)
     return tensors
+
+
+def _check_archive(file: Path) -> None:
+    """Insist that an archive of torch.save is not compressed and names nothing but dense tensors."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise LongscanError(f"{file} is compressed, which torch.save never does: {AGAIN}")
+            pickles = [entry for entry in entries if re.fullmatch(r"[^/]+/data\.pkl", entry.filename)]
+            if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE:
+                raise LongscanError(f"{file} has no small data.pkl, as torch.save writes it: {AGAIN}")
+            operations = list(pickletools.genops(archive.read(pickles[0])))
+    except LongscanError:
+        raise
+    except Exception as error:  # a damaged archive or pickle can fail in any way
+        raise LongscanError(f"{file} is damaged ({type(error).__name__}): {AGAIN}") from error
+    for operation, argument, _ in operations:
+        if operation.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
+            raise LongscanError(f"{file} is of a pickle protocol that torch.save does not use: {AGAIN}")
+        if operation.name == "GLOBAL" and not PLAIN.fullmatch(name := str(argument).replace(" ", ".")):
+            if name.startswith("torch._utils._rebuild"):
+                raise LongscanError(f"{file} holds tensors made by {name}: expected dense ones with numbers.")
+            raise LongscanError(
+                f"{file} contains code ({name}): refused, because loading would run it.\n"
+                "Expected tensors only: ask for the model as safetensors."
+            )
+
+
+def _check_sizes(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Insist that a file holds the numbers it describes; a head may share those of the embedding."""
+    total = 0
+    for name, tensor in tensors.items():
+        n_bytes = tensor.numel() * tensor.element_size()
+        total += n_bytes
+        if tensor.layout != torch.strided or tensor.is_meta or n_bytes > tensor.untyped_storage().nbytes():
+            raise LongscanError(
+                f"{file}: {name} {tuple(tensor.shape)} is not stored as a whole: expected dense tensors."
+            )
+    if total > 2 * (size := file.stat().st_size):
+        raise LongscanError(
+            f"{file} describes tensors of {total:,} bytes and has {size:,}: the file is not meant well."
+        )
 
 
 def _name(dtype: torch.dtype) -> str:
