@@ -15,6 +15,7 @@ from torch import Tensor
 from longscan.checkpoint import save
 from longscan.encoders import load_bert
 from longscan.errors import LongscanError
+from longscan.layouts import read_config
 from longscan.models import Bert, BertConfig, Mamba, MambaConfig
 from longscan.models.bert import PRESETS, PretrainingBatch, rename
 from longscan.wordpiece import WordPieceTokenizer, train_wordpiece
@@ -466,3 +467,18 @@ def test_the_real_minilm(dtype: torch.dtype) -> None:
     theirs = peer(ids, attention_mask=mask.long(), token_type_ids=types)
     assert_close(model(ids, types).hidden[mask], theirs.last_hidden_state[mask])
     assert_close(model(ids, types).pooled, theirs.pooler_output)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": ["gelu"]},
+        {"architectures": ["BertForSequenceClassification"], "id2label": {"0": [1], "1": {}}},
+        {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "a"}},
+    ],
+    ids=["act", "labels", "labels-twice"],
+)
+def test_values_of_a_config_that_are_no_names(change: dict[str, Any]) -> None:
+    raw = {"model_type": "bert", "vocab_size": 40, "hidden_size": 8, "num_attention_heads": 2}
+    with pytest.raises(LongscanError, match="expected"):
+        read_config(raw | {"num_hidden_layers": 1, "intermediate_size": 16} | change)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from longscan.checkpoint import save
 from longscan.classify import ClassifyConfig, ClassifyRun, load_classifier, tfidf
 from longscan.embed import embed
-from longscan.encoders import load_bert
+from longscan.encoders import load_bert, read_pooling
 from longscan.errors import LongscanError, UsageError
 from longscan.examples import (
     by_length,
@@ -481,3 +481,41 @@ def test_files_of_sentence_transformers_are_minded(cli: Any, bert: Path, tmp_pat
     done = cli("embed", tmp_path / "model", "film", GOOD)
     assert (done.code, done.out) == (1, "")
     assert "pooling_mode_mean_tokens" in done.err
+
+
+POOLINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "new-cls": ({"embedding_dimension": 32, "pooling_mode": "cls", "include_prompt": True}, "cls"),
+    "new-mean": ({"embedding_dimension": 32, "pooling_mode": "mean"}, "mean"),
+    "old-cls": ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+    "old-mean": ({"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}, "mean"),
+    "empty": ({}, "mean"),
+}
+
+
+@pytest.mark.parametrize(("pooling", "expected"), POOLINGS.values(), ids=POOLINGS)
+def test_both_spellings_of_a_pooling(pooling: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    kinds = ("Transformer", "Pooling", "Normalize")
+    modules = [{"idx": n, "type": f"sentence_transformers.models.{kind}"} for n, kind in enumerate(kinds)]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    assert read_pooling(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("1_Pooling/config.json", {"pooling_mode": "max"}),
+        ("1_Pooling/config.json", {"pooling_mode": ["cls", "mean"]}),
+        ("1_Pooling/config.json", {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}),
+        ("1_Pooling/config.json", {"pooling_mode": "mean", "weights": [1]}),
+        ("modules.json", [{"type": "sentence_transformers.models.Dense"}]),
+        ("config_sentence_transformers.json", {"default_prompt_name": "query"}),
+        ("sentence_bert_config.json", {"do_lower_case": True}),
+    ],
+)
+def test_vectors_that_are_made_in_another_way(file: str, content: Any, tmp_path: Path) -> None:
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(LongscanError, match=file):
+        read_pooling(tmp_path)

@@ -148,7 +148,10 @@ def test_names_there_and_back() -> None:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling: expected None"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling: type: expected 'default', got 'linear'",
+        ),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type: expected 'default'"),
         ({"rope_parameters": {"rope_type": "default", "factor": 8.0}}, "unknown field 'factor'"),
         ({"rope_theta": 5.0}, "rope_theta: expected 10000.0, as the other fields say, got 5.0"),
@@ -160,7 +163,19 @@ def test_names_there_and_back() -> None:
         ({"hidden_size": 33}, "of another shape"),
         ({"intermediate_size": 10}, "of another shape"),
         ({"tie_word_embeddings": False}, "1 missing: lm_head.weight"),
-        ({"sliding_window": 128}, "unknown field 'sliding_window'"),
+        ({"sliding_window": 128}, "unknown field 'sliding_window' = 128"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_scaling: rope_type: expected",
+        ),
+        ({"rope_scaling": [2]}, "rope_scaling: expected an object"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling: unknown field 'factor'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "unknown field 'partial_rotary_factor'"),
+        ({"partial_rotary_factor": 0.5}, "unknown field 'partial_rotary_factor' = 0.5"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "'layer_types'"),
+        ({"pruned_heads": {"0": [1]}}, "unknown field 'pruned_heads'"),
+        ({"hidden_act": ["silu"]}, "hidden_act: expected 'silu'"),
+        ({"model_type": "mamba2"}, "'mamba2' is another model"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(map(str, value)),
 )
@@ -171,6 +186,22 @@ def test_another_model_is_refused(change: dict[str, Any], word: str, tmp_path: P
     with pytest.raises(LongscanError) as refusal:
         longscan.load(tmp_path / "model")
     assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sliding_window": None, "partial_rotary_factor": 1.0, "pruned_heads": {}, "rope_scaling": None},
+        {"layer_types": ["full_attention"] * 3, "attention_bias": False, "use_sliding_window": False},
+        {"rope_scaling": {"rope_type": "default", "factor": 1.0}},
+    ],
+    ids=["off", "full-attention", "plain-rotations"],
+)
+def test_fields_that_are_off_change_nothing(change: dict[str, Any], tmp_path: Path) -> None:
+    longscan.save(make(), tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert longscan.load(tmp_path / "model")[0].config == make().config
 
 
 def test_missing_fields_mean_what_transformers_takes_them_for(tmp_path: Path) -> None:

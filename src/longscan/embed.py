@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longscan.config import count
-from longscan.encoders import LoadedBert, load_bert
+from longscan.encoders import LoadedBert, load_bert, read_pooling
 from longscan.errors import LongscanError, UsageError
 from longscan.examples import by_length
 from longscan.files import atomic_file, read_json
@@ -30,7 +30,7 @@ MOST = 50  # texts of which every pair is printed
 
 
 def embed(found: LoadedBert, texts: Sequence[str], rows: int = 32) -> Tensor:
-    """Turn texts into vectors: the mean over their tokens, scaled to length 1.
+    """Turn texts into vectors: the mean over their tokens, or [CLS] if the model says so, scaled to length 1.
 
     Args:
         found: a BERT, best one that was trained for it, such as all-MiniLM-L6-v2.
@@ -41,7 +41,7 @@ def embed(found: LoadedBert, texts: Sequence[str], rows: int = 32) -> Tensor:
         (n_texts, d_model) float32: products are cosines.
 
     Raises:
-        LongscanError: the model asks for another kind of mean.
+        LongscanError: the model asks for another pooling.
     """
     return _vectors(found, found.tokenizer.frame_batch(texts, room=_room(found)), rows)
 
@@ -49,13 +49,14 @@ def embed(found: LoadedBert, texts: Sequence[str], rows: int = 32) -> Tensor:
 @torch.inference_mode()
 def _vectors(found: LoadedBert, framed: Sequence[Framed], rows: int = 32) -> Tensor:
     """Do it for texts in tokens."""
-    model, tokenizer = found.model, found.tokenizer
+    model, tokenizer, first = found.model, found.tokenizer, read_pooling(found.directory) == "cls"
     vectors = torch.empty(len(framed), model.config.d_model)
     for batch in by_length(framed, rows):
         ids, types = (part.to(model.device) for part in tokenizer.collate([framed[n] for n in batch]))
         mask = (ids != tokenizer.pad_id)[:, :, None]  # (batch, seq_len, 1)
-        mean = (model(ids, types).hidden * mask).sum(1) / mask.sum(1)
-        vectors[batch] = F.normalize(mean, dim=-1).float().cpu()
+        hidden = model(ids, types).hidden
+        pooled = hidden[:, 0] if first else (hidden * mask).sum(1) / mask.sum(1)
+        vectors[batch] = F.normalize(pooled, dim=-1).float().cpu()
     return vectors
 
 
@@ -107,15 +108,11 @@ def command(
 
 
 def _room(found: LoadedBert) -> int:
-    """Return the most tokens of a text, and insist on the pooling that is done here.
-
-    The files are those of sentence-transformers; without them nothing says otherwise.
-    """
-    directory, room = found.directory, found.model.config.max_positions
-    pooling, limits = directory / "1_Pooling" / "config.json", directory / "sentence_bert_config.json"
-    if pooling.is_file() and not read_json(pooling).get("pooling_mode_mean_tokens", True):
-        raise LongscanError(
-            f"{pooling}: expected pooling_mode_mean_tokens, it asks for another kind of mean."
-        )
+    """Return the most tokens of a text: what sentence-transformers or the tokenizer say, or all positions."""
+    limits = found.directory / "sentence_bert_config.json"
     limit = read_json(limits).get("max_seq_length") if limits.is_file() else None
+    tokenizer = found.directory / "tokenizer_config.json"
+    if limit is None and limits.is_file() and tokenizer.is_file():
+        limit = read_json(tokenizer).get("model_max_length")
+    room = found.model.config.max_positions
     return min(room, limit) if isinstance(limit, int) and limit > 2 else room

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,12 +20,17 @@ from longscan.models.bert import Bert, BertConfig, Head
 from longscan.weights import read_weights
 from longscan.wordpiece import WordPieceTokenizer, load_wordpiece
 
-__all__ = ["LoadedBert", "load_bert"]
+__all__ = ["LoadedBert", "load_bert", "read_pooling"]
 
 TIED, EMBEDDING = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 # what a checkpoint may lack as a whole; what of it the wanted head has no use for is left out
 PARTS = ("bert.pooler.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs.")
+
+POOLING: dict[Literal["mean", "cls"], tuple[str, ...]] = {
+    "mean": ("pooling_mode_mean_tokens", "pooling_mode_mean"),
+    "cls": ("pooling_mode_cls_token", "pooling_mode_cls"),
+}
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,59 @@ def load_bert(
     model = assemble(directory, Bert, config, tensors, torch.float32)
     assert isinstance(model, Bert)
     return LoadedBert(model, tokenizer, fresh, directory)
+
+
+def _text(path: Path) -> str:
+    """Read a file of names."""
+    return path.read_bytes().decode(errors="replace")
+
+
+def read_pooling(directory: Path) -> Literal["mean", "cls"]:
+    """Understand how sentence-transformers makes one vector of a text with the model of a directory.
+
+    Args:
+        directory: its modules.json lists the steps, 1_Pooling/config.json describes the second; without these
+            files nothing says otherwise than the mean.
+
+    Returns:
+        "mean" over all tokens, or "cls" for the first token alone.
+
+    Raises:
+        LongscanError: the vectors are made in another way.
+    """
+    steps = directory / "modules.json"
+    if steps.is_file():
+        kinds = [kind.rpartition(".")[2] for kind in re.findall(r'"type":\s*"([^"]*)"', _text(steps))]
+        if other := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
+            raise LongscanError(
+                f"{steps}: expected Transformer, Pooling, Normalize, got {', '.join(other)}, too."
+            )
+    for name, field, wanted in (
+        ("sentence_bert_config.json", "do_lower_case", (False, None)),
+        ("config_sentence_transformers.json", "default_prompt_name", (None,)),
+    ):
+        path = directory / name
+        value = read_json(path).get(field) if path.is_file() else None
+        if value not in wanted:
+            raise LongscanError(f"{path}: {field}: expected {wanted[0]!r}, got {value!r}: not done here.")
+    path = directory / "1_Pooling" / "config.json"
+    raw = read_json(path) if path.is_file() else {}
+    known = ("word_embedding_dimension", "embedding_dimension", "include_prompt", "pooling_mode")
+    if unknown := [name for name in raw if name not in known and not name.startswith("pooling_mode_")]:
+        raise LongscanError(
+            f"{path}: unknown field {', '.join(map(repr, unknown))}: it may change the vectors."
+        )
+    modes = [name for name, value in raw.items() if name.startswith("pooling_mode_") and value is not False]
+    stated = raw.get("pooling_mode", [])
+    modes += [f"pooling_mode_{mode}" for mode in (stated if isinstance(stated, list) else [stated])]
+    for mode, names in POOLING.items():
+        if modes and all(name in names for name in modes):
+            return mode
+    if raw.get("pooling_mode_mean_tokens", True) is True and not modes:
+        return "mean"
+    raise LongscanError(
+        f"{path}: expected pooling_mode_mean_tokens or cls, got {', '.join(modes) or 'neither'}."
+    )
 
 
 def _read(directory: Path) -> BertConfig:

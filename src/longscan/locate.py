@@ -18,7 +18,8 @@ ASSETS = Path(__file__).parent / "assets"
 # what is fetched from a hub repository, which often holds the same weights in other formats too
 WANTED_TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
 WANTED = ["config.json", "generation_config.json", *WANTED_TOKENIZER]
-WANTED += ["vocab.txt", "sentence_bert_config.json", "1_Pooling/config.json"]
+WANTED += ["vocab.txt", "modules.json", "sentence_bert_config.json", "1_Pooling/config.json"]
+WANTED += ["config_sentence_transformers.json"]
 WANTED_WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 WANTED_PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
 

@@ -24,6 +24,8 @@ METHOD = "longscan"  # the quant_method by which others know it
 VERSION = 1  # of our own layout, and of that of quantised weights
 OWN = "longscan"  # the key of the former
 
+# models of others whose names resemble ours
+OTHERS = ("mamba2", "falcon_mamba", "llama4", "llama4_text", "mllama", "roberta", "distilbert", "albert")
 DIALECTS: dict[str, Dialect] = {
     "bert": bert.DIALECT,
     "llama": llama.DIALECT,
@@ -53,6 +55,8 @@ def read_config(raw: Mapping[str, Any], tokenizer_size: int | None = None) -> tu
         )
     name = raw["model_type"]
     if not isinstance(name, str) or name not in MODELS:
+        if isinstance(name, str) and name in OTHERS:
+            raise LongscanError(f"model_type: {name!r} is another model, which is not computed here.")
         raise LongscanError(f"model_type: no model called {name!r}{nearest(str(name), MODELS)}")
     if name in DIALECTS:
         return name, DIALECTS[name].read(raw, tokenizer_size)

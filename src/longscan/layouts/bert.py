@@ -44,11 +44,9 @@ HEADS = {
 ONLY: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("absolute",),
     "is_decoder": (False,),
-    "add_cross_attention": (False,),
     "is_encoder_decoder": (False,),
     "tie_word_embeddings": (True,),
     "problem_type": (None, "single_label_classification"),
-    "pruned_heads": ({},),
 }
 IDLE_HERE = IDLE.union(
     "classifier_dropout directionality gradient_checkpointing layer_norm_type pooler_fc_size "
@@ -60,7 +58,7 @@ def _read(raw: Mapping[str, Any], tokenizer_size: int | None) -> BertConfig:
     """Read the dialect; the head is the one that `architectures` names, if it is one of ours."""
     check_fields(raw, HUGGINGFACE, ONLY, IDLE_HERE)
     act = raw.get("hidden_act", "gelu")
-    if act not in ACTIVATIONS:
+    if not isinstance(act, str) or act not in ACTIVATIONS:
         raise LongscanError(f"hidden_act: expected one of {', '.join(ACTIVATIONS)}, got {act!r}.")
     written = raw.get("architectures") or []
     known = [head for head, name in HEADS.items() if name in written] if isinstance(written, list) else []
@@ -77,8 +75,11 @@ def _labels(raw: Mapping[str, Any]) -> tuple[str, ...]:
     named = raw.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
     try:
         labels = {int(number): label for number, label in named.items()}
-        return tuple(str(labels[number]) for number in range(len(labels)))
-    except (AttributeError, ValueError, KeyError) as error:
+        names = tuple(labels[number] for number in range(len(labels)))
+        if not all(isinstance(name, str | int) for name in names) or len(set(map(str, names))) < len(named):
+            raise ValueError("names of their own")
+        return tuple(map(str, names))
+    except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise LongscanError(
             f'id2label: expected {{"0": a name, "1": another, ...}}, got {named!r}.'
         ) from error

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from longscan.config import Config, nearest
 from longscan.errors import LongscanError
 
-__all__ = ["IDLE", "QUANTIZATION", "Dialect", "build", "check_fields", "check_twins", "unpadded"]
+__all__ = ["ELSEWHERE", "IDLE", "QUANTIZATION", "Dialect", "build", "check_fields", "check_twins", "unpadded"]
 
 QUANTIZATION = "quantization_config"
 
@@ -39,18 +39,41 @@ class Dialect:
 # fields that say how to run, to start afresh or to finish a text, and leave the logits alone
 IDLE = frozenset(
     """
-    _attn_implementation _commit_hash _name_or_path add_cross_attention architectures attn_implementation
+    _attn_implementation _commit_hash _name_or_path architectures attn_implementation
     bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
     decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size
     eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    fused_add_norm id2label initializer_range is_decoder label2id layer_types length_penalty max_length
+    fused_add_norm id2label initializer_range is_decoder label2id length_penalty max_length
     min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_scores pad_token_id prefix problem_type pruned_heads
+    output_attentions output_hidden_states output_scores pad_token_id prefix problem_type
     remove_invalid_values repetition_penalty rescale_prenorm_residual return_dict return_dict_in_generate
-    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
     tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p unpadded_vocab_size
     use_associative_scan use_bfloat16 use_cache use_mambapy
     """.split()
+)
+
+
+# fields that make another model of any that is known here: name -> the values with which they don't
+FOREIGN: dict[str, tuple[Any, ...]] = {
+    "layer_types": (None, []),
+    "sliding_window": (None,),
+    "use_sliding_window": (False, None),
+    "partial_rotary_factor": (None, 1.0),
+    "add_cross_attention": (False, None),
+    "tie_encoder_decoder": (False, None),
+    "pruned_heads": (None, {}),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "query_pre_attn_scalar": (None,),
+    "logit_scale": (None, 1.0),
+    "embedding_multiplier": (None, 1.0),
+    "residual_multiplier": (None, 1.0),
+    "attention_multiplier": (None,),
+    "logits_scaling": (None, 1.0),
+}
+ELSEWHERE = (
+    "that model is not computed here, and without the field it would be another one. Use transformers."
 )
 
 
@@ -68,7 +91,10 @@ def check_fields(
     Raises:
         LongscanError: a field is none of these, or has another value.
     """
-    unknown = [name for name in raw if name not in known and name not in only and name not in idle]
+    for name in FOREIGN.keys() & raw.keys():  # the field is known, and it is off
+        if name not in known and raw[name] not in FOREIGN[name]:
+            raise LongscanError(f"unknown field {name!r} = {raw[name]!r}: {ELSEWHERE}")
+    unknown = [name for name in raw if name not in {*known, *only, *idle, *FOREIGN}]
     if unknown:
         hint = nearest(unknown[0], [*known, *only])
         hint = hint if len(unknown) == 1 and "did you mean" in hint else "."

@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from longscan.errors import LongscanError
-from longscan.layouts.fields import IDLE, QUANTIZATION, Dialect, build, check_fields, check_twins, unpadded
+from longscan.layouts.fields import (
+    ELSEWHERE,
+    IDLE,
+    QUANTIZATION,
+    Dialect,
+    build,
+    check_fields,
+    check_twins,
+    unpadded,
+)
 from longscan.models import LlamaConfig
 from longscan.models.llama import publish
 
@@ -36,19 +45,20 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "attention_dropout": (0.0,),
-    "rope_scaling": (None,),
     "is_encoder_decoder": (False,),
 }
 ROTATION = "rope_parameters"  # where transformers 5 keeps rope_theta
+SCALING = "rope_scaling"  # where older ones say how positions are stretched
 
 
 def _read(raw: Mapping[str, Any], tokenizer_size: int | None) -> LlamaConfig:
     """Read the configuration of a LlamaForCausalLM."""
-    check_fields(raw, HUGGINGFACE, ONLY, IDLE.union([QUANTIZATION, ROTATION, "pretraining_tp"]))
-    rotation = raw.get(ROTATION) or {}
-    if not isinstance(rotation, dict):
-        raise LongscanError(f"{ROTATION}: expected an object {{...}}, got {rotation!r}.")
-    check_fields(rotation, ["rope_theta"], {"rope_type": ("default",)}, ())
+    layers = raw.get("layer_types")  # one a layer
+    if isinstance(layers, list) and all(layer == "full_attention" for layer in layers):
+        raw = {name: value for name, value in raw.items() if name != "layer_types"}
+    known_here = [*HUGGINGFACE, ROTATION, SCALING]
+    check_fields(raw, known_here, ONLY, IDLE.union([QUANTIZATION, "pretraining_tp"]))
+    rotation, _ = _rotation(raw, ROTATION), _rotation(raw, SCALING)
     check_twins(raw, rotation if "rope_theta" in raw else {})
     known = {**MISSING, **rotation, **raw}
     config = build(LlamaConfig, {name: known[name] for name in HUGGINGFACE if name in known}, HUGGINGFACE)
@@ -59,6 +69,21 @@ def _read(raw: Mapping[str, Any], tokenizer_size: int | None) -> LlamaConfig:
         if usual and (usual.kv_heads, usual.head_width, usual.ff_width) == _widths(config):
             config = usual
     return config
+
+
+def _rotation(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Read what a field says about rotations; all kinds but the plain one stretch the positions."""
+    rotation = raw.get(name) or {}
+    if not isinstance(rotation, dict):
+        raise LongscanError(f"{name}: expected an object {{...}}, got {rotation!r}.")
+    for key in ("rope_type", "type"):
+        if rotation.get(key, "default") != "default":
+            raise LongscanError(f"{name}: {key}: expected 'default', got {rotation[key]!r}: {ELSEWHERE}")
+    if extra := [key for key in rotation if key not in ("rope_theta", "rope_type", "type")]:
+        plain = {"partial_rotary_factor": (1, None), "factor": (1, None)}
+        if other := [key for key in extra if rotation[key] not in plain.get(key, (None,))]:
+            raise LongscanError(f"{name}: unknown field {', '.join(map(repr, other))}: {ELSEWHERE}")
+    return {key: value for key, value in rotation.items() if key == "rope_theta"}
 
 
 def _write(config: LlamaConfig) -> dict[str, Any]:

@@ -132,6 +132,10 @@ def read_official(raw: Mapping[str, Any]) -> MambaConfig:
     ssm_cfg = raw.get("ssm_cfg", {})
     if not isinstance(ssm_cfg, dict):
         raise LongscanError(f"ssm_cfg: expected an object {{...}}, got {ssm_cfg!r}.")
+    if ssm_cfg.get("layer", "Mamba1") != "Mamba1":
+        raise LongscanError(
+            f"ssm_cfg: layer: expected 'Mamba1', got {ssm_cfg['layer']!r}: not computed here."
+        )
     check_fields(ssm_cfg, SSM_CFG, {"layer": ("Mamba1",)}, {"use_fast_path"})
     return _build({**raw, **ssm_cfg}, {**OFFICIAL, **SSM_CFG})
 
