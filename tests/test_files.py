@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from longscan.files import (
     atomic_directory,
     atomic_file,
     atomic_write,
+    find_directory,
     read_json,
     read_toml,
     recover_directory,
@@ -243,3 +246,49 @@ def test_settings_that_are_none(text: bytes, words: str, tmp_path: Path) -> None
     (tmp_path / "a.toml").write_bytes(text)
     with pytest.raises(LongscanError, match=words):
         read_toml(tmp_path / "a.toml")
+
+
+def test_a_target_has_one_writer(tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "run") as folder:
+        (folder / "a").write_text("a")
+        with (
+            pytest.raises(LongscanError, match="run is being written by another process"),
+            atomic_directory(tmp_path / "run"),
+        ):
+            pytest.fail("there are two writers")
+    with atomic_directory(tmp_path / "run"):  # the lock is gone
+        pass
+    assert listing(tmp_path) == ["run"]
+
+
+def test_a_lock_of_a_killed_process_is_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / ".run.lock").write_text("")
+    with atomic_directory(tmp_path / "run"):
+        pass
+    assert listing(tmp_path) == ["run"]
+
+
+def test_what_a_killed_process_left_of_a_file_is_removed(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
+    )
+    left, running = tmp_path / f".a.{int(done.stdout)}.new", tmp_path / f".a.{os.getppid()}.new"
+    for path in (left, running, tmp_path / ".a.b.new", tmp_path / f".ab.{int(done.stdout)}.new"):
+        path.write_text("half")
+    atomic_write(tmp_path / "a", "whole")
+    assert listing(tmp_path) == sorted([running.name, ".a.b.new", f".ab.{int(done.stdout)}.new", "a"])
+
+
+def test_files_in_a_directory_follow_the_umask(tmp_path: Path) -> None:
+    (tmp_path / "usual").write_text("")
+    with atomic_directory(tmp_path / "run") as folder:
+        os.close(os.open(folder / "private", os.O_CREAT, 0o600))
+    assert (tmp_path / "run" / "private").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_a_directory_that_was_left_aside_is_found(tmp_path: Path) -> None:
+    assert find_directory(tmp_path / "run") == tmp_path / "run"
+    (tmp_path / ".run.old").mkdir()
+    assert find_directory(tmp_path / "run") == tmp_path / ".run.old"
+    (tmp_path / "run").mkdir()
+    assert find_directory(tmp_path / "run") == tmp_path / "run"

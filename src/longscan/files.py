@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import json
 import os
 import re
@@ -19,6 +21,7 @@ __all__ = [
     "atomic_directory",
     "atomic_file",
     "atomic_write",
+    "find_directory",
     "read_json",
     "read_toml",
     "recover_directory",
@@ -74,9 +77,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         OSError: the directory is missing or not writable, or the disk is full; what was there is intact.
     """
     path = Path(os.path.realpath(path))  # a link keeps pointing to the file instead of becoming it
+    _remove_stale(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         yield temporary
+        _open_up(temporary)
         _sync(temporary)
         os.replace(temporary, path)
     except BaseException as error:
@@ -92,7 +97,8 @@ def atomic_directory(path: str | Path, *, marker: str | None = None) -> Iterator
 
     No portable call swaps two directories, so the old one is renamed aside first and put back if the second
     rename fails. A power cut between the two renames leaves it aside as `.NAME.old`: `recover_directory`,
-    which this function calls first, brings it back. One writer per target is assumed.
+    which this function calls first, brings it back. A second writer of the same target is refused while the
+    first one is at work.
 
     Args:
         path: the directory to create or replace; missing parents are created.
@@ -103,11 +109,18 @@ def atomic_directory(path: str | Path, *, marker: str | None = None) -> Iterator
         An empty directory beside the target, to be filled by the caller.
 
     Raises:
-        LongscanError: the target holds something other than what `marker` promises.
+        LongscanError: the target holds something other than what `marker` promises, or another process is
+            writing it.
         OSError: the place is not writable, the disk is full, or `path` is a file; what was there is intact.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _only_writer(path):
+        yield from _fill(path, marker)
+
+
+def _fill(path: Path, marker: str | None) -> Iterator[Path]:
+    """Do the work of `atomic_directory` as the only writer."""
     recover_directory(path)
     if path.exists():
         names = os.listdir(path)
@@ -123,6 +136,7 @@ def atomic_directory(path: str | Path, *, marker: str | None = None) -> Iterator
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:
+                _open_up(Path(folder, name))
                 _sync(Path(folder, name))
             _sync(Path(folder))
         _swap(temporary, path)
@@ -144,6 +158,20 @@ def recover_directory(path: str | Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     elif old.exists():
         os.rename(old, path)
+
+
+def find_directory(path: str | Path) -> Path:
+    """Say where a directory is: an interrupted `atomic_directory` may have left it aside.
+
+    Args:
+        path: the directory as its users know it.
+
+    Returns:
+        The same, unless it is missing and its old version stands beside it.
+    """
+    path = Path(path)
+    old = _aside(path, "old") if path.name else path
+    return old if old.is_dir() and not path.exists() else path
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -251,6 +279,65 @@ def _name_disk_error(error: BaseException, path: Path, temporary: Path | None = 
     reason = os.strerror(number) if number else f"it could not be written whole ({error}): is the disk full?"
     remedy = _REMEDIES.get(number)
     raise OSError(number or errno.EIO, f"{reason}; {remedy}" if remedy else reason, str(path)) from error
+
+
+@contextlib.contextmanager
+def _only_writer(path: Path) -> Iterator[None]:
+    """Hold a lock beside a target; the system drops it when its process ends, however it ends."""
+    lock = _aside(path, "lock")
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise LongscanError(
+                f"{path} is being written by another process: wait for it, or choose another name."
+            ) from error
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                break
+        os.close(descriptor)  # its holder removed it in between: try again
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove what killed processes left while they wrote a file; those of running ones stay."""
+    for other in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
+        owner = other.name.removesuffix(".new").rpartition(".")[2]
+        if owner.isascii() and owner.isdigit() and other.is_file() and not _runs(int(owner)):
+            other.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this machine is running."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _open_up(path: Path) -> None:
+    """Give a file the rights that the umask leaves: some libraries write theirs for the owner alone."""
+    if path.is_file() and not path.is_symlink():
+        path.chmod(0o666 & ~_UMASK)
+
+
+def _umask() -> int:
+    """Read the umask, which the system tells only while setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()  # once, as other threads would write with the wrong one meanwhile
 
 
 def _aside(path: Path, suffix: str) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from longscan.config import nearest
 from longscan.errors import LongscanError
+from longscan.files import find_directory
 from longscan.tokenizer import Tokenizer, load_tokenizer
 from longscan.weights import find_weights, some
 
@@ -45,7 +46,7 @@ def resolve(name_or_dir: str | Path, *, revision: str | None = None, offline: bo
     name = str(name_or_dir)
     if name in shipped():
         return ASSETS / name
-    path = Path(name).expanduser()
+    path = find_directory(Path(name).expanduser())
     if path.is_dir():
         return _checked(path)
     if path.suffix == ".gguf" and path.exists():
