@@ -742,3 +742,33 @@ def test_only_mamba_goes_into_the_official_layout_and_gguf(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     narrow = convert(tmp_path / "model", tmp_path / "other", dtype=torch.bfloat16)
     assert narrow.dtype == torch.bfloat16
+
+
+# ---- a directory without a tokenizer
+
+
+def test_a_tokenizer_may_be_named(cli: Any, model: Mamba, tmp_path: Path) -> None:
+    ByteTokenizer().save(tmp_path / "bytes")
+    save(model, tmp_path / "saved")
+    convert(tmp_path / "saved", tmp_path / "official", layout="official")
+    (tmp_path / "text.txt").write_text("a text")
+    without = cli("evaluate", tmp_path / "official", tmp_path / "text.txt")
+    assert without.code == 1
+    assert "--tokenizer" in without.err
+    assert "EleutherAI/gpt-neox-20b" in without.err
+    named = ("--tokenizer", tmp_path / "bytes" / "tokenizer.json", "-q")
+    assert cli("generate", "a", "--model", tmp_path / "official", "--max-new-tokens", 2, *named).code == 0
+    assert cli("evaluate", tmp_path / "official", tmp_path / "text.txt", *named).code == 0
+    assert load(tmp_path / "official")[1] is None
+    found = load(tmp_path / "official", tokenizer=tmp_path / "bytes")[1]
+    assert found is not None
+    assert found.vocab_size == 257
+    done = cli("convert", tmp_path / "official", tmp_path / "hf", "--tokenizer", tmp_path / "bytes")
+    assert "with tokenizer" in done.out
+    assert load(tmp_path / "hf")[1] is not None
+
+
+def test_a_named_tokenizer_must_fit(saved: Path, tmp_path: Path) -> None:
+    train_bpe(["some text to learn from"] * 9, 300).save(tmp_path / "other")
+    with pytest.raises(LongscanError, match="do not belong together"):
+        load(saved, tokenizer=tmp_path / "other")

@@ -23,7 +23,7 @@ from longscan.errors import LongscanError
 from longscan.files import atomic_directory, read_json, write_json, writing
 from longscan.gguf_files import GGUFType, load_gguf, save_gguf
 from longscan.layouts import publish, read_config, read_format, to_official, write_config
-from longscan.locate import OFFICIAL, official_tokenizer, resolve, shipped
+from longscan.locate import OFFICIAL, find_tokenizer, official_tokenizer, resolve, shipped
 from longscan.models import (
     MODELS,
     LanguageModel,
@@ -72,6 +72,7 @@ def load(
     offline: bool = False,
     dtype: torch.dtype | None = torch.float32,
     precision: Precision | None = None,
+    tokenizer: str | Path | None = None,
 ) -> tuple[LanguageModel, Tokenizer | None]:
     """Load a model and its tokenizer.
 
@@ -83,6 +84,7 @@ def load(
             float32 at least. It is not for quantised weights, which stay as they are.
         precision: how the matrices are held, whatever dtype says: "bf16", "int8" and "int4" quantise them
             on the way, for inference; "float32" undoes what was quantised. None leaves them as they come.
+        tokenizer: a tokenizer.json, a directory or a hub id, in place of what is beside the model.
 
     Returns:
         model: ready to run, in evaluation mode.
@@ -96,16 +98,22 @@ def load(
         raise LongscanError(f"precision: expected {', '.join(get_args(Precision))}, got {precision!r}.")
     directory = resolve(name_or_dir, revision=revision, offline=offline)
     if directory.is_file():
-        gguf, tokenizer = load_gguf(directory)
-        return _at(gguf if kind_of(gguf) or not dtype else gguf.to(dtype), precision), tokenizer
-    tokenizer = load_tokenizer(directory) if (directory / "tokenizer.json").is_file() else None
-    if tokenizer is None and str(name_or_dir).startswith(OFFICIAL):
-        tokenizer = official_tokenizer(offline)
+        gguf, found = load_gguf(directory)
+        if tokenizer is not None:
+            found = find_tokenizer(tokenizer, offline)
+            _check_ids(directory, found.vocab_size, gguf.config.vocab_size)
+        return _at(gguf if kind_of(gguf) or not dtype else gguf.to(dtype), precision), found
+    if tokenizer is not None:
+        found = find_tokenizer(tokenizer, offline)
+    elif (directory / "tokenizer.json").is_file():
+        found = load_tokenizer(directory)
+    else:
+        found = official_tokenizer(offline) if str(name_or_dir).startswith(OFFICIAL) else None
     if precision:
         dtype = torch.float32 if precision == "float32" else None  # these formats round whatever there is
-    model = read_model(directory, "language", tokenizer.vocab_size if tokenizer else None, dtype)
+    model = read_model(directory, "language", found.vocab_size if found else None, dtype)
     assert isinstance(model, LanguageModel)
-    return _at(model, precision), tokenizer
+    return _at(model, precision), found
 
 
 def load_translator(
@@ -162,11 +170,7 @@ def read_model(
     name, config, stored = _describe(directory, kind, tokenizer_size)
     entry = MODELS[name]
     vocab_size = config.vocab_size  # type: ignore[attr-defined]  # every kind of model has one
-    if tokenizer_size and tokenizer_size > vocab_size:
-        raise LongscanError(
-            f"{directory}: the tokenizer has {tokenizer_size:,} ids, the model {vocab_size:,}. "
-            "They do not belong together: put the right tokenizer.json there, or remove this one."
-        )
+    _check_ids(directory, tokenizer_size or 0, vocab_size)
     tensors = entry.rename(read_weights(directory, quantised=stored is not None))
     if stored:
         return _assemble_quantised(directory, entry.cls, config, tensors, stored)
@@ -203,6 +207,7 @@ def convert(
     layout: Layout = "hf",
     dtype: torch.dtype | None = None,
     gguf_type: GGUFType | None = None,
+    tokenizer: str | Path | None = None,
     revision: str | None = None,
     offline: bool = False,
 ) -> LanguageModel:
@@ -214,6 +219,7 @@ def convert(
         layout: "hf" for safetensors, "official" for pytorch_model.bin and the authors' config.json.
         dtype: of the weights; None keeps that of the source. With a type, quantised weights become plain.
         gguf_type: of the matrices in a .gguf file, see `save_gguf`; not for a directory.
+        tokenizer: see `load`.
         revision: see `load`.
         offline: see `load`.
 
@@ -225,14 +231,14 @@ def convert(
         OSError: the destination cannot be written.
     """
     destination = check_new(destination)
-    model, tokenizer = load(source, revision=revision, offline=offline, dtype=dtype)
+    model, found = load(source, revision=revision, offline=offline, dtype=dtype, tokenizer=tokenizer)
     if dtype and kind_of(model):
         model = dequantized(model).to(dtype)
     if destination.suffix == ".gguf":
         destination.parent.mkdir(parents=True, exist_ok=True)
-        save_gguf(model, destination, tokenizer, gguf_type)
+        save_gguf(model, destination, found, gguf_type)
     else:
-        _write(model, destination, tokenizer, layout, None)
+        _write(model, destination, found, layout, None)
     return model
 
 
@@ -284,6 +290,15 @@ def fingerprint(model: Model) -> str:
         model: on any device, in any type; another type is another fingerprint.
     """
     return model.fingerprint()
+
+
+def _check_ids(directory: Path, tokenizer_size: int, vocab_size: int) -> None:
+    """Insist that a model knows all ids of its tokenizer."""
+    if tokenizer_size > vocab_size:
+        raise LongscanError(
+            f"{directory}: the tokenizer has {tokenizer_size:,} ids, the model {vocab_size:,}. "
+            "They do not belong together: put the right tokenizer.json there, or remove this one."
+        )
 
 
 def _describe(

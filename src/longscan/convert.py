@@ -36,6 +36,10 @@ def command(
             case_sensitive=False, help="Of the matrices in a .gguf file; nearest to SRC if not given."
         ),
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="A tokenizer.json, a directory or a hub id, in place of what SRC has."),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Use only what the hub's cache holds.")] = False,
 ) -> None:
@@ -60,6 +64,7 @@ def command(
         layout=to or "hf",
         dtype=getattr(torch, dtype) if dtype else None,
         gguf_type=gguf_type,
+        tokenizer=tokenizer,
         revision=revision,
         offline=offline,
     )
@@ -70,6 +75,8 @@ def command(
     weights = sum(
         file.stat().st_size for file in destination.iterdir() if file.suffix in (".safetensors", ".bin")
     )
-    tokenizer = "with tokenizer" if (destination / "tokenizer.json").exists() else "no tokenizer"
+    beside = (
+        "with tokenizer" if (destination / "tokenizer.json").exists() else "no tokenizer: see --tokenizer"
+    )
     size = f"{model.num_parameters():,} parameters · {precision(model)} · {weights:,} bytes"
-    typer.echo(f"{destination} · {to or 'hf'} layout · {size} · {tokenizer}")
+    typer.echo(f"{destination} · {to or 'hf'} layout · {size} · {beside}")

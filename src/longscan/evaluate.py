@@ -263,7 +263,11 @@ def command(
         str | None, typer.Option(help="What parts the documents of a plain-text file.")
     ] = None,
     precision: Annotated[
-        Precision | None, typer.Option(help="Hold the weights so; as they are stored if not given.")
+        Precision | None, typer.Option(help="Hold the weights so; if not given, float32 or as quantised.")
+    ] = None,
+    tokenizer_name: Annotated[
+        str | None,
+        typer.Option("--tokenizer", help="A tokenizer.json, a directory or a hub id, if MODEL has none."),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; as torch likes if not given.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
@@ -286,7 +290,7 @@ def command(
     paths = find_files(files)
     groups = [[path] for path in paths] if per_file else [paths]
     total = _measure(groups, separator)
-    network, tokenizer = load_with_tokenizer(model, revision, offline, precision)
+    network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name)
     if not quiet:
         typer.echo(describe(model, network) + "\n", err=True)
     bar, parts = Bar(), []

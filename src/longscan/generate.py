@@ -28,6 +28,7 @@ from longscan.checkpoint import Precision, load
 from longscan.documents import split
 from longscan.engine import MAX_SLOTS, Engine, generate_ids
 from longscan.errors import LongscanError, UsageError
+from longscan.locate import OFFICIAL_TOKENIZER
 from longscan.models import LanguageModel, State
 from longscan.models.quantized import precision as precision_of
 from longscan.models.state import SavedState
@@ -124,7 +125,11 @@ def command(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed writes the same text.")] = None,
     precision: Annotated[
-        Precision | None, typer.Option(help="Hold the weights so; as they are stored if not given.")
+        Precision | None, typer.Option(help="Hold the weights so; if not given, float32 or as quantised.")
+    ] = None,
+    tokenizer_name: Annotated[
+        str | None,
+        typer.Option("--tokenizer", help="A tokenizer.json, a directory or a hub id, if MODEL has none."),
     ] = None,
     load_state: Annotated[
         Path | None, typer.Option(help="Go on where a state that was saved stands; PROMPT comes after it.")
@@ -171,7 +176,7 @@ def command(
     use_threads(threads)
     texts = _prompts(prompts or [])
     _check_usage(texts, save_state, speculate, draft)
-    network, tokenizer = load_with_tokenizer(model, revision, offline, precision)
+    network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name)
     before = None if load_state is None else _load_state(load_state, network, texts)
     drafter = PromptLookup() if speculate else _draft_model(draft, tokenizer, offline) if draft else None
     ids = _encode(tokenizer, texts, begins=before is None)
@@ -446,19 +451,24 @@ def use_threads(threads: int | None) -> None:
 
 
 def load_with_tokenizer(
-    name: str, revision: str | None, offline: bool, precision: Precision | None = None
+    name: str,
+    revision: str | None,
+    offline: bool,
+    precision: Precision | None = None,
+    tokenizer: str | None = None,
 ) -> tuple[LanguageModel, Tokenizer]:
     """Load a model that is to read or write text; see `checkpoint.load`.
 
     Raises:
         LongscanError: as `load`; or the model has no tokenizer.
     """
-    model, tokenizer = load(name, revision=revision, offline=offline, precision=precision)
-    if tokenizer is None:
+    model, found = load(name, revision=revision, offline=offline, precision=precision, tokenizer=tokenizer)
+    if found is None:
         raise LongscanError(
-            f"{name} has no tokenizer: put the tokenizer.json it was trained with beside its config.json."
+            f"{name} has no tokenizer: put the tokenizer.json it was trained with beside its config.json, or "
+            f"name one with --tokenizer. The authors' Mambas were trained with that of {OFFICIAL_TOKENIZER}."
         )
-    return model, tokenizer
+    return model, found
 
 
 def describe(name: str, model: LanguageModel) -> str:

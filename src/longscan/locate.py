@@ -12,7 +12,7 @@ from longscan.files import find_directory
 from longscan.tokenizer import Tokenizer, load_tokenizer
 from longscan.weights import find_weights, some
 
-__all__ = ["OFFICIAL", "official_tokenizer", "resolve", "shipped"]
+__all__ = ["OFFICIAL", "OFFICIAL_TOKENIZER", "find_tokenizer", "official_tokenizer", "resolve", "shipped"]
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -80,6 +80,25 @@ def official_tokenizer(offline: bool) -> Tokenizer | None:
     except LongscanError as error:
         warnings.warn(f"the model has no tokenizer: {error}", stacklevel=3)
         return None
+
+
+def find_tokenizer(name_or_path: str | Path, offline: bool) -> Tokenizer:
+    """Load a tokenizer that a user names.
+
+    Args:
+        name_or_path: a tokenizer.json, a directory with one, a shipped model, or a hub id.
+        offline: whether to use only what the hub's cache holds.
+
+    Raises:
+        LongscanError: there is none, or it is damaged.
+    """
+    name = str(name_or_path)
+    if name in shipped():
+        return load_tokenizer(ASSETS / name)
+    path = Path(name).expanduser()
+    if not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        path = _snapshot(name, WANTED_TOKENIZER, None, offline)
+    return load_tokenizer(path)
 
 
 def _checked(directory: Path) -> Path:
