@@ -22,10 +22,11 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save as save_tensors
 
 from longscan.checkpoint import load
 from longscan.errors import LongscanError, UsageError
-from longscan.models import MODELS
+from longscan.models import MODELS, Mamba, MambaConfig
 from longscan.plot import plot_losses
 from longscan.progress import Display, Snapshot, Terminal, duration
 from longscan.recipe import TrainConfig, make_model, read_recipe
@@ -873,3 +874,22 @@ def test_without_matplotlib_there_is_one_word(
         "no loss.png: figures need matplotlib: pip install matplotlib"
     ]
     assert not (tmp_path / "run/loss.png").exists()
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        b"not safetensors",
+        save_tensors({"x": torch.zeros(1)}),
+        save_tensors({"random_state": torch.zeros(3)}),
+        save_tensors({"random_state": torch.get_rng_state(), "embedding.exp_avg": torch.zeros(2)}),
+    ],
+    ids=["damaged", "no-random-state", "no-state", "other-moments"],
+)
+def test_a_forged_checkpoint_is_an_error(optimizer: bytes, config: TrainConfig, tmp_path: Path) -> None:
+    model = Mamba(MambaConfig(d_model=8, n_layers=1, vocab_size=16))
+    trainer = Trainer(model, config, 1, lambda _: [], lambda *_: torch.zeros(()))
+    (tmp_path / "model.safetensors").write_bytes(save_tensors(dict(model.named_parameters())))
+    (tmp_path / "optimizer.safetensors").write_bytes(optimizer)
+    with pytest.raises(LongscanError, match=str(tmp_path)):
+        trainer.load(tmp_path, 1)

@@ -212,7 +212,7 @@ def command(
         raise typer.Exit(130)
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str], *, begins: bool) -> list[Ids]:
+def _encode(tokenizer: Tokenizer, texts: list[str], *, begins: bool = True) -> list[Ids]:
     """Turn prompts, which begin a text or go on with one, into ids.
 
     Very long ones are encoded piece by piece, as a tokenizer takes 500 bytes for each token.

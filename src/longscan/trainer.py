@@ -188,12 +188,22 @@ class Trainer:
         Raises:
             LongscanError: the tensors are not those of this model.
         """
-        weights = load_file(directory / "model.safetensors")
-        moments = load_file(directory / "optimizer.safetensors")
+        try:
+            weights = load_file(directory / "model.safetensors")
+            moments = load_file(directory / "optimizer.safetensors")
+        except SafetensorError as error:
+            raise LongscanError(f"{directory} is no checkpoint of a run ({error}). Remove it.") from error
         parameters = dict(self.model.named_parameters())
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         if shapes != {name: tuple(tensor.shape) for name, tensor in weights.items()}:
             raise LongscanError(f"{directory} holds the weights of another model than this run's.")
+        averages = {
+            f"{name}.{key}": shape for name, shape in shapes.items() for key in ("exp_avg", "exp_avg_sq")
+        }
+        if {
+            name: tuple(t.shape) for name, t in moments.items() if not name.endswith(".step")
+        } != averages or any(f"{name}.step" not in moments for name in parameters):
+            raise LongscanError(f"{directory} holds the optimizer state of another model than this run's.")
         for name, parameter in parameters.items():
             with torch.no_grad():
                 parameter.copy_(weights[name])
