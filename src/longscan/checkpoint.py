@@ -234,6 +234,7 @@ def convert(
     model, found = load(source, revision=revision, offline=offline, dtype=dtype, tokenizer=tokenizer)
     if dtype and kind_of(model):
         model = dequantized(model).to(dtype)
+    check_new(destination)  # again: another run may have written it meanwhile
     if destination.suffix == ".gguf":
         destination.parent.mkdir(parents=True, exist_ok=True)
         save_gguf(model, destination, found, gguf_type)

@@ -195,9 +195,9 @@ class Source:
         for document in self._documents:
             text, ends = (document, True) if isinstance(document, str) else document
             ids = self._tokenizer.encode(text)
-            self._tokens += len(ids) and len(ids) + len(previous) - 1  # of a start only the first is given
             self._bytes += len(text.encode())
             if ids:
+                self._tokens += len(previous) - 1 + len(ids)  # only the very first token is not predicted
                 read = torch.tensor([*previous, *ids])  # (previous + tokens,)
                 previous = ids[-1:]
                 del ids

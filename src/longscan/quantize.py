@@ -55,7 +55,7 @@ def quantize(
         quantize_model(model, kind)
     except LongscanError as error:
         raise LongscanError(f"{source}: {error}") from error
-    save(model, destination, tokenizer)
+    save(model, check_new(destination), tokenizer)  # again: another run may have written it meanwhile
     return model
 
 
