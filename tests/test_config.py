@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import longscan
 from longscan.config import Config, brief, count, nearest
 from longscan.errors import LongscanError
 
@@ -31,6 +35,7 @@ class Sample(Config):
     inner: Inner = Inner()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.d_model < 1:
             raise LongscanError(f"d_model: expected at least 1, got {self.d_model}.")
 
@@ -135,3 +140,44 @@ def test_counts_have_their_nouns(n: int, words: str) -> None:
 )
 def test_brief_numbers_have_no_exponent(value: float, digits: int, words: str) -> None:
     assert brief(value, digits) == words
+
+
+def configs() -> list[type[Config]]:
+    """Every configuration of the package."""
+    for path in sorted(Path(longscan.__file__).parent.rglob("*.py")):
+        name = path.relative_to(Path(longscan.__file__).parent).with_suffix("").as_posix().replace("/", ".")
+        if not name.endswith("__init__"):
+            importlib.import_module(f"longscan.{name}")
+    found, waiting = [], [Config]
+    while waiting:
+        below = [cls for cls in waiting.pop().__subclasses__() if cls.__module__.startswith("longscan.")]
+        found += below
+        waiting += below
+    return list(dict.fromkeys(found))
+
+
+def test_every_constructor_checks_what_from_dict_checks() -> None:
+    found = configs()
+    assert {"SamplingConfig", "MambaConfig", "BertConfig", "TrainConfig", "ODERNNConfig"} <= {
+        cls.__name__ for cls in found
+    }
+    for cls in found:
+        for field in fields(cls):
+            if field.init:  # no field takes a complex number
+                required = {
+                    other.name: 1j
+                    for other in fields(cls)
+                    if other.init and other.default is MISSING and other.default_factory is MISSING
+                }
+                with pytest.raises(LongscanError, match=rf"{cls.__name__}\.\w+: expected .* 1j \(complex\)"):
+                    cls(**{**required, field.name: 1j})
+
+
+def test_constructors_convert_where_nothing_is_lost() -> None:
+    sample = Sample(d_model=np.int64(3), rate=np.float32(0.5), stop=["a"])  # type: ignore[arg-type]
+    assert sample == Sample(d_model=3, rate=0.5, stop=("a",))
+    assert [type(value) for value in (sample.d_model, sample.rate, sample.stop)] == [int, float, tuple]
+    with pytest.raises(LongscanError, match=r"Sample\.stop: expected a list of text, got 'great' \(str\)"):
+        Sample(d_model=1, stop="great")  # type: ignore[arg-type]
+    with pytest.raises(LongscanError, match=r"Sample\.d_model: expected int, got 2\.5"):
+        Sample(d_model=2.5)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -20,9 +21,20 @@ class Config:
     """Base of every configuration: subclasses are `@dataclass(frozen=True, kw_only=True)` and add fields.
 
     Fields are bool, int, float, str, Literal, tuple, another Config, or a union of these. A subclass checks
-    the ranges of its values in `__post_init__`; types are checked here, because JSON and the command line
-    have none.
+    the ranges of its values in `__post_init__`, after `super().__post_init__()`, which checks their types.
     """
+
+    def __post_init__(self) -> None:
+        """Check the types, and convert where nothing is lost: a list to a tuple, an int to a float.
+
+        Raises:
+            LongscanError: a value has the wrong type.
+        """
+        for name, hint in _hints(type(self)).items():
+            value = getattr(self, name)
+            fitted = _check(f"{type(self).__name__}.{name}", value, hint)
+            if fitted is not value:
+                object.__setattr__(self, name, fitted)
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> Self:
@@ -51,7 +63,7 @@ class Config:
         ]
         if missing:
             raise LongscanError(f"{cls.__name__} needs {', '.join(missing)}: add what is missing.")
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         return cls(
             **{key: _check(f"{cls.__name__}.{key}", value, hints[key]) for key, value in mapping.items()}
         )
@@ -116,6 +128,17 @@ def brief(value: float, digits: int = 3) -> str:
     return f"{value:,.0f}" if "e+" in short else short
 
 
+_HINTS: dict[type[Any], dict[str, Any]] = {}  # reading annotations takes a hundred times as long as the check
+
+
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    """Return the types of the fields that a constructor takes."""
+    if cls not in _HINTS:
+        hints = typing.get_type_hints(cls)
+        _HINTS[cls] = {field.name: hints[field.name] for field in fields(cls) if field.init}
+    return _HINTS[cls]
+
+
 class _MismatchError(Exception):
     """A value does not fit a type; the caller knows which field to blame."""
 
@@ -157,7 +180,13 @@ def _fit(value: Any, hint: Any) -> Any:
 
 def _fit_scalar(value: Any, hint: Any) -> Any:
     """The part of `_fit` that deals with bool, int, float, str and None."""
-    if hint is float and type(value) in (int, float):  # type(), not isinstance(): True is no number here
+    if type(value) is hint and hint is not float:
+        return value
+    if isinstance(value, bool):  # Python counts it as a number
+        raise _MismatchError
+    if hint is int and isinstance(value, numbers.Integral):  # NumPy's too
+        return int(value)
+    if hint is float and isinstance(value, numbers.Real):
         try:
             number = float(value)
         except OverflowError:
@@ -165,8 +194,6 @@ def _fit_scalar(value: Any, hint: Any) -> Any:
         if not math.isfinite(number):
             raise _MismatchError
         return number
-    if type(value) is hint:
-        return value
     raise _MismatchError
 
 

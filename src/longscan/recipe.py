@@ -88,6 +88,7 @@ class RunConfig(Config):
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, each by its name."""
+        super().__post_init__()
         self.check_least(1, "steps", "threads", "save_every", "log_every")
         self.check_least(0, "warmup", "seed", "eval_every", "weight_decay", "min_lr")
         for name in ("lr", "epochs", "clip", "eps"):

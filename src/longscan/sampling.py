@@ -71,7 +71,8 @@ class SamplingConfig(Config):
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the types and the ranges."""
+        super().__post_init__()
         rules = {
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
             "temperature": (self.temperature >= 0, "0 (greedy) or more"),

@@ -116,6 +116,7 @@ class SequenceConfig(Config):
         Raises:
             LongscanError: a value is out of range.
         """
+        super().__post_init__()
         if self.body not in BODIES or not isinstance(self.body_config, BODIES[self.body].config):
             got = f"{type(self.body_config).__name__} for {self.body!r}"
             raise LongscanError(f"body_config: expected the Config of the body, got {got}.")

@@ -79,6 +79,7 @@ class BertConfig(Config):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        super().__post_init__()
         for name in ("d_model", "n_layers", "n_heads", "vocab_size", "max_positions", "n_types", "d_ff"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 1) and not (name == "d_ff" and value is None):

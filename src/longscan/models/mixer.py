@@ -42,6 +42,7 @@ class LanguageModelConfig(Config):
         Raises:
             LongscanError: a value is out of range.
         """
+        super().__post_init__()
         for name in ("d_model", "n_layers", "vocab_size", "pad_vocab_size_multiple"):
             self.check_count(name)
         if self.norm_eps < 0:

@@ -46,6 +46,7 @@ class TranslatorConfig(Config):
         Raises:
             LongscanError: a value is out of range.
         """
+        super().__post_init__()
         self.check_counts("vocab_size")
         special = (self.pad_id, self.bos_id, self.eos_id)
         if len(set(special)) < 3 or not all(0 <= token < self.vocab_size for token in special):
