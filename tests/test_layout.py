@@ -18,7 +18,17 @@ MODULES = [
 
 # a file imports only from its left
 ORDER = [
-    *("errors", "files", "config", "order", "archives", "labelled_arrays"),
+    *(
+        "errors",
+        "checks",
+        "optional",
+        "text_table",
+        "files",
+        "config",
+        "order",
+        "archives",
+        "labelled_arrays",
+    ),
     *("ops", "models"),
     *(
         "tokenizer_json",

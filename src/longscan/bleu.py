@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from longscan.errors import LongscanError
+from longscan.checks import check_texts
+from longscan.optional import require
 
 __all__ = ["BUCKETS", "TOKENIZERS", "by_length", "score"]
 
@@ -29,13 +30,11 @@ def score(hypotheses: Sequence[str], references: Sequence[str], tokenize: str = 
     Raises:
         LongscanError: sacrebleu is not installed.
     """
-    try:
-        from sacrebleu.metrics.bleu import BLEU
-        from sacrebleu.metrics.chrf import CHRF
-    except ImportError as error:
-        raise LongscanError("BLEU needs sacrebleu: pip install longscan[translate]") from error
+    check_texts("hypotheses", hypotheses)
+    check_texts("references", references)
+    metrics = require("sacrebleu", "BLEU and chrF", "sacrebleu.metrics")
     result: dict[str, Any] = {}
-    for name, metric in (("bleu", BLEU(tokenize=tokenize)), ("chrf", CHRF())):
+    for name, metric in (("bleu", metrics.BLEU(tokenize=tokenize)), ("chrf", metrics.CHRF())):
         result[name] = round(metric.corpus_score(list(hypotheses), [list(references)]).score, 2)
         result[f"{name}_signature"] = str(metric.get_signature())
     return result

@@ -9,7 +9,6 @@ The directory of a run (see run.py) holds `start/`, the checkpoint it begins wit
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,6 +47,7 @@ from longscan.examples import (
 from longscan.files import atomic_directory, read_toml
 from longscan.generate import use_threads
 from longscan.models import Bert, Model
+from longscan.optional import require
 from longscan.order import EpochOrder
 from longscan.recipe import RunConfig, add_flags, check_device, setting
 from longscan.run import Run
@@ -443,11 +443,8 @@ def tfidf(train: Sequence[Example], test: Sequence[Example], labels: Sequence[st
     Raises:
         LongscanError: scikit-learn is not installed, or a label is not among `labels`.
     """
-    try:
-        names = "feature_extraction.text", "linear_model", "model_selection"
-        text, linear, selection = (importlib.import_module(f"sklearn.{name}") for name in names)
-    except ImportError as error:
-        raise LongscanError("the baseline needs scikit-learn: pip install scikit-learn") from error
+    names = "feature_extraction.text", "linear_model", "model_selection"
+    text, linear, selection = (require("scikit-learn", "baselines", f"sklearn.{name}") for name in names)
     words = text.TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     counts = words.fit_transform([_whole(example) for example in train])
     search = selection.GridSearchCV(linear.LogisticRegression(max_iter=1000), {"C": [0.1, 1, 10, 100]}, cv=5)

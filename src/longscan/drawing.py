@@ -13,6 +13,7 @@ import typer
 
 from longscan.errors import LongscanError, UsageError
 from longscan.files import atomic_file
+from longscan.optional import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,11 +70,9 @@ def new_figure(width: float, height: float) -> Figure:
     Raises:
         LongscanError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise LongscanError("figures need matplotlib: pip install matplotlib") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    module = require("matplotlib", "figures", "matplotlib.figure")
+    figure: Figure = module.Figure(figsize=(width, height), layout="constrained")
+    return figure
 
 
 def tidy(ax: Axes) -> None:

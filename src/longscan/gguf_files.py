@@ -33,6 +33,7 @@ from longscan.models import LanguageModel, Mamba, MambaConfig
 from longscan.models.layers import WeightOnly
 from longscan.models.quantized import DELICATE, precision, store_like
 from longscan.ops.quant import BLOCK
+from longscan.optional import require
 from longscan.tokenizer import Tokenizer
 from longscan.weights import some
 
@@ -472,8 +473,4 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 def _package() -> Any:
     """Import the gguf package, which writes files and knows the many quantised types."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise LongscanError(f"this needs the gguf package: {INSTALL}") from error
-    return gguf
+    return require("gguf", "GGUF files of this kind")

@@ -6,7 +6,6 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
@@ -19,6 +18,7 @@ from longscan.drawing import check_out
 from longscan.errors import LongscanError, UsageError
 from longscan.models.hippo import MEASURES
 from longscan.models.memory import Memory
+from longscan.optional import installed, remedy
 from longscan.plot_memory import Trace, plot_memory
 from longscan.signals import TESTS, Signal, open_signal
 
@@ -124,7 +124,7 @@ def command(
     rows = [_row(signal, each) for each in found.values()]
     for row in rows:
         _warn_of_loss(row, min(reach, signal.length) / signal.rate)
-    if find_spec("matplotlib") is not None:
+    if installed("matplotlib"):
         shown = Trace.empty(signal.length, signal.rate)
         for begin, piece in signal.pieces():
             shown.add(begin, piece, signal.length)
@@ -134,7 +134,7 @@ def command(
         plot_memory(shown, traces, coefficients, out, f"{name} through {measure}")
         wrote = f"wrote {out}"
     else:
-        wrote = f"no {out}: figures need matplotlib: pip install matplotlib"
+        wrote = f"no {out}: {remedy('matplotlib', 'figures')}"
     if as_json:
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return

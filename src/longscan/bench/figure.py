@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longscan.bench.report import Report
 from longscan.errors import LongscanError, UsageError
+from longscan.optional import installed, remedy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,8 +36,8 @@ def check(path: Path) -> None:
         raise UsageError(f"--figure: expected a name that ends in .png, .svg or .pdf, got {path}.")
     if not path.absolute().parent.is_dir():
         raise LongscanError(f"--figure: there is no directory {path.absolute().parent}.")
-    if find_spec("matplotlib") is None:
-        raise LongscanError("figures need matplotlib: pip install longscan[plot]")
+    if not installed("matplotlib"):
+        raise LongscanError(remedy("matplotlib", "figures"))
 
 
 def draw(reports: Sequence[Report], title: str, path: Path) -> None:

@@ -7,7 +7,6 @@ for prompts and for tokens, its repacked layouts of quantised weights, logits of
 from __future__ import annotations
 
 import ctypes
-import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import numpy as np
 
 from longscan.bench.tasks import excerpt, random_ids
 from longscan.bench.worker import Run
+from longscan.optional import require
 
 __all__ = ["FORMATS", "PACKAGE", "decode", "export", "prefill"]
 
@@ -160,7 +160,7 @@ class _Session:
 
 def _llama() -> Any:
     """Import and start llama.cpp; only its errors are heard, on stderr."""
-    api: Any = importlib.import_module("llama_cpp.llama_cpp")
+    api: Any = require("llama-cpp-python", "measurements of llama.cpp", "llama_cpp.llama_cpp")
 
     def log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
         if level == ERROR:

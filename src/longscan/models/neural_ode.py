@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import LongscanError
+from ..optional import require
 from .layers import blank, linear
 from .mixer import Block, LanguageModelConfig, Mixer
 from .model import Model
@@ -61,6 +62,7 @@ class ODERNNConfig(Config):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        super().__post_init__()
         for name in ("d_input", "d_hidden", "d_ode", "n_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -178,12 +180,7 @@ class ODERNN(Model):
         Raises:
             LongscanError: torchdiffeq is not installed.
         """
-        try:
-            from torchdiffeq import odeint
-        except ImportError as error:
-            raise LongscanError(
-                "a neural ODE needs torchdiffeq, which is not installed: pip install 'longscan[ode]'"
-            ) from error
+        odeint = require("torchdiffeq", "neural ODEs").odeint
         config = self.config
         settings: dict[str, Any] = {"options": {"step_size": 1 / config.n_steps}}
         if config.solver in ADAPTIVE:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 import typer
 
 from longscan.classify_sequences import SequencesConfig, SequencesRun, load_sequence_model, measure
+from longscan.optional import installed, remedy
 from longscan.reproduce import vowels
 from longscan.reproduce.accuracies import finish, show
 from longscan.reproduce.systems import Plan
@@ -42,7 +42,7 @@ NOTES = (
     "half:     steps of each utterance chosen at random, the same for all systems; their times are kept",
     "minutes:  of both trainings",
 )
-WITHOUT = "without neural_ode: torchdiffeq is not installed, pip install 'longscan[ode]'"
+WITHOUT = f"without neural_ode: {remedy('torchdiffeq', 'neural ODEs')}"
 
 
 def run(plan: Plan) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def run(plan: Plan) -> dict[str, Any]:
     """
     plan.out.mkdir(parents=True, exist_ok=True)
     systems, notes = dict(SYSTEMS), list(NOTES)
-    if find_spec("torchdiffeq") is None:
+    if not installed("torchdiffeq"):
         typer.echo(WITHOUT, err=True)
         del systems["neural_ode"]
         notes.append(WITHOUT)

@@ -1,0 +1,65 @@
+"""Packages that longscan can do without, each imported where it is first needed.
+
+EXTRAS is the only list of them: what an error says to install, what `longscan doctor` reports.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.util import find_spec
+from types import ModuleType
+
+from longscan.errors import LongscanError
+
+__all__ = ["EXTRAS", "installed", "remedy", "require"]
+
+# package, as pip calls it -> its module and the extra of longscan that brings it
+EXTRAS = {
+    "matplotlib": ("matplotlib", "plot"),
+    "sacrebleu": ("sacrebleu", "translate"),
+    "gguf": ("gguf", "gguf"),
+    "scikit-learn": ("sklearn", "baseline"),
+    "torchdiffeq": ("torchdiffeq", "ode"),
+    "transformers": ("transformers", "peers"),
+    "mambapy": ("mambapy", "peers"),
+    "llama-cpp-python": ("llama_cpp", "llama"),
+}
+
+
+def require(package: str, purpose: str, module: str | None = None) -> ModuleType:
+    """Import an optional package.
+
+    Args:
+        package: a key of EXTRAS.
+        purpose: what needs it, the beginning of a sentence in the plural: "figures".
+        module: a part of it, such as "matplotlib.figure"; the package itself if None.
+
+    Returns:
+        The module.
+
+    Raises:
+        LongscanError: it is not installed, or too old.
+    """
+    try:
+        return importlib.import_module(module or EXTRAS[package][0])
+    except ImportError as error:
+        raise LongscanError(remedy(package, purpose)) from error
+
+
+def installed(package: str) -> bool:
+    """Whether an optional package can be imported.
+
+    Args:
+        package: a key of EXTRAS.
+    """
+    return find_spec(EXTRAS[package][0]) is not None
+
+
+def remedy(package: str, purpose: str) -> str:
+    """Say what to install.
+
+    Args:
+        package: a key of EXTRAS.
+        purpose: see `require`.
+    """
+    return f"{purpose} need {package}: pip install 'longscan[{EXTRAS[package][1]}]'"
