@@ -14,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from longscan.bleu import score as bleu_score
 from longscan.checkpoint import save
 from longscan.classify import ClassifyConfig, ClassifyRun, load_classifier, tfidf
 from longscan.embed import embed
 from longscan.encoders import load_bert, read_pooling
 from longscan.errors import LongscanError, UsageError
+from longscan.evaluate import evaluate
 from longscan.examples import (
     by_length,
     divide,
@@ -28,8 +30,12 @@ from longscan.examples import (
     score,
     shuffled,
 )
-from longscan.models import Bert, BertConfig
+from longscan.fill_mask import fill_mask
+from longscan.generate import generate
+from longscan.models import Bert, BertConfig, Mamba, MambaConfig
 from longscan.order import RandomStream
+from longscan.reading import encode
+from longscan.tokenizer import ByteTokenizer
 from longscan.wordpiece import train_wordpiece
 
 GOOD, BAD = "a fine warm lovely film", "a poor cold dreadful film"
@@ -519,3 +525,26 @@ def test_vectors_that_are_made_in_another_way(file: str, content: Any, tmp_path:
     (tmp_path / file).write_text(json.dumps(content))
     with pytest.raises(LongscanError, match=file):
         read_pooling(tmp_path)
+
+
+def test_one_text_is_no_list_of_texts(bert: Path) -> None:
+    found = load_bert(bert)
+    with pytest.raises(UsageError, match="texts: expected a list of texts, got one text, 'a fine film'"):
+        embed(found, "a fine film")
+    with pytest.raises(UsageError, match="rows: expected 1 or more"):
+        embed(found, ["a"], rows=0)
+    with pytest.raises(UsageError, match="texts: expected a list"):
+        found.tokenizer.frame_batch("a fine film")
+    with pytest.raises(UsageError, match="texts: expected a list"):
+        encode(ByteTokenizer(), "abc")
+    with pytest.raises(UsageError, match="texts: expected a list"):
+        ByteTokenizer().encode_batch("abc")
+    with pytest.raises(UsageError, match="text: expected one text, got list"):
+        fill_mask(found, ["a [MASK]"])  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="hypotheses: expected a list"):
+        bleu_score("a", ["a"])
+    model = Mamba(MambaConfig(d_model=8, n_layers=1, vocab_size=257))
+    with pytest.raises(UsageError, match="documents: expected a list of texts, got one text, 'some"):
+        evaluate(model, ByteTokenizer(), "some text")
+    with pytest.raises(UsageError, match="prompt: expected one text, got list"):
+        generate(model, ByteTokenizer(), ["a"])  # type: ignore[arg-type]

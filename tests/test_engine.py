@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from longscan.models import LanguageModel, Mamba, MambaConfig, State
 from longscan.prefix import PrefixCache
 from longscan.reading import CHUNK
 from longscan.sampling import Event, SamplingConfig
+from longscan.snapshots import Snapshots
 from longscan.speculate import PromptLookup
 from longscan.tokenizer import ByteTokenizer
 from small_models import NAMES, build
@@ -363,3 +365,44 @@ def test_the_state_stays_where_it_is(model: LanguageModel, monkeypatch: pytest.M
     list(engine.run())
     # room for the first text, and for the longest
     assert len(places) == (2 if model.init_state(1).growth else 1)
+
+
+def test_a_second_thread_is_refused_and_spoils_nothing() -> None:
+    model = build()
+    inside, go = threading.Event(), threading.Event()
+
+    def progress(done: int, total: int) -> None:
+        inside.set()
+        go.wait(10)
+
+    engine = Engine(model, BYTES, progress=progress)
+    engine.submit(Request(ids=[1, 2, 3], config=SamplingConfig(max_new_tokens=4, seed=0)))
+    events: list[Event] = []
+    thread = threading.Thread(target=lambda: events.extend(engine.run()))
+    thread.start()
+    assert inside.wait(10)
+    for call in (engine.step, lambda: engine.cancel(0), lambda: engine.submit(Request(ids=[1]))):
+        with pytest.raises(LongscanError, match=r"another thread and is not thread-safe.*Let one thread"):
+            call()
+    go.set()
+    thread.join()
+    assert [event.finish for event in events] == [None, None, None, "length"]
+    engine.submit(Request(ids=[4], config=SamplingConfig(max_new_tokens=2, seed=0)))  # between calls, any may
+    assert len(list(engine.run())) == 2
+
+
+def test_numbers_are_whole() -> None:
+    model = build()
+    for name, make in {
+        "slots": lambda: Engine(model, slots=2.5),  # type: ignore[arg-type]
+        "read_tokens": lambda: Engine(model, read_tokens=True),
+        "max_tokens": lambda: Engine(model, max_tokens="9"),  # type: ignore[arg-type]
+        "every": lambda: PrefixCache(model, every=512.0),  # type: ignore[arg-type]
+        "max_bytes": lambda: Snapshots(model, max_bytes=1e6),  # type: ignore[arg-type]
+        "k": lambda: PromptLookup(k=1.5),  # type: ignore[arg-type]
+        "ngram": lambda: PromptLookup(ngram=None),  # type: ignore[arg-type]
+        "position": lambda: Engine(model).submit(Request(ids=[1], position=0.5)),  # type: ignore[arg-type]
+        "eos_id": lambda: Engine(model).submit(Request(ids=[1], eos_id=2.0)),  # type: ignore[arg-type]
+    }.items():
+        with pytest.raises(LongscanError, match=f"{name}: expected a whole number"):
+            make()

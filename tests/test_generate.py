@@ -18,15 +18,27 @@ from torch import Tensor
 from longscan import save
 from longscan.engine import generate_ids
 from longscan.errors import LongscanError, UsageError
-from longscan.generate import _encode, generate, generate_batch
+from longscan.generate import generate
 from longscan.models import LanguageModel, Mamba, MambaConfig, State
-from longscan.reading import CHUNK
+from longscan.reading import CHUNK, encode
 from longscan.sampling import SamplingConfig, TextWriter
 from longscan.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 
 Cli = Callable[..., Any]
 BYTES = ByteTokenizer()
 EOS = BYTES.eos_id
+
+
+def generate_batch(
+    model: LanguageModel, tokenizer: Tokenizer, prompts: list[str], **sampling: Any
+) -> list[str]:
+    """Continue several texts at once."""
+    texts = [""] * len(prompts)
+    config = SamplingConfig.from_dict(sampling)
+    ids = encode(tokenizer, prompts)
+    for event in generate_ids(model, ids, config, eos_id=tokenizer.eos_id, tokenizer=tokenizer):
+        texts[event.row] += event.text
+    return texts
 
 
 def build(vocab_size: int = 257, seed: int = 0) -> Mamba:
@@ -61,7 +73,7 @@ class Parrot:
     def __init__(self, scripts: dict[int, list[int]], vocab_size: int = 257) -> None:
         self.scripts, self.rows = scripts, []
         self.config = SimpleNamespace(vocab_size=vocab_size)
-        self.backbone = SimpleNamespace(embedding=SimpleNamespace(weight=torch.zeros(1)))
+        self.device = torch.device("cpu")
 
     def init_state(self, batch_size: int) -> State:
         return State([Clock(*torch.zeros(2, batch_size, dtype=torch.long))])
@@ -394,6 +406,7 @@ def test_models_that_cannot_write(cli: Cli, tmp_path: Path) -> None:
 
 def test_a_giant_prompt_is_tokenized_in_pieces(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("longscan.documents.PIECE", 100)
+    monkeypatch.setattr("longscan.reading.WHOLE", 200)
     texts = ["the cat sat on the mat.\n" * 30, "", "a café"]
     whole = bpe.encode_batch(texts)
     longest: list[int] = []
@@ -404,7 +417,7 @@ def test_a_giant_prompt_is_tokenized_in_pieces(bpe: Tokenizer, monkeypatch: pyte
         return usual(texts)
 
     monkeypatch.setattr(bpe, "encode_batch", encode_batch)
-    assert [list(ids) for ids in _encode(bpe, texts)] == whole
+    assert [list(ids) for ids in encode(bpe, texts)] == whole
     assert max(longest) <= 200
 
 

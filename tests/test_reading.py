@@ -349,5 +349,5 @@ def test_a_failed_read_changes_nothing(model: LanguageModel) -> None:
             bad()
         assert (snapshots.position, snapshots.places) == (CHUNK, (CHUNK,))
         assert torch.equal(snapshots.logits, logits)
-    with pytest.raises(UsageError, match="expected every of at least 1"):
+    with pytest.raises(UsageError, match="every: expected 1 or more, got 0"):
         Snapshots(model, every=0)

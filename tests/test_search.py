@@ -123,8 +123,8 @@ def broken(model: Translator) -> None:
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
-        (Translator.eval, {"beam_size": 0}, "beam_size: expected at least 1, got 0"),
-        (Translator.eval, {"max_len": 0}, "max_len: expected at least 1, got 0"),
+        (Translator.eval, {"beam_size": 0}, "beam_size: expected 1 or more, got 0"),
+        (Translator.eval, {"max_len": 0}, "max_len: expected 1 or more, got 0"),
         (Translator.eval, {"length_penalty": -1.0}, "length_penalty: expected 0 or more"),
         (Translator.train, {}, "training mode"),
         (broken, {}, "NaN"),

@@ -14,6 +14,7 @@ import typer
 from torch import Tensor
 from torch.nn import functional as F
 
+from longscan.checks import check_texts, check_whole
 from longscan.config import count
 from longscan.encoders import LoadedBert, load_bert, read_pooling
 from longscan.errors import LongscanError, UsageError
@@ -43,6 +44,8 @@ def embed(found: LoadedBert, texts: Sequence[str], rows: int = 32) -> Tensor:
     Raises:
         LongscanError: the model asks for another pooling.
     """
+    check_texts("texts", texts)
+    check_whole("rows", rows, 1)
     return _vectors(found, found.tokenizer.frame_batch(texts, room=_room(found)), rows)
 
 

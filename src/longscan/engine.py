@@ -9,18 +9,22 @@ native decoder does. Without it torch multiplies, and rounds rows of a batch a l
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from longscan.checks import check_whole
 from longscan.errors import LongscanError, UsageError
 from longscan.models import LanguageModel, State
 from longscan.models.state import SavedState
 from longscan.prefix import PrefixCache
-from longscan.reading import CHUNK, Progress, read
+from longscan.reading import CHUNK, Ids, Progress, read
 from longscan.request import Request, make_requests, tokens_of
 from longscan.sampling import (
     CONTEXT,
@@ -41,6 +45,10 @@ LOOK = 64  # rounds after which the engine looks whether somebody changed the mo
 MAX_SLOTS = 32  # of generate_ids; more rows at a time gain little more
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
 class _Row:
     """A request on its way through the engine."""
 
@@ -59,8 +67,36 @@ class _Row:
     keep: Callable[[int, State], None] | None = None  # for the prefix cache
 
 
+def _alone(
+    method: Callable[Concatenate[Engine, P], R],
+) -> Callable[Concatenate[Engine, P], R]:
+    """Let a method of the engine run in one thread at a time, and refuse a second one."""
+
+    @functools.wraps(method)
+    def guarded(engine: Engine, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        mine = threading.get_ident()
+        if engine._owner == mine:  # called back from within, by `progress` for one
+            return method(engine, *args, **kwargs)
+        if not engine._lock.acquire(blocking=False):
+            raise LongscanError(
+                "this Engine is at work in another thread and is not thread-safe: expected one thread at a "
+                "time. Let one thread call step and the others hand their requests to it."
+            )
+        engine._owner = mine
+        try:
+            return method(engine, *args, **kwargs)
+        finally:
+            engine._owner = 0
+            engine._lock.release()
+
+    return guarded
+
+
 class Engine:
     """Continues many texts with one model.
+
+    Not thread-safe: one thread at a time, the others submit through it. A call that comes while another
+    thread is inside one is refused; between calls the engine may change hands.
 
     Args:
         model: any causal model: its state is its own affair.
@@ -91,8 +127,8 @@ class Engine:
         progress: Progress | None = None,
     ) -> None:
         for name, value in (("slots", slots), ("read_tokens", read_tokens), ("max_tokens", max_tokens)):
-            if value is not None and value < 1:
-                raise UsageError(f"{name}: expected 1 or more, got {value}.")
+            if value is not None:
+                check_whole(name, value, 1)
         if tokenizer is not None:
             check_fit(model, tokenizer)
         if prefix_cache is not None and prefix_cache.model is not model:
@@ -102,7 +138,7 @@ class Engine:
         self._speculator = Speculator(model, drafter) if drafter else None
         self._progress, self._read, self._submitted = progress, 0, 0
         self._vocab_size = min([model.config.vocab_size, *([tokenizer.vocab_size] if tokenizer else [])])
-        self._device = model.backbone.embedding.weight.device
+        self._device = model.device
         self._number = self._rounds = 0
         self._waiting: deque[_Row] = deque()  # the first of them may be partly read
         self._rows: list[_Row] = []  # row i has slot i
@@ -112,6 +148,8 @@ class Engine:
         self._ids = torch.zeros(slots, dtype=torch.int64)
         self._next = self._ids.numpy()  # the same memory; writing a number takes 0.1 µs this way
         self._kept: dict[int, SavedState] = {}
+        self._owner = 0  # the thread that is inside a call
+        self._lock = threading.Lock()
 
     @property
     def running(self) -> int:
@@ -133,6 +171,7 @@ class Engine:
         """How many of them came true."""
         return self._speculator.accepted if self._speculator else 0
 
+    @_alone
     def submit(self, request: Request) -> int:
         """Put a request in line; one that is impossible is refused here and touches no other.
 
@@ -156,6 +195,7 @@ class Engine:
         self._waiting.append(row)
         return row.number
 
+    @_alone
     def cancel(self, number: int) -> bool:
         """Drop a request, wherever it is; it has no more events.
 
@@ -178,6 +218,7 @@ class Engine:
                 return True
         return False
 
+    @_alone
     def saved(self, number: int) -> SavedState:
         """Copy the state of a text, to go on from later: see `Request`.
 
@@ -203,6 +244,7 @@ class Engine:
         while self._rows or self._waiting:
             yield from self.step()
 
+    @_alone
     def step(self) -> list[Event]:
         """Write one token of every running text, or a few of a single one, and let others join.
 
@@ -394,7 +436,7 @@ class Engine:
 
 def generate_ids(
     model: LanguageModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Ids],
     config: SamplingConfig,
     *,
     eos_id: int | Sequence[int] | None,

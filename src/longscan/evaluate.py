@@ -27,9 +27,10 @@ import typer
 from torch import Tensor
 
 from longscan.checkpoint import Precision
+from longscan.checks import check_texts, check_whole
 from longscan.config import count
 from longscan.documents import Piece, find_files, iter_pieces
-from longscan.errors import LongscanError, UsageError
+from longscan.errors import LongscanError
 from longscan.generate import Bar, describe, load_with_tokenizer, use_threads
 from longscan.models import LanguageModel, State
 from longscan.sampling import check_fit
@@ -128,8 +129,8 @@ def evaluate(
         LongscanError: the tokenizer is not the model's, there is no text, or the loss is not finite.
     """
     check_fit(model, tokenizer)
-    if chunk_size < 1:
-        raise UsageError(f"chunk_size: expected 1 or more, got {chunk_size}.")
+    check_texts("documents", documents)
+    check_whole("chunk_size", chunk_size, 1)
     begin, nats, tokens = time.perf_counter(), 0.0, 0
     source = Source(tokenizer, documents)
     for hidden, targets in follow(model, source.blocks(), chunk_size):
@@ -161,7 +162,7 @@ def follow(
     Yields:
         hidden (1, tokens, d_model), to be turned into logits by `model.head`, and the targets (1, tokens).
     """
-    device = model.backbone.embedding.weight.device
+    device = model.device
     state: State | None = None
     current = 0  # the document that the state is in the middle of
     if model.max_positions is not None:

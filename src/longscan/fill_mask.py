@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
+from longscan.checks import check_text, check_whole
 from longscan.encoders import LoadedBert, load_bert
 from longscan.errors import LongscanError, UsageError
 from longscan.generate import use_threads
@@ -41,6 +42,9 @@ def fill_mask(found: LoadedBert, text: str, top_k: int = 5) -> list[list[Guess]]
         UsageError: there is no [MASK] in the text.
         LongscanError: the text is longer than the model's positions.
     """
+    check_text("text", text)
+    check_whole("top_k", top_k, 1)
+    found.need("cls.predictions.", "guess words")
     model, tokenizer = found.model, found.tokenizer
     words = tokenizer.encode_masked(text)
     if tokenizer.mask_id not in words:

@@ -12,27 +12,26 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 
 from longscan import ops
 from longscan.bar import Bar
 from longscan.checkpoint import Precision, load
-from longscan.documents import split
+from longscan.checks import check_text
 from longscan.engine import MAX_SLOTS, Engine, generate_ids
 from longscan.errors import LongscanError, UsageError
 from longscan.locate import OFFICIAL_TOKENIZER
 from longscan.models import LanguageModel, State
 from longscan.models.quantized import precision as precision_of
 from longscan.models.state import SavedState
-from longscan.reading import Ids
+from longscan.reading import encode
 from longscan.request import make_requests
 from longscan.sampling import Event, Finish, SamplingConfig
 from longscan.speculate import Drafter, DraftModel, PromptLookup
@@ -45,7 +44,6 @@ __all__ = [
     "command",
     "describe",
     "generate",
-    "generate_batch",
     "generate_ids",
     "load_with_tokenizer",
     "use_threads",
@@ -73,34 +71,10 @@ def generate(model: LanguageModel, tokenizer: Tokenizer, prompt: str, **sampling
         LongscanError: the model and the tokenizer or the fields do not fit.
     """
     config = SamplingConfig.from_dict(sampling)
-    prompts = tokenizer.encode_prompts([prompt])
+    check_text("prompt", prompt)
+    prompts = encode(tokenizer, [prompt])
     events = generate_ids(model, prompts, config, eos_id=tokenizer.eos_ids, tokenizer=tokenizer)
     return (event.text for event in events if event.text)
-
-
-def generate_batch(
-    model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], **sampling: Any
-) -> list[str]:
-    """Continue several texts at once.
-
-    Args:
-        model: what writes.
-        tokenizer: the one it was trained with.
-        prompts: of any lengths; row i writes what `generate` would with seed + i.
-        sampling: fields of `SamplingConfig`.
-
-    Returns:
-        The new text of each.
-
-    Raises:
-        LongscanError: as `generate`.
-    """
-    config = SamplingConfig.from_dict(sampling)
-    texts = [""] * len(prompts)
-    ids = tokenizer.encode_prompts(prompts)
-    for event in generate_ids(model, ids, config, eos_id=tokenizer.eos_ids, tokenizer=tokenizer):
-        texts[event.row] += event.text
-    return texts
 
 
 def command(
@@ -179,7 +153,7 @@ def command(
     network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name)
     before = None if load_state is None else _load_state(load_state, network, texts)
     drafter = PromptLookup() if speculate else _draft_model(draft, tokenizer, offline) if draft else None
-    ids = _encode(tokenizer, texts, begins=before is None)
+    ids = encode(tokenizer, texts, begins=before is None)
     session = _Session(texts, stream=len(texts) == 1 and not as_json, silent=as_json)
     slots = min(len(texts), MAX_SLOTS)
     engine = Engine(network, tokenizer, slots=slots, drafter=drafter, progress=session.reading)
@@ -210,21 +184,6 @@ def command(
         raise LongscanError(f"stopped before the prompt was read: {save_state} was not written.")
     if session.stopped:
         raise typer.Exit(130)
-
-
-def _encode(tokenizer: Tokenizer, texts: list[str], *, begins: bool = True) -> list[Ids]:
-    """Turn prompts, which begin a text or go on with one, into ids.
-
-    Very long ones are encoded piece by piece, as a tokenizer takes 500 bytes for each token.
-    """
-    prefix = np.array(tokenizer.prefix if begins else (), np.int64)
-    pieces = [list(split(text)) for text in texts]
-    if all(len(parts) <= 1 for parts in pieces):
-        return list(tokenizer.encode_prompts(texts) if begins else tokenizer.encode_batch(texts))
-    return [
-        np.concatenate([prefix, *(np.array(tokenizer.encode(part), np.int64) for part in parts or [""])])
-        for parts in pieces
-    ]
 
 
 def _check_usage(texts: list[str], save_state: Path | None, speculate: bool, draft: str | None) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longscan.checks import check_texts
 from longscan.config import count
 from longscan.data import open_tokens
 from longscan.errors import LongscanError, UsageError
@@ -69,6 +70,7 @@ class SentenceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode the sentences of each text, each closed by [SEP]; those without a word are left out."""
+        check_texts("texts", texts)
         sentences = [split_sentences(text) for text in texts]
         encoded = iter(self._wordpiece.encode_batch([one for text in sentences for one in text]))
         ids = [[next(encoded) for _ in text] for text in sentences]

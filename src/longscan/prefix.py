@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from longscan.checks import check_whole
 from longscan.errors import LongscanError, UsageError
 from longscan.models import LanguageModel, State
 from longscan.reading import CHUNK, Ids, Progress, as_tensor, read
@@ -38,10 +39,10 @@ class PrefixCache:
     """
 
     def __init__(self, model: LanguageModel, max_bytes: int = MAX_BYTES, every: int = CHUNK) -> None:
+        check_whole("every", every, 0)
+        check_whole("max_bytes", max_bytes, 0)  # 0 keeps nothing
         if every < CHUNK or every % CHUNK:
             raise UsageError(f"every: expected a multiple of {CHUNK}, got {every}.")
-        if max_bytes < 0:
-            raise UsageError(f"max_bytes: expected 0 (keeps nothing) or more, got {max_bytes}.")
         self.model, self.max_bytes, self.every = model, max_bytes, every
         self.nbytes = 0  # of all states together
         self.hits = self.hit_tokens = self.lookups = 0

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longscan.checks import check_texts
 from longscan.documents import split
 from longscan.errors import LongscanError
 from longscan.models import LanguageModel, State
@@ -64,7 +65,7 @@ def read(
         raise ValueError(
             f"expected a state of 1 row and a position of 0 or more, got {rows} rows at {position}"
         )
-    device, logits = model.backbone.embedding.weight.device, torch.empty(0)
+    device, logits = model.device, torch.empty(0)
     while done < total:
         end = min(total, done + CHUNK - (position + done) % CHUNK)
         chunk = as_tensor(ids[done:end])  # (at most CHUNK,)
@@ -79,8 +80,8 @@ def read(
     return logits[0], state
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Turn texts of any length into ids, 8 bytes each.
+def encode(tokenizer: Tokenizer, texts: Sequence[str], *, begins: bool = True) -> list[np.ndarray]:
+    """Turn prompts of any length into ids, 8 bytes each.
 
     A tokenizer takes some 500 bytes of memory for each token of what it works on, so a text of more than two
     million characters comes to it in pieces, cut before white space. Byte-level BPE gives the same tokens for
@@ -89,17 +90,20 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     Args:
         tokenizer: any.
         texts: any.
+        begins: whether they begin a text, with the special tokens that the tokenizer puts there.
 
     Returns:
         (seq_len,) int64 for each text.
     """
-    ids: list[list[np.ndarray]] = [[] for _ in texts]
+    check_texts("texts", texts)
+    prefix = np.array(tokenizer.prefix if begins else (), np.int64)
+    ids: list[list[np.ndarray]] = [[prefix] for _ in texts]
     short = [index for index, text in enumerate(texts) if len(text) <= WHOLE]
     for index, found in zip(short, tokenizer.encode_batch([texts[index] for index in short]), strict=True):
-        ids[index] = [np.array(found, np.int64)]
+        ids[index].append(np.array(found, np.int64))
     for index, text in enumerate(texts):
         if len(text) > WHOLE:
-            ids[index] = [np.array(tokenizer.encode(piece), np.int64) for piece in split(text)]
+            ids[index] += [np.array(tokenizer.encode(piece), np.int64) for piece in split(text)]
     return [np.concatenate(parts) for parts in ids]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longscan.checks import check_whole
 from longscan.errors import LongscanError
 from longscan.models import LanguageModel, State
 from longscan.models.state import Growing, SavedState
@@ -108,10 +109,10 @@ def tokens_of(request: Request, model: LanguageModel, max_tokens: int | None = N
     if len(wrong):
         raise LongscanError(f"token id: expected 0 to {size - 1:,}, got {wrong[0]:,}.")
     for end in request.ends:
-        if not 0 <= end < size:
+        check_whole("eos_id", end, 0)
+        if end >= size:
             raise LongscanError(f"eos_id: expected 0 to {size - 1:,}, or None, got {end:,}.")
-    if request.position < 0:
-        raise LongscanError(f"position: expected 0 or more, got {request.position}.")
+    check_whole("position", request.position, 0)
     known, new = request.position + len(ids), request.config.max_new_tokens
     if max_tokens is not None and known + new > max_tokens:
         raise LongscanError(

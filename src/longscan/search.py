@@ -8,11 +8,13 @@ taken, where eos_id counts too (Wu et al., 2016, arXiv 1609.08144, section 7; Va
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .checks import check_whole
 from .errors import LongscanError
 from .models import Translator, Writing
 
@@ -57,10 +59,10 @@ def translate_ids(
     Raises:
         LongscanError: a number is out of range, the model is in training mode, or its logits are NaN.
     """
-    for name, value in (("beam_size", beam_size), ("max_len", 1 if max_len is None else max_len)):
-        if value < 1:
-            raise LongscanError(f"{name}: expected at least 1, got {value}.")
-    if length_penalty < 0:
+    check_whole("beam_size", beam_size, 1)
+    if max_len is not None:
+        check_whole("max_len", max_len, 1)
+    if not 0 <= length_penalty < math.inf:
         raise LongscanError(f"length_penalty: expected 0 or more, got {length_penalty}.")
     if model.training:
         raise LongscanError("the model is in training mode and would drop numbers: call model.eval() first.")

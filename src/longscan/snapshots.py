@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longscan.errors import LongscanError, UsageError
+from longscan.checks import check_whole
+from longscan.errors import LongscanError
 from longscan.models import LanguageModel, State
 from longscan.reading import CHUNK, Ids, Progress, as_tensor, read
 
@@ -58,11 +59,10 @@ class Snapshots:
         state: State | None = None,
         position: int = 0,
     ) -> None:
-        if every < 1 or position < 0 or (max_bytes is not None and max_bytes < 0):
-            raise UsageError(
-                "expected every of at least 1, position and max_bytes of at least 0, "
-                f"got {every}, {position} and {max_bytes}."
-            )
+        check_whole("every", every, 1)
+        check_whole("position", position, 0)
+        if max_bytes is not None:
+            check_whole("max_bytes", max_bytes, 0)
         self._model, self._every, self._max_bytes = model, every, max_bytes
         self._start, self._position = position, position
         self._state = model.init_state(1) if state is None else state.clone()
@@ -187,8 +187,8 @@ class Snapshots:
 
     def _step(self, token: int) -> None:
         """Take one token."""
-        device = self._model.backbone.embedding.weight.device
-        logits, self._state = self._model.step(torch.tensor([token], device=device), self._state)
+        ids = torch.tensor([token], device=self._model.device)
+        logits, self._state = self._model.step(ids, self._state)
         self._logits, self._position = logits[0], self._position + 1
 
     def _truncate(self, position: int) -> None:

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longscan.errors import LongscanError, UsageError
+from longscan.checks import check_whole
+from longscan.errors import LongscanError
 from longscan.models import LanguageModel, State
 from longscan.reading import read
 from longscan.sampling import to_array
@@ -82,8 +83,8 @@ class PromptLookup:
     """
 
     def __init__(self, ngram: int = 3, k: int = 8) -> None:
-        if ngram < 2 or k < 1:
-            raise UsageError(f"expected ngram of at least 2 and k of at least 1, got {ngram} and {k}.")
+        check_whole("ngram", ngram, 2)
+        check_whole("k", k, 1)
         self.ngram, self.k = ngram, k
         self._known = _Known()
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> where the text went on after the last one
@@ -119,8 +120,7 @@ class DraftModel:
     """
 
     def __init__(self, model: LanguageModel, k: int = 4) -> None:
-        if k < 1:
-            raise UsageError(f"k: expected at least 1 token to guess, got {k}.")
+        check_whole("k", k, 1)
         self.model, self.k = model, k
         self._known = _Known()
         self._live = model.init_state(1)
@@ -395,4 +395,4 @@ class Speculator:
 
 
 def _tensor(ids: list[int] | list[list[int]], model: LanguageModel) -> Tensor:
-    return torch.tensor(ids, device=model.backbone.embedding.weight.device)
+    return torch.tensor(ids, device=model.device)

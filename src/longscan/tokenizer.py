@@ -18,6 +18,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from longscan.checks import check_texts
 from longscan.errors import LongscanError, UsageError
 from longscan.files import atomic_write, read_json, write_json
 from longscan.special_tokens import (
@@ -145,6 +146,7 @@ class ByteTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode each text as its UTF-8 bytes; see `Tokenizer.encode_batch`."""
+        check_texts("texts", texts)
         return [list(_utf8(text)) for text in texts]
 
     def stream(self) -> StreamDecoder:
@@ -203,6 +205,7 @@ class BPETokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode several texts on all cores; see `Tokenizer.encode_batch`."""
+        check_texts("texts", texts)
         try:
             with guarded():
                 encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)

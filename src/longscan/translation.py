@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from longscan.bleu import by_length, score
+from longscan.checks import check_texts
 from longscan.errors import LongscanError
 from longscan.models import Translator
 from longscan.pairs import EOS, IdPairs, TextPairs, rows
@@ -52,6 +53,7 @@ def translate(
     Raises:
         LongscanError: the tokenizer is not the model's, or a sentence is too long for the model.
     """
+    check_texts("sentences", sentences)
     _check_tokenizer(model, tokenizer)
     found = [Translation("", 0.0)] * len(sentences)
     encoded = tokenizer.encode_batch([sentence.strip() for sentence in sentences])
