@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +18,8 @@ import typer
 import longscan
 from longscan import cli as frame
 from longscan.errors import LongscanError, UsageError
+from longscan.models import MODELS
+from longscan.tasks import BODIES
 
 Cli = Callable[..., Any]
 
@@ -269,7 +273,11 @@ def test_public_functions_stay_functions() -> None:
 def test_models_table_and_details(cli: Cli) -> None:
     table = cli("models")
     assert table.code == 0
-    assert "2023  Mamba " in table.out
+    assert "2023  mamba " in table.out
+    names = [line.split()[1] for line in table.out.splitlines()[:-1]]
+    assert {*MODELS, *BODIES} == {*names}
+    for name in names:
+        assert cli("models", name).code == 0
     page = cli("models", "mamba")
     assert "129,135,360" in page.out  # as published
     assert "2312.00752" in page.out
@@ -284,6 +292,10 @@ def test_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (done.code, done.err) == (0, "")
     assert f"longscan {longscan.__version__}" in done.out
     assert "14 ops ok" in done.out
+    optional = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    for extra, packages in optional["optional-dependencies"].items():
+        if extra != "dev":
+            assert all(f"{re.split('[<>=]', package)[0]} " in done.out for package in packages)
     report = json.loads(cli("doctor", "--json").out)
     assert report["self_check"]["ok"]
     assert max(report["self_check"]["errors"].values()) < 1e-5

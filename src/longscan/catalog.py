@@ -12,9 +12,38 @@ import typer
 
 from longscan.config import nearest
 from longscan.errors import UsageError
-from longscan.models import LINEAGE, MODELS, LanguageModel, ModelEntry
+from longscan.models import LINEAGE, LanguageModel, ModelEntry, neural_ode
+from longscan.tasks import SequenceConfig, SequenceModel
 
 __all__ = ["command"]
+
+
+class NeuralODE(SequenceModel):
+    """The neural ODE as `longscan classify` trains it.
+
+    Args:
+        config: the sizes of its blocks.
+    """
+
+    def __init__(self, config: neural_ode.NeuralODEConfig) -> None:
+        super().__init__(SequenceConfig(body="neural_ode", body_config=config, n_outputs=1, d_input=1))
+
+
+# what is no language model stands outside the line: it reads times
+ASIDE = ModelEntry(
+    name="neural_ode",
+    kind="language",
+    year=2018,
+    paper="Neural Ordinary Differential Equations",
+    arxiv="1806.07366",
+    idea="a state that flows between observations",
+    parents=("lstm",),
+    cls=NeuralODE,
+    config=neural_ode.NeuralODEConfig,
+    presets=neural_ode.PRESETS,
+    verbs=("classify",),
+)
+MODELS = {entry.name: entry for entry in sorted([*LINEAGE, ASIDE], key=lambda entry: entry.year)}
 
 
 def command(
@@ -25,6 +54,8 @@ def command(
 ) -> None:
     """List the line of models, oldest first, with the verbs that work; or describe one of them.
 
+    The names are those that --model takes.
+
     Args:
         name: a key of MODELS.
         as_json: for programs.
@@ -33,7 +64,7 @@ def command(
         UsageError: there is no model of that name.
     """
     if name is None:
-        rows = [_row(entry) for entry in LINEAGE]
+        rows = [_row(entry) for entry in MODELS.values()]
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False) if as_json else _table(rows))
         return
     if name not in MODELS:
@@ -68,16 +99,16 @@ def _details(entry: ModelEntry) -> dict[str, Any]:
         "paper": entry.paper,
         "arxiv": entry.arxiv,
         "parents": list(entry.parents),
-        "file": str(Path(inspect.getfile(entry.cls)).resolve()),
+        "file": str(Path(inspect.getfile(entry.config)).resolve()),
         "presets": presets,
     }
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
     """Lay the line of models out in columns."""
-    names, ideas = (max(len(row[key]) for row in rows) for key in ("class", "idea"))
+    names, ideas = (max(len(row[key]) for row in rows) for key in ("name", "idea"))
     lines = [
-        f"{row['year']}  {row['class']:{names}}  memory is {row['idea']:{ideas}}  "
+        f"{row['year']}  {row['name']:{names}}  memory is {row['idea']:{ideas}}  "
         + " ".join(f"{verb} ✓" for verb in row["verbs"])
         for row in rows
     ]
@@ -90,7 +121,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 def _page(details: dict[str, Any]) -> str:
     """Lay one model out in lines; sizes are those of float32."""
     lines = [
-        f"{details['class']} ({details['year']}): memory is {details['idea']}",
+        f"{details['name']}: {details['class']} ({details['year']}): memory is {details['idea']}",
         f"paper    {details['paper']}" + (f", arXiv {details['arxiv']}" if details["arxiv"] else ""),
         f"parents  {', '.join(details['parents']) or 'none'}",
         f"verbs    {', '.join(details['verbs'])}",

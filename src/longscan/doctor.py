@@ -16,6 +16,7 @@ from torch import Tensor
 import longscan
 from longscan import ops
 from longscan.checkpoint import shipped
+from longscan.optional import EXTRAS
 
 __all__ = ["command", "examine"]
 
@@ -23,7 +24,7 @@ _TOLERANCE = (
     1e-4  # float32 against float64, relative to the largest value; a healthy machine shows below 1e-5
 )
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "huggingface-hub", "typer", "rich")
-_OPTIONAL = ("matplotlib", "transformers", "mambapy")
+_OPTIONAL = tuple(EXTRAS)
 _CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "asimd", "sve")
 
 
