@@ -11,10 +11,13 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from longscan.bench import figure as bench_figure
 from longscan.checkpoint import save
+from longscan.drawing import new_figure, save_figure
 from longscan.models import MODELS
 from longscan.pairs import SPECIAL
 from longscan.plot import plot_bleu, plot_weights
+from longscan.reproduce.accuracies import plot_bars
 from longscan.tokenizer import BPETokenizer, train_bpe
 from longscan.words import END, START, group
 
@@ -105,8 +108,10 @@ def test_attention_of_each_head(cli: Cli, models: Path, tmp_path: Path, part: st
 
 
 def test_the_model_translates_if_nobody_else_does(cli: Cli, models: Path, tmp_path: Path) -> None:
-    done = cli("plot", "alignment", models / "luong", "狗狗", "--pieces", "--out", tmp_path / "a.png")
+    done = cli("plot", "alignment", models / "luong", "狗狗", "--pieces", "--out", tmp_path / "a.svg")
     assert (done.code, done.err) == (0, "")
+    assert "狗" in (tmp_path / "a.svg").read_text(encoding="utf-8")
+    done = cli("plot", "alignment", models / "luong", "a dog", "--target", "x", "--out", tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -186,3 +191,37 @@ def test_misuse(cli: Cli, models: Path, tmp_path: Path, arguments: list[str], co
     assert done.code == code, done.err
     assert words in done.err
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_figure_says_what_its_reader_has_to_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = {
+        "reduced": "one seed",
+        "measures": {"accuracy": "accuracy", "half": "half the rate"},
+        "published": {},
+        "systems": {"s4": {"accuracy": {"mean": 0.0, "range": [0.0, 0.0]}}, "lstm": {}},
+    }
+    plot_bars(report, tmp_path / "bars.svg")
+    drawn = (tmp_path / "bars.svg").read_text()
+    assert "reduced: one seed" in drawn
+    assert drawn.count(">not measured<") == 3
+    assert drawn.count(">0.0<") == 1  # a bar of no height was measured
+    plot_bars({**report, "reduced": None}, tmp_path / "bars.svg")
+    assert "reduced" not in (tmp_path / "bars.svg").read_text()
+
+
+def test_a_missing_font_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for title, words in (("你好", "apt install fonts-noto-cjk"), ("hello", "")):
+        figure = new_figure(2.0, 2.0)
+        figure.suptitle(title)
+        save_figure(figure, tmp_path / "a.png", fonts=())
+        assert words in capsys.readouterr().err
+        assert (tmp_path / "a.png").stat().st_size > 0
+
+
+def test_the_disc_is_ours_alone() -> None:
+    names = ["longscan float32", "torch, the whole matrix", *(f"peer {n}" for n in range(9)), "longscan int4"]
+    styles = bench_figure.styles([{"contender": name} for name in [*names, "ceiling: memory"]])
+    assert len({styles[name] for name in names}) == len(names)
+    assert {name for name, (_, marker) in styles.items() if marker == "o"} == {names[0], names[-1]}

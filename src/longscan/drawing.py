@@ -5,7 +5,10 @@ matplotlib is an extra and is imported only when something is drawn.
 
 from __future__ import annotations
 
+import re
+import textwrap
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,11 +37,16 @@ __all__ = [
 ]
 
 # the Okabe-Ito palette, which readers with any common colour blindness tell apart; in print, markers do
-BLUE, VERMILION = "#0072B2", "#D55E00"
+BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#777777"
 COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 SEQUENTIAL, DIVERGING = "cividis", "PuOr"  # of matplotlib's maps, two that are safe in the same sense
-FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Droid Sans Fallback")  # for Chinese
+FONTS = (  # with Chinese characters, on Linux, Windows and macOS
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK TC", "Noto Serif CJK SC", "Noto Sans SC"),
+    *("Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei"),
+    *("Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB"),
+)
+CJK = re.compile("[\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]")
 SUFFIXES = (".png", ".svg", ".pdf")
 
 Out = Annotated[Path, typer.Option(help="The figure to write: .png, .svg or .pdf.")]
@@ -81,23 +89,36 @@ def tidy(ax: Axes) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path, note: str = "", fonts: Sequence[str] = FONTS) -> None:
     """Write a figure, whole or not at all, in a font that has the characters if there is one.
 
     Args:
         figure: what `new_figure` gave.
         path: the file; its suffix chooses the format.
+        note: what a reader of the figure has to know, in small letters below it.
+        fonts: families with Chinese characters, the best first.
 
     Raises:
         OSError: it cannot be written.
     """
-    from matplotlib import font_manager, rc_context
+    from matplotlib import font_manager, get_cachedir, rc_context
+    from matplotlib.text import Text
 
+    if note:
+        figure.supxlabel(textwrap.fill(note, int(14 * figure.get_figwidth())), fontsize="x-small", color=GREY)
     known = set(font_manager.fontManager.get_font_names())
-    family = ["DejaVu Sans", *(name for name in FONTS if name in known)]
+    found = [name for name in fonts if name in known]
+    family = ["DejaVu Sans", *found]
     with warnings.catch_warnings(), rc_context({"font.family": family, "svg.fonttype": "none"}):
         warnings.filterwarnings("ignore", "Glyph")  # SVG files leave the font to the reader
-        for text in figure.findobj(lambda artist: hasattr(artist, "set_fontfamily")):
-            text.set_fontfamily(family)  # type: ignore[attr-defined]
+        texts = [artist for artist in figure.findobj(Text) if isinstance(artist, Text)]
+        for text in texts:
+            text.set_fontfamily(family)
         with atomic_file(path) as temporary:
             figure.savefig(temporary, dpi=150, format=path.suffix[1:])
+    if not found and path.suffix != ".svg" and any(CJK.search(text.get_text()) for text in texts):
+        typer.echo(
+            f"{path}: no font here has Chinese characters, they are drawn as boxes. Install one (Debian and "
+            f"Ubuntu: apt install fonts-noto-cjk), remove {get_cachedir()}, and draw again; or take .svg.",
+            err=True,
+        )

@@ -163,12 +163,13 @@ def plot_positions(d_model: int, length: int, path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_bleu(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def plot_bleu(reports: Mapping[str, Mapping[str, Any]], path: Path, note: str = "") -> None:
     """Draw BLEU against the length of the source, a line for each system (Bahdanau et al., figure 2).
 
     Args:
         reports: a name and what `translate evaluate --json` says of each.
         path: the file to write.
+        note: see `save_figure`.
 
     Raises:
         LongscanError: matplotlib is not installed.
@@ -195,7 +196,7 @@ def plot_bleu(reports: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     ax.set_ylim(bottom=0)
     tidy(ax)
     ax.legend(frameon=False)
-    save_figure(figure, path)
+    save_figure(figure, path, note)
 
 
 def alignment(

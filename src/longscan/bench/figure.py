@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longscan.bench.report import Report
+from longscan.drawing import COLOURS, GREY, MARKERS
 from longscan.errors import LongscanError, UsageError
 from longscan.optional import installed, remedy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["check", "draw"]
+__all__ = ["check", "draw", "styles"]
 
-# the Okabe-Ito palette, which readers with any common colour blindness tell apart; in print, markers do
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v", "P")
-CEILING = "#777777"
+CEILING = GREY
+OURS = "longscan"  # in the name of each contender of ours
 _TIMES = ("seconds", "seconds_min", "seconds_max")
 
 
@@ -94,14 +93,14 @@ def _points(ax: Axes, rows: list[dict[str, Any]], values: Sequence[tuple[float, 
 
     Points, not bars: a log scale has no zero for a bar to start from.
     """
-    styles, heights, height = _styles(rows), list[int](), 0
+    look, heights, height = styles(rows), list[int](), 0
     for case in _cases(rows):
         ax.text(0.01, height, case, transform=ax.get_yaxis_transform(), fontweight="bold", fontsize="small")
         for row, (middle, low, high) in zip(rows, values, strict=True):
             if row["case"] == case:
                 height += 1
                 heights.append(height)
-                colour, marker = styles[row["contender"]]
+                colour, marker = look[row["contender"]]
                 ax.plot([low, high], [height, height], color=colour, linewidth=2)
                 ax.plot([middle], [height], color=colour, marker=marker)
                 ax.annotate(f" {middle:,.3g}", (high, height), va="center", fontsize="x-small")
@@ -116,7 +115,7 @@ def _points(ax: Axes, rows: list[dict[str, Any]], values: Sequence[tuple[float, 
 def _lengths(ax: Axes, report: Report) -> None:
     """Draw tokens per second against seq_len, both on log scales."""
     rows = [row for row in report.rows if row["rate"]]
-    for name, (colour, marker) in _styles(rows).items():
+    for name, (colour, marker) in styles(rows).items():
         mine = [row for row in rows if row["contender"] == name]
         lengths = [row["seq_len"] for row in mine]
         middle, low, high = zip(*map(_range, mine), strict=True)
@@ -153,12 +152,24 @@ def _cases(rows: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(row["case"] for row in rows))
 
 
-def _styles(rows: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
-    """Give every contender a colour and a marker; ceilings are grey."""
+def styles(rows: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Give every contender a colour and a marker; the disc is ours alone, ceilings are grey.
+
+    Args:
+        rows: of a report.
+
+    Returns:
+        Name of the contender -> colour and marker.
+    """
     names = list(dict.fromkeys(row["contender"] for row in rows))
+    chosen = {name: (CEILING, "x") for name in names}
     real = [name for name in names if not name.startswith("ceiling")]
-    styles = {name: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(real)}
-    return {name: styles.get(name, (CEILING, "x")) for name in names}
+    for i, name in enumerate(name for name in real if OURS in name):
+        chosen[name] = COLOURS[i % len(COLOURS)], MARKERS[0]
+    for i, name in enumerate(name for name in real if OURS not in name):
+        turn, marker = divmod(i, len(MARKERS) - 1)
+        chosen[name] = COLOURS[(1 + i + turn) % len(COLOURS)], MARKERS[1 + marker]
+    return chosen
 
 
 def _range(row: dict[str, Any]) -> tuple[float, float, float]:

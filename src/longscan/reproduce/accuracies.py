@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from longscan.errors import LongscanError
 from longscan.files import write_json
-from longscan.reproduce.systems import Plan
+from longscan.reproduce.systems import Plan, reduced_note
+from longscan.text_table import lay_out
 
 __all__ = ["finish", "plot_bars", "show"]
 
@@ -49,7 +51,7 @@ def finish(
     }
     write_json(plan.out / f"{plan.name}.json", report)
     try:
-        plot_bars(report, plan)
+        plot_bars(report, plan.out / f"{plan.name}.png")
     except LongscanError as error:
         typer.echo(f"no {plan.name}.png: {error}", err=True)
     return report
@@ -89,10 +91,9 @@ def show(report: Mapping[str, Any]) -> str:
                 row.append("-" if value is None else f"{value:g}")
             row.append(_cell(found.get(name)))
         rows.append([*row, f"{len(found['seeds'])}", f"{found['parameters']:,}", f"{found['minutes']:.1f}"])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = lay_out(rows)
     reduced = [f"reduced: {report['reduced']}"] if report["reduced"] else []
-    return "\n".join([*(line.rstrip() for line in lines), *reduced, *report["notes"]])
+    return "\n".join([*lines, *reduced, *report["notes"]])
 
 
 def _cell(found: Mapping[str, Any] | None) -> str:
@@ -103,17 +104,17 @@ def _cell(found: Mapping[str, Any] | None) -> str:
     return f"{found['mean']:.1f}" + (f" ({low:.1f}-{high:.1f})" if high > low else "")
 
 
-def plot_bars(report: Mapping[str, Any], plan: Plan) -> None:
+def plot_bars(report: Mapping[str, Any], path: Path) -> None:
     """Draw a bar for each system and measure, the range over the seeds, and what was published as a line.
 
     Args:
         report: of `finish`.
-        plan: where.
+        path: the file to write.
 
     Raises:
         LongscanError: matplotlib is not installed.
     """
-    from longscan.drawing import COLOURS, new_figure, save_figure, tidy
+    from longscan.drawing import COLOURS, GREY, new_figure, save_figure, tidy
 
     systems, measures = report["systems"], report["measures"]
     figure = new_figure(max(6.0, 1.0 + 1.2 * len(systems)), 4.0)
@@ -128,7 +129,15 @@ def plot_bars(report: Mapping[str, Any], plan: Plan) -> None:
         spread = [below, above] if any(above) else None
         colour = COLOURS[place % len(COLOURS)]
         ax.bar([x for x, _ in here], means, 0.9 * width, yerr=spread, color=colour, label=words, capsize=2)
+        for x, mean in here:
+            if round(mean, 1) == 0:  # a bar that nobody sees was measured all the same
+                ax.annotate("0.0", (x, 0), (0, 2), textcoords="offset points", ha="center", fontsize="small")
         for x, system in enumerate(systems):
+            if name not in systems[system]:
+                place_of = (x + shift, 1.5)
+                ax.annotate(
+                    "not measured", place_of, rotation=90, ha="center", color=GREY, fontsize="x-small"
+                )
             if (value := report["published"].get(name, {}).get(system)) is not None:
                 ends = (x + shift - width / 2, x + shift + width / 2)
                 label = "published" if "published" not in ax.get_legend_handles_labels()[1] else None
@@ -137,4 +146,4 @@ def plot_bars(report: Mapping[str, Any], plan: Plan) -> None:
     ax.set(ylabel="right answers (%)", ylim=(0, 105))
     tidy(ax)
     ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(measures) + 1)
-    save_figure(figure, plan.out / f"{plan.name}.png")
+    save_figure(figure, path, reduced_note(report))

@@ -17,7 +17,7 @@ import typer
 from longscan import ops
 from longscan.files import read_json, write_json
 from longscan.reproduce.hippo import make_memory, mse, plot_lines
-from longscan.reproduce.systems import Plan
+from longscan.reproduce.systems import Plan, reduced_note
 from longscan.signals import white_noise
 
 __all__ = ["FILES", "SOURCE", "run", "show"]
@@ -55,7 +55,7 @@ def run(plan: Plan) -> dict[str, Any]:
     x = torch.tensor([row["length"] for row in rows])
     lines = {str(method): (x, torch.tensor([row["mse"][method] for row in rows])) for method in METHODS}
     title = f"HiPPO-LegS, N = {n}, {CYCLES} cycles of noise"
-    plot_lines(plan, lines, (title, "samples", "mean square error"), log=True)
+    plot_lines(plan, lines, (title, "samples", "mean square error"), log=True, note=reduced_note(report))
     return report
 
 

@@ -23,7 +23,7 @@ from longscan.errors import LongscanError
 from longscan.files import read_json, write_json
 from longscan.models.hippo import SPANS, held
 from longscan.models.memory import Memory
-from longscan.reproduce.systems import Plan
+from longscan.reproduce.systems import Plan, reduced_note
 from longscan.signals import white_noise
 
 __all__ = ["FILES", "SOURCE", "make_memory", "mse", "plot_lines", "run", "show"]
@@ -93,7 +93,7 @@ def run(plan: Plan) -> dict[str, Any]:
         "runs": rows,
     }
     write_json(plan.out / f"{plan.name}.json", report)
-    _plot(plan, length, cycles, n)
+    _plot(plan, length, cycles, n, reduced_note(report))
     return report
 
 
@@ -168,7 +168,7 @@ def _dense_steps(f: Tensor, n: int, length: int) -> Tensor:
     return c
 
 
-def _plot(plan: Plan, length: int, cycles: int, n: int) -> None:
+def _plot(plan: Plan, length: int, cycles: int, n: int, note: str) -> None:
     """Draw the beginning of the signal, the longest ago, beside what is told of it."""
     f = white_noise(length, cycles, generator=torch.Generator().manual_seed(SEEDS[0])).double()
     places = torch.linspace(0, length / 5, 1500).floor()
@@ -178,11 +178,15 @@ def _plot(plan: Plan, length: int, cycles: int, n: int) -> None:
         memory.write(f)
         curves[measure] = memory.reconstruct(places)[0]
     labels = (f"the first fifth of {length:,} samples, told from {n} numbers", "sample", "value")
-    plot_lines(plan, {name: (places, values) for name, values in curves.items()}, labels)
+    plot_lines(plan, {name: (places, values) for name, values in curves.items()}, labels, note=note)
 
 
 def plot_lines(
-    plan: Plan, lines: dict[str, tuple[Tensor, Tensor]], labels: tuple[str, str, str], log: bool = False
+    plan: Plan,
+    lines: dict[str, tuple[Tensor, Tensor]],
+    labels: tuple[str, str, str],
+    log: bool = False,
+    note: str = "",
 ) -> None:
     """Draw curves into the experiment's figure, if matplotlib is there.
 
@@ -191,6 +195,7 @@ def plot_lines(
         lines: name -> x and y of each.
         labels: the title and those of the axes.
         log: whether the axes are logarithmic, with a marker at each point.
+        note: see `save_figure`.
     """
     from longscan.drawing import COLOURS, MARKERS, new_figure, save_figure, tidy
 
@@ -210,4 +215,4 @@ def plot_lines(
         ax.set(xscale="log", yscale="log")
     tidy(ax)
     ax.legend(frameon=False)
-    save_figure(figure, path)
+    save_figure(figure, path, note)

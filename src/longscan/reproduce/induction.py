@@ -17,7 +17,7 @@ from longscan.errors import LongscanError
 from longscan.files import write_json
 from longscan.models import LanguageModel
 from longscan.reproduce.synthetic import SyntheticConfig, SyntheticRun
-from longscan.reproduce.systems import Plan, minutes
+from longscan.reproduce.systems import Plan, minutes, reduced_note
 from longscan.synthetics import accuracy, induction
 
 __all__ = ["FILES", "SOURCE", "run", "show"]
@@ -197,4 +197,4 @@ def _plot(report: dict[str, Any], path: Path) -> None:
     ax.set(xlabel="tokens", ylabel="right answers (%); dotted: published", ylim=(0, 105))
     tidy(ax)
     ax.legend(frameon=False)
-    save_figure(figure, path)
+    save_figure(figure, path, reduced_note(report))

@@ -28,7 +28,7 @@ from longscan.models import MODELS, LanguageModel, ssm
 from longscan.models.lssl import DenseSSM, LSSLConfig
 from longscan.models.s4 import DPLR, S4Config
 from longscan.models.s4d import DiagonalSSM, S4DConfig
-from longscan.reproduce.systems import Plan
+from longscan.reproduce.systems import Plan, reduced_note
 
 __all__ = ["FILES", "SOURCE", "run", "show"]
 
@@ -253,4 +253,4 @@ def _plot(plan: Plan, report: dict[str, Any]) -> None:
         tidy(ax)
     axes[0].legend(frameon=False, fontsize=8)
     axes[0].set_title(f"One layer, forward and backward, width {report['d_model']}, N = {report['d_state']}")
-    save_figure(figure, path)
+    save_figure(figure, path, reduced_note(report))

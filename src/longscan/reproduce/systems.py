@@ -23,10 +23,11 @@ from longscan.progress import Terminal
 from longscan.recipe import RunConfig
 from longscan.run import Run
 from longscan.runs import SETTINGS, read_settings
+from longscan.text_table import lay_out
 from longscan.translate import TranslateRun
 from longscan.translation import measure
 
-__all__ = ["Plan", "minutes", "summary", "table"]
+__all__ = ["Plan", "minutes", "reduced_note", "summary", "table"]
 
 QUICK = {"steps": 3, "epochs": None, "eval_every": 0, "bleu_sentences": 4, "save_every": 100}
 QUICK_SENTENCES = 12
@@ -191,10 +192,20 @@ class Plan:
         }
         write_json(self.out / f"{self.name}.json", report)
         try:
-            plot_bleu({name: found[0] for name, found in rows.items()}, self.out / f"{self.name}.png")
+            first = {name: found[0] for name, found in rows.items()}
+            plot_bleu(first, self.out / f"{self.name}.png", reduced_note(report))
         except LongscanError as error:
             typer.echo(f"no {self.name}.png: {error}", err=True)
         return report
+
+
+def reduced_note(report: Mapping[str, Any]) -> str:
+    """Return what the figure of an experiment says below if it is smaller than the published one.
+
+    Args:
+        report: its results; "reduced" says in what, if it is.
+    """
+    return f"reduced: {report['reduced']}" if report.get("reduced") else ""
 
 
 def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -228,10 +239,7 @@ def table(report: Mapping[str, Any], published: Mapping[str, str]) -> list[str]:
             f"{found['minutes']:.0f}",
         )
         rows.append((name, published.get(name, "-"), *numbers, *sizes))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    return lay_out(rows)
 
 
 def minutes(directory: Path) -> float:
