@@ -20,8 +20,11 @@ from longscan.engine import generate_ids
 from longscan.errors import LongscanError, UsageError
 from longscan.generate import generate
 from longscan.models import LanguageModel, Mamba, MambaConfig, State
+from longscan.models.s4d import S4DConfig
 from longscan.reading import CHUNK, encode
 from longscan.sampling import SamplingConfig, TextWriter
+from longscan.sequence_checkpoint import save_sequence_model
+from longscan.tasks import SequenceConfig, SequenceModel
 from longscan.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 
 Cli = Callable[..., Any]
@@ -534,3 +537,66 @@ def test_a_precision_at_the_command_line(cli: Cli, directory: Path) -> None:
     done = cli("generate", "a", "--model", directory, "--precision", "int8", "--max-new-tokens", 3)
     assert done.code == 0
     assert " · int8 · " in done.err
+
+
+def test_prompts_from_a_file(cli: Cli, directory: Path, tmp_path: Path) -> None:
+    flags = ["--model", directory, "--max-new-tokens", 5, "--seed", 3, "-q"]
+    expected = cli("generate", "one", "two, longer", *flags)
+    assert expected.code == 0
+    assert "── 2 of 2 ──" in expected.out
+    plain, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    plain.write_bytes(b"one\r\n\ntwo, longer\n")
+    lines.write_text('{"prompt": "one"}\n\n{"prompt": "two, longer", "id": 7}\n')
+    for path in (plain, lines):
+        done = cli("generate", "--prompts", path, *flags, stdin="never read")
+        assert (done.code, done.out) == (0, expected.out)
+    several = tmp_path / "several.jsonl"
+    several.write_text(json.dumps({"prompt": "a\nb"}))
+    report = json.loads(cli("generate", "--prompts", several, *flags, "--json").out)
+    assert [text["prompt"] for text in report["texts"]] == ["a\nb"]
+    assert cli("generate", "--prompts", several, *flags).out.startswith("── 1 of 1 ──")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "arguments", "code", "words"),
+    [
+        ("a.txt", "one", ["two"], 2, "PROMPT and --prompts: expected one of them, got both"),
+        ("a.txt", "\n \n", [], 1, "a.txt: expected a prompt a line, got none"),
+        ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}', [], 1, 'a.jsonl:2: expected {"prompt"'),
+        ("a.jsonl", "no", [], 1, "a.jsonl:1: not JSON"),
+        ("a.jsonl", '"no"', [], 1, "a.jsonl:1: expected"),
+        ("a.txt", None, [], 1, "No such file"),
+    ],
+)
+def test_bad_prompt_files(
+    cli: Cli,
+    directory: Path,
+    tmp_path: Path,
+    name: str,
+    content: str | None,
+    arguments: list[str],
+    code: int,
+    words: str,
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    done = cli("generate", *arguments, "--prompts", tmp_path / name, "--model", directory)
+    assert (done.code, done.out) == (code, "")
+    assert words in done.err
+
+
+def test_a_classifier_of_sequences_writes_no_text(cli: Cli, tmp_path: Path) -> None:
+    config = SequenceConfig(
+        body="s4d", body_config=S4DConfig(d_model=8, n_layers=1, vocab_size=1), n_outputs=1, d_input=1
+    )
+    save_sequence_model(SequenceModel(config), tmp_path / "model")
+    done = cli("generate", "a", "--model", tmp_path / "model")
+    assert done.code == 1
+    assert "classifies whole sequences and predicts no tokens: expected a language model" in done.err
+    assert f"longscan classify predict {tmp_path / 'model'}" in done.err
+    out = tmp_path / "kernel.svg"
+    done = cli("plot", "kernel", tmp_path / "model", "--out", out, "--length", 16)
+    assert (done.code, done.err) == (0, "")
+    assert "s4d, layer 0" in out.read_text()
+    done = cli("plot", "kernel", "mamba", "--out", out)
+    assert "a model of kind Mamba has no convolution kernels. Expected one of time-invariant" in done.err

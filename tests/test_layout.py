@@ -51,6 +51,7 @@ ORDER = [
         "checkpoint",
         "encoders",
         "convert",
+        "sequence_checkpoint",
     ),
     *("reading", "prefix", "snapshots", "signals"),
     *(

@@ -137,7 +137,7 @@ def test_without_matplotlib_there_is_no_figure(
     monkeypatch.setattr("longscan.remember.find_spec", lambda _: None)
     done = cli("remember", "steps", "--out", tmp_path / "a.png")
     assert done.code == 0
-    assert "pip install matplotlib" in done.out
+    assert "figures need matplotlib: pip install 'longscan[plot]'" in done.out
     assert not (tmp_path / "a.png").exists()
 
 

@@ -502,7 +502,7 @@ def test_misuse(cli: Cli, whole: Path, data: Path, tmp_path: Path) -> None:
         (2, "got who/bert for the sequences in a.npz", ("train", "a.npz", "--model", "who/bert", *out)),
         (1, "model: expected text, got [3]", ("train", "--config", tmp_path / "a.toml", *out)),
         (1, "data: expected a list of text, got 3", ("train", "--config", tmp_path / "b.toml", *out)),
-        (2, "FILES: expected sequences", ("predict", whole / "model")),
+        (2, "FILES: expected signals", ("predict", whole / "model")),
         (2, "--pairs: ", ("predict", whole / "model", "--pairs", data)),
         (2, "--seq-len: ", ("evaluate", whole / "model", data, "--seq-len", 9)),
     ):
@@ -783,3 +783,27 @@ def test_a_table_of_sequences(text: str, tmp_path: Path) -> None:
 def test_tables_of_something_else(text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(LongscanError, match=words):
         read_csv(tmp_path / "a.csv", text)
+
+
+def test_what_was_trained_on_texts_classifies_texts(cli: Cli, tmp_path: Path) -> None:
+    table = tmp_path / "labels.tsv"
+    table.write_text("".join(f"good\ta fine film {n}\nbad\ta dull film {n}\n" for n in range(6)))
+    run = tmp_path / "run"
+    flags = ["--model", "mamba", "--steps", 1, "--d-model", 8, "--n-layers", 1, "--threads", 1]
+    done = cli("classify", "train", table, *flags, "--out", run)
+    assert done.code == 0
+    assert "trained 1 step ·" in done.out
+    model = run / "model"
+    from_file = cli("classify", "predict", model, table).out.splitlines()
+    scores = [line.rsplit("\t", 1)[0] for line in from_file]
+    texts = [line.split("\t")[1] for line in table.read_text().splitlines()]
+    done = cli("classify", "predict", model, *texts)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines() == [f"{s}\t{text}" for s, text in zip(scores, texts, strict=True)]
+    assert cli("classify", "predict", model, stdin="\n".join(texts) + "\n").out == done.out
+    one = json.loads(cli("classify", "predict", model, texts[0], "--json").out)
+    assert (one["text"], sorted(one["probabilities"])) == (texts[0], ["bad", "good"])
+    for argument, words in (("lables.tsv", "No such file"), (" ", "text 1 is empty")):
+        done = cli("classify", "predict", model, argument)
+        assert (done.code, done.out) == (1, "")
+        assert words in done.err

@@ -871,7 +871,7 @@ def test_without_matplotlib_there_is_one_word(
     display = Recorder()
     train_with_figures(config, tmp_path / "run", display)
     assert [line for line in display.lines if "matplotlib" in line] == [
-        "no loss.png: figures need matplotlib: pip install matplotlib"
+        "no loss.png: figures need matplotlib: pip install 'longscan[plot]'"
     ]
     assert not (tmp_path / "run/loss.png").exists()
 

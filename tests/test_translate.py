@@ -257,8 +257,8 @@ def test_scores_by_length() -> None:
 
 
 def test_without_sacrebleu_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
-    with pytest.raises(LongscanError, match=r"pip install longscan\[translate\]"):
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    with pytest.raises(LongscanError, match=r"need sacrebleu: pip install 'longscan\[translate\]'"):
         score(["a"], ["a"])
 
 

@@ -55,6 +55,7 @@ from longscan.run_command import Out, Recipe, Resume, finished, run_command
 from longscan.runs import SETTINGS, Signals, read_settings
 from longscan.tasks import BODIES
 from longscan.text_input import read_stdin, tell_cut
+from longscan.text_table import lay_out
 from longscan.wordpiece import Framed, WordPieceTokenizer
 
 __all__ = ["ClassifyConfig", "ClassifyRun", "commands", "load_classifier"]
@@ -370,11 +371,11 @@ def evaluate(
         typer.echo(
             f"accuracy {peer.accuracy:.4f} · macro-F1 {peer.macro_f1:.4f} · TF-IDF + logistic regression"
         )
-    typer.echo(f"{'precision':>9}  {'recall':>6}  {'F1':>6}  {'texts':>7}  class")
+    table: list[tuple[str, ...]] = [("precision", "recall", "F1", "texts", "class")]
     for label, row in classes.items():
-        typer.echo(
-            f"{row['precision']:>9.4f}  {row['recall']:>6.4f}  {row['f1']:>6.4f}  {row['texts']:>7,}  {label}"
-        )
+        shares = (f"{row[name]:.4f}" for name in ("precision", "recall", "f1"))
+        table.append((*shares, f"{row['texts']:,}", label))
+    typer.echo("\n".join(lay_out(table, ">>>><")))
 
 
 def predict_texts(

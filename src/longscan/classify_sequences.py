@@ -6,6 +6,7 @@ The directory of a run (see run.py) holds `data/`, the sequences, besides: nothi
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,22 +16,22 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 import torch
 import typer
-from safetensors.torch import save_file
 from torch import Tensor
 
-from longscan.checkpoint import assemble
 from longscan.config import count
 from longscan.errors import LongscanError, UsageError
 from longscan.examples import score, shuffled
-from longscan.files import atomic_directory, read_json, write_json
+from longscan.files import atomic_directory
+from longscan.generate import utf8
 from longscan.models import MODELS, LanguageModelConfig, Model, ModelEntry
 from longscan.order import EpochOrder
 from longscan.recipe import FreshConfig, model_settings, setting
 from longscan.run import Run
 from longscan.runs import Signals
+from longscan.sequence_checkpoint import is_sequence_model, load_sequence_model, save_sequence_model
 from longscan.sequences import BYTES, Sequences, is_sequence_file, read_sequences
 from longscan.tasks import BODIES, Body, SequenceConfig, SequenceModel
-from longscan.weights import read_weights
+from longscan.text_input import read_stdin
 
 __all__ = [
     "SequencesConfig",
@@ -46,7 +47,7 @@ __all__ = [
     "to_rate",
 ]
 
-MODEL_TYPE, VERSION = "sequence", 1  # of config.json
+FILES = (".npz", ".npy", ".tsv", ".csv", ".txt", ".jsonl", ".ndjson", ".wav", ".tar", ".tgz")  # of sequences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,70 +307,6 @@ def to_rate(model: SequenceModel, rate: float | None) -> None:
             ) from error
 
 
-def is_sequence_model(directory: str | Path) -> bool:
-    """Tell whether a directory holds what `save_sequence_model` wrote.
-
-    Args:
-        directory: of a model.
-    """
-    path = Path(directory) / "config.json"
-    return path.is_file() and read_json(path).get("model_type") == MODEL_TYPE
-
-
-def save_sequence_model(model: SequenceModel, directory: str | Path) -> None:
-    """Write a model directory, whole or not at all.
-
-    Args:
-        model: what to save.
-        directory: created, or replaced if it is a model directory.
-
-    Raises:
-        LongscanError: the directory holds something else.
-        OSError: it cannot be written.
-    """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    fields = {"model_type": MODEL_TYPE, "longscan": VERSION, **model.config.to_dict()}
-    with atomic_directory(directory, marker="config.json") as new:
-        write_json(new / "config.json", fields)
-        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
-
-
-def load_sequence_model(directory: str | Path) -> SequenceModel:
-    """Load a model that tells what sequences are.
-
-    Args:
-        directory: of a model that `longscan classify train --model NAME` made.
-
-    Returns:
-        The model, in evaluation mode.
-
-    Raises:
-        LongscanError: it is another model, or damaged.
-    """
-    directory = Path(directory)
-    path = directory / "config.json"
-    raw = read_json(path)
-    if raw.get("model_type") != MODEL_TYPE or raw.get("longscan") != VERSION:
-        raise LongscanError(
-            f"{path}: expected a {MODEL_TYPE} model of version {VERSION}, got {raw.get('model_type')!r} of "
-            f"{raw.get('longscan')!r}. Train one: longscan classify train --model NAME FILE --out DIR"
-        )
-    try:
-        config = SequenceConfig.from_dict(
-            {name: value for name, value in raw.items() if name not in ("model_type", "longscan")}
-        )
-    except LongscanError as error:
-        raise LongscanError(f"{path}: {error}") from error
-    tensors = read_weights(directory)
-    if (n_layers := config.body_config.n_layers) > len(
-        tensors
-    ):  # before a loop over layers that aren't there
-        raise LongscanError(f"{path} says {n_layers:,} layers, {len(tensors)} tensors are there.")
-    model = assemble(directory, SequenceModel, config, tensors, torch.float32)
-    assert isinstance(model, SequenceModel)
-    return model
-
-
 def evaluate_sequences(
     directory: str, files: Sequence[Path], columns: str, pattern: str | None, as_json: bool
 ) -> None:
@@ -400,26 +337,55 @@ def predict_sequences(directory: str, files: Sequence[str], as_json: bool) -> No
 
     Args:
         directory: of the model.
-        files: see `read_sequences`; their labels don't count.
+        files: see `read_sequences`; their labels don't count. Of a model of tokens also texts, or none: then
+            the lines of stdin are its texts.
         as_json: for programs.
 
     Raises:
-        UsageError: there are no files.
+        UsageError: there are no files, and the model is one of signals.
     """
-    if not files:
-        raise UsageError("FILES: expected sequences, as train takes them; this model reads no stdin.")
     model = load_sequence_model(directory)
-    data, labels = read_sequences(files, split="test"), model.config.labels
+    labels, is_text = model.config.labels, False
+    if model.config.d_input:
+        if not files:
+            raise UsageError("FILES: expected signals, as train takes them; there are none on stdin.")
+    else:
+        is_text = not any(map(_is_file, files))
+        files = files or read_stdin()
+        if not files:
+            return
+    data = _texts(files) if is_text else read_sequences(files, split="test")
     _fit(model, data)
     for name, row in zip(data.names, answers(model, data), strict=True):
         if as_json:
             said = {"probabilities": dict(zip(labels, row.exp().tolist(), strict=True))} if labels else {}
             shown = {"label": labels[int(row.argmax())]} if labels else {"numbers": row.tolist()}
-            typer.echo(json.dumps({"name": name, **shown, **said}, ensure_ascii=False))
+            typer.echo(json.dumps({"text" if is_text else "name": name, **shown, **said}, ensure_ascii=False))
         elif labels:
-            typer.echo(f"{labels[int(row.argmax())]}\t{row.exp().max():.4f}\t{name}")
+            shown_name = " ".join(name.splitlines()) if is_text else name
+            typer.echo(f"{labels[int(row.argmax())]}\t{row.exp().max():.4f}\t{shown_name}")
         else:
             typer.echo("\t".join([*(f"{number:.6g}" for number in row.tolist()), name]))
+
+
+def _is_file(argument: str) -> bool:
+    """Whether an argument names a file of sequences, be it one that is not there, rather than a text."""
+    name = argument.lower().removesuffix(".gz").removesuffix(".xz")
+    return os.path.exists(argument) or (len(argument.split()) == 1 and name.endswith(FILES))
+
+
+def _texts(texts: Sequence[str]) -> Sequences:
+    """Take texts as sequences of bytes, as training did."""
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            raise LongscanError(f"text {number} is empty: leave it out.")
+    rows = [
+        np.frombuffer(utf8(text.encode(errors="surrogateescape"), "the text").encode(), np.uint8)
+        for text in texts
+    ]
+    lengths = np.array([len(row) for row in rows], np.int64)
+    values = np.concatenate(rows).astype(np.int64)
+    return Sequences(values, lengths, np.zeros((len(rows), 1)), (), tuple(texts))
 
 
 def _fit(model: SequenceModel, data: Sequences) -> None:

@@ -25,15 +25,19 @@ from longscan import ops
 from longscan.bar import Bar
 from longscan.checkpoint import Precision, load
 from longscan.checks import check_text
+from longscan.config import count
+from longscan.documents import JSONL, OPENERS
 from longscan.engine import MAX_SLOTS, Engine, generate_ids
 from longscan.errors import LongscanError, UsageError
 from longscan.locate import OFFICIAL_TOKENIZER
 from longscan.models import LanguageModel, State
 from longscan.models.quantized import precision as precision_of
 from longscan.models.state import SavedState
+from longscan.pairs import read_lines
 from longscan.reading import encode
 from longscan.request import make_requests
 from longscan.sampling import Event, Finish, SamplingConfig
+from longscan.sequence_checkpoint import is_sequence_model
 from longscan.speculate import Drafter, DraftModel, PromptLookup
 from longscan.tokenizer import Tokenizer
 
@@ -85,6 +89,10 @@ def command(
             help="Texts to continue; - or nothing reads one from stdin if it is a pipe.",
         ),
     ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option("--prompts", help='Read prompts from a file: one a line, or .jsonl with "prompt".'),
+    ] = None,
     model: Annotated[
         str, typer.Option(help="A shipped model, a directory, or a hub id.")
     ] = "longscan-tiny-en",
@@ -124,9 +132,10 @@ def command(
 ) -> None:
     """Continue a text with a model, piece by piece.
 
-    One PROMPT is streamed as it is written; several run as one batch and are printed whole, in order. A
-    prompt from stdin loses its last line break. Without any prompt the model begins a new text, or goes on
-    with the one of --load-state.
+    One PROMPT is streamed as it is written; several, or those of a file, run as one batch and are printed
+    whole, in order. A prompt from stdin loses its last line break. The file of --prompts is UTF-8, also .gz
+    or .xz; its blank lines are skipped. Without any prompt the model begins a new text, or goes on with the
+    one of --load-state.
 
     Raises:
         UsageError: a flag has an impossible value.
@@ -148,13 +157,15 @@ def command(
     except LongscanError as error:
         raise UsageError(str(error)) from error
     use_threads(threads)
-    texts = _prompts(prompts or [])
+    if prompt_file is not None and prompts:
+        raise UsageError("PROMPT and --prompts: expected one of them, got both.")
+    texts = _prompts(prompts or []) if prompt_file is None else read_prompts(prompt_file)
     _check_usage(texts, save_state, speculate, draft)
     network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name)
     before = None if load_state is None else _load_state(load_state, network, texts)
     drafter = PromptLookup() if speculate else _draft_model(draft, tokenizer, offline) if draft else None
     ids = encode(tokenizer, texts, begins=before is None)
-    session = _Session(texts, stream=len(texts) == 1 and not as_json, silent=as_json)
+    session = _Session(texts, stream=len(texts) == 1 and not as_json and prompt_file is None, silent=as_json)
     slots = min(len(texts), MAX_SLOTS)
     engine = Engine(network, tokenizer, slots=slots, drafter=drafter, progress=session.reading)
     for request in make_requests(ids, config, tokenizer.eos_ids, before, keep=save_state is not None):
@@ -331,7 +342,7 @@ class _Session:
         """Say in a line what was done and what to do next."""
         report = self.report()
         parts = ["stopped"] if self.stopped else []
-        parts.append(f"{report['tokens']:,} token{'s' if report['tokens'] != 1 else ''}")
+        parts.append(count(report["tokens"], "token"))
         finish = self._texts[0].finish if len(self._texts) == 1 else None
         if finish in REASONS:
             parts.append(REASONS[finish])
@@ -345,7 +356,7 @@ class _Session:
                 else f"first token after {seconds:,.0f} s"
             )
         if engine.drafted:
-            parts.append(f"{engine.accepted:,} of {engine.drafted:,} guesses right")
+            parts.append(f"{engine.accepted:,} of {count(engine.drafted, 'guess', 'guesses')} right")
         if config.temperature > 0:
             parts.append(f"seed {config.seed}")
         if state is None:
@@ -368,6 +379,39 @@ def _prompts(given: list[str]) -> list[str]:
         piped if text == "-" else utf8(text.encode(errors="surrogateescape"), "the prompt")
         for text in given or [""]
     ]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read prompts from a file.
+
+    Args:
+        path: a prompt a line, or .jsonl of {"prompt": ...}; UTF-8, also .gz or .xz. Blank lines are skipped.
+
+    Returns:
+        At least one.
+
+    Raises:
+        LongscanError: a line is something else, or there is none.
+        OSError: it can't be read.
+    """
+    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(read_lines(path), 1)]
+    lines = [(number, line) for number, line in lines if line.strip()]
+    if not lines:
+        raise LongscanError(f"{path}: expected a prompt a line, got none.")
+    name = path.stem if path.suffix in OPENERS else path.name
+    if Path(name).suffix.lower() not in JSONL:
+        return [line for _, line in lines]
+    prompts = []
+    for number, line in lines:
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise LongscanError(f"{path}:{number}: not JSON ({error}); expected an object a line.") from error
+        prompt = value.get("prompt") if isinstance(value, dict) else None
+        if not isinstance(prompt, str):
+            raise LongscanError(f'{path}:{number}: expected {{"prompt": "..."}}, got {line[:200]}')
+        prompts.append(prompt)
+    return prompts
 
 
 def utf8(data: bytes, what: str) -> str:
@@ -419,8 +463,13 @@ def load_with_tokenizer(
     """Load a model that is to read or write text; see `checkpoint.load`.
 
     Raises:
-        LongscanError: as `load`; or the model has no tokenizer.
+        LongscanError: as `load`; or the model classifies sequences, or has no tokenizer.
     """
+    if is_sequence_model(name):
+        raise LongscanError(
+            f"{name} classifies whole sequences and predicts no tokens: expected a language model. "
+            f"Try: longscan classify predict {name} ..."
+        )
     model, found = load(name, revision=revision, offline=offline, precision=precision, tokenizer=tokenizer)
     if found is None:
         raise LongscanError(
@@ -442,8 +491,8 @@ def describe(name: str, model: LanguageModel) -> str:
     kernels = " · reference kernels, see longscan doctor" if ops.backend() == "reference" else ""
     return (
         f"{name} · {type(model).__name__}, {_scaled(model.num_parameters(), 'kMB').strip()} parameters, "
-        f"{model.config.n_layers} layers · state {size} · "
-        f"{precision_of(model)} · {threads} thread{'s' if threads != 1 else ''}{kernels}"
+        f"{count(model.config.n_layers, 'layer')} · state {size} · "
+        f"{precision_of(model)} · {count(threads, 'thread')}{kernels}"
     )
 
 

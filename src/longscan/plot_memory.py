@@ -17,10 +17,12 @@ from longscan.checkpoint import load
 from longscan.config import nearest
 from longscan.drawing import COLOURS, MARKERS, Out, check_out, new_figure, save_figure, tidy
 from longscan.errors import LongscanError, UsageError
-from longscan.models import MODELS, LanguageModel
+from longscan.models import MODELS, LanguageModel, Model
 from longscan.models.hippo import MEASURES, held, transition
 from longscan.models.lti import System
 from longscan.models.memory import basis
+from longscan.sequence_checkpoint import is_sequence_model, load_sequence_model
+from longscan.tasks import SequenceModel
 
 __all__ = ["Trace", "commands", "plot_kernels", "plot_memory", "plot_responses"]
 
@@ -96,11 +98,13 @@ def plot_memory(
         colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
         upper.plot(trace.seconds, (trace.low + trace.high) / 2, color=colour, linewidth=1.2, label=name)
         size = coefficients[name].abs().numpy()
-        lower.plot(size, color=colour, marker=marker, markersize=2.5, linewidth=0.5, label=name)
+        above = 2 + 1 / len(size)  # the first coefficients of all are about the same: the fewer lie on top
+        lower.plot(size, color=colour, marker=marker, markersize=3, linewidth=0.5, label=name, zorder=above)
     upper.set(title=title, xlabel="seconds", ylabel="value")
     lower.set(xlabel="n", ylabel="size of coefficient n")
     if any(values.any() for values in coefficients.values()):  # not so of silence
         lower.set(yscale="log")
+    lower.legend(frameon=False, loc="upper right", fontsize="small")
     upper.legend(frameon=False, loc="upper left", fontsize="small")
     for ax in (upper, lower):
         tidy(ax)
@@ -211,22 +215,29 @@ def kernel(
         raise UsageError(f"--length: expected 2 to {1 << 20:,} steps, got {length:,}.")
     if not 1 <= channels <= 12:
         raise UsageError(f"--channels: expected 1 to 12, got {channels}.")
+    loaded: Model
     if model in MODELS:
         entry = MODELS[model]
         config = entry.config.from_dict(entry.presets["tiny"])
         loaded = entry.cls(config, generator=torch.Generator().manual_seed(seed))
     else:
-        loaded, _ = load(model)
-    layers: Iterable[nn.Module] = loaded.backbone.layers if isinstance(loaded, LanguageModel) else []
+        loaded = load_sequence_model(model) if is_sequence_model(model) else load(model)[0]
+    layers: Iterable[nn.Module] = []
+    if isinstance(loaded, LanguageModel | SequenceModel):
+        layers = loaded.backbone.layers if isinstance(loaded, LanguageModel) else loaded.layers
+    kind = loaded.config.body if isinstance(loaded, SequenceModel) else type(loaded).__name__
     systems = [[part for part in block.modules() if isinstance(part, System)] for block in layers]
     if not any(systems):
-        raise LongscanError(f"{model} has no convolution kernels: it is a {type(loaded).__name__}.")
+        raise LongscanError(
+            f"{model}: a model of kind {kind} has no convolution kernels. Expected one of time-invariant "
+            "state spaces, such as s4, s4d, lssl or h3."
+        )
     if not -len(systems) <= layer < len(systems) or not systems[layer]:
         raise UsageError(f"--layer: expected 0 to {len(systems) - 1} with a state space, got {layer}.")
     with torch.no_grad():
         drawn = systems[layer][0].kernel(length)[:channels].float()
     kernels = {f"channel {place}": values for place, values in enumerate(drawn)}
-    plot_kernels(kernels, out, f"{type(loaded).__name__}, layer {layer % len(systems)}")
+    plot_kernels(kernels, out, f"{kind}, layer {layer % len(systems)}")
     typer.echo(f"wrote {out}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-__all__ = ["counted", "lay_out"]
+__all__ = ["lay_out"]
 
 
 def lay_out(rows: Iterable[Sequence[str]], align: str = "<") -> list[str]:
@@ -35,12 +35,3 @@ def _width(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
-def counted(n: int, one: str, many: str = "") -> str:
-    """Say how many: "1 text", "2,000 texts".
-
-    Args:
-        n: how many.
-        one: the noun for one of them.
-        many: the noun for several; one with an s if empty.
-    """
-    return f"{n:,} {one if n == 1 else many or one + 's'}"
