@@ -134,7 +134,7 @@ def test_silence_is_remembered(cli: Cli, tmp_path: Path) -> None:
 def test_without_matplotlib_there_is_no_figure(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longscan.remember.find_spec", lambda _: None)
+    monkeypatch.setattr("longscan.remember.installed", lambda _: False)
     done = cli("remember", "steps", "--out", tmp_path / "a.png")
     assert done.code == 0
     assert "figures need matplotlib: pip install 'longscan[plot]'" in done.out
@@ -168,7 +168,7 @@ def test_plot_kernel(cli: Cli, tmp_path: Path) -> None:
         (["basis", "--measure", "x"], 2, "--measure: there is no 'x'"),
         (["basis", "--n", "0"], 2, "--n: expected 1 to 512"),
         (["basis", "--shown", "0"], 2, "--shown"),
-        (["kernel", "lstm"], 1, "lstm has no convolution kernels: it is a LSTM"),
+        (["kernel", "lstm"], 1, "has no convolution kernels. Expected one of time-invariant"),
         (["kernel", "s4d", "--layer", "9"], 2, "--layer: expected 0 to 1"),
         (["kernel", "s4d", "--length", "1"], 2, "--length"),
         (["kernel", "s4d", "--channels", "0"], 2, "--channels"),

@@ -167,8 +167,7 @@ def styles(rows: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
     for i, name in enumerate(name for name in real if OURS in name):
         chosen[name] = COLOURS[i % len(COLOURS)], MARKERS[0]
     for i, name in enumerate(name for name in real if OURS not in name):
-        turn, marker = divmod(i, len(MARKERS) - 1)
-        chosen[name] = COLOURS[(1 + i + turn) % len(COLOURS)], MARKERS[1 + marker]
+        chosen[name] = COLOURS[(1 + i) % len(COLOURS)], MARKERS[1 + i % (len(MARKERS) - 1)]
     return chosen
 
 

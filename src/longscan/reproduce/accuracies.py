@@ -129,8 +129,8 @@ def plot_bars(report: Mapping[str, Any], path: Path) -> None:
         spread = [below, above] if any(above) else None
         colour = COLOURS[place % len(COLOURS)]
         ax.bar([x for x, _ in here], means, 0.9 * width, yerr=spread, color=colour, label=words, capsize=2)
-        for x, mean in here:
-            if round(mean, 1) == 0:  # a bar that nobody sees was measured all the same
+        for x, bar in here:
+            if round(bar["mean"], 1) == 0:  # a bar that nobody sees was measured all the same
                 ax.annotate("0.0", (x, 0), (0, 2), textcoords="offset points", ha="center", fontsize="small")
         for x, system in enumerate(systems):
             if name not in systems[system]:
@@ -143,7 +143,7 @@ def plot_bars(report: Mapping[str, Any], path: Path) -> None:
                 label = "published" if "published" not in ax.get_legend_handles_labels()[1] else None
                 ax.plot(ends, (value, value), color="black", linewidth=2, label=label)
     ax.set_xticks(range(len(systems)), list(systems))
-    ax.set(ylabel="right answers (%)", ylim=(0, 105))
+    ax.set(ylabel="right answers (%)", xlim=(-0.6, len(systems) - 0.4), ylim=(0, 105))
     tidy(ax)
     ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(measures) + 1)
     save_figure(figure, path, reduced_note(report))
