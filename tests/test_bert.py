@@ -368,7 +368,7 @@ def unknown_field(directory: Path) -> None:
 
 
 def regression(directory: Path) -> None:
-    edit(directory, problem_type="regression")
+    edit(directory, problem_type="ranking")
 
 
 def broken_labels(directory: Path) -> None:

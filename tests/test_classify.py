@@ -548,3 +548,64 @@ def test_one_text_is_no_list_of_texts(bert: Path) -> None:
         evaluate(model, ByteTokenizer(), "some text")
     with pytest.raises(UsageError, match="prompt: expected one text, got list"):
         generate(model, ByteTokenizer(), ["a"])  # type: ignore[arg-type]
+
+
+def scorer(directory: Path, names: tuple[str, ...], **fields: Any) -> Path:
+    """A classifier whose config.json says something of its outputs."""
+    score = "sigmoid" if len(names) == 1 else "softmax"
+    config = BertConfig.from_dict(
+        {**SIZES, "vocab_size": TOKENIZER.vocab_size, "head": "classifier", "labels": names, "score": score}
+    )
+    save(Bert(config, torch.Generator().manual_seed(1)), directory, TOKENIZER)
+    raw = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**raw, **fields}))
+    return directory
+
+
+IDENTITY = "torch.nn.modules.linear.Identity"
+
+
+@pytest.mark.parametrize(
+    ("names", "fields", "function"),
+    [
+        (("LABEL_0",), {}, torch.sigmoid),
+        (("LABEL_0",), {"problem_type": "regression"}, torch.clone),
+        (("LABEL_0",), {"sentence_transformers": {"activation_fn": IDENTITY, "version": "5"}}, torch.clone),
+        (("LABEL_0",), {"sbert_ce_default_activation_function": IDENTITY}, torch.clone),
+        (("a", "b", "c"), {"problem_type": "multi_label_classification"}, torch.sigmoid),
+        (("a", "b"), {"problem_type": "regression"}, torch.clone),
+        (("a", "b"), {"problem_type": "single_label_classification"}, lambda x: x.softmax(-1)),
+    ],
+    ids=["one", "regression", "sentence-transformers", "older", "multi-label", "two-numbers", "classes"],
+)
+def test_scores_are_what_the_config_says(
+    cli: Any, tmp_path: Path, names: tuple[str, ...], fields: dict[str, Any], function: Any
+) -> None:
+    directory = scorer(tmp_path / "model", names, **fields)
+    found = load_classifier(directory)
+    ids, types = found.tokenizer.collate(found.tokenizer.frame_batch([GOOD]))
+    with torch.no_grad():
+        expected = function(found.model.classify(found.model(ids, types).pooled))[0]
+    said = json.loads(cli("classify", "predict", directory, GOOD, "--json").out)
+    scores = said.get("probabilities") or said["scores"]
+    assert list(scores.values()) == pytest.approx(expected.tolist(), abs=1e-6)
+    label, number, text = cli("classify", "predict", directory, GOOD).out.rstrip().split("\t")
+    assert text == GOOD
+    for name, value in zip(label.split(","), number.split(","), strict=True):
+        assert float(value) == pytest.approx(scores[name], abs=1e-4)
+    assert number != "1.0000"
+    save(found.model, tmp_path / "again", found.tokenizer)  # and it stays so
+    assert load_classifier(tmp_path / "again").model.config == found.model.config
+    table(tmp_path / "test.tsv", [(names[0], GOOD)])
+    done = cli("classify", "evaluate", directory, tmp_path / "test.tsv")
+    assert done.code == (0 if found.model.config.score == "softmax" else 1)
+    if done.code:
+        assert "chooses no class" in done.err
+
+
+@pytest.mark.parametrize(
+    "fields", [{"problem_type": "ranking"}, {"sentence_transformers": {"activation_fn": "os.system"}}]
+)
+def test_scores_that_nobody_knows_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(LongscanError, match="expected one of"):
+        load_classifier(scorer(tmp_path / "model", ("LABEL_0",), **fields))

@@ -35,6 +35,7 @@ from longscan.encoders import LoadedBert, load_bert
 from longscan.errors import LongscanError, UsageError
 from longscan.examples import (
     Example,
+    answer,
     divide,
     frame_examples,
     number_labels,
@@ -42,6 +43,7 @@ from longscan.examples import (
     predict,
     read_examples,
     score,
+    several,
     shuffled,
 )
 from longscan.files import atomic_directory, read_toml
@@ -350,6 +352,11 @@ def evaluate(
     examples = read_examples(files, columns)
     found = load_classifier(model)
     labels = found.model.config.labels
+    if found.model.config.score != "softmax":
+        raise LongscanError(
+            f"{model} chooses no class: its {counted(len(labels), 'output')} are scores, each by itself. "
+            "Expected a model of two classes or more; longscan classify predict prints the scores."
+        )
     truth = number_labels(examples, labels)
     framed = frame_examples(found.tokenizer, examples, _room(found, seq_len))
     scores = score(truth, predict(found.model, found.tokenizer, framed).argmax(1).tolist())
@@ -391,7 +398,9 @@ def predict_texts(
 ) -> None:
     """Tell the classes of texts, or of the lines of stdin; or of sequences.
 
-    A line each: the class, its probability, the text, parted by tabs; with --json all probabilities.
+    A line each: the class, its probability, the text, parted by tabs; with --json all probabilities. Of a
+    model with one output, such as a cross-encoder, its name and score; of labels that don't exclude each
+    other, all above 0.5, or the likeliest.
 
     Raises:
         UsageError: a flag has an impossible value.
@@ -413,17 +422,19 @@ def predict_texts(
     second = [parts[1] for parts in parted] if pairs else None
     framed = found.tokenizer.frame_batch([parts[0] for parts in parted], second, _room(found, seq_len))
     labels = found.model.config.labels
-    for text, row in zip(texts, predict(found.model, found.tokenizer, framed).exp().tolist(), strict=True):
-        best = max(range(len(row)), key=row.__getitem__)
+    scores = predict(found.model, found.tokenizer, framed)
+    if found.model.config.score != "none":
+        scores = scores.exp()
+    for text, row in zip(texts, scores.tolist(), strict=True):
         if as_json:
-            shown = {
-                "text": text,
-                "label": labels[best],
-                "probabilities": dict(zip(labels, row, strict=True)),
-            }
+            shown = {"text": text, **answer(found.model.config, dict(zip(labels, row, strict=True)))}
             typer.echo(json.dumps(shown, ensure_ascii=False))
         else:
-            typer.echo(f"{labels[best]}\t{row[best]:.4f}\t{' '.join(text.splitlines())}")
+            # of labels that don't exclude each other, all that apply
+            chosen = [n for n, score in enumerate(row) if score > 0.5] if several(found.model.config) else []
+            chosen = chosen or [max(range(len(row)), key=row.__getitem__)]
+            names, numbers = ",".join(labels[n] for n in chosen), ",".join(f"{row[n]:.4f}" for n in chosen)
+            typer.echo(f"{names}\t{numbers}\t{' '.join(text.splitlines())}")
     tell_cut(framed)
 
 

@@ -105,12 +105,21 @@ def load_bert(
         )
     if head is not None:
         named = (tuple(labels) or stored.labels) if head == "classifier" else ()
-        config = stored.replace(head=head, labels=named)
+        score = stored.score if named and named == stored.labels else "softmax"
+        config = stored.replace(head=head, labels=named, score=score)
     tensors = MODELS["bert"].rename(read_weights(directory, buffers=BUFFERS))
     _drop_tied(directory, tensors)
     if config.labels != stored.labels:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
-    least = BertConfig(d_model=1, n_layers=1, n_heads=1, vocab_size=1, head=config.head, labels=config.labels)
+    least = BertConfig(
+        d_model=1,
+        n_layers=1,
+        n_heads=1,
+        vocab_size=1,
+        head=config.head,
+        labels=config.labels,
+        score=config.score,
+    )
     with torch.device("meta"):
         names = list(Bert(least).state_dict())
     wanted = tuple(part for part in PARTS if any(name.startswith(part) for name in names))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from longscan.documents import JSONL, text_kind
 from longscan.errors import LongscanError, UsageError
-from longscan.models import Bert
+from longscan.models import Bert, BertConfig
 from longscan.order import RandomStream
 from longscan.pairs import read_lines
 from longscan.wordpiece import Framed, WordPieceTokenizer
@@ -21,6 +22,7 @@ from longscan.wordpiece import Framed, WordPieceTokenizer
 __all__ = [
     "Example",
     "Scores",
+    "answer",
     "by_length",
     "divide",
     "frame_examples",
@@ -29,6 +31,7 @@ __all__ = [
     "predict",
     "read_examples",
     "score",
+    "several",
     "shuffled",
 ]
 
@@ -206,13 +209,39 @@ def predict(model: Bert, tokenizer: WordPieceTokenizer, framed: Sequence[Framed]
         rows: read at a time.
 
     Returns:
-        log p of each class (n_texts, n_labels).
+        (n_texts, n_labels): log p of each class; where the model's outputs are none of one choice, the log p
+        that each label applies, or the numbers themselves: see `BertConfig.score`.
     """
+    functions = {"softmax": lambda x: x.log_softmax(-1), "sigmoid": F.logsigmoid, "none": lambda x: x}
+    final: Callable[[Tensor], Tensor] = functions[model.config.score]
     scores = torch.empty(len(framed), len(model.config.labels))
     for batch in by_length(framed, rows):
         ids, types = (part.to(model.device) for part in tokenizer.collate([framed[n] for n in batch]))
-        scores[batch] = model.classify(model(ids, types).pooled).log_softmax(-1).float().cpu()
+        scores[batch] = final(model.classify(model(ids, types).pooled)).float().cpu()
     return scores
+
+
+def several(config: BertConfig) -> bool:
+    """Whether a classifier has labels that do not exclude each other.
+
+    Args:
+        config: of the classifier.
+    """
+    return config.score == "sigmoid" and len(config.labels) > 1
+
+
+def answer(config: BertConfig, scores: Mapping[str, float]) -> dict[str, Any]:
+    """Return what a classifier says of a text, for programs.
+
+    Args:
+        config: of the classifier.
+        scores: of each of its outputs.
+    """
+    if config.score == "softmax":
+        return {"label": max(scores, key=lambda name: scores[name]), "probabilities": scores}
+    if several(config):
+        return {"labels": [name for name, score in scores.items() if score > 0.5], "probabilities": scores}
+    return {"scores": scores}
 
 
 class Scores(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 from longscan.errors import LongscanError
 from longscan.layouts.fields import IDLE, Dialect, build, check_fields
-from longscan.models.bert import BertConfig
+from longscan.models.bert import BertConfig, Score
 
 __all__ = ["DIALECT"]
 
@@ -46,12 +46,25 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "is_decoder": (False,),
     "is_encoder_decoder": (False,),
     "tie_word_embeddings": (True,),
-    "problem_type": (None, "single_label_classification"),
 }
 IDLE_HERE = IDLE.union(
     "classifier_dropout directionality gradient_checkpointing layer_norm_type pooler_fc_size "
-    "pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type".split()
+    "pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type "
+    "problem_type sentence_transformers sbert_ce_default_activation_function".split()  # see _score
 )
+IDENTITY = "torch.nn.modules.linear.Identity"
+# of one output, what sentence-transformers applies -> ours
+ACTIVATION_FNS: dict[str, Score] = {
+    IDENTITY: "none",
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+}
+# of transformers
+PROBLEMS: dict[str | None, Score] = {
+    None: "softmax",
+    "single_label_classification": "softmax",
+    "multi_label_classification": "sigmoid",
+    "regression": "none",
+}
 
 
 def _read(raw: Mapping[str, Any], tokenizer_size: int | None) -> BertConfig:
@@ -65,9 +78,32 @@ def _read(raw: Mapping[str, Any], tokenizer_size: int | None) -> BertConfig:
     head = known[0] if known else "none"
     fields = {name: raw[name] for name in HUGGINGFACE if raw.get(name) is not None}
     labels = _labels(raw) if head == "classifier" else ()
-    own = {"head": head, "labels": labels}
+    own = {"head": head, "labels": labels, "score": _score(raw, len(labels))}
     names = HUGGINGFACE | {name: name for name in own}
     return build(BertConfig, {**fields, "hidden_act": ACTIVATIONS[act], **own}, names)
+
+
+def _score(raw: Mapping[str, Any], n_labels: int) -> Score:
+    """Return what makes scores of a classifier's logits, as sentence-transformers and transformers do.
+
+    A cross-encoder has one output. sentence-transformers takes its sigmoid unless config.json names another
+    function; transformers takes it unless the problem is a regression.
+    """
+    problem = raw.get("problem_type")
+    if problem is not None and problem not in PROBLEMS:
+        known = ", ".join(name for name in PROBLEMS if name)
+        raise LongscanError(f"problem_type: expected one of {known}, got {problem!r}.")
+    if n_labels != 1:
+        return PROBLEMS[problem] if n_labels else "softmax"
+    theirs = raw.get("sentence_transformers")
+    named = theirs.get("activation_fn") if isinstance(theirs, Mapping) else None
+    named = named or raw.get("sbert_ce_default_activation_function")
+    if named is None:
+        return "none" if problem == "regression" else "sigmoid"
+    if named not in ACTIVATION_FNS:
+        known = ", ".join(ACTIVATION_FNS)
+        raise LongscanError(f"sentence_transformers.activation_fn: expected one of {known}, got {named!r}.")
+    return ACTIVATION_FNS[named]
 
 
 def _labels(raw: Mapping[str, Any]) -> tuple[str, ...]:
@@ -89,7 +125,14 @@ def _write(config: BertConfig) -> dict[str, Any]:
     """Write a configuration as transformers reads it."""
     fields = {theirs: getattr(config, ours) for theirs, ours in HUGGINGFACE.items()}
     ids = {str(number): label for number, label in enumerate(config.labels)}
-    named = {"id2label": ids, "label2id": {label: int(number) for number, label in ids.items()}}
+    named: dict[str, Any] = {
+        "id2label": ids,
+        "label2id": {label: int(number) for number, label in ids.items()},
+    }
+    if config.score == "none":
+        named |= {"problem_type": "regression", "sentence_transformers": {"activation_fn": IDENTITY}}
+    elif config.score == "sigmoid" and len(ids) > 1:
+        named["problem_type"] = "multi_label_classification"
     return {
         "architectures": [HEADS[config.head]],
         "model_type": "bert",

@@ -38,6 +38,7 @@ from .loss import IGNORE
 from .model import Model
 
 Head: TypeAlias = Literal["none", "pretraining", "classifier"]
+Score: TypeAlias = Literal["softmax", "sigmoid", "none"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 257, "max_positions": 64},
@@ -76,6 +77,7 @@ class BertConfig(Config):
     init_std: float = 0.02  # of a normal distribution cut off at twice that
     head: Head = "pretraining"
     labels: tuple[str, ...] = ()  # of the classifier, in the order of its outputs
+    score: Score = "softmax"  # what makes scores of its logits: one class of all, each by itself, nothing
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -98,6 +100,10 @@ class BertConfig(Config):
                 raise LongscanError(f"{name}: expected more than 0, got {getattr(self, name)}.")
         if (self.head == "classifier") != bool(self.labels):
             raise LongscanError(f"labels: they belong to a classifier, got {len(self.labels)} ({self.head}).")
+        if self.score != "softmax" and self.head != "classifier":
+            raise LongscanError(f"score: it belongs to a classifier, got {self.score!r} ({self.head}).")
+        if self.score == "softmax" and len(self.labels) == 1:
+            raise LongscanError("score: softmax of one output is always 1. Expected 'sigmoid' or 'none'.")
         if len(set(self.labels)) < len(self.labels):
             raise LongscanError("labels: expected different names.")
 
