@@ -354,7 +354,7 @@ def evaluate(
     labels = found.model.config.labels
     if found.model.config.score != "softmax":
         raise LongscanError(
-            f"{model} chooses no class: its {counted(len(labels), 'output')} are scores, each by itself. "
+            f"{model} chooses no class: its {count(len(labels), 'output')} are scores, each by itself. "
             "Expected a model of two classes or more; longscan classify predict prints the scores."
         )
     truth = number_labels(examples, labels)
