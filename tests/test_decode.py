@@ -2,11 +2,12 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longscan.models import Mamba, MambaConfig
 from longscan.models.quantized import KINDS, quantize_model
@@ -39,7 +40,7 @@ def tokens(model: Mamba, *size: int) -> Tensor:
 
 
 def largest(difference: Tensor, scale: Tensor) -> float:
-    return float(difference.abs().max() / scale.abs().max())
+    return float(difference.detach().abs().max() / scale.detach().abs().max())
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -115,6 +116,108 @@ def test_changed_weights_are_noticed() -> None:
         assert torch.equal(after, fresh().advance(ids, model.init_state(1))[0]), name
         assert not torch.equal(after, before), name
         before = after
+
+
+class Adapter(nn.Module):
+    """A module that an adapter stands around, with the weights of both."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.extra = base, nn.Linear(base.in_features, base.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Any:
+        return self.base(x) + self.extra(x)
+
+
+def halve(*names: str) -> Callable[[Mamba], None]:
+    def change(model: Mamba) -> None:
+        for name in names:
+            model.get_parameter(name).data.mul_(0.5)
+
+    return change
+
+
+def own(name: str, method: str) -> Callable[[Mamba], None]:
+    def change(model: Mamba) -> None:
+        module = model.get_submodule(name)
+        before = getattr(module, method)
+        setattr(module, method, lambda *args: before(*args) * 2)
+
+    return change
+
+
+def replace(name: str, make: Callable[[Any], nn.Module]) -> Callable[[Mamba], None]:
+    def change(model: Mamba) -> None:
+        model.set_submodule(name, make(model.get_submodule(name)))
+
+    return change
+
+
+def other_eps(model: Mamba) -> None:
+    model.backbone.norm_f.eps = 0.5
+
+
+MIXER = "backbone.layers.1.mixer"
+CHANGES: dict[str, Callable[[Mamba], None]] = {
+    "A_log through data": halve(f"{MIXER}.A_log"),
+    "the convolution through data": halve(f"{MIXER}.conv1d.weight"),
+    "all through data": lambda model: [p.data.mul_(0.9) for p in model.parameters()] and None,
+    "the forward of a Linear": own(f"{MIXER}.out_proj", "forward"),
+    "the forward of a norm": own("backbone.norm_f", "forward"),
+    "an adapter": replace(f"{MIXER}.in_proj", Adapter),
+    "another Linear": replace(
+        f"{MIXER}.x_proj", lambda old: copy.deepcopy(old).requires_grad_(False).double().float()
+    ),
+    "another layer": lambda model: model.backbone.layers.__setitem__(0, Mamba.block(model.config)),
+    "eps": other_eps,
+}
+
+
+@pytest.mark.parametrize("at", ["before the first step", "after it"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_step_is_the_forward_pass_whatever_was_changed(change: str, at: str) -> None:
+    torch.manual_seed(5)
+    model = build()
+    ids = tokens(model, 2, 3)
+    if at == "after it":
+        model.step(ids[:, 0], model.init_state(2))
+    before = model(ids).logits
+    CHANGES[change](model)
+    state = model.init_state(2)
+    stepped = torch.stack([model.step(column, state)[0] for column in ids.unbind(1)], 1)
+    with torch.no_grad():
+        expected = model(ids).logits
+    assert largest(stepped - expected, expected) < TOLERANCE["float32"]
+    assert change == "another Linear" or not torch.equal(expected, before), "nothing changed"
+
+
+def test_a_replaced_step_and_hooks_of_all_modules_are_called() -> None:
+    model = build()
+    ids = tokens(model, 1, 2)
+    plain, _ = model.step(ids[:, 0], model.init_state(1))
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    model.step(ids[:, 0], model.init_state(1))
+    handle.remove()
+    assert model.backbone.layers[0].mixer.in_proj in seen
+    own("backbone.layers.0.mixer", "step")(model)
+    doubled, _ = model.step(ids[:, 0], model.init_state(1))
+    assert largest(doubled - plain, plain) > 1e-3
+
+
+def test_layers_of_other_sizes_take_the_reference() -> None:
+    model, config = build(), MambaConfig(**SHAPES["plain"], d_state=8)
+    model.backbone.layers[1] = Mamba.block(config, torch.Generator().manual_seed(2))
+    ids = tokens(model, 1, 3)
+    state = model.init_state(1)
+    stepped = torch.stack([model.step(column, state)[0] for column in ids.unbind(1)], 1)
+    with torch.no_grad():
+        expected = model(ids).logits
+    assert largest(stepped - expected, expected) < TOLERANCE["float32"]
 
 
 def build_like(model: Mamba) -> Mamba:

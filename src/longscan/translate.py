@@ -82,7 +82,7 @@ class TranslateConfig(FreshConfig):
     dropout: float | None = setting(None, "Share of the numbers dropped in training.", size=True)
 
     batch_tokens: int = setting(3000, "Tokens in a step, on the longer side, with padding.")
-    label_smoothing: float = setting(0.1, "Probability that the wrong tokens are to have together.")
+    label_smoothing: float = setting(0.1, "Label smoothing: the probability all wrong tokens share.")
     lr: float = setting(1e-3, "Peak learning rate.")
     warmup: int = setting(400, "Steps to reach the peak, at most a tenth of the run but for noam.")
     weight_decay: float = setting(0.0, "AdamW's decay of the matrices.")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .decoder import Decoder
-from .layers import Linear, RMSNorm, WeightOnly, blank, linear, project
+from .layers import RMSNorm, WeightOnly, blank, linear, project, untouched
 from .loss import count, linear_loss, nats, next_tokens, row_chunks
 from .mixer import Block, LanguageModelConfig, Mixer
 from .model import Model
@@ -375,8 +375,10 @@ class LanguageModel(Model):
             weight: Tensor | None = None
         elif self.lm_head is None:
             weight = self.backbone.embedding.weight
-        else:  # an adapted head (LoRA, parametrised) is more than its weight and must be called
-            weight = self.lm_head.weight if type(self.lm_head) is Linear else None
+        else:  # an adapted head (LoRA, parametrised, hooked) is more than its weight and must be called
+            weight = self.lm_head.weight if untouched(self.lm_head) else None
+        if "head" in self.__dict__ or type(self).head is not LanguageModel.head:
+            weight = None
         if weight is None or not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
             return self.token_losses(hidden, targets).sum() / count(targets)
         return linear_loss(hidden, weight, targets, self.config.vocab_size)

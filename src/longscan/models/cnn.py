@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import LanguageModel
-from .layers import blank
+from .layers import blank, untouched
 from .mixer import Block, LanguageModelConfig
 from .sections import SectionMixer
 
@@ -115,6 +115,8 @@ class DilatedConv(nn.Module):
         """Convolve what ends in x (batch, d_in); x enters past, and its oldest input leaves."""
         window = torch.cat([past, x[:, None]], 1)  # (batch, past + 1, d_in)
         past.copy_(window[:, 1:])
+        if not untouched(self.conv):
+            return cast(Tensor, self.conv(window.transpose(1, 2)).relu()[..., 0])
         taps = window[:, :: self.conv.dilation[0]].transpose(1, 2)  # (batch, d_in, d_conv)
         return F.linear(taps.flatten(1), self.conv.weight.flatten(1), self.conv.bias).relu()
 

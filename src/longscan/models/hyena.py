@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from ..errors import LongscanError
 from ..ops import causal_conv1d, causal_conv1d_step, long_conv
 from .backbone import LanguageModel
-from .layers import blank, linear
+from .layers import Derived, blank, linear
 from .mixer import Block, LanguageModelConfig
 from .sections import SectionMixer, Sections, warn_beyond
 from .state import Growing
@@ -116,7 +116,7 @@ class HyenaMixer(SectionMixer[HyenaState]):
         self.frequency = nn.Parameter(torch.full((d_filter,), config.frequency))
         self.D = nn.Parameter(torch.empty(order - 1, d_model))
         self.out_proj = linear(d_model, d_model, False, generator)
-        self._drawn: tuple[Any, Tensor] | None = None
+        self._derived, self._drawn = Derived(), 0
         if not self.D.is_meta:
             self._start(config, generator)
 
@@ -205,11 +205,10 @@ class HyenaMixer(SectionMixer[HyenaState]):
 
     def _kept(self, n: int) -> Tensor:
         """Draw filters as `filters` does, but only once while the network stays as it is."""
-        weights = [self.get_parameter(name) for name in self.recurrence]
-        key = [(weight.data_ptr(), weight._version) for weight in weights]
-        if self._drawn is None or self._drawn[0] != key or self._drawn[1].shape[2] < n:
-            self._drawn = key, self.filters(max(64, 2 * n))
-        return self._drawn[1][:, :, :n]
+        if n > self._drawn:
+            self._derived, self._drawn = Derived(), max(64, 2 * n)
+        weights = [getattr(self, name) for name in self.recurrence]
+        return self._derived.get("filters", weights, lambda: self.filters(self._drawn))[:, :, :n]
 
 
 class Hyena(LanguageModel):

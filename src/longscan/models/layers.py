@@ -1,7 +1,7 @@
 """The layers every model is made of: a Linear through the fast multiplication, stored weights, the norm."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Self, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from .. import ops
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+T = TypeVar("T")
 
 
 class RMSNorm(nn.Module):
@@ -74,6 +75,55 @@ def linear(d_in: int, d_out: int, bias: bool, generator: torch.Generator | None 
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether calling a Linear or convolution is what its class says, so that its weight may be used instead.
+
+    Args:
+        module: any; one that is adapted, replaced, parametrised or watched by a hook must be called.
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return type(module) in (Linear, nn.Conv1d) and not hooks and "forward" not in module.__dict__
+
+
+class Derived:
+    """What was computed from a few small tensors, computed again once their numbers are others.
+
+    The numbers themselves are compared: a change through `.data`, as swapping in averaged weights makes it,
+    moves neither address nor version. A copied or pickled model leaves it behind.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[list[Tensor], Any]] = {}
+
+    def get(self, name: str, tensors: Iterable[Tensor], make: Callable[[], T]) -> T:
+        """Return what was made under a name, or make it.
+
+        Args:
+            name: of the result.
+            tensors: all that it is made from.
+            make: makes it, without gradients.
+        """
+        tensors = list(tensors)
+        known = self._made.get(name)
+        if known is None or not all(map(_same, known[0], tensors)):
+            with torch.no_grad():
+                known = self._made[name] = ([tensor.detach().clone() for tensor in tensors], make())
+        made: T = known[1]
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Derived":
+        """Begin with nothing."""
+        return Derived()
+
+    def __reduce__(self) -> tuple[type["Derived"], tuple[()]]:
+        """Likewise."""
+        return Derived, ()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 class _Unset(TorchFunctionMode):

@@ -89,7 +89,8 @@ def linear_loss(
         weight: (padded_vocab_size, d_model).
         targets: (...) int64 below vocab_size, or -100.
         vocab_size: how many rows of the weight belong to tokens.
-        label_smoothing: share of the probability that the other vocab_size - 1 tokens are to have together.
+        label_smoothing: share of the probability that the other vocab_size - 1 tokens are to have together,
+            as in tensor2tensor; Szegedy et al., 2015, spread it over all vocab_size.
 
     Returns:
         () float32 at least; 0 if there is no target. Backward with create_graph=True raises RuntimeError.

@@ -9,7 +9,8 @@ continues a state or is packed: it is read in chunks.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from itertools import chain
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from ..errors import LongscanError
 from ..ops import long_conv
 from ..ops._chunks import Chunks
+from .layers import Derived
 from .mixer import LanguageModelConfig, Mixer
 
 CHUNK = 64
@@ -87,7 +89,7 @@ class System(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._made: dict[str, tuple[Any, Any]] = {}
+        self._derived = Derived()
 
     def kernel(self, length: int) -> Tensor:
         """Return the response to a unit impulse, without the direct path.
@@ -203,12 +205,7 @@ class System(nn.Module):
 
     def unchanged(self, make: Callable[[], T]) -> T:
         """Return what `make` makes of the parameters, without gradients; made again once they changed."""
-        key, name = [(tensor.data_ptr(), tensor._version) for tensor in self.parameters()], make.__name__
-        if name not in self._made or self._made[name][0] != key:
-            with torch.no_grad():
-                self._made[name] = (key, make())
-        made: T = self._made[name][1]
-        return made
+        return self._derived.get(make.__name__, chain(self.parameters(), self.buffers()), make)
 
 
 def start_log_dt(config: StateSpaceConfig, channels: int, generator: torch.Generator | None) -> nn.Parameter:

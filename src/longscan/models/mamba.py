@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import LongscanError
 from ..ops import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
-from .backbone import LanguageModel
-from .decoder import matrix, plain, usual
+from .backbone import Backbone, LanguageModel
+from .decoder import matrix, plain, sizes, usual
 from .layers import DtProjection, blank, linear
 from .mixer import Block, LanguageModelConfig, Mixer
 
@@ -207,24 +207,33 @@ class MambaMixer(Mixer[MambaState]):
         y = selective_scan_step(state.ssm, x, dt, A, B, C, self.D, z, self.dt_proj.bias, True)
         return cast(Tensor, self.out_proj(y))
 
-    def native(self, norm: Tensor) -> ops.MambaBlock | None:
+    def native(self, norm: Tensor, config: MambaConfig) -> ops.MambaBlock | None:
         """Describe the weights to the native decoder, if it can use them where they are.
 
         Args:
             norm: (d_model,) the weight of the norm before this mixer.
+            config: the sizes, of which all blocks must be.
         """
-        bias, projections = self.conv1d.bias, (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
+        d_model, d_inner, d_state, rank = config.d_model, config.d_inner, config.d_state, config.rank
+        weight, bias = self.conv1d.weight, self.conv1d.bias
+        projections = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
         matrices = [matrix(module) for module in projections]
-        if not plain(norm, self.conv1d.weight, bias, self.A_log, self.D) or None in matrices:
+        if not plain(norm, weight, bias, self.A_log, self.D) or None in matrices:
             return None
         in_proj, x_proj, dt_proj, out_proj = cast(list[ops.Matrix], matrices)
+        shapes = (2 * d_inner, d_model), (rank + 2 * d_state, d_inner), (d_inner, rank), (d_model, d_inner)
+        ends = (d_model,), (d_inner, 1, config.d_conv), (d_inner, d_state), (d_inner,)
+        if tuple(map(sizes, (in_proj, x_proj, dt_proj, out_proj))) != shapes or ends != tuple(
+            tuple(tensor.shape) for tensor in (norm, weight, self.A_log, self.D)
+        ):
+            return None  # layers of other sizes, as after pruning
         return ops.MambaBlock(
             norm=norm,
             in_proj=in_proj,
             x_proj=x_proj,
             dt_proj=dt_proj,
             out_proj=out_proj,
-            conv_weight=self.conv1d.weight.detach().squeeze(1).T.contiguous(),
+            conv_weight=weight.detach().squeeze(1).T.contiguous(),
             conv_bias=bias,
             A=self.A_log.detach().exp() * -math.log2(math.e),
             D=self.D,
@@ -254,23 +263,21 @@ class Mamba(LanguageModel):
             copied: the parameters it holds in another form.
         """
         body, config = self.backbone, self.config
+        untouched = usual(self, (Backbone, Block, MambaMixer)) and type(self).head is LanguageModel.head
+        if not (untouched and body.residual_in_fp32 and ops.decodes(config.d_state, config.d_conv)):
+            return None
         head = matrix(body.embedding if self.lm_head is None else self.lm_head)
-        embedding, norm = matrix(body.embedding), body.norm_f.weight
-        if (
-            embedding is None
-            or head is None
-            or not plain(norm)
-            or not ops.decodes(config.d_state, config.d_conv)
-        ):
+        embedding, last = matrix(body.embedding), body.norm_f.weight
+        if embedding is None or head is None or not plain(last) or last.shape != (config.d_model,):
             return None
-        if not config.residual_in_fp32 or not usual(self):
+        layers = [cast(Block, layer) for layer in body.layers]
+        mixers = [cast(MambaMixer, layer.mixer) for layer in layers]
+        norms = [layer.norm for layer in layers]
+        blocks = [mixer.native(norm.weight, config) for mixer, norm in zip(mixers, norms, strict=True)]
+        eps = {body.norm_f.eps, *(norm.eps for norm in norms)}
+        if None in blocks or len(eps) > 1 or {sizes(head)[1], sizes(embedding)[1]} != {config.d_model}:
             return None
-        mixers = [cast(MambaMixer, cast(Block, layer).mixer) for layer in body.layers]
-        norms = [cast(Block, layer).norm.weight for layer in body.layers]
-        blocks = [mixer.native(norm) for mixer, norm in zip(mixers, norms, strict=True)]
-        if None in blocks:
-            return None
-        described = ops.MambaStack(cast(list[ops.MambaBlock], blocks), embedding, head, norm, config.norm_eps)
+        described = ops.MambaStack(cast(list[ops.MambaBlock], blocks), embedding, head, last, eps.pop())
         return described, [p for mixer in mixers for p in (mixer.A_log, mixer.conv1d.weight)]
 
 

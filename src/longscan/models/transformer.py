@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import LongscanError
 from ..ops import attention, attention_ref, dropout
-from .layers import linear
+from .layers import linear, untouched
 from .state import KV, State
 from .translator import Translator, TranslatorConfig, Writing, embedding
 
@@ -151,13 +151,18 @@ class MultiHeadAttention(nn.Module):
 
     def query(self, x: Tensor) -> Tensor:
         """Project x (batch, len, d_model) to queries (batch, len, n_heads, d_head)."""
-        weight, bias = self.in_proj.weight[: self.d_model], self.in_proj.bias[: self.d_model]
-        return ops.linear(x, weight, bias).view(*x.shape[:-1], self.n_heads, -1)
+        return self._part(x, slice(self.d_model)).view(*x.shape[:-1], self.n_heads, -1)
 
     def memory(self, x: Tensor) -> Memory:
         """Project x (batch, len, d_model) to keys and values (batch, len, n_heads, d_head)."""
-        weight, bias = self.in_proj.weight[self.d_model :], self.in_proj.bias[self.d_model :]
-        return Memory(*ops.linear(x, weight, bias).view(*x.shape[:-1], 2, self.n_heads, -1).unbind(2))
+        both = self._part(x, slice(self.d_model, None))
+        return Memory(*both.view(*x.shape[:-1], 2, self.n_heads, -1).unbind(2))
+
+    def _part(self, x: Tensor, rows: slice) -> Tensor:
+        """Project x (batch, len, d_model) by some rows of in_proj; an adapted one is called as a whole."""
+        if not untouched(self.in_proj):
+            return cast(Tensor, self.in_proj(x))[..., rows]
+        return ops.linear(x, self.in_proj.weight[rows], self.in_proj.bias[rows])
 
     def forward(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import Config
 from ..errors import LongscanError
 from ..ops import dropout
-from .layers import blank, project
+from .layers import blank, project, untouched
 from .loss import linear_loss
 from .model import Model
 from .state import State
@@ -222,8 +222,10 @@ class Translator(Model):
         Args:
             source: as in `forward`.
             target: likewise.
-            label_smoothing: share of the probability that the other vocab_size - 1 tokens are to have
-                together (Szegedy et al., 2015; Vaswani et al., 2017, section 5.4).
+            label_smoothing: s: the target token is to have 1 - s and each of the other vocab_size - 1
+                tokens s / (vocab_size - 1). This is the form of tensor2tensor, the code of Vaswani et al.,
+                2017 (section 5.4); the paper they cite, Szegedy et al., 2015, arXiv 1512.00567, gives
+                s / vocab_size to every token, the target included.
 
         Returns:
             () mean over the tokens after bos_id that are no padding.
@@ -235,10 +237,15 @@ class Translator(Model):
         wanted = target[:, 1:] != self.config.pad_id
         if not bool(wanted.any()):
             raise ValueError("target: expected a token after bos_id, got none")
+        hidden, truth, vocab_size = hidden[wanted], target[:, 1:][wanted], self.config.vocab_size
+        if self.head is not None and not untouched(self.head):  # more than its weight, and must be called
+            logits = self._project(hidden)
+            scores: Tensor = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+            other = label_smoothing / (vocab_size - 1) if label_smoothing else 0.0
+            own = (1 - label_smoothing - other) * scores.gather(1, truth[:, None])[:, 0]
+            return -(own + other * scores.sum(-1)).mean()
         matrix = (self.target_embedding if self.head is None else self.head).weight
-        return linear_loss(
-            hidden[wanted], matrix, target[:, 1:][wanted], self.config.vocab_size, label_smoothing
-        )
+        return linear_loss(hidden, matrix, truth, vocab_size, label_smoothing)
 
     @torch.no_grad()
     def start(self, source: Tensor) -> Writing:
