@@ -324,3 +324,23 @@ def test_a_cached_step_does_not_look_at_the_room_behind_it() -> None:
         assert cache.capacity > 1
         cache.k[:, 1:], cache.v[:, 1:] = torch.nan, torch.nan
     close(model.step(target[:, 1], state)[0], expected)
+
+
+def test_the_transformer_starts_as_glorot_and_bengio() -> None:
+    """Uniform in sqrt(6 / (fan_in + fan_out)) of each matrix: three are packed in in_proj, tall ones are one."""
+    config = {
+        "vocab_size": 300,
+        "d_model": 32,
+        "n_layers": 1,
+        "n_heads": 4,
+        "d_ff": 256,
+        "tie_embeddings": False,
+    }
+    entry = MODELS["transformer"]
+    model = entry.cls(entry.config.from_dict(config), torch.Generator().manual_seed(0))
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and "embedding" not in name}
+    assert len(matrices) == 2 * 3 + 1 + 2 * 2
+    for name, matrix in matrices.items():
+        for part in matrix.detach().chunk(3 if "in_proj" in name else 1):
+            bound = (6 / sum(part.shape)) ** 0.5
+            assert 0.95 * bound < float(part.abs().max()) <= bound, name

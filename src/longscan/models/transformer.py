@@ -296,11 +296,12 @@ class Transformer(Translator):
     def _start(self, generator: torch.Generator | None) -> None:
         """Draw the matrices; norms and biases are set."""
         d_model = self.config.d_model
+        packed = {id(m.in_proj) for m in self.modules() if isinstance(m, MultiHeadAttention)}
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=d_model**-0.5, generator=generator)
-            elif isinstance(module, nn.Linear):
-                for matrix in torch.split(module.weight, d_model):  # in_proj holds three
+            elif isinstance(module, nn.Linear):  # W^Q, W^K and W^V are three matrices in one
+                for matrix in module.weight.chunk(3 if id(module) in packed else 1):
                     nn.init.xavier_uniform_(matrix, generator=generator)
 
     def read(self, source: Tensor, weights: dict[str, Tensor] | None = None) -> Writing:
