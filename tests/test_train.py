@@ -35,7 +35,7 @@ from longscan.tokenizer import ByteTokenizer
 from longscan.train import LanguageRun
 from longscan.train import resume as resume_with_figures
 from longscan.train import train as train_with_figures
-from longscan.trainer import StepReport, Trainer, learning_rate
+from longscan.trainer import StepReport, Trainer, learning_rate, slow_rate
 from longscan.translate import TranslateConfig, TranslateRun
 
 TINY: dict[str, Any] = {
@@ -893,3 +893,33 @@ def test_a_forged_checkpoint_is_an_error(optimizer: bytes, config: TrainConfig, 
     (tmp_path / "optimizer.safetensors").write_bytes(optimizer)
     with pytest.raises(LongscanError, match=str(tmp_path)):
         trainer.load(tmp_path, 1)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "noam"])
+@pytest.mark.parametrize("name", ["s4", "s4d", "lssl", "h3", "mamba"])
+def test_state_spaces_learn_at_a_rate_of_their_own(name: str, schedule: str) -> None:
+    """A, B and dt at min(ssm_lr, lr) at the peak and without decay, as S4's official code trains them."""
+    entry = MODELS[name]
+    model = entry.cls(entry.config.from_dict(entry.presets["tiny"]), torch.Generator().manual_seed(0))
+    config = TrainConfig(lr=1e-2, warmup=1, schedule=schedule, weight_decay=0.5)
+    ids = torch.arange(12).view(1, 12)
+    trainer = Trainer(model, config, 4, lambda step: [(ids, 11)], lambda m, x: m(x, labels=x).loss)
+    rate = trainer.step().lr
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    apart = {
+        names[id(p)].rpartition(".")[2]: group["lr"]
+        for group in trainer.optimizer.param_groups
+        for p in group["params"]
+        if group["lr"] != rate
+    }
+    expected = {"s4": {"P", "B", "A_imag"}, "s4d": {"A_imag"}, "h3": {"A_imag"}, "lssl": {"A", "B"}}
+    if name == "mamba":
+        assert not apart
+        return
+    assert set(apart) >= {"log_dt", *expected[name]}
+    assert not {"C", "D", "weight"} & set(apart)
+    assert all(lr == pytest.approx(rate / 10 if schedule != "noam" else 1e-3) for lr in apart.values())
+    groups = [group for group in trainer.optimizer.param_groups if group["slow"]]
+    assert [group["weight_decay"] for group in groups] == [0.0]
+    slower = TrainConfig(lr=1e-4)
+    assert slow_rate(slower, 1e-4) == 1e-4

@@ -327,7 +327,7 @@ def test_a_cached_step_does_not_look_at_the_room_behind_it() -> None:
 
 
 def test_the_transformer_starts_as_glorot_and_bengio() -> None:
-    """Uniform in sqrt(6 / (fan_in + fan_out)) of each matrix: three are packed in in_proj, tall ones are one."""
+    """Uniform in sqrt(6 / (fan_in + fan_out)) of each matrix, of which in_proj packs three."""
     config = {
         "vocab_size": 300,
         "d_model": 32,

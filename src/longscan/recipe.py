@@ -70,6 +70,7 @@ class RunConfig(Config):
         "cosine", "Course of the learning rate; noam is the Transformer's: --lr is its factor."
     )
     lr: float = setting(3e-3, "Peak learning rate.")
+    ssm_lr: float = setting(1e-3, "Peak learning rate of A, B and dt in S4, S4D, LSSL and H3; at most --lr.")
     min_lr: float | None = setting(None, "Rate at the end; --lr / 100 (cosine) or 0 (linear) without it.")
     warmup: int = setting(200, "Steps to reach the peak, at most a tenth of the run but for noam.")
     weight_decay: float = setting(0.1, "AdamW's decay of the matrices.")
@@ -91,7 +92,7 @@ class RunConfig(Config):
         super().__post_init__()
         self.check_least(1, "steps", "threads", "save_every", "log_every")
         self.check_least(0, "warmup", "seed", "eval_every", "weight_decay", "min_lr")
-        for name in ("lr", "epochs", "clip", "eps"):
+        for name in ("lr", "ssm_lr", "epochs", "clip", "eps"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UsageError(f"{name}: expected more than 0, got {value}.")

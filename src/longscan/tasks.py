@@ -273,6 +273,11 @@ class SequenceModel(Model):
         mixers = [module for module in self.modules() if isinstance(module, Mixer)]
         return (mixer.get_parameter(name) for mixer in mixers for name in mixer.recurrence)
 
+    def slow(self) -> Iterable[nn.Parameter]:
+        """Return A, B and dt of state spaces, which learn at a lower rate."""
+        mixers = [module for module in self.modules() if isinstance(module, Mixer)]
+        return (mixer.get_parameter(name) for mixer in mixers for name in mixer.slow)
+
     def _clock(self, times: Tensor | None, ends: Tensor, seq_len: int) -> Tensor:
         """Return times in the unit of the body, (batch, seq_len), which stand still behind the ends."""
         step = 1 / (self.config.rate or 1)

@@ -24,7 +24,15 @@ from longscan.files import atomic_directory, read_json, write_json
 from longscan.models import Model
 from longscan.recipe import RunConfig
 
-__all__ = ["Checkpoints", "DivergedError", "StepReport", "Trainer", "learning_rate", "step_seed"]
+__all__ = [
+    "Checkpoints",
+    "DivergedError",
+    "StepReport",
+    "Trainer",
+    "learning_rate",
+    "slow_rate",
+    "step_seed",
+]
 
 
 def learning_rate(config: RunConfig, step: int, total: int, d_model: int = 1) -> float:
@@ -64,6 +72,30 @@ def step_seed(seed: int, step: int) -> int:
         63 bits that no two steps or runs are likely to share.
     """
     return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:8], "big") >> 1
+
+
+def slow_rate(config: RunConfig, rate: float) -> float:
+    """Return the rate of A, B and dt: as their papers train them, by the same schedule up to min(ssm_lr, lr).
+
+    S4's appendix and official code give them min(0.001, lr) and no weight decay (Gu et al. 2021).
+
+    Args:
+        config: the run.
+        rate: of all other parameters; under noam, where lr is a factor, ssm_lr bounds it.
+    """
+    if config.schedule == "noam":
+        return min(rate, config.ssm_lr)
+    return rate * min(1.0, config.ssm_lr / config.lr)
+
+
+def _groups(model: Model, weight_decay: float) -> list[dict[str, Any]]:
+    """Sort parameters for AdamW as `Model.param_groups`, those apart that learn slowly; they do not decay."""
+    apart = {id(parameter) for parameter in model.slow()}
+    groups = [{**group, "slow": False} for group in model.param_groups(weight_decay)]
+    slow = [p for group in groups for p in group["params"] if id(p) in apart]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if id(p) not in apart]
+    return [*groups, {"params": slow, "weight_decay": 0.0, "slow": True}] if slow else groups
 
 
 class _OtherFormatError(LongscanError):
@@ -117,7 +149,7 @@ class Trainer:
         self.step_number = 0  # steps done
         self.earlier: list[tuple[int, int]] = []  # until which step the run was to have how many in all
         self.optimizer = torch.optim.AdamW(
-            model.param_groups(config.weight_decay),
+            _groups(model, config.weight_decay),
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             eps=config.eps,
@@ -156,7 +188,7 @@ class Trainer:
             what = f"the loss is {mean}" if not math.isfinite(mean) else f"the gradient's norm is {norm}"
             raise DivergedError(f"{what} at step {self.step_number + 1} (learning rate {rate:.2g}).")
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = slow_rate(self.config, rate) if group["slow"] else rate
         self.optimizer.step()
         self.step_number += 1
         return StepReport(self.step_number, int(totals[0]), mean, rate, norm)

@@ -361,6 +361,11 @@ class LanguageModel(Model):
         mixers = [module for module in self.modules() if isinstance(module, Mixer)]
         return (mixer.get_parameter(name) for mixer in mixers for name in mixer.recurrence)
 
+    def slow(self) -> Iterable[nn.Parameter]:
+        """Return A, B and dt of state spaces, which learn at a lower rate."""
+        mixers = [module for module in self.modules() if isinstance(module, Mixer)]
+        return (mixer.get_parameter(name) for mixer in mixers for name in mixer.slow)
+
     def _restart(self, state: State, last_idx: Tensor | None, seq_idx: Tensor) -> State:
         """Forget rows whose next token opens a new sequence: the ops can't see that across chunks."""
         if last_idx is None:

@@ -97,7 +97,7 @@ class H3Mixer(Mixer[H3State]):
         self.shift = nn.Parameter(torch.empty(config.d_model, config.d_shift))
         self.ssm = DiagonalSSM(config, config.d_model // config.d_head, generator)
         self.out_proj = linear(config.d_model, config.d_model, False, generator)
-        self.recurrence = tuple(f"ssm.{name}" for name in self.ssm.recurrence)
+        self.recurrence = self.slow = tuple(f"ssm.{name}" for name in self.ssm.recurrence)
         if not self.shift.is_meta:
             with torch.no_grad():
                 nn.init.kaiming_uniform_(self.shift, a=math.sqrt(5), generator=generator)

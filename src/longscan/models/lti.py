@@ -343,7 +343,7 @@ class StateSpaceMixer(Mixer[SSMState]):
         super().__init__()
         self.ssm = system
         self.out_proj = out_proj
-        self.recurrence = tuple(f"ssm.{name}" for name in system.recurrence)
+        self.recurrence = self.slow = tuple(f"ssm.{name}" for name in system.recurrence)
 
     def forward(
         self, x: Tensor, state: SSMState | None = None, seq_idx: Tensor | None = None, /

@@ -72,9 +72,11 @@ class Mixer(nn.Module, Generic[StateT]):
 
     Attributes:
         recurrence: names of the parameters that set the time scales: never below float32, never decayed.
+        slow: those of them that learn at most at `ssm_lr`, as the papers train them.
     """
 
     recurrence: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
 
     def plan(self, ids: Tensor, state: StateT | None, seq_idx: Tensor | None) -> Any:
         """Work out once what the mixers of all layers need to know of the places of the tokens.

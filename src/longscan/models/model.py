@@ -56,6 +56,10 @@ class Model(nn.Module):
         """Return the matrices that do not decay all the same; none, unless a model says otherwise."""
         return ()
 
+    def slow(self) -> Iterable[nn.Parameter]:
+        """Return the parameters that learn at a rate of their own, `ssm_lr`; none, unless a model says so."""
+        return ()
+
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Sort the trainable parameters for AdamW: matrices decay; norms, biases and `undecayed` do not.
 
