@@ -247,3 +247,20 @@ def test_the_cost_is_measured_once(cli: Callable[..., Any], tmp_path: Path) -> N
     assert all(row["ms"] > 0 for found in report["rows"].values() for row in found.values())
     assert (tmp_path / "s4-cost.png").stat().st_size > 1000
     assert json.loads(cli(*arguments, "--json").out)["rows"] == report["rows"]
+
+
+def test_b_starts_as_in_the_official_code() -> None:
+    """S4: V* B with |Im B| at most 2. S4D-LegS: the same B, folded into C; the other starts: 1."""
+    n, draw = 64, lambda: torch.Generator().manual_seed(0)
+    B = nplr("legs", n).B
+    assert float(B.imag.abs().max()) > 40
+    wanted = torch.complex(B.real, B.imag.clamp(-2, 2))
+    sizes = {"d_model": 3, "n_layers": 1, "vocab_size": 5, "d_state": n}
+    s4 = S4(S4Config(**sizes), draw()).backbone.layers[0].mixer.ssm
+    assert torch.allclose(torch.view_as_complex(s4.B.detach().double()), wanted.expand(3, -1), rtol=1e-6)
+    legs, lin = (
+        S4D(S4DConfig(**sizes, init=init), draw()).backbone.layers[0].mixer.ssm.C.detach().double()
+        for init in ("legs", "lin")
+    )
+    ratio = torch.view_as_complex(legs) / torch.view_as_complex(lin)
+    assert torch.allclose(ratio, wanted.expand(3, -1), rtol=1e-4)

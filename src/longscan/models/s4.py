@@ -46,6 +46,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 FLOOR = 1e-4  # the least decay a channel starts with, where the measure itself has none
+B_CLIP = 2.0  # the largest imaginary part of the first B, as in the official code: LegS has 40 at N = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,11 @@ def nplr(measure: str, n: int) -> NPLR:
     return NPLR(torch.complex(decay, frequency), P.to(V.dtype) @ V.conj(), B.to(V.dtype) @ V.conj(), V)
 
 
+def clipped(B: Tensor) -> Tensor:
+    """Return a first B (...,) complex with its imaginary part bounded, as the official code has it."""
+    return torch.complex(B.real, B.imag.clamp(-B_CLIP, B_CLIP))
+
+
 def _low_rank(measure: str, A: Tensor, B: Tensor) -> Tensor:
     """Return P (rank, n) such that A + P^T P is normal: its symmetric part a multiple of the identity."""
     if measure in ("legs", "lagt", "tlagt"):
@@ -172,6 +178,7 @@ class DPLR(DenseSystem):
             poles, P, B = _random(config, generator)
         else:
             poles, P, B, _ = nplr(config.init, config.d_state)
+            B = clipped(B)
         self.log_A_real.copy_((-poles.real).clamp(min=FLOOR).log())
         self.A_imag.copy_(poles.imag)
         self.P.copy_(torch.view_as_real(P))

@@ -37,7 +37,7 @@ from .backbone import LanguageModel
 from .layers import linear
 from .lti import GatedMixer, SSMState, StateSpaceConfig, System, start_log_dt
 from .mixer import Block
-from .s4 import nplr
+from .s4 import clipped, nplr
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257, "d_state": 16},
@@ -114,6 +114,10 @@ class DiagonalSSM(System):
                 self.log_A_real.copy_((-A.real).log())
                 self.A_imag.copy_(A.imag)
             nn.init.normal_(self.C, std=0.5**0.5, generator=generator)
+            if config.init == "legs":  # the official code starts from B = V* B_LegS, elsewhere from 1
+                B = clipped(nplr("legs", config.d_state).B)
+                with torch.no_grad():
+                    self.C.copy_(torch.view_as_real(torch.view_as_complex(self.C.double()) * B))
             nn.init.normal_(self.D, generator=generator)
 
     @property
