@@ -6,7 +6,9 @@ Parents: none here; WaveNet (2016, arXiv 1609.03499) and ByteNet stand before it
 Kept of the recurrent nets: only the past is seen. Changed: there is no state to squeeze the past into; each
 layer sees a few tokens, twice as far apart as the layer below, so what is remembered is a window.
 
-Deviations: a norm before each block takes the place of weight normalisation and of dropout.
+Deviations: a norm before each block takes the place of weight normalisation and of dropout. The residual
+stream passes from block to block as it is, where the paper takes relu(x + ...) of the sum. Convolutions start
+as torch's, the second of a block divided by sqrt(n_layers), where the official code has N(0, 0.01).
 
 The block, in layer i:
 

@@ -8,7 +8,8 @@ depend on its neighbour; what is written decays as a state space does. Content e
 the state space between them is the same for every text: Mamba makes that depend on the token too.
 
 Deviations: the shift is written as the short convolution it is, with fewer taps than the 64 of the official
-code, and its direct path is its first tap; norms divide by the root mean square.
+code, and its direct path is its first tap; norms divide by the root mean square. The projections of the mixer
+have no biases; the official ones have.
 
 The block, for tokens x of width d_model:
 

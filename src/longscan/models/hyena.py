@@ -8,7 +8,8 @@ Changed: the filter in between is no state space but any function of time that a
 nothing recurrent is left: the memory is the whole past, as in attention, while the work stays O(L log L).
 
 Deviations: time is counted in shares of max_positions, not of the text in hand, so that what is read in
-pieces is what is read at once; the waves that tell the time have whole frequencies from 1 on.
+pieces is what is read at once; the waves that tell the time have whole frequencies from 1 on. The projections
+have no biases and the network of the filters has one inner layer; the official code has biases and two.
 
 The mixer, for tokens x of width d_model:
 
