@@ -9,7 +9,10 @@ Changed: what is remembered is no feature that has to be learnt but the best app
 the coefficients of its projection on N functions under a measure that says what of the past counts. They
 follow the signal by a linear equation, c' = A c + B f, whose A and B are known in closed form.
 
-Deviations from the official code: all measures but "legs" hold each sample (zero-order hold). To stand in a
+Deviations from the paper and its code: the order within a cell. Here f, gate and update all read
+[x; h; c] of the token before and are computed together. In the paper's appendix h is updated first, from
+[x; c], and f = W_f h reads the new one; the official MemoryCell writes f into the memory first, and gate and
+update read [x; c] with the new c. All measures but "legs" hold each sample (zero-order hold). To stand in a
 stack the cell is a residual block with a norm before and a projection behind. What the coefficients of a
 signal are worth by themselves, without a cell, is in memory.py.
 
