@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import longscan
+from longscan.models import LINEAGE, ModelEntry
 
 SOURCE = Path(longscan.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -95,7 +97,7 @@ ORDER = [
     "remember",
     *("reproduce", "bench", "catalog", "doctor", "cli"),
 ]
-# inside models/: what all of them share, in order too, and who descends from whom
+# inside models/: what all of them share, in order too; who descends from whom stands in LINEAGE
 COMMON = (
     *(
         "layers",
@@ -113,27 +115,17 @@ COMMON = (
     ),
     "translator",
 )
-ANCESTORS: dict[str, set[str]] = {
-    "lstm": set(),
-    "seq2seq": set(),
-    "bahdanau": {"seq2seq"},
-    "luong": {"seq2seq", "bahdanau"},
-    "transformer": {"bahdanau", "luong"},
-    "cnn": set(),
-    "bert": {"transformer"},
-    "linear_attention": {"transformer"},
-    "hippo": {"lstm"},
-    "memory": {"hippo"},
-    "lssl": {"hippo"},
-    "s4": {"hippo", "lssl"},
-    "s4d": {"hippo", "s4"},
-    "gau": {"linear_attention", "transformer"},
-    "h3": {"s4d", "linear_attention"},
-    "hyena": {"h3"},
-    "neural_ode": {"lstm"},
-    "llama": {"transformer"},
-    "mamba": set(),
+PARENTS = {
+    **{entry.name: entry.parents for entry in LINEAGE},
+    # what is no language model or translator of its own
+    "memory": ("hippo",),
+    "neural_ode": ("lstm",),
 }
+
+
+def ancestors(model: str) -> set[str]:
+    """Return the parents of a model, theirs, and so on."""
+    return {name for parent in PARENTS.get(model, ()) for name in (parent, *ancestors(parent))}
 
 
 def imported(path: Path) -> Iterator[tuple[str, ...]]:
@@ -177,12 +169,28 @@ def test_models_import_their_ancestors_only(path: Path) -> None:
     if model in COMMON:
         allowed = set(COMMON[: COMMON.index(model)])
     else:
-        assert model in ANCESTORS, f"say in ANCESTORS whom {model} descends from"
-        allowed = {*COMMON, *ANCESTORS[model]}
+        assert model in PARENTS, f"say in LINEAGE whom {model} descends from"
+        allowed = {*COMMON, *ancestors(model)}
     siblings = {other.stem for other in path.parent.glob("*.py")}
     for name in imported(path):
         if name[0] == "models" and name[1] in siblings:
             assert name[1] in allowed, f"{model} imports {name[1]}, which is no ancestor"
+
+
+def test_parents_come_before_their_children() -> None:
+    order = [entry.name for entry in LINEAGE]
+    for entry in LINEAGE:
+        assert set(entry.parents) <= set(order[: order.index(entry.name)]), entry.name
+
+
+@pytest.mark.parametrize("entry", LINEAGE, ids=lambda entry: entry.name)
+def test_a_model_file_names_the_parents_of_its_entry(entry: ModelEntry) -> None:
+    text = ast.get_docstring(ast.parse((SOURCE / "models" / f"{entry.name}.py").read_text())) or ""
+    told = re.search(r"Parents?: (.*?)\n\n", text, re.DOTALL)
+    assert told or not entry.parents
+    words = told[1].lower().replace(" ", "_") if told else ""
+    missing = [name for name in entry.parents if name not in words]
+    assert not missing, f"{entry.name}: Parent(s) in the docstring leaves out {missing}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=label)

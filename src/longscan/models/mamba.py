@@ -2,7 +2,8 @@
 
 Albert Gu and Tri Dao, 2023, arXiv 2312.00752.
 
-Parent: H3 (a gated state space model between convolutions), with the diagonal state matrix of S4D-real.
+Parents: H3 (a gated state space model between convolutions), with the diagonal state matrix of S4D-real, and
+GAU, whose one block of mixing and gate replaces two.
 Kept: a linear recurrence over a diagonal state, a short causal convolution before it, a gate after it.
 Changed: the step size and the matrices B and C depend on the input, so the state chooses what to keep and
 what to forget; H3's two blocks (mixing, gated MLP) become one; a scan replaces the long convolution.

@@ -2,7 +2,7 @@
 
 Ilya Sutskever, Oriol Vinyals, Quoc V. Le, 2014, arXiv 1409.3215.
 
-Parent: the recurrent language model. It reads the source, last word first, and what it remembers then, a
+Parent: the recurrent language model (LSTM). It reads the source, last word first; what it remembers then, a
 vector per layer, is all that the decoder has to go by: there is no attention. Bahdanau measures against the
 encoder-decoder of Cho et al. (2014, arXiv 1406.1078), which also shows the decoder that one vector at every
 step; Luong starts from this one. It is this one here because it is the stronger of the two and because Luong
