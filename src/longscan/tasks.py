@@ -22,7 +22,7 @@ from longscan.config import Config, nearest
 from longscan.errors import LongscanError
 from longscan.models import LINEAGE, LanguageModel, LanguageModelConfig, Model, neural_ode
 from longscan.models.layers import RMSNorm, blank, linear
-from longscan.models.mixer import Block, Mixer
+from longscan.models.mixer import Block, Blocks, Mixer
 
 __all__ = ["BODIES", "Body", "SequenceConfig", "SequenceModel"]
 
@@ -213,10 +213,10 @@ class SequenceModel(Model):
             self.encoder = blank(nn.Embedding, body.padded_vocab_size, d_model)
             if not self.encoder.weight.is_meta:
                 nn.init.normal_(self.encoder.weight, generator=generator)
-        self.layers = nn.ModuleList(blocks(body, generator))
+        self.layers = Blocks(blocks(body, generator))
         if config.bidirectional:
             for layer, other in zip(self.layers, blocks(body, generator), strict=True):
-                layer.mixer = BothWays(cast(Block, layer).mixer, other.mixer)
+                layer.mixer = BothWays(layer.mixer, other.mixer)
         self.norm_f = RMSNorm(d_model, body.norm_eps)
         self.head = linear(d_model, config.n_outputs, True, generator)
 
@@ -266,7 +266,7 @@ class SequenceModel(Model):
             LongscanError: the body knows no time, only places.
         """
         for layer in self.layers:
-            cast(Block, layer).mixer.rescale_time(factor)
+            layer.mixer.rescale_time(factor)
 
     def undecayed(self) -> Iterable[nn.Parameter]:
         """Return the parameters of the recurrence, which set time scales."""
@@ -291,7 +291,7 @@ class SequenceModel(Model):
         if config.mean:
             x = (x - x.new_tensor(config.mean)) / x.new_tensor(config.std)
         x = self.encoder(x)
-        plan = cast(Block, self.layers[0]).mixer.plan(clock, None, order)
+        plan = next(iter(self.layers)).mixer.plan(clock, None, order)
         for layer in self.layers:
             y, _ = layer(x, None, plan)
             x = x + ops.dropout(y - x, config.dropout, self.training) if config.dropout else y

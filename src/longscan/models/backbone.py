@@ -14,7 +14,7 @@ from .. import ops
 from .decoder import Decoder
 from .layers import RMSNorm, WeightOnly, blank, linear, project, untouched
 from .loss import count, linear_loss, nats, next_tokens, row_chunks
-from .mixer import Block, LanguageModelConfig, Mixer
+from .mixer import Block, Blocks, LanguageModelConfig, Mixer
 from .model import Model
 from .state import State, latest
 
@@ -27,7 +27,7 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
-        self.layers = nn.ModuleList(blocks)
+        self.layers = Blocks(blocks)
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
         self.embedding = blank(nn.Embedding, config.padded_vocab_size, config.d_model)
         if not self.embedding.weight.is_meta:
@@ -89,13 +89,13 @@ class Backbone(nn.Module):
         state.reserve(1)
         x, plan = self._embed(ids), self._first.plan(ids, state.layers[0], None)
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
-            x = cast(Block, layer).step(x, layer_state, plan)
+            x = layer.step(x, layer_state, plan)
         return cast(Tensor, self.norm_f(x))
 
     @property
     def _first(self) -> Mixer[Any]:
         """The mixer that speaks for all."""
-        return cast(Block, self.layers[0]).mixer
+        return next(iter(self.layers)).mixer
 
     def _embed(self, ids: Tensor) -> Tensor:
         """Start the residual stream, in float32 so that many small additions are not lost."""
@@ -233,7 +233,7 @@ class LanguageModel(Model):
         Args:
             batch_size: rows.
         """
-        mixers = [cast(Block, layer).mixer for layer in self.backbone.layers]
+        mixers = [layer.mixer for layer in self.backbone.layers]
         return State([mixer.init_state(batch_size) for mixer in mixers], self)
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from .layers import DtProjection, Linear, RMSNorm, WeightOnly, WeightOnlyEmbeddi
 
 USUAL = (
     *(Linear, DtProjection, RMSNorm, WeightOnlyLinear, WeightOnlyEmbedding),
-    *(nn.Embedding, nn.Conv1d, nn.ModuleList),
+    *(nn.Embedding, nn.Conv1d),
 )
 HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)  # of all modules
 

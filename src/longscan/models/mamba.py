@@ -40,7 +40,7 @@ from ..ops import causal_conv1d, causal_conv1d_step, selective_scan, selective_s
 from .backbone import Backbone, LanguageModel
 from .decoder import matrix, plain, sizes, usual
 from .layers import DtProjection, blank, linear
-from .mixer import Block, LanguageModelConfig, Mixer
+from .mixer import Block, Blocks, LanguageModelConfig, Mixer
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257},
@@ -264,16 +264,17 @@ class Mamba(LanguageModel):
             copied: the parameters it holds in another form.
         """
         body, config = self.backbone, self.config
-        untouched = usual(self, (Backbone, Block, MambaMixer)) and type(self).head is LanguageModel.head
+        untouched = (
+            usual(self, (Backbone, Blocks, Block, MambaMixer)) and type(self).head is LanguageModel.head
+        )
         if not (untouched and body.residual_in_fp32 and ops.decodes(config.d_state, config.d_conv)):
             return None
         head = matrix(body.embedding if self.lm_head is None else self.lm_head)
         embedding, last = matrix(body.embedding), body.norm_f.weight
         if embedding is None or head is None or not plain(last) or last.shape != (config.d_model,):
             return None
-        layers = [cast(Block, layer) for layer in body.layers]
-        mixers = [cast(MambaMixer, layer.mixer) for layer in layers]
-        norms = [layer.norm for layer in layers]
+        mixers = [cast(MambaMixer, layer.mixer) for layer in body.layers]
+        norms = [layer.norm for layer in body.layers]
         blocks = [mixer.native(norm.weight, config) for mixer, norm in zip(mixers, norms, strict=True)]
         eps = {body.norm_f.eps, *(norm.eps for norm in norms)}
         if None in blocks or len(eps) > 1 or {sizes(head)[1], sizes(embedding)[1]} != {config.d_model}:

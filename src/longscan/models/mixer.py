@@ -1,8 +1,8 @@
 """What a paper changes, and its place: the mixer, which moves information along time, inside a block."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Generic, Self, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -170,3 +170,11 @@ class Block(nn.Module):
     def step(self, x: Tensor, state: Any, plan: Any) -> Tensor:
         """Do the same for one token per row, x (batch, d_model); see `Mixer.step`."""
         return x + self.mixer.step(self.norm(x), state, plan)
+
+
+class Blocks(nn.ModuleList):
+    """The blocks of a model, in order."""
+
+    def __iter__(self) -> Iterator[Block]:
+        """Yield them, typed as what they are."""
+        return iter(cast(dict[str, Block], self._modules).values())
