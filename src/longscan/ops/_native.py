@@ -196,8 +196,8 @@ def matrix_fields(q: Tensor, scale: Tensor | None, bias: Tensor | None) -> tuple
 def multiply(x: Tensor, q: Tensor, scale: Tensor | None, bias: Tensor | None, rows: int) -> Tensor:
     """Multiply x (..., n_in), of that many rows, by a float32 or stored weight; all are contiguous."""
     assert _library is not None
-    y = torch.empty(*x.shape[:-1], q.shape[0])
-    workspace = torch.empty(_library.ls_multiply_workspace(rows, x.shape[-1]), dtype=torch.uint8)
+    y = x.new_empty(*x.shape[:-1], q.shape[0])
+    workspace = x.new_empty(_library.ls_multiply_workspace(rows, x.shape[-1]), dtype=torch.uint8)
     matrix = struct.pack("6q", *matrix_fields(q, scale, bias))
     if _library.ls_multiply(matrix, x.data_ptr(), y.data_ptr(), rows, workspace.data_ptr()):
         raise RuntimeError(
@@ -217,7 +217,7 @@ def decode(arguments: bytes) -> bool:
     """Call the decoder with the C struct ``ls_decode`` up to its workspace; False if it refused an id."""
     assert _library is not None
     size = _library.ls_decode_workspace(arguments + bytes(8))
-    workspace = torch.empty(size, dtype=torch.uint8)
+    workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
     return not _library.ls_decode_tokens(arguments + struct.pack("q", workspace.data_ptr()))
 
 
@@ -270,7 +270,7 @@ def native_read_probe(n_bytes: int) -> float | None:
     """
     if _library is None:
         return None
-    memory, threads = torch.ones(n_bytes // 4), torch.get_num_threads()
+    memory, threads = torch.ones(n_bytes // 4, dtype=torch.float32, device="cpu"), torch.get_num_threads()
     return max(float(_library.ls_probe_read(memory.data_ptr(), memory.numel(), threads)) for _ in range(5))
 
 

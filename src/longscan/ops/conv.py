@@ -297,7 +297,7 @@ def _fields(x: Tensor, weight: Tensor, silu: bool, rest: tuple[Tensor | None, ..
 def _forward(x, weight, bias, initial_state, seq_idx, silu):  # type: ignore[no-untyped-def]
     if not _use_native(weight, x, bias, initial_state):
         return _forward_torch(x, weight, bias, initial_state, seq_idx, silu)
-    final_state = torch.empty(x.shape[0], weight.shape[1] - 1, x.shape[2])
+    final_state = x.new_empty(x.shape[0], weight.shape[1] - 1, x.shape[2])
     return _run_forward(x, weight, bias, initial_state, seq_idx, silu, final_state), final_state
 
 
@@ -313,7 +313,7 @@ def _run_forward(
     """Run the kernel; final_state may be the initial state itself."""
     x, weight = _native.rows(x), weight.contiguous()
     bias, initial_state = _native.dense(bias), _native.dense(initial_state)
-    y = torch.empty(x.shape)
+    y = x.new_empty(x.shape)
     rest = (bias, initial_state, seq_idx, y, final_state)
     _native.call("ls_conv_forward", _fields(x, weight, silu, rest) + [0] * 9)
     return y
@@ -322,10 +322,10 @@ def _run_forward(
 def _backward(x, weight, bias, initial_state, seq_idx, silu, dy, dfinal):  # type: ignore[no-untyped-def]
     if not _use_native(weight, x, bias, initial_state, dy, dfinal):
         return _backward_torch(x, weight, bias, initial_state, seq_idx, silu, dy, dfinal)
-    gradients = [torch.empty(0 if t is None else t.shape) for t in (x, weight, bias, initial_state)]
+    gradients = [x.new_empty(0 if t is None else t.shape) for t in (x, weight, bias, initial_state)]
     x, weight, bias, initial_state = _native.rows(x), *map(_native.dense, (weight, bias, initial_state))
     dy, dfinal = _native.rows(dy), _native.dense(dfinal)
-    workspace = torch.empty(x.shape[0] * x.shape[2] * (weight.shape[1] + 1))
+    workspace = x.new_empty(x.shape[0] * x.shape[2] * (weight.shape[1] + 1))
     fields = [*_fields(x, weight, silu, (bias, initial_state, seq_idx, None, None)), *_native.row_fields(dy)]
     dx, dweight, dbias, dinitial = gradients
     out = (dfinal, dx, dweight, dbias, None if initial_state is None else dinitial, workspace)

@@ -119,7 +119,7 @@ class MambaStack:
             ValueError: an id is out of range.
         """
         batch, steps = ids.shape
-        logits = torch.empty(batch, steps, self.vocab_size)
+        logits = torch.empty(batch, steps, self.vocab_size, dtype=torch.float32, device="cpu")
         pointers = _native.address(states)
         head = struct.pack("3q", batch, steps, torch.get_num_threads())
         rest = struct.pack("3q", _native.address(self._layers), pointers, pointers + len(states) // 2)

@@ -180,10 +180,9 @@ def _forward(u, a, c, state, seq_idx, keep):  # type: ignore[no-untyped-def]
     if not _use_native(a, u, c, state):
         unused = u.new_zeros(_boundaries(u, a) if keep else 0)
         return *_diagonal_chunked.forward(u, a, c, state, seq_idx), unused
-    final_state = torch.empty(u.shape[0], *a.shape)
-    make = (
-        torch.zeros if u.shape[2] % UNIT else torch.empty
-    )  # the kernel leaves the channels that fill a unit
+    final_state = u.new_empty(u.shape[0], *a.shape)
+    # the kernel leaves the channels that fill a unit
+    make = u.new_zeros if u.shape[2] % UNIT else u.new_empty
     boundaries = make(_boundaries(u, a) if keep else 0)
     return _run_forward(u, a, c, state, seq_idx, final_state, boundaries), final_state, boundaries
 
@@ -199,7 +198,7 @@ def _run_forward(
 ) -> Tensor:
     """Run the kernel; final_state may be the state itself."""
     u, a, c, state = _native.rows(u), a.contiguous(), c.contiguous(), _native.dense(state)
-    y = torch.empty(u.shape)
+    y = u.new_empty(u.shape)
     kept = boundaries if boundaries is not None and boundaries.numel() else None
     rest = (c, state, seq_idx, y, final_state, kept)
     _native.call("ls_diagonal_forward", _fields(u, a, rest) + [0] * 9)
@@ -209,10 +208,10 @@ def _run_forward(
 def _backward(u, a, c, state, seq_idx, boundaries, dy, dfinal):  # type: ignore[no-untyped-def]
     if not _use_native(a, u, c, state, dy, dfinal):
         return _diagonal_chunked.backward(u, a, c, state, seq_idx, dy, dfinal)
-    gradients = [torch.empty(0 if t is None else t.shape) for t in (u, a, c, state)]
+    gradients = [u.new_empty(0 if t is None else t.shape) for t in (u, a, c, state)]
     u, a, c, state = _native.rows(u), *map(_native.dense, (a, c, state))
     dy, dfinal = _native.rows(dy), _native.dense(dfinal)
-    workspace = torch.empty(2 * u.shape[0] * a.numel())
+    workspace = u.new_empty(2 * u.shape[0] * a.numel())
     fields = [*_fields(u, a, (c, state, seq_idx, None, None, boundaries)), *_native.row_fields(dy)]
     du, da, dc, dstate = gradients
     out = (dfinal, du, da, dc, None if state is None else dstate, workspace)

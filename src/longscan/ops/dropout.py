@@ -23,6 +23,8 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     if x.device.type != "cpu":
         return F.dropout(x, p)
     dropped = min(round(p * STEPS), STEPS - 1)
-    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device="cpu").random_(
+        -(2**63), None
+    )  # all 64 bits
     decisions = draws.view(torch.int16)[: x.numel()].view(x.shape)  # from -STEPS / 2 on
     return x * (decisions >= dropped - STEPS // 2).to(x.dtype).mul_(STEPS / (STEPS - dropped))

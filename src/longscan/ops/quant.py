@@ -178,7 +178,7 @@ def _(q, scale):  # type: ignore[no-untyped-def]
 def _dequantize(q, scale):  # type: ignore[no-untyped-def]
     if not _native.quantized(q, scale):
         return dequantize_ref(q, scale)
-    weight = torch.empty(q.shape[0], q.shape[1] * (1 + (q.dtype == torch.uint8)))
+    weight = q.new_empty(q.shape[0], q.shape[1] * (1 + (q.dtype == torch.uint8)), dtype=torch.float32)
     _native.dequantize(q, scale, weight)
     return weight
 

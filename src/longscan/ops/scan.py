@@ -309,11 +309,11 @@ def _forward(*inputs):  # type: ignore[no-untyped-def]
     u, A = tensors[0], tensors[2]
     if not _use_native(*tensors):
         return _scan_chunked.forward(*inputs)
-    final_state = torch.empty(u.shape[0], *A.shape)
-    boundaries = torch.empty(0)
+    final_state = u.new_empty(u.shape[0], *A.shape)
+    boundaries = u.new_empty(0)
     if keep:
         shape = boundaries_shape(u, A, *tensors[3:5])
-        boundaries = (torch.empty if shape[2] == u.shape[2] else torch.zeros)(shape)  # nobody writes padding
+        boundaries = (u.new_empty if shape[2] == u.shape[2] else u.new_zeros)(shape)  # nobody writes padding
     layout = _native_layout(tensors)
     y = _run_forward(layout, seq_idx, dt_softplus, final_state, boundaries if keep else None)
     return y, final_state, boundaries
@@ -328,7 +328,7 @@ def _run_forward(
 ) -> Tensor:
     """Run the kernel on what `_native_layout` returned; final_state may be the initial state itself."""
     u, dt, A, B, C, D, z, dt_bias, initial_state = layout
-    y = torch.empty(u.shape)
+    y: Tensor = u.new_empty(u.shape)
     rest = (D, dt_bias, initial_state, seq_idx, y, final_state, boundaries)
     _native.call("ls_scan_forward", _fields(u, dt, A, B, C, z, dt_softplus, rest) + [0] * 14)
     return y
@@ -338,11 +338,11 @@ def _backward(*inputs):  # type: ignore[no-untyped-def]
     *tensors, seq_idx, dt_softplus, boundaries, dy, dfinal = inputs
     if not _use_native(*tensors, dy, dfinal):
         return _scan_chunked.backward(*inputs)
-    gradients = [torch.empty(0 if t is None else t.shape) for t in tensors]
+    gradients = [tensors[0].new_empty(0 if t is None else t.shape) for t in tensors]
     u, dt, A, B, C, D, z, dt_bias, initial_state = _native_layout(tensors)
     dy, dfinal = _native.rows(dy), _native.dense(dfinal)
     n_groups = max(M.shape[2] if M.dim() == 4 else 1 for M in (B, C))
-    workspace = torch.empty(_native.scan_workspace(*u.shape, A.shape[1], n_groups))
+    workspace = u.new_empty(_native.scan_workspace(*u.shape, A.shape[1], n_groups))
     rest = (D, dt_bias, initial_state, seq_idx, None, None, boundaries)
     du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state = gradients
     wanted = None if initial_state is None else dinitial_state

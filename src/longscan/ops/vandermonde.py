@@ -120,7 +120,7 @@ def _parts(x: Tensor) -> Tensor:
 
 def _forward(C: Tensor, z: Tensor, length: int) -> Tensor:
     if _use_native(C, z):
-        a, C, K = z.exp(), C.resolve_conj().contiguous(), torch.empty(*C.shape[:2], length)
+        a, C, K = z.exp(), C.resolve_conj().contiguous(), C.real.new_empty(*C.shape[:2], length)
         _native.call("ls_vandermonde_forward", [*_fields(C, a, length), K.data_ptr(), 0, 0])
         return K
     far, near, _ = _tables(C, z, length)
@@ -133,7 +133,7 @@ def _backward(C: Tensor, z: Tensor, dK: Tensor) -> tuple[Tensor, Tensor]:
     length = dK.shape[2]
     if _use_native(C, z):
         a, C, dK = z.exp(), C.resolve_conj().contiguous(), dK.contiguous()
-        sums = torch.empty(*C.shape, 2, dtype=torch.complex128)  # of dK exp(z l) and of l dK exp(z l)
+        sums = z.new_empty(*C.shape, 2)  # of dK exp(z l) and of l dK exp(z l)
         _native.call("ls_vandermonde_backward", [*_fields(C, a, length), 0, dK.data_ptr(), sums.data_ptr()])
         plain, slope = sums.unbind(-1)
         return (2 * plain.conj_physical()).to(C.dtype), (2 * C * slope).sum(0).conj_physical()

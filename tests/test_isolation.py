@@ -1,0 +1,175 @@
+"""What an op must not depend on: torch's global defaults."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longscan import ops
+from longscan.models import MODELS, Model
+from test_ops import conv_inputs, scan_inputs
+from test_ssm_ops import cauchy_inputs, diagonal_inputs, narrow, vandermonde_inputs
+from test_ssm_ops import conv_inputs as long_conv_inputs
+
+
+@contextlib.contextmanager
+def default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def stored(kind: ops.Kind) -> dict[str, Any]:
+    g = generator()
+    q, scale = ops.quantize(torch.randn(48, 64, generator=g, dtype=torch.float32), kind)
+    return {"x": torch.randn(3, 64, generator=g, dtype=torch.float32), "q": q, "scale": scale}
+
+
+def legs_inputs(method: str) -> dict[str, Any]:
+    g, kind = generator(), {"dtype": torch.float32}
+    f, state = torch.randn(2, 30, generator=g, **kind), torch.randn(2, 5, generator=g, **kind)
+    return {"f": f, "state": state, "method": method, "every": 7}
+
+
+def attention_inputs() -> dict[str, Any]:
+    q, k, v = torch.randn(3, 2, 9, 4, 8, generator=generator(), dtype=torch.float32)
+    return {"q": q, "k": k, "v": v, "causal": True}
+
+
+OPS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
+    "scan": (ops.selective_scan, lambda: scan_inputs((2, 37, 7, 5), 0, True)),
+    "scan-packed-units": (ops.selective_scan, lambda: scan_inputs((1, 33, 64, 16), 2, True)),
+    "conv": (ops.causal_conv1d, lambda: conv_inputs((2, 19, 7, 4), True)),
+    "diagonal": (ops.diagonal_ssm, lambda: narrow(diagonal_inputs((2, 40, 7, 3), True), torch.float32)),
+    "vandermonde": (ops.vandermonde, lambda: narrow(vandermonde_inputs(2, 3, 4, 50), torch.float32)),
+    "cauchy": (ops.cauchy, lambda: narrow(cauchy_inputs(2, 3, 4, 50), torch.float32)),
+    "long-conv": (ops.long_conv, lambda: narrow(long_conv_inputs(2, 9, 3, 9, True), torch.float32)),
+    "legs": (ops.legs_scan, lambda: legs_inputs("bilinear")),
+    "legs-zoh": (ops.legs_scan, lambda: legs_inputs("zoh")),
+    "linear": (ops.linear, lambda: {"x": stored("int8")["x"], "weight": torch.eye(64, dtype=torch.float32)}),
+    "attention": (ops.attention, attention_inputs),
+    "dropout": (lambda x: ops.dropout(x, 0.0) + ops.dropout(x * 0, 0.3), lambda: {"x": stored("int8")["x"]}),
+    **{
+        f"quant-{kind}": (ops.quant_linear, lambda kind=kind: stored(kind))
+        for kind in ("bf16", "int8", "int4")
+    },
+}
+
+
+def everything(op: Callable[..., Any], inputs: dict[str, Any]) -> list[Tensor]:
+    """Outputs and gradients."""
+    leaves = {
+        name: x.clone().requires_grad_()
+        for name, x in inputs.items()
+        if isinstance(x, Tensor)
+        and (x.is_floating_point() or x.is_complex())
+        and name not in ("t", "q", "scale")
+    }
+    outputs = op(**{**inputs, **leaves})
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    parts = [torch.view_as_real(y) if y.is_complex() else y for y in outputs]
+    total = sum((y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum() for y in parts)
+    gradients = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+    with torch.no_grad():
+        again = op(**inputs)
+    return [*outputs, *gradients, *(again if isinstance(again, tuple) else (again,))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_the_default_type_does_not_matter(name: str, dtype: torch.dtype) -> None:
+    op, make = OPS[name]
+    inputs = make()
+    expected = everything(op, inputs)
+    with default(dtype):
+        got = everything(op, inputs)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+def test_nor_does_the_default_device() -> None:
+    for name, (op, make) in OPS.items():
+        inputs = make()
+        expected = op(**inputs)
+        with torch.device("meta"):
+            got = op(**inputs)
+        for a, b in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, expected)), strict=True):
+            assert torch.equal(a, b), name
+
+
+def step_inputs() -> dict[str, tuple[Callable[..., Tensor], Tensor, dict[str, Any]]]:
+    """Each step op with its state and what one token brings."""
+    scan, conv = scan_inputs((2, 1, 20, 7), 0, True), conv_inputs((2, 1, 20, 4), True)
+    diagonal = narrow(diagonal_inputs((2, 1, 5, 3), True), torch.float32)
+    found = {}
+    for name, op, state, inputs in (
+        ("scan", ops.selective_scan_step, "initial_state", scan),
+        ("conv", ops.causal_conv1d_step, "initial_state", conv),
+        ("diagonal", ops.diagonal_ssm_step, "state", diagonal),
+    ):
+        now = {
+            k: v[:, 0] if isinstance(v, Tensor) and v.shape[:2] == (2, 1) else v for k, v in inputs.items()
+        }
+        found[name] = op, now.pop(state), {k: v for k, v in now.items() if k != "seq_idx"}
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["scan", "conv", "diagonal"])
+def test_steps_ignore_the_default_type(name: str, dtype: torch.dtype) -> None:
+    op, state, inputs = step_inputs()[name]
+    after = state.clone()
+    with torch.no_grad():
+        expected = op(state, **inputs)
+        with default(dtype):
+            got = op(after, **inputs)
+    assert got.dtype == expected.dtype
+    assert torch.equal(got, expected)
+    assert torch.equal(after, state)
+
+
+def built(name: str) -> Model:
+    entry = MODELS[name]
+    with default(torch.float32):
+        return entry.cls(entry.config.from_dict(entry.presets["tiny"]), generator())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name, entry in MODELS.items() if entry.kind == "language"])
+def test_models_ignore_the_default_type(name: str, dtype: torch.dtype) -> None:
+    """Loss, gradients, packed rows, prefill and steps."""
+
+    def run() -> list[Tensor]:
+        model: Any = built(name)
+        ids = torch.randint(0, model.config.vocab_size, (2, 9), generator=generator())
+        packed = torch.tensor([0, 0, 0, 1, 1, 1, 1, -1, -1]).expand(2, -1)
+        loss = model(ids, labels=ids).loss + model(ids, labels=ids, seq_idx=packed, return_logits=False).loss
+        loss.backward()
+        results = [loss.detach(), *(p.grad for p in model.parameters())]
+        model.eval()
+        logits, state = model.prefill(ids)
+        results.append(logits)
+        for _ in range(3):
+            logits, state = model.step(logits.argmax(-1).clamp(max=model.config.vocab_size - 1), state)
+            results.append(logits)
+        return results
+
+    expected = run()
+    with default(dtype):
+        got = run()
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
