@@ -88,7 +88,8 @@ void unpack(float *to, const vec *from, const Unit &unit, int64_t d_state) {
     }
 }
 
-// Flags of a tile's steps. A start forgets the state before it; padding lets it pass.
+// Flags of a tile's steps. A start forgets the state before it; padding lets it pass. Both by not computing: what lies
+// there may be NaN, which times zero is NaN.
 struct Flags {
   bool start[T], padding[T];
 };
@@ -154,6 +155,7 @@ LS_INLINE void run_forward(Tile *tile, const Ahead *ahead, const Flags *flags, i
     if (SEQ && flags->start[t])
       for (int i = 0; i < N; ++i) hn[i] = vec{};
     if (ahead) ahead->step(t);
+    if (SEQ && flags->padding[t]) continue;
     const vec dt = tile->dt[t], x = tile->x[t];
     vec y = tile->y[t];
     vec a[N];
@@ -256,6 +258,10 @@ LS_INLINE void run_backward(Adjoint *w, const Ahead *ahead, Scratch *s, const Fl
     const float *b = b_row, *c = c_row;
     for (int t = 0; t < steps; ++t, b += B.stride, c += C.stride) {
       if (ahead) ahead->step(t);
+      if (SEQ && flags->padding[t]) {
+        for (int i = 0; i < N; ++i) s->h[(t + 1) * N + i] = hn[i];
+        continue;
+      }
       const vec dt = w->tile.dt[t], x = w->tile.x[t];
       vec y = w->tile.y[t], a[N];
       for (int i = 0; i < N; ++i) a[i] = dt * An[i];
@@ -272,6 +278,7 @@ LS_INLINE void run_backward(Adjoint *w, const Ahead *ahead, Scratch *s, const Fl
   vec An[N], gn[N], dAn[N], after[N];  // after: the state after step t, which is the one before step t + 1
   for (int i = 0; i < N; ++i) An[i] = A[i], gn[i] = g[i], dAn[i] = dA[i], after[i] = s->h[steps * N + i];
   for (int t = steps - 1; t >= 0; --t) {
+    if (SEQ && flags->padding[t]) continue;
     const float *b = b_row + t * B.stride, *c = c_row + t * C.stride;
     const vec dt = w->tile.dt[t], x = w->tile.x[t], dy = w->dy[t];
     vec gB = w->gB[t], decay = w->decay[t];
@@ -286,8 +293,12 @@ LS_INLINE void run_backward(Adjoint *w, const Ahead *ahead, Scratch *s, const Fl
       else
         s->dB[t * N + i] += gi * x;
       gB += gi * entry<BC>(b, B.packed + offset, i);
-      gn[i] = s->a[t * N + i] * gi;
       after[i] = s->h[t * N + i];
+      if (SEQ && flags->start[t]) {
+        gn[i] = vec{};
+        continue;
+      }
+      gn[i] = s->a[t * N + i] * gi;
       const vec q = gn[i] * after[i];
       decay += q * An[i];
       dAn[i] += q * dt;
@@ -373,7 +384,7 @@ void backward_unit(const ls_scan *a, int64_t index) {
           const vec z = load_n(a->z.data + unit.b * a->z.stride_batch + (t0 + t) * a->z.stride_time + c, lanes);
           dy = dy * (z * sigmoid(z));
         }
-        if (SEQ && flags.padding[t]) w.tile.dt[t] = w.tile.x[t] = dy = vec{};
+        if (SEQ && flags.padding[t]) w.tile.dt[t] = w.tile.x[t] = w.u[t] = dy = vec{};
         w.dy[t] = dy;
         w.gB[t] = w.decay[t] = vec{};
       }
@@ -428,10 +439,11 @@ void backward_unit(const ls_scan *a, int64_t index) {
         store_n(a->ddt + out, ddt, lanes);
         if (a->z.data) {
           const vec z = load_n(a->z.data + unit.b * a->z.stride_batch + (t0 + t) * a->z.stride_time + c, lanes);
-          vec dy = load_n(a->dy.data + unit.b * a->dy.stride_batch + (t0 + t) * a->dy.stride_time + c, lanes);
-          if (SEQ && flags.padding[t]) dy = vec{};
+          const vec dy = load_n(a->dy.data + unit.b * a->dy.stride_batch + (t0 + t) * a->dy.stride_time + c, lanes);
           const vec gate = sigmoid(z);
-          store_n(a->dz + out, dy * w.tile.y[t] * gate * (splat(1.0f) + z * (splat(1.0f) - gate)), lanes);
+          vec dz = dy * w.tile.y[t] * gate * (splat(1.0f) + z * (splat(1.0f) - gate));
+          if (SEQ && flags.padding[t]) dz = vec{};
+          store_n(a->dz + out, dz, lanes);
         }
       }
     }

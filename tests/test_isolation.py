@@ -1,4 +1,4 @@
-"""What an op must not depend on: torch's global defaults."""
+"""What an op must not depend on: torch's global defaults, and what lies in other sequences or in padding."""
 
 from __future__ import annotations
 
@@ -173,3 +173,70 @@ def test_models_ignore_the_default_type(name: str, dtype: torch.dtype) -> None:
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
+
+
+# packed rows
+
+
+SPOILT = (float("nan"), float("inf"))
+
+
+def spoil(inputs: dict[str, Any], where: Tensor, value: float) -> dict[str, Any]:
+    """Replace what varies with time, at some tokens (batch, seq_len)."""
+
+    def changed(name: str, x: Any) -> Any:
+        if not isinstance(x, Tensor) or name == "seq_idx" or x.shape[:2] != where.shape:
+            return x
+        return x.masked_fill(where.view(*where.shape, *[1] * (x.dim() - 2)), value)
+
+    return {name: changed(name, x) for name, x in inputs.items()}
+
+
+def leaks() -> dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]]:
+    wide = {"dtype": torch.float64}
+
+    def double(inputs: dict[str, Any]) -> dict[str, Any]:
+        return {
+            k: v.to(**wide) if isinstance(v, Tensor) and v.is_floating_point() else v
+            for k, v in inputs.items()
+        }
+
+    return {
+        "scan": (ops.selective_scan, lambda: scan_inputs((2, 70, 6, 5), 0, True)),
+        "scan-groups": (ops.selective_scan, lambda: double(scan_inputs((2, 70, 6, 5), 2, True))),
+        "scan-constant": (ops.selective_scan, lambda: scan_inputs((2, 70, 6, 5), "constant", True)),
+        "scan-beyond-native": (ops.selective_scan, lambda: scan_inputs((2, 40, 3, 257), 0, True)),
+        "conv": (ops.causal_conv1d, lambda: conv_inputs((2, 70, 6, 4), True)),
+        "conv-beyond-native": (ops.causal_conv1d, lambda: conv_inputs((2, 70, 6, 9), True)),
+        "conv-double": (ops.causal_conv1d, lambda: double(conv_inputs((2, 70, 6, 4), True))),
+        "diagonal": (ops.diagonal_ssm, lambda: narrow(diagonal_inputs((2, 70, 6, 5), True), torch.float32)),
+        "diagonal-double": (ops.diagonal_ssm, lambda: diagonal_inputs((2, 70, 6, 5), True)),
+    }
+
+
+LEAKS = leaks()
+ROW = [-1] * 3 + [0] * 20 + [-1] * 2 + [1] * 9 + [2] * 36  # its middle sequence lies in one chunk with others
+
+
+@pytest.mark.parametrize("value", SPOILT, ids=str)
+@pytest.mark.parametrize("name", LEAKS)
+def test_nothing_leaks_from_another_sequence(backend: str, name: str, value: float) -> None:
+    """With the first or last sequence and all padding spoilt, the others get the same numbers."""
+    op, make = LEAKS[name]
+    inputs = make()
+    length = inputs["seq_idx"].shape[1]
+    seq_idx = torch.tensor(ROW)[:length].expand(2, -1)
+    inputs["seq_idx"] = seq_idx
+    along = [k for k, x in inputs.items() if isinstance(x, Tensor) and x.shape[:2] == seq_idx.shape][:-1]
+    for bad in (0, 1, 2):
+        results = []
+        for values in (inputs, spoil(inputs, (seq_idx == bad) | (seq_idx < 0), value)):
+            leaves = {k: values[k].clone().requires_grad_() for k in along}
+            y, _ = op(**{**values, **leaves})
+            total = (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum()
+            gradients = torch.autograd.grad(total, list(leaves.values()))
+            good = (seq_idx >= 0) & (seq_idx != bad)
+            results.append([x[good] for x in (y, *gradients)])
+            assert all(not x[seq_idx < 0].any() for x in (y, *gradients))
+        for clean, spoilt in zip(*results, strict=True):
+            torch.testing.assert_close(spoilt, clean, rtol=1e-4, atol=1e-4)

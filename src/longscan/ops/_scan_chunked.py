@@ -3,6 +3,9 @@
 This is what runs without the native library, in float64 and away from the CPU. Memory stays near that of
 the inputs: one chunk at a time exists as (batch, CHUNK, d_inner, d_state), and the backward pass recomputes
 it from the state before the chunk.
+
+Nothing passes from one packed sequence to another or out of padding, NaN included: what lies there is
+replaced by zeros before anything multiplies by it, for zero times NaN is NaN.
 """
 
 import torch
@@ -24,11 +27,22 @@ def boundaries_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[int, .
     return -(-u.shape[1] // CHUNK), u.shape[0], padded, A.shape[1]
 
 
+def _blank(x: Tensor, where: Tensor | None) -> Tensor:
+    """X (batch, steps, ...) with zeros where a mask (batch, steps) says so."""
+    return x if where is None else x.masked_fill(where.view(*where.shape, *[1] * (x.dim() - 2)), 0.0)
+
+
+def _blank_padding(tensors: tuple[Tensor, ...], padding: Tensor | None) -> tuple[Tensor, ...]:
+    """Zeros at padding in what varies with time; matrices that are constant stay as they are."""
+    return tuple(x if x.dim() == 2 else _blank(x, padding) for x in tensors)
+
+
 def _delta(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, padding: Tensor | None) -> Tensor:
     """The step sizes the recurrence uses; 0 at padding, which leaves the state as it is."""
+    dt = _blank(dt, padding)
     dt = dt if dt_bias is None else dt + dt_bias
     dt = F.softplus(dt) if dt_softplus else dt
-    return dt if padding is None else dt.masked_fill(padding[..., None], 0.0)
+    return _blank(dt, padding)
 
 
 def _chunk(M: Tensor, time: slice, d_inner: int) -> Tensor:
@@ -39,14 +53,21 @@ def _chunk(M: Tensor, time: slice, d_inner: int) -> Tensor:
     return M if M.shape[2] == 1 else M.repeat_interleave(d_inner // M.shape[2], dim=2)
 
 
-def _linear_scan(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """All prefixes of h_t = a_t h_{t-1} + b_t along axis 1 by doubling: (products of a, h from zero)."""
+def _linear_scan(a: Tensor, b: Tensor, h: Tensor, starts: Tensor | None) -> Tensor:
+    """All h_t = a_t h_{t-1} + b_t along axis 1 by doubling, from h (batch, d_inner, d_state) before them.
+
+    Where starts (batch, steps) is set, b_t alone: nothing of what lies before is multiplied by anything.
+    """
     step = 1
     while step < a.shape[1]:
-        b = torch.cat([b[:, :step], b[:, step:] + a[:, step:] * b[:, :-step]], 1)
-        a = torch.cat([a[:, :step], a[:, step:] * a[:, :-step]], 1)
+        now = None if starts is None else starts[:, step:]
+        b = torch.cat([b[:, :step], b[:, step:] + a[:, step:] * _blank(b[:, :-step], now)], 1)
+        a = torch.cat([a[:, :step], a[:, step:] * _blank(a[:, :-step], now)], 1)
+        if starts is not None:
+            starts = torch.cat([starts[:, :step], starts[:, step:] | starts[:, :-step]], 1)
         step *= 2
-    return a, b
+    before = h[:, None] if starts is None else _blank(h[:, None].expand_as(a), starts)
+    return b + a * before
 
 
 def _chunk_states(
@@ -54,10 +75,7 @@ def _chunk_states(
 ) -> tuple[Tensor, Tensor]:
     """Decays and states of one chunk, both (batch, steps, d_inner, d_state), from the state h before it."""
     a = torch.exp(delta[..., None] * A)
-    if starts is not None:
-        a = a.masked_fill(starts[..., None, None], 0.0)
-    products, states = _linear_scan(a, x[..., None] * B)
-    return a, states + products * h[:, None]
+    return a, _linear_scan(a, x[..., None] * B, h, starts)
 
 
 def forward(
@@ -78,6 +96,7 @@ def forward(
     batch, seq_len, d_inner = u.shape
     starts, padding = (None, None) if seq_idx is None else segments(seq_idx)
     delta = _delta(dt, dt_bias, dt_softplus, padding)
+    u, B, C = _blank_padding((u, B, C), padding)
     x = delta * u
     h = u.new_zeros(batch, d_inner, A.shape[1]) if initial_state is None else initial_state.clone()
     ys, boundaries = [], []
@@ -90,8 +109,8 @@ def forward(
         h = states[:, -1].clone()  # a copy, or the view would hold the whole chunk
     y = torch.cat(ys, 1)
     y = y if D is None else y + D * u
-    y = y if z is None else y * F.silu(z)
-    y = y if padding is None else y.masked_fill(padding[..., None], 0.0)
+    y = y if z is None else y * F.silu(_blank(z, padding))
+    y = _blank(y, padding)
     if not keep:
         return y, h, u.new_empty(0)
     kept = u.new_zeros(boundaries_shape(u, A, B, C))
@@ -120,8 +139,9 @@ def backward(
     boundaries = boundaries[:, :, :d_inner]
     starts, padding = (None, None) if seq_idx is None else segments(seq_idx)
     delta = _delta(dt, dt_bias, dt_softplus, padding)
+    u, dt, B, C, dout = _blank_padding((u, dt, B, C, dout), padding)
+    z = None if z is None else _blank(z, padding)
     x = delta * u
-    dout = dout if padding is None else dout.masked_fill(padding[..., None], 0.0)
     dy = dout if z is None else dout * F.silu(z)
     du, ddelta, y = torch.empty_like(u), torch.empty_like(u), torch.empty_like(u)
     dA, dB, dC = torch.zeros_like(A), torch.zeros_like(B), torch.zeros_like(C)
@@ -134,12 +154,14 @@ def backward(
         Bt, Ct = _chunk(B, time, d_inner), _chunk(C, time, d_inner)
         a, states = _chunk_states(delta[:, time], x[:, time], A, Bt, now, boundaries[index])
         y[:, time] = (states * Ct).sum(-1)
-        a_next = torch.cat([a[:, 1:], torch.ones_like(a[:, :1])], 1)
+        ends = None if now is None else F.pad(now[:, 1:], (0, 1))  # the last steps of their sequences
+        a_next = _blank(torch.cat([a[:, 1:], torch.ones_like(a[:, :1])], 1), ends)
         direct = Ct * dy[:, time, :, None]
-        products, g = (s.flip(1) for s in _linear_scan(a_next.flip(1), direct.flip(1)))
-        g = g + products * carry[:, None]
-        carry = a[:, 0] * g[:, 0]
-        exponent = g * a * torch.cat([boundaries[index][:, None], states[:, :-1]], 1)  # gradient of dt_t A
+        ends = None if ends is None else ends.flip(1)
+        g = _linear_scan(a_next.flip(1), direct.flip(1), carry, ends).flip(1)
+        carry = _blank(a[:, :1] * g[:, :1], None if now is None else now[:, :1])[:, 0]
+        before = torch.cat([boundaries[index][:, None], states[:, :-1]], 1)
+        exponent = _blank(g * a * before, now)  # gradient of dt_t A
         dA += (exponent * delta[:, time, :, None]).sum((0, 1))
         gB = (g * Bt).sum(-1)
         ddelta[:, time] = (exponent * A).sum(-1) + gB * u[:, time]
@@ -153,9 +175,8 @@ def backward(
     dz = empty
     if z is not None:
         gate = torch.sigmoid(z)
-        dz = dout * y * gate * (1 + z * (1 - gate))
-    if padding is not None:
-        ddelta = ddelta.masked_fill(padding[..., None], 0.0)
+        dz = _blank(dout * y * gate * (1 + z * (1 - gate)), padding)
+    du, ddelta, dB, dC = _blank_padding((du, ddelta, dB, dC), padding)
     if dt_softplus:
         ddelta = ddelta * torch.sigmoid(dt if dt_bias is None else dt + dt_bias)
     ddt_bias = empty if dt_bias is None else ddelta.sum((0, 1))
