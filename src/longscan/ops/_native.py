@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._derivatives import composed
+
 ABI_VERSION = 3
 _LIBRARY = Path(__file__).resolve().parent.parent / "_lib" / "liblongscan.so"
 
@@ -109,8 +111,8 @@ _PREFERS_ONEDNN = (
 
 
 def available(*tensors: Tensor | None) -> bool:
-    """Whether the native kernels take these tensors: the library is loaded and all are float32 on the CPU."""
-    if _library is None:
+    """Whether the native kernels take these tensors: all are float32 on the CPU, nothing is `composed`."""
+    if _library is None or composed():
         return False
     return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
 
@@ -120,7 +122,10 @@ def quantized(q: Tensor, scale: Tensor | None) -> bool:
     tensors = [tensor for tensor in (q, scale) if tensor is not None]
     known = (q.dtype, None if scale is None else scale.dtype) in _FORMATS and q.dtype != torch.float32
     return (
-        _library is not None and known and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+        _library is not None
+        and known
+        and not composed()
+        and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
     )
 
 
@@ -135,7 +140,7 @@ def direct(tensor: Tensor) -> bool:
     Decoding does: the dispatcher costs more than a small kernel. No gradient is recorded, nothing is traced.
     """
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_contiguous()
-    return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not composed()
 
 
 def pointer(tensor: Tensor | None) -> int:

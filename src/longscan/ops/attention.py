@@ -7,9 +7,14 @@ scaled_dot_product_attention; in nn.MultiheadAttention True means the opposite. 
 nothing gets zeros, and passes no gradient on: the softmax over nothing would be NaN.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
+
+from ._derivatives import composed, gradients
 
 # --- 1. the equation ----------------------------------------------------------------------------------------
 
@@ -96,18 +101,68 @@ def attention(
         ValueError: shapes do not fit.
     """
     group = _check(q, k, v)
+    if composed():
+        return attention_ref(q, k, v, mask=mask, causal=causal, scale=scale, dropout=dropout)[0]
     square = causal and mask is None and q.shape[1] == k.shape[1]
-    out: Tensor = F.scaled_dot_product_attention(
-        q.transpose(1, 2),  # (batch, n_heads, q_len, d_head)
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=None if square else _combine(mask, causal, q, k),
-        dropout_p=dropout,
-        is_causal=square,
-        scale=scale,
-        enable_gqa=group > 1,
-    )
+    mask = None if square else _combine(mask, causal, q, k)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, n_heads, q_len, d_head)
+    if _trains_fused(q, k, v, mask, square, dropout):
+        k, v = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k, v))
+        out = cast(Tensor, _Fused.apply(q, k, v, mask, square, scale))  # type: ignore[no-untyped-call]
+    else:
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, is_causal=square, scale=scale, enable_gqa=group > 1
+        )
     return out.transpose(1, 2)
+
+
+def _trains_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> bool:
+    """Whether gradients will go through torch's fused kernel for CPUs, which knows no second ones."""
+    needed = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if (
+        not needed
+        or q.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return False
+    gqa = q.shape[1] != k.shape[1]
+    choice = torch._fused_sdp_choice(q, k, v, mask, dropout, causal, enable_gqa=gqa)
+    return bool(choice == SDPBackend.FLASH_ATTENTION.value)
+
+
+class _Fused(torch.autograd.Function):
+    """Torch's fused kernel and its gradients; those of the equation where they are to be differentiated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+    ) -> Tensor:
+        added = (
+            None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+        )
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, logsumexp = fused(q, k, v, 0.0, causal, attn_mask=added, scale=scale)
+        ctx.save_for_backward(q, k, v, mask, added, out, logsumexp)
+        ctx.causal, ctx.scale = causal, scale
+        return cast(Tensor, out)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, added, out, logsumexp = ctx.saved_tensors
+        if torch.is_grad_enabled():
+
+            def equation(*inputs: Tensor) -> tuple[Tensor]:
+                q, k, v = (x.transpose(1, 2) for x in inputs)
+                weighted, _ = attention_ref(q, k, v, mask=mask, causal=ctx.causal, scale=ctx.scale)
+                return (weighted.transpose(1, 2),)
+
+            of = gradients(equation, (q, k, v), (dout,))
+            return of.get(0), of.get(1), of.get(2), None, None, None
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        rest = 0.0, ctx.causal
+        dq, dk, dv = fused(dout, q, k, v, out, logsumexp, *rest, attn_mask=added, scale=ctx.scale)
+        return dq, dk, dv, None, None, None
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._derivatives import composed, register_second
 
 BLOCK = 1 << 22  # complex numbers held at a time
 
@@ -50,7 +51,8 @@ def cauchy(v: Tensor, t: Tensor, lam: Tensor) -> Tensor:
     if not v.is_complex() or t.dtype != torch.float64 or lam.dtype != torch.complex128:
         types = f"got {v.dtype}, {t.dtype}, {lam.dtype}"
         raise TypeError(f"v, t, lam: expected complex, float64, complex128, {types}")
-    out: Tensor = torch.ops.longscan.cauchy(v, t, lam)
+    add: Any = _forward_torch if composed() else torch.ops.longscan.cauchy
+    out: Tensor = add(v, t, lam)
     return out
 
 
@@ -83,7 +85,12 @@ def _autograd(ctx, dout):  # type: ignore[no-untyped-def]
     return dv, None, dlam
 
 
+def _composite(v: Tensor, t: Tensor, lam: Tensor) -> tuple[Tensor]:
+    return (_forward_torch(v, t, lam),)
+
+
 torch.library.register_autograd("longscan::cauchy", _autograd, setup_context=_setup_context, lib=_lib)
+register_second("longscan::cauchy_backward", _lib, _composite, n_inputs=3, places=(0, 2))
 
 # --- 5. the native kernel -----------------------------------------------------------------------------------
 
@@ -125,15 +132,20 @@ def _matrices(v: Tensor, t: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forward(v: Tensor, t: Tensor, lam: Tensor) -> Tensor:
-    out = v.new_empty(*v.shape[:2], len(t))
     if _use_native(v, t, lam):
+        out = v.new_empty(*v.shape[:2], len(t))
         _Pairs(v, t, lam).call("ls_cauchy_forward", out, None, None, None, None)
         return out
-    rows = v.transpose(0, 1)  # (channels, n_numerators, n)
+    return _forward_torch(v, t, lam)
+
+
+def _forward_torch(v: Tensor, t: Tensor, lam: Tensor) -> Tensor:
+    """The op on any device and in complex128; torch can differentiate it however often."""
+    rows, outs = v.transpose(0, 1), []  # (channels, n_numerators, n)
     for block in _blocks(t, lam):
         matrix, twin = _matrices(v, t[block], lam)
-        out[..., block] = (rows @ matrix + rows.conj_physical() @ twin).transpose(0, 1)
-    return out
+        outs.append((rows @ matrix + rows.conj_physical() @ twin).transpose(0, 1))
+    return torch.cat(outs, 2)
 
 
 def _backward(v: Tensor, t: Tensor, lam: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:

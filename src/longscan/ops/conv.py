@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _native
+from ._derivatives import composed, register_second
 from ._segments import check_seq_idx
 
 MAX_NATIVE_WIDTH = 8
@@ -86,7 +87,8 @@ def causal_conv1d(
     seq_idx = check_seq_idx(seq_idx, batch, seq_len)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     tensors = [None if t is None else t.to(dtype) for t in (x, weight, bias, initial_state)]
-    y, final_state = torch.ops.longscan.causal_conv1d(*tensors, seq_idx, activation == "silu")
+    convolve: Any = _forward_torch if composed() else torch.ops.longscan.causal_conv1d
+    y, final_state = convolve(*tensors, seq_idx, activation == "silu")
     return y.to(x.dtype), final_state
 
 
@@ -173,9 +175,6 @@ def _autograd(ctx, dy, dfinal):  # type: ignore[no-untyped-def]
     return *(g if t is not None else None for g, t in zip(gradients, tensors[:4], strict=True)), None, None
 
 
-torch.library.register_autograd("longscan::causal_conv1d", _autograd, setup_context=_setup_context, lib=_lib)
-
-
 def _sources(seq_idx: Tensor | None, batch: int, seq_len: int, d_conv: int, device: torch.device) -> Tensor:
     """Where each tap reads in [zero, initial state, x] along time.
 
@@ -240,7 +239,7 @@ def _forward_torch(
     seq_idx: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The op on any device and in float64, one gather per tap."""
+    """The op on any device and in float64, one gather per tap; torch can differentiate it however often."""
     source = _sources(seq_idx, x.shape[0], x.shape[1], weight.shape[1], x.device)
     rows = _gather(x, initial_state, weight)
     y = _pre_activation(rows, weight, bias, source)
@@ -280,6 +279,9 @@ def _backward_torch(
     dinitial = empty if initial_state is None else drows[:, 1:d_conv].clone()
     return drows[:, d_conv:].clone(), dweight, dbias, dinitial
 
+
+torch.library.register_autograd("longscan::causal_conv1d", _autograd, setup_context=_setup_context, lib=_lib)
+register_second("longscan::causal_conv1d_backward", _lib, _forward_torch, n_inputs=6)
 
 # --- 5. the native kernel -----------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _diagonal_chunked, _native
+from ._derivatives import composed, register_second
 from ._segments import check_seq_idx
 
 # --- 1. the equation ----------------------------------------------------------------------------------------
@@ -69,10 +70,13 @@ def diagonal_ssm(
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     wide = torch.complex128 if dtype == torch.float64 else torch.complex64
     a = z.to(torch.complex128).exp()  # in float32 its phase would already be off
-    operands = (torch.view_as_real(M.to(wide).resolve_conj()) for M in (a, C))
+    a_pairs, c_pairs = (torch.view_as_real(M.to(wide).resolve_conj()) for M in (a, C))
     before = None if state is None else state.to(dtype)
+    if composed():
+        y, after = _diagonal_chunked.forward(u.to(dtype), a_pairs, c_pairs, before, seq_idx)
+        return y.to(u.dtype), after
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (u, z, C, state))
-    y, after, _ = torch.ops.longscan.diagonal_ssm(u.to(dtype), *operands, before, seq_idx, keep)
+    y, after, _ = torch.ops.longscan.diagonal_ssm(u.to(dtype), a_pairs, c_pairs, before, seq_idx, keep)
     return y.to(u.dtype), after
 
 
@@ -155,6 +159,7 @@ def _autograd(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]
 
 
 torch.library.register_autograd("longscan::diagonal_ssm", _autograd, setup_context=_setup_context, lib=_lib)
+register_second("longscan::diagonal_ssm_backward", _lib, _diagonal_chunked.forward, n_inputs=5)
 
 # --- 5. the native kernel -----------------------------------------------------------------------------------
 

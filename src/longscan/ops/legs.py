@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._derivatives import composed
 
 LegsMethod: TypeAlias = Literal["bilinear", "forward", "backward", "zoh"]
 
@@ -103,7 +104,8 @@ def legs_scan(
     if every is not None and every < 1:
         raise ValueError(f"every: expected at least 1 sample, got {every}")
     wide = torch.float32 if f.device.type == "mps" else torch.float64
-    found = torch.ops.longscan.legs_scan(f.to(wide), state.to(wide), start, method, every or 0)
+    scan: Any = _forward_torch if composed() else torch.ops.longscan.legs_scan
+    found = scan(f.to(wide), state.to(wide), start, method, every or 0)
     return found[0].to(state.dtype), found[1].to(state.dtype)
 
 
@@ -143,7 +145,19 @@ def _autograd(ctx, dfinal, dhistory):  # type: ignore[no-untyped-def]
     return *gradients, None, None, None
 
 
+def _setup_second(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    _, _, _, *ctx.rest = inputs
+
+
+def _second(ctx, df, dstate):  # type: ignore[no-untyped-def]
+    """The scan is linear in the signal and the state: the adjoint of its adjoint is the scan itself."""
+    return *torch.ops.longscan.legs_scan(df, dstate, *ctx.rest), None, None, None, None
+
+
 torch.library.register_autograd("longscan::legs_scan", _autograd, setup_context=_setup_context, lib=_lib)
+torch.library.register_autograd(
+    "longscan::legs_scan_backward", _second, setup_context=_setup_second, lib=_lib
+)
 
 # --- 5. the native kernel -----------------------------------------------------------------------------------
 
@@ -152,33 +166,40 @@ MAX_NATIVE_ORDER = 4096
 
 def _forward(f: Tensor, state: Tensor, start: int, method: str, every: int) -> tuple[Tensor, Tensor]:
     n, seq_len = state.shape[1], f.shape[1]
-    history = state.new_empty(len(state), seq_len // every if every else 0, n)
     if method in _IMPLICIT and _native.available() and state.device.type == "cpu" and n <= MAX_NATIVE_ORDER:
+        history = state.new_empty(len(state), seq_len // every if every else 0, n)
         f, state = f.contiguous(), state.clone(memory_format=torch.contiguous_format)
         (alpha,) = struct.unpack("q", struct.pack("d", _IMPLICIT[method]))
         sizes = [*f.shape, n, start, alpha, f.data_ptr(), state.data_ptr(), every]
         _native.call("ls_legs_scan", [*sizes, history.data_ptr()])
         return state, history
+    return _forward_torch(f, state, start, method, every)
+
+
+def _forward_torch(f: Tensor, state: Tensor, start: int, method: str, every: int) -> tuple[Tensor, Tensor]:
+    """The op on any device; torch can differentiate it, though it is linear."""
+    n, seq_len = state.shape[1], f.shape[1]
+    pieces = [state.new_empty(len(state), 0, n)]  # of the history, (channels, some, n)
     if method == "zoh":
-        state = state.clone()
         for begin, end in _blocks(seq_len, every):
             state = _stairs(f[:, begin:end], state, start + begin)
             if every and end % every == 0:
-                history[:, end // every - 1] = state
-        return state, history
+                pieces.append(state[:, None])
+        return state, torch.cat(pieces, 1)
     columns = list(state.unbind(1))
     for begin, end, scan in _chunks(seq_len, start, n, state.dtype):
         k = torch.arange(start + begin + 1, start + end + 1, dtype=state.dtype, device=state.device)
         e, kept = f[:, begin:end], slice(every - 1 - begin % every, None, every) if every else slice(0)
+        rows = []
         for degree in range(n):
             stage = _Stage(degree, k, _IMPLICIT[method])
             after = scan(stage.keep, stage.gain * e, columns[degree])  # (channels, samples)
             before = torch.cat([columns[degree][:, None], after[:, :-1]], 1)
             e = stage.onward * e - stage.drawn * before
             columns[degree] = after[:, -1].clone()
-            if every:
-                history[:, begin // every : end // every, degree] = after[:, kept]
-    return torch.stack(columns, 1), history
+            rows.append(after[:, kept].clone())  # a view would hold the whole chunk
+        pieces.append(torch.stack(rows, 2))
+    return torch.stack(columns, 1), torch.cat(pieces, 1)
 
 
 def _backward(
@@ -261,7 +282,7 @@ def _scan_by_doubling(keep: Tensor, given: Tensor, state: Tensor) -> Tensor:
 def _scan_by_sums(keep: Tensor, given: Tensor, state: Tensor) -> Tensor:
     """The same for keep > 0: divided by the products of keep, c is a sum."""
     products = keep.cumprod(0)
-    return (given / products).cumsum(1).add_(state[:, None]).mul_(products)
+    return ((given / products).cumsum(1) + state[:, None]) * products
 
 
 # a signal in stairs
@@ -331,10 +352,10 @@ def _stretch(n: int, start: int, end: int) -> Tensor:
     The products of polynomials under the integral have a degree below 2 n, so n Gauss nodes give it exactly.
     """
     if not start:
-        return torch.zeros(n, n, dtype=torch.float64)
+        return torch.zeros(n, n, dtype=torch.float64, device="cpu")
     nodes, weights = (torch.from_numpy(values) for values in _gauss(n))
     ratio = start / end
-    norm = (2 * torch.arange(n, dtype=torch.float64) + 1).sqrt()[:, None]
+    norm = (2 * torch.arange(n, dtype=torch.float64, device="cpu") + 1).sqrt()[:, None]
     old = norm * torch.stack(list(legendre(nodes, n)))  # (n, nodes)
     new = norm * torch.stack(list(legendre((nodes + 1) * ratio - 1, n)))
     return (new * weights) @ old.mT * (ratio / 2)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _native
+from ._derivatives import register_second
 
 FEW_ROWS = 8
 
@@ -76,7 +77,13 @@ def _autograd(ctx, dy):  # type: ignore[no-untyped-def]
     return dx, dweight, dy.flatten(0, -2).sum(0) if ctx.has_bias else None
 
 
+def _composite(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+    """The op without the bias, whose gradient `_autograd` sums up itself."""
+    return (F.linear(x, weight),)
+
+
 torch.library.register_autograd("longscan::linear", _autograd, setup_context=_setup_context, lib=_lib)
+register_second("longscan::linear_backward", _lib, _composite, n_inputs=2)
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ._derivatives import composed, register_second
+
 # --- 1. the equation ----------------------------------------------------------------------------------------
 
 
@@ -60,9 +62,8 @@ def long_conv(u: Tensor, kernel: Tensor, D: Tensor | None = None, back: Tensor |
     if D is not None and D.shape != (channels,):
         raise ValueError(f"D: expected shape {(channels,)}, got {tuple(D.shape)}")
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    y: Tensor = torch.ops.longscan.long_conv(
-        *(None if t is None else t.to(dtype) for t in (u, kernel, D, back))
-    )
+    convolve: Any = _forward if composed() else torch.ops.longscan.long_conv
+    y: Tensor = convolve(*(None if t is None else t.to(dtype) for t in (u, kernel, D, back)))
     return y.to(u.dtype)
 
 
@@ -99,7 +100,12 @@ def _autograd(ctx, dy):  # type: ignore[no-untyped-def]
     return tuple(g if t is not None else None for g, t in zip(gradients, inputs, strict=True))
 
 
+def _composite(*inputs: Tensor | None) -> tuple[Tensor]:
+    return (_forward(*inputs),)  # type: ignore[arg-type]
+
+
 torch.library.register_autograd("longscan::long_conv", _autograd, setup_context=_setup_context, lib=_lib)
+register_second("longscan::long_conv_backward", _lib, _composite, n_inputs=4)
 
 # --- 5. the implementation ----------------------------------------------------------------------------------
 
@@ -119,10 +125,12 @@ def _transform_length(n: int) -> int:
 
 def _spectrum(kernel: Tensor, D: Tensor | None, back: Tensor | None, seq_len: int, n: int) -> Tensor:
     """(channels, n / 2 + 1), the transform of both filters and D; later steps are negative lags."""
-    both = F.pad(kernel[:, :seq_len], (0, n - min(seq_len, kernel.shape[1])))
-    if back is not None and seq_len > 1:
-        width = min(seq_len - 1, back.shape[1])
-        both[:, n - width :] = back[:, :width].flip(1)
+    ahead = kernel[:, :seq_len]
+    if back is None or seq_len == 1:
+        both = F.pad(ahead, (0, n - ahead.shape[1]))
+    else:
+        behind = back[:, : seq_len - 1].flip(1)
+        both = torch.cat([F.pad(ahead, (0, n - ahead.shape[1] - behind.shape[1])), behind], 1)
     spectrum: Tensor = torch.fft.rfft(both)
     return spectrum if D is None else spectrum + D[:, None]
 

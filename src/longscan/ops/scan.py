@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _native, _scan_chunked
+from ._derivatives import composed, register_second
 from ._scan_chunked import boundaries_shape
 from ._segments import check_seq_idx, segments
 
@@ -112,6 +113,9 @@ def selective_scan(
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     B, C = (M.unsqueeze(2) if M.dim() == 3 else M for M in (B, C))
     tensors = [None if t is None else t.to(dtype) for t in (u, dt, A, B, C, D, z, dt_bias, initial_state)]
+    if composed():
+        y, final_state = _composite(*tensors, seq_idx, dt_softplus)
+        return y.to(u.dtype), final_state
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, final_state, _ = torch.ops.longscan.selective_scan(*tensors, seq_idx, dt_softplus, keep)
     return y.to(u.dtype), final_state
@@ -264,7 +268,14 @@ def _autograd(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]
     return *given, None, None, None
 
 
+def _composite(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """The op of its eleven inputs, as torch differentiates it however often."""
+    y, final_state, _ = _scan_chunked.forward(*inputs, False)  # type: ignore[call-arg]
+    return y, final_state
+
+
 torch.library.register_autograd("longscan::selective_scan", _autograd, setup_context=_setup_context, lib=_lib)
+register_second("longscan::selective_scan_backward", _lib, _composite, n_inputs=11)
 
 
 # --- 5. the native kernel -----------------------------------------------------------------------------------

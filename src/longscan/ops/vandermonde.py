@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _native
+from ._derivatives import composed, register_second
 
 # --- 1. the equation ----------------------------------------------------------------------------------------
 
@@ -51,13 +52,14 @@ def vandermonde(C: Tensor, z: Tensor, length: int) -> Tensor:
     if length < 1:
         raise ValueError(f"length: expected at least 1, got {length}")
     lead = C.shape[:-2]
-    K: Tensor = torch.ops.longscan.vandermonde(C.reshape(-1, *z.shape), z.to(torch.complex128), length)
+    make: Any = _forward_torch if composed() else torch.ops.longscan.vandermonde
+    K: Tensor = make(C.reshape(-1, *z.shape), z.to(torch.complex128), length)
     return K.view(*lead, z.shape[0], length)
 
 
 _lib: Any = torch.library.Library("longscan", "FRAGMENT")  # type: ignore[no-untyped-call]
 _lib.define("vandermonde(Tensor C, Tensor z, SymInt length) -> Tensor")
-_lib.define("vandermonde_backward(Tensor C, Tensor z, Tensor dK) -> (Tensor dC, Tensor dz)")
+_lib.define("vandermonde_backward(Tensor C, Tensor z, SymInt length, Tensor dK) -> (Tensor dC, Tensor dz)")
 
 # --- 3. shapes ----------------------------------------------------------------------------------------------
 
@@ -68,7 +70,7 @@ def _(C, z, length):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("longscan::vandermonde_backward", lib=_lib)
-def _(C, z, dK):  # type: ignore[no-untyped-def]
+def _(C, z, length, dK):  # type: ignore[no-untyped-def]
     return C.new_empty(C.shape), z.new_empty(z.shape)
 
 
@@ -76,14 +78,20 @@ def _(C, z, dK):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:2])
+    *tensors, ctx.length = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _autograd(ctx, dK):  # type: ignore[no-untyped-def]
-    return *torch.ops.longscan.vandermonde_backward(*ctx.saved_tensors, dK), None
+    return *torch.ops.longscan.vandermonde_backward(*ctx.saved_tensors, ctx.length, dK), None
+
+
+def _composite(C: Tensor, z: Tensor, length: int) -> tuple[Tensor]:
+    return (_forward_torch(C, z, length),)
 
 
 torch.library.register_autograd("longscan::vandermonde", _autograd, setup_context=_setup_context, lib=_lib)
+register_second("longscan::vandermonde_backward", _lib, _composite, n_inputs=3)
 
 # --- 5. the native kernel -----------------------------------------------------------------------------------
 
@@ -123,14 +131,18 @@ def _forward(C: Tensor, z: Tensor, length: int) -> Tensor:
         a, C, K = z.exp(), C.resolve_conj().contiguous(), C.real.new_empty(*C.shape[:2], length)
         _native.call("ls_vandermonde_forward", [*_fields(C, a, length), K.data_ptr(), 0, 0])
         return K
+    return _forward_torch(C, z, length)
+
+
+def _forward_torch(C: Tensor, z: Tensor, length: int) -> Tensor:
+    """The op on any device and in float64; torch can differentiate it however often."""
     far, near, _ = _tables(C, z, length)
     rows = (2 * C[:, :, None] * far).conj_physical()  # (m, channels, a, n)
     K = torch.einsum("mcan,cbn->mcab", _parts(rows), _parts(near))
     return K.flatten(2)[..., :length].contiguous()
 
 
-def _backward(C: Tensor, z: Tensor, dK: Tensor) -> tuple[Tensor, Tensor]:
-    length = dK.shape[2]
+def _backward(C: Tensor, z: Tensor, length: int, dK: Tensor) -> tuple[Tensor, Tensor]:
     if _use_native(C, z):
         a, C, dK = z.exp(), C.resolve_conj().contiguous(), dK.contiguous()
         sums = z.new_empty(*C.shape, 2)  # of dK exp(z l) and of l dK exp(z l)
