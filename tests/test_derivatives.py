@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import grad, jvp, vmap
+from torch.func import functional_call, grad, jvp, vmap
 
 from longscan import ops
+from longscan.models import MODELS, LanguageModel
 
 # largest |ours - reference| / max(1, |reference|)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4}
@@ -192,3 +193,78 @@ def test_func_grad_and_vmap(name: str) -> None:
     stacked = tuple(torch.stack([x, x / 2]) for x in values)
     each_grad = vmap(grad(lambda *x: scalar(op, *x), places))(*stacked)
     close([d[0] for d in each_grad], expected, 1e-9)
+
+
+# models
+
+MODEL_NAMES = [name for name, entry in MODELS.items() if entry.kind == "language"]
+of_models = pytest.mark.parametrize("name", MODEL_NAMES)
+
+
+def small(name: str) -> tuple[LanguageModel, Tensor]:
+    """A model in float64, and ids."""
+    entry = MODELS[name]
+    g = torch.Generator().manual_seed(0)
+    model = entry.cls(entry.config.from_dict(entry.presets["tiny"]), g)
+    assert isinstance(model, LanguageModel)
+    return model.double(), torch.randint(0, model.config.vocab_size, (2, 7), generator=g)
+
+
+PACKED = torch.tensor([0, 0, 0, 1, 1, 1, -1]).expand(2, -1)
+
+
+@of_models
+@pytest.mark.parametrize(
+    "extra", [{}, {"return_logits": False}, {"seq_idx": PACKED}], ids=["logits", "pieces", "packed"]
+)
+def test_second_derivatives_of_models(name: str, extra: dict[str, Any]) -> None:
+    """A product with the Hessian, against differences of gradients."""
+    model, ids = small(name)
+    parameters = list(model.parameters())
+    g = torch.Generator().manual_seed(1)
+    directions = [real(g, *p.shape) * p.detach().abs().mean() for p in parameters]
+
+    def gradients(**how: Any) -> list[Tensor]:
+        loss = model(ids, labels=ids, **extra).loss
+        return list(torch.autograd.grad(loss, parameters, materialize_grads=True, **how))
+
+    along = sum((d * v).sum() for d, v in zip(gradients(create_graph=True), directions, strict=True))
+    got = torch.autograd.grad(along, parameters, materialize_grads=True)  # type: ignore[arg-type]
+    sides, step = [], 1e-5
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, v in zip(parameters, directions, strict=True):
+                p.add_(sign * step * v)
+        sides.append(gradients())
+        with torch.no_grad():
+            for p, v in zip(parameters, directions, strict=True):
+                p.sub_(sign * step * v)
+    differences = [(a - b) / (2 * step) for a, b in zip(*sides, strict=True)]
+    scale = max(float(d.norm()) for d in differences)
+    for d, expected in zip(got, differences, strict=True):
+        assert float((d - expected).norm()) <= 1e-4 * float(expected.norm()) + 1e-5 * scale
+
+
+@of_models
+@pytest.mark.parametrize("pieces", [False, True], ids=["logits", "pieces"])
+@pytest.mark.parametrize("learning", [True, False], ids=["train", "no_grad"])
+def test_torch_func_of_models(name: str, pieces: bool, learning: bool) -> None:
+    """Forward mode and torch.func.grad, against the backward pass."""
+    model, ids = small(name)
+    weights = {key: p.detach() for key, p in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return functional_call(  # type: ignore[no-any-return]
+            model, weights, (ids,), {"labels": ids, "return_logits": not pieces}
+        ).loss
+
+    found = torch.autograd.grad(model(ids, labels=ids).loss, list(model.parameters()), materialize_grads=True)
+    expected = dict(zip(weights, found, strict=True))
+    for key, d in grad(loss)(weights).items():
+        torch.testing.assert_close(d, expected[key], rtol=1e-8, atol=1e-10)
+    g = torch.Generator().manual_seed(1)
+    directions = {key: real(g, *p.shape) for key, p in weights.items()}
+    with torch.set_grad_enabled(learning):
+        tangent = jvp(loss, (weights,), (directions,))[1]
+    along = sum((expected[key] * directions[key]).sum() for key in weights)
+    torch.testing.assert_close(tangent, along, rtol=1e-8, atol=1e-10)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._derivatives import composed
 from .decoder import Decoder
 from .layers import RMSNorm, WeightOnly, blank, linear, project, untouched
 from .loss import count, linear_loss, nats, next_tokens, row_chunks
@@ -333,7 +334,7 @@ class LanguageModel(Model):
 
     def _decode(self, ids: Tensor, state: State, unchanged: bool) -> Tensor | None:
         """Read ids (batch, steps) natively; None if that is not possible."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or composed():
             return None
         if self._decoder is None or not (unchanged or self._decoder.fresh()):
             described = self.stack()

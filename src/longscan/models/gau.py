@@ -116,7 +116,7 @@ class GatedAttention(SectionMixer[KV]):
         """Take in one token per row; see `Mixer.step`."""
         u, q, k, v = self._project(x)
         rows, place = torch.arange(len(x), device=x.device), state.length.clone()
-        state.k[rows, place, 0], state.v[rows, place, 0] = k, v
+        state.k[rows, place, 0], state.v[rows, place, 0] = k.to(state.k.dtype), v.to(state.v.dtype)
         state.length.add_(1)
         used = state.used()
         return self._attend(u[:, None], q[:, None], used.k, used.v, place[:, None])[:, 0]
@@ -142,9 +142,9 @@ class GatedAttention(SectionMixer[KV]):
         """
         distance = place[..., None] - torch.arange(k.shape[1], device=k.device)  # (rows, seq_len, k_len)
         bias = self.bias(k.shape[1])[distance.clamp(min=0)]
-        scores = q @ k[:, :, 0].transpose(1, 2) / self.config.max_positions + bias.to(q.dtype)
+        scores = q @ k[:, :, 0].to(q.dtype).transpose(1, 2) / self.config.max_positions + bias.to(q.dtype)
         weights = scores.relu().square() * (distance >= 0)
-        return cast(Tensor, self.out_proj(u * (weights @ v[:, :, 0])))
+        return cast(Tensor, self.out_proj(u * (weights @ v[:, :, 0].to(weights.dtype))))
 
     def bias(self, n: int) -> Tensor:
         """Return b(0), ..., b(n - 1), in float32 at least: in fewer bits far places would be the same."""

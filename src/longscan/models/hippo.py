@@ -41,6 +41,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import nearest
 from ..errors import LongscanError
+from ..ops._autocast import exact
+from ..ops._derivatives import composed, gradients
 from .backbone import LanguageModel
 from .layers import linear
 from .mixer import Block, LanguageModelConfig
@@ -251,12 +253,14 @@ class HippoMixer(SectionMixer[HippoState]):
             with torch.no_grad():
                 self.out_proj.weight /= math.sqrt(config.n_layers)
 
+    @exact
     def read(self, x: Tensor, state: HippoState | None, length: Tensor | None) -> tuple[Tensor, HippoState]:
         """Mix along time, token by token; see `SectionMixer.read`."""
         h, c, start = self.init_state(len(x)) if state is None else state
         starts, row = torch.unique(start, return_inverse=True)
         steps = [self._transition(starts + t, row, c) for t in range(x.shape[1])]
-        said, h, c = _Cells.apply(self.in_proj(x), h, c, self.state_weight, steps, length)  # type: ignore[no-untyped-call]
+        run: Any = _cells if composed() else _Cells.apply
+        said, h, c = run(self.in_proj(x), h, c, self.state_weight, steps, length)
         read = x.shape[1] if length is None else length
         return cast(Tensor, self.out_proj(said)), HippoState(h, c, start + read)
 
@@ -276,6 +280,7 @@ class HippoMixer(SectionMixer[HippoState]):
         c = zeros(batch_size, self.widths[0], self.d_state, dtype=wide)
         return HippoState(zeros(batch_size, self.widths[1]), c, zeros(batch_size, dtype=torch.int64))
 
+    @exact
     def step(self, x: Tensor, state: HippoState, plan: None = None, /) -> Tensor:
         """Take in one token per row; see `Mixer.step`."""
         seen, row = torch.unique(state.length, return_inverse=True)
@@ -314,6 +319,20 @@ def _widths(h: Tensor, c: Tensor) -> list[int]:
     return [c.shape[1], h.shape[1], h.shape[1]]
 
 
+def _cells(
+    inputs: Tensor, h: Tensor, c: Tensor, weight: Tensor, steps: list[Step], length: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what `_Cells` does, as torch differentiates it however often."""
+    said = []
+    for t, step in enumerate(steps):
+        new_h, new_c, _ = _cell(inputs[:, t], h, c, weight, step)
+        if length is not None:
+            new_h, new_c = (torch.where(over(t < length, x), x, y) for x, y in ((new_h, h), (new_c, c)))
+        h, c = new_h, new_c
+        said.append(h)
+    return torch.stack(said, 1), h, c
+
+
 class _Cells(torch.autograd.Function):
     """A cell after the other; the weight's gradient is one product instead of one for each token."""
 
@@ -322,6 +341,7 @@ class _Cells(torch.autograd.Function):
         ctx, inputs, h, c, weight, steps, length
     ):
         """Read inputs (rows, seq_len, widths): h after each token (rows, seq_len, d_hidden), h and c."""
+        start = inputs, h, c
         said, kept = [], []
         for t, step in enumerate(steps):
             new_h, new_c, used = _cell(inputs[:, t], h, c, weight, step)
@@ -331,13 +351,18 @@ class _Cells(torch.autograd.Function):
             said.append(h)
             kept.append(used)
         ctx.steps, ctx.shape = steps, c.shape
-        ctx.save_for_backward(weight, length, *(torch.stack(tensors) for tensors in zip(*kept, strict=True)))
+        stacked = (torch.stack(tensors) for tensors in zip(*kept, strict=True))
+        ctx.save_for_backward(*start, weight, length, *stacked)
         return torch.stack(said, 1), h, c
 
     @staticmethod
     def backward(ctx, dsaid, dh, dc):  # type: ignore[no-untyped-def]
         """Go back from the last token to the first."""
-        weight, length, pasts, gates, updates = ctx.saved_tensors
+        *start, weight, length, pasts, gates, updates = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            run = functools.partial(_cells, steps=ctx.steps, length=length)
+            of = gradients(run, (*start, weight), (dsaid, dh, dc))
+            return *(of.get(place) for place in range(4)), None, None
         width, dtype = dh.shape[1], dh.dtype
         products = pasts.new_empty(len(pasts), len(dh), len(weight))  # gradients of W [x; h; c]
         for t in reversed(range(len(pasts))):

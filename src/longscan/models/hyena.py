@@ -31,6 +31,8 @@ from torch.nn import functional as F
 
 from ..errors import LongscanError
 from ..ops import causal_conv1d, causal_conv1d_step, long_conv
+from ..ops._autocast import exact
+from ..ops._derivatives import composed
 from .backbone import LanguageModel
 from .layers import Derived, blank, linear
 from .mixer import Block, LanguageModelConfig
@@ -149,7 +151,12 @@ class HyenaMixer(SectionMixer[HyenaState]):
             (order - 1, d_model, n).
         """
         kind, device = self.D.dtype, self.D.device
-        t = torch.arange(n, device=device, dtype=kind)[:, None] / self.config.max_positions
+        return self._draw(torch.arange(n, device=device, dtype=kind)[:, None] / self.config.max_positions)
+
+    @exact
+    def _draw(self, t: Tensor) -> Tensor:
+        """Draw the filters at times t (n, 1): (order - 1, d_model, n)."""
+        n, kind, device = len(t), t.dtype, t.device
         angles = 2 * math.pi * t * torch.arange(1, self.config.n_bands + 1, device=device)
         hidden = torch.cat([t, angles.cos(), angles.sin()], 1)  # (n, 1 + 2 n_bands)
         for weight, bias in zip((self.filter_in, self.filter_mid), self.filter_bias, strict=True):
@@ -187,6 +194,7 @@ class HyenaMixer(SectionMixer[HyenaState]):
             zeros(batch_size, dtype=torch.int64),
         )
 
+    @exact
     def step(self, x: Tensor, state: HyenaState, plan: None = None, /) -> Tensor:
         """Take in one token per row; see `Mixer.step`."""
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
@@ -206,9 +214,11 @@ class HyenaMixer(SectionMixer[HyenaState]):
 
     def _kept(self, n: int) -> Tensor:
         """Draw filters as `filters` does, but only once while the network stays as it is."""
+        if composed():
+            return self.filters(n)
         if n > self._drawn:
             self._derived, self._drawn = Derived(), max(64, 2 * n)
-        weights = [getattr(self, name) for name in self.recurrence]
+        weights = [self.get_parameter(name) for name in self.recurrence]
         return self._derived.get("filters", weights, lambda: self.filters(self._drawn))[:, :, :n]
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import LongscanError
+from ..ops._autocast import exact
 from .backbone import LanguageModel
 from .layers import RMSNorm, linear
 from .mixer import Block, LanguageModelConfig, Mixer
@@ -81,6 +82,7 @@ class LinearAttentionState(NamedTuple):
     length: Tensor
 
 
+@exact
 def accumulate(q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
     """Sum (q_i . k_j) v_j over j <= i, in chunks, in linear time and without keeping a state per token.
 
@@ -149,6 +151,7 @@ class LinearAttention(SectionMixer[LinearAttentionState]):
         kv = weight.new_zeros(batch_size, self.n_heads, self.d_head, self.d_head + 1, dtype=kind)
         return LinearAttentionState(kv, kv.new_zeros(batch_size, dtype=torch.int64))
 
+    @exact
     def step(self, x: Tensor, state: LinearAttentionState, plan: None = None, /) -> Tensor:
         """Take in one token per row; see `Mixer.step`."""
         q, k, v = self._project(x, state.length)  # (batch, n_heads, ...) each

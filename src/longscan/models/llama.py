@@ -252,6 +252,7 @@ class Attention(Mixer[KV]):
             y: (batch, d_model).
         """
         q, k, v = self._project(x, places)  # (batch, heads, d_head) each
+        k, v = k.to(state.k.dtype), v.to(state.v.dtype)  # autocast may have come or gone
         end = places.past + 1
         if places.mask is None:
             state.k[:, places.past], state.v[:, places.past] = k, v

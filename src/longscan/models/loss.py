@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import ops
+from ..ops._autocast import exact
+from ..ops._derivatives import composed, gradients
 
 IGNORE = -100  # a label that asks for no prediction, as everywhere in torch
 
@@ -82,7 +84,7 @@ def row_chunks(hidden: Tensor, targets: Tensor, vocab_size: int) -> Iterator[tup
 def linear_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Compute the mean nats of a linear head, with first-order gradients, holding only pieces of the logits.
+    """Compute the mean nats of a linear head, holding only pieces of the logits but for second derivatives.
 
     Args:
         hidden: (..., d_model).
@@ -93,10 +95,29 @@ def linear_loss(
             as in tensor2tensor; Szegedy et al., 2015, spread it over all vocab_size.
 
     Returns:
-        () float32 at least; 0 if there is no target. Backward with create_graph=True raises RuntimeError.
+        () float32 at least; 0 if there is no target.
     """
     arguments = hidden, weight, targets, vocab_size, label_smoothing
+    if composed():
+        return _loss_of_logits(*arguments)
     return cast(Tensor, _LinearLoss.apply(*arguments))  # type: ignore[no-untyped-call]
+
+
+def _loss_of_logits(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, smoothing: float
+) -> Tensor:
+    """Compute the same as torch differentiates it however often."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    losses = []
+    for h, t in row_chunks(hidden, targets, vocab_size):
+        scores = F.log_softmax(ops.linear(h, weight[:vocab_size]).to(dtype), dim=-1)  # (rows, vocab_size)
+        other = smoothing / (vocab_size - 1) if smoothing else 0.0
+        of_target = scores.gather(1, t.masked_fill(t == IGNORE, 0)[:, None])[:, 0]
+        nats_of = -(1 - smoothing - other) * of_target
+        if other:
+            nats_of = nats_of - other * scores.sum(1)
+        losses.append(nats_of.masked_fill(t == IGNORE, 0))
+    return torch.cat(losses).sum() / count(targets).to(dtype)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -108,6 +129,7 @@ class _LinearLoss(torch.autograd.Function):
     """
 
     @staticmethod
+    @exact
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, smoothing: float
     ) -> Tensor:
@@ -130,12 +152,19 @@ class _LinearLoss(torch.autograd.Function):
             dlogits.scatter_add_(1, index, torch.full_like(wanted, smoothing + other - 1)).mul_(wanted)
             dhidden.append(ops.multiply(dlogits.to(h.dtype), used))
             dweight[:vocab_size] += ops.multiply(dlogits.T, h.to(dtype))
-        ctx.save_for_backward(torch.cat(dhidden).view(hidden.shape), dweight.to(weight.dtype))
+        gradients_of = torch.cat(dhidden).view(hidden.shape), dweight.to(weight.dtype)
+        ctx.save_for_backward(hidden, weight, targets, *gradients_of)
+        ctx.rest = vocab_size, smoothing
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        hidden, weight, targets, dhidden, dweight = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # that is, create_graph=True
-            raise RuntimeError("second derivatives need all logits: ask the model for return_logits=True")
-        dhidden, dweight = ctx.saved_tensors
+
+            def composite(hidden: Tensor, weight: Tensor) -> tuple[Tensor]:
+                return (_loss_of_logits(hidden, weight, targets, *ctx.rest),)
+
+            of = gradients(composite, (hidden, weight), (dloss,))
+            return of[0], of[1], None, None, None
         return dhidden * dloss.to(dhidden.dtype), dweight * dloss.to(dweight.dtype), None, None, None

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..errors import LongscanError
+from ..ops._autocast import exact
 from .backbone import LanguageModel
 from .layers import blank, linear
 from .mixer import Block, LanguageModelConfig
@@ -112,6 +113,7 @@ class RecurrentMixer(SectionMixer[Any]):
             bias.chunk(4)[1].add_(config.forget_bias)
         self.out_proj.weight /= config.n_layers**0.5
 
+    @exact
     def read(self, x: Tensor, state: Any, length: Tensor | None) -> tuple[Tensor, Any]:
         """Mix along time; see `SectionMixer.read`."""
         state = self.init_state(len(x)) if state is None else state
@@ -135,6 +137,7 @@ class RecurrentMixer(SectionMixer[Any]):
         zeros = next(self.rnn.parameters()).new_zeros(batch_size, self.rnn.hidden_size)
         return LSTMState(zeros, zeros.clone()) if self.is_lstm else GRUState(zeros)
 
+    @exact
     def step(self, x: Tensor, state: Any, plan: None = None, /) -> Tensor:
         """Take in one token per row; see `Mixer.step`."""
         if self.is_lstm:

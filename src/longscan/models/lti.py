@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from ..errors import LongscanError
 from ..ops import long_conv
+from ..ops._autocast import exact
 from ..ops._chunks import Chunks
+from ..ops._derivatives import composed
 from .layers import Derived
 from .mixer import LanguageModelConfig, Mixer
 
@@ -146,6 +148,7 @@ class System(nn.Module):
         """The time steps (channels,)."""
         return self.log_dt.to(self.dtype).exp()
 
+    @exact
     def forward(
         self, u: Tensor, state: SSMState | None, seq_idx: Tensor | None
     ) -> tuple[Tensor, SSMState | None]:
@@ -175,6 +178,7 @@ class System(nn.Module):
         y = y if seq_idx is None else y.masked_fill((seq_idx < 0)[..., None], 0)
         return y.to(u.dtype), SSMState(after)
 
+    @exact
     def step(self, u: Tensor, state: SSMState) -> Tensor:
         """Take in one token per row.
 
@@ -205,6 +209,8 @@ class System(nn.Module):
 
     def unchanged(self, make: Callable[[], T]) -> T:
         """Return what `make` makes of the parameters, without gradients; made again once they changed."""
+        if composed():  # the parameters carry derivatives that nothing may keep
+            return make()
         return self._derived.get(make.__name__, chain(self.parameters(), self.buffers()), make)
 
 
@@ -281,7 +287,7 @@ class DenseSystem(System):
     def scan(self, u: Tensor, state: Tensor | None, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the recurrence; see `System.scan`."""
         size = min(CHUNK, 1 << (u.shape[1] - 1).bit_length())
-        learning = torch.is_grad_enabled()
+        learning = torch.is_grad_enabled() or composed()
         tables = (
             Tables.of(self.dense(), size, u.dtype) if learning else self.unchanged(self._tables).cut(size)
         )

@@ -15,6 +15,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from ._autocast import exact
 from ._chunks import Chunks
 
 CHUNK = 64  # tokens at most: y then costs about as much from inside a chunk as from the state before it
@@ -98,6 +99,7 @@ def _states(u: Tensor, tables: _Tables, chunks: Chunks, state: Tensor | None) ->
     return torch.stack(before, 1), h
 
 
+@exact
 def forward(
     u: Tensor, a: Tensor, c: Tensor, state: Tensor | None, seq_idx: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -110,6 +112,7 @@ def forward(
     return chunks.give(y, chunks.left).contiguous(), torch.view_as_real(final.contiguous())
 
 
+@exact
 def backward(
     u: Tensor,
     a: Tensor,

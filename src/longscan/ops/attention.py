@@ -101,6 +101,8 @@ def attention(
         ValueError: shapes do not fit.
     """
     group = _check(q, k, v)
+    if not q.dtype == k.dtype == v.dtype:  # autocast came or went since the keys were made
+        k, v = k.to(q.dtype), v.to(q.dtype)
     if composed():
         return attention_ref(q, k, v, mask=mask, causal=causal, scale=scale, dropout=dropout)[0]
     square = causal and mask is None and q.shape[1] == k.shape[1]

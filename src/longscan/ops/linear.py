@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _native
+from ._autocast import exact
 from ._derivatives import register_second
 
 FEW_ROWS = 8
@@ -30,6 +31,8 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply by a matrix: what torch.nn.functional.linear computes, faster on some processors.
 
+    Autocast turns it into torch's own.
+
     Args:
         x: (..., n_in).
         weight: (n_out, n_in), of x's type.
@@ -38,7 +41,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., n_out).
     """
-    if not _native.available(x, weight, bias):
+    if not _native.available(x, weight, bias) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     multiply_add: Any = _forward if _native.direct(weight) else torch.ops.longscan.linear
     y: Tensor = multiply_add(x, weight, bias)
@@ -128,6 +131,7 @@ def _forward(x, weight, bias):  # type: ignore[no-untyped-def]
     return F.linear(x, weight, bias)
 
 
+@exact
 def _backward(x, weight, dy):  # type: ignore[no-untyped-def]
     flat, dflat = x.flatten(0, -2), dy.flatten(0, -2)
     if _native.prefers_onednn() and _native.available(x, weight, dy):

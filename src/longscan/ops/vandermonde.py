@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _native
+from ._autocast import exact
 from ._derivatives import composed, register_second
 
 # --- 1. the equation ----------------------------------------------------------------------------------------
@@ -134,6 +135,7 @@ def _forward(C: Tensor, z: Tensor, length: int) -> Tensor:
     return _forward_torch(C, z, length)
 
 
+@exact
 def _forward_torch(C: Tensor, z: Tensor, length: int) -> Tensor:
     """The op on any device and in float64; torch can differentiate it however often."""
     far, near, _ = _tables(C, z, length)
@@ -142,6 +144,7 @@ def _forward_torch(C: Tensor, z: Tensor, length: int) -> Tensor:
     return K.flatten(2)[..., :length].contiguous()
 
 
+@exact
 def _backward(C: Tensor, z: Tensor, length: int, dK: Tensor) -> tuple[Tensor, Tensor]:
     if _use_native(C, z):
         a, C, dK = z.exp(), C.resolve_conj().contiguous(), dK.contiguous()
