@@ -489,7 +489,9 @@ def test_goals_stand_beside_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_generation_beside_its_goals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     slow = {"llama.cpp f32": 3.0, "llama.cpp q4_0": 2.0, "llama.cpp q4_K": 1.8, generate.HF: 10.0}
-    slow |= {"longscan int4": 0.5, "longscan int8 × 8": 2.0, generate.PRODUCTS: 0.3, generate.UPDATES: 0.2}
+    slow |= {"longscan int4": 0.5, "longscan int8 × 8": 2.0, generate.UPDATES: 0.2}
+    products = {"float32": 0.5, "bf16": 0.4, "int8": 0.3, "int4": 0.3}
+    slow |= {f"{generate.PRODUCTS}, {precision}": seconds for precision, seconds in products.items()}
     slow |= {generate.READING: 0.9}
     weights = 4 * train.matrix_parameters(**generate.SHAPES["130m"].model)
 
@@ -514,6 +516,7 @@ def test_generation_beside_its_goals(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert shown("prefill 2048: int4 over llama.cpp q4_0") == (4.0, "≥ 2.5 ×")
     assert shown("prefill 512: our slowest over the fastest llama.cpp") == (1.0, "")
     assert shown("prefill 512: int8, share of both ceilings in turn") == (0.5, "")
+    assert shown("prefill 512: float32, share of both ceilings in turn") == (0.7, "")  # each has its own
     assert shown("decode 1: int4 over llama.cpp q4_0 or q4_K") == (3.6, "≥ 1.6 ×")
     assert shown("decode 1: float32, share of reading the weights") == (0.9, "≥ 90 %")
     assert shown("decode 1: int4, share of Python in generate_ids") == (0.04, "≤ 5 %")
@@ -563,3 +566,10 @@ def test_faster_takes_the_best_of_the_others() -> None:
     found = {name: measurement(name, s) for name, s in (("ours", 1.0), ("a", 30.0), ("b", 20.0))}
     assert race_module.faster(found, "ours", "a", "b", "absent") == 20.0
     assert math.isnan(race_module.faster(found, "ours", "absent"))
+
+
+@pytest.mark.parametrize("precision", generate.PRECISIONS)
+def test_each_precision_has_its_own_ceiling(precision: str) -> None:
+    shapes = [[16, 24]]
+    measure = ceilings.matmul(8, shapes, backward=True, operations=3 * 2 * 8 * 16 * 24, precision=precision)
+    assert 0 < measure()["seconds"] < 1

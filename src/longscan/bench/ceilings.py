@@ -18,6 +18,13 @@ from longscan.bench.worker import Run
 __all__ = ["exp_fma", "matmul", "read"]
 
 PROBE = 10**8  # state updates on every thread: long enough that waking the threads does not count
+# types that weights of a precision can be multiplied in: what is stored in fewer bits may be unpacked
+TYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "float32": (torch.float32,),
+    "bf16": (torch.float32, torch.bfloat16),
+    "int8": (torch.float32, torch.bfloat16, torch.int8),
+    "int4": (torch.float32, torch.bfloat16, torch.int8),
+}
 READ_PROBE = 2**29  # bytes: far more than any cache
 
 
@@ -40,14 +47,17 @@ def exp_fma(n_states: int) -> Run:
     return run
 
 
-def matmul(n_rows: int, shapes: list[list[int]], backward: bool, operations: float) -> Run:
+def matmul(
+    n_rows: int, shapes: list[list[int]], backward: bool, operations: float, precision: str = "float32"
+) -> Run:
     """Prepare the matrix products of a layer.
 
     Args:
         n_rows: tokens.
         shapes: (width in, width out) of each weight.
         backward: whether to multiply for the gradients of inputs and weights too.
-        operations: how many floating-point operations the work has, of which these are a sample.
+        operations: how many operations the work has, of which these are a sample.
+        precision: of the weights: the fastest of the types they can be multiplied in counts.
 
     Returns:
         What to measure.
@@ -60,17 +70,33 @@ def matmul(n_rows: int, shapes: list[list[int]], backward: bool, operations: flo
             products += [(dy, weight), (dy.T, x)]
     done = sum(2 * left.shape[0] * left.shape[1] * right.shape[1] for left, right in products)
 
+    ways = [(kind, way) for kind in TYPES[precision] for way in WAYS[kind]]
+    cast = {kind: [(_as(x, kind), _as(y, kind)) for x, y in products] for kind in TYPES[precision]}
+
     def seconds(multiply: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> float:
         begin = time.perf_counter()
         multiply(left, right)
         return time.perf_counter() - begin
 
     def run() -> dict[str, Any]:
-        # each product by whichever library of torch's is faster for it
-        best = (min(seconds(way, *pair) for way in (torch.mm, ops.multiply)) for pair in products)
+        # each product by whichever type and library of torch's is faster for it
+        each = range(len(products))
+        best = (min(seconds(way, *cast[kind][i]) for kind, way in ways) for i in each)
         return {"seconds": sum(best) * operations / done}
 
     return run
+
+
+WAYS: dict[torch.dtype, tuple[Callable[[Tensor, Tensor], Tensor], ...]] = {
+    torch.float32: (torch.mm, ops.multiply),
+    torch.bfloat16: (torch.mm,),
+    torch.int8: (torch._int_mm,),
+}
+
+
+def _as(x: Tensor, kind: torch.dtype) -> Tensor:
+    """Cast a matrix of random numbers, for int8 with the range that quantising gives."""
+    return (x * 32).round().clamp(-127, 127).to(kind) if kind == torch.int8 else x.to(kind)
 
 
 def read(n_bytes: float) -> Run:

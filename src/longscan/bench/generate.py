@@ -124,7 +124,7 @@ def run(pace: Pace, quick: bool, shape: str = "130m") -> Report:
     report.notes += [
         f"Random weights, the same for longscan and llama.cpp; {describe(sizes.model)}. Reading computes the "
         "last logits only; writing is greedy, after a prompt.",
-        "A prompt is bound by float32 matrix products, for which stored weights are unpacked, and by the "
+        "A prompt is bound by matrix products, in the fastest type that weights are unpacked to, and by the "
         "exponentials of the state updates; a token of one sequence by reading the weights, one of many "
         "sequences also by their states. Every process holds Python and torch too.",
     ]
@@ -158,7 +158,14 @@ def _read(report: Report, sizes: Sizes, seq_len: int, files: Mapping[str, Path],
         *(_llama(name, path, "prefill", sizes, seq_len=seq_len) for name, path in files.items()),
         _transformers("prefill", here),
         *_llamas("prefill", here, sizes),
-        Contender(name=PRODUCTS, job="longscan.bench.ceilings:matmul", arguments=products),
+        *(
+            Contender(
+                name=f"{PRODUCTS}, {precision}",
+                job="longscan.bench.ceilings:matmul",
+                arguments=products | {"precision": precision},
+            )
+            for precision in PRECISIONS
+        ),
         Contender(name=UPDATES, job="longscan.bench.ceilings:exp_fma", arguments=updates),
     ]
     found = race(case, contenders, pace)
@@ -172,8 +179,8 @@ def _read(report: Report, sizes: Sizes, seq_len: int, files: Mapping[str, Path],
     everyone = [f"llama.cpp {name}" for name in files]
     ratios.append(("our slowest over the fastest llama.cpp", faster(found, slowest, *everyone), 0.0))
     report.ratios += [_ratio(f"{case}: {what}", value, goal, sizes) for what, value, goal in ratios]
-    floor = _seconds(found, PRODUCTS) + _seconds(found, UPDATES)
     for precision in PRECISIONS:
+        floor = _seconds(found, f"{PRODUCTS}, {precision}") + _seconds(found, UPDATES)
         share = floor / _seconds(found, f"longscan {precision}")
         what = f"{case}: {precision}, share of both ceilings in turn"
         report.ratios.append(Ratio(what=what, measured=share, percent=True))
