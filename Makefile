@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint bench clean
+.PHONY: help run test lint bench sanitize clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,6 +14,13 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 TORCH_FLAGS ?=
 PIP := $(BIN)/python -m pip --quiet --quiet --no-input --disable-pip-version-check install --constraint constraints.txt
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+SANITIZED := build/sanitize
+# the editable install finds the package of src/ first, unless its finder is taken away
+SANITIZED_PYTEST = import sys; \
+	sys.meta_path = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]; \
+	sys.path.insert(0, "$(SANITIZED)/src"); import pytest; from longscan import ops; \
+	assert "sanitize" in str(ops.native_info().path), ops.native_info(); sys.exit(pytest.main(sys.argv[1:]))
+KERNEL_TESTS := tests/test_ops.py tests/test_ssm_ops.py tests/test_decode.py tests/test_quant_ops.py
 PROMPT ?= It was a bright morning, and the Captain
 
 help: ## list the targets
@@ -32,6 +39,17 @@ lint: $(VENV)/dev.done ## check format, style and types
 
 bench: $(VENV)/run.done ## measure this machine; ARGS="ops" to choose
 	@$(BIN)/longscan bench $(ARGS)
+
+sanitize: $(VENV)/dev.done ## test the kernels under the address and undefined-behaviour sanitizers; ARGS="-k conv"
+	@command -v cmake >/dev/null || [ -x $(BIN)/cmake ] || $(PIP) cmake
+	@PATH="$$PATH:$(abspath $(BIN))"; \
+	cmake -S . -B $(SANITIZED) -DLONGSCAN_SANITIZE=ON -DLIBRARY_HOME=$(CURDIR)/$(SANITIZED)/_lib >/dev/null; \
+	cmake --build $(SANITIZED) -j$$(nproc)
+	@rm -rf $(SANITIZED)/src; cp -r src $(SANITIZED)/src
+	@rm -rf $(SANITIZED)/src/longscan/_lib; cp -r $(SANITIZED)/_lib $(SANITIZED)/src/longscan/_lib
+	@LD_PRELOAD="$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(BIN)/python -c '$(SANITIZED_PYTEST)' $(KERNEL_TESTS) -p no:cacheprovider -k "not compile and not opcheck" $(ARGS)
 
 clean: ## remove the environment, the native library and the caches
 	@rm -rf $(VENV) build dist src/longscan/_lib .mypy_cache .pytest_cache .ruff_cache .hypothesis
