@@ -55,6 +55,7 @@ struct Matrix {
     stride = m.stride_time;
     packed = nullptr;
     if (stride >= 0) return;
+    stride = 0;  // rows is not read then, but stays inside the matrix
     packed = buffer;
     for (int k = 0; k < unit.blocks; ++k)
       for (int64_t n = 0; n < d_state; ++n)
@@ -195,7 +196,7 @@ void forward_unit(const ls_scan *a, int64_t index) {
       float *keep = a->boundaries + (t0 / T * a->batch + unit.b) * boundary_row + unit.boundary;
       for (int64_t i = 0; i < states; ++i) store(keep + i * W, h[i]);
     }
-    const float *b_row = BC ? nullptr : B.rows + t0 * B.stride, *c_row = CC ? nullptr : C.rows + t0 * C.stride;
+    const float *b_row = B.rows + t0 * B.stride, *c_row = C.rows + t0 * C.stride;
     for (int k = 0; k < unit.blocks; ++k) {
       Tile tile;
       load_tile(&tile, a, unit, t0, steps, k, D[k], bias[k]);
@@ -395,7 +396,7 @@ void backward_unit(const ls_scan *a, int64_t index) {
       ahead[k].add(a, a->ddt, unit, t0, k);
     }
 
-    const float *b_row = BC ? nullptr : B.rows + t0 * B.stride, *c_row = CC ? nullptr : C.rows + t0 * C.stride;
+    const float *b_row = B.rows + t0 * B.stride, *c_row = C.rows + t0 * C.stride;
     float *dB_row = partial.dB + ((unit.b * (unit_count(a) / a->batch) + unit.index) * a->seq_len + t0) * N;
     float *dC_row = partial.dC + ((unit.b * (unit_count(a) / a->batch) + unit.index) * a->seq_len + t0) * N;
     int64_t n = 0;
