@@ -19,7 +19,7 @@ import longscan
 from longscan.checkpoint import dequantized
 from longscan.engine import generate_ids
 from longscan.errors import LongscanError
-from longscan.generate import generate_batch
+from longscan.generate import generate
 from longscan.models import Llama, LlamaConfig, Mamba, MambaConfig
 from longscan.models.llama import PRESETS, publish, rename, rotate
 from longscan.models.mamba import PRESETS as MAMBA_PRESETS
@@ -489,7 +489,7 @@ def test_text_and_perplexity_are_those_of_transformers(with_bos: Path) -> None:
     result = longscan.evaluate(model, tokenizer, ["a text"])
     assert result.tokens == 6
     assert result.nats / result.tokens == pytest.approx(expected, abs=1e-4)
-    text = generate_batch(model, tokenizer, ["a text"], max_new_tokens=8, temperature=0)[0]
+    text = "".join(generate(model, tokenizer, "a text", max_new_tokens=8, temperature=0))
     written = reference.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
     assert text == tokenizer.decode(written.tolist())
 
