@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import longscan
 from longscan.models.mamba import Mamba, MambaConfig
-from longscan.tokenizer import ByteTokenizer
+from longscan.tokenizers.base import ByteTokenizer
 
 SIZES = {"d_model": 16, "n_layers": 1, "vocab_size": 257}
 

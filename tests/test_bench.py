@@ -18,23 +18,14 @@ import torch
 from torch import Tensor
 
 import longscan
-from longscan.bench import (
-    ceilings,
-    generate,
-    llama,
-    ops,
-    ours,
-    peers,
-    race,
-    report,
-    shipped,
-    stream,
-    tasks,
-    train,
-    worker,
-)
-from longscan.bench import race as race_module
-from longscan.bench.race import Contender, Measurement, Pace
+from longscan.bench import measure as race
+from longscan.bench import measure as race_module
+from longscan.bench import report, worker
+from longscan.bench.contenders import ceilings, llama, peers
+from longscan.bench.contenders import longscan as ours
+from longscan.bench.contenders import workloads as tasks
+from longscan.bench.measure import Contender, Measurement, Pace
+from longscan.bench.suites import generate, ops, shipped, stream, train
 from longscan.models import Mamba, MambaConfig
 
 SUITES = ("ops", "train", "generate", "shipped", "stream")
@@ -295,7 +286,7 @@ def test_peers_run(job: str, more_of_it: dict[str, Any]) -> None:
         "prefill": {"seq_len": 8},
         "decode": {"prompt": 4, "n_tokens": 2},
     }
-    prepare(f"longscan.bench.peers:{job}", arguments | more[job.split("_")[0]])()
+    prepare(f"longscan.bench.contenders.peers:{job}", arguments | more[job.split("_")[0]])()
 
 
 SMALL: dict[str, Any] = {"d_model": 64, "n_layers": 2, "vocab_size": 512}

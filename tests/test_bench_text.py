@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from longscan import save
-from longscan.bench import ngram, text
-from longscan.bench.ngram import NGram
-from longscan.evaluate import evaluate
+from longscan.bench.contenders import ngram
+from longscan.bench.contenders.ngram import NGram
+from longscan.bench.suites import text
+from longscan.evaluation.perplexity import evaluate
 from longscan.models import Mamba, MambaConfig
-from longscan.tokenizer import ByteTokenizer
+from longscan.tokenizers.base import ByteTokenizer
 
 EOS, VOCAB = 3, 9  # the last id never occurs
 Gram = tuple[int, ...]
@@ -264,7 +265,7 @@ def test_a_damaged_text_is_found_before_the_model_is_loaded(cli: Any, folder: Pa
 
 def test_all_suites_are_those_that_need_no_files(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[list[str]] = []
-    sitting = importlib.import_module("longscan.bench.sitting")
+    sitting = importlib.import_module("longscan.bench.runner")
     monkeypatch.setattr(sitting, "sit", lambda suites, *_: ran.append(suites))
     assert cli("bench").code == 0
     assert ran == [["ops", "train", "generate", "translate", "shipped", "stream"]]

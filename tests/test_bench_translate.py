@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from longscan.bench import translators
-from longscan.bench.translate import ELDERS, TARGET_TOKENS
+from longscan.bench.contenders import translators
+from longscan.bench.suites.translate import ELDERS, TARGET_TOKENS
 
 FIELDS = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 64, "dropout": 0.0}
 

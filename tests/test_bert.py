@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longscan.checkpoint import save
-from longscan.encoders import load_bert
+from longscan.checkpoints.bert import load_bert
+from longscan.checkpoints.formats import read_config
+from longscan.checkpoints.save import save
 from longscan.errors import LongscanError
-from longscan.layouts import read_config
 from longscan.models import Bert, BertConfig, Mamba, MambaConfig
 from longscan.models.bert import PRESETS, PretrainingBatch, rename
-from longscan.wordpiece import WordPieceTokenizer, train_wordpiece
+from longscan.tokenizers.wordpiece import WordPieceTokenizer, train_wordpiece
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # absolute; outputs are of the order of 1
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -20,12 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longscan import checkpoint, locate
-from longscan.checkpoint import convert, fingerprint, load, read_model, resolve, save
+from longscan.checkpoints import hub as locate
+from longscan.checkpoints import load as checkpoint
+from longscan.checkpoints.hub import resolve
+from longscan.checkpoints.load import fingerprint, load, read_model
+from longscan.checkpoints.save import convert, save
+from longscan.core.files import read_json, write_json
 from longscan.errors import LongscanError
-from longscan.files import read_json, write_json
 from longscan.models import MODELS, LanguageModel, Llama, LlamaConfig, Mamba, MambaConfig
-from longscan.tokenizer import ByteTokenizer, train_bpe
+from longscan.tokenizers.base import ByteTokenizer
+from longscan.tokenizers.bpe import train_bpe
 
 EMBEDDING = "backbone.embeddings.weight"
 IDS = torch.tensor([[72, 101, 108, 108, 111], [0, 255, 256, 1, 2]])

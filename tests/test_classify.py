@@ -14,29 +14,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from longscan.bleu import score as bleu_score
-from longscan.checkpoint import save
-from longscan.classify import ClassifyConfig, ClassifyRun, load_classifier, tfidf
-from longscan.embed import embed
-from longscan.encoders import load_bert, read_pooling
+from longscan.checkpoints.bert import load_bert, load_classifier, read_pooling
+from longscan.checkpoints.save import save
+from longscan.core.random import RandomStream
+from longscan.data.batching import by_length, shuffled
+from longscan.data.labeled_texts import divide, parse_columns, read_examples
 from longscan.errors import LongscanError, UsageError
-from longscan.evaluate import evaluate
-from longscan.examples import (
-    by_length,
-    divide,
-    parse_columns,
-    predict,
-    read_examples,
-    score,
-    shuffled,
-)
-from longscan.fill_mask import fill_mask
-from longscan.generate import generate
+from longscan.evaluation.bleu import score as bleu_score
+from longscan.evaluation.classification import score, tfidf
+from longscan.evaluation.perplexity import evaluate
+from longscan.inference.bert import embed, fill_mask, predict
+from longscan.inference.generate import generate
+from longscan.inference.prefill import encode
 from longscan.models import Bert, BertConfig, Mamba, MambaConfig
-from longscan.order import RandomStream
-from longscan.reading import encode
-from longscan.tokenizer import ByteTokenizer
-from longscan.wordpiece import train_wordpiece
+from longscan.tokenizers.base import ByteTokenizer
+from longscan.tokenizers.wordpiece import train_wordpiece
+from longscan.training.text_classifier import ClassifyConfig, ClassifyRun
 
 GOOD, BAD = "a fine warm lovely film", "a poor cold dreadful film"
 ROWS = [("good", f"{GOOD} number {n}") for n in range(20)] + [("bad", f"{BAD} number {n}") for n in range(20)]

@@ -19,7 +19,7 @@ import longscan
 from longscan import cli as frame
 from longscan.errors import LongscanError, UsageError
 from longscan.models import MODELS
-from longscan.tasks import BODIES
+from longscan.models.sequence_classifier import BODIES
 
 Cli = Callable[..., Any]
 

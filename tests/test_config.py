@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import longscan
-from longscan.config import Config, brief, count, nearest
+from longscan.core.config import Config, brief, count, nearest
 from longscan.errors import LongscanError
 
 

@@ -15,20 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longscan import documents
-from longscan.data import (
-    Split,
-    TokenDataset,
-    TokenFiles,
-    iter_documents,
-    open_tokens,
-    prepare,
-    training_text,
-    windows,
-)
-from longscan.documents import Corpus, find_files, iter_pieces
+from longscan.data import documents
+from longscan.data.documents import Corpus, find_files, iter_documents, iter_pieces, training_text
+from longscan.data.token_files import Split, TokenDataset, TokenFiles, open_tokens, prepare, windows
 from longscan.errors import LongscanError, UsageError
-from longscan.tokenizer import ByteTokenizer, train_bpe
+from longscan.tokenizers.base import ByteTokenizer
+from longscan.tokenizers.bpe import train_bpe
 
 BYTES = ByteTokenizer()
 

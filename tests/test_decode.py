@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longscan.models import Mamba, MambaConfig
-from longscan.models.quantized import KINDS, quantize_model
+from longscan.models.common.quantization import KINDS, quantize_model
 from longscan.ops import _native
 
 PRECISIONS = ("float32", *KINDS)

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from longscan import ops
-from longscan.engine import Engine, Request, generate_ids
 from longscan.errors import LongscanError, UsageError
+from longscan.inference.engine import Engine
+from longscan.inference.generate import generate_ids
+from longscan.inference.prefill import CHUNK
+from longscan.inference.prefix_cache import PrefixCache
+from longscan.inference.request import Request
+from longscan.inference.sampling import Event, SamplingConfig
+from longscan.inference.snapshots import Snapshots
+from longscan.inference.speculative import PromptLookup
 from longscan.models import LanguageModel, Mamba, MambaConfig, State
-from longscan.prefix import PrefixCache
-from longscan.reading import CHUNK
-from longscan.sampling import Event, SamplingConfig
-from longscan.snapshots import Snapshots
-from longscan.speculate import PromptLookup
-from longscan.tokenizer import ByteTokenizer
+from longscan.tokenizers.base import ByteTokenizer
 from small_models import NAMES, build
 
 BYTES = ByteTokenizer()

@@ -15,11 +15,12 @@ import torch
 from torch.nn import functional as F
 
 from longscan import save
-from longscan.documents import Piece, iter_pieces
+from longscan.data.documents import Piece, iter_pieces
 from longscan.errors import LongscanError, UsageError
-from longscan.evaluate import Evaluation, evaluate
+from longscan.evaluation.perplexity import Evaluation, evaluate
 from longscan.models import Llama, LlamaConfig, Mamba, MambaConfig
-from longscan.tokenizer import ByteTokenizer, train_bpe
+from longscan.tokenizers.base import ByteTokenizer
+from longscan.tokenizers.bpe import train_bpe
 
 Cli = Callable[..., Any]
 BYTES = ByteTokenizer()
@@ -78,7 +79,7 @@ def test_byte_level_bpe_gives_the_same_tokens_for_the_pieces_of_a_file(
     model = build(tokenizer.vocab_size)
     text = TEXT + "\n\n   indented\r\n\n" + TEXT
     (tmp_path / "a.txt").write_bytes(text.encode())
-    monkeypatch.setattr("longscan.documents.PIECE", 50)
+    monkeypatch.setattr("longscan.data.documents.PIECE", 50)
     pieces = list(iter_pieces(tmp_path / "a.txt"))
     assert len(pieces) > 5
     whole, parts = evaluate(model, tokenizer, [text]), evaluate(model, tokenizer, pieces)

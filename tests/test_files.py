@@ -16,8 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from longscan.errors import LongscanError
-from longscan.files import (
+from longscan.core.files import (
     atomic_directory,
     atomic_file,
     atomic_write,
@@ -27,6 +26,7 @@ from longscan.files import (
     recover_directory,
     write_json,
 )
+from longscan.errors import LongscanError
 
 
 def listing(folder: Path) -> list[str]:

@@ -20,11 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gguf_bytes as raw
+from longscan.checkpoints.gguf.model import load_gguf, save_gguf
+from longscan.checkpoints.gguf.parser import check
 from longscan.errors import LongscanError
-from longscan.gguf_check import check
-from longscan.gguf_files import load_gguf, save_gguf
 from longscan.models import LanguageModel, Llama, LlamaConfig, Mamba, MambaConfig, State
-from longscan.tokenizer import ByteTokenizer, train_bpe
+from longscan.tokenizers.base import ByteTokenizer
+from longscan.tokenizers.bpe import train_bpe
 
 EXAMPLES = max(250, settings.default.max_examples)  # the profile may ask for more
 DEADLINE = 10_000  # milliseconds: a file of a few kB takes one or two
@@ -143,7 +144,7 @@ VALUES = st.one_of(
 )
 KEYS = st.one_of(
     st.sampled_from([*raw.METADATA, "general.alignment", "split.count", "longscan.vocab_size"]),
-    st.sampled_from(["tokenizer.huggingface.json", "longscan.tokenizer", "mamba.ssm.dt_b_c_rms"]),
+    st.sampled_from(["tokenizer.huggingface.json", "longscan.tokenizers.bpe", "mamba.ssm.dt_b_c_rms"]),
     st.text(max_size=10),
 )
 DIMS = st.lists(st.one_of(st.sampled_from([1, 2, 4, 6, 10, 32, 64, 128, 256]), NUMBERS), max_size=6)

@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longscan import save
-from longscan.engine import generate_ids
+from longscan.checkpoints.sequence_classifier import save_sequence_model
 from longscan.errors import LongscanError, UsageError
-from longscan.generate import generate
+from longscan.inference.generate import generate, generate_ids
+from longscan.inference.prefill import CHUNK, encode
+from longscan.inference.sampling import SamplingConfig, TextWriter
 from longscan.models import LanguageModel, Mamba, MambaConfig, State
 from longscan.models.s4d import S4DConfig
-from longscan.reading import CHUNK, encode
-from longscan.sampling import SamplingConfig, TextWriter
-from longscan.sequence_checkpoint import save_sequence_model
-from longscan.tasks import SequenceConfig, SequenceModel
-from longscan.tokenizer import ByteTokenizer, Tokenizer, train_bpe
+from longscan.models.sequence_classifier import SequenceConfig, SequenceModel
+from longscan.tokenizers.base import ByteTokenizer, Tokenizer
+from longscan.tokenizers.bpe import train_bpe
 
 Cli = Callable[..., Any]
 BYTES = ByteTokenizer()
@@ -158,7 +158,7 @@ def test_a_row_writes_what_it_writes_alone(model: Mamba, sampling: dict[str, Any
 
 def test_more_prompts_than_slots_wait(model: Mamba, monkeypatch: pytest.MonkeyPatch) -> None:
     together = generate_batch(model, BYTES, PROMPTS, max_new_tokens=20, seed=7)
-    monkeypatch.setattr("longscan.engine.MAX_SLOTS", 2)
+    monkeypatch.setattr("longscan.inference.engine.MAX_SLOTS", 2)
     assert generate_batch(model, BYTES, PROMPTS, max_new_tokens=20, seed=7) == together
 
 
@@ -408,8 +408,8 @@ def test_models_that_cannot_write(cli: Cli, tmp_path: Path) -> None:
 
 
 def test_a_giant_prompt_is_tokenized_in_pieces(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longscan.documents.PIECE", 100)
-    monkeypatch.setattr("longscan.reading.WHOLE", 200)
+    monkeypatch.setattr("longscan.data.documents.PIECE", 100)
+    monkeypatch.setattr("longscan.inference.prefill.WHOLE", 200)
     texts = ["the cat sat on the mat.\n" * 30, "", "a café"]
     whole = bpe.encode_batch(texts)
     longest: list[int] = []

@@ -14,15 +14,18 @@ import tokenizers
 import torch
 
 import gguf_bytes as raw
-from longscan import gguf_files, ops
-from longscan.checkpoint import convert, dequantized, load, save
+from longscan import ops
+from longscan.checkpoints.gguf import model as gguf_files
+from longscan.checkpoints.gguf.model import GGUFType, load_gguf, save_gguf
+from longscan.checkpoints.gguf.parser import check
+from longscan.checkpoints.gguf.tokenizer import describe_tokenizer, read_tokenizer
+from longscan.checkpoints.load import load
+from longscan.checkpoints.save import convert, save
 from longscan.errors import LongscanError
-from longscan.gguf_check import check
-from longscan.gguf_files import GGUFType, load_gguf, save_gguf
-from longscan.gguf_tokenizer import describe_tokenizer, read_tokenizer
 from longscan.models import LanguageModel, Mamba, MambaConfig
-from longscan.models.quantized import kind_of, quantize_model
-from longscan.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, train_bpe
+from longscan.models.common.quantization import dequantized, kind_of, quantize_model
+from longscan.tokenizers.base import ByteTokenizer, Tokenizer
+from longscan.tokenizers.bpe import BPETokenizer, train_bpe
 
 gguf = pytest.importorskip("gguf")
 

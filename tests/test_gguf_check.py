@@ -11,8 +11,8 @@ import pytest
 
 import gguf_bytes as raw
 from gguf_bytes import Entry
+from longscan.checkpoints.gguf.parser import TYPES, check
 from longscan.errors import LongscanError
-from longscan.gguf_check import TYPES, check
 
 META = list(raw.METADATA.items())
 U64 = 2**64 - 1

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from longscan import ops
+from longscan.data.signals import white_noise
 from longscan.errors import LongscanError
 from longscan.models import HippoConfig, HippoRNN
 from longscan.models.hippo import MEASURES, SPANS, HippoMixer, HippoState, held, transition
-from longscan.models.memory import Memory, basis, compress
+from longscan.models.hippo_memory import Memory, basis, compress
 from longscan.ops import legendre, legs_matrices, legs_scan, legs_scan_ref
-from longscan.signals import white_noise
 
 METHODS = ("bilinear", "forward", "backward", "zoh")
 # relative to the largest value; forward Euler blows rounding up before it calms down

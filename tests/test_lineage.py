@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from longscan import ops
-from longscan.models import S4Config, S4DConfig, ssm
+from longscan.models import S4Config, S4DConfig
+from longscan.models.common import state_space as ssm
 from longscan.models.hippo import transition
+from longscan.models.hippo_memory import compress
 from longscan.models.linear_attention import accumulate
-from longscan.models.memory import compress
 from longscan.models.s4 import DPLR, nplr
 from longscan.models.s4d import DiagonalSSM
 

@@ -16,17 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import longscan
-from longscan.checkpoint import dequantized
-from longscan.engine import generate_ids
 from longscan.errors import LongscanError
-from longscan.generate import generate
+from longscan.inference.generate import generate, generate_ids
+from longscan.inference.sampling import SamplingConfig
 from longscan.models import Llama, LlamaConfig, Mamba, MambaConfig
+from longscan.models.common.quantization import dequantized, quantize_model
+from longscan.models.common.state import KV
 from longscan.models.llama import PRESETS, publish, rename, rotate
 from longscan.models.mamba import PRESETS as MAMBA_PRESETS
-from longscan.models.quantized import quantize_model
-from longscan.models.state import KV
-from longscan.sampling import SamplingConfig
-from longscan.tokenizer import ByteTokenizer
+from longscan.tokenizers.base import ByteTokenizer
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # of the largest value compared
 
@@ -417,8 +415,8 @@ def test_a_state_of_another_model_or_with_impossible_lengths(tmp_path: Path) -> 
 
 def saved_as_is(state: Any, path: Path, model: Llama) -> None:
     """Write a state whatever it says, and read it."""
-    from longscan.models import state_file
-    from longscan.models.state import _identity
+    from longscan.models.common import state_file
+    from longscan.models.common.state import _identity
 
     owner = _identity(model)
     state_file.write(path, owner, dict(state.named_tensors()), 5, torch.empty(0, dtype=torch.int64))

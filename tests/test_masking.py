@@ -15,17 +15,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longscan.checkpoint import save
-from longscan.data import prepare
-from longscan.encoders import load_bert
+from longscan.checkpoints.bert import load_bert
+from longscan.checkpoints.save import save
+from longscan.core.random import RandomStream
+from longscan.data.masked_pairs import PairDataset, hide
+from longscan.data.token_files import prepare
 from longscan.errors import LongscanError, UsageError
-from longscan.masking import PairDataset, SentenceTokenizer, hide, split_sentences
+from longscan.evaluation.masked_lm import measure
 from longscan.models import Bert, BertConfig
-from longscan.order import RandomStream
-from longscan.pretrain import PretrainRun, measure
-from longscan.recipe import TrainConfig
-from longscan.train import resume, train
-from longscan.wordpiece import WordPieceTokenizer, train_wordpiece
+from longscan.tokenizers.sentences import SentenceTokenizer, split_sentences
+from longscan.tokenizers.wordpiece import WordPieceTokenizer, train_wordpiece
+from longscan.training.config import TrainConfig
+from longscan.training.masked_lm import PretrainRun
+from longscan.training.train import resume, train
 
 NAMES = "alpha beta gamma delta epsilon zeta".split()
 # in each document every sentence has the document's name and its own number, so that pairs can be checked
@@ -378,7 +380,7 @@ def test_fill_mask_misuse(cli: Any, whole: Path, tmp_path: Path) -> None:
 
 
 def test_guesses_are_those_of_the_equation(whole: Path) -> None:
-    from longscan.fill_mask import fill_mask
+    from longscan.inference.bert import fill_mask
 
     found = load_bert(whole / "model")
     tokenizer: WordPieceTokenizer = found.tokenizer

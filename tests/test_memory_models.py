@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longscan.bench import ours
+from longscan.bench.contenders import longscan as ours
 from longscan.errors import LongscanError
 from longscan.models import (
     CNN,
@@ -32,9 +32,9 @@ from longscan.models import (
     LSTMConfig,
     State,
 )
+from longscan.models.common.mixer import Mixer
+from longscan.models.common.quantization import quantize_model
 from longscan.models.linear_attention import EPS, accumulate, features, sinusoids
-from longscan.models.mixer import Mixer
-from longscan.models.quantized import quantize_model
 from longscan.models.transformer import sinusoids as transformer_sinusoids
 from longscan.ops import selective_scan_ref
 

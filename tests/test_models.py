@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from longscan.errors import LongscanError
 from longscan.models import LINEAGE, MODELS, LanguageModel, Mamba, MambaConfig
-from longscan.models.loss import IGNORE, linear_loss, next_tokens
+from longscan.models.common.losses import IGNORE, linear_loss, next_tokens
+from longscan.models.common.mixer import Mixer
 from longscan.models.mamba import PRESETS, rename
-from longscan.models.mixer import Mixer
 
 VERBS = {
     "translation": {"translate"},

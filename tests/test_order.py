@@ -8,10 +8,10 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from longscan.core.random import HELD_OUT, STEPS, EpochOrder, RandomStream
+from longscan.data.batching import shuffled
+from longscan.data.sentence_pairs import Batches, IdPairs
 from longscan.errors import UsageError
-from longscan.examples import shuffled
-from longscan.order import HELD_OUT, STEPS, EpochOrder, RandomStream
-from longscan.pairs import Batches, IdPairs
 
 
 def philox(seed: int, number: int) -> Iterator[int]:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from longscan.documents import iter_documents
+from longscan.data.documents import iter_documents
+from longscan.data.labeled_texts import read_examples
+from longscan.data.sentence_pairs import SPECIAL, Batches, IdPairs, TextPairs, read_lines, read_pairs, rows
 from longscan.errors import LongscanError, UsageError
-from longscan.examples import read_examples
-from longscan.pairs import SPECIAL, Batches, IdPairs, TextPairs, read_lines, read_pairs, rows
-from longscan.tokenizer import load_tokenizer, train_bpe
+from longscan.tokenizers.bpe import load_tokenizer, train_bpe
 
 ENGLISH = ["A dog.", "Two cats sit.", "Nobody"]
 GERMAN = ["Ein Hund.", "Zwei Katzen sitzen.", "Niemand"]

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from longscan.bench import figure as bench_figure
-from longscan.checkpoint import save
-from longscan.drawing import new_figure, save_figure
+from longscan.checkpoints.save import save
+from longscan.data.sentence_pairs import SPECIAL
 from longscan.models import MODELS
-from longscan.pairs import SPECIAL
-from longscan.plot import plot_bleu, plot_weights
-from longscan.reproduce.accuracies import plot_bars
-from longscan.tokenizer import BPETokenizer, train_bpe
-from longscan.words import END, START, group
+from longscan.plotting.attention import plot_weights
+from longscan.plotting.bars import plot_bars
+from longscan.plotting.style import new_figure, save_figure
+from longscan.plotting.translation import plot_bleu
+from longscan.tokenizers.bpe import BPETokenizer, train_bpe
+from longscan.tokenizers.words import END, START, group
 
 pytest.importorskip("matplotlib")
 Cli = Callable[..., Any]

@@ -16,18 +16,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longscan import checkpoint, ops
-from longscan.bench import quality
-from longscan.checkpoint import convert, dequantized, fingerprint, load, save
+from longscan import ops
+from longscan.bench.suites import quality
+from longscan.checkpoints import load as checkpoint
+from longscan.checkpoints.load import fingerprint, load
+from longscan.checkpoints.save import convert, quantize, save
+from longscan.core.files import read_json, write_json
 from longscan.errors import LongscanError, UsageError
-from longscan.evaluate import Source, evaluate
-from longscan.files import read_json, write_json
+from longscan.evaluation.perplexity import Source, evaluate
 from longscan.models import Mamba, MambaConfig
-from longscan.models.layers import WeightOnly
-from longscan.models.quantized import KINDS, kind_of, precision, quantize_model
+from longscan.models.common.layers import WeightOnly
+from longscan.models.common.quantization import KINDS, dequantized, kind_of, precision, quantize_model
 from longscan.ops import Kind
-from longscan.quantize import quantize
-from longscan.tokenizer import ByteTokenizer
+from longscan.tokenizers.base import ByteTokenizer
 
 BYTES = ByteTokenizer()
 IDS = torch.tensor([[72, 101, 108, 108, 111], [0, 255, 256, 1, 2]])

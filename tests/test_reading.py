@@ -11,16 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from longscan import documents, reading
-from longscan.documents import split
+from longscan.checkpoints.hub import ASSETS
+from longscan.data import documents
+from longscan.data.documents import split
 from longscan.errors import LongscanError, UsageError
-from longscan.locate import ASSETS
+from longscan.inference import prefill as reading
+from longscan.inference.prefill import CHUNK, encode, read
+from longscan.inference.prefix_cache import PrefixCache
+from longscan.inference.snapshots import Snapshots
 from longscan.models import LanguageModel, Llama, LlamaConfig, Mamba, MambaConfig, State
-from longscan.models.quantized import quantize_model
-from longscan.prefix import PrefixCache
-from longscan.reading import CHUNK, encode, read
-from longscan.snapshots import Snapshots
-from longscan.tokenizer import load_tokenizer
+from longscan.models.common.quantization import quantize_model
+from longscan.tokenizers.bpe import load_tokenizer
 
 VOCAB = 61
 

@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from longscan.checkpoint import save
+from longscan.checkpoints.save import save
+from longscan.data.signals import Signal, Trace, make_signal
+from longscan.inference.remember import remember
 from longscan.models import MODELS
-from longscan.models.memory import Memory
-from longscan.plot_memory import Trace
-from longscan.remember import remember
-from longscan.signals import Signal, make_signal
-from longscan.tokenizer import ByteTokenizer
+from longscan.models.hippo_memory import Memory
+from longscan.tokenizers.base import ByteTokenizer
 
 pytest.importorskip("matplotlib")
 Cli = Callable[..., Any]
@@ -69,7 +68,7 @@ def test_a_window(cli: Cli, tmp_path: Path, measure: str) -> None:
 def test_the_error_is_that_of_what_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """However the signal is cut into pieces; and there is never more than a piece of it in memory."""
     signal, asked = make_signal("noise", 3000, 10.0), []
-    monkeypatch.setattr("longscan.signals._PIECE", 128)
+    monkeypatch.setattr("longscan.data.signals._PIECE", 128)
 
     def read(begin: int, end: int) -> Any:
         asked.append(end - begin)
@@ -134,7 +133,7 @@ def test_silence_is_remembered(cli: Cli, tmp_path: Path) -> None:
 def test_without_matplotlib_there_is_no_figure(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longscan.remember.installed", lambda _: False)
+    monkeypatch.setattr("longscan.commands.remember.installed", lambda _: False)
     done = cli("remember", "steps", "--out", tmp_path / "a.png")
     assert done.code == 0
     assert "figures need matplotlib: pip install 'longscan[plot]'" in done.out

@@ -19,16 +19,19 @@ import numpy as np
 import pytest
 import torch
 
-from longscan.checkpoint import save
+from longscan.checkpoints.save import save
+from longscan.commands.reproduce import EXPERIMENTS
+from longscan.data.labeled_sequences import read_sequences
 from longscan.errors import LongscanError
 from longscan.models import Bert, BertConfig
-from longscan.recipe import TrainConfig, read_recipe
-from longscan.reproduce import EXPERIMENTS, accuracies, bert, multi30k
+from longscan.reproduce import accuracy_table as accuracies
+from longscan.reproduce import bert, multi30k
+from longscan.reproduce.bleu_table import summary
+from longscan.reproduce.experiment import Plan
 from longscan.reproduce.synthetic import SyntheticConfig, SyntheticRun
-from longscan.reproduce.systems import Plan, summary
-from longscan.sequences import read_sequences
-from longscan.translate import TranslateConfig
-from longscan.wordpiece import train_wordpiece
+from longscan.tokenizers.wordpiece import train_wordpiece
+from longscan.training.config import TrainConfig, read_recipe
+from longscan.training.translation import TranslateConfig
 
 Cli = Callable[..., Any]
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -58,7 +61,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models: it is about what happens around them."""
-    monkeypatch.setattr(importlib.import_module("longscan.reproduce.systems"), "QUICK_SENTENCES", 4)
+    monkeypatch.setattr(importlib.import_module("longscan.reproduce.experiment"), "QUICK_SENTENCES", 4)
     monkeypatch.delitem(multi30k.SYSTEMS, "seq2seq")
     monkeypatch.delitem(multi30k.SYSTEMS, "bahdanau")
     monkeypatch.setitem(multi30k.SHARED, "preset", "tiny")

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from longscan.errors import LongscanError
-from longscan.models import LSSL, S4, S4D, LSSLConfig, S4Config, S4DConfig, ssm
+from longscan.models import LSSL, S4, S4D, LSSLConfig, S4Config, S4DConfig
+from longscan.models.common import state_space as ssm
+from longscan.models.common.lti import System
 from longscan.models.hippo import transition
 from longscan.models.lssl import DenseSSM
-from longscan.models.lti import System
 from longscan.models.s4 import DPLR, nplr
 from longscan.models.s4d import DiagonalSSM, spectrum
 from longscan.ops import long_conv

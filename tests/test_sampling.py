@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 
 from longscan.errors import LongscanError
-from longscan.sampling import Sampler, SamplingConfig, _invert, candidates, to_array
+from longscan.inference.sampling import Sampler, SamplingConfig, _invert, candidates, to_array
 
 
 def row(values: ArrayLike) -> np.ndarray:

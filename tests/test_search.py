@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from longscan.errors import LongscanError
+from longscan.inference.beam_search import Hypothesis, translate_ids
 from longscan.models import Translator
-from longscan.search import Hypothesis, translate_ids
 from translation import NAMES, build, rows
 
 CLOSE = 1e-10  # float64

@@ -18,16 +18,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from longscan.classify_sequences import (
-    SequencesConfig,
-    SequencesRun,
-    answers,
-    load_sequence_model,
-    measure,
-    save_sequence_model,
-)
+from longscan.checkpoints.sequence_classifier import load_sequence_model, save_sequence_model
+from longscan.data.labeled_sequences import BYTES, Sequences, read_sequences
 from longscan.errors import LongscanError, UsageError
-from longscan.sequences import BYTES, Sequences, read_sequences
+from longscan.evaluation.classification import measure
+from longscan.inference.sequences import answers
+from longscan.training.sequence_classifier import SequencesConfig, SequencesRun
 
 Cli = Callable[..., Any]
 RATE = 100

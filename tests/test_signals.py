@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from longscan.data.signals import TESTS, make_signal, open_signal, resample, white_noise
+from longscan.data.wav import read_wav
 from longscan.errors import LongscanError
-from longscan.signals import TESTS, make_signal, open_signal, read_wav, resample, white_noise
 
 KINDS = {(1, 8): "<u1", (1, 16): "<i2", (1, 24): "<i4", (1, 32): "<i4", (3, 32): "<f4", (3, 64): "<f8"}
 WAVE = np.stack([np.sin(np.arange(50) / 5), np.cos(np.arange(50) / 7)], 1) * 0.9  # two channels
@@ -191,7 +192,7 @@ def test_what_is_no_number_is_found(tmp_path: Path) -> None:
 
 
 def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longscan.signals._PIECE", 64)
+    monkeypatch.setattr("longscan.data.signals._PIECE", 64)
     signal = make_signal("chirp", 1000, 100.0)
     starts, pieces = zip(*signal.pieces(), strict=True)
     assert starts == tuple(range(0, 1000, 64))

@@ -10,12 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longscan.engine import Engine, Request
 from longscan.errors import LongscanError, UsageError
+from longscan.inference.engine import Engine
+from longscan.inference.request import Request
+from longscan.inference.sampling import Event, SamplingConfig
+from longscan.inference.speculative import MAX_PENDING, Drafter, DraftModel, Pace, PromptLookup, Text
 from longscan.models import LanguageModel
-from longscan.sampling import Event, SamplingConfig
-from longscan.speculate import MAX_PENDING, Drafter, DraftModel, Pace, PromptLookup, Text
-from longscan.tokenizer import ByteTokenizer
+from longscan.tokenizers.base import ByteTokenizer
 from small_models import NAMES, build
 
 BYTES = ByteTokenizer()
@@ -203,7 +204,7 @@ def test_a_lookup_finds_the_last_match(ids: list[int], cuts: list[int], ngram: i
 
 
 def test_a_lookup_looks_at_the_end_of_a_long_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longscan.speculate.WINDOW", 10)
+    monkeypatch.setattr("longscan.inference.speculative.WINDOW", 10)
     assert PromptLookup().propose([1, 2, 3, *[0] * 10, 1, 2], 3) == []
     assert PromptLookup().propose([1, 2, 3, *[0] * 5, 1, 2], 3) == [3, 0, 0]
 

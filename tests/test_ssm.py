@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longscan import ops
 from longscan.errors import LongscanError
-from longscan.models import ssm
+from longscan.models.common import state_space as ssm
 
 METHODS = ("zoh", "euler", "bilinear", "backward", "gbt")
 

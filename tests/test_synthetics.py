@@ -7,18 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from longscan.data.synthetic import IGNORED, Examples, adding, copying, distinct, induction, recall, selective
 from longscan.errors import UsageError
-from longscan.synthetics import (
-    IGNORED,
-    Examples,
-    accuracy,
-    adding,
-    copying,
-    distinct,
-    induction,
-    recall,
-    selective,
-)
+from longscan.evaluation.classification import accuracy
 from small_models import build
 
 MAKERS = [recall, induction, selective, copying]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longscan.errors import LongscanError
-from longscan.tasks import BODIES, SequenceConfig, SequenceModel
+from longscan.models.sequence_classifier import BODIES, SequenceConfig, SequenceModel
 
 # largest difference allowed in float64
 TOLERANCE = 1e-10

@@ -14,16 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, processors
 
 from longscan.errors import LongscanError, UsageError
-from longscan.tokenizer import (
-    END_OF_TEXT,
-    BPETokenizer,
-    ByteTokenizer,
-    Tokenizer,
-    _chop,
-    _WindowStream,
-    load_tokenizer,
-    train_bpe,
-)
+from longscan.tokenizers.base import ByteTokenizer, Tokenizer
+from longscan.tokenizers.bpe import BPETokenizer, WindowStream, chop, load_tokenizer, train_bpe
+from longscan.tokenizers.special_tokens import END_OF_TEXT
 
 SAMPLE = (
     "It was a bright morning, and the Captain, who had not spoken since the storm, spoke of the storm.\n\n"
@@ -105,7 +98,7 @@ def test_streams_of_random_ids_equal_decode_and_the_library(
 @settings(max_examples=50, deadline=None)
 def test_windows_stay_small(ids: list[int]) -> None:
     stream = TOKENIZERS["llama-like"].stream()
-    assert isinstance(stream, _WindowStream)
+    assert isinstance(stream, WindowStream)
     for token in ids:
         stream.push(token)
         assert len(stream._window) < 2 * stream.HOLD
@@ -137,7 +130,7 @@ def test_training_is_deterministic_and_quiet(capfd: pytest.CaptureFixture[str]) 
 
 def test_text_without_spaces_is_chopped_for_training_only() -> None:
     genes = "".join(random.Random(0).choices("acgt", k=100_000))  # as one word this takes seconds
-    assert list(_chop([genes[:600], "a b"])) == [genes[:256], genes[256:512], genes[512:600], "a b"]
+    assert list(chop([genes[:600], "a b"])) == [genes[:256], genes[256:512], genes[512:600], "a b"]
     tokenizer = train_bpe([genes], 300)
     assert tokenizer.vocab_size == 300
     assert len(tokenizer.encode(genes)) < 50_000

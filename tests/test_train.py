@@ -24,19 +24,22 @@ from rich.console import Console
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save as save_tensors
 
-from longscan.checkpoint import load
+from longscan.checkpoints.load import load
+from longscan.core.progress import Display, Snapshot, Terminal, duration
 from longscan.errors import LongscanError, UsageError
 from longscan.models import MODELS, Mamba, MambaConfig
-from longscan.plot import plot_losses
-from longscan.progress import Display, Snapshot, Terminal, duration
-from longscan.recipe import TrainConfig, make_model, read_recipe
-from longscan.runs import Metrics, empty, lock
-from longscan.tokenizer import ByteTokenizer
-from longscan.train import LanguageRun
-from longscan.train import resume as resume_with_figures
-from longscan.train import train as train_with_figures
-from longscan.trainer import StepReport, Trainer, learning_rate, slow_rate
-from longscan.translate import TranslateConfig, TranslateRun
+from longscan.plotting.training import plot_losses
+from longscan.tokenizers.base import ByteTokenizer
+from longscan.training.build import make_model
+from longscan.training.config import TrainConfig, read_recipe
+from longscan.training.language_model import LanguageRun
+from longscan.training.metrics import Metrics
+from longscan.training.run_directory import empty, lock
+from longscan.training.schedule import learning_rate, slow_rate
+from longscan.training.train import resume as resume_with_figures
+from longscan.training.train import train as train_with_figures
+from longscan.training.trainer import StepReport, Trainer
+from longscan.training.translation import TranslateConfig, TranslateRun
 
 TINY: dict[str, Any] = {
     "tokenizer": "bytes",
@@ -188,7 +191,7 @@ def test_training_a_bpe_and_taking_it_again(text: Path, config: TrainConfig, tmp
 
 def test_few_documents_teach_how_a_text_begins(config: TrainConfig, whole: Path) -> None:
     seen: list[torch.Tensor] = []
-    run = importlib.import_module("longscan.train").LanguageRun(whole, config, Display())
+    run = importlib.import_module("longscan.training.language_model").LanguageRun(whole, config, Display())
     run.metrics.close()
     seen = [part[:, 0] for step in range(8) for part, _ in run.batch(step)]
     assert (torch.cat(seen) == 256).nonzero()[:, 0].tolist() == [0, 16]
@@ -532,7 +535,7 @@ def test_a_damaged_checkpoint_is_passed_over(config: TrainConfig, whole: Path, t
 def test_a_full_disk(
     config: TrainConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module("longscan.trainer")
+    module = importlib.import_module("longscan.training.trainer")
     write = module.save_file
 
     def fail(tensors: dict[str, torch.Tensor], path: Path, **extra: Any) -> None:
@@ -698,7 +701,7 @@ def test_command_stops_and_goes_on(
             if snapshot.step == 5:
                 interrupt(signal.SIGINT)()
 
-    module = importlib.import_module("longscan.run_command")
+    module = importlib.import_module("longscan.commands._run")
     monkeypatch.setattr(module, "Terminal", Stopping)
     run = tmp_path / "run"
     done = cli("train", text, "--out", run, *FLAGS)

@@ -18,15 +18,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from longscan.bleu import by_length, score
-from longscan.checkpoint import load_translator, save
+from longscan.checkpoints.load import load_translator
+from longscan.checkpoints.save import save
+from longscan.core.progress import Display, Snapshot
 from longscan.errors import LongscanError, UsageError
+from longscan.evaluation.bleu import by_length, score
+from longscan.evaluation.translation import mean_loss
+from longscan.inference.translate import translate
 from longscan.models import MODELS
-from longscan.progress import Display, Snapshot
-from longscan.recipe import read_recipe
-from longscan.tokenizer import ByteTokenizer
-from longscan.translate import TranslateConfig, TranslateRun
-from longscan.translation import mean_loss, translate
+from longscan.tokenizers.base import ByteTokenizer
+from longscan.training.config import read_recipe
+from longscan.training.translation import TranslateConfig, TranslateRun
 
 Cli = Callable[..., Any]
 
@@ -330,7 +332,7 @@ def test_train_and_evaluate_and_text(
 
 
 def test_a_prompt_on_a_terminal(cli: Cli, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("longscan.translate")
+    module = importlib.import_module("longscan.training.translation")
     monkeypatch.setattr(module, "_watched", lambda: True)
     done = cli("translate", "text", whole / "model", stdin="one dog\n\nred")
     assert done.code == 0

@@ -16,13 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longscan.errors import LongscanError, UsageError
-from longscan.tokenizer import train_bpe
-from longscan.wordpiece import (
-    WordPieceTokenizer,
-    fit,
-    load_wordpiece,
-    train_wordpiece,
-)
+from longscan.tokenizers.bpe import train_bpe
+from longscan.tokenizers.wordpiece import WordPieceTokenizer, fit, load_wordpiece, train_wordpiece
 
 TEXT = (
     "The captain spoke of the storm; the storm had not spoken of the captain.\n"

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from longscan.data.word_vectors import read_vectors
 from longscan.errors import LongscanError
-from longscan.wordvectors import read_vectors
 
 WORDS = ["the", "dog", "Straße", "狗"]
 VECTORS = np.array([[0.5, -1.25, 3.0], [1e-3, 2.0, 0.0], [-0.125, 7.0, 1.0], [4.0, 5.0, 6.0]], np.float32)

@@ -9,52 +9,73 @@ Every name below is imported when it is first used: `import longscan` alone load
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longscan import models, ops
-    from longscan.checkpoint import convert, load, load_translator, save
-    from longscan.config import Config
-    from longscan.embed import embed
-    from longscan.encoders import load_bert
-    from longscan.engine import Engine
+    from longscan.checkpoints.bert import load_bert
+    from longscan.checkpoints.load import load, load_translator
+    from longscan.checkpoints.save import convert, quantize, save
+    from longscan.core.config import Config
     from longscan.errors import LongscanError, UsageError
-    from longscan.evaluate import Evaluation, evaluate
-    from longscan.fill_mask import fill_mask
-    from longscan.generate import SamplingConfig, generate
+    from longscan.evaluation.perplexity import Evaluation, evaluate
+    from longscan.inference.bert import embed, fill_mask
+    from longscan.inference.engine import Engine
+    from longscan.inference.generate import generate
+    from longscan.inference.prefix_cache import PrefixCache
+    from longscan.inference.request import Request
+    from longscan.inference.sampling import SamplingConfig
+    from longscan.inference.snapshots import Snapshots
+    from longscan.inference.speculative import DraftModel, PromptLookup
+    from longscan.inference.translate import translate
     from longscan.models import State
-    from longscan.prefix import PrefixCache
-    from longscan.quantize import quantize
-    from longscan.request import Request
-    from longscan.snapshots import Snapshots
-    from longscan.speculate import DraftModel, PromptLookup
-    from longscan.tokenizer import Tokenizer, load_tokenizer
-    from longscan.train import TrainConfig, train
-    from longscan.translation import translate
+    from longscan.tokenizers.base import Tokenizer
+    from longscan.tokenizers.bpe import load_tokenizer
+    from longscan.training.config import TrainConfig
+    from longscan.training.train import train
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "checkpoint": ("convert", "load", "load_translator", "save"),
-    "config": ("Config",),
-    "embed": ("embed",),
-    "encoders": ("load_bert",),
-    "engine": ("Engine",),
-    "errors": ("LongscanError", "UsageError"),
-    "evaluate": ("Evaluation", "evaluate"),
-    "fill_mask": ("fill_mask",),
-    "generate": ("SamplingConfig", "generate"),
+    "checkpoints.bert": ("load_bert",),
+    "checkpoints.load": (
+        "load",
+        "load_translator",
+    ),
+    "checkpoints.save": (
+        "convert",
+        "quantize",
+        "save",
+    ),
+    "core.config": ("Config",),
+    "errors": (
+        "LongscanError",
+        "UsageError",
+    ),
+    "evaluation.perplexity": (
+        "Evaluation",
+        "evaluate",
+    ),
+    "inference.bert": (
+        "embed",
+        "fill_mask",
+    ),
+    "inference.engine": ("Engine",),
+    "inference.generate": ("generate",),
+    "inference.prefix_cache": ("PrefixCache",),
+    "inference.request": ("Request",),
+    "inference.sampling": ("SamplingConfig",),
+    "inference.snapshots": ("Snapshots",),
+    "inference.speculative": (
+        "DraftModel",
+        "PromptLookup",
+    ),
+    "inference.translate": ("translate",),
     "models": ("State",),
-    "prefix": ("PrefixCache",),
-    "quantize": ("quantize",),
-    "request": ("Request",),
-    "snapshots": ("Snapshots",),
-    "speculate": ("DraftModel", "PromptLookup"),
-    "tokenizer": ("Tokenizer", "load_tokenizer"),
-    "train": ("TrainConfig", "train"),
-    "translation": ("translate",),
+    "tokenizers.base": ("Tokenizer",),
+    "tokenizers.bpe": ("load_tokenizer",),
+    "training.config": ("TrainConfig",),
+    "training.train": ("train",),
 }
 _MODULE_OF = {name: f"longscan.{module}" for module, names in _HOME.items() for name in names}
 
@@ -107,14 +128,3 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """List the public names, imported or not."""
     return __all__
-
-
-class _Package(types.ModuleType):
-    """Keeps `longscan.generate` the function: importing the file generate.py would bind the module."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _MODULE_OF and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -26,22 +26,28 @@ __all__ = ["VERBS", "main"]
 #: verb -> the module whose `command` function it is, or whose `commands` are its subcommands, and the line
 #: that the list of verbs shows
 VERBS = {
-    "generate": ("longscan.generate", "Continue a text with a model, piece by piece."),
-    "train": ("longscan.train", "Train a model on your own text files, or resume a run."),
-    "evaluate": ("longscan.evaluate", "Perplexity and bits per byte of a model on text files."),
-    "translate": ("longscan.translate", "Train a translator, measure it, translate with it."),
-    "classify": ("longscan.classify", "Train what tells texts or sequences apart, measure it, classify."),
-    "fill-mask": ("longscan.fill_mask", "Guess the words that a text hides behind [MASK]."),
-    "embed": ("longscan.embed", "Turn texts into vectors, or say how alike they are."),
-    "remember": ("longscan.remember", "Put a signal into a few coefficients, and tell it from them."),
-    "convert": ("longscan.convert", "Rewrite a model directory in another layout or precision."),
-    "quantize": ("longscan.quantize", "Store a model's weights in fewer bits."),
-    "models": ("longscan.catalog", "The line of models: who they are, what works."),
-    "plot": ("longscan.plot", "Draw what a model looks at: alignments, attention, positions."),
-    "reproduce": ("longscan.reproduce", "Repeat a published experiment, their numbers beside ours."),
-    "bench": ("longscan.bench", "Measure this machine: ops, training, generation."),
+    "generate": ("longscan.commands.generate", "Continue a text with a model, piece by piece."),
+    "train": ("longscan.commands.train", "Train a model on your own text files, or resume a run."),
+    "evaluate": ("longscan.commands.evaluate", "Perplexity and bits per byte of a model on text files."),
+    "translate": ("longscan.commands.translate", "Train a translator, measure it, translate with it."),
+    "classify": (
+        "longscan.commands.classify",
+        "Train what tells texts or sequences apart, measure it, classify.",
+    ),
+    "fill-mask": ("longscan.commands.fill_mask", "Guess the words that a text hides behind [MASK]."),
+    "embed": ("longscan.commands.embed", "Turn texts into vectors, or say how alike they are."),
+    "remember": (
+        "longscan.commands.remember",
+        "Put a signal into a few coefficients, and tell it from them.",
+    ),
+    "convert": ("longscan.commands.convert", "Rewrite a model directory in another layout or precision."),
+    "quantize": ("longscan.commands.quantize", "Store a model's weights in fewer bits."),
+    "models": ("longscan.commands.models", "The line of models: who they are, what works."),
+    "plot": ("longscan.commands.plot", "Draw what a model looks at: alignments, attention, positions."),
+    "reproduce": ("longscan.commands.reproduce", "Repeat a published experiment, their numbers beside ours."),
+    "bench": ("longscan.commands.bench", "Measure this machine: ops, training, generation."),
     "doctor": (
-        "longscan.doctor",
+        "longscan.commands.doctor",
         "What is installed, which kernels run, are they right.",
     ),
 }

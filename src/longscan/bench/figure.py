@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longscan.bench.report import Report
-from longscan.drawing import COLOURS, GREY, MARKERS
+from longscan.core.optional import installed, remedy
 from longscan.errors import LongscanError, UsageError
-from longscan.optional import installed, remedy
+from longscan.plotting.style import COLOURS, GREY, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from longscan.bench.race import Measurement
+from longscan.bench.measure import Measurement
 
 __all__ = ["Ratio", "Report", "rate", "rate_table", "render", "spread", "table"]
 

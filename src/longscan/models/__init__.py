@@ -6,8 +6,8 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from ..config import Config
-from . import (
+from longscan.core.config import Config
+from longscan.models import (
     bahdanau,
     bert,
     cnn,
@@ -26,29 +26,29 @@ from . import (
     seq2seq,
     transformer,
 )
-from .backbone import LanguageModel, Output
-from .bahdanau import Bahdanau, BahdanauConfig
-from .bert import Bert, BertConfig
-from .cnn import CNN, CNNConfig
-from .gau import GAU, GAUConfig
-from .h3 import H3, H3Config
-from .hippo import HippoConfig, HippoRNN
-from .hyena import Hyena, HyenaConfig
-from .linear_attention import LinearAttentionConfig, LinearTransformer
-from .llama import Llama, LlamaConfig
-from .lssl import LSSL, LSSLConfig
-from .lstm import LSTM, LSTMConfig
-from .luong import Luong, LuongConfig
-from .mamba import Mamba, MambaConfig
-from .mixer import LanguageModelConfig
-from .model import Model
-from .neural_ode import ODERNN, NeuralODEConfig, ODERNNConfig
-from .s4 import S4, S4Config
-from .s4d import S4D, S4DConfig
-from .seq2seq import Seq2Seq, Seq2SeqConfig
-from .state import State
-from .transformer import Transformer, TransformerConfig
-from .translator import Translator, TranslatorConfig, TranslatorOutput, Writing
+from longscan.models.bahdanau import Bahdanau, BahdanauConfig
+from longscan.models.bert import Bert, BertConfig
+from longscan.models.cnn import CNN, CNNConfig
+from longscan.models.common.encoder_decoder import Translator, TranslatorConfig, TranslatorOutput, Writing
+from longscan.models.common.language_model import LanguageModel, Output
+from longscan.models.common.mixer import LanguageModelConfig
+from longscan.models.common.model import Model
+from longscan.models.common.state import State
+from longscan.models.gau import GAU, GAUConfig
+from longscan.models.h3 import H3, H3Config
+from longscan.models.hippo import HippoConfig, HippoRNN
+from longscan.models.hyena import Hyena, HyenaConfig
+from longscan.models.linear_attention import LinearAttentionConfig, LinearTransformer
+from longscan.models.llama import Llama, LlamaConfig
+from longscan.models.lssl import LSSL, LSSLConfig
+from longscan.models.lstm import LSTM, LSTMConfig
+from longscan.models.luong import Luong, LuongConfig
+from longscan.models.mamba import Mamba, MambaConfig
+from longscan.models.neural_ode import ODERNN, NeuralODEConfig, ODERNNConfig
+from longscan.models.s4 import S4, S4Config
+from longscan.models.s4d import S4D, S4DConfig
+from longscan.models.seq2seq import Seq2Seq, Seq2SeqConfig
+from longscan.models.transformer import Transformer, TransformerConfig
 
 __all__ = [
     "CNN",

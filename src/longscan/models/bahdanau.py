@@ -29,11 +29,11 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..ops import masked_softmax
-from .layers import linear
-from .seq2seq import unroll
-from .state import State
-from .translator import Translator, TranslatorConfig, Writing, embedding
+from longscan.models.common.encoder_decoder import Translator, TranslatorConfig, Writing, embedding
+from longscan.models.common.layers import linear
+from longscan.models.common.state import State
+from longscan.models.seq2seq import unroll
+from longscan.ops import masked_softmax
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {

@@ -30,12 +30,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import Config
-from ..errors import LongscanError
-from ..ops import attention, attention_ref
-from .layers import Linear, blank, project
-from .loss import IGNORE
-from .model import Model
+from longscan.core.config import Config
+from longscan.errors import LongscanError
+from longscan.models.common.layers import Linear, blank, project
+from longscan.models.common.losses import IGNORE
+from longscan.models.common.model import Model
+from longscan.ops import attention, attention_ref
 
 Head: TypeAlias = Literal["none", "pretraining", "classifier"]
 Score: TypeAlias = Literal["softmax", "sigmoid", "none"]

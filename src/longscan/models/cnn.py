@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backbone import LanguageModel
-from .layers import blank, untouched
-from .mixer import Block, LanguageModelConfig
-from .sections import SectionMixer
+from longscan.models.common.language_model import LanguageModel
+from longscan.models.common.layers import blank, untouched
+from longscan.models.common.mixer import Block, LanguageModelConfig
+from longscan.models.common.packing import SectionMixer
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257},

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backbone import LanguageModel
-from .layers import linear
-from .mixer import Block, LanguageModelConfig
-from .sections import SectionMixer, Sections, warn_beyond
-from .state import KV
+from longscan.models.common.language_model import LanguageModel
+from longscan.models.common.layers import linear
+from longscan.models.common.mixer import Block, LanguageModelConfig
+from longscan.models.common.packing import SectionMixer, Sections, warn_beyond
+from longscan.models.common.state import KV
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257, "d_attention": 32},

@@ -28,14 +28,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import LongscanError
-from ..ops import causal_conv1d, causal_conv1d_step
-from .backbone import LanguageModel
-from .layers import linear
-from .linear_attention import FeedForwardBlock
-from .lti import SSMState
-from .mixer import Block, Mixer
-from .s4d import DiagonalSSM, S4DConfig
+from longscan.errors import LongscanError
+from longscan.models.common.language_model import LanguageModel
+from longscan.models.common.layers import linear
+from longscan.models.common.lti import SSMState
+from longscan.models.common.mixer import Block, Mixer
+from longscan.models.linear_attention import FeedForwardBlock
+from longscan.models.s4d import DiagonalSSM, S4DConfig
+from longscan.ops import causal_conv1d, causal_conv1d_step
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257, "d_state": 16},

@@ -38,16 +38,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .. import ops
-from ..config import nearest
-from ..errors import LongscanError
-from ..ops._autocast import exact
-from ..ops._derivatives import composed, gradients
-from .backbone import LanguageModel
-from .layers import linear
-from .mixer import Block, LanguageModelConfig
-from .sections import SectionMixer
-from .state import over
+from longscan import ops
+from longscan.core.config import nearest
+from longscan.errors import LongscanError
+from longscan.models.common.language_model import LanguageModel
+from longscan.models.common.layers import linear
+from longscan.models.common.mixer import Block, LanguageModelConfig
+from longscan.models.common.packing import SectionMixer
+from longscan.models.common.state import over
+from longscan.ops._autocast import exact
+from longscan.ops._derivatives import composed, gradients
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257, "d_state": 16},

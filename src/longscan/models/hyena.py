@@ -29,15 +29,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import LongscanError
-from ..ops import causal_conv1d, causal_conv1d_step, long_conv
-from ..ops._autocast import exact
-from ..ops._derivatives import composed
-from .backbone import LanguageModel
-from .layers import Derived, blank, linear
-from .mixer import Block, LanguageModelConfig
-from .sections import SectionMixer, Sections, warn_beyond
-from .state import Growing
+from longscan.errors import LongscanError
+from longscan.models.common.language_model import LanguageModel
+from longscan.models.common.layers import Derived, blank, linear
+from longscan.models.common.mixer import Block, LanguageModelConfig
+from longscan.models.common.packing import SectionMixer, Sections, warn_beyond
+from longscan.models.common.state import Growing
+from longscan.ops import causal_conv1d, causal_conv1d_step, long_conv
+from longscan.ops._autocast import exact
+from longscan.ops._derivatives import composed
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257, "d_filter": 16},

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import LongscanError
-from ..ops._autocast import exact
-from .backbone import LanguageModel
-from .layers import RMSNorm, linear
-from .mixer import Block, LanguageModelConfig, Mixer
-from .sections import SectionMixer
+from longscan.errors import LongscanError
+from longscan.models.common.language_model import LanguageModel
+from longscan.models.common.layers import RMSNorm, linear
+from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
+from longscan.models.common.packing import SectionMixer
+from longscan.ops._autocast import exact
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257, "n_heads": 4},

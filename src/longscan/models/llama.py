@@ -35,13 +35,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import LongscanError
-from ..ops import attention
-from ..ops._segments import check_seq_idx, segments
-from .backbone import LanguageModel
-from .layers import Linear, RMSNorm, WeightOnly, blank
-from .mixer import Block, LanguageModelConfig, Mixer
-from .state import KV
+from longscan.errors import LongscanError
+from longscan.models.common.language_model import LanguageModel
+from longscan.models.common.layers import Linear, RMSNorm, WeightOnly, blank
+from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
+from longscan.models.common.state import KV
+from longscan.ops import attention
+from longscan.ops._segments import check_seq_idx, segments
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257, "n_heads": 4, "n_kv_heads": 2},

@@ -28,13 +28,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import LongscanError
-from .backbone import LanguageModel
-from .hippo import transition
-from .layers import linear
-from .lti import DenseSystem, SSMState, StateSpaceConfig, StateSpaceMixer, start_log_dt
-from .mixer import Block
-from .ssm import discretize, krylov
+from longscan.errors import LongscanError
+from longscan.models.common.language_model import LanguageModel
+from longscan.models.common.layers import linear
+from longscan.models.common.lti import DenseSystem, SSMState, StateSpaceConfig, StateSpaceMixer, start_log_dt
+from longscan.models.common.mixer import Block
+from longscan.models.common.state_space import discretize, krylov
+from longscan.models.hippo import transition
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257, "d_state": 16},

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from ..errors import LongscanError
-from ..ops._autocast import exact
-from .backbone import LanguageModel
-from .layers import blank, linear
-from .mixer import Block, LanguageModelConfig
-from .sections import SectionMixer
-from .state import over
+from longscan.errors import LongscanError
+from longscan.models.common.language_model import LanguageModel
+from longscan.models.common.layers import blank, linear
+from longscan.models.common.mixer import Block, LanguageModelConfig
+from longscan.models.common.packing import SectionMixer
+from longscan.models.common.state import over
+from longscan.ops._autocast import exact
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257},

@@ -29,12 +29,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import masked_softmax
-from .bahdanau import AdditiveAttention, Memory
-from .layers import linear
-from .seq2seq import LSTM, uniform
-from .state import State
-from .translator import Translator, TranslatorConfig, Writing, embedding
+from longscan.models.bahdanau import AdditiveAttention, Memory
+from longscan.models.common.encoder_decoder import Translator, TranslatorConfig, Writing, embedding
+from longscan.models.common.layers import linear
+from longscan.models.common.state import State
+from longscan.models.seq2seq import LSTM, uniform
+from longscan.ops import masked_softmax
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"vocab_size": 64, "d_embedding": 24, "d_hidden": 32, "n_layers": 2},

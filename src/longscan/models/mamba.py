@@ -34,13 +34,13 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..errors import LongscanError
-from ..ops import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
-from .backbone import Backbone, LanguageModel
-from .decoder import matrix, plain, sizes, usual
-from .layers import DtProjection, blank, linear
-from .mixer import Block, Blocks, LanguageModelConfig, Mixer
+from longscan import ops
+from longscan.errors import LongscanError
+from longscan.models.common.language_model import Backbone, LanguageModel
+from longscan.models.common.layers import DtProjection, blank, linear
+from longscan.models.common.mixer import Block, Blocks, LanguageModelConfig, Mixer
+from longscan.models.common.native_decode import matrix, plain, sizes, usual
+from longscan.ops import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257},

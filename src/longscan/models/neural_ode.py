@@ -24,12 +24,12 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ..config import Config
-from ..errors import LongscanError
-from ..optional import require
-from .layers import blank, linear
-from .mixer import Block, LanguageModelConfig, Mixer
-from .model import Model
+from longscan.core.config import Config
+from longscan.core.optional import require
+from longscan.errors import LongscanError
+from longscan.models.common.layers import blank, linear
+from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
+from longscan.models.common.model import Model
 
 PRESETS: dict[str, dict[str, Any]] = {"tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257}}
 ADAPTIVE = ("dopri5",)  # these choose their steps

@@ -31,13 +31,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import LongscanError
-from ..ops import diagonal_ssm, diagonal_ssm_step, vandermonde
-from .backbone import LanguageModel
-from .layers import linear
-from .lti import GatedMixer, SSMState, StateSpaceConfig, System, start_log_dt
-from .mixer import Block
-from .s4 import clipped, nplr
+from longscan.errors import LongscanError
+from longscan.models.common.language_model import LanguageModel
+from longscan.models.common.layers import linear
+from longscan.models.common.lti import GatedMixer, SSMState, StateSpaceConfig, System, start_log_dt
+from longscan.models.common.mixer import Block
+from longscan.models.s4 import clipped, nplr
+from longscan.ops import diagonal_ssm, diagonal_ssm_step, vandermonde
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257, "d_state": 16},

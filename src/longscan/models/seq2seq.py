@@ -22,10 +22,10 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from ..ops import dropout
-from .layers import linear
-from .state import State
-from .translator import Translator, TranslatorConfig, Writing, embedding
+from longscan.models.common.encoder_decoder import Translator, TranslatorConfig, Writing, embedding
+from longscan.models.common.layers import linear
+from longscan.models.common.state import State
+from longscan.ops import dropout
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"vocab_size": 64, "d_embedding": 24, "d_hidden": 32, "n_layers": 2},

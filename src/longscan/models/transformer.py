@@ -29,12 +29,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..errors import LongscanError
-from ..ops import attention, attention_ref, dropout
-from .layers import linear, untouched
-from .state import KV, State
-from .translator import Translator, TranslatorConfig, Writing, embedding
+from longscan import ops
+from longscan.errors import LongscanError
+from longscan.models.common.encoder_decoder import Translator, TranslatorConfig, Writing, embedding
+from longscan.models.common.layers import linear, untouched
+from longscan.models.common.state import KV, State
+from longscan.ops import attention, attention_ref, dropout
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 64},

@@ -1,18 +1,33 @@
 """What is computed: one file per op, each with a reference, gradients and a native kernel."""
 
-from ._native import NativeInfo, backend, keep_memory, native_probe, native_read_probe, release_memory
-from .attention import attention, attention_ref, masked_softmax
-from .cauchy import cauchy, cauchy_ref
-from .conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
-from .decode import MambaBlock, MambaStack, Matrix, decodes
-from .diagonal import diagonal_ssm, diagonal_ssm_ref, diagonal_ssm_step
-from .dropout import dropout
-from .legs import LegsMethod, legendre, legs_matrices, legs_scan, legs_scan_ref
-from .linear import linear, linear_ref, multiplication, multiply
-from .long_conv import long_conv, long_conv_ref
-from .quant import Kind, dequantize, dequantize_ref, pack_int4, quant_linear, quantize, unpack_int4
-from .scan import selective_scan, selective_scan_ref, selective_scan_step
-from .vandermonde import vandermonde, vandermonde_ref
+from longscan.ops._native import (
+    NativeInfo,
+    backend,
+    keep_memory,
+    native_probe,
+    native_read_probe,
+    release_memory,
+)
+from longscan.ops.attention import attention, attention_ref, masked_softmax
+from longscan.ops.cauchy import cauchy, cauchy_ref
+from longscan.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
+from longscan.ops.decode import MambaBlock, MambaStack, Matrix, decodes
+from longscan.ops.diagonal import diagonal_ssm, diagonal_ssm_ref, diagonal_ssm_step
+from longscan.ops.dropout import dropout
+from longscan.ops.legs import LegsMethod, legendre, legs_matrices, legs_scan, legs_scan_ref
+from longscan.ops.linear import linear, linear_ref, multiplication, multiply
+from longscan.ops.long_conv import long_conv, long_conv_ref
+from longscan.ops.quant import (
+    Kind,
+    dequantize,
+    dequantize_ref,
+    pack_int4,
+    quant_linear,
+    quantize,
+    unpack_int4,
+)
+from longscan.ops.scan import selective_scan, selective_scan_ref, selective_scan_step
+from longscan.ops.vandermonde import vandermonde, vandermonde_ref
 
 __all__ = [
     "Kind",
@@ -66,6 +81,6 @@ __all__ = [
 
 def native_info() -> NativeInfo:
     """What became of the native library: its path and instruction set, or the reason why it is not in use."""
-    from ._native import info
+    from longscan.ops._native import info
 
     return info

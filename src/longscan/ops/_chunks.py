@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._segments import segments
+from longscan.ops._segments import segments
 
 
 class Chunks(NamedTuple):

@@ -15,8 +15,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from ._autocast import exact
-from ._chunks import Chunks
+from longscan.ops._autocast import exact
+from longscan.ops._chunks import Chunks
 
 CHUNK = 64  # tokens at most: y then costs about as much from inside a chunk as from the state before it
 

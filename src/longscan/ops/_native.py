@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._derivatives import composed
+from longscan.ops._derivatives import composed
 
 ABI_VERSION = 3
 _LIBRARY = Path(__file__).resolve().parent.parent / "_lib" / "liblongscan.so"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._segments import segments
+from longscan.ops._segments import segments
 
 CHUNK = 32  # steps of a chunk; also of the kernels' time tile, so that both keep equally many states
 LANE_PAD = 16  # channels the kernels pad to

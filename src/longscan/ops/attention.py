@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-from ._derivatives import composed, gradients
+from longscan.ops._derivatives import composed, gradients
 
 # --- 1. the equation ----------------------------------------------------------------------------------------
 

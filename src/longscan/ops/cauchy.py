@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native
-from ._derivatives import composed, register_second
+from longscan.ops import _native
+from longscan.ops._derivatives import composed, register_second
 
 BLOCK = 1 << 22  # complex numbers held at a time
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _native
-from ._derivatives import composed, register_second
-from ._segments import check_seq_idx
+from longscan.ops import _native
+from longscan.ops._derivatives import composed, register_second
+from longscan.ops._segments import check_seq_idx
 
 MAX_NATIVE_WIDTH = 8
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _native
+from longscan.ops import _native
 
 MAX_STATE, MAX_CONV = 256, 8  # of the native library
 

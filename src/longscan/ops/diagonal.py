@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _diagonal_chunked, _native
-from ._derivatives import composed, register_second
-from ._segments import check_seq_idx
+from longscan.ops import _diagonal_chunked, _native
+from longscan.ops._derivatives import composed, register_second
+from longscan.ops._segments import check_seq_idx
 
 # --- 1. the equation ----------------------------------------------------------------------------------------
 

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _native
-from ._derivatives import composed
+from longscan.ops import _native
+from longscan.ops._derivatives import composed
 
 LegsMethod: TypeAlias = Literal["bilinear", "forward", "backward", "zoh"]
 

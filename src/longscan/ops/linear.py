@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _native
-from ._autocast import exact
-from ._derivatives import register_second
+from longscan.ops import _native
+from longscan.ops._autocast import exact
+from longscan.ops._derivatives import register_second
 
 FEW_ROWS = 8
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._derivatives import composed, register_second
+from longscan.ops._derivatives import composed, register_second
 
 # --- 1. the equation ----------------------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from . import _native
-from .linear import linear
+from longscan.ops import _native
+from longscan.ops.linear import linear
 
 Kind: TypeAlias = Literal["bf16", "int8", "int4"]
 

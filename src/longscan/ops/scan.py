@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _native, _scan_chunked
-from ._derivatives import composed, register_second
-from ._scan_chunked import boundaries_shape
-from ._segments import check_seq_idx, segments
+from longscan.ops import _native, _scan_chunked
+from longscan.ops._derivatives import composed, register_second
+from longscan.ops._scan_chunked import boundaries_shape
+from longscan.ops._segments import check_seq_idx, segments
 
 MAX_NATIVE_STATE = 256
 

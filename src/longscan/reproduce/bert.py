@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from longscan.encoders import load_bert
-from longscan.pretrain import PretrainRun
-from longscan.recipe import TrainConfig
-from longscan.reproduce.accuracies import finish, show
-from longscan.reproduce.systems import Plan
+from longscan.checkpoints.bert import load_bert
+from longscan.reproduce.accuracy_table import finish, show
+from longscan.reproduce.experiment import Plan
+from longscan.training.config import TrainConfig
+from longscan.training.masked_lm import PretrainRun
 
 __all__ = ["FILES", "SOURCE", "run", "settings", "show"]
 

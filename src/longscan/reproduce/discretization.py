@@ -15,10 +15,11 @@ import torch
 import typer
 
 from longscan import ops
-from longscan.files import read_json, write_json
+from longscan.core.files import read_json, write_json
+from longscan.data.signals import white_noise
+from longscan.plotting.style import reduced_note
+from longscan.reproduce.experiment import Plan
 from longscan.reproduce.hippo import make_memory, mse, plot_lines
-from longscan.reproduce.systems import Plan, reduced_note
-from longscan.signals import white_noise
 
 __all__ = ["FILES", "SOURCE", "run", "show"]
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longscan.files import atomic_write
-from longscan.pairs import read_lines, read_pairs
-from longscan.reproduce.systems import Plan, table
-from longscan.translate import TranslateConfig
+from longscan.core.files import atomic_write
+from longscan.data.sentence_pairs import read_lines, read_pairs
+from longscan.reproduce.bleu_table import table
+from longscan.reproduce.experiment import Plan
+from longscan.training.translation import TranslateConfig
 
 __all__ = ["FILES", "SETTINGS", "SOURCE", "run", "show"]
 

@@ -19,12 +19,13 @@ import typer
 from torch import Tensor
 
 from longscan import ops
+from longscan.core.files import read_json, write_json
+from longscan.data.signals import white_noise
 from longscan.errors import LongscanError
-from longscan.files import read_json, write_json
 from longscan.models.hippo import SPANS, held
-from longscan.models.memory import Memory
-from longscan.reproduce.systems import Plan, reduced_note
-from longscan.signals import white_noise
+from longscan.models.hippo_memory import Memory
+from longscan.plotting.style import reduced_note
+from longscan.reproduce.experiment import Plan
 
 __all__ = ["FILES", "SOURCE", "make_memory", "mse", "plot_lines", "run", "show"]
 
@@ -197,7 +198,7 @@ def plot_lines(
         log: whether the axes are logarithmic, with a marker at each point.
         note: see `save_figure`.
     """
-    from longscan.drawing import COLOURS, MARKERS, new_figure, save_figure, tidy
+    from longscan.plotting.style import COLOURS, MARKERS, new_figure, save_figure, tidy
 
     path = plan.out / f"{plan.name}.png"
     try:

@@ -10,10 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longscan.classify_sequences import SequencesConfig, SequencesRun, load_sequence_model, measure
-from longscan.reproduce.accuracies import finish, show
-from longscan.reproduce.systems import Plan
-from longscan.sequences import Sequences, read_sequences
+from longscan.checkpoints.sequence_classifier import load_sequence_model
+from longscan.data.labeled_sequences import Sequences, read_sequences
+from longscan.evaluation.classification import measure
+from longscan.reproduce.accuracy_table import finish, show
+from longscan.reproduce.experiment import Plan
+from longscan.training.sequence_classifier import SequencesConfig, SequencesRun
 
 __all__ = ["FILES", "SOURCE", "run", "show"]
 

@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 import torch
 import typer
 
-from longscan.checkpoint import load
+from longscan.checkpoints.load import load
+from longscan.core.files import write_json
+from longscan.data.synthetic import induction
 from longscan.errors import LongscanError
-from longscan.files import write_json
+from longscan.evaluation.classification import accuracy
 from longscan.models import LanguageModel
+from longscan.plotting.style import reduced_note
+from longscan.reproduce.bleu_table import minutes
+from longscan.reproduce.experiment import Plan
 from longscan.reproduce.synthetic import SyntheticConfig, SyntheticRun
-from longscan.reproduce.systems import Plan, minutes, reduced_note
-from longscan.synthetics import accuracy, induction
 
 __all__ = ["FILES", "SOURCE", "run", "show"]
 
@@ -180,7 +183,7 @@ def show(report: dict[str, Any]) -> str:
 
 def _plot(report: dict[str, Any], path: Path) -> None:
     """Draw accuracy against length."""
-    from longscan.drawing import COLOURS, MARKERS, new_figure, save_figure, tidy
+    from longscan.plotting.style import COLOURS, MARKERS, new_figure, save_figure, tidy
 
     figure = new_figure(7.0, 4.0)
     ax = figure.subplots()

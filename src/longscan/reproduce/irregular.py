@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import typer
 
-from longscan.classify_sequences import SequencesConfig, SequencesRun, load_sequence_model, measure
-from longscan.optional import installed, remedy
+from longscan.checkpoints.sequence_classifier import load_sequence_model
+from longscan.core.optional import installed, remedy
+from longscan.data.labeled_sequences import Sequences, read_sequences
+from longscan.evaluation.classification import measure
 from longscan.reproduce import vowels
-from longscan.reproduce.accuracies import finish, show
-from longscan.reproduce.systems import Plan
-from longscan.sequences import Sequences, read_sequences
+from longscan.reproduce.accuracy_table import finish, show
+from longscan.reproduce.experiment import Plan
+from longscan.training.sequence_classifier import SequencesConfig, SequencesRun
 
 __all__ = ["FILES", "SOURCE", "run", "show"]
 

@@ -14,13 +14,16 @@ from typing import Any
 
 import typer
 
-from longscan.classify import ClassifyConfig, ClassifyRun, load_classifier, tfidf
+from longscan.checkpoints.bert import load_classifier
+from longscan.core.files import atomic_write
+from longscan.data.labeled_texts import Example, frame_examples, number_labels, read_examples
+from longscan.data.sentence_pairs import read_lines
 from longscan.errors import LongscanError
-from longscan.examples import Example, frame_examples, number_labels, predict, read_examples, score
-from longscan.files import atomic_write
-from longscan.pairs import read_lines
-from longscan.reproduce.accuracies import finish, show
-from longscan.reproduce.systems import Plan
+from longscan.evaluation.classification import score, tfidf
+from longscan.inference.bert import predict
+from longscan.reproduce.accuracy_table import finish, show
+from longscan.reproduce.experiment import Plan
+from longscan.training.text_classifier import ClassifyConfig, ClassifyRun
 
 __all__ = ["FILES", "MODEL", "SOURCE", "run", "show"]
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from longscan.pairs import read_pairs
-from longscan.reproduce.systems import Plan, table
-from longscan.translate import TranslateConfig
+from longscan.data.sentence_pairs import read_pairs
+from longscan.reproduce.bleu_table import table
+from longscan.reproduce.experiment import Plan
+from longscan.training.translation import TranslateConfig
 
 __all__ = ["FILES", "PUBLISHED", "SOURCE", "SYSTEMS", "run", "show"]
 

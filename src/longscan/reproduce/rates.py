@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longscan.classify_sequences import SequencesConfig, SequencesRun, load_sequence_model, measure
+from longscan.checkpoints.sequence_classifier import load_sequence_model
+from longscan.data.labeled_sequences import Sequences
 from longscan.errors import LongscanError
-from longscan.reproduce.accuracies import finish
-from longscan.reproduce.systems import Plan
-from longscan.sequences import Sequences
+from longscan.evaluation.classification import measure
+from longscan.reproduce.accuracy_table import finish
+from longscan.reproduce.experiment import Plan
+from longscan.training.sequence_classifier import SequencesConfig, SequencesRun
 
 __all__ = ["MEASURES", "RATE_NOTES", "run_systems"]
 

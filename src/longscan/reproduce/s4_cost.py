@@ -22,13 +22,15 @@ import typer
 from torch import Tensor
 
 from longscan import ops
+from longscan.core.files import read_json, write_json
 from longscan.errors import LongscanError
-from longscan.files import read_json, write_json
-from longscan.models import MODELS, LanguageModel, ssm
+from longscan.models import MODELS, LanguageModel
+from longscan.models.common import state_space as ssm
 from longscan.models.lssl import DenseSSM, LSSLConfig
 from longscan.models.s4 import DPLR, S4Config
 from longscan.models.s4d import DiagonalSSM, S4DConfig
-from longscan.reproduce.systems import Plan, reduced_note
+from longscan.plotting.style import reduced_note
+from longscan.reproduce.experiment import Plan
 
 __all__ = ["FILES", "SOURCE", "run", "show"]
 
@@ -226,7 +228,7 @@ def _memory(field: str) -> int | None:
 
 def _plot(plan: Plan, report: dict[str, Any]) -> None:
     """Draw time and memory, if matplotlib is there."""
-    from longscan.drawing import COLOURS, MARKERS, new_figure, save_figure, tidy
+    from longscan.plotting.style import COLOURS, MARKERS, new_figure, save_figure, tidy
 
     path = plan.out / f"{plan.name}.png"
     try:

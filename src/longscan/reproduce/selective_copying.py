@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from longscan.reproduce.accuracies import finish, show
+from longscan.reproduce.accuracy_table import finish, show
+from longscan.reproduce.experiment import Plan
 from longscan.reproduce.synthetic import train_and_measure
-from longscan.reproduce.systems import Plan
 
 __all__ = ["FILES", "SOURCE", "run", "show"]
 

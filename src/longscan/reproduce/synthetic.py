@@ -11,16 +11,19 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from longscan import ops, synthetics
-from longscan.checkpoint import load
-from longscan.config import count
+from longscan import ops
+from longscan.checkpoints.load import load
+from longscan.core.config import count
+from longscan.core.random import EpochOrder
+from longscan.core.runtime import Signals
+from longscan.data import synthetic as synthetics
+from longscan.data.synthetic import IGNORED, Examples, distinct
+from longscan.evaluation.classification import accuracy
 from longscan.models import LanguageModel, Model
-from longscan.order import EpochOrder
-from longscan.recipe import FreshConfig, make_model, setting
-from longscan.reproduce.systems import Plan
-from longscan.run import Run
-from longscan.runs import Signals
-from longscan.synthetics import IGNORED, Examples, accuracy, distinct
+from longscan.reproduce.experiment import Plan
+from longscan.training.build import make_model
+from longscan.training.config import FreshConfig, setting
+from longscan.training.run import Run
 
 __all__ = ["SyntheticConfig", "SyntheticRun", "train_and_measure"]
 

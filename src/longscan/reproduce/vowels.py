@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from longscan.reproduce.accuracies import show
+from longscan.data.labeled_sequences import read_sequences
+from longscan.reproduce.accuracy_table import show
+from longscan.reproduce.experiment import Plan
 from longscan.reproduce.rates import run_systems
-from longscan.reproduce.systems import Plan
-from longscan.sequences import read_sequences
 
 __all__ = ["FILES", "SOURCE", "run", "show"]
 

@@ -1,0 +1,1 @@
+"""Who is measured: longscan, its peers, and the machine's ceilings."""

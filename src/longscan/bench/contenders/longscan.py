@@ -1,0 +1,264 @@
+"""longscan as a contender. Runs in the workers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from longscan import ops
+from longscan.bench.contenders import workloads as tasks
+from longscan.bench.worker import Run, resident_memory, settle
+from longscan.models import MODELS, LanguageModel
+from longscan.models.common.quantization import quantize_model
+from longscan.ops import _native
+
+__all__ = [
+    "cauchy",
+    "conv",
+    "decode",
+    "diagonal",
+    "far",
+    "first_output",
+    "fresh",
+    "prefill",
+    "ready",
+    "scan",
+    "stream",
+    "train",
+    "vandermonde",
+    "write",
+]
+
+PIECE = 1024  # tokens of a very long prompt read at a time
+
+
+def scan(sizes: list[int], backward: bool) -> Run:
+    """Prepare the selective scan; sizes are (batch, seq_len, d_inner, d_state)."""
+    return tasks.differentiable(lambda *x: ops.selective_scan(*x)[0], tasks.scan_inputs(*sizes), backward)
+
+
+def conv(sizes: list[int], d_conv: int, backward: bool) -> Run:
+    """Prepare the causal convolution with SiLU; sizes are (batch, seq_len, d_inner)."""
+
+    def op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.causal_conv1d(x, weight, bias, "silu")[0]
+
+    return tasks.differentiable(op, tasks.conv_inputs(sizes, d_conv), backward)
+
+
+def diagonal(sizes: list[int], backward: bool) -> Run:
+    """Prepare the recurrence of S4D; sizes are (batch, seq_len, channels, n)."""
+    *shape, n = sizes
+    C, z = tasks.poles(shape[-1], n)
+    inputs = (tasks.signal(shape), z, C)
+    return tasks.differentiable(lambda *x: ops.diagonal_ssm(*x)[0], inputs, backward)
+
+
+def vandermonde(sizes: list[int], backward: bool) -> Run:
+    """Prepare the kernel of S4D; sizes are (1, length, channels, n)."""
+    _, length, channels, n = sizes
+    inputs = tasks.poles(channels, n)
+    return tasks.differentiable(
+        lambda C, z: ops.vandermonde(C, z, length), inputs, backward, (channels, length)
+    )
+
+
+def cauchy(sizes: list[int], backward: bool) -> Run:
+    """Prepare one of the sums in S4's kernel at half of the roots of unity; sizes are as in `vandermonde`."""
+    _, length, channels, n = sizes
+    v, lam = tasks.poles(channels, n)
+    t = 2 * torch.tan(torch.pi * torch.arange((length + 1) // 2, dtype=torch.float64) / length)
+
+    def op(v: Tensor, lam: Tensor) -> Tensor:
+        return ops.cauchy(v[None], t, lam.to(torch.complex128))[0].real
+
+    return tasks.differentiable(op, (v, lam), backward, (channels, len(t)))
+
+
+def fresh(model: dict[str, Any], generator: torch.Generator | None = None) -> LanguageModel:
+    """Make a model with random weights.
+
+    Args:
+        model: fields of its Config; "model" names it, or else it is a Mamba.
+        generator: randomness of the start; torch's global one if None.
+    """
+    fields = dict(model)
+    entry = MODELS[fields.pop("model", "mamba")]
+    drawn = entry.cls(entry.config.from_dict(fields), generator)
+    assert isinstance(drawn, LanguageModel)
+    return drawn
+
+
+def train(model: dict[str, Any], batch: int, seq_len: int) -> Run:
+    """Prepare a training step of a model, see `fresh`."""
+    learner = fresh(model)
+    ids = tasks.random_ids(batch, seq_len, model["vocab_size"])
+
+    def loss() -> Tensor:
+        value = learner(ids, labels=ids, return_logits=False).loss
+        assert isinstance(value, Tensor)
+        return value
+
+    return tasks.training(learner.parameters(), loss)
+
+
+def ready(model: dict[str, Any] | str, precision: str = "float32") -> LanguageModel:
+    """Make a model for inference.
+
+    Args:
+        model: see `fresh`, for random weights that are the same in every process; or a name for `load`.
+        precision: "float32", or a format of `quantize_model`.
+    """
+    drawn: LanguageModel
+    if isinstance(model, str):
+        from longscan.checkpoints.load import (
+            load,  # it brings libraries that the memory of others should not show
+        )
+
+        drawn, _ = load(model, offline=True)
+    else:
+        drawn = fresh(model, torch.Generator().manual_seed(0))
+    drawn.eval().requires_grad_(False)
+    if precision != "float32":
+        quantize_model(drawn, cast(ops.Kind, precision))
+    return drawn
+
+
+def prefill(model: dict[str, Any], seq_len: int, precision: str = "float32") -> Run:
+    """Prepare the reading of a prompt."""
+    reader = ready(model, precision)
+    ids = tasks.random_ids(1, seq_len, model["vocab_size"])
+
+    def run() -> None:
+        reader.prefill(ids)
+
+    return run
+
+
+def decode(
+    model: dict[str, Any], prompt: int, n_tokens: int, precision: str = "float32", batch: int = 1
+) -> Run:
+    """Prepare greedy decoding after a prompt, of `batch` sequences at once."""
+    writer = ready(model, precision)
+    logits, state = writer.prefill(tasks.random_ids(1, prompt, model["vocab_size"]))
+    details: dict[str, Any] = {
+        "weight_bytes": sum(tensor.nbytes for tensor in writer.state_dict().values()),
+        "state_bytes": state.nbytes,
+        "excerpt": tasks.excerpt(logits[0]),
+    }
+    state = state.fork(batch)
+    steps = tasks.decoding(
+        logits.argmax(-1).repeat(batch), n_tokens, lambda ids: writer.step(ids, state, True)[0]
+    )
+    return lambda: (steps() or {}) | details
+
+
+def write(model: dict[str, Any] | str, prompt: int, n_tokens: int, precision: str = "float32") -> Run:
+    """Prepare greedy decoding as callers of the library do it, with the share of it outside native calls."""
+    from longscan.inference.generate import generate_ids  # lazily, as `load`
+    from longscan.inference.sampling import SamplingConfig
+
+    writer = ready(model, precision)
+    ids = tasks.random_ids(1, prompt, writer.config.vocab_size)[0].tolist()
+    config = SamplingConfig(max_new_tokens=n_tokens + 1, temperature=0.0)
+
+    def run() -> dict[str, Any]:
+        events = generate_ids(writer, [ids], config, eos_id=None)
+        next(events)  # reads the prompt
+        with _native_clock() as native:
+            begin = time.perf_counter()
+            for _ in events:
+                pass
+            seconds = time.perf_counter() - begin
+        share = {"python_share": 1 - native[0] / seconds} if native[0] else {}
+        return {"seconds": seconds, **share}
+
+    return run
+
+
+def far(model: dict[str, Any] | str, prompt: int, n_tokens: int, precision: str = "float32") -> Run:
+    """Prepare greedy decoding after a very long prompt, and tell what the process holds by then."""
+    writer, state = ready(model, precision), None
+    random, done = torch.Generator().manual_seed(0), 0
+    logits = torch.empty(0)
+    while done < prompt:
+        piece = min(PIECE, prompt - done)  # drawn as it is read, so that nothing here grows with the prompt
+        ids = torch.randint(writer.config.vocab_size, (1, piece), generator=random)
+        logits, state = writer.prefill(ids, state)
+        done += piece
+    assert state is not None
+    here = state
+    settle()
+    details = {"state_bytes": state.nbytes, "resident_bytes": resident_memory()}
+    steps = tasks.decoding(logits.argmax(-1), n_tokens, lambda ids: writer.step(ids, here, True)[0])
+    return lambda: (steps() or {}) | details
+
+
+def first_output(argv: list[str]) -> Run:
+    """Prepare the start of a process of Python, up to the first thing it prints."""
+
+    def run() -> dict[str, Any]:
+        begin = time.perf_counter()
+        with subprocess.Popen(
+            [sys.executable, *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout
+            said = process.stdout.read(1)
+            seconds = time.perf_counter() - begin
+            process.stdout.read()
+        if process.returncode or not said:
+            raise RuntimeError(f"{' '.join(argv)} ended with code {process.returncode}")
+        return {"seconds": seconds}
+
+    return run
+
+
+@contextmanager
+def _native_clock() -> Iterator[list[float]]:
+    """Add up the seconds spent in the native decoder meanwhile."""
+    library: Any = _native._library
+    spent = [0.0]
+    if library is None:
+        yield spent
+        return
+    decode = library.ls_decode_tokens
+
+    def timed(arguments: bytes) -> int:
+        begin = time.perf_counter()
+        code: int = decode(arguments)
+        spent[0] += time.perf_counter() - begin
+        return code
+
+    library.ls_decode_tokens = timed
+    try:
+        yield spent
+    finally:
+        library.ls_decode_tokens = decode
+
+
+def stream(model: dict[str, Any], n_tokens: int) -> Run:
+    """Prepare the evaluation of one document of n_tokens bytes, with time and memory after every chunk."""
+    from longscan.evaluation.perplexity import Evaluation, evaluate
+    from longscan.tokenizers.base import ByteTokenizer
+
+    reader = fresh(model).eval()
+    letters = torch.randint(97, 123, (n_tokens,), generator=torch.Generator().manual_seed(0))
+    document = bytes(letters.tolist()).decode()
+
+    def run() -> dict[str, Any]:
+        marks: list[tuple[int, float, int]] = []  # tokens read, seconds, resident bytes
+
+        def mark(so_far: Evaluation) -> None:
+            marks.append((so_far.tokens, time.perf_counter(), resident_memory()))
+
+        evaluate(reader, ByteTokenizer(), [document], progress=mark)
+        return {"marks": marks}
+
+    return run

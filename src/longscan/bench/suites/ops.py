@@ -1,0 +1,203 @@
+"""`longscan bench ops`: scans, convolution and kernels beside loops, mambapy, torch and the ceiling."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from longscan.bench.measure import Contender, Measurement, Pace, faster, race
+from longscan.bench.report import Ratio, Report, spread, table
+
+__all__ = ["run"]
+
+SHAPES = ((1, 2048, 1536, 16), (8, 512, 512, 16))  # (batch, seq_len, d_inner, d_state)
+QUICK = ((1, 128, 64, 16),)
+D_CONV = 4
+# of the state spaces: (batch, seq_len, channels, n), and (1, length, channels, n) of their kernels
+RUN, KERNEL = (8, 1024, 256, 32), (1, 4096, 256, 32)
+QUICK_RUN, QUICK_KERNEL = (1, 64, 16, 4), (1, 64, 16, 4)
+SPACES = {  # job of ours -> what it is called, and the jobs of others
+    "diagonal": (
+        "diagonal_ssm",
+        {"torch loop, step by step": "diagonal_loop", "torch, as a convolution": "diagonal_fft"},
+    ),
+    "vandermonde": ("vandermonde", {"torch, the whole matrix": "vandermonde_torch"}),
+    "cauchy": ("cauchy", {"torch, the whole matrix": "cauchy_torch"}),
+}
+OURS, LOOPS, MAMBAPY, TORCH, CEILING = (
+    "longscan",
+    ("torch loop, step by step", "torch loop, exp at once"),
+    "mambapy pscan",
+    "torch conv1d + silu",
+    "ceiling: exp + 3 fma",
+)
+
+
+def run(pace: Pace, quick: bool) -> Report:
+    """Race the ops, forward alone and with the backward pass.
+
+    Args:
+        pace: how thoroughly.
+        quick: small sizes, to see that it works.
+
+    Returns:
+        The report.
+    """
+    report = Report(suite="ops")
+    for shape in QUICK if quick else SHAPES:
+        forward = _scan(report, shape, False, pace)
+        both = _scan(report, shape, True, pace)
+        _scan_ratios(report, shape, forward, both)
+    for shape in QUICK if quick else SHAPES:
+        for backward in (False, True):
+            _conv(report, shape[:3], backward, pace)
+    for job in SPACES:
+        sizes = (QUICK_RUN, QUICK_KERNEL) if quick else (RUN, KERNEL)
+        for backward in (False, True):
+            _space(report, job, sizes[job != "diagonal"], backward, pace)
+    report.notes.append(
+        "u, dt (after softplus), A, B, C and D are given; of the state spaces u, dt A and C. Extra memory "
+        "counts outputs and gradients, over the size of u or, for a kernel, over its own. The ceiling is the "
+        "fastest turn of a probe that does the same arithmetic in registers."
+    )
+    return report
+
+
+def _scan(report: Report, shape: tuple[int, ...], backward: bool, pace: Pace) -> dict[str, Measurement]:
+    """Race scans and show a table."""
+    here: dict[str, Any] = {"sizes": shape, "backward": backward}
+    states = math.prod(shape)
+    contenders = [
+        Contender(name=OURS, job="longscan.bench.contenders.longscan:scan", arguments=here),
+        Contender(
+            name=CEILING, job="longscan.bench.contenders.ceilings:exp_fma", arguments={"n_states": states}
+        ),
+        *(
+            Contender(
+                name=name,
+                job="longscan.bench.contenders.peers:scan_loop",
+                arguments=here | {"at_once": at_once},
+                peer=True,
+                patience=10.0,
+            )
+            for name, at_once in zip(LOOPS, (False, True), strict=True)
+        ),
+        Contender(
+            name=MAMBAPY,
+            job="longscan.bench.contenders.peers:scan_mambapy",
+            arguments=here,
+            packages=("mambapy",),
+            peer=True,
+            patience=10.0,
+        ),
+    ]
+    if backward:  # of a forward pass only
+        contenders = [c for c in contenders if c.name != CEILING]
+    case = f"selective_scan {'forward + backward' if backward else 'forward'} {shape}"
+    found = race(case, contenders, pace, memory=True)
+    _show(report, case, found, states, shape, backward)
+    return found
+
+
+def _conv(report: Report, shape: tuple[int, ...], backward: bool, pace: Pace) -> None:
+    """Race convolutions and show a table."""
+    here: dict[str, Any] = {"sizes": shape, "d_conv": D_CONV, "backward": backward}
+    contenders = [
+        Contender(name=OURS, job="longscan.bench.contenders.longscan:conv", arguments=here),
+        Contender(
+            name=TORCH,
+            job="longscan.bench.contenders.peers:conv_torch",
+            arguments=here,
+            peer=True,
+            patience=10.0,
+        ),
+    ]
+    case = f"causal_conv1d {'forward + backward' if backward else 'forward'} {shape} d_conv={D_CONV}"
+    found = race(case, contenders, pace, memory=True)
+    _show(report, case, found, math.prod(shape), shape, backward)
+    report.ratios.append(Ratio(what=f"{case}: faster than {TORCH}", measured=faster(found, OURS, TORCH)))
+
+
+def _space(report: Report, job: str, shape: tuple[int, ...], backward: bool, pace: Pace) -> None:
+    """Race an op of the state spaces and show a table."""
+    name, others = SPACES[job]
+    here: dict[str, Any] = {"sizes": shape, "backward": backward}
+    contenders = [Contender(name=OURS, job=f"longscan.bench.contenders.longscan:{job}", arguments=here)]
+    contenders += [
+        Contender(
+            name=other,
+            job=f"longscan.bench.contenders.peers:{theirs}",
+            arguments=here,
+            peer=True,
+            patience=10.0,
+        )
+        for other, theirs in others.items()
+    ]
+    case = f"{name} {'forward + backward' if backward else 'forward'} {shape}"
+    found = race(case, contenders, pace, memory=True)
+    _show(report, case, found, math.prod(shape), shape, backward)
+    goal = "≥ 5 ×" if job == "vandermonde" else ""
+    ratio = faster(found, OURS, *others)
+    report.ratios.append(Ratio(what=f"{case}: faster than the best of torch", measured=ratio, goal=goal))
+
+
+def _show(
+    report: Report,
+    case: str,
+    found: dict[str, Measurement],
+    work: int,
+    shape: tuple[int, ...],
+    backward: bool,
+) -> None:
+    """Record a race and lay it out."""
+    u_bytes = 4 * math.prod(shape[:3])
+    first = len(report.rows)
+    report.add(case, found.values(), work, "updates/s", shape=list(shape), backward=backward, u_bytes=u_bytes)
+    body = []
+    for row in report.rows[first:]:
+        name, extra = row["contender"], row["extra_bytes"]
+        share = _of_ceiling(found, name)
+        body.append(
+            [
+                name,
+                spread(row, lambda seconds: 1e3 * seconds, ",.2f"),
+                f"{row['rate'] / 1e9:.2f}" if row["rate"] else "–",
+                "–" if math.isnan(share) else f"{100 * share:.0f} %",
+                "" if name in (OURS, CEILING) or not row["rate"] else f"{faster(found, OURS, name):.1f} ×",
+                "–" if extra is None or name == CEILING else f"{extra / u_bytes:.2f}",
+            ]
+        )
+    columns = ["", "ms (min–max)", "G updates/s", "of ceiling", "longscan is faster", "extra memory / u"]
+    report.tables.append(table(f"{case} float32", columns, body))
+
+
+def _scan_ratios(
+    report: Report,
+    shape: tuple[int, ...],
+    forward: dict[str, Measurement],
+    both: dict[str, Measurement],
+) -> None:
+    """Set the measured ratios beside the goals."""
+    u_bytes = 4 * math.prod(shape[:3])
+    ours = both[OURS]
+    memory = ours.extra_bytes / u_bytes if ours.extra_bytes is not None else math.nan
+    ratios = (
+        ("forward: share of the exp + fma ceiling", _of_ceiling(forward, OURS), "≥ 60 %", True),
+        ("forward: faster than the best torch loop", faster(forward, OURS, *LOOPS), "≥ 10 ×", False),
+        ("forward: faster than mambapy", faster(forward, OURS, MAMBAPY), "≥ 40 ×", False),
+        ("forward + backward: slower than forward", ours.median / forward[OURS].median, "≤ 4 ×", False),
+        ("forward + backward: faster than the best torch loop", faster(both, OURS, *LOOPS), "≥ 15 ×", False),
+        ("forward + backward: faster than mambapy", faster(both, OURS, MAMBAPY), "≥ 30 ×", False),
+        ("forward + backward: extra memory over size of u", memory, "≤ 4 ×", False),
+    )
+    for what, measured, goal, percent in ratios:
+        report.ratios.append(
+            Ratio(what=f"scan {shape} {what}", measured=measured, goal=goal, percent=percent)
+        )
+
+
+def _of_ceiling(found: dict[str, Measurement], name: str) -> float:
+    """Return a contender's median rate over that of the fastest turn of the probe; NaN without the probe."""
+    if CEILING not in found or not found[CEILING].seconds or not found[name].seconds:
+        return math.nan
+    return min(found[CEILING].seconds) / found[name].median

@@ -1,0 +1,1 @@
+"""Models on disk: every layout in, ours out."""

@@ -1,0 +1,207 @@
+"""Write model directories, whole or not at all: save, convert to another layout, quantise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longscan.checkpoints.formats import publish, write_config
+from longscan.checkpoints.formats.mamba import to_official
+from longscan.checkpoints.gguf.model import GGUFType, save_gguf
+from longscan.checkpoints.load import EMBEDDING, HEAD, Layout, blank_model, dtype_name, load
+from longscan.core.files import atomic_directory, write_json, writing
+from longscan.errors import LongscanError, UsageError
+from longscan.models import (
+    LanguageModel,
+    MambaConfig,
+    Model,
+)
+from longscan.models.common.quantization import (
+    KINDS,
+    dequantized,
+    kind_of,
+    quantize_model,
+)
+from longscan.ops import Kind
+from longscan.ops.quant import STORED
+from longscan.tokenizers.base import Tokenizer
+from longscan.tokenizers.special_tokens import IDS
+
+__all__ = ["check_new", "convert", "quantize", "save"]
+
+
+SHARD_SIZE = "5GB"
+
+
+def save(
+    model: Model,
+    directory: str | Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model directory, whole or not at all, in Hugging Face layout if the model has one.
+
+    Args:
+        model: what to save; if it is quantised, as it is.
+        directory: created, or replaced if it is a model directory.
+        tokenizer: saved beside the model.
+        dtype: of the weights in the file; None keeps the model's. The recurrence stays float32 at least.
+
+    Raises:
+        LongscanError: the directory holds something else, or could not be written; or there is a dtype for a
+            quantised model.
+        OSError: likewise.
+    """
+    _write(model, Path(directory), tokenizer, "hf", dtype)
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    layout: Layout = "hf",
+    dtype: torch.dtype | None = None,
+    gguf_type: GGUFType | None = None,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+) -> LanguageModel:
+    """Rewrite a model in another layout or precision.
+
+    Args:
+        source: see `resolve`.
+        destination: a new or empty directory, or a new file whose name ends in .gguf.
+        layout: "hf" for safetensors, "official" for pytorch_model.bin and the authors' config.json.
+        dtype: of the weights; None keeps that of the source. With a type, quantised weights become plain.
+        gguf_type: of the matrices in a .gguf file, see `save_gguf`; not for a directory.
+        tokenizer: see `load`.
+        revision: see `load`.
+        offline: see `load`.
+
+    Returns:
+        The model that was written.
+
+    Raises:
+        LongscanError: as `load` and `save`; or the destination is in use.
+        OSError: the destination cannot be written.
+    """
+    destination = check_new(destination)
+    model, found = load(source, revision=revision, offline=offline, dtype=dtype, tokenizer=tokenizer)
+    if dtype and kind_of(model):
+        model = dequantized(model).to(dtype)
+    check_new(destination)  # again: another run may have written it meanwhile
+    if destination.suffix == ".gguf":
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        save_gguf(model, destination, found, gguf_type)
+    else:
+        _write(model, destination, found, layout, None)
+    return model
+
+
+def check_new(destination: str | Path) -> Path:
+    """Insist that nothing is lost if a model is written to a directory.
+
+    Args:
+        destination: where to.
+
+    Returns:
+        The same.
+
+    Raises:
+        LongscanError: there is something else already.
+    """
+    destination = Path(destination)
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise LongscanError(f"{destination} exists and is not an empty directory: choose another name.")
+    return destination
+
+
+def _write(
+    model: Model,
+    directory: Path,
+    tokenizer: Tokenizer | None,
+    layout: Layout,
+    dtype: torch.dtype | None,
+) -> None:
+    """Write a model directory in either layout."""
+    config, kind = model.config, kind_of(model)
+    if layout == "official" and not isinstance(config, MambaConfig):
+        raise LongscanError(f"the official layout is Mamba's, this is a {type(model).__name__}: use hf.")
+    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    if kind is None:
+        dtype = dtype or model.dtype
+        like = blank_model(directory, type(model), config, dtype).state_dict()
+        tensors = {name: tensor.to(like[name].dtype) for name, tensor in tensors.items()}
+    elif dtype or layout == "official":
+        place = f"a file of {dtype_name(dtype)}" if dtype else "the official layout"
+        raise LongscanError(
+            f"the model is quantised ({kind}), and {place} has no place for that. "
+            "Convert it to plain weights: `longscan convert --dtype float32`, in Python `dequantized(model)`."
+        )
+    else:
+        dtype = STORED[kind]
+    with atomic_directory(directory, marker="config.json") as new:
+        with writing(directory):
+            if isinstance(config, MambaConfig) and layout == "official":
+                write_json(new / "config.json", to_official(config))
+                tensors.setdefault(HEAD, tensors[EMBEDDING])  # one storage: it takes no more room in the file
+                torch.save(tensors, new / "pytorch_model.bin")
+            else:
+                fields = write_config(model, dtype_name(dtype), kind)
+                if isinstance(model, LanguageModel):  # what generates elsewhere asks where a text ends
+                    ends = tokenizer.special_ids if tokenizer else dict.fromkeys(IDS)
+                    write_json(new / "generation_config.json", ends)
+                    fields |= ends
+                write_json(new / "config.json", fields)
+                _write_safetensors({publish(model, name): tensor for name, tensor in tensors.items()}, new)
+        if tokenizer:
+            tokenizer.save(new)
+
+
+def _write_safetensors(tensors: Mapping[str, Tensor], directory: Path) -> None:
+    """Write tensors, in shards if they are large."""
+    from huggingface_hub import save_torch_state_dict
+
+    save_torch_state_dict(dict(tensors), directory, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
+
+
+def quantize(
+    source: str | Path,
+    destination: str | Path,
+    kind: Kind,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+) -> LanguageModel:
+    """Write a model with its matrices stored in fewer bits, whole or not at all.
+
+    Args:
+        source: as `load` takes it.
+        destination: a new or empty directory.
+        kind: "bf16", "int8" or "int4".
+        revision: see `load`.
+        offline: see `load`.
+
+    Returns:
+        The model that was written.
+
+    Raises:
+        UsageError: there is no such format.
+        LongscanError: as `load` and `save`; the model is quantised already, or its weights are not finite;
+            or the destination is in use.
+        OSError: the destination cannot be written.
+    """
+    if kind not in KINDS:
+        raise UsageError(f"format: expected {', '.join(KINDS)}, got {kind!r}.")
+    destination = check_new(destination)
+    model, tokenizer = load(source, revision=revision, offline=offline, dtype=None)
+    try:
+        quantize_model(model, kind)
+    except LongscanError as error:
+        raise LongscanError(f"{source}: {error}") from error
+    save(model, check_new(destination), tokenizer)  # again: another run may have written it meanwhile
+    return model

@@ -1,0 +1,74 @@
+"""Texts for the verbs that read them one a line, and what becomes of those that are too long."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from longscan.core.config import count
+from longscan.core.files import utf8
+from longscan.data.documents import JSONL, OPENERS
+from longscan.data.sentence_pairs import read_lines
+from longscan.errors import LongscanError
+from longscan.tokenizers.wordpiece import Framed
+
+__all__ = ["read_prompts", "read_stdin", "tell_cut"]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read prompts from a file.
+
+    Args:
+        path: a prompt a line, or .jsonl of {"prompt": ...}; UTF-8, also .gz or .xz. Blank lines are skipped.
+
+    Returns:
+        At least one.
+
+    Raises:
+        LongscanError: a line is something else, or there is none.
+        OSError: it can't be read.
+    """
+    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(read_lines(path), 1)]
+    lines = [(number, line) for number, line in lines if line.strip()]
+    if not lines:
+        raise LongscanError(f"{path}: expected a prompt a line, got none.")
+    name = path.stem if path.suffix in OPENERS else path.name
+    if Path(name).suffix.lower() not in JSONL:
+        return [line for _, line in lines]
+    prompts = []
+    for number, line in lines:
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise LongscanError(f"{path}:{number}: not JSON ({error}); expected an object a line.") from error
+        prompt = value.get("prompt") if isinstance(value, dict) else None
+        if not isinstance(prompt, str):
+            raise LongscanError(f'{path}:{number}: expected {{"prompt": "..."}}, got {line[:200]}')
+        prompts.append(prompt)
+    return prompts
+
+
+def read_stdin() -> list[str]:
+    """Return the lines of stdin.
+
+    Raises:
+        LongscanError: they are not UTF-8.
+    """
+    text = utf8(sys.stdin.buffer.read(), "stdin").removeprefix("\ufeff").removesuffix("\n")
+    return [line.removesuffix("\r") for line in text.split("\n")] if text else []
+
+
+def tell_cut(framed: Sequence[Framed]) -> None:
+    """Say on stderr that texts were cut, if some were.
+
+    Args:
+        framed: the texts.
+    """
+    if n_cut := sum(one.cut > 0 for one in framed):
+        longest = max(len(one.ids) for one in framed)
+        cut = f"{n_cut:,} of {count(len(framed), 'text')} {'was' if n_cut == 1 else 'were'} cut"
+        typer.echo(f"{cut} at {count(longest, 'token')}", err=True)

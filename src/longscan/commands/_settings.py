@@ -1,0 +1,45 @@
+"""Flags from the fields of a settings class, so that flags, recipes and Python have the same names."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+
+from longscan.training.config import RunConfig
+
+__all__ = ["add_flags"]
+
+
+def add_flags(command: Callable[..., None], kind: type[RunConfig]) -> None:
+    """Give a command that ends in `**settings` a flag for each field, where Typer looks for them.
+
+    Flags, recipes and Python so have the same names.
+
+    Args:
+        command: the function; its signature is replaced.
+        kind: whose fields; what it adds itself stands before what it shares with others.
+    """
+    hints = typing.get_type_hints(kind)
+    depth = {
+        name: len(cls.__mro__)
+        for cls in reversed(kind.__mro__)
+        for name in vars(cls).get("__annotations__", ())
+    }
+    signature = inspect.signature(command, eval_str=True)
+    parameters = list(signature.parameters.values())[:-1]
+    for entry in sorted(fields(kind), key=lambda entry: -depth[entry.name]):
+        if entry.metadata.get("argument"):
+            continue
+        default = "" if entry.default in (None, (), "") else f" [{entry.default}]"
+        option = typer.Option(help=entry.metadata["help"] + default, show_default=False)
+        several = typing.get_origin(hints[entry.name]) is tuple
+        hint: Any = list[str] if several else hints[entry.name]
+        annotation = Annotated[hint | None, option]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(entry.name, keyword, default=None, annotation=annotation))
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

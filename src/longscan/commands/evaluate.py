@@ -1,0 +1,127 @@
+"""`longscan evaluate`: perplexity and bits per byte of a language model on text files."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longscan.checkpoints.load import Precision, load_with_tokenizer
+from longscan.core.config import count
+from longscan.core.progress import Bar
+from longscan.core.runtime import use_threads
+from longscan.data.documents import find_files, iter_pieces
+from longscan.evaluation.perplexity import Evaluation, evaluate
+from longscan.models.common.summary import describe
+
+__all__ = ["command"]
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A shipped model, a directory, or a hub id.")],
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILES", help="Text files or folders, as train takes them.")
+    ],
+    per_file: Annotated[bool, typer.Option("--per-file", help="A line for each file.")] = False,
+    separator: Annotated[
+        str | None, typer.Option(help="What parts the documents of a plain-text file.")
+    ] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Hold the weights so; if not given, float32 or as quantised.")
+    ] = None,
+    tokenizer_name: Annotated[
+        str | None,
+        typer.Option("--tokenizer", help="A tokenizer.json, a directory or a hub id, if MODEL has none."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; as torch likes if not given.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Use only what the hub's cache holds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when done.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result alone.")] = False,
+) -> None:
+    """Perplexity and bits per byte of a model on text files.
+
+    Documents of any length are read as a whole, in constant memory; by a model made for texts of a certain
+    length, in windows of that length. FILES are .txt, .md or .jsonl in UTF-8,
+    also .gz or .xz; a file is a document, and so is each line of a .jsonl file. Each is predicted from its
+    first byte on, after an end of text.
+
+    Raises:
+        UsageError: a flag has an impossible value.
+        LongscanError: the model or a file can't be read.
+    """
+    use_threads(threads)
+    paths = find_files(files)
+    groups = [[path] for path in paths] if per_file else [paths]
+    total = _measure(groups, separator)
+    network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name)
+    if not quiet:
+        typer.echo(describe(model, network) + "\n", err=True)
+    bar, parts = Bar(), []
+    done: Evaluation | None = None
+    if per_file and not as_json:
+        typer.echo(ROW.format("bits/byte", "perplexity", "tokens", "bytes", "file"))
+    try:
+        for group in groups:
+            part = evaluate(
+                network,
+                tokenizer,
+                iter_pieces(group, separator=separator),
+                progress=partial(_show, bar, total, done),
+            )
+            parts.append(part)
+            done = part if done is None else done + part
+            if per_file and not as_json:
+                bar.clear()
+                typer.echo(_row(part, str(group[0])))
+    finally:
+        bar.clear()
+    assert done is not None  # find_files returns at least one
+    if as_json:
+        files_report = [
+            {"file": str(path), **part.to_dict()} for path, part in zip(paths, parts, strict=False)
+        ]
+        report = {"model": model, **done.to_dict(), **({"files": files_report} if per_file else {})}
+        typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
+    elif per_file:
+        typer.echo(_row(done, "total"))
+    else:
+        typer.echo(_sentence(done))
+
+
+ROW = "{:>9}  {:>10}  {:>13}  {:>13}  {}"
+
+
+def _row(part: Evaluation, name: str) -> str:
+    """Lay the numbers of a file out in columns."""
+    bits, perplexity = f"{part.bits_per_byte:.4f}", f"{part.perplexity:,.2f}"
+    return ROW.format(bits, perplexity, f"{part.tokens:,}", f"{part.bytes:,}", name)
+
+
+def _sentence(result: Evaluation) -> str:
+    """Say the result in a line."""
+    tokens, n_bytes = count(result.tokens, "token"), count(result.bytes, "byte")
+    documents = count(result.documents, "document")
+    return (
+        f"{result.bits_per_byte:.4f} bits/byte · perplexity {result.perplexity:,.2f} per token · "
+        f"{tokens} · {n_bytes} · {documents} · "
+        f"{result.tokens_per_second:,.0f} tok/s"
+    )
+
+
+def _measure(groups: list[list[Path]], separator: str | None) -> int | None:
+    """Read all text once: that finds every error in it before long work begins, and counts the bytes."""
+    if not all(path.is_file() for group in groups for path in group):
+        return None  # a pipe can be read only once
+    pieces = (piece for group in groups for piece in iter_pieces(group, separator=separator))
+    return sum(len(piece.text.encode()) for piece in pieces)
+
+
+def _show(bar: Bar, total: int | None, done: Evaluation | None, now: Evaluation) -> None:
+    """Show how far the evaluation is; `done` are the files before this one."""
+    now = now if done is None else done + now
+    words = f"{now.bits_per_byte:.3f} bits/byte  {now.tokens_per_second:,.0f} tok/s"
+    bar.show("evaluating", now.bytes, total, words)

@@ -1,0 +1,339 @@
+"""`longscan generate`: continue texts, token by token."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from longscan.checkpoints.load import Precision, load_with_tokenizer
+from longscan.commands._input import read_prompts
+from longscan.core.config import count
+from longscan.core.files import utf8
+from longscan.core.progress import Bar
+from longscan.core.runtime import use_threads
+from longscan.errors import LongscanError, UsageError
+from longscan.inference.engine import MAX_SLOTS, Engine
+from longscan.inference.prefill import encode
+from longscan.inference.request import make_requests
+from longscan.inference.sampling import Event, Finish, SamplingConfig
+from longscan.inference.speculative import Drafter, DraftModel, PromptLookup
+from longscan.models import LanguageModel, State
+from longscan.models.common.state import SavedState
+from longscan.models.common.summary import describe
+from longscan.tokenizers.base import Tokenizer
+
+__all__ = ["command"]
+
+
+REASONS = {"eos": "end of text", "stop": "stop string"}
+
+
+def command(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PROMPT",
+            help="Texts to continue; - or nothing reads one from stdin if it is a pipe.",
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option("--prompts", help='Read prompts from a file: one a line, or .jsonl with "prompt".'),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="A shipped model, a directory, or a hub id.")
+    ] = "longscan-tiny-en",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write, at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 is greedy, 1 the model as it is.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0 = off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that make up this share.")] = 0.95,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids tokens used before.")] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; repeatable. A line break is $'\\n'.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed writes the same text.")] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Hold the weights so; if not given, float32 or as quantised.")
+    ] = None,
+    tokenizer_name: Annotated[
+        str | None,
+        typer.Option("--tokenizer", help="A tokenizer.json, a directory or a hub id, if MODEL has none."),
+    ] = None,
+    load_state: Annotated[
+        Path | None, typer.Option(help="Go on where a state that was saved stands; PROMPT comes after it.")
+    ] = None,
+    save_state: Annotated[Path | None, typer.Option(help="Save the state after the text in a file.")] = None,
+    speculate: Annotated[
+        bool,
+        typer.Option("--speculate", help="Guess ahead by what the prompt says; the text stays the same."),
+    ] = False,
+    draft: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Let a small model guess ahead; likewise.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; as torch likes if not given.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Use only what the hub's cache holds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when done.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the text alone.")] = False,
+) -> None:
+    """Continue a text with a model, piece by piece.
+
+    One PROMPT is streamed as it is written; several, or those of a file, run as one batch and are printed
+    whole, in order. A prompt from stdin loses its last line break. The file of --prompts is UTF-8, also .gz
+    or .xz; its blank lines are skipped. Without any prompt the model begins a new text, or goes on with the
+    one of --load-state.
+
+    Raises:
+        UsageError: a flag has an impossible value.
+        LongscanError: the model or the prompt can't be read.
+    """
+    try:
+        config = SamplingConfig.from_dict(
+            {
+                "max_new_tokens": max_new_tokens,
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "min_p": min_p,
+                "repetition_penalty": repetition_penalty,
+                "stop": stop or [],
+                "seed": secrets.randbelow(10**6) if seed is None else seed,
+            }
+        )
+    except LongscanError as error:
+        raise UsageError(str(error)) from error
+    use_threads(threads)
+    if prompt_file is not None and prompts:
+        raise UsageError("PROMPT and --prompts: expected one of them, got both.")
+    texts = _prompts(prompts or []) if prompt_file is None else read_prompts(prompt_file)
+    _check_usage(texts, save_state, speculate, draft)
+    network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name)
+    before = None if load_state is None else _load_state(load_state, network, texts)
+    drafter = PromptLookup() if speculate else _draft_model(draft, tokenizer, offline) if draft else None
+    ids = encode(tokenizer, texts, begins=before is None)
+    session = _Session(texts, stream=len(texts) == 1 and not as_json and prompt_file is None, silent=as_json)
+    slots = min(len(texts), MAX_SLOTS)
+    engine = Engine(network, tokenizer, slots=slots, drafter=drafter, progress=session.reading)
+    for request in make_requests(ids, config, tokenizer.eos_ids, before, keep=save_state is not None):
+        engine.submit(request)
+    if not quiet:
+        typer.echo(describe(model, network) + "\n", err=True)
+    try:
+        session.run(engine, config.max_new_tokens)
+    finally:
+        session.close()
+    kept = save_state is not None and session.consistent
+    if save_state is not None and kept:
+        after = engine.saved(0)
+        after.state.save(save_state, position=after.position, pending=after.pending, model=network)
+    if as_json:
+        report = {
+            "model": model,
+            "seed": config.seed,
+            "prompt_tokens": sum(map(len, ids)),
+            **session.report(),
+            **({"drafted": engine.drafted, "accepted": engine.accepted} if drafter else {}),
+        }
+        typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
+    if not quiet:
+        typer.echo(session.footer(config, engine, save_state if kept else None), err=True)
+    if save_state is not None and not kept:
+        raise LongscanError(f"stopped before the prompt was read: {save_state} was not written.")
+    if session.stopped:
+        raise typer.Exit(130)
+
+
+def _check_usage(texts: list[str], save_state: Path | None, speculate: bool, draft: str | None) -> None:
+    """Refuse what makes no sense before anything takes long."""
+    if speculate and draft:
+        raise UsageError("--speculate and --draft: expected one of them, got both.")
+    if save_state is not None and len(texts) > 1:
+        raise UsageError(f"--save-state: expected one prompt, got {len(texts):,}.")
+    if save_state is not None and (save_state.is_dir() or not save_state.absolute().parent.is_dir()):
+        raise LongscanError(f"{save_state}: expected a file in a directory that exists. Create it first.")
+
+
+def _load_state(path: Path, model: LanguageModel, texts: list[str]) -> SavedState:
+    """Read the state that texts continue."""
+    saved = State.load(path, model)
+    if saved.state.batch_size != 1:
+        raise LongscanError(f"{path} holds {saved.state.batch_size} states: expected one. See state.select.")
+    if not saved.pending and not all(texts):
+        raise LongscanError(f"{path} holds no token that could be read next: give it a prompt.")
+    return saved
+
+
+def _draft_model(name: str, tokenizer: Tokenizer, offline: bool) -> Drafter:
+    """Load a model that guesses for one with a certain tokenizer."""
+    network, other = load_with_tokenizer(name, None, offline)
+    if other.fingerprint != tokenizer.fingerprint:
+        raise LongscanError(
+            f"the draft model {name} has another tokenizer than the model: its ids stand for other text. "
+            "Expected a smaller model that was trained with the same tokenizer."
+        )
+    return DraftModel(network)
+
+
+@dataclass
+class _Text:
+    """What became of one prompt."""
+
+    prompt: str
+    text: str = ""
+    tokens: int = 0
+    finish: Finish | None = None
+
+
+class _Session:
+    """Prints events as they come and remembers what there is to say about them."""
+
+    def __init__(self, prompts: list[str], *, stream: bool, silent: bool) -> None:
+        self._texts = [_Text(prompt) for prompt in prompts]
+        self._stream, self._silent = stream, silent
+        self._echo = sys.stdout.isatty()  # there the prompt is part of what is read
+        self._begun, self._printed = False, 0
+        self.stopped = False  # by Ctrl-C
+        self.consistent = False  # whether the engine stands where the text does
+        self._bar = Bar()
+        self._begin = self._first = self._last = time.perf_counter()
+
+    def reading(self, done: int, total: int) -> None:
+        """Show how much of the prompts is read."""
+        self._bar.show("reading", done, total)
+        if self.stopped:
+            raise KeyboardInterrupt
+
+    def run(self, engine: Engine, max_new_tokens: int) -> None:
+        """Run an engine to its end, or until Ctrl-C, and print its events."""
+        try:
+            with self._interruptible():
+                while (engine.running or engine.waiting) and not self.stopped:
+                    for event in engine.step():
+                        self._take(event, max_new_tokens)
+            self.consistent = True
+        except KeyboardInterrupt:
+            self.stopped = True
+
+    def _take(self, event: Event, max_new_tokens: int) -> None:
+        """Print an event, or remember it."""
+        if event.error is not None:
+            raise event.error
+        text = self._texts[event.row]
+        self._last = time.perf_counter()
+        if not self._begun:
+            self._begun, self._first = True, self._last
+            self._bar.clear()
+            if self._stream and self._echo:
+                typer.echo(text.prompt, nl=False)
+        text.text += event.text
+        text.tokens += 1
+        text.finish = event.finish
+        if self._stream:
+            typer.echo(event.text, nl=False)
+        elif event.finish:
+            self._print()
+        else:
+            self._bar.show("writing", text.tokens, max_new_tokens)
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Let the first Ctrl-C end the text between two tokens, so that its state is whole."""
+
+        def stop(*_: object) -> None:
+            if self.stopped:
+                raise KeyboardInterrupt
+            self.stopped = True
+
+        if threading.current_thread() is not threading.main_thread():  # no other may listen to signals
+            yield
+            return
+        usual = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, usual)
+
+    def close(self) -> None:
+        """Leave the screen in order, with all there is to show."""
+        self._bar.clear()
+        if self._stream and self._begun:
+            typer.echo()
+        elif not self._stream:
+            self._print(unfinished=True)
+
+    def _print(self, unfinished: bool = False) -> None:
+        """Print the texts whose turn it is."""
+        while not self._silent and self._printed < len(self._texts):
+            text = self._texts[self._printed]
+            if not (text.finish or (unfinished and text.tokens)):
+                return
+            self._bar.clear()
+            self._printed += 1
+            typer.echo(f"── {self._printed} of {len(self._texts)} ──")
+            typer.echo(f"{text.prompt if self._echo else ''}{text.text}\n")
+
+    def report(self) -> dict[str, Any]:
+        """Return the texts and the speed."""
+        tokens = sum(text.tokens for text in self._texts)
+        begun = sum(text.tokens > 0 for text in self._texts)  # tokens that the reading of the prompts gave
+        seconds = self._last - self._first
+        return {
+            "texts": [asdict(text) for text in self._texts],
+            "tokens": tokens,
+            "seconds_to_first_token": round(self._first - self._begin, 4),
+            "tokens_per_second": round((tokens - begun) / seconds, 1) if tokens > begun else None,
+        }
+
+    def footer(self, config: SamplingConfig, engine: Engine, state: Path | None) -> str:
+        """Say in a line what was done and what to do next."""
+        report = self.report()
+        parts = ["stopped"] if self.stopped else []
+        parts.append(count(report["tokens"], "token"))
+        finish = self._texts[0].finish if len(self._texts) == 1 else None
+        if finish in REASONS:
+            parts.append(REASONS[finish])
+        if report["tokens_per_second"]:
+            parts.append(f"{report['tokens_per_second']:,.0f} tok/s")
+        if report["tokens"]:
+            seconds = report["seconds_to_first_token"]
+            parts.append(
+                f"first token after {seconds:.2g} s"
+                if seconds < 99
+                else f"first token after {seconds:,.0f} s"
+            )
+        if engine.drafted:
+            parts.append(f"{engine.accepted:,} of {count(engine.drafted, 'guess', 'guesses')} right")
+        if config.temperature > 0:
+            parts.append(f"seed {config.seed}")
+        if state is None:
+            parts += ["try: longscan train my.txt --out my-model", "longscan models"]
+        else:
+            parts.append(f"go on with: longscan generate --load-state {state}")
+        return "▏ " + " · ".join(parts)
+
+
+def _prompts(given: list[str]) -> list[str]:
+    """Return the prompts as text, from the command line and from stdin."""
+    if not given and sys.stdin is not None and not sys.stdin.isatty():
+        given = ["-"]
+    piped = ""
+    if "-" in given:
+        piped = utf8(sys.stdin.buffer.read(), "the prompt on stdin").removeprefix("\ufeff")
+        piped = piped.removesuffix("\n").removesuffix("\r")
+    # Python passes bytes that are not UTF-8 on as lone surrogates
+    return [
+        piped if text == "-" else utf8(text.encode(errors="surrogateescape"), "the prompt")
+        for text in given or [""]
+    ]

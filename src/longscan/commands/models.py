@@ -1,0 +1,151 @@
+"""The line of models at a glance, and one of them in detail."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from longscan.core.config import nearest
+from longscan.errors import UsageError
+from longscan.models import LINEAGE, LanguageModel, ModelEntry, neural_ode
+from longscan.models.sequence_classifier import SequenceConfig, SequenceModel
+
+__all__ = ["command"]
+
+
+class NeuralODE(SequenceModel):
+    """The neural ODE as `longscan classify` trains it.
+
+    Args:
+        config: the sizes of its blocks.
+    """
+
+    def __init__(self, config: neural_ode.NeuralODEConfig) -> None:
+        super().__init__(SequenceConfig(body="neural_ode", body_config=config, n_outputs=1, d_input=1))
+
+
+# what is no language model stands outside the line: it reads times
+ASIDE = ModelEntry(
+    name="neural_ode",
+    kind="language",
+    year=2018,
+    paper="Neural Ordinary Differential Equations",
+    arxiv="1806.07366",
+    idea="a state that flows between observations",
+    parents=("lstm",),
+    cls=NeuralODE,
+    config=neural_ode.NeuralODEConfig,
+    presets=neural_ode.PRESETS,
+    verbs=("classify",),
+)
+MODELS = {entry.name: entry for entry in sorted([*LINEAGE, ASIDE], key=lambda entry: entry.year)}
+
+
+def command(
+    name: Annotated[
+        str | None, typer.Argument(help="One model to describe; all of them when left out.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """List the line of models, oldest first, with the verbs that work; or describe one of them.
+
+    The names are those that --model takes.
+
+    Args:
+        name: a key of MODELS.
+        as_json: for programs.
+
+    Raises:
+        UsageError: there is no model of that name.
+    """
+    if name is None:
+        rows = [_row(entry) for entry in MODELS.values()]
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False) if as_json else _table(rows))
+        return
+    if name not in MODELS:
+        raise UsageError(f"no model called {name!r}{nearest(name, MODELS)}")
+    details = _details(MODELS[name])
+    typer.echo(json.dumps(details, indent=2, ensure_ascii=False) if as_json else _page(details))
+
+
+def _row(entry: ModelEntry) -> dict[str, Any]:
+    """Return what the table shows of a model."""
+    return {
+        "year": entry.year,
+        "name": entry.name,
+        "class": entry.cls.__name__,
+        "idea": entry.idea,
+        "verbs": list(entry.verbs),
+    }
+
+
+def _details(entry: ModelEntry) -> dict[str, Any]:
+    """Return what there is to say about a model; on the meta device counting its sizes allocates nothing."""
+    presets = {}
+    for preset, fields in entry.presets.items():
+        with torch.device("meta"):
+            model = entry.cls(entry.config.from_dict(fields))
+        presets[preset] = {**fields, "parameters": model.num_parameters()}
+        if isinstance(model, LanguageModel):
+            state = model.init_state(1)
+            presets[preset] |= {"state_bytes": state.nbytes, "state_bytes_per_token": state.growth}
+    return {
+        **_row(entry),
+        "paper": entry.paper,
+        "arxiv": entry.arxiv,
+        "parents": list(entry.parents),
+        "file": str(Path(inspect.getfile(entry.config)).resolve()),
+        "presets": presets,
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """Lay the line of models out in columns."""
+    names, ideas = (max(len(row[key]) for row in rows) for key in ("name", "idea"))
+    lines = [
+        f"{row['year']}  {row['name']:{names}}  memory is {row['idea']:{ideas}}  "
+        + " ".join(f"{verb} ✓" for verb in row["verbs"])
+        for row in rows
+    ]
+    example = rows[-1]["name"]
+    return "\n".join(
+        [*lines, f"   longscan models {example}    paper, file, parents, presets, sizes in memory"]
+    )
+
+
+def _page(details: dict[str, Any]) -> str:
+    """Lay one model out in lines; sizes are those of float32."""
+    lines = [
+        f"{details['name']}: {details['class']} ({details['year']}): memory is {details['idea']}",
+        f"paper    {details['paper']}" + (f", arXiv {details['arxiv']}" if details["arxiv"] else ""),
+        f"parents  {', '.join(details['parents']) or 'none'}",
+        f"verbs    {', '.join(details['verbs'])}",
+        f"file     {details['file']}",
+        "preset      parameters  weights  state per text",
+    ]
+    for name, sizes in details["presets"].items():
+        weights = _bytes(4 * sizes["parameters"])
+        lines.append(f"{name:7}  {sizes['parameters']:>13,}  {weights:>7}  {_state(sizes):>14}")
+    return "\n".join(lines)
+
+
+def _state(sizes: dict[str, Any]) -> str:
+    """Say how much a model remembers, in constant size or by the token."""
+    if growth := sizes.get("state_bytes_per_token"):
+        return f"{_bytes(growth)}/token"
+    return _bytes(sizes["state_bytes"]) if "state_bytes" in sizes else "-"
+
+
+def _bytes(count: int) -> str:
+    """Return a size in the unit that leaves it at most four digits."""
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"

@@ -1,0 +1,236 @@
+"""`longscan plot`: alignments, attention, positions, BLEU by length, HiPPO bases and kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from longscan.checkpoints.formats.sequence_classifier import is_sequence_model
+from longscan.checkpoints.load import load, load_translator
+from longscan.checkpoints.sequence_classifier import load_sequence_model
+from longscan.core.config import nearest
+from longscan.core.files import read_json
+from longscan.data.sentence_pairs import rows
+from longscan.errors import LongscanError, UsageError
+from longscan.inference.translate import translate
+from longscan.models import MODELS, LanguageModel, Model
+from longscan.models.common.lti import System
+from longscan.models.hippo import MEASURES
+from longscan.models.sequence_classifier import SequenceModel
+from longscan.plotting.attention import plot_positions, plot_weights
+from longscan.plotting.memory import SHOWN, plot_kernels, plot_responses
+from longscan.plotting.style import (
+    Out,
+    check_out,
+)
+from longscan.plotting.translation import plot_bleu
+from longscan.tokenizers.words import group
+
+__all__ = ["commands"]
+
+
+def alignment(
+    model: Annotated[str, typer.Argument(help="A translator's directory.")],
+    sentence: Annotated[str, typer.Argument(help="What to translate.")],
+    target: Annotated[str | None, typer.Option(help="Its translation; the model's own if not given.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Of a Transformer; the last one if not given.")] = None,
+    pieces: Annotated[bool, typer.Option("--pieces", help="Show the tokens instead of words.")] = False,
+    out: Out = Path("alignment.png"),
+) -> None:
+    """Where a translator looked for each word that it wrote.
+
+    Of a Transformer the mean over the heads of a layer; `plot attention` shows each.
+
+    Raises:
+        UsageError: there is no such layer, or the figure has no format.
+        LongscanError: the model has no attention, or a file can't be read or written.
+    """
+    check_out(out)
+    weights, sides = _look(model, sentence, target, pieces)
+    name = _pick(weights, "cross", layer)
+    plot_weights({name: weights[name].mean(0)}, *sides["cross"], out, Path(model).resolve().parent.name)
+    typer.echo(f"wrote {out}")
+
+
+def attention(
+    model: Annotated[str, typer.Argument(help="A translator's directory.")],
+    sentence: Annotated[str, typer.Argument(help="What to translate.")],
+    target: Annotated[str | None, typer.Option(help="Its translation; the model's own if not given.")] = None,
+    part: Annotated[
+        Literal["encoder", "decoder", "cross"],
+        typer.Option(help="Source at source, target at target, or target at source."),
+    ] = "cross",
+    layer: Annotated[int | None, typer.Option(help="The last one if not given.")] = None,
+    pieces: Annotated[bool, typer.Option("--pieces", help="Show the tokens instead of words.")] = False,
+    out: Out = Path("attention.png"),
+) -> None:
+    """Where each head of a translator looks.
+
+    Raises:
+        UsageError: there is no such part or layer, or the figure has no format.
+        LongscanError: the model has no attention, or a file can't be read or written.
+    """
+    check_out(out)
+    weights, sides = _look(model, sentence, target, pieces)
+    name = _pick(weights, part, layer)
+    panels = {f"head {number}": head for number, head in enumerate(weights[name])}
+    plot_weights(panels, *sides[part], out, f"{name} of {Path(model).resolve().parent.name}")
+    typer.echo(f"wrote {out}")
+
+
+def positions(
+    d_model: Annotated[int, typer.Option(help="Width of the encodings.")] = 128,
+    length: Annotated[int, typer.Option(help="Positions.")] = 100,
+    out: Out = Path("positions.png"),
+) -> None:
+    """The sinusoids that tell where a word stands.
+
+    Raises:
+        UsageError: a number makes no sense, or the figure has no format.
+    """
+    check_out(out)
+    if d_model < 2 or d_model % 2:
+        raise UsageError(f"--d-model: expected an even number of 2 or more, got {d_model}.")
+    if not 2 <= length <= 5000:
+        raise UsageError(f"--length: expected 2 to 5,000, got {length:,}.")
+    plot_positions(d_model, length, out)
+    typer.echo(f"wrote {out}")
+
+
+def bleu(
+    files: Annotated[list[Path], typer.Argument(help="What `translate evaluate --json` printed.")],
+    out: Out = Path("bleu.png"),
+) -> None:
+    """BLEU against the length of the source, by file.
+
+    Raises:
+        UsageError: the figure has no format.
+        LongscanError: a file is something else.
+    """
+    check_out(out)
+    reports = {file.stem: read_json(file) for file in files}
+    for file, report in zip(files, reports.values(), strict=False):
+        if not {"by_length", "bleu"} <= report.keys():
+            raise LongscanError(f"{file}: expected what `longscan translate evaluate --json` prints.")
+    plot_bleu(reports, out)
+    typer.echo(f"wrote {out}")
+
+
+def _look(
+    name: str, sentence: str, target: str | None, pieces: bool
+) -> tuple[dict[str, Tensor], dict[str, tuple[list[str], list[str]]]]:
+    """Return the weights (n_heads, n_looking, n_looked_at), and of each part the words on both axes."""
+    model, tokenizer = load_translator(name)
+    if target is None:
+        target = translate(model, tokenizer, [sentence])[0].text
+    ids = [tokenizer.encode(text.strip()) for text in (sentence, target)]
+    if not ids[0]:
+        raise UsageError("SENTENCE: expected some words, got none.")
+    with torch.no_grad():
+        found = model(rows(ids[:1], bos=False), rows(ids[1:], bos=True)[:, :-1], return_weights=True).weights
+    if not found:
+        raise LongscanError(f"{name} has no attention to look at: it is a {type(model).__name__}.")
+    source, written = (group(tokenizer, side, pieces) for side in ids)
+    sides = {"encoder": (source, source), "decoder": (written.read(), written), "cross": (source, written)}
+    weights = {}
+    for key, tensor in found.items():
+        looked_at, looking = sides[key.split(".")[0]]
+        # a word gets what its pieces get, and looks as its pieces do on average
+        weights[key] = looking.matrix(mean=True) @ tensor[0].float() @ looked_at.matrix(mean=False).mT
+    return weights, {part: (one.words, other.words) for part, (one, other) in sides.items()}
+
+
+def _pick(weights: Mapping[str, Tensor], part: str, layer: int | None) -> str:
+    """Return the name of the weights of a layer."""
+    names = [name for name in weights if name.split(".")[0] == part]
+    if not names:
+        known = ", ".join(dict.fromkeys(name.split(".")[0] for name in weights))
+        raise UsageError(f"--part: this model has {known} attention, no {part}.")
+    if layer is not None and not -len(names) <= layer < len(names):
+        raise UsageError(f"--layer: expected 0 to {len(names) - 1}, got {layer}.")
+    return names[-1 if layer is None else layer]
+
+
+def basis_command(
+    measure: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(MEASURES)}; several, one after the other.")
+    ] = None,
+    n: Annotated[int, typer.Option(help="Coefficients.")] = 64,
+    shown: Annotated[int, typer.Option(help="How many of them to draw.")] = 5,
+    out: Out = Path("basis.png"),
+) -> None:
+    """How much each moment of the past counts in the coefficients of a memory.
+
+    Raises:
+        UsageError: there is no such measure, a number makes no sense, or the figure has no format.
+    """
+    check_out(out)
+    for name in measure or ():
+        if name not in MEASURES:
+            raise UsageError(f"--measure: there is no {name!r}{nearest(name, MEASURES)}")
+    if not 1 <= n <= 512:
+        raise UsageError(f"--n: expected 1 to 512 coefficients, got {n}.")
+    if not 1 <= shown <= 12:
+        raise UsageError(f"--shown: expected 1 to 12, got {shown}.")
+    plot_responses(measure or SHOWN, n, shown, out)
+    typer.echo(f"wrote {out}")
+
+
+def kernel(
+    model: Annotated[str, typer.Argument(help="A directory, or the name of a model for a fresh one.")],
+    length: Annotated[int, typer.Option(help="Steps.")] = 512,
+    layer: Annotated[int, typer.Option(help="From 0; the last is -1.")] = 0,
+    channels: Annotated[int, typer.Option(help="How many to draw, the first ones.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of a fresh model.")] = 0,
+    out: Out = Path("kernel.png"),
+) -> None:
+    """The convolution kernels of a model of state spaces: how much the input so many steps ago counts.
+
+    Raises:
+        UsageError: a number makes no sense, there is no such layer, or the figure has no format.
+        LongscanError: the model has no kernels, or can't be read.
+    """
+    check_out(out)
+    if not 2 <= length <= 1 << 20:
+        raise UsageError(f"--length: expected 2 to {1 << 20:,} steps, got {length:,}.")
+    if not 1 <= channels <= 12:
+        raise UsageError(f"--channels: expected 1 to 12, got {channels}.")
+    loaded: Model
+    if model in MODELS:
+        entry = MODELS[model]
+        config = entry.config.from_dict(entry.presets["tiny"])
+        loaded = entry.cls(config, generator=torch.Generator().manual_seed(seed))
+    else:
+        loaded = load_sequence_model(model) if is_sequence_model(model) else load(model)[0]
+    layers: Iterable[nn.Module] = []
+    if isinstance(loaded, LanguageModel | SequenceModel):
+        layers = loaded.backbone.layers if isinstance(loaded, LanguageModel) else loaded.layers
+    kind = loaded.config.body if isinstance(loaded, SequenceModel) else type(loaded).__name__
+    systems = [[part for part in block.modules() if isinstance(part, System)] for block in layers]
+    if not any(systems):
+        raise LongscanError(
+            f"{model}: a model of kind {kind} has no convolution kernels. Expected one of time-invariant "
+            "state spaces, such as s4, s4d, lssl or h3."
+        )
+    if not -len(systems) <= layer < len(systems) or not systems[layer]:
+        raise UsageError(f"--layer: expected 0 to {len(systems) - 1} with a state space, got {layer}.")
+    with torch.no_grad():
+        drawn = systems[layer][0].kernel(length)[:channels].float()
+    kernels = {f"channel {place}": values for place, values in enumerate(drawn)}
+    plot_kernels(kernels, out, f"{kind}, layer {layer % len(systems)}")
+    typer.echo(f"wrote {out}")
+
+
+commands = {
+    "alignment": alignment,
+    "attention": attention,
+    "positions": positions,
+    "bleu": bleu,
+    "basis": basis_command,
+    "kernel": kernel,
+}

@@ -1,0 +1,1 @@
+"""What every room builds on: configuration, files, progress, threads and signals, optional packages."""

@@ -1,0 +1,1 @@
+"""Everything that is read to train, evaluate or compress: text, pairs, labels, signals."""

@@ -1,0 +1,416 @@
+"""Text files to documents, and documents to what is trained on and what is held out.
+
+Files are plain text, Markdown or JSON lines, also compressed, and strictly UTF-8. They are read in pieces of
+about a megabyte and never held as a whole: the disk limits a corpus, not the memory.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import lzma
+import math
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import IO, NamedTuple, TypeAlias, cast
+
+from longscan.core.random import RandomStream
+from longscan.data.archives import is_hidden
+from longscan.errors import LongscanError, UsageError
+
+__all__ = [
+    "Corpus",
+    "Paths",
+    "Piece",
+    "find_files",
+    "iter_documents",
+    "iter_lines",
+    "iter_pieces",
+    "open_binary",
+    "read_text",
+    "split",
+    "text_kind",
+    "training_text",
+]
+
+JSONL = (".jsonl", ".json-lines", ".ndjson")
+SUFFIXES = (".txt", ".md", ".text", *JSONL)
+OPENERS = {".gz": cast(Callable[..., IO[bytes]], gzip.open), ".xz": cast(Callable[..., IO[bytes]], lzma.open)}
+PIECE = 2**20  # characters; a longer document comes in several pieces
+MAX_LINE = 2**26  # characters of a line that has to be in memory as a whole
+
+Paths: TypeAlias = str | Path | Iterable[str | Path]
+
+
+class Piece(NamedTuple):
+    """A document, or the next part of one."""
+
+    text: str
+    ends: bool  # the document ends here
+
+
+def find_files(paths: Paths) -> list[Path]:
+    """List the text files that a user means.
+
+    Args:
+        paths: files, taken as they are, and folders, searched in depth and in the order of names for .txt,
+            .md, .text and .jsonl, each also with .gz or .xz behind it; hidden entries are left out.
+
+    Returns:
+        The files.
+
+    Raises:
+        LongscanError: a path does not exist, or a folder holds no text.
+    """
+    files: list[Path] = []
+    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
+        if not path.exists():
+            raise LongscanError(f"no such file or folder: {path}")
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = [file for file in sorted(path.rglob("*")) if not is_hidden(file.relative_to(path))]
+        inside = [file for file in found if file.is_file()]
+        texts = [file for file in inside if text_kind(file) in SUFFIXES]
+        if not texts:
+            kinds = Counter(file.suffix or "without suffix" for file in inside).most_common(4)
+            there = ", ".join(f"{count} {kind}" for kind, count in kinds) or "nothing"
+            raise LongscanError(
+                f"no text in {path}: found {there}. Expected .txt, .md, .text or .jsonl in UTF-8, "
+                "also compressed as .gz or .xz; a file with another name can be given by itself."
+            )
+        files += texts
+    if not files:
+        raise UsageError("no text given: name at least one file or folder.")
+    return files
+
+
+def iter_pieces(paths: Paths, *, separator: str | None = None, field: str = "text") -> Iterator[Piece]:
+    """Read documents in pieces of bounded size, for texts larger than the memory.
+
+    A text file is one document unless `separator` divides it; each line of a .jsonl file is one. A long
+    document is cut before a line break, where words end, so its pieces give the tokens that the whole would.
+    Left out are documents of nothing but white space, and a byte order mark; the rest passes unchanged.
+
+    Args:
+        paths: files and folders, see `find_files`.
+        separator: what stands between the documents of a text file; it belongs to neither.
+        field: where the objects of .jsonl lines hold their text.
+
+    Yields:
+        The pieces in order.
+
+    Raises:
+        LongscanError: nothing there, not UTF-8, a bad line, a damaged compressed file; names the place.
+        UsageError: an empty separator.
+    """
+    if separator == "":
+        raise UsageError("separator: expected the text that stands between documents, got nothing.")
+    files, empty = find_files(paths), True
+    for file in files:
+        for piece in _pieces(file, separator, field):
+            empty = False
+            yield piece
+    if empty:
+        names = ", ".join(map(str, files[:3])) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
+        raise LongscanError(f"no text in {names}: empty, or only white space.")
+
+
+def iter_documents(paths: Paths, *, separator: str | None = None, field: str = "text") -> Iterator[str]:
+    """Read whole documents, one in memory at a time; arguments and errors as `iter_pieces`."""
+    parts = []
+    for text, ends in iter_pieces(paths, separator=separator, field=field):
+        parts.append(text)
+        if ends:
+            yield "".join(parts)
+            parts = []
+
+
+class Corpus:
+    """Which text is trained on, and which is held out to measure what was learnt.
+
+    Args:
+        paths: files and folders, see `find_files`.
+        valid_paths: files to hold out; those also found under `paths` are not trained on.
+        valid_fraction: the share of the text to hold out if there are no such files; 0 holds out nothing.
+        separator: what stands between the documents of a text file; None makes each file one document.
+
+    Raises:
+        LongscanError: no text there, or none left to train on.
+        UsageError: an impossible fraction.
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        valid_paths: Paths | None = None,
+        valid_fraction: float = 0.05,
+        separator: str | None = None,
+    ) -> None:
+        if not 0 <= valid_fraction < 1:
+            raise UsageError(f"valid_fraction: expected at least 0 and below 1, got {valid_fraction}.")
+        self.valid = find_files(valid_paths) if valid_paths else []
+        held_out = {file.resolve() for file in self.valid}
+        self.train = [file for file in find_files(paths) if file.resolve() not in held_out]
+        if not self.train:
+            raise LongscanError("no text left to train on: every file is held out for validation.")
+        self.valid_fraction = 0.0 if self.valid else valid_fraction
+        self.separator = separator
+
+    @cached_property
+    def sizes(self) -> list[array[int]]:
+        """The bytes of each document of `train` and of `valid`.
+
+        To know them all text is read, which finds every error in it before long work begins.
+        """
+        sizes = []
+        for files in (self.train, self.valid):
+            sizes.append(array("q", [0]))
+            for text, ends in iter_pieces(files, separator=self.separator) if files else ():
+                sizes[-1][-1] += len(text.encode())
+                if ends:
+                    sizes[-1].append(0)
+            sizes[-1].pop()
+        return sizes
+
+    def pieces(self) -> Iterator[tuple[str, Piece]]:
+        """Read everything once, in order.
+
+        Where a share is to be held out, documents are drawn at random (always the same ones) until one does
+        not fit; if less than half of the share is filled by then, the end of that document fills it.
+
+        Yields:
+            "train" or "valid", and a piece.
+        """
+        sizes, total = self.sizes[0], sum(self.sizes[0])
+        share = max(0, min(math.ceil(self.valid_fraction * total), total - 1))
+        left, held, torn = share, set(), -1
+        for number in RandomStream(0, 0).permutation(len(sizes)).tolist():
+            if sizes[number] > left:
+                torn = number if left > share // 2 else -1
+                break
+            held.add(number)
+            left -= sizes[number]
+        number = done = 0
+        for piece in iter_pieces(self.train, separator=self.separator):
+            size = len(piece.text.encode())
+            cut = sizes[number] - left  # where the held-out end begins, in the document that is torn
+            if number in held or (number == torn and done > cut):
+                yield "valid", piece
+            elif number == torn and done + size > cut:
+                head, tail = _tear(piece.text, cut - done, left)
+                yield "train", Piece(head, ends=True)
+                yield "valid", Piece(tail, ends=piece.ends)
+            else:
+                yield "train", piece
+            number, done = (number + 1, 0) if piece.ends else (number, done + size)
+        for piece in iter_pieces(self.valid, separator=self.separator) if self.valid else ():
+            yield "valid", piece
+
+
+def training_text(
+    paths: Paths,
+    *,
+    valid_paths: Paths | None = None,
+    valid_fraction: float = 0.05,
+    separator: str | None = None,
+) -> Iterator[str]:
+    """Read only what is not held out: the text to train a tokenizer on.
+
+    Args:
+        paths: files and folders; for this and the rest see `Corpus`.
+        valid_paths: files to hold out.
+        valid_fraction: the share of the text to hold out if there are no such files.
+        separator: what stands between the documents of a text file.
+
+    Yields:
+        Pieces of text, cut where words end.
+    """
+    corpus = Corpus(paths, valid_paths, valid_fraction, separator)
+    yield from (piece.text for name, piece in corpus.pieces() if name == "train")
+
+
+def text_kind(file: Path) -> str:
+    """Return the suffix that tells the format, under that of the compression.
+
+    Args:
+        file: its path.
+    """
+    return Path(file.stem if file.suffix.lower() in OPENERS else file.name).suffix.lower()
+
+
+def open_binary(path: Path) -> IO[bytes]:
+    """Open a file to read what is in it, decompressed if its name ends in .gz or .xz.
+
+    Args:
+        path: of the file.
+    """
+    opener: Callable[..., IO[bytes]] = OPENERS.get(path.suffix.lower(), open)
+    return opener(path, "rb")
+
+
+def _pieces(file: Path, separator: str | None, field: str) -> Iterator[Piece]:
+    if text_kind(file) in JSONL:
+        for text in _jsonl(file, field):
+            yield from _cut([text], None)
+    else:
+        yield from _cut(read_text(file), separator)
+
+
+def read_text(path: Path) -> Iterator[str]:
+    """Decompress and decode a file block by block, strictly.
+
+    Args:
+        path: the file, also .gz or .xz; without a byte order mark from here on.
+
+    Yields:
+        Its text, in pieces of about a megabyte.
+
+    Raises:
+        LongscanError: not UTF-8, or a damaged compressed file; names the place.
+        OSError: it can't be read.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    offset, started = 0, False
+    try:
+        with open_binary(path) as file:
+            while True:
+                block = file.read(PIECE)
+                if b"\0" in block:
+                    raise _not_text(path, offset + block.index(0), 0, "text has no NUL bytes")
+                waiting = len(decoder.getstate()[0])
+                text = decoder.decode(block, final=not block)
+                yield text if started else text.removeprefix("\ufeff")
+                started = started or bool(text)
+                offset += len(block)
+                if not block:
+                    return
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise _not_text(path, offset - waiting + error.start, byte, error.reason) from error
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
+        raise LongscanError(
+            f"{path} is damaged or not a {path.suffix} file ({error}). Fetch it again."
+        ) from error
+
+
+def _not_text(path: Path, offset: int, byte: int, reason: str) -> LongscanError:
+    return LongscanError(
+        f"{path} is not UTF-8 text: byte 0x{byte:02X} at offset {offset:,} ({reason}). If it is text in "
+        "another encoding: iconv -f CODE -t UTF-8, with CODE UTF-16, GB18030 (Chinese) or CP1252 (Europe)."
+    )
+
+
+def split(text: str) -> Iterator[str]:
+    """Cut a long text where words end, as `iter_pieces` cuts long documents.
+
+    Args:
+        text: of any length; up to two million characters it stays whole.
+
+    Yields:
+        Its pieces, which together are the text.
+    """
+    if len(text) <= 2 * PIECE:
+        yield text
+    else:
+        yield from (piece.text for piece in _cut([text], None))
+
+
+def _cut(chunks: Iterable[str], separator: str | None) -> Iterator[Piece]:
+    """Divide a stream of text into documents, and long documents into pieces."""
+    buffer, opened = "", False
+    for chunk in chunks:
+        buffer += chunk
+        if separator:
+            *complete, buffer = buffer.split(separator)
+            for text in complete:
+                if opened or text.strip():
+                    yield Piece(text, ends=True)
+                opened = False
+        start = 0
+        while len(buffer) - start > 2 * PIECE:  # a piece stays behind, with any half of a separator in it
+            end = _break(buffer, start, start + PIECE)
+            yield Piece(buffer[start:end], ends=False)
+            start, opened = end, True
+        buffer = buffer[start:]
+    if opened or buffer.strip():
+        yield Piece(buffer, ends=True)
+
+
+def _break(text: str, start: int, end: int) -> int:
+    """Find the last place in text[start:end] where a line, else a word ends: just before the white space."""
+    for space in "\n ":
+        found = text.rfind(space, start, end)
+        if found > start and (line := text[start:found].rstrip()):
+            return start + len(line)
+    return end
+
+
+def _jsonl(path: Path, field: str) -> Iterator[str]:
+    """Yield the text of each line."""
+    for number, line in enumerate(iter_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            what = (
+                f"{error.msg} in column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            )
+            raise LongscanError(f"{path}:{number}: not JSON ({what}); expected an object a line.") from error
+        text = value.get(field) if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            got = f"the fields {', '.join(value)}" if isinstance(value, dict) else type(value).__name__
+            raise LongscanError(f'{path}:{number}: expected {{"{field}": "..."}}, got {got[:200]}.')
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise LongscanError(
+                f"{path}:{number}: half of a surrogate pair in {field!r} ({error})."
+            ) from error
+        yield text
+
+
+def iter_lines(path: Path) -> Iterator[str]:
+    r"""Read the lines of a file one by one.
+
+    Args:
+        path: see `read_text`; lines end with "\n" and nothing else.
+
+    Yields:
+        The lines without their ends; the last one is what stands behind the last end, perhaps nothing.
+
+    Raises:
+        LongscanError: as `read_text`; or a line is too long to be one.
+        OSError: the file can't be read.
+    """
+    parts: list[str] = []
+    number, size = 1, 0
+    for chunk in read_text(path):
+        first, *others = chunk.split("\n")
+        parts.append(first)
+        size += len(first)
+        if size > MAX_LINE:
+            raise LongscanError(
+                f"{path}, line {number:,}: expected at most {MAX_LINE:,} characters, got more. "
+                "Cut it into several lines, or give running text as .txt."
+            )
+        for line in others:
+            yield "".join(parts)
+            parts, size, number = [line], len(line), number + 1
+    yield "".join(parts)
+
+
+def _tear(text: str, place: int, reach: int) -> tuple[str, str]:
+    """Divide a text at byte `place`, or at the start of that line if it is at most `reach` bytes before."""
+    raw = text.encode()
+    line = raw.rfind(b"\n", max(0, place - reach), place)
+    place = line + 1 if line >= 0 else place
+    while raw[place] & 0xC0 == 0x80:  # inside a character
+        place -= 1
+    return raw[:place].decode(), raw[place:].decode()

@@ -1,0 +1,476 @@
+"""Labelled sequences: signals, rows of pixels and texts as bytes, read from files and put into batches."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longscan.core.config import count
+from longscan.core.files import atomic_file
+from longscan.data.archives import has_suffix, is_hidden, iter_tar, read_npz
+from longscan.data.labeled_arrays import parse_labels, parse_lengths, parse_steps, parse_times
+from longscan.data.labeled_texts import Example, divide, number_labels, read_examples
+from longscan.data.sequence_tables import read_sequence_table
+from longscan.data.wav import read_wav
+from longscan.errors import LongscanError, UsageError
+
+__all__ = ["BYTES", "Sequences", "is_sequence_file", "read_sequences"]
+
+BYTES = 256  # tokens of a text that is read byte by byte
+TARS, SOUND = (".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2"), ".wav"
+LENGTHS = ("lengths", "len")  # what files call them
+OWN = {"values", "lengths", "y", "labels", "names"}  # of a file that `Sequences.save` wrote
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Sequences of any lengths, and what is true of each.
+
+    Attributes:
+        values: (total, d_input) float32 of signals or (total,) int64 of tokens, one behind the other.
+        lengths: (n,) int64.
+        truth: (n,) int64 numbers of classes, or (n, n_outputs) float32.
+        labels: names of the classes; none if numbers are to be told.
+        names: (n,) what messages call each.
+        rate: samples per second, if the files say so.
+        times: (total,) float64 seconds, for series that are not sampled evenly.
+    """
+
+    values: np.ndarray
+    lengths: np.ndarray
+    truth: np.ndarray
+    labels: tuple[str, ...]
+    names: tuple[str, ...]
+    rate: float | None = None
+    times: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def d_input(self) -> int:
+        """Channels of a signal; 0 for tokens."""
+        return 0 if self.values.ndim == 1 else int(self.values.shape[1])
+
+    @property
+    def n_outputs(self) -> int:
+        """Classes, or numbers to be told."""
+        return len(self.labels) or int(self.truth.shape[1])
+
+    @property
+    def rows(self) -> list[np.ndarray]:
+        """Each sequence, (length, d_input) or (length,)."""
+        return self._split(self.values)
+
+    @property
+    def gap(self) -> float | None:
+        """Mean seconds from one step to the next, if there are times."""
+        if self.times is None or not (gaps := int((self.lengths - 1).sum())):
+            return None
+        return float(sum(row[-1] - row[0] for row in self._split(self.times))) / gaps
+
+    def changed(self, change: Callable[[list[np.ndarray]], list[np.ndarray]]) -> Self:
+        """Return sequences of other steps.
+
+        Args:
+            change: chooses among the rows of the values, and alike among those of the times.
+        """
+
+        def of(array: np.ndarray) -> np.ndarray:
+            return np.concatenate([array[:0], *change(self._split(array))])
+
+        times = None if self.times is None else of(self.times)
+        return replace(self, values=of(self.values), lengths=_lengths(change(self.rows)), times=times)
+
+    def select(self, numbers: Iterable[int]) -> Self:
+        """Return some of them.
+
+        Args:
+            numbers: which, in the order they are to have.
+        """
+        numbers = list(numbers)
+        return replace(
+            self.changed(lambda rows: [rows[n] for n in numbers]),
+            truth=self.truth[numbers],
+            names=tuple(self.names[n] for n in numbers),
+        )
+
+    def divide(self, share: float) -> tuple[Self, Self]:
+        """Hold some out, of each class the same share; see `examples.divide`.
+
+        Args:
+            share: of each class, rounded down.
+
+        Returns:
+            Those to train on and those held out.
+        """
+        kept, held = divide([Example(self._label(n), "", None, str(n)) for n in range(len(self))], share)
+        return self.select(int(e.where) for e in kept), self.select(int(e.where) for e in held)
+
+    def labelled(self, labels: Sequence[str]) -> Self:
+        """Number the classes as a model does.
+
+        Args:
+            labels: what the model knows; none if it tells numbers.
+
+        Raises:
+            LongscanError: a label was not in the training data.
+        """
+        if bool(labels) != bool(self.labels):
+            expected, got = ("labels", "numbers") if labels else ("numbers", "labels")
+            raise LongscanError(f"{self.names[0]}: expected {expected} to tell, got {got}.")
+        if not labels:
+            return self
+        examples = [Example(self._label(n), "", None, name) for n, name in enumerate(self.names)]
+        return replace(self, truth=np.array(number_labels(examples, labels)), labels=tuple(labels))
+
+    def thinned(self, factor: int) -> Self:
+        """Return the same signals at a lower rate: of so many samples the first.
+
+        Args:
+            factor: old rate / new rate.
+        """
+        rate = None if self.rate is None else self.rate / factor
+        return replace(self.changed(lambda rows: [row[::factor] for row in rows]), rate=rate)
+
+    def low_passed(self, factor: int) -> Self:
+        """Return the same signals without the frequencies that a lower rate has no room for.
+
+        Args:
+            factor: old rate / new rate.
+        """
+        reach = 16 * factor
+        lags = np.arange(-reach, reach + 1)
+        window = np.sinc(lags / factor) * np.hamming(len(lags))
+        window /= window.sum()
+
+        def smooth(row: np.ndarray) -> np.ndarray:
+            channels = [np.convolve(channel, window)[reach : reach + len(row)] for channel in row.T]
+            return np.stack(channels, 1).astype(row.dtype)
+
+        return replace(self, values=np.concatenate([self.values[:0], *map(smooth, self.rows)]))
+
+    def cut(self, room: int | None) -> Self:
+        """Return the beginnings.
+
+        Args:
+            room: the most samples that stay; all if None.
+        """
+        if room is None or int(self.lengths.max(initial=0)) <= room:
+            return self
+        return self.changed(lambda rows: [row[:room] for row in rows])
+
+    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Put some into a batch.
+
+        Args:
+            numbers: which.
+
+        Returns:
+            x: (batch, longest, d_input) or (batch, longest), zero behind the shorter ones.
+            lengths: (batch,).
+            truth: (batch,) or (batch, n_outputs).
+            times: (batch, longest) float64, if there are any.
+        """
+        ends = np.cumsum(self.lengths)
+        lengths = self.lengths[list(numbers)]
+
+        def pad(array: np.ndarray) -> Tensor:
+            padded = np.zeros((len(lengths), lengths.max(), *array.shape[1:]), array.dtype)
+            for row, number in zip(padded, numbers, strict=True):
+                row[: self.lengths[number]] = array[ends[number] - self.lengths[number] : ends[number]]
+            return torch.from_numpy(padded)
+
+        truth = torch.from_numpy(self.truth[list(numbers)])
+        times = None if self.times is None else pad(self.times)
+        return pad(self.values), torch.from_numpy(lengths), truth, times
+
+    def save(self, path: Path) -> None:
+        """Write a .npz file, which `read_sequences` reads.
+
+        Args:
+            path: of the file.
+        """
+        arrays: dict[str, Any] = {
+            "values": self.values,
+            "lengths": self.lengths,
+            "y": self.truth,
+            "rate": self.rate or 0.0,
+        } | ({} if self.times is None else {"times": self.times})
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, labels=np.array(self.labels, str), names=np.array(self.names, str), **arrays)
+
+    def _split(self, array: np.ndarray) -> list[np.ndarray]:
+        """Take apart what stands one behind the other."""
+        return np.split(array, np.cumsum(self.lengths)[:-1])
+
+    def _label(self, number: int) -> str:
+        """Name what one of them is."""
+        return self.labels[int(self.truth[number])] if self.labels else ""
+
+
+def is_sequence_file(path: str | Path) -> bool:
+    """Tell whether a file or folder can only hold sequences, not texts.
+
+    Args:
+        path: see `read_sequences`.
+    """
+    return has_suffix(path, *TARS, SOUND, ".npz") or Path(path).is_dir()
+
+
+def read_sequences(
+    paths: Sequence[str | Path], *, split: str = "train", pattern: str | None = None, columns: str = "1,2"
+) -> Sequences:
+    """Read labelled sequences.
+
+    Args:
+        paths: any of
+            .npz files of x, y and perhaps lengths and times: x is (n, seq_len, d_input) or (n, seq_len)
+            floats, (n, seq_len) whole numbers for tokens, or (n, height, width) bytes for images; y is (n,)
+            whole numbers or texts for classes, floats for numbers; times is (n, seq_len) seconds, for series
+            that are not sampled evenly. With several parts: x_train, y_train, ...;
+            .csv tables of signals, see `read_sequence_table`;
+            folders or tars of .wav files, in a folder for each class or named LABEL_....wav; or one;
+            tables or .jsonl of labelled texts, see `read_examples`, read as bytes.
+        split: which part of a file is meant, if it has parts.
+        pattern: a regular expression whose first group is the label in the path of a .wav file.
+        columns: of a table of texts.
+
+    Returns:
+        The sequences, in order.
+
+    Raises:
+        LongscanError: a file is something else, or damaged, or holds NaN; files don't go together.
+        UsageError: the pattern is no regular expression with a group.
+        OSError: a file can't be read.
+    """
+    found = [_read(Path(path), split, pattern, columns) for path in paths]
+    if not found:
+        raise UsageError("nothing to read: name files of labelled sequences.")
+    first = found[0]
+    for other, path in zip(found, paths, strict=True):
+        kinds = [
+            (one.d_input, one.rate, one.times is None, bool(one.labels), one.truth.shape[1:])
+            for one in (first, other)
+        ]
+        if kinds[0] != kinds[1]:
+            raise LongscanError(
+                f"{path}: expected {_kind(first)} as in {paths[0]}, got {_kind(other)}. Read them separately."
+            )
+    names = {label for one in found for label in one.labels}
+    labels = tuple(sorted(names, key=int if all(name.isdecimal() for name in names) else None))
+    found = [one.labelled(labels) for one in found]
+    times = [one.times for one in found if one.times is not None]
+    return Sequences(
+        values=np.concatenate([one.values for one in found]),
+        lengths=np.concatenate([one.lengths for one in found]),
+        truth=np.concatenate([one.truth for one in found]),
+        labels=labels,
+        names=tuple(name for one in found for name in one.names),
+        rate=first.rate,
+        times=np.concatenate(times) if times else None,
+    )
+
+
+def _read(path: Path, split: str, pattern: str | None, columns: str) -> Sequences:
+    """Read one file or folder."""
+    if path.is_dir() or has_suffix(path, *TARS, SOUND):
+        return _sounds(path, pattern)
+    if has_suffix(path, ".npz"):
+        return _npz(path, split)
+    if has_suffix(path, ".csv", ".csv.gz", ".csv.xz"):
+        table = read_sequence_table(path)
+        found = _labelled(table.rows, table.labels, table.names)
+        return _passing(replace(found, times=None if table.times is None else np.concatenate(table.times)))
+    examples = read_examples([path], columns)
+    texts = [
+        example.text if example.pair is None else f"{example.text}\t{example.pair}" for example in examples
+    ]
+    rows = [np.frombuffer(text.encode(), np.uint8).astype(np.int64) for text in texts]
+    return _labelled(rows, [example.label for example in examples], [example.where for example in examples])
+
+
+def _labelled(
+    rows: Sequence[np.ndarray], labels: Sequence[str], names: Sequence[str], rate: float | None = None
+) -> Sequences:
+    """Put sequences with the names of their classes together."""
+    known = tuple(sorted(set(labels)))
+    truth = np.array([known.index(label) for label in labels])
+    return Sequences(np.concatenate(rows), _lengths(rows), truth, known, tuple(names), rate)
+
+
+def _lengths(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the length of each sequence."""
+    return np.array([len(row) for row in rows], np.int64)
+
+
+def _kind(some: Sequences) -> str:
+    """Say what kind of sequences they are."""
+    what = f"signals of {some.d_input} channels" if some.d_input else "tokens"
+    rate = f" at {some.rate:g} samples per second" if some.rate else ""
+    times = ", each with its time," if some.times is not None else ""
+    return f"{what}{rate}{times} with {'labels' if some.labels else f'{some.n_outputs} numbers'}"
+
+
+# .npz
+
+
+def _npz(path: Path, split: str) -> Sequences:
+    """Read arrays."""
+    arrays = read_npz(path)
+    if arrays.keys() >= OWN:
+        return _own(path, arrays)
+    tail = "" if "x" in arrays else f"_{split}"
+    if f"x{tail}" not in arrays or f"y{tail}" not in arrays:
+        got = ", ".join(sorted(arrays)) or "nothing"
+        raise LongscanError(f"{path}: expected arrays x and y, or x_{split} and y_{split}; got {got}.")
+    x = parse_steps(path, arrays[f"x{tail}"])
+    truth = parse_labels(path, arrays[f"y{tail}"], len(x))
+    given = next((arrays[f"{name}{tail}"] for name in LENGTHS if f"{name}{tail}" in arrays), None)
+    lengths = parse_lengths(path, given, len(x), x.shape[1])
+    rows = [row[:length] for row, length in zip(x, lengths, strict=True)]
+    names = [f"{path}:{number}" for number in range(len(x))]
+    if isinstance(truth, list):
+        found = _labelled(rows, truth, names)
+    else:
+        found = Sequences(np.concatenate(rows), lengths, truth, (), tuple(names))
+    if f"times{tail}" in arrays:
+        times = parse_times(path, arrays[f"times{tail}"], x.shape[:2])
+        rows = [row[:length] for row, length in zip(times, lengths, strict=True)]
+        found = replace(found, times=np.concatenate(rows))
+    return _passing(_finite(found))
+
+
+def _own(path: Path, arrays: dict[str, np.ndarray]) -> Sequences:
+    """Read what `Sequences.save` wrote."""
+    values, lengths, truth, names = (arrays[name] for name in ("values", "lengths", "y", "names"))
+    labels, rate, times = arrays["labels"], arrays.get("rate", np.zeros(())), arrays.get("times")
+    kinds = [(values, "fi", (1, 2)), (lengths, "i", (1,)), (truth, "fi", (1, 2)), (labels, "U", (1,))]
+    kinds += [(names, "U", (1,)), (rate, "f", (0,)), *([] if times is None else [(times, "f", (1,))])]
+    whole = all(array.dtype.kind in kind and array.ndim in axes for array, kind, axes in kinds)
+    if not whole or len(truth) != len(lengths) or len(names) != len(lengths):
+        raise LongscanError(f"{path} is not as longscan writes it. Make the file again.")
+    if (lengths < 1).any() or len(values) != lengths.sum():
+        raise LongscanError(f"{path}: the lengths are not those of the values. Make the file again.")
+    if times is not None and times.shape != values.shape[:1]:
+        raise LongscanError(f"{path}: the times are not those of the values. Make the file again.")
+    classes, tokens = truth.ndim == 1, values.ndim == 1
+    if (
+        classes != (truth.dtype.kind == "i")
+        or classes != bool(len(labels))
+        or tokens != (values.dtype.kind == "i")
+    ):
+        raise LongscanError(f"{path} is not as longscan writes it. Make the file again.")
+    if (classes and ((truth < 0) | (truth >= len(labels))).any()) or (tokens and (values < 0).any()):
+        raise LongscanError(f"{path}: a label or a token is out of range. Make the file again.")
+    found = Sequences(
+        values=values,
+        lengths=lengths,
+        truth=truth,
+        labels=tuple(labels.tolist()),
+        names=tuple(names.tolist()),
+        rate=float(rate) or None,
+        times=times,
+    )
+    return _passing(_finite(found))
+
+
+def _finite(found: Sequences) -> Sequences:
+    """Refuse NaN and infinities."""
+    if found.d_input:
+        bad = ~np.isfinite(found.values).all(1)
+        if bad.any():
+            number = int(np.searchsorted(np.cumsum(found.lengths), int(bad.argmax()), side="right"))
+            raise LongscanError(
+                f"{found.names[number]}: the signal has NaN or infinite numbers, {int(bad.sum()):,} samples "
+                "in all. Fill the gaps or leave these sequences out."
+            )
+    return found
+
+
+def _passing(found: Sequences) -> Sequences:
+    """Refuse times that stand still, go back or are no numbers."""
+    times, ends = found.times, np.cumsum(found.lengths)
+    if times is None:
+        return found
+    with np.errstate(invalid="ignore"):  # inf - inf
+        passes = np.diff(times, prepend=-np.inf) > 0
+    passes[ends[:-1]] = True  # where another sequence starts
+    bad = ~(passes & np.isfinite(times))
+    if bad.any():
+        place = int(bad.argmax())
+        number = int(np.searchsorted(ends, place, side="right"))
+        step = place - int(ends[number] - found.lengths[number])
+        before = f" after {times[place - 1]:g}" if step else ""
+        raise LongscanError(
+            f"{found.names[number]}: expected seconds that increase, got {times[place]:g}{before} at step "
+            f"{step}. Sort the steps, and keep one of those at the same time."
+        )
+    return found
+
+
+# sounds
+
+
+def _sounds(path: Path, pattern: str | None) -> Sequences:
+    """Read the .wav files of a folder or a tar, or one."""
+    try:
+        expression = None if pattern is None else re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"pattern: {pattern!r} is no regular expression ({error}).") from error
+    if expression is not None and not expression.groups:
+        raise UsageError(f"pattern: expected a group (...) that is the label, got {pattern!r}.")
+    rows, names, kinds, rate = [], [], [], 0
+    for name, file in _files(path):
+        row, rate = read_wav(file, f"{path}: {name}")
+        rows.append(row)
+        names.append(name)
+        kinds.append(f"{count(row.shape[1], 'channel')} at {rate:,} samples per second")
+        if kinds[0] != kinds[-1]:
+            raise LongscanError(
+                f"{path}: expected sounds of one rate and one number of channels, got {kinds[0]} in "
+                f"{names[0]} and {kinds[-1]} in {name}. Convert them."
+            )
+    if not rows:
+        raise LongscanError(f"{path}: expected .wav files there, found none.")
+    labels = _labels(path, names, expression)
+    return _labelled(rows, labels, [f"{path}: {name}" for name in names], float(rate))
+
+
+def _files(path: Path) -> Iterator[tuple[str, BinaryIO]]:
+    """Yield the names and contents of .wav files, in order of the names, or that of the tar."""
+    if not path.is_dir() and not has_suffix(path, SOUND):
+        for name, content in iter_tar(path, lambda name: has_suffix(name, SOUND)):
+            yield name, io.BytesIO(content)
+        return
+    for place in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        name = str(place.relative_to(path)) if path.is_dir() else path.name
+        if place == path or (has_suffix(name, SOUND) and not is_hidden(name) and place.is_file()):
+            with open(place, "rb") as file:
+                yield name, file
+
+
+def _labels(path: Path, names: Sequence[str], expression: re.Pattern[str] | None) -> list[str]:
+    """Find the labels in the paths of sounds."""
+    folders = [Path(name).parent.name for name in names]
+    labels = []
+    for name, folder in zip(names, folders, strict=True):
+        if expression is None:
+            label = folder if len(set(folders)) > 1 else Path(name).stem.split("_")[0]
+            if not label:
+                raise LongscanError(f"{path}: {name} has no label: it is in no folder, or begins with _.")
+            labels.append(label)
+            continue
+        found = expression.search(name)
+        if found is None or not found[1]:
+            raise LongscanError(f"{path}: {name} has no label: it does not match {expression.pattern!r}.")
+        labels.append(found[1])
+    return labels

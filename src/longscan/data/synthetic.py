@@ -1,0 +1,220 @@
+"""Sequences made by rule, to see what a memory can and can't do: recall, induction, copying, adding.
+
+A maker returns ids (n, seq_len) and targets of the same shape: what has to be said after the token at each
+place, -100 where nothing is asked. Each is a function of the torch.Generator it is given.
+
+    recall      a 5 b 7 c 6 a 5 => b        7              which value belongs to the key (Fu et al. 2022)
+    induction   3 1 => 7 2 2 9 4 =>         7              what stood behind the mark (Olsson et al. 2022)
+    selective   . 5 . . 2 . 7 . : : :       5 2 7          the tokens without the blanks (Gu and Dao 2023)
+    copying     5 2 7 . . . . . : : :       5 2 7          the tokens at the front (Arjovsky et al. 2016)
+    adding      numbers, two of them marked                their sum (Hochreiter and Schmidhuber 1997)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longscan.errors import UsageError
+
+__all__ = ["IGNORED", "Examples", "adding", "copying", "distinct", "induction", "recall", "selective"]
+
+
+IGNORED = -100
+
+
+class Examples(NamedTuple):
+    """Token sequences and what has to be said.
+
+    Attributes:
+        ids: (n, seq_len) int64.
+        targets: (n, seq_len) int64, -100 where nothing is asked.
+    """
+
+    ids: Tensor
+    targets: Tensor
+
+    def everywhere(self) -> Examples:
+        """Ask for the next token at every place, not for the answers alone."""
+        following = torch.cat([self.ids[:, 1:], torch.full_like(self.ids[:, :1], IGNORED)], 1)
+        return Examples(self.ids, torch.where(self.targets == IGNORED, following, self.targets))
+
+    def select(self, rows: Tensor) -> Examples:
+        """Return some of the sequences.
+
+        Args:
+            rows: (n,) their numbers.
+        """
+        return Examples(self.ids[rows], self.targets[rows])
+
+
+Maker = Callable[[int, torch.Generator], Examples]  # how many, from which randomness
+
+
+def recall(n: int, generator: torch.Generator, vocab_size: int = 9, length: int = 20) -> Examples:
+    """Make sequences of keys and values, each key with one value; at the end stands a key that occurred.
+
+    Args:
+        n: sequences.
+        generator: randomness.
+        vocab_size: the last token is the mark; half of the others are keys, half are values.
+        length: tokens before the mark, in pairs.
+
+    Returns:
+        ids (n, length + 2); asked is the value of the last key.
+
+    Raises:
+        UsageError: there is room for no key or no pair.
+    """
+    n_keys, n_pairs = (vocab_size - 1) // 2, length // 2
+    _check(n_keys > 0 and n_pairs > 0, "recall", "vocab_size of 3 or more, length of 2 or more")
+    values = n_keys + _draw(n_keys, (n, n_keys), generator)  # (n, n_keys) the value of each key
+    keys = _draw(n_keys, (n, n_pairs), generator)
+    pairs = torch.stack([keys, values.gather(1, keys)], 2).flatten(1)  # (n, 2 n_pairs)
+    asked = keys.gather(1, _draw(n_pairs, (n, 1), generator))
+    ids = torch.cat([pairs, torch.full((n, 1), vocab_size - 1), asked], 1)
+    return _at_the_end(ids, values.gather(1, asked))
+
+
+def induction(n: int, generator: torch.Generator, vocab_size: int = 16, length: int = 255) -> Examples:
+    """Make random tokens with a mark somewhere among them and the same mark at the end.
+
+    Args:
+        n: sequences.
+        generator: randomness.
+        vocab_size: the last token is the mark.
+        length: tokens before the mark at the end.
+
+    Returns:
+        ids (n, length + 1); asked is the token behind the first mark.
+
+    Raises:
+        UsageError: there is no room.
+    """
+    mark = vocab_size - 1
+    _check(mark > 0 and length > 1, "induction", "vocab_size and length of 2 or more")
+    ids = _draw(mark, (n, length), generator)
+    place = _draw(length - 1, (n, 1), generator)
+    ids.scatter_(1, place, mark)
+    return _at_the_end(torch.cat([ids, torch.full((n, 1), mark)], 1), ids.gather(1, place + 1))
+
+
+def selective(
+    n: int, generator: torch.Generator, vocab_size: int = 16, length: int = 256, tokens: int = 16
+) -> Examples:
+    """Make tokens at random places among blanks, then as many marks, at which they are to be said in order.
+
+    Args:
+        n: sequences.
+        generator: randomness.
+        vocab_size: of all tokens; the last two are blank and mark.
+        length: places before the marks.
+        tokens: how many are to be kept.
+
+    Returns:
+        ids (n, length + tokens).
+
+    Raises:
+        UsageError: there is no room.
+    """
+    _check(vocab_size > 2 and 0 < tokens <= length, "selective", "vocab_size of 3, length of tokens or more")
+    places = torch.rand(n, length, generator=generator).argsort(1)[:, :tokens].sort(1).values
+    return _copy(places, vocab_size, length, generator)
+
+
+def copying(
+    n: int, generator: torch.Generator, vocab_size: int = 16, length: int = 256, tokens: int = 16
+) -> Examples:
+    """Make the same with all tokens at the front: how long each is to be kept is always the same.
+
+    Args:
+        n: sequences.
+        generator: randomness.
+        vocab_size: see `selective`.
+        length: likewise.
+        tokens: likewise.
+
+    Returns:
+        ids (n, length + tokens).
+
+    Raises:
+        UsageError: there is no room.
+    """
+    _check(vocab_size > 2 and 0 < tokens <= length, "copying", "vocab_size of 3, length of tokens or more")
+    return _copy(torch.arange(tokens).expand(n, tokens), vocab_size, length, generator)
+
+
+def adding(n: int, generator: torch.Generator, length: int = 100) -> tuple[Tensor, Tensor]:
+    """Make numbers of which two are marked, one in each half.
+
+    Args:
+        n: sequences.
+        generator: randomness.
+        length: of each.
+
+    Returns:
+        x: (n, length, 2) float32, numbers in [0, 1) and marks.
+        y: (n, 1) the sums of the marked ones.
+
+    Raises:
+        UsageError: there is no room.
+    """
+    _check(length > 1, "adding", "length of 2 or more")
+    numbers, half = torch.rand(n, length, generator=generator), length // 2
+    places = torch.cat([_draw(half, (n, 1), generator), half + _draw(length - half, (n, 1), generator)], 1)
+    marks = torch.zeros(n, length).scatter_(1, places, 1.0)
+    return torch.stack([numbers, marks], 2), numbers.gather(1, places).sum(1, keepdim=True)
+
+
+def distinct(make: Maker, n: int, generator: torch.Generator) -> Examples:
+    """Make sequences no two of which are equal.
+
+    Args:
+        make: makes some.
+        n: how many.
+        generator: randomness.
+
+    Returns:
+        The first n that differ.
+
+    Raises:
+        UsageError: there are not so many.
+    """
+    found: dict[tuple[int, ...], int] = {}
+    ids, targets = make(0, generator)
+    for _ in range(100):
+        more = make(n, generator)
+        ids, targets = torch.cat([ids, more.ids]), torch.cat([targets, more.targets])
+        for number in range(len(ids) - n, len(ids)):
+            found.setdefault(tuple(ids[number].tolist()), number)
+        if len(found) >= n:
+            return Examples(ids, targets).select(torch.tensor(list(found.values())[:n]))
+    raise UsageError(f"expected {n:,} different sequences, there are hardly more than {len(found):,}.")
+
+
+def _draw(bound: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draw whole numbers below a bound."""
+    return torch.randint(bound, shape, generator=generator)
+
+
+def _at_the_end(ids: Tensor, answer: Tensor) -> Examples:
+    """Ask for answer (n, 1) after the last of ids (n, seq_len)."""
+    return Examples(ids, torch.cat([torch.full_like(ids[:, 1:], IGNORED), answer], 1))
+
+
+def _copy(places: Tensor, vocab_size: int, length: int, generator: torch.Generator) -> Examples:
+    """Put tokens at places (n, tokens) among blanks and ask for them behind."""
+    blank, mark = vocab_size - 2, vocab_size - 1
+    values = _draw(vocab_size - 2, tuple(places.shape), generator)
+    ids = torch.full((len(places), length), blank).scatter(1, places, values)
+    nothing = torch.full_like(ids, IGNORED)
+    return Examples(torch.cat([ids, torch.full_like(values, mark)], 1), torch.cat([nothing, values], 1))
+
+
+def _check(possible: bool, task: str, expected: str) -> None:
+    """Refuse sizes that leave no room."""
+    if not possible:
+        raise UsageError(f"{task}: expected a {expected}.")

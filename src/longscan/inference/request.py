@@ -1,0 +1,153 @@
+"""What an engine is asked to write, and whether that is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longscan.core.checks import check_whole
+from longscan.errors import LongscanError
+from longscan.inference.prefill import Ids
+from longscan.inference.sampling import SamplingConfig
+from longscan.models import LanguageModel, State
+from longscan.models.common.state import Growing, SavedState
+
+__all__ = ["Request", "make_requests", "tokens_of"]
+
+DEFAULT = SamplingConfig()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """A text to continue.
+
+    Attributes:
+        ids: (seq_len,) the prompt, or what follows the tokens of `state` and `pending`.
+        config: how to choose tokens and when to stop.
+        eos_id: the token that ends the text, or several; None if nothing does.
+        state: of one row, to go on from; it is left as it is. The start of a text if None.
+        position: how many tokens that state has read.
+        pending: the tokens after them, of `SavedState.pending`: read as the engine reads what it has
+            written, so that the text goes on to the last bit as if it had not been saved.
+        keep: whether `Engine.saved` can still be asked when the text has ended.
+    """
+
+    ids: Ids
+    config: SamplingConfig = DEFAULT
+    eos_id: int | Sequence[int] | None = None
+    state: State | None = None
+    position: int = 0
+    pending: Sequence[int] = ()
+    keep: bool = False
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end the text."""
+        if self.eos_id is None:
+            return ()
+        return (self.eos_id,) if isinstance(self.eos_id, int) else tuple(self.eos_id)
+
+
+def make_requests(
+    prompts: Sequence[Ids],
+    config: SamplingConfig,
+    eos_id: int | Sequence[int] | None,
+    before: SavedState | None = None,
+    keep: bool = False,
+) -> Iterator[Request]:
+    """Turn prompts that share their settings into requests, row i with seed + i.
+
+    Args:
+        prompts: the ids of each; an empty one begins after the first `eos_id`.
+        config: how to choose tokens and when to stop.
+        eos_id: the token that ends a text, or several; None if nothing does.
+        before: what all prompts continue; nothing if None.
+        keep: see `Request`.
+
+    Raises:
+        LongscanError: a prompt is empty and there is nothing it could begin with.
+    """
+    seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
+    for row, ids in enumerate(prompts):
+        request = Request(
+            ids=ids, config=replace(config, seed=(seed + row) % 2**64), eos_id=eos_id, keep=keep
+        )
+        if before is not None:
+            request = replace(request, state=before.state, position=before.position, pending=before.pending)
+        elif not len(ids):
+            if not request.ends:
+                raise LongscanError(
+                    "a prompt is empty and no eos_id says how a text begins: give it a token."
+                )
+            request = replace(request, ids=request.ends[:1])
+        yield request
+
+
+def tokens_of(request: Request, model: LanguageModel, max_tokens: int | None = None) -> np.ndarray:
+    """Check a request before anything is done for it.
+
+    Args:
+        request: any.
+        model: the one that is to write.
+        max_tokens: that a text may have, prompt and new ones together; None for no bound.
+
+    Returns:
+        (n,) int64, the tokens to read, pending ones first.
+
+    Raises:
+        LongscanError: it has no tokens or too many, an id is not of the model, or the state is not.
+    """
+    size = model.config.vocab_size
+    ids = np.concatenate([_array(request.pending), _array(request.ids)])
+    if not len(ids):
+        raise LongscanError("a request has no tokens: expected at least one to read.")
+    wrong = ids[(ids < 0) | (ids >= size)]
+    if len(wrong):
+        raise LongscanError(f"token id: expected 0 to {size - 1:,}, got {wrong[0]:,}.")
+    for end in request.ends:
+        check_whole("eos_id", end, 0)
+        if end >= size:
+            raise LongscanError(f"eos_id: expected 0 to {size - 1:,}, or None, got {end:,}.")
+    check_whole("position", request.position, 0)
+    known, new = request.position + len(ids), request.config.max_new_tokens
+    if max_tokens is not None and known + new > max_tokens:
+        raise LongscanError(
+            f"a request of {known:,} tokens and {new:,} new ones: expected at most {max_tokens:,} together. "
+            "Shorten it."
+        )
+    if request.state is not None:
+        _check_state(request.state, model)
+    return ids
+
+
+def _check_state(state: State, model: LanguageModel) -> None:
+    """Insist that a state is one row of this model's."""
+    like, mine = _layout(model.init_state(0)), _layout(state)
+    if like != mine:
+        expected, got = (f"{len(tensors)} tensors, {tensors[:2]} ..." for tensors in (like, mine))
+        raise LongscanError(f"the state of another model: expected {expected}, got {got}.")
+    if state.batch_size != 1:
+        raise LongscanError(
+            f"the state of a request: expected 1 row, got {state.batch_size}. See state.select."
+        )
+
+
+def _layout(state: State) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Describe the tensors of a state but for its rows and how many tokens it holds."""
+    state = State([layer.front(0) if isinstance(layer, Growing) else layer for layer in state.layers])
+    return [(name, tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in state.named_tensors()]
+
+
+def _array(ids: Ids) -> np.ndarray:
+    """Copy token ids (seq_len,) into an array, 8 bytes each."""
+    try:
+        values = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
+    except ValueError:  # lists of different lengths
+        values = np.empty((0, 0))
+    if values.ndim != 1 or (len(values) and values.dtype.kind not in "iu"):
+        raise LongscanError("token ids: expected one sequence of whole numbers.")
+    return values.astype(np.int64)

@@ -1,0 +1,1 @@
+"""What the papers share: layers, states, losses, the language model around any mixer."""

@@ -1,0 +1,169 @@
+"""The bridge from a model to the native decoder: whether a step may take it, and that it never goes stale.
+
+The decoder reads the weights where they are, so it must notice when they are replaced, moved or changed where
+it holds a copy, and leave models alone whose modules are adapted, replaced or watched by hooks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from itertools import chain, starmap
+from operator import attrgetter, contains, eq, is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from longscan import ops
+from longscan.models.common.layers import (
+    DtProjection,
+    Linear,
+    RMSNorm,
+    WeightOnly,
+    WeightOnlyEmbedding,
+    WeightOnlyLinear,
+)
+
+USUAL = (
+    *(Linear, DtProjection, RMSNorm, WeightOnlyLinear, WeightOnlyEmbedding),
+    *(nn.Embedding, nn.Conv1d),
+)
+HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)  # of all modules
+
+_EPS = attrgetter("eps")
+_differ = ctypes.CDLL(None).memcmp  # one look at memory; torch.equal takes five times as long
+_differ.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+class Decoder:
+    """The native decoder of one model as it is now.
+
+    Args:
+        stack: the weights.
+        model: whose they are.
+        copied: the parameters that the stack holds in another form, contiguous. They are compared by
+            content: a change through `.data` moves neither their address nor their version.
+    """
+
+    def __init__(self, stack: ops.MambaStack, model: nn.Module, copied: Sequence[Tensor]) -> None:
+        self._stack = stack
+        self._memory = [
+            tensor.detach() for tensor in model.state_dict().values()
+        ]  # stays while it is pointed at
+        self._all = list(model.modules())
+        self._types = list(map(type, self._all))
+        self._parents = [module._modules for module in self._all if module._modules]
+        self._children = list(chain.from_iterable(map(dict.values, self._parents)))
+        # an instance with a forward, step or head of its own is no longer what its class says
+        self._methods = [(module.__dict__, "forward") for module in self._all]
+        self._methods += [(module.__dict__, "step") for module in self._all if hasattr(module, "step")]
+        self._methods.append((model.__dict__, "head"))
+        self._norms = [module for module in self._all if isinstance(module, RMSNorm)]
+        self._eps = list(map(_EPS, self._norms))
+        owners = [owner for module in self._all for owner in (module._parameters, module._buffers)]
+        self._owners: list[dict[str, Tensor | None]] = [owner for owner in owners if owner]  # type: ignore[misc]
+        self._owned: list[Tensor | None] = [tensor for owner in self._owners for tensor in owner.values()]
+        self._tensors = [tensor for tensor in self._owned if tensor is not None]
+        self._pointers = list(map(Tensor.data_ptr, self._tensors))
+        self._snapshots = [tensor.detach().clone() for tensor in copied]
+        self._compared = (
+            [tensor.data_ptr() for tensor in copied],
+            [tensor.data_ptr() for tensor in self._snapshots],
+            [tensor.nbytes for tensor in copied],
+        )
+        self._hooks = [hooks for m in self._all for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks += HOOKS
+
+    def fresh(self) -> bool:
+        """Whether the model still is what it was, and nobody watches its modules; asked at every token."""
+        return (
+            not any(self._hooks)
+            and list(map(type, self._all)) == self._types
+            and list(chain.from_iterable(map(dict.values, self._parents))) == self._children
+            and not any(starmap(contains, self._methods))
+            and list(map(_EPS, self._norms)) == self._eps
+            and all(map(is_, chain.from_iterable(map(dict.values, self._owners)), self._owned))
+            and all(map(eq, map(Tensor.data_ptr, self._tensors), self._pointers))
+            and not any(map(_differ, *self._compared))
+        )
+
+    def run(self, ids: Tensor, state: Any) -> Tensor | None:
+        """Read tokens.
+
+        Args:
+            ids: (batch, steps) int64.
+            state: a State of as many rows; it advances in place.
+
+        Returns:
+            (batch, steps, padded_vocab_size) logits; None if the decoder does not take such ids or states.
+        """
+        known = getattr(state, "native", None)
+        if known is None or known[0] is not self._stack or not all(map(is_, known[1], state.layers)):
+            addresses = self._stack.states(state.layers)
+            if addresses is None:
+                return None
+            known = state.native = (self._stack, list(state.layers), addresses)
+        if ids.dtype != torch.int64 or ids.device.type != "cpu" or not ids.is_contiguous():
+            ids = ids.to("cpu", torch.int64).contiguous()
+        if len(known[1][0][0]) != len(ids):
+            return None
+        return self._stack.run(ids, known[2])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied model has other tensors and makes its own decoder."""
+        return None
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        """Likewise a pickled one."""
+        return _nothing, ()
+
+
+def _nothing() -> None:
+    return None
+
+
+def usual(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether all modules inside a model are of the types the decoder knows: no adapter, no parametrisation.
+
+    Args:
+        model: any.
+        kinds: the types of the model's own that may be there beside the usual layers.
+    """
+    known = {*USUAL, *kinds}
+    return all(type(module) in known for module in model.modules() if module is not model)
+
+
+def matrix(module: nn.Module) -> ops.Matrix | None:
+    """Describe the weight of a layer, if the decoder can use it where it is."""
+    weight, bias = module.weight, getattr(module, "bias", None)
+    scale = module.scale if isinstance(module, WeightOnly) else None
+    assert isinstance(weight, Tensor)
+    if not (bias is None or plain(bias)) or weight.device.type != "cpu" or not weight.is_contiguous():
+        return None
+    if scale is None and not isinstance(module, WeightOnly) and not plain(weight):
+        return None
+    if scale is not None and not scale.is_contiguous():
+        return None
+    return ops.Matrix(weight, scale, bias)
+
+
+def sizes(matrix: ops.Matrix) -> tuple[int, int]:
+    """Return n_out and n_in, also of a matrix that is stored two numbers a byte."""
+    n_out, width = matrix.weight.shape
+    return n_out, 2 * width if matrix.weight.dtype == torch.uint8 else width
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether tensors are float32 and contiguous on the CPU, and torch's own: subclasses hold others."""
+    return all(
+        t is None
+        or (
+            type(t) in (Tensor, nn.Parameter)
+            and t.dtype == torch.float32
+            and t.device.type == "cpu"
+            and t.is_contiguous()
+        )
+        for t in tensors
+    )

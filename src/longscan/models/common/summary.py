@@ -1,0 +1,38 @@
+"""One line about a model: parameters, layers, state size, precision, threads."""
+
+from __future__ import annotations
+
+import torch
+
+from longscan import ops
+from longscan.core.config import count
+from longscan.models import LanguageModel
+from longscan.models.common.quantization import precision as precision_of
+
+__all__ = ["describe"]
+
+
+def describe(name: str, model: LanguageModel) -> str:
+    """Say in a line what is about to run.
+
+    Args:
+        name: what the user called it.
+        model: the model.
+    """
+    threads, state = torch.get_num_threads(), model.init_state(1)
+    size = f"{_scaled(state.growth, 'kMG')}B a token" if state.growth else f"{_scaled(state.nbytes, 'kMG')}B"
+    kernels = " · reference kernels, see longscan doctor" if ops.backend() == "reference" else ""
+    return (
+        f"{name} · {type(model).__name__}, {_scaled(model.num_parameters(), 'kMB').strip()} parameters, "
+        f"{count(model.config.n_layers, 'layer')} · state {size} · "
+        f"{precision_of(model)} · {count(threads, 'thread')}{kernels}"
+    )
+
+
+def _scaled(value: float, prefixes: str) -> str:
+    """Write a number with three digits and a prefix of thousands: "3.91 M"."""
+    for prefix in ("", *prefixes):
+        if value < 999.5 or prefix == prefixes[-1]:
+            break
+        value /= 1000
+    return f"{value:.3g} {prefix}"

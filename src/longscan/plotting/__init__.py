@@ -1,0 +1,1 @@
+"""Figures. matplotlib is an extra and is imported only when something is drawn."""

@@ -1,0 +1,98 @@
+"""Attention weights and position encodings as heat maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from longscan.models.transformer import sinusoids
+from longscan.plotting.style import (
+    COLOURS,
+    DIVERGING,
+    MARKERS,
+    SEQUENTIAL,
+    new_figure,
+    save_figure,
+    tidy,
+)
+
+__all__ = ["plot_positions", "plot_weights"]
+
+
+def plot_weights(
+    panels: Mapping[str, Tensor], source: Sequence[str], target: Sequence[str], path: Path, title: str = ""
+) -> None:
+    """Draw attention weights with the words on the axes.
+
+    Args:
+        panels: a title and the weights (n_target, n_source) of each panel.
+        source: what is looked at.
+        target: what looks.
+        path: the file to write.
+        title: of the figure.
+
+    Raises:
+        LongscanError: matplotlib is not installed.
+    """
+    columns = min(len(panels), 4)
+    lines = -(-len(panels) // columns)
+    width, height = 1.2 + 0.32 * len(source), 1.2 + 0.26 * len(target)
+    figure = new_figure(max(4.0, columns * width + 0.8), max(2.5, lines * height + 0.4))
+    axes = figure.subplots(lines, columns, squeeze=False)
+    figure.suptitle(title, fontsize="medium")
+    for ax in axes.flat[len(panels) :]:
+        ax.set_visible(False)
+    for place, (ax, (name, weights)) in enumerate(zip(axes.flat, panels.items(), strict=False)):
+        image = ax.imshow(weights.numpy(), cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto")
+        ax.set_title(name, fontsize="small")
+        ax.set_xticks(range(len(source)), source, rotation=60, ha="right", fontsize="small")
+        ax.set_yticks(
+            range(len(target)), target if place % columns == 0 else [""] * len(target), fontsize="small"
+        )
+        if place >= len(panels) - columns:
+            ax.set_xlabel("looked at")
+        if place % columns == 0:
+            ax.set_ylabel("looking")
+    figure.colorbar(image, ax=axes, label="attention weight", shrink=0.8)
+    save_figure(figure, path)
+
+
+def plot_positions(d_model: int, length: int, path: Path) -> None:
+    """Draw the Transformer's positional encodings and what their dot products tell about distance.
+
+    Args:
+        d_model: their width.
+        length: positions.
+        path: the file to write.
+
+    Raises:
+        LongscanError: matplotlib is not installed.
+    """
+    table = sinusoids(0, length, d_model)
+    products = table @ table.mT / (d_model / 2)  # a vector with itself gives d_model / 2
+    figure = new_figure(13.0, 4.0)
+    left, middle, right = figure.subplots(1, 3)
+    image = left.imshow(
+        table.numpy(), cmap=DIVERGING, vmin=-1, vmax=1, aspect="auto", interpolation="nearest"
+    )
+    left.set(title="encodings: sine, cosine, sine, ...", xlabel="component", ylabel="position")
+    figure.colorbar(image, ax=left)
+    image = middle.imshow(products.numpy(), cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
+    middle.set(title="dot products, over $d_{model}/2$", xlabel="position", ylabel="position")
+    figure.colorbar(image, ax=middle)
+    for place, colour, marker in zip((0, length // 4, length // 2), COLOURS, MARKERS, strict=False):
+        distances = [other - place for other in range(length)]
+        right.plot(
+            distances, products[place], color=colour, marker=marker, markevery=max(1, length // 12),
+            markersize=4, linewidth=1.2, label=f"from position {place}",
+        )  # fmt: skip
+    right.set(
+        title="one curve: only the distance counts",
+        xlabel="distance",
+        ylabel="dot product, over $d_{model}/2$",
+    )
+    tidy(right)
+    right.legend(frameon=False, fontsize="small")
+    save_figure(figure, path)

@@ -1,0 +1,219 @@
+"""What a tokenizer is, and the simplest one: plain bytes.
+
+Two rules hold for every tokenizer here. What a user writes is text: a special token spelled out in it is
+encoded letter by letter and never becomes the special id. And `decode` is the stream run to its end, so what
+was printed piece by piece is what `decode` returns.
+"""
+
+from __future__ import annotations
+
+import codecs
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from longscan.core.checks import check_texts
+from longscan.core.files import atomic_write, write_json
+from longscan.errors import LongscanError
+from longscan.tokenizers.special_tokens import (
+    END_OF_TEXT,
+    IDS,
+)
+
+__all__ = [
+    "BYTES_KIND",
+    "ByteStream",
+    "ByteTokenizer",
+    "StreamDecoder",
+    "Tokenizer",
+    "byte_alphabet",
+    "byte_level",
+    "save_files",
+    "utf8_bytes",
+]
+
+
+BYTES_KIND = "longscan_tokenizer"  # a key in tokenizer_config.json: "bytes" there means ByteTokenizer
+
+
+class StreamDecoder(ABC):
+    """Turns ids into text one at a time and holds back characters whose bytes are not all there."""
+
+    @abstractmethod
+    def push(self, token: int) -> str:
+        """Take the next id.
+
+        Args:
+            token: a token id; special tokens and ids outside the vocabulary give no text.
+
+        Returns:
+            The text that is certain now; often a word, "" while a character is incomplete.
+        """
+
+    @abstractmethod
+    def flush(self) -> str:
+        """End the text: return what was held back, U+FFFD for a character cut short, and start afresh."""
+
+
+class Tokenizer(ABC):
+    """What the rest of the package knows about a tokenizer."""
+
+    vocab_size: int  # one more than the largest id
+    eos_id: int  # ends a document
+    prefix: tuple[int, ...] = ()  # the special ids a text begins with, such as that of <s>; often none
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All ids that end a text when they are generated, `eos_id` first."""
+        return (self.eos_id,)
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """What the first token of a text is predicted from: the prefix, else the end of the text before."""
+        return self.prefix or (self.eos_id,)
+
+    @property
+    def special_ids(self) -> dict[str, int | list[int]]:
+        """bos_token_id, eos_token_id and pad_token_id, as a config.json has them."""
+        ends = self.eos_ids
+        return dict.fromkeys(IDS, self.eos_id) | {"eos_token_id": list(ends) if ends[1:] else ends[0]}
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode several texts, in parallel where that helps.
+
+        Args:
+            texts: any Unicode; no special token is recognised or added.
+
+        Returns:
+            The ids of each text.
+
+        Raises:
+            LongscanError: a text holds a lone surrogate, so it is not Unicode.
+        """
+
+    @abstractmethod
+    def stream(self) -> StreamDecoder:
+        """Return a decoder for one sequence of ids."""
+
+    @abstractmethod
+    def save(self, directory: str | Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, which `load_tokenizer` and transformers read.
+
+        Args:
+            directory: where to; created if missing.
+        """
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A short hash: equal fingerprints mean that equal text gives equal ids."""
+
+    def encode(self, text: str) -> list[int]:
+        """Encode one text; see `encode_batch`."""
+        return self.encode_batch([text])[0]
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode texts that a model reads from their beginning: `encode_batch` with `prefix` before each."""
+        return [[*self.prefix, *ids] for ids in self.encode_batch(texts)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Turn ids into text.
+
+        Args:
+            ids: token ids; special tokens and ids outside the vocabulary give no text.
+
+        Returns:
+            The text, with U+FFFD in place of bytes that are not UTF-8.
+        """
+        stream = self.stream()
+        return "".join([stream.push(token) for token in ids]) + stream.flush()
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8 and an end-of-text id: no training, no files, four times the tokens."""
+
+    vocab_size = 257
+    eos_id = 256
+    fingerprint = "bytes-1"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode each text as its UTF-8 bytes; see `Tokenizer.encode_batch`."""
+        check_texts("texts", texts)
+        return [list(utf8_bytes(text)) for text in texts]
+
+    def stream(self) -> StreamDecoder:
+        """Return a decoder for one sequence of ids."""
+        return ByteStream([bytes([byte]) for byte in range(256)])
+
+    def save(self, directory: str | Path) -> None:
+        """Save as a BPE without merges, which other programs can read; see `Tokenizer.save`."""
+        alphabet = byte_alphabet()
+        model = models.BPE(vocab={char: byte for byte, char in alphabet.items()}, merges=[])
+        twin = byte_level(model, use_regex=False)
+        twin.add_special_tokens([END_OF_TEXT])
+        save_files(directory, twin, {"eos_token": END_OF_TEXT, BYTES_KIND: "bytes"})
+
+
+class ByteStream(StreamDecoder):
+    """Each id stands for bytes; Python's incremental decoder keeps at most three of them back."""
+
+    def __init__(self, table: list[bytes]) -> None:
+        self._table = table
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """Take the next id; return the text that is certain now."""
+        return self._utf8.decode(self._table[token]) if 0 <= token < len(self._table) else ""
+
+    def flush(self) -> str:
+        """End the text; return what was held back."""
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return text
+
+
+def byte_level(model: models.Model, *, use_regex: bool) -> tokenizers.Tokenizer:
+    """Put the lossless byte-level frame around a model; `use_regex` keeps merges inside words."""
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def byte_alphabet() -> dict[int, str]:
+    """Map byte -> the character that byte-level vocabularies write for it.
+
+    Visible Latin-1 characters stand for themselves; the 68 other bytes take the characters from U+0100 on.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+def save_files(directory: str | Path, tokenizer: tokenizers.Tokenizer, special: Mapping[str, str]) -> None:
+    """Write the two files of a Hugging Face tokenizer."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    atomic_write(directory / "tokenizer.json", tokenizer.to_str(pretty=True))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special,
+        "clean_up_tokenization_spaces": False,  # or transformers drops the space in "a ,"
+    }
+    write_json(directory / "tokenizer_config.json", config)
+
+
+def utf8_bytes(text: str) -> bytes:
+    """Return the bytes of a text, if it is one: Python strings also hold what UTF-8 cannot."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        raise LongscanError(
+            f"the text is not Unicode: lone surrogate U+{code:04X} at character {error.start}. "
+            "It came from bytes that are not UTF-8: convert them first, e.g. with iconv."
+        ) from error

@@ -1,0 +1,1 @@
+"""Training: the loop, one step, checkpoints, and a file per task."""

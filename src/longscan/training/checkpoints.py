@@ -1,0 +1,129 @@
+"""Checkpoints of a run: atomic, checked on reading, the newest few retained."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from longscan.core.files import atomic_directory, read_json, write_json
+from longscan.errors import LongscanError
+from longscan.training.trainer import Trainer
+
+__all__ = ["Checkpoints"]
+
+
+class OtherFormatError(LongscanError):
+    """A checkpoint is of another version."""
+
+
+class Checkpoints:
+    """The directory of a run's checkpoints: complete or absent, checked by hash, the newest few kept.
+
+    Args:
+        root: the directory; created with the first checkpoint.
+        keep: how many to keep.
+    """
+
+    FILES = ("model.safetensors", "optimizer.safetensors")
+    FORMAT = 2  # 1 kept torch's random state, which said nothing before the first checkpoint
+
+    def __init__(self, root: Path, keep: int = 2) -> None:
+        self.root, self.keep = root, keep
+
+    def save(self, trainer: Trainer, extra: dict[str, Any]) -> Path:
+        """Write a checkpoint of the present step and drop the oldest.
+
+        Args:
+            trainer: what to save.
+            extra: JSON values to be found again in the state.
+
+        Returns:
+            The checkpoint's directory.
+
+        Raises:
+            LongscanError: it could not be written, for example because the disk is full.
+        """
+        target = self.root / f"step-{trainer.step_number:06d}"
+        try:
+            with atomic_directory(target) as directory:
+                trainer.save(directory)
+                hashes = {name: _sha256(directory / name) for name in self.FILES}
+                state = {"format": self.FORMAT, "step": trainer.step_number, "sha256": hashes, **extra}
+                write_json(directory / "state.json", state)
+        except OSError as error:
+            raise LongscanError(f"checkpoint {target} could not be written: {error.strerror}.") from error
+        self._prune()
+        return target
+
+    def newest(self, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+        """Return the newest checkpoint that is whole.
+
+        Args:
+            warn: receives a line for each checkpoint that had to be passed over.
+
+        Returns:
+            Its directory and its state, or None if the run has none yet.
+
+        Raises:
+            LongscanError: there are some, but none is whole, or one is of another version of longscan.
+        """
+        for directory in self.directories():
+            try:
+                state = read_json(directory / "state.json")
+                if "format" in state and state["format"] != self.FORMAT:
+                    raise OtherFormatError(
+                        f"{directory}: expected a checkpoint of format {self.FORMAT}, got "
+                        f"{state['format']!r}, which another version of longscan wrote. "
+                        "Finish the run with that version, or start anew."
+                    )
+                for name in self.FILES:
+                    if _sha256(directory / name) != state["sha256"][name]:
+                        raise LongscanError(f"{name} is damaged (its hash is not the recorded one).")
+                if state["step"] != self.step_of(directory):
+                    raise LongscanError("it records another step than its name says.")
+            except OtherFormatError:
+                raise
+            except (OSError, LongscanError, KeyError, TypeError) as error:
+                warn(f"skipping checkpoint {directory}: {error}")
+                continue
+            return directory, state
+        if self.directories():
+            raise LongscanError(
+                f"no checkpoint in {self.root} is whole. Delete that folder to begin the run again."
+            )
+        return None
+
+    def sweep(self, step: int) -> None:
+        """Remove what a killed process left half-written or half-removed, and what lies after a step.
+
+        Args:
+            step: the last one to keep, from which the run goes on. Only for the process that holds the lock.
+        """
+        later = [path for path in self.directories() if self.step_of(path) > step]
+        for path in [*self.root.glob(".step-*"), *later]:
+            shutil.rmtree(path, ignore_errors=True)
+        self._prune()
+
+    @staticmethod
+    def step_of(directory: Path) -> int:
+        """Return the step in a checkpoint's name."""
+        return int(directory.name.removeprefix("step-"))
+
+    def _prune(self) -> None:
+        """Drop the oldest."""
+        for old in self.directories()[self.keep :]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def directories(self) -> list[Path]:
+        """Return those there are, newest first."""
+        found = [path for path in self.root.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+        return sorted(found, key=self.step_of, reverse=True)
+
+
+def _sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,271 @@
+"""The settings of a run: one dataclass field is a flag, a key of a recipe file and a Python argument."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, TypeVar, overload
+
+from longscan.core.config import Config
+from longscan.core.files import read_toml
+from longscan.errors import LongscanError, UsageError
+from longscan.models import MODELS, ModelEntry, ModelKind
+from longscan.models.sequence_classifier import Body
+
+__all__ = ["FreshConfig", "RunConfig", "TrainConfig", "read_recipe", "setting"]
+
+
+def setting(default: Any, help: str, **traits: bool) -> Any:
+    """Declare a field of a RunConfig.
+
+    Args:
+        default: its value if nobody says otherwise.
+        help: its line in `--help`.
+        traits: `harmless`: it may change between the halves of an interrupted run, because it doesn't change
+            the weights; `path`: it names files; `size`: it is a field of the model's Config; `argument`: it
+            is no flag.
+    """
+    return field(default=default, metadata={"help": help, **traits})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """What every training run is told: a field is a flag and a key of a recipe file. Subclasses add theirs.
+
+    Raises:
+        UsageError: a value cannot work.
+    """
+
+    EPOCHS: ClassVar[float] = 4.0  # of a run that isn't told its length
+
+    steps: int | None = setting(None, "Optimizer steps; with --resume, more of them make a run longer.")
+    epochs: float | None = setting(None, "Passes over the data, instead of --steps.")
+    schedule: Literal["cosine", "linear", "noam"] = setting(
+        "cosine", "Course of the learning rate; noam is the Transformer's: --lr is its factor."
+    )
+    lr: float = setting(3e-3, "Peak learning rate.")
+    ssm_lr: float = setting(1e-3, "Peak learning rate of A, B and dt in S4, S4D, LSSL and H3; at most --lr.")
+    min_lr: float | None = setting(None, "Rate at the end; --lr / 100 (cosine) or 0 (linear) without it.")
+    warmup: int = setting(200, "Steps to reach the peak, at most a tenth of the run but for noam.")
+    weight_decay: float = setting(0.1, "AdamW's decay of the matrices.")
+    beta1: float = setting(0.9, "AdamW's memory of the gradient.")
+    beta2: float = setting(0.95, "AdamW's memory of its square.")
+    eps: float = setting(1e-8, "AdamW's smallest divisor.")
+    clip: float = setting(1.0, "Largest norm of the gradient.")
+    seed: int = setting(0, "Start of all randomness.")
+    device: str = setting("cpu", "Where to compute, in torch's words.")
+    # another machine may have fewer threads: the result is then equal but for rounding
+    threads: int | None = setting(None, "Threads; sums, hence the last bits, depend on it.", harmless=True)
+
+    eval_every: int = setting(200, "Steps between validations; 0 = only at the end.", harmless=True)
+    save_every: int = setting(200, "Steps between checkpoints.", harmless=True)
+    log_every: int = setting(10, "Steps between lines where no bar can be drawn.", harmless=True)
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, each by its name."""
+        super().__post_init__()
+        self.check_least(1, "steps", "threads", "save_every", "log_every")
+        self.check_least(0, "warmup", "seed", "eval_every", "weight_decay", "min_lr")
+        for name in ("lr", "ssm_lr", "epochs", "clip", "eps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UsageError(f"{name}: expected more than 0, got {value}.")
+        self.check_fractions("beta1", "beta2")
+        if self.final_lr > self.lr:
+            raise UsageError(f"min_lr: expected at most lr = {self.lr:g}, got {self.min_lr:g}.")
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError("steps: give either steps or epochs, got both.")
+
+    def check_least(self, least: int, *names: str) -> None:
+        """Refuse fields that are set and below a bound."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{name}: expected {least} or more, got {value}.")
+
+    def check_fractions(self, *names: str) -> None:
+        """Refuse fields that are set and outside [0, 1)."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise UsageError(f"{name}: expected at least 0 and below 1, got {value}.")
+
+    @property
+    def final_lr(self) -> float:
+        """The learning rate of the last step."""
+        return self.lr / 100 * (self.schedule == "cosine") if self.min_lr is None else self.min_lr
+
+    def total_steps(self, items: int, per_step: int = 1) -> int:
+        """Return the length of the run in optimizer steps.
+
+        Args:
+            items: in one pass over the data: sequences, or batches.
+            per_step: of them in a step.
+        """
+        if self.steps is not None:
+            return self.steps
+        return math.ceil((self.epochs or self.EPOCHS) * items / per_step)
+
+    def changed(self, other: RunConfig) -> list[str]:
+        """Return the names of the fields that differ from `other` and would change the weights."""
+        return [
+            entry.name
+            for entry in fields(self)
+            if not entry.metadata.get("harmless") and getattr(self, entry.name) != getattr(other, entry.name)
+        ]
+
+    def absolute(self) -> Self:
+        """Return the configuration with every path absolute, so that it holds in any working directory."""
+        paths = [entry.name for entry in fields(self) if entry.metadata.get("path")]
+        return self.replace(**{name: _absolute(getattr(self, name)) for name in paths})
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreshConfig(RunConfig):
+    """A run that begins with a new model: its name, preset and sizes."""
+
+    KINDS: ClassVar[tuple[ModelKind, ...]]  # of the models it can train
+
+    model: str = setting("mamba", "Architecture, see `longscan models`.")
+    preset: str = setting("tiny", "Size of the model; the next flags change it.")
+    d_model: int | None = setting(None, "Width.", size=True)
+    n_layers: int | None = setting(None, "Layers.", size=True)
+    option: tuple[str, ...] = setting((), "NAME=VALUE, any other field of the model's Config. Repeatable.")
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot be."""
+        super().__post_init__()
+        self.check_least(1, *(name for name, value in self.sizes.items() if type(value) is int))
+
+    @property
+    def choice(self) -> Mapping[str, ModelEntry | Body]:
+        """The models it can train, by name."""
+        return {name: entry for name, entry in MODELS.items() if entry.kind in self.KINDS}
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The fields of the model's Config that have a flag and are given."""
+        names = [entry.name for entry in fields(self) if entry.metadata.get("size")]
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields of the model's Config that are given as text.
+
+        Raises:
+            UsageError: a text is something else.
+        """
+        found: dict[str, Any] = {}
+        for option in self.option:
+            name, equals, value = option.partition("=")
+            if not equals or not name:
+                raise UsageError(f"option: expected NAME=VALUE such as d_state=16, got {option!r}.")
+            try:
+                found[name] = json.loads(value)
+            except ValueError:
+                found[name] = value
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(FreshConfig):
+    """Everything that decides what `longscan train` computes."""
+
+    KINDS = ("language", "masked")
+
+    data: tuple[str, ...] = setting((), "Text files or folders.", path=True, argument=True)
+    valid: tuple[str, ...] = setting(
+        (), "Held-out file; without it a part of DATA is held out. Repeatable.", path=True
+    )
+    valid_fraction: float = setting(0.05, "Part of DATA held out for validation.")
+    separator: str | None = setting(None, "What parts the documents of a plain-text file.")
+    tokenizer: str = setting(
+        "bpe", "'bpe' trains one (bert: WordPiece), 'bytes' needs none, else a model directory."
+    )
+    vocab_size: int = setting(4096, "Tokens of the BPE to train.")
+
+    preset: str = setting("tiny-lm", "Size of the model; the next flags change it.")
+    n_heads: int | None = setting(None, "Heads of the attention.", size=True)
+    n_kv_heads: int | None = setting(None, "Heads of keys and values that those share.", size=True)
+    d_ff: int | None = setting(None, "Width inside the feed-forward layers.", size=True)
+    d_state: int | None = setting(None, "State per channel.", size=True)
+    d_conv: int | None = setting(None, "Width of the convolution.", size=True)
+    expand: int | None = setting(None, "Channels of the recurrence per channel of the model.", size=True)
+
+    seq_len: int = setting(512, "Tokens in a sequence.")
+    batch_size: int = setting(8, "Sequences in a forward pass.")
+    accumulate: int = setting(1, "Forward passes in a step.")
+
+    eval_windows: int = setting(32, "Sequences in a validation; all of them at the end.", harmless=True)
+    sample_every: int = setting(200, "Steps between samples of text; 0 = none.", harmless=True)
+    sample_prompt: str = setting("", "What the samples continue.", harmless=True)
+    sample_tokens: int = setting(64, "Length of a sample.", harmless=True)
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, each by its name."""
+        super().__post_init__()
+        self.check_least(2, "seq_len", "vocab_size")
+        self.check_least(1, "batch_size", "accumulate", "eval_windows", "sample_tokens")
+        self.check_least(0, "sample_every")
+        self.check_fractions("valid_fraction")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step sees."""
+        return self.seq_len * self.batch_size * self.accumulate
+
+
+C = TypeVar("C", bound=RunConfig)
+
+
+@overload
+def read_recipe(path: Path | None, flags: Mapping[str, Any]) -> TrainConfig: ...
+
+
+@overload
+def read_recipe(path: Path | None, flags: Mapping[str, Any], kind: type[C]) -> C: ...
+
+
+def read_recipe(
+    path: Path | None, flags: Mapping[str, Any], kind: type[RunConfig] = TrainConfig
+) -> RunConfig:
+    """Join a recipe file and the flags given beside it; flags win.
+
+    Args:
+        path: a TOML file of fields, or None.
+        flags: field -> value.
+        kind: whose fields they are.
+
+    Returns:
+        The settings.
+
+    Raises:
+        UsageError: a flag has an impossible value.
+        LongscanError: the file is no TOML or has a field that is unknown or impossible.
+        OSError: it cannot be read.
+    """
+    recipe: dict[str, Any] = {}
+    if path is not None:
+        recipe = read_toml(path)
+        try:
+            kind.from_dict(recipe)
+        except LongscanError as error:
+            raise LongscanError(f"{path}: {error}") from error
+    rivals = {"steps": "epochs", "epochs": "steps"}
+    recipe = {name: value for name, value in recipe.items() if rivals.get(name) not in flags}
+    try:
+        return kind.from_dict({**recipe, **flags})
+    except LongscanError as error:
+        name, _, fault = str(error).removeprefix(f"{kind.__name__}.").partition(":")
+        raise UsageError(f"--{name.replace('_', '-')}:{fault}") from error
+
+
+def _absolute(value: str | tuple[str, ...] | None) -> str | list[str] | None:
+    """Return a path, or several, from the root."""
+    if isinstance(value, str):
+        return os.path.abspath(value) if value else value
+    return None if value is None else [os.path.abspath(path) for path in value]

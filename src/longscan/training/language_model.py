@@ -1,0 +1,119 @@
+"""The language-model task: batches of token windows, cross-entropy, validation, samples."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from longscan.core.config import count
+from longscan.core.runtime import Signals
+from longscan.data.token_files import TokenDataset, windows
+from longscan.errors import UsageError
+from longscan.inference.generate import generate
+from longscan.models import LanguageModel, Model
+from longscan.tokenizers.base import Tokenizer
+from longscan.training.build import make_model, make_tokenizer, make_tokens, model_settings
+from longscan.training.config import TrainConfig
+from longscan.training.run import Run
+
+__all__ = ["LanguageRun"]
+
+
+class LanguageRun(Run[TrainConfig]):
+    """Trains a language model: predict the next token of running text."""
+
+    verb = "train"
+    settings = TrainConfig
+    valid_key, valid_unit = "valid_bits_per_byte", "bits/byte"
+    trained_on = ("data/meta.json",)
+    tokenizer: Tokenizer
+
+    def prepare(self) -> tuple[Model, int, int]:
+        """Make tokenizer, tokens and model."""
+        config = self.config
+        if not config.data:
+            raise UsageError("nothing to train on: name text files or folders.")
+        model_settings(config, config.vocab_size)  # a wrong flag is better known before the text is read
+        self.tokenizer = make_tokenizer(config, self.directory / "tokenizer", self.display.line)
+        self.tokens = make_tokens(config, self.tokenizer, self.directory / "data", self.display.prepare)
+        rows = config.batch_size * config.accumulate
+        self.dataset = TokenDataset(self.tokens.train.path, config.seq_len, rows, config.seed)
+        if self.tokens.valid:
+            next(windows(self.tokens.valid.path, config.seq_len))  # too short? better known now than later
+        self.model = cast(LanguageModel, make_model(config, self.tokenizer.vocab_size))
+        return self.model, self.dataset.windows_per_epoch, rows
+
+    def describe(self) -> tuple[str, str]:
+        """Return what is trained on, and what a step takes of it."""
+        train, valid = self.tokens.train, self.tokens.valid
+        held_out = f"{valid.tokens:,} held out" if valid else "none held out: no validation"
+        data = f"{count(train.tokens, 'token')} of {_megabytes(train.bytes)}, {held_out}"
+        return data, count(self.config.tokens_per_step, "token")
+
+    def batch(self, step: int) -> list[tuple[Tensor, int]]:
+        """Return the ids of a step in parts (batch_size, seq_len + 1).
+
+        Where documents are few, as in one long novel, the model would hardly ever see how a text begins, yet
+        generating without a prompt asks just that. So there one window in 16 opens with the end-of-text id.
+        """
+        ids = self.dataset.batch(step)
+        if self.tokens.train.documents < self.dataset.windows_per_epoch / 16:
+            first = step * len(ids)
+            ids[-first % 16 :: 16, 0] = self.tokenizer.start[-1]
+        parts = torch.split(ids, self.config.batch_size)
+        return [(part, part.shape[0] * (part.shape[1] - 1)) for part in parts]
+
+    def loss(self, model: LanguageModel, part: Tensor) -> Tensor:
+        """Return the mean loss of the next token."""
+        part = part.to(self.config.device)
+        loss: Tensor = model(part, labels=part, return_logits=False).loss
+        return loss
+
+    @property
+    def validates(self) -> bool:
+        """Whether text is held out."""
+        return self.tokens.valid is not None
+
+    @torch.inference_mode()
+    def validate(self, signals: Signals, *, last: bool) -> dict[str, Any] | None:
+        """Measure the loss on held-out windows in nats per token, and in bits per byte."""
+        assert self.tokens.valid is not None
+        config, total, n = self.config, 0.0, 0
+        limit = None if last else config.eval_windows
+        for ids in windows(self.tokens.valid.path, config.seq_len, batch_size=config.batch_size, limit=limit):
+            if signals.received:
+                return None
+            predicted = ids.shape[0] * (ids.shape[1] - 1)
+            total += self.loss(self.model, ids).item() * predicted
+            n += predicted
+        loss = total / n
+        return {"valid_loss": loss, "valid_bits_per_byte": self.tokens.valid.bits_per_byte(loss)}
+
+    def report(self, signals: Signals) -> None:
+        """Validate, then write a sample."""
+        super().report(signals)
+        every = self.config.sample_every
+        if every and not signals.received and self.due("sample", every, always=self.trainer.done):
+            text = self._sample()
+            self.metrics.write({"step": self.trainer.step_number, "sample": text})
+            self.say(text)
+
+    def _sample(self) -> str:
+        """Continue the sample prompt."""
+        config = self.config
+        pieces = generate(
+            self.model,
+            self.tokenizer,
+            config.sample_prompt,
+            max_new_tokens=config.sample_tokens,
+            temperature=0.8,
+            seed=config.seed + self.trainer.step_number,
+        )
+        return config.sample_prompt + "".join(pieces)
+
+
+def _megabytes(n_bytes: int) -> str:
+    """Return a size in a unit that leaves something of it."""
+    return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 1e5 else f"{n_bytes / 1e3:,.1f} kB"
