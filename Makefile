@@ -20,7 +20,7 @@ SANITIZED_PYTEST = import sys; \
 	sys.meta_path = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]; \
 	sys.path.insert(0, "$(SANITIZED)/src"); import pytest; from longscan import ops; \
 	assert "sanitize" in str(ops.native_info().path), ops.native_info(); sys.exit(pytest.main(sys.argv[1:]))
-KERNEL_TESTS := tests/test_ops.py tests/test_ssm_ops.py tests/test_decode.py tests/test_quant_ops.py
+KERNEL_TESTS := tests/ops
 PROMPT ?= It was a bright morning, and the Captain
 
 help: ## list the targets

@@ -13,8 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
-
 from longscan.core.checks import check_texts
 from longscan.core.files import atomic_write, write_json
 from longscan.errors import LongscanError
@@ -22,6 +20,7 @@ from longscan.tokenizers.special_tokens import (
     END_OF_TEXT,
     IDS,
 )
+from tokenizers import decoders, models, pre_tokenizers
 
 __all__ = [
     "BYTES_KIND",

@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-
 from longscan.core.checks import check_texts
 from longscan.core.files import read_json
 from longscan.errors import LongscanError, UsageError
@@ -37,6 +35,7 @@ from longscan.tokenizers.special_tokens import (
     name_of,
     template,
 )
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 __all__ = ["MAX_VOCAB_SIZE", "BPETokenizer", "WindowStream", "chop", "load_tokenizer", "train_bpe"]
 

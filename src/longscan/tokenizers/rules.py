@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tokenizers
-
 from longscan.errors import LongscanError
 
 __all__ = ["build_tokenizer", "guarded", "template_prefix"]

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
-
 from longscan.errors import LongscanError
 from longscan.tokenizers.rules import template_prefix
 

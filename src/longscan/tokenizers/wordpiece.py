@@ -12,15 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tokenizers
 import torch
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+import tokenizers
 from longscan.core.files import atomic_write, read_json, write_json
 from longscan.errors import LongscanError, UsageError
 from longscan.tokenizers.bpe import MAX_VOCAB_SIZE, BPETokenizer
 from longscan.tokenizers.rules import build_tokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 __all__ = ["Framed", "WordPieceTokenizer", "load_wordpiece", "train_wordpiece"]
 

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
-
 from longscan.checkpoints.gguf.parser import Value, short
 from longscan.core.files import read_json
 from longscan.errors import LongscanError
@@ -25,6 +23,7 @@ from longscan.tokenizers.base import BYTES_KIND, ByteTokenizer, Tokenizer
 from longscan.tokenizers.bpe import BPETokenizer
 from longscan.tokenizers.rules import build_tokenizer
 from longscan.tokenizers.special_tokens import END_NAMES
+from tokenizers import decoders, models, pre_tokenizers
 
 __all__ = ["describe_tokenizer", "read_tokenizer", "vocabulary_size"]
 

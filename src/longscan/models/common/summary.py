@@ -6,7 +6,7 @@ import torch
 
 from longscan import ops
 from longscan.core.config import count
-from longscan.models import LanguageModel
+from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.quantization import precision as precision_of
 
 __all__ = ["describe"]

@@ -233,7 +233,7 @@ def test_epochs_become_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(Path(__file__).parents[1].glob("recipes/*.toml")), ids=lambda path: path.name
+    "path", sorted(Path(__file__).parents[2].glob("recipes/*.toml")), ids=lambda path: path.name
 )
 def test_recipes_are_valid(path: Path) -> None:
     model = tomllib.loads(path.read_text())["model"]

@@ -220,7 +220,7 @@ def test_others_refuse_whole_numbers(plain: Path, tmp_path: Path) -> None:
 
 
 def test_the_documented_reader_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "quantization.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "quantization.md").read_text(encoding="utf-8")
     [code] = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     save(make(d_model=64), "plain")

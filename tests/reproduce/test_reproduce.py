@@ -34,7 +34,7 @@ from longscan.training.config import TrainConfig, read_recipe
 from longscan.training.translation import TranslateConfig
 
 Cli = Callable[..., Any]
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 WORDS = {"one": "eins", "two": "zwei", "red": "rot", "dog": "Hund", "cat": "Katze"}
 
 
