@@ -12,9 +12,15 @@ from torch import Tensor
 
 from longscan import ops
 from longscan.models import MODELS, Model
-from test_ops import conv_inputs, scan_inputs
-from test_ssm_ops import cauchy_inputs, diagonal_inputs, narrow, vandermonde_inputs
-from test_ssm_ops import conv_inputs as long_conv_inputs
+from op_inputs import (
+    cauchy_inputs,
+    conv_inputs,
+    diagonal_inputs,
+    long_conv_inputs,
+    narrow,
+    scan_inputs,
+    vandermonde_inputs,
+)
 
 
 @contextlib.contextmanager

@@ -8,66 +8,10 @@ import torch
 from torch import Tensor
 
 from longscan import ops
+from op_inputs import conv_inputs, scan_inputs, tensor
 
 # largest |ours - reference| / max(1, |reference|)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-
-
-def tensor(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def packed(generator: torch.Generator, batch: int, seq_len: int) -> Tensor:
-    """Random packed rows: sequences of random lengths, padding in front, between and behind."""
-    seq_idx = torch.randint(0, 4, (batch, seq_len), generator=generator).sort(1).values
-    return seq_idx.masked_fill(torch.rand(batch, seq_len, generator=generator) < 0.2, -1)
-
-
-def scan_inputs(
-    sizes: tuple[int, int, int, int], groups: int | str, extras: bool, dtype: torch.dtype = torch.float32
-) -> dict[str, Any]:
-    """Inputs of selective_scan; groups: "constant", 0 for (batch, seq_len, d_state), or n_groups."""
-    batch, seq_len, d_inner, d_state = sizes
-    g = torch.Generator().manual_seed(sum(sizes))
-    shape = (batch, seq_len, d_state) if groups == 0 else (batch, seq_len, groups, d_state)
-    shape = (d_inner, d_state) if groups == "constant" else shape
-    wide = (batch, seq_len, d_inner)
-    inputs: dict[str, Any] = {
-        "u": tensor(g, *wide, dtype=dtype),
-        "dt": tensor(g, *wide, dtype=dtype),
-        "A": -tensor(g, d_inner, d_state).abs() - 0.05,
-        "B": tensor(g, *shape, dtype=dtype),  # type: ignore[misc]
-        "C": tensor(g, *shape, dtype=dtype),  # type: ignore[misc]
-        "dt_softplus": True,
-    }
-    if extras:
-        inputs |= {
-            "D": tensor(g, d_inner),
-            "z": tensor(g, *wide, dtype=dtype),
-            "dt_bias": tensor(g, d_inner) - 1,
-            "initial_state": tensor(g, batch, d_inner, d_state),
-            "seq_idx": packed(g, batch, seq_len),
-        }
-    return inputs
-
-
-def conv_inputs(
-    sizes: tuple[int, int, int, int], extras: bool, dtype: torch.dtype = torch.float32
-) -> dict[str, Any]:
-    batch, seq_len, d_inner, d_conv = sizes
-    g = torch.Generator().manual_seed(sum(sizes))
-    inputs: dict[str, Any] = {
-        "x": tensor(g, batch, seq_len, d_inner, dtype=dtype),
-        "weight": tensor(g, d_inner, d_conv),
-    }
-    if extras:
-        inputs |= {
-            "bias": tensor(g, d_inner),
-            "activation": "silu",
-            "initial_state": tensor(g, batch, d_conv - 1, d_inner),
-            "seq_idx": packed(g, batch, seq_len),
-        }
-    return inputs
 
 
 def run(

@@ -9,73 +9,19 @@ from torch import Tensor
 
 from longscan import ops
 from longscan.ops.long_conv import _transform_length
+from op_inputs import (
+    Inputs,
+    cauchy_inputs,
+    diagonal_inputs,
+    generator,
+    long_conv_inputs,
+    narrow,
+    real,
+    vandermonde_inputs,
+)
 
 # largest |ours - reference| / max(1, |reference|)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}
-
-Inputs = dict[str, Any]
-
-
-def generator(*sizes: int) -> torch.Generator:
-    return torch.Generator().manual_seed(sum(sizes))
-
-
-def real(g: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=g, dtype=torch.float64)
-
-
-def poles(g: torch.Generator, channels: int, n: int) -> Tensor:
-    """Logarithms of a step: slow and fast decays, any frequency."""
-    return torch.complex(-real(g, channels, n).abs() / 4, 2 * real(g, channels, n))
-
-
-def diagonal_inputs(sizes: tuple[int, int, int, int], extras: bool) -> Inputs:
-    batch, seq_len, channels, n = sizes
-    g = generator(*sizes)
-    inputs: Inputs = {
-        "u": real(g, batch, seq_len, channels),
-        "z": poles(g, channels, n),
-        "C": torch.complex(real(g, channels, n), real(g, channels, n)),
-    }
-    if extras:
-        seq_idx = torch.randint(0, 4, (batch, seq_len), generator=g).sort(1).values
-        inputs["seq_idx"] = seq_idx.masked_fill(torch.rand(batch, seq_len, generator=g) < 0.2, -1)
-        inputs["state"] = real(g, batch, channels, n, 2)
-    return inputs
-
-
-def vandermonde_inputs(m: int, channels: int, n: int, length: int) -> Inputs:
-    g = generator(m, channels, n, length)
-    shape = (m, channels, n)
-    C = torch.complex(real(g, *shape), real(g, *shape))
-    return {"C": C, "z": poles(g, channels, n), "length": length}
-
-
-def cauchy_inputs(j: int, channels: int, n: int, k: int) -> Inputs:
-    g = generator(j, channels, n, k)
-    v = torch.complex(real(g, j, channels, n), real(g, j, channels, n))
-    lam = torch.complex(-real(g, channels, n).abs() - 0.05, 5 * real(g, channels, n).abs())
-    return {"v": v, "t": 5 * real(g, k), "lam": lam}
-
-
-def conv_inputs(batch: int, seq_len: int, channels: int, k_len: int, extras: bool) -> Inputs:
-    g = generator(batch, seq_len, channels, k_len)
-    inputs: Inputs = {"u": real(g, batch, seq_len, channels), "kernel": real(g, channels, k_len)}
-    if extras:
-        inputs |= {"D": real(g, channels), "back": real(g, channels, k_len)}
-    return inputs
-
-
-def narrow(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """The inputs in a type; what cauchy wants wide stays so."""
-    complex_type = {torch.float64: torch.complex128}.get(dtype, torch.complex64)
-
-    def cast(name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or name in ("t", "lam"):
-            return value
-        return value.to(complex_type if value.is_complex() else dtype) if value.dtype.itemsize > 4 else value
-
-    return {k: v if k == "seq_idx" else cast(k, v) for k, v in inputs.items()}
 
 
 def run(op: Callable[..., Any], inputs: Inputs) -> dict[str, Tensor]:
@@ -155,7 +101,7 @@ def test_cauchy(backend: str, case: str, dtype: torch.dtype) -> None:
 @extras
 @pytest.mark.parametrize("case", CONVS)
 def test_long_conv(case: str, extras: bool, dtype: torch.dtype) -> None:
-    check(ops.long_conv, ops.long_conv_ref, conv_inputs(*CONVS[case], extras), dtype)
+    check(ops.long_conv, ops.long_conv_ref, long_conv_inputs(*CONVS[case], extras), dtype)
 
 
 def test_half_inputs_keep_a_float32_state() -> None:
@@ -166,7 +112,7 @@ def test_half_inputs_keep_a_float32_state() -> None:
     scale = TOLERANCE[torch.bfloat16]
     assert (y - exact).abs().max() <= scale * exact.abs().max()
     assert (after - state).abs().max() <= scale * state.abs().max()
-    inputs = conv_inputs(2, 33, 3, 33, True)
+    inputs = long_conv_inputs(2, 33, 3, 33, True)
     y, exact = ops.long_conv(**{**inputs, "u": inputs["u"].bfloat16()}), ops.long_conv(**inputs)
     assert y.dtype == torch.bfloat16
     assert (y - exact).abs().max() <= scale * exact.abs().max()
@@ -247,7 +193,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     state, seq_idx = inputs["state"].requires_grad_(), inputs["seq_idx"].to(torch.int32)
     arguments = (inputs["u"].requires_grad_(), (a / 4).detach().requires_grad_(), c, state, seq_idx, True)
     torch.library.opcheck(namespace.diagonal_ssm.default, arguments)
-    conv = narrow(conv_inputs(2, 9, 3, 9, True), dtype)
+    conv = narrow(long_conv_inputs(2, 9, 3, 9, True), dtype)
     wanted = tuple(conv[name].requires_grad_() for name in ("u", "kernel", "D", "back"))
     torch.library.opcheck(namespace.long_conv.default, wanted)
 
@@ -268,7 +214,7 @@ def test_gradcheck() -> None:
         (ops.diagonal_ssm, diagonal_inputs((2, 5, 2, 3), True)),
         (ops.vandermonde, vandermonde_inputs(2, 2, 3, 7)),
         (ops.cauchy, cauchy_inputs(2, 2, 3, 5)),
-        (ops.long_conv, conv_inputs(2, 6, 2, 6, True)),
+        (ops.long_conv, long_conv_inputs(2, 6, 2, 6, True)),
     ]
     for op, inputs in cases:
         names = [k for k, v in inputs.items() if isinstance(v, Tensor) and k not in ("seq_idx", "t")]
@@ -290,7 +236,7 @@ def test_meta_device() -> None:
     assert (y.device.type, y.shape, state.shape) == ("meta", (2, 9, 3), (2, 3, 4, 2))
     assert ops.vandermonde(**to_meta(vandermonde_inputs(2, 3, 4, 9))).shape == (2, 3, 9)
     assert ops.cauchy(**to_meta(cauchy_inputs(4, 3, 2, 9))).shape == (4, 3, 9)
-    assert ops.long_conv(**to_meta(conv_inputs(2, 9, 3, 9, True))).shape == (2, 9, 3)
+    assert ops.long_conv(**to_meta(long_conv_inputs(2, 9, 3, 9, True))).shape == (2, 9, 3)
 
 
 @pytest.mark.parametrize(
@@ -317,9 +263,19 @@ def test_meta_device() -> None:
         ),
         (ops.vandermonde, vandermonde_inputs(2, 3, 4, 5), {"z": torch.zeros(3, 5) * 1j}, "C, z: expected"),
         (ops.cauchy, cauchy_inputs(2, 3, 4, 5), {"t": torch.zeros(0).double()}, "v, t, lam: expected"),
-        (ops.long_conv, conv_inputs(2, 5, 3, 5, True), {"kernel": torch.zeros(2, 5)}, "kernel: expected"),
-        (ops.long_conv, conv_inputs(2, 5, 3, 5, True), {"back": torch.zeros(3, 0)}, "back: expected"),
-        (ops.long_conv, conv_inputs(2, 5, 3, 5, True), {"D": torch.zeros(2)}, r"D: expected shape \(3,\)"),
+        (
+            ops.long_conv,
+            long_conv_inputs(2, 5, 3, 5, True),
+            {"kernel": torch.zeros(2, 5)},
+            "kernel: expected",
+        ),
+        (ops.long_conv, long_conv_inputs(2, 5, 3, 5, True), {"back": torch.zeros(3, 0)}, "back: expected"),
+        (
+            ops.long_conv,
+            long_conv_inputs(2, 5, 3, 5, True),
+            {"D": torch.zeros(2)},
+            r"D: expected shape \(3,\)",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
