@@ -27,7 +27,7 @@ ROOMS = (
 )
 # inside models/common, in order too
 COMMON = (
-    *("layers", "model", "losses", "state_file", "state", "native_decode", "mixer", "packing"),
+    *("layers", "model", "entry", "losses", "state_file", "state", "native_decode", "mixer", "packing"),
     *("language_model", "state_space", "lti", "quantization", "encoder_decoder", "summary"),
 )
 PARENTS = {
@@ -42,6 +42,7 @@ MAX_LEVELS = 10
 MAX_LINES = 350
 # longer ones, and why they are one idea
 LONG: dict[str, str] = {
+    "models/transformer": "one paper: attention, layer and model are read together",
     "bench/suites/generate": "",
     "checkpoints/gguf/model": "",
     "checkpoints/load": "",
@@ -51,7 +52,6 @@ LONG: dict[str, str] = {
     "data/labeled_sequences": "",
     "inference/engine": "",
     "inference/speculative": "",
-    "models/__init__": "",
     "models/bert": "",
     "models/common/language_model": "",
     "models/common/lti": "",

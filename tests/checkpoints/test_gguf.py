@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 
 import gguf_bytes as raw
+import tokenizers
 from longscan import ops
 from longscan.checkpoints.gguf import model as gguf_files
 from longscan.checkpoints.gguf.model import GGUFType, load_gguf, save_gguf

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
-from tokenizers import processors
 from torch import Tensor
 from torch.nn import functional as F
 
 import longscan
+import tokenizers
 from longscan.errors import LongscanError
 from longscan.inference.generate import generate, generate_ids
 from longscan.inference.sampling import SamplingConfig
@@ -25,6 +24,7 @@ from longscan.models.common.state import KV
 from longscan.models.llama import PRESETS, publish, rename, rotate
 from longscan.models.mamba import PRESETS as MAMBA_PRESETS
 from longscan.tokenizers.base import ByteTokenizer
+from tokenizers import processors
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # of the largest value compared
 

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, processors
 
+import tokenizers
 from longscan.errors import LongscanError, UsageError
 from longscan.tokenizers.base import ByteTokenizer, Tokenizer
 from longscan.tokenizers.bpe import BPETokenizer, WindowStream, chop, load_tokenizer, train_bpe
 from longscan.tokenizers.special_tokens import END_OF_TEXT
+from tokenizers import decoders, models, normalizers, processors
 
 SAMPLE = (
     "It was a bright morning, and the Captain, who had not spoken since the storm, spoke of the storm.\n\n"

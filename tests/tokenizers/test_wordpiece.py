@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tokenizers
 from longscan.errors import LongscanError, UsageError
 from longscan.tokenizers.bpe import train_bpe
 from longscan.tokenizers.wordpiece import WordPieceTokenizer, fit, load_wordpiece, train_wordpiece

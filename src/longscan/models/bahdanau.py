@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from longscan.models.common.encoder_decoder import Translator, TranslatorConfig, Writing, embedding
+from longscan.models.common.entry import ModelEntry
 from longscan.models.common.layers import linear
 from longscan.models.common.state import State
 from longscan.models.seq2seq import unroll
@@ -265,3 +266,18 @@ class Bahdanau(Translator):
         """Compute t_i (..., d_maxout) from s_{i-1}, E y_{i-1} and c_i: the larger of each pair."""
         pairs = self.readout(torch.cat((s, word, context), -1)).unflatten(-1, (-1, 2))
         return self.drop(cast(Tensor, pairs.amax(-1)))
+
+
+ENTRY = ModelEntry(
+    name="bahdanau",
+    kind="translation",
+    year=2014,
+    paper="Neural Machine Translation by Jointly Learning to Align and Translate",
+    arxiv="1409.0473",
+    idea="where I look before each word",
+    parents=("seq2seq",),
+    cls=Bahdanau,
+    config=BahdanauConfig,
+    presets=PRESETS,
+    verbs=("translate",),
+)

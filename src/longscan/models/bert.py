@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from longscan.core.config import Config
 from longscan.errors import LongscanError
+from longscan.models.common.entry import ModelEntry
 from longscan.models.common.layers import Linear, blank, project
 from longscan.models.common.losses import IGNORE
 from longscan.models.common.model import Model
@@ -428,3 +429,19 @@ def rename(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not name.endswith(("embeddings.position_ids", "embeddings.token_type_ids")):
             ours.setdefault(name, tensor)
     return ours
+
+
+ENTRY = ModelEntry(
+    name="bert",
+    kind="masked",
+    year=2018,
+    paper="BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding",
+    arxiv="1810.04805",
+    idea="both sides of every word",
+    parents=("transformer",),
+    cls=Bert,
+    config=BertConfig,
+    presets=PRESETS,
+    verbs=("train", "classify", "fill-mask", "embed"),
+    rename=rename,
+)

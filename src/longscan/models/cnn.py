@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longscan.models.common.entry import LANGUAGE, ModelEntry
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import blank, untouched
 from longscan.models.common.mixer import Block, LanguageModelConfig
@@ -182,3 +183,18 @@ class CNN(LanguageModel):
     def blocks(cls, config: CNNConfig, generator: torch.Generator | None = None) -> list[Block]:
         """Make all blocks, each looking twice as far as the one below."""
         return [cls.block(config, generator, 2**i) for i in range(config.n_layers)]
+
+
+ENTRY = ModelEntry(
+    name="cnn",
+    kind="language",
+    year=2018,
+    paper="An Empirical Evaluation of Generic Convolutional and Recurrent Networks for Sequence Modeling",
+    arxiv="1803.01271",
+    idea="a window that doubles with each layer",
+    parents=(),
+    cls=CNN,
+    config=CNNConfig,
+    presets=PRESETS,
+    verbs=LANGUAGE,
+)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longscan.models.common.entry import LANGUAGE, ModelEntry
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import linear
 from longscan.models.common.mixer import Block, LanguageModelConfig
@@ -174,3 +175,18 @@ class GAU(LanguageModel):
     def max_positions(self) -> int | None:
         """Tokens of the longest text it was made for."""
         return self.config.max_positions
+
+
+ENTRY = ModelEntry(
+    name="gau",
+    kind="language",
+    year=2022,
+    paper="Transformer Quality in Linear Time",
+    arxiv="2202.10447",
+    idea="every token before, behind one wide gate",
+    parents=("linear_attention", "transformer"),
+    cls=GAU,
+    config=GAUConfig,
+    presets=PRESETS,
+    verbs=LANGUAGE,
+)

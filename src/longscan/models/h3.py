@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from longscan.errors import LongscanError
+from longscan.models.common.entry import LANGUAGE, ModelEntry
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import linear
 from longscan.models.common.lti import SSMState
@@ -188,3 +189,18 @@ class H3(LanguageModel):
         """Make one block."""
         mixer = H3Mixer(config, generator)
         return FeedForwardBlock(config, mixer, config.ff_width, nn.GELU(), generator)
+
+
+ENTRY = ModelEntry(
+    name="h3",
+    kind="language",
+    year=2022,
+    paper="Hungry Hungry Hippos: Towards Language Modeling with State Space Models",
+    arxiv="2212.14052",
+    idea="a state between two products",
+    parents=("s4d", "linear_attention"),
+    cls=H3,
+    config=H3Config,
+    presets=PRESETS,
+    verbs=LANGUAGE,
+)

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from longscan import ops
 from longscan.core.config import nearest
 from longscan.errors import LongscanError
+from longscan.models.common.entry import LANGUAGE, ModelEntry
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import linear
 from longscan.models.common.mixer import Block, LanguageModelConfig
@@ -419,3 +420,18 @@ class HippoRNN(LanguageModel):
     def block(config: HippoConfig, generator: torch.Generator | None = None) -> Block:
         """Make one block."""
         return Block(config, HippoMixer(config, generator))
+
+
+ENTRY = ModelEntry(
+    name="hippo",
+    kind="language",
+    year=2020,
+    paper="HiPPO: Recurrent Memory with Optimal Polynomial Projections",
+    arxiv="2008.07669",
+    idea="the best polynomial fit of the past",
+    parents=("lstm",),
+    cls=HippoRNN,
+    config=HippoConfig,
+    presets=PRESETS,
+    verbs=(*LANGUAGE, "remember"),
+)

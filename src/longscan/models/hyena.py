@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longscan.errors import LongscanError
+from longscan.models.common.entry import LANGUAGE, ModelEntry
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import Derived, blank, linear
 from longscan.models.common.mixer import Block, LanguageModelConfig
@@ -241,3 +242,18 @@ class Hyena(LanguageModel):
     def max_positions(self) -> int | None:
         """Tokens of the longest text it was made for."""
         return self.config.max_positions
+
+
+ENTRY = ModelEntry(
+    name="hyena",
+    kind="language",
+    year=2023,
+    paper="Hyena Hierarchy: Towards Larger Convolutional Language Models",
+    arxiv="2302.10866",
+    idea="the whole past through a filter",
+    parents=("h3",),
+    cls=Hyena,
+    config=HyenaConfig,
+    presets=PRESETS,
+    verbs=LANGUAGE,
+)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longscan.errors import LongscanError
+from longscan.models.common.entry import LANGUAGE, ModelEntry
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import RMSNorm, linear
 from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
@@ -242,3 +243,18 @@ class LinearTransformer(LanguageModel):
         """Make one block."""
         mixer = LinearAttention(config, generator)
         return FeedForwardBlock(config, mixer, config.ff_width, nn.ReLU(), generator)
+
+
+ENTRY = ModelEntry(
+    name="linear_attention",
+    kind="language",
+    year=2020,
+    paper="Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
+    arxiv="2006.16236",
+    idea="a sum over all pairs of features",
+    parents=("transformer",),
+    cls=LinearTransformer,
+    config=LinearAttentionConfig,
+    presets=PRESETS,
+    verbs=LANGUAGE,
+)

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longscan.errors import LongscanError
+from longscan.models.common.entry import LANGUAGE, ModelEntry
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import Linear, RMSNorm, WeightOnly, blank
 from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
@@ -411,3 +412,19 @@ def _translate(name: str, layers: tuple[str, str], outer: Mapping[str, str], inn
     number, _, rest = name.removeprefix(layers[0]).partition(".")
     start = next((start for start in inner if rest.startswith(start)), "")
     return f"{layers[1]}{number}.{inner.get(start, '')}{rest.removeprefix(start)}"
+
+
+ENTRY = ModelEntry(
+    name="llama",
+    kind="language",
+    year=2023,
+    paper="LLaMA: Open and Efficient Foundation Language Models",
+    arxiv="2302.13971",
+    idea="every token before, rotated by its distance",
+    parents=("transformer",),
+    cls=Llama,
+    config=LlamaConfig,
+    presets=PRESETS,
+    verbs=LANGUAGE,
+    rename=rename,
+)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from longscan.errors import LongscanError
+from longscan.models.common.entry import LANGUAGE, ModelEntry
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import linear
 from longscan.models.common.lti import DenseSystem, SSMState, StateSpaceConfig, StateSpaceMixer, start_log_dt
@@ -143,3 +144,18 @@ class LSSL(LanguageModel):
         """Make one block."""
         out_proj = linear(config.d_model * config.n_outputs, config.d_model, True, generator)
         return Block(config, StateSpaceMixer(DenseSSM(config, config.d_model, generator), out_proj))
+
+
+ENTRY = ModelEntry(
+    name="lssl",
+    kind="language",
+    year=2021,
+    paper="Combining Recurrent, Convolutional, and Continuous-time Models with Linear State-Space Layers",
+    arxiv="2110.13985",
+    idea="a linear system, step by step or all at once",
+    parents=("hippo",),
+    cls=LSSL,
+    config=LSSLConfig,
+    presets=PRESETS,
+    verbs=LANGUAGE,
+)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from longscan.errors import LongscanError
+from longscan.models.common.entry import LANGUAGE, ModelEntry
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import blank, linear
 from longscan.models.common.mixer import Block, LanguageModelConfig
@@ -163,3 +164,18 @@ class LSTM(LanguageModel):
     def block(config: LSTMConfig, generator: torch.Generator | None = None) -> Block:
         """Make one block."""
         return Block(config, RecurrentMixer(config, generator))
+
+
+ENTRY = ModelEntry(
+    name="lstm",
+    kind="language",
+    year=1997,
+    paper="Long Short-Term Memory",
+    arxiv="",
+    idea="a gated feature",
+    parents=(),
+    cls=LSTM,
+    config=LSTMConfig,
+    presets=PRESETS,
+    verbs=LANGUAGE,
+)

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from longscan.models.bahdanau import AdditiveAttention, Memory
 from longscan.models.common.encoder_decoder import Translator, TranslatorConfig, Writing, embedding
+from longscan.models.common.entry import ModelEntry
 from longscan.models.common.layers import linear
 from longscan.models.common.state import State
 from longscan.models.seq2seq import LSTM, uniform
@@ -204,3 +205,18 @@ class Luong(Translator):
             src_len = memory.mask.shape[1]
             return F.pad(self.align(h), (0, max(0, src_len - self.config.n_locations)))[..., :src_len]
         return h @ memory.keys.transpose(1, 2)
+
+
+ENTRY = ModelEntry(
+    name="luong",
+    kind="translation",
+    year=2015,
+    paper="Effective Approaches to Attention-based Neural Machine Translation",
+    arxiv="1508.04025",
+    idea="where I look, and where I looked",
+    parents=("seq2seq", "bahdanau"),
+    cls=Luong,
+    config=LuongConfig,
+    presets=PRESETS,
+    verbs=("translate",),
+)

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from longscan import ops
 from longscan.errors import LongscanError
+from longscan.models.common.entry import LANGUAGE, ModelEntry
 from longscan.models.common.language_model import Backbone, LanguageModel
 from longscan.models.common.layers import DtProjection, blank, linear
 from longscan.models.common.mixer import Block, Blocks, LanguageModelConfig, Mixer
@@ -300,3 +301,19 @@ def rename(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ours + name.removeprefix(theirs) if name.startswith(theirs) else name: tensor
         for name, tensor in state_dict.items()
     }
+
+
+ENTRY = ModelEntry(
+    name="mamba",
+    kind="language",
+    year=2023,
+    paper="Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+    arxiv="2312.00752",
+    idea="a state that chooses",
+    parents=("h3", "gau"),
+    cls=Mamba,
+    config=MambaConfig,
+    presets=PRESETS,
+    verbs=LANGUAGE,
+    rename=rename,
+)

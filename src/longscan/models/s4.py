@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from longscan.errors import LongscanError
+from longscan.models.common.entry import LANGUAGE, ModelEntry
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import linear
 from longscan.models.common.lti import DenseSystem, GatedMixer, SSMState, StateSpaceConfig, start_log_dt
@@ -350,3 +351,18 @@ class S4(LanguageModel):
         """Make one block."""
         out_proj = linear(config.d_model, 2 * config.d_model, True, generator)
         return Block(config, GatedMixer(DPLR(config, config.d_model, generator), out_proj))
+
+
+ENTRY = ModelEntry(
+    name="s4",
+    kind="language",
+    year=2021,
+    paper="Efficiently Modeling Long Sequences with Structured State Spaces",
+    arxiv="2111.00396",
+    idea="a linear system in O(N + L)",
+    parents=("hippo", "lssl"),
+    cls=S4,
+    config=S4Config,
+    presets=PRESETS,
+    verbs=LANGUAGE,
+)

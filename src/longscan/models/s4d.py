@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from longscan.errors import LongscanError
+from longscan.models.common.entry import LANGUAGE, ModelEntry
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import linear
 from longscan.models.common.lti import GatedMixer, SSMState, StateSpaceConfig, System, start_log_dt
@@ -180,3 +181,18 @@ class S4D(LanguageModel):
         """Make one block."""
         out_proj = linear(config.d_model, 2 * config.d_model, True, generator)
         return Block(config, GatedMixer(DiagonalSSM(config, config.d_model, generator), out_proj))
+
+
+ENTRY = ModelEntry(
+    name="s4d",
+    kind="language",
+    year=2022,
+    paper="On the Parameterization and Initialization of Diagonal State Space Models",
+    arxiv="2206.11893",
+    idea="a sum of fading waves",
+    parents=("s4",),
+    cls=S4D,
+    config=S4DConfig,
+    presets=PRESETS,
+    verbs=LANGUAGE,
+)

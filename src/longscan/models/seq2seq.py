@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from longscan.models.common.encoder_decoder import Translator, TranslatorConfig, Writing, embedding
+from longscan.models.common.entry import ModelEntry
 from longscan.models.common.layers import linear
 from longscan.models.common.state import State
 from longscan.ops import dropout
@@ -260,3 +261,18 @@ def uniform(model: nn.Module, bound: float, generator: torch.Generator | None) -
     """
     for parameter in model.parameters():
         nn.init.uniform_(parameter, -bound, bound, generator)
+
+
+ENTRY = ModelEntry(
+    name="seq2seq",
+    kind="translation",
+    year=2014,
+    paper="Sequence to Sequence Learning with Neural Networks",
+    arxiv="1409.3215",
+    idea="one vector for a sentence",
+    parents=("lstm",),
+    cls=Seq2Seq,
+    config=Seq2SeqConfig,
+    presets=PRESETS,
+    verbs=("translate",),
+)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from longscan import ops
 from longscan.errors import LongscanError
 from longscan.models.common.encoder_decoder import Translator, TranslatorConfig, Writing, embedding
+from longscan.models.common.entry import ModelEntry
 from longscan.models.common.layers import linear, untouched
 from longscan.models.common.state import KV, State
 from longscan.ops import attention, attention_ref, dropout
@@ -340,3 +341,18 @@ class Transformer(Translator):
         """Embed ids (batch, len) at the positions from `begin` on."""
         x = table(ids) * self.embedding_scale
         return self.drop(x + sinusoids(begin, begin + ids.shape[1], x.shape[-1]).to(x))
+
+
+ENTRY = ModelEntry(
+    name="transformer",
+    kind="translation",
+    year=2017,
+    paper="Attention Is All You Need",
+    arxiv="1706.03762",
+    idea="every pair of words",
+    parents=("bahdanau", "luong"),
+    cls=Transformer,
+    config=TransformerConfig,
+    presets=PRESETS,
+    verbs=("translate",),
+)
