@@ -259,7 +259,7 @@ def test_a_closed_pipe_is_quiet() -> None:
 
 def test_public_functions_stay_functions() -> None:
     done = python(
-        "import longscan.convert, longscan.generate, longscan.evaluate, longscan.train\n"
+        "import longscan.commands.convert, longscan.inference.generate, longscan.training.train\n"
         "names = ('convert', 'generate', 'evaluate', 'train')\n"
         "assert all(callable(getattr(longscan, name)) for name in names)\n"
         "for name in longscan.__all__: getattr(longscan, name)\n"

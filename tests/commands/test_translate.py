@@ -332,7 +332,7 @@ def test_train_and_evaluate_and_text(
 
 
 def test_a_prompt_on_a_terminal(cli: Cli, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("longscan.training.translation")
+    module = importlib.import_module("longscan.commands.translate")
     monkeypatch.setattr(module, "_watched", lambda: True)
     done = cli("translate", "text", whole / "model", stdin="one dog\n\nred")
     assert done.code == 0

@@ -45,7 +45,7 @@ def test_the_same_text_gives_the_same_vocabulary(tmp_path: Path) -> None:
     """The library alone does not: it numbers letters in the order of a hash table, new in each process."""
     (tmp_path / "text.txt").write_text(TEXT)
     code = (
-        "import sys; from pathlib import Path; from longscan.wordpiece import train_wordpiece;"
+        "import sys; from pathlib import Path; from longscan.tokenizers.wordpiece import train_wordpiece;"
         "print(train_wordpiece([Path(sys.argv[1]).read_text()], 200).fingerprint)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "text.txt")]

@@ -296,8 +296,9 @@ KILLER = """
 import os, signal, sys
 from pathlib import Path
 import torch._dynamo  # what the first optimizer imports: once here instead of in every child
-from longscan.files import read_json
-from longscan.train import TrainConfig, resume, train
+from longscan.core.files import read_json
+from longscan.training.config import TrainConfig
+from longscan.training.train import resume, train
 
 config, root = TrainConfig.from_dict(read_json(sys.argv[1])), sys.argv[2]
 moments = 0
