@@ -27,8 +27,9 @@ ROOMS = (
 )
 # inside models/common, in order too
 COMMON = (
-    *("layers", "model", "entry", "losses", "state_file", "state", "native_decode", "mixer", "packing"),
-    *("language_model", "state_space", "lti", "quantization", "encoder_decoder", "summary"),
+    *("layers", "model", "entry", "losses", "state_file", "growable", "state", "native_decode", "mixer"),
+    *("packing", "backbone", "language_model", "state_space", "lti", "dense_lti", "quantization"),
+    *("encoder_decoder", "summary"),
 )
 PARENTS = {
     **{entry.name: entry.parents for entry in LINEAGE},

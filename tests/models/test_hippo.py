@@ -341,7 +341,7 @@ def test_the_cells_own_way_back_is_right(measure: str) -> None:
     h, c = draw(2, 3, seed=1).requires_grad_(), draw(2, 2, 4, seed=2).requires_grad_()
 
     def read(x: Tensor, h: Tensor, c: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        y, state = cell.read(x, HippoState(h, c, torch.tensor([0, 3])), torch.tensor([5, 2]))
+        y, state = cell.mix(x, HippoState(h, c, torch.tensor([0, 3])), torch.tensor([5, 2]))
         return y, state.h, state.c
 
     assert torch.autograd.gradcheck(read, (x, h, c, *cell.parameters()))

@@ -19,8 +19,8 @@ from longscan.errors import LongscanError
 from longscan.inference.generate import generate, generate_ids
 from longscan.inference.sampling import SamplingConfig
 from longscan.models import Llama, LlamaConfig, Mamba, MambaConfig
+from longscan.models.common.growable import KV
 from longscan.models.common.quantization import dequantized, quantize_model
-from longscan.models.common.state import KV
 from longscan.models.llama import PRESETS, publish, rename, rotate
 from longscan.models.mamba import PRESETS as MAMBA_PRESETS
 from longscan.tokenizers.base import ByteTokenizer

@@ -34,7 +34,7 @@ from longscan.models import (
 )
 from longscan.models.common.mixer import Mixer
 from longscan.models.common.quantization import quantize_model
-from longscan.models.linear_attention import EPS, accumulate, features, sinusoids
+from longscan.models.linear_attention import EPS, accumulate, encodings, features
 from longscan.models.transformer import sinusoids as transformer_sinusoids
 from longscan.ops import selective_scan_ref
 
@@ -307,7 +307,7 @@ def test_a_cnn_sees_a_window_and_no_further() -> None:
 def test_linear_attention_is_attention_without_a_softmax() -> None:
     model = stirred(LinearTransformer(LinearAttentionConfig(**SIZES, n_heads=2), seeded()))
     mixer, x = mixer_of(model), draw(2, 70, 8)  # more than a chunk
-    placed = x + sinusoids(torch.arange(70), 8)
+    placed = x + encodings(torch.arange(70), 8)
     q, k, v = ((placed @ W.T).unflatten(-1, (2, 4)) for W in mixer.in_proj.weight.chunk(3))
     weights = torch.einsum("bihd,bjhd->bhij", features(q), features(k)).tril()
     weights = weights / (weights.sum(-1, keepdim=True) + EPS)
@@ -327,7 +327,7 @@ def test_linear_attention_is_a_state_space_that_forgets_nothing() -> None:
 
 
 def test_positions_are_those_of_the_transformer() -> None:
-    sines, cosines = sinusoids(torch.arange(3, 50), 12).chunk(2, -1)
+    sines, cosines = encodings(torch.arange(3, 50), 12).chunk(2, -1)
     close(torch.stack([sines, cosines], -1).flatten(1), transformer_sinusoids(3, 50, 12))
 
 

@@ -175,8 +175,8 @@ def test_models_start_alike_and_keep_the_recurrence_wide(cls: Any, config: Any) 
     system = model.backbone.layers[0].mixer.ssm
     assert {system.get_parameter(name).dtype for name in system.recurrence} == {torch.float32}
     assert system.C.dtype == torch.bfloat16
-    undecayed = {id(p) for p in model.undecayed()}
-    assert {id(system.get_parameter(name)) for name in system.recurrence} <= undecayed
+    no_decay_parameters = {id(p) for p in model.no_decay_parameters()}
+    assert {id(system.get_parameter(name)) for name in system.recurrence} <= no_decay_parameters
     ids = torch.zeros(2, 5, dtype=torch.long)
     output = model(ids, labels=ids)
     output.loss.backward()

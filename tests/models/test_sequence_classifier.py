@@ -189,7 +189,7 @@ def test_dropout_is_for_training() -> None:
 
 def test_what_sets_time_scales_does_not_decay() -> None:
     model = build(bidirectional=True)
-    kept = {id(parameter) for parameter in model.undecayed()}
+    kept = {id(parameter) for parameter in model.no_decay_parameters()}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in kept}
     assert {name.rsplit("mixer.", 1)[1] for name in names} >= {"forth.A_log", "back.A_log", "back.D"}
     matrices = model.param_groups(0.1)[0]["params"]

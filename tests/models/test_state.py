@@ -57,22 +57,22 @@ def test_the_head_is_a_view() -> None:
     model = small()
     state = after(model, 3)
     before = state.clone()
-    head = state.head(2)
+    head = state.rows(2)
     assert head.batch_size == 2
     model.step(torch.tensor([1, 2]), head)
-    assert same(state.head(2), head)
-    assert not same(head, before.head(2))
+    assert same(state.rows(2), head)
+    assert not same(head, before.rows(2))
     assert same(state.select([2]), before.select([2]))
-    assert state.head(0).batch_size == 0
+    assert state.rows(0).batch_size == 0
     for n in (4, -1):
         with pytest.raises(ValueError, match=f"expected 0 to 3 rows, got {n}"):
-            state.head(n)
+            state.rows(n)
 
 
 def test_a_row_is_overwritten_in_place() -> None:
     model = small()
     state, other = after(model, 3), after(model, 2, length=4)
-    before, view = state.clone(), state.head(3)
+    before, view = state.clone(), state.rows(3)
     state.copy_row_(1, other, 0)
     assert same(view, state)
     assert same(state.select([1]), other.select([0]))
@@ -89,7 +89,7 @@ def test_a_state_knows_its_model_and_copies_do_not_copy_it() -> None:
     for kept in (
         model.init_state(2),
         model.prefill(torch.ones(1, 3, dtype=torch.long), state)[1],
-        *(state.clone(), state.detach(), state.select([0]), state.fork(2), state.head(1)),
+        *(state.clone(), state.detach(), state.select([0]), state.fork(2), state.rows(1)),
     ):
         assert kept.model is model
     for bare in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
@@ -121,7 +121,7 @@ def test_the_file_is_plain_safetensors_written_whole(tmp_path: Path) -> None:
     state = after(model, 2)
     path = tmp_path / "s"
     path.write_text("older")
-    state.head(1).save(path, pending=torch.tensor([4]))
+    state.rows(1).save(path, pending=torch.tensor([4]))
     tensors = load_safetensors(path.read_bytes())
     assert tensors["pending"].tolist() == [4]
     assert torch.equal(tensors["layers.1.conv"], state.layers[1].conv[:1])
@@ -156,7 +156,7 @@ def test_what_is_not_worth_saving_is_refused(tmp_path: Path) -> None:
         state.save(path, position=-1)
     for wrong in (13, -1):
         with pytest.raises(LongscanError, match=f"pending: expected token ids from 0 to 12, got {wrong}"):
-            state.head(1).save(path, pending=[1, wrong])
+            state.rows(1).save(path, pending=[1, wrong])
     state.layers[1].ssm[1, 0, 0] = torch.nan
     with pytest.raises(LongscanError, match="NaN or infinite"):
         state.save(path)

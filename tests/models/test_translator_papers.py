@@ -124,7 +124,7 @@ def test_bahdanau_starts_as_the_paper_says() -> None:
 
 def first_look(model: Luong, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return h_t after bos_id, the annotations and the weights of the first step, without feeding."""
-    state = model.read(source)
+    state = model.encode(source)
     (memory,), (*layers, _) = state.memory.layers, state.decoder.layers
     layers = model.decoder.step(
         model.decoder.project(model.target_embedding.weight[[1] * len(source)]), layers

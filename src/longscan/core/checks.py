@@ -5,9 +5,9 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from longscan.errors import UsageError
+from longscan.errors import LongscanError, UsageError
 
-__all__ = ["check_text", "check_texts", "check_whole"]
+__all__ = ["check_range", "check_text", "check_texts", "check_whole"]
 
 
 def check_texts(name: str, texts: object) -> None:
@@ -57,6 +57,49 @@ def check_whole(name: str, value: Any, least: int, most: int | None = None) -> N
         number = None
     if number is None:
         raise UsageError(f"{name}: expected a whole number, got {value!r}.")
-    if number < least or (most is not None and number > most):
-        bounds = f"{least:,} or more" if most is None else f"{least:,} to {most:,}"
-        raise UsageError(f"{name}: expected {bounds}, got {value!r}.")
+    check_range(name, number, least=least, most=most, error=UsageError)
+
+
+def check_range(
+    name: str,
+    value: float,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    error: type[LongscanError] = LongscanError,
+) -> None:
+    """Refuse a number outside an interval, NaN included.
+
+    Args:
+        name: of the number.
+        value: the number.
+        least: the smallest allowed value; None for no bound, as in all that follow.
+        most: the largest allowed value.
+        above: the value has to be larger than this.
+        below: the value has to be smaller than this.
+        error: what to raise.
+
+    Raises:
+        LongscanError: the number is outside; `error`, if that is a subclass.
+    """
+    inside = (
+        (least is None or value >= least)
+        and (most is None or value <= most)
+        and (above is None or value > above)
+        and (below is None or value < below)
+        and value == value
+    )
+    if inside:
+        return
+    if most is not None and least is not None:
+        expected = f"{least:,} to {most:,}"
+    else:
+        bounds = [f"{least:,} or more"] if least is not None else []
+        bounds += [f"more than {above:,}"] if above is not None else []
+        bounds += [f"at most {most:,}"] if most is not None else []
+        bounds += [f"less than {below:,}"] if below is not None else []
+        expected = " and ".join(bounds)
+    shown = f"{value:,}" if isinstance(value, int) else repr(value)
+    raise error(f"{name}: expected {expected}, got {shown}.")

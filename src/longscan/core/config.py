@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Self
 
+from longscan.core.checks import check_range
 from longscan.errors import LongscanError
 
 __all__ = ["Config", "brief", "count", "nearest"]
@@ -67,6 +68,21 @@ class Config:
         return cls(
             **{key: _check(f"{cls.__name__}.{key}", value, hints[key]) for key, value in mapping.items()}
         )
+
+    def check(self, *names: str, **bounds: float) -> None:
+        """Check the ranges of numbers; a field that is None passes.
+
+        Args:
+            names: the fields.
+            bounds: least, most, above or below; see `check_range`. At least 1 if there are none.
+
+        Raises:
+            LongscanError: a value is out of range.
+        """
+        for name in names:
+            value = getattr(self, name)
+            if value is not None:
+                check_range(name, value, **(bounds or {"least": 1}))  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as values that JSON holds: `from_dict` of the result is an equal one."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longscan.core.checks import check_whole
 from longscan.errors import LongscanError
-from longscan.models import Translator, Writing
+from longscan.models import DecoderState, Translator
 
 EXTRA = 50  # tokens a translation may have more than its source, Vaswani et al., section 6.1
 
@@ -85,7 +85,7 @@ class _Beams:
     sentences: Tensor
     tokens: Tensor
     scores: Tensor
-    state: Writing
+    state: DecoderState
 
 
 class _Search:

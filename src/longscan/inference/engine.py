@@ -412,7 +412,7 @@ class Engine:
     def _look(self) -> None:
         """Make the views of the first rows."""
         assert self._state is not None
-        self._heads = [(self._state.head(n), self._ids[:n]) for n in range(1, self.slots + 1)]
+        self._heads = [(self._state.rows(n), self._ids[:n]) for n in range(1, self.slots + 1)]
 
     def _leave(self, slot: int) -> None:
         """Free a slot; the last row moves there."""

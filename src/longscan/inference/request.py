@@ -14,7 +14,8 @@ from longscan.errors import LongscanError
 from longscan.inference.prefill import Ids
 from longscan.inference.sampling import SamplingConfig
 from longscan.models import LanguageModel, State
-from longscan.models.common.state import Growing, SavedState
+from longscan.models.common.growable import GrowableState
+from longscan.models.common.state import SavedState
 
 __all__ = ["Request", "make_requests", "tokens_of"]
 
@@ -138,7 +139,7 @@ def _check_state(state: State, model: LanguageModel) -> None:
 
 def _layout(state: State) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     """Describe the tensors of a state but for its rows and how many tokens it holds."""
-    state = State([layer.front(0) if isinstance(layer, Growing) else layer for layer in state.layers])
+    state = State([layer.front(0) if isinstance(layer, GrowableState) else layer for layer in state.layers])
     return [(name, tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in state.named_tensors()]
 
 

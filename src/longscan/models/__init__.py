@@ -3,7 +3,12 @@
 from longscan.models.bahdanau import Bahdanau, BahdanauConfig
 from longscan.models.bert import Bert, BertConfig
 from longscan.models.cnn import CNN, CNNConfig
-from longscan.models.common.encoder_decoder import Translator, TranslatorConfig, TranslatorOutput, Writing
+from longscan.models.common.encoder_decoder import (
+    DecoderState,
+    Translator,
+    TranslatorConfig,
+    TranslatorOutput,
+)
 from longscan.models.common.entry import ModelEntry, ModelKind
 from longscan.models.common.language_model import LanguageModel, Output
 from longscan.models.common.mixer import LanguageModelConfig
@@ -42,6 +47,7 @@ __all__ = [
     "Bert",
     "BertConfig",
     "CNNConfig",
+    "DecoderState",
     "GAUConfig",
     "H3Config",
     "HippoConfig",
@@ -76,6 +82,5 @@ __all__ = [
     "Translator",
     "TranslatorConfig",
     "TranslatorOutput",
-    "Writing",
     "entry_of",
 ]

@@ -4,21 +4,21 @@ Dzmitry Bahdanau, Kyunghyun Cho, Yoshua Bengio, 2014, arXiv 1409.0473.
 
 Parent: the encoder-decoder of Cho et al. and of Sutskever et al. (seq2seq).
 Kept: a recurrent encoder, a recurrent decoder.
-Changed: the encoder reads in both directions and keeps what it knew at every word, the annotations h_j;
-before each word that it writes, the decoder looks at all of them and takes their average, weighted by how
-well they fit its state s_{i-1}. The sentence no longer has to fit into one vector.
+Changed: the encoder is bidirectional and keeps its hidden state at every word, the annotations h_j; at each
+step the decoder attends to all of them: it takes their average, weighted by how well they match its state
+s_{i-1}. The sentence no longer has to fit into one vector.
 
 Deviations: one vocabulary for both languages; dropout, on embeddings, annotations and before the softmax.
 
-The decoder (section 3.1, appendix A), for the word y_{i-1} just written:
+The decoder (section 3.1, appendix A), for the previous word y_{i-1}:
 
     e_ij = v_a . tanh(W_a s_{i-1} + U_a h_j)       a_i = softmax(e_i)      c_i = sum_j a_ij h_j
     t_i  = maxout(U_o s_{i-1} + V_o E y_{i-1} + C_o c_i)                   p(y_i) = softmax(W_o t_i)
     z    = sigmoid(W_z E y_{i-1} + U_z s_{i-1} + C_z c_i)                  r likewise
     s~   = tanh(W E y_{i-1} + U (r s_{i-1}) + C c_i)                       s_i = (1 - z) s_{i-1} + z s~
 
-and s_0 = tanh(W_s h_1) of the backward h_1, which has read the whole sentence. This GRU resets the state
-before the product and lets z take in the new; torch's nn.GRU does both the other way round.
+and s_0 = tanh(W_s h_1) of the backward h_1, which has seen the whole sentence. This GRU resets the state
+before the product, and z weights the candidate; torch's nn.GRU does both the other way round.
 
 Glossary: n = d_hidden, m = d_embedding, n' = d_align, l = d_maxout; h = annotations, s = the decoder's state.
 """
@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from longscan.models.common.encoder_decoder import Translator, TranslatorConfig, Writing, embedding
+from longscan.models.common.encoder_decoder import DecoderState, Translator, TranslatorConfig, embedding
 from longscan.models.common.entry import ModelEntry
 from longscan.models.common.layers import linear
 from longscan.models.common.state import State
@@ -60,7 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BahdanauConfig(TranslatorConfig):
-    """The sizes of an RNNsearch; the paper's symbols stand in the comments.
+    """The configuration of an RNNsearch; the paper's symbols are in the comments.
 
     Raises:
         LongscanError: a value is out of range.
@@ -70,21 +70,21 @@ class BahdanauConfig(TranslatorConfig):
     d_hidden: int  # n
     d_align: int  # n'
     d_maxout: int  # l
-    # "paper": appendix B.1, where v_a = 0 and matrices are so small that Adam finds the alignment late;
-    # "glorot": wider, Glorot and Bengio (2010)
+    # "paper": appendix B.1, where v_a = 0 and matrices are so small that Adam learns the alignment late;
+    # "glorot": the wider initialisation of Glorot and Bengio (2010)
     start: Literal["paper", "glorot"] = "paper"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        self.check_counts("d_embedding", "d_hidden", "d_align", "d_maxout")
+        self.check("d_embedding", "d_hidden", "d_align", "d_maxout")
 
 
 class GRUCell(nn.Module):
-    """The gated unit of Cho et al., reset before the product.
+    """The gated unit of Cho et al., which resets before the product.
 
     Args:
-        d_in: width of the inputs; those of a whole sentence are projected in one product.
+        d_in: width of the inputs; those of a sentence are projected in one product.
         d_hidden: width of the state.
     """
 
@@ -95,14 +95,11 @@ class GRUCell(nn.Module):
         self.candidate = linear(d_hidden, d_hidden, False)  # U
 
     def forward(self, x: Tensor, s: Tensor) -> tuple[Tensor]:
-        """Take one step.
+        """Return the state after one step, as a tuple of one.
 
         Args:
-            x: (batch, 3 d_hidden), inputs through `input`.
+            x: (batch, 3 d_hidden), inputs projected by `input`.
             s: (batch, d_hidden).
-
-        Returns:
-            The state after the step, alone in a tuple.
         """
         d_hidden = s.shape[-1]
         z, r = (x[:, : 2 * d_hidden] + self.gates(s)).sigmoid().chunk(2, -1)
@@ -111,11 +108,11 @@ class GRUCell(nn.Module):
 
 
 class Memory(NamedTuple):
-    """What the decoder looks at.
+    """The memory that the decoder attends to.
 
     Attributes:
-        annotations: (batch, src_len, width) what the encoder knew at each word.
-        keys: (batch, src_len, d_align) the part of the scores that no decoder state changes.
+        annotations: (batch, src_len, width) hidden state of the encoder at each word.
+        keys: (batch, src_len, d_align) the part of the scores that is independent of the decoder state.
         mask: (batch, src_len) boolean, False in padding.
     """
 
@@ -124,8 +121,8 @@ class Memory(NamedTuple):
     mask: Tensor
 
 
-class DecoderState(NamedTuple):
-    """What the decoder remembers.
+class HiddenState(NamedTuple):
+    """The hidden state of the decoder.
 
     Attributes:
         s: (batch, d_hidden).
@@ -150,25 +147,22 @@ class AdditiveAttention(nn.Module):
         self.v_a = nn.Parameter(torch.zeros(d_align))
 
     def forward(self, s: Tensor, keys: Tensor) -> Tensor:
-        """Compute the scores.
+        """Return the scores, (batch, q_len, src_len).
 
         Args:
             s: (batch, q_len, d_query).
-            keys: (batch, src_len, d_align), annotations through `key`.
-
-        Returns:
-            (batch, q_len, src_len).
+            keys: (batch, src_len, d_align), annotations projected by `key`.
         """
         sums: Tensor = self.query(s).unsqueeze(2) + keys.unsqueeze(1)  # (batch, q_len, src_len, d_align)
         return sums.tanh() @ self.v_a
 
 
 class Bahdanau(Translator):
-    """RNNsearch: an encoder in both directions, a decoder that looks before each word.
+    """RNNsearch: a bidirectional encoder, and a decoder that attends before each word.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     config: BahdanauConfig
@@ -185,12 +179,12 @@ class Bahdanau(Translator):
         self.context = linear(2 * n, 3 * n, False)  # C_z, C_r, C
         self.readout = linear(n + m + 2 * n, 2 * config.d_maxout, True)  # U_o, V_o, C_o
         self.head = linear(config.d_maxout, config.vocab_size, False)  # W_o
-        if not self.head.weight.is_meta:  # there only shapes are wanted
-            self._start(generator)
+        if not self.head.weight.is_meta:  # which only needs shapes
+            self._init_weights(generator)
 
     @torch.no_grad()
-    def _start(self, generator: torch.Generator | None) -> None:
-        """Draw the parameters; biases are zero."""
+    def _init_weights(self, generator: torch.Generator | None) -> None:
+        """Initialise the parameters; biases are zero."""
         paper = self.config.start == "paper"
         for parameter in self.parameters():
             if parameter.dim() == 1:
@@ -211,47 +205,47 @@ class Bahdanau(Translator):
             for matrix in (cell.gates.weight[:n], cell.gates.weight[n:], cell.candidate.weight):
                 nn.init.orthogonal_(matrix, generator=generator)
 
-    def read(self, source: Tensor, weights: dict[str, Tensor] | None = None) -> Writing:
-        """Read source sentences in both directions; see `Translator.read`."""
+    def encode(self, source: Tensor, weights: dict[str, Tensor] | None = None) -> DecoderState:
+        """Return the initial decoder state, encoding in both directions; see `Translator.encode`."""
         mask = source != self.config.pad_id
         x = self.drop(self.table("source")(source))
         zeros = x.new_zeros(len(x), self.config.d_hidden)
-        # rightwards nothing comes after the padding, so what is read there need not be kept out
+        # no mask forwards: nothing follows the padding on the right
         forwards, _ = unroll(self.forwards, self.forwards.input(x), (zeros,))
         backwards, (first,) = unroll(self.backwards, self.backwards.input(x), (zeros,), mask, backward=True)
         annotations = self.drop(torch.cat((forwards, backwards), -1))
         memory = Memory(annotations, self.align.key(annotations), mask)
-        return Writing(State([DecoderState(self.start_state(first).tanh())]), State([memory]))
+        return DecoderState(State([HiddenState(self.start_state(first).tanh())]), State([memory]))
 
-    def write(self, target: Tensor, state: Writing, weights: dict[str, Tensor] | None = None) -> Tensor:
-        """Read whole target sentences; see `Translator.write`."""
+    def decode(self, target: Tensor, state: DecoderState, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """Return the head's input for whole target sentences; see `Translator.decode`."""
         words = self.drop(self.target_embedding(target))
         ((s,),), (memory,) = state.decoder.layers, state.memory.layers
-        states, contexts, looks = [], [], []
+        states, contexts, alignments = [], [], []
         for x in self.decoder.input(words).unbind(1):
-            context, look = self._look(s, memory)
+            context, alignment = self._attend(s, memory)
             states.append(s)
             contexts.append(context)
-            looks.append(look)
+            alignments.append(alignment)
             (s,) = self.decoder(x + self.context(context), s)
         if weights is not None:
-            weights["cross"] = torch.stack(looks, 2)  # (batch, 1, tgt_len, src_len)
+            weights["cross"] = torch.stack(alignments, 2)  # (batch, 1, tgt_len, src_len)
         return self._read_out(torch.stack(states, 1), words, torch.stack(contexts, 1))
 
-    def advance(self, ids: Tensor, state: Writing) -> Tensor:
-        """Read one target token per row; see `Translator.advance`."""
+    def advance(self, ids: Tensor, state: DecoderState) -> Tensor:
+        """Return the head's input after one more target token per row; see `Translator.advance`."""
         word = self.drop(self.target_embedding(ids))
         ((s,),), (memory,) = state.decoder.layers, state.memory.layers
-        context, _ = self._look(s, memory)
+        context, _ = self._attend(s, memory)
         after = self.decoder(self.decoder.input(word) + self.context(context), s)
-        state.decoder = State([DecoderState(*after)])
+        state.decoder = State([HiddenState(*after)])
         return self._read_out(s, word, context)
 
-    def _look(self, s: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """Average the annotations.
+    def _attend(self, s: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Return the weighted average of the annotations, and the weights.
 
         Args:
-            s: (rows, d_hidden), as many rows for each sentence.
+            s: (rows, d_hidden), equally many rows for each sentence.
             memory: of the sentences.
 
         Returns:
@@ -263,7 +257,7 @@ class Bahdanau(Translator):
         return (weights @ memory.annotations).flatten(0, 1), weights
 
     def _read_out(self, s: Tensor, word: Tensor, context: Tensor) -> Tensor:
-        """Compute t_i (..., d_maxout) from s_{i-1}, E y_{i-1} and c_i: the larger of each pair."""
+        """Return t_i (..., d_maxout) of s_{i-1}, E y_{i-1} and c_i: the larger of each pair."""
         pairs = self.readout(torch.cat((s, word, context), -1)).unflatten(-1, (-1, 2))
         return self.drop(cast(Tensor, pairs.amax(-1)))
 

@@ -3,20 +3,20 @@
 Jacob Devlin, Ming-Wei Chang, Kenton Lee and Kristina Toutanova, 2018, arXiv 1810.04805.
 
 Parent: the encoder of the Transformer, post-norm.
-Kept: multi-head attention, the position-wise network, a norm after each residual sum.
-Changed: no decoder and no causal mask, every token sees all others; positions are learnt and added together
-with a token type (which of two texts) and normed; GELU for ReLU. It learns by filling in words that were
-hidden (masked language model) and by telling whether a text follows another (next-sentence prediction: label
-0 = it does, 1 = it is a random one).
+Kept: multi-head attention, the position-wise feed-forward network, a norm after each residual sum.
+Changed: no decoder and no causal mask, every token attends to all others; position embeddings are learned,
+and summed and normed with those of words and token types (first or second text); GELU for ReLU. Pre-training
+is masked language modelling and next-sentence prediction (label 0 = the second text follows the first, 1 = it
+is a random one).
 
-Deviations from the original code: GELU is exact (`gelu`) as in the checkpoints that circulate; the original's
-tanh approximation is `gelu_tanh`. Padding is masked out, not discouraged by -10000. Dropout as there.
+Deviations from the original code: GELU is exact (`gelu`), as in published checkpoints; the original's tanh
+approximation is `gelu_tanh`. Padding is masked out, not biased by -10000. Dropout is as in the original.
 
     x = LN(word[id] + position[t] + type[s])
     x = LN(x + W_O attention(W_Q x, W_K x, W_V x))        n_layers times, d_head = d_model / n_heads
     x = LN(x + W_2 gelu(W_1 x))
     pooled = tanh(W_p x_[CLS])
-    hidden word: softmax(E LN(gelu(W x)) + b), E the word embeddings;    next sentence, class: W pooled + b
+    masked token: softmax(E LN(gelu(W x)) + b), E the word embeddings;    next sentence, class: W pooled + b
 
 Glossary: H = d_model, L = n_layers, A = n_heads; 4H = d_ff. Parameters have the names of Hugging Face's
 BertForPreTraining and BertForSequenceClassification.
@@ -57,7 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BertConfig(Config):
-    """The sizes of a BERT, and what stands on top of it; the paper's symbols stand in the comments.
+    """The configuration of a BERT and its head; the paper's symbols are in the comments.
 
     Raises:
         LongscanError: a value is out of range.
@@ -75,52 +75,55 @@ class BertConfig(Config):
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
     dropout: float = 0.1
     attention_dropout: float = 0.1
-    init_std: float = 0.02  # of a normal distribution cut off at twice that
+    init_std: float = 0.02  # of a normal distribution truncated at two standard deviations
     head: Head = "pretraining"
     labels: tuple[str, ...] = ()  # of the classifier, in the order of its outputs
-    score: Score = "softmax"  # what makes scores of its logits: one class of all, each by itself, nothing
+    score: Score = (
+        "softmax"  # scores of the classifier: one class of all, independent classes, the raw logits
+    )
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        for name in ("d_model", "n_layers", "n_heads", "vocab_size", "max_positions", "n_types", "d_ff"):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1) and not (name == "d_ff" and value is None):
-                raise LongscanError(f"{name}: expected a whole number of at least 1, got {value!r}.")
+        self.check("d_model", "n_layers", "n_heads", "vocab_size", "max_positions", "n_types", "d_ff")
         if self.d_model % self.n_heads:
             raise LongscanError(
                 f"n_heads: expected a divisor of d_model = {self.d_model}, got {self.n_heads}."
             )
-        if not 0 <= self.pad_id < self.vocab_size:
-            raise LongscanError(f"pad_id: expected an id below {self.vocab_size}, got {self.pad_id}.")
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise LongscanError(f"{name}: expected a share below 1, got {getattr(self, name)}.")
-        for name in ("norm_eps", "init_std"):
-            if not getattr(self, name) > 0:
-                raise LongscanError(f"{name}: expected more than 0, got {getattr(self, name)}.")
+        self.check("pad_id", least=0, below=self.vocab_size)
+        self.check("dropout", "attention_dropout", least=0, below=1)
+        self.check("norm_eps", "init_std", above=0)
         if (self.head == "classifier") != bool(self.labels):
-            raise LongscanError(f"labels: they belong to a classifier, got {len(self.labels)} ({self.head}).")
+            raise LongscanError(
+                "labels: expected names with the head 'classifier' and none otherwise, got "
+                f"{len(self.labels)} with {self.head!r}."
+            )
         if self.score != "softmax" and self.head != "classifier":
-            raise LongscanError(f"score: it belongs to a classifier, got {self.score!r} ({self.head}).")
+            raise LongscanError(
+                f"score: expected 'softmax' unless the head is 'classifier', got {self.score!r} with "
+                f"{self.head!r}."
+            )
         if self.score == "softmax" and len(self.labels) == 1:
-            raise LongscanError("score: softmax of one output is always 1. Expected 'sigmoid' or 'none'.")
+            raise LongscanError(
+                "score: expected 'sigmoid' or 'none' with a single label, got 'softmax', which is always 1."
+            )
         if len(set(self.labels)) < len(self.labels):
-            raise LongscanError("labels: expected different names.")
+            raise LongscanError(f"labels: expected distinct names, got {self.labels}.")
 
     @property
     def d_inner(self) -> int:
-        """Width between the two matrices of the position-wise network: d_ff, or what it stands for."""
+        """Width inside the position-wise feed-forward network: d_ff or its default."""
         return 4 * self.d_model if self.d_ff is None else self.d_ff
 
 
 class BertOutput(NamedTuple):
-    """What a forward pass returns.
+    """The result of a forward pass.
 
     Attributes:
-        hidden: (batch, seq_len, d_model).
+        hidden: (batch, seq_len, d_model) final hidden states.
         pooled: (batch, d_model), from [CLS].
-        weights: "encoder.0" ... -> (batch, n_heads, seq_len, seq_len), or None if not asked for.
+        weights: "encoder.0" ... -> attention weights (batch, n_heads, seq_len, seq_len), or None if not
+            requested.
     """
 
     hidden: Tensor
@@ -129,12 +132,12 @@ class BertOutput(NamedTuple):
 
 
 class PretrainingBatch(NamedTuple):
-    """Pairs of texts with hidden words.
+    """Pairs of texts with masked tokens.
 
     Attributes:
-        ids: (batch, seq_len) int64, what the model reads.
+        ids: (batch, seq_len) int64, the masked input.
         types: (batch, seq_len) int64, the token types.
-        labels: (batch, seq_len) int64, the word to be found where one was chosen, else -100.
+        labels: (batch, seq_len) int64, the original token where one was masked, else -100.
         is_random: (batch,) int64, 1 where the second text does not follow the first.
     """
 
@@ -145,7 +148,7 @@ class PretrainingBatch(NamedTuple):
 
 
 class Embeddings(nn.Module):
-    """Word, position and token type, added and normed."""
+    """The sum of word, position and token type embeddings, normed."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -156,43 +159,43 @@ class Embeddings(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, ids: Tensor, types: Tensor) -> Tensor:
-        """Embed ids and types (batch, seq_len): (batch, seq_len, d_model)."""
+        """Return the embeddings (batch, seq_len, d_model) of ids and types (batch, seq_len)."""
         positions = self.position_embeddings.weight[: ids.shape[1]]  # (seq_len, d_model)
         x = self.word_embeddings(ids) + positions + self.token_type_embeddings(types)
         return cast(Tensor, self.dropout(self.LayerNorm(x)))
 
 
 class SelfAttention(nn.Module):
-    """Every token asks every other that is not padding."""
+    """Bidirectional multi-head self-attention, with padding masked out."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.n_heads, self.dropout = config.n_heads, config.attention_dropout
         self.query, self.key, self.value = (blank(Linear, config.d_model, config.d_model) for _ in range(3))
 
-    def forward(self, x: Tensor, mask: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        """Attend.
+    def forward(self, x: Tensor, mask: Tensor | None, return_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the concatenated heads, and the attention weights if requested.
 
         Args:
             x: (batch, seq_len, d_model).
-            mask: (batch, 1, 1, seq_len) bool, True at tokens; all of them if None.
-            wanted: whether the weights are.
+            mask: (batch, 1, 1, seq_len) bool, False in padding; no padding if None.
+            return_weights: whether to return the attention weights.
 
         Returns:
-            y: (batch, seq_len, d_model), the heads side by side.
+            y: (batch, seq_len, d_model).
             weights: (batch, n_heads, seq_len, seq_len), or None.
         """
         heads = (map_to(x).unflatten(-1, (self.n_heads, -1)) for map_to in (self.query, self.key, self.value))
         q, k, v = heads  # (batch, seq_len, n_heads, d_head) each
         dropout = self.dropout if self.training else 0.0
-        if wanted:
+        if return_weights:
             y, weights = attention_ref(q, k, v, mask=mask, dropout=dropout)
             return y.flatten(2), weights
         return attention(q, k, v, mask=mask, dropout=dropout).flatten(2), None
 
 
 class AddNorm(nn.Module):
-    """LN(residual + dropout(W x + b)), the end of both halves of a layer."""
+    """LN(residual + dropout(W x + b)), the end of both sublayers."""
 
     def __init__(self, config: BertConfig, d_in: int) -> None:
         super().__init__()
@@ -201,12 +204,12 @@ class AddNorm(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Map x (..., d_in) and add it to the residual (..., d_model)."""
+        """Return the normed sum of the residual (..., d_model) and the projection of x (..., d_in)."""
         return cast(Tensor, self.LayerNorm(residual + self.dropout(self.dense(x))))
 
 
 class Dense(nn.Module):
-    """A matrix and a non-linearity, under the name that checkpoints give it."""
+    """A linear map and an activation, named as in checkpoints."""
 
     def __init__(self, d_in: int, d_out: int, activation: str) -> None:
         super().__init__()
@@ -222,7 +225,7 @@ class Dense(nn.Module):
 
 
 class Transform(Dense):
-    """A `Dense` and a norm, before the masked-word head compares."""
+    """A `Dense` and a norm: the hidden layer of the masked LM head."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config.d_model, config.d_model, config.activation)
@@ -234,7 +237,7 @@ class Transform(Dense):
 
 
 class Layer(nn.Module):
-    """Attention, then the position-wise network."""
+    """Self-attention, then the position-wise feed-forward network."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -243,9 +246,9 @@ class Layer(nn.Module):
         self.intermediate = Dense(config.d_model, config.d_inner, config.activation)
         self.output = AddNorm(config, config.d_inner)
 
-    def forward(self, x: Tensor, mask: Tensor | None, wanted: bool) -> tuple[Tensor, Tensor | None]:
-        """Compute x (batch, seq_len, d_model) anew; see `SelfAttention.forward`."""
-        y, weights = self.attention["self"](x, mask, wanted)
+    def forward(self, x: Tensor, mask: Tensor | None, return_weights: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the next hidden states (batch, seq_len, d_model); see `SelfAttention.forward`."""
+        y, weights = self.attention["self"](x, mask, return_weights)
         x = self.attention["output"](y, x)
         return self.output(self.intermediate(x), x), weights
 
@@ -261,7 +264,7 @@ class Encoder(nn.Module):
 
 
 class MaskedWordHead(nn.Module):
-    """The vector that is compared with the word embeddings, and a bias for each word."""
+    """The masked LM head: a hidden layer, then the word embeddings and a bias per token."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -277,8 +280,9 @@ class Bert(Model):
     """A BERT with the head that its configuration names.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None. Dropout draws from the global one.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None, which dropout always
+            uses.
     """
 
     config: BertConfig
@@ -294,11 +298,11 @@ class Bert(Model):
             self.classifier = blank(Linear, config.d_model, len(config.labels))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
-                self._start(module, generator)
+                self._init_weights(module, generator)
 
     @torch.no_grad()
-    def _start(self, module: nn.Linear | nn.Embedding, generator: torch.Generator | None) -> None:
-        """Draw a matrix from the truncated normal distribution; biases are 0."""
+    def _init_weights(self, module: nn.Linear | nn.Embedding, generator: torch.Generator | None) -> None:
+        """Initialise a matrix with a truncated normal distribution, and its bias with 0."""
         std = self.config.init_std
         nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std, generator=generator)
         if isinstance(module, nn.Linear):
@@ -312,25 +316,22 @@ class Bert(Model):
         *,
         return_weights: bool = False,
     ) -> BertOutput:
-        """Read texts.
+        """Return the hidden states of texts; see `BertOutput`.
 
         Args:
             ids: (batch, seq_len) int64, starting with [CLS].
             types: (batch, seq_len) int64, the token types; 0 if None.
-            mask: (batch, seq_len) bool, True at tokens; where ids differ from pad_id if None. What stands in
-                padding changes no token's result.
+            mask: (batch, seq_len) bool, False in padding; False where ids are pad_id if None. The content of
+                padding changes no result.
             return_weights: whether to return the attention weights.
 
-        Returns:
-            See `BertOutput`.
-
         Raises:
-            ValueError: there are no tokens, or more than positions.
+            ValueError: there are no tokens, or more than max_positions.
         """
         if ids.dim() != 2 or 0 in ids.shape:
             raise ValueError(f"ids: expected a non-empty (batch, seq_len), got {tuple(ids.shape)}")
         if ids.shape[1] > self.config.max_positions:
-            raise ValueError(f"ids: expected at most {self.config.max_positions} a row, got {ids.shape[1]}")
+            raise ValueError(f"ids: expected at most {self.config.max_positions} per row, got {ids.shape[1]}")
         mask = ids != self.config.pad_id if mask is None else mask
         allowed = None if bool(mask.all()) else mask[:, None, None]  # (batch, 1, 1, seq_len)
         x = self.bert.embeddings(ids, torch.zeros_like(ids) if types is None else types)
@@ -340,13 +341,10 @@ class Bert(Model):
         return BertOutput(x, self.bert.pooler(x[:, 0]), seen if return_weights else None)
 
     def words(self, hidden: Tensor) -> Tensor:
-        """Guess hidden words.
+        """Return the logits (..., vocab_size) of masked language modelling.
 
         Args:
             hidden: (..., d_model) of `forward`.
-
-        Returns:
-            Logits (..., vocab_size).
 
         Raises:
             ValueError: the model has no such head.
@@ -355,13 +353,10 @@ class Bert(Model):
         return cast(Tensor, self.cls["predictions"](hidden, self.bert.embeddings.word_embeddings))
 
     def follows(self, pooled: Tensor) -> Tensor:
-        """Tell whether the second text follows the first.
+        """Return the logits (batch, 2) of next-sentence prediction: the text follows, or is a random one.
 
         Args:
             pooled: (batch, d_model) of `forward`.
-
-        Returns:
-            Logits (batch, 2): it follows, it is a random one.
 
         Raises:
             ValueError: the model has no such head.
@@ -370,13 +365,10 @@ class Bert(Model):
         return cast(Tensor, self.cls["seq_relationship"](pooled))
 
     def classify(self, pooled: Tensor) -> Tensor:
-        """Score the classes.
+        """Return the logits of the classes, (batch, len(config.labels)).
 
         Args:
             pooled: (batch, d_model) of `forward`.
-
-        Returns:
-            Logits (batch, len(config.labels)).
 
         Raises:
             ValueError: the model has no such head.
@@ -385,23 +377,23 @@ class Bert(Model):
         return cast(Tensor, self.classifier(self.dropout(pooled)))
 
     def losses(self, batch: PretrainingBatch) -> tuple[Tensor, Tensor]:
-        """Compute what pre-training minimises the sum of.
+        """Return the two losses whose sum pre-training minimises.
 
         Args:
             batch: on the model's device.
 
         Returns:
-            words: () mean nats of the chosen words, 0 if none was.
-            follows: () mean nats of the next-sentence labels.
+            words: () mean cross-entropy of the masked tokens in nats, 0 if there are none.
+            follows: () mean cross-entropy of the next-sentence labels in nats.
         """
         output = self(batch.ids, batch.types)
-        chosen = batch.labels != IGNORE
-        logits = self.words(output.hidden[chosen])  # (n_chosen, vocab_size): of the other words nobody asks
-        words = F.cross_entropy(logits, batch.labels[chosen], reduction="sum") / chosen.sum().clamp(min=1)
+        masked = batch.labels != IGNORE
+        logits = self.words(output.hidden[masked])  # (n_masked, vocab_size)
+        words = F.cross_entropy(logits, batch.labels[masked], reduction="sum") / masked.sum().clamp(min=1)
         return words, F.cross_entropy(self.follows(output.pooled), batch.is_random)
 
     def _need(self, head: str) -> None:
-        """Insist on a head."""
+        """Raise ValueError unless the model has this head."""
         if self.config.head != head:
             raise ValueError(f"head: expected a model with {head!r}, got {self.config.head!r}")
 

@@ -2,19 +2,20 @@
 
 Shaojie Bai, J. Zico Kolter, Vladlen Koltun, 2018, arXiv 1803.01271: the temporal convolutional network.
 
-Parents: none here; WaveNet (2016, arXiv 1609.03499) and ByteNet stand before it.
-Kept of the recurrent nets: only the past is seen. Changed: there is no state to squeeze the past into; each
-layer sees a few tokens, twice as far apart as the layer below, so what is remembered is a window.
+Parents: none here; its predecessors are WaveNet (2016, arXiv 1609.03499) and ByteNet.
+Kept of recurrent networks: causality. Changed: there is no state that compresses the past; each layer is a
+dilated convolution, with twice the dilation of the layer below, so the memory is a receptive field of fixed
+size.
 
-Deviations: a norm before each block takes the place of weight normalisation and of dropout. The residual
-stream passes from block to block as it is, where the paper takes relu(x + ...) of the sum. Convolutions start
-as torch's, the second of a block divided by sqrt(n_layers), where the official code has N(0, 0.01).
+Deviations: a norm before each block replaces weight normalisation and dropout. The residual stream passes
+from block to block unchanged, where the paper applies a relu to the sum. Convolutions have torch's
+initialisation, the second of a block divided by sqrt(n_layers); the official code has N(0, 0.01).
 
 The block, in layer i:
 
-    x = x + W_2 * relu(W_1 * norm(x))         * convolves d_conv tokens that are 2^i apart; relu after each
+    x = x + W_2 * relu(W_1 * norm(x))         * convolves d_conv tokens with dilation 2^i; relu after each
 
-Glossary: k = d_conv, d = 2^i the dilation; the window is 1 + 2 (k - 1) (2^n_layers - 1) tokens.
+Glossary: k = d_conv, d = 2^i the dilation; the receptive field is 1 + 2 (k - 1) (2^n_layers - 1) tokens.
 """
 
 import dataclasses
@@ -39,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CNNConfig(LanguageModelConfig):
-    """The sizes of a temporal convolutional network.
+    """The configuration of a temporal convolutional network.
 
     Raises:
         LongscanError: a value is out of range.
@@ -51,18 +52,16 @@ class CNNConfig(LanguageModelConfig):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        self.check_count("d_conv")
-        if self.d_inner is not None:
-            self.check_count("d_inner")
+        self.check("d_conv", "d_inner")
 
     @property
     def width(self) -> int:
-        """Channels between the convolutions: d_inner, or the default it stands for."""
+        """Channels between the convolutions: d_inner or its default."""
         return self.d_model if self.d_inner is None else self.d_inner
 
 
 class CNNState(NamedTuple):
-    """What one block remembers: the last (d_conv - 1) dilation inputs of each convolution, oldest first.
+    """The state of one block: the last (d_conv - 1) dilation inputs of each convolution, oldest first.
 
     Attributes:
         below: (batch, (d_conv - 1) dilation, d_model).
@@ -74,14 +73,14 @@ class CNNState(NamedTuple):
 
 
 class DilatedConv(nn.Module):
-    """A causal convolution over tokens that are some way apart, and a relu.
+    """A causal dilated convolution and a relu.
 
     Args:
-        d_in: channels read.
-        d_out: channels made.
+        d_in: input channels.
+        d_out: output channels.
         d_conv: taps.
         dilation: tokens from one tap to the next.
-        generator: randomness of the start; torch's global one if None.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     def __init__(
@@ -95,12 +94,12 @@ class DilatedConv(nn.Module):
             nn.init.zeros_(cast(Tensor, self.conv.bias))
 
     def forward(self, x: Tensor, past: Tensor | None, length: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Convolve.
+        """Return the convolution of x, and the last inputs.
 
         Args:
             x: (rows, seq_len, d_in).
-            past: (rows, (d_conv - 1) dilation, d_in) the inputs before; zeros if None.
-            length: (rows,) tokens of each row; all if None.
+            past: (rows, (d_conv - 1) dilation, d_in) the preceding inputs; zeros if None.
+            length: (rows,) tokens of each row; seq_len if None.
 
         Returns:
             y: (rows, seq_len, d_out).
@@ -115,7 +114,7 @@ class DilatedConv(nn.Module):
         return y, x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
     def step(self, x: Tensor, past: Tensor) -> Tensor:
-        """Convolve what ends in x (batch, d_in); x enters past, and its oldest input leaves."""
+        """Return the output at x (batch, d_in); x enters `past`, whose oldest input is dropped."""
         window = torch.cat([past, x[:, None]], 1)  # (batch, past + 1, d_in)
         past.copy_(window[:, 1:])
         if not untouched(self.conv):
@@ -128,9 +127,9 @@ class CNNMixer(SectionMixer[CNNState]):
     """Two dilated convolutions.
 
     Args:
-        config: the sizes.
+        config: the configuration.
         dilation: tokens from one tap to the next.
-        generator: randomness of the start; torch's global one if None.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     def __init__(
@@ -143,8 +142,8 @@ class CNNMixer(SectionMixer[CNNState]):
             with torch.no_grad():
                 self.upper.conv.weight /= math.sqrt(config.n_layers)
 
-    def read(self, x: Tensor, state: CNNState | None, length: Tensor | None) -> tuple[Tensor, CNNState]:
-        """Mix along time; see `SectionMixer.read`."""
+    def mix(self, x: Tensor, state: CNNState | None, length: Tensor | None) -> tuple[Tensor, CNNState]:
+        """Mix along time; see `SectionMixer.mix`."""
         below, between = (None, None) if state is None else state
         x, below = self.lower(x, below, length)
         x, between = self.upper(x, between, length)
@@ -160,7 +159,7 @@ class CNNMixer(SectionMixer[CNNState]):
         )
 
     def step(self, x: Tensor, state: CNNState, plan: None = None, /) -> Tensor:
-        """Take in one token per row; see `Mixer.step`."""
+        """Mix one more token per row; see `Mixer.step`."""
         return self.upper.step(self.lower.step(x, state.below), state.between)
 
 
@@ -168,20 +167,20 @@ class CNN(LanguageModel):
     """A language model of dilated convolutions.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     config: CNNConfig
 
     @staticmethod
     def block(config: CNNConfig, generator: torch.Generator | None = None, dilation: int = 1) -> Block:
-        """Make one block, with so many tokens from one tap to the next."""
+        """Return one block with this dilation."""
         return Block(config, CNNMixer(config, dilation, generator))
 
     @classmethod
     def blocks(cls, config: CNNConfig, generator: torch.Generator | None = None) -> list[Block]:
-        """Make all blocks, each looking twice as far as the one below."""
+        """Return all blocks, each with twice the dilation of the one below."""
         return [cls.block(config, generator, 2**i) for i in range(config.n_layers)]
 
 

@@ -2,21 +2,22 @@
 
 Daniel Y. Fu, Tri Dao, Khaled K. Saab, Armin W. Thomas, Atri Rudra, Christopher Ré, 2022, arXiv 2212.14052.
 
-Parents: linear attention, whose q, k and v it keeps, and S4D, which takes the place of its sum over the past.
-Changed: k passes a shift, a short memory of the tokens just before, so that what is written at a token can
-depend on its neighbour; what is written decays as a state space does. Content enters by the two products, but
-the state space between them is the same for every text: Mamba makes that depend on the token too.
+Parents: linear attention, whose q, k and v it keeps, and S4D, which replaces its sum over the past.
+Changed: k passes through a shift SSM, a short memory of the preceding tokens, so that what enters the state
+can depend on the neighbouring token; and the state decays as a state space does. Content enters through the
+two products, but the state space between them is the same for every input: Mamba makes that depend on the
+token too.
 
-Deviations: the shift is written as the short convolution it is, with fewer taps than the 64 of the official
-code, and its direct path is its first tap; norms divide by the root mean square. The projections of the mixer
-have no biases; the official ones have.
+Deviations: the shift is a short convolution, with fewer taps than the 64 of the official code, whose direct
+path is its first tap; norms are RMSNorms. The projections of the mixer have no biases; the official ones
+have.
 
 The block, for tokens x of width d_model:
 
-    q, k, v = W x                                  x normed; in heads of width d_head
+    q, k, v = W x                                  after a norm; in heads of width d_head
     y       = SSM(shift(k) v')                     each entry of the product through the S4D of its head
     x       = x + W_o (q' y)
-    x       = x + W_2 gelu(W_1 x)                  x normed before
+    x       = x + W_2 gelu(W_1 x)                  after a norm
 
 Glossary: N = d_state; d_shift = taps of the shift; d_head = 1 multiplies k and v as they are.
 """
@@ -46,7 +47,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class H3Config(S4DConfig):
-    """The sizes of an H3 and how its state spaces start.
+    """The configuration of an H3.
 
     Raises:
         LongscanError: a value is out of range.
@@ -59,25 +60,22 @@ class H3Config(S4DConfig):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        for name in ("d_shift", "d_head"):
-            self.check_count(name)
-        if self.d_ff is not None:
-            self.check_count("d_ff")
+        self.check("d_shift", "d_head", "d_ff")
         if self.d_model % self.d_head:
             raise LongscanError(f"d_head: expected a divisor of d_model {self.d_model}, got {self.d_head}.")
 
     @property
     def ff_width(self) -> int:
-        """Width inside the feed-forward layer: d_ff, or the default it stands for."""
+        """Width inside the feed-forward layer: d_ff or its default."""
         return 4 * self.d_model if self.d_ff is None else self.d_ff
 
 
 class H3State(NamedTuple):
-    """What one layer remembers.
+    """The state of one layer.
 
     Attributes:
         shift: (batch, d_shift - 1, d_model) the last keys, oldest first.
-        ssm: (batch, d_head^2, n_heads, ...) the states of the state spaces, for each product of k and v.
+        ssm: (batch, d_head^2, n_heads, ...) the hidden state for each product of k and v.
     """
 
     shift: Tensor
@@ -85,11 +83,11 @@ class H3State(NamedTuple):
 
 
 class H3Mixer(Mixer[H3State]):
-    """A shift and a diagonal state space between two products.
+    """A shift SSM and a diagonal SSM between two products.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     def __init__(self, config: H3Config, generator: torch.Generator | None = None) -> None:
@@ -108,17 +106,7 @@ class H3Mixer(Mixer[H3State]):
     def forward(
         self, x: Tensor, state: H3State | None = None, seq_idx: Tensor | None = None, /
     ) -> tuple[Tensor, H3State]:
-        """Mix along time.
-
-        Args:
-            x: (batch, seq_len, d_model).
-            state: what came before the first token; nothing if None.
-            seq_idx: (batch, seq_len) integers: a new value starts a new sequence, negative means padding.
-
-        Returns:
-            y: (batch, seq_len, d_model).
-            state: after the last token.
-        """
+        """Mix along time; see `Mixer.forward`."""
         shift, ssm = (None, None) if state is None else state
         q, k, v = self.in_proj(x).chunk(3, -1)
         k, shift = causal_conv1d(k, self.shift, initial_state=shift, seq_idx=seq_idx)
@@ -126,47 +114,38 @@ class H3Mixer(Mixer[H3State]):
         if seq_idx is not None:
             seq_idx = seq_idx.repeat_interleave(pairs, 0)
         before = None if ssm is None else SSMState(ssm.flatten(0, 1))
-        y, after = self.ssm(self._write(k, v), before, seq_idx)
+        y, after = self.ssm(self._products(k, v), before, seq_idx)
         after = H3State(shift, after.ssm.view(-1, pairs, *after.ssm.shape[1:]))
-        return self.out_proj(self._read(q, y)), after
+        return self.out_proj(self._query(q, y)), after
 
     def init_state(self, batch_size: int) -> H3State:
-        """Return zeros in float32, or float64 in a float64 model; see `Mixer.init_state`."""
+        """Return zeros in float32, or in float64 in a float64 model; see `Mixer.init_state`."""
         pairs = self.d_head**2
         ssm = self.ssm.init_state(batch_size * pairs).ssm
         shift = ssm.new_zeros(batch_size, self.shift.shape[1] - 1, len(self.shift))
         return H3State(shift, ssm.view(batch_size, pairs, *ssm.shape[1:]))
 
     def step(self, x: Tensor, state: H3State, plan: None = None, /) -> Tensor:
-        """Take in one token per row.
-
-        Args:
-            x: (batch, d_model).
-            state: overwritten with the state after the token.
-            plan: nothing.
-
-        Returns:
-            y: (batch, d_model).
-        """
+        """Mix one more token per row; see `Mixer.step`."""
         q, k, v = self.in_proj(x).chunk(3, -1)  # (batch, d_model) each
         k = causal_conv1d_step(state.shift, k, self.shift)
-        ssm = SSMState(state.ssm.view(-1, *state.ssm.shape[2:]))  # a view: the step goes into the state
-        y = self.ssm.step(self._write(k[:, None], v[:, None])[:, 0], ssm)
-        return cast(Tensor, self.out_proj(self._read(q[:, None], y[:, None])[:, 0]))
+        ssm = SSMState(state.ssm.view(-1, *state.ssm.shape[2:]))  # a view: the step updates the state
+        y = self.ssm.step(self._products(k[:, None], v[:, None])[:, 0], ssm)
+        return cast(Tensor, self.out_proj(self._query(q[:, None], y[:, None])[:, 0]))
 
     def rescale_time(self, factor: float) -> None:
-        """Make the time steps of the state space longer; the shift goes on counting tokens."""
+        """Scale the time steps of the diagonal SSM; the shift still counts tokens."""
         self.ssm.rescale_time(factor)
 
-    def _write(self, k: Tensor, v: Tensor) -> Tensor:
-        """Multiply k and v (batch, seq_len, d_model) in their heads: (batch d_head^2, seq_len, n_heads)."""
+    def _products(self, k: Tensor, v: Tensor) -> Tensor:
+        """Return the products of k and v (batch, seq_len, d_model): (batch d_head^2, seq_len, n_heads)."""
         if self.d_head == 1:
             return k * v
         k, v = (t.reshape(*t.shape[:2], -1, self.d_head) for t in (k, v))
         return torch.einsum("bthi,bthj->bijth", k, v).flatten(0, 2)
 
-    def _read(self, q: Tensor, y: Tensor) -> Tensor:
-        """Multiply q (batch, seq_len, d_model) and what became of `_write`'s: (batch, seq_len, d_model)."""
+    def _query(self, q: Tensor, y: Tensor) -> Tensor:
+        """Return q (batch, seq_len, d_model) times the states of the products: (batch, seq_len, d_model)."""
         if self.d_head == 1:
             return q * y
         y = y.view(-1, self.d_head, self.d_head, *y.shape[1:])
@@ -178,15 +157,15 @@ class H3(LanguageModel):
     """A language model of H3 layers.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     config: H3Config
 
     @staticmethod
     def block(config: H3Config, generator: torch.Generator | None = None) -> Block:
-        """Make one block."""
+        """Return one block."""
         mixer = H3Mixer(config, generator)
         return FeedForwardBlock(config, mixer, config.ff_width, nn.GELU(), generator)
 

@@ -200,9 +200,9 @@ class HippoConfig(LanguageModelConfig):
         """Check the ranges."""
         super().__post_init__()
         for name in ("d_memory", "d_state"):
-            self.check_count(name)
+            self.check(name)
         if self.d_hidden is not None:
-            self.check_count("d_hidden")
+            self.check("d_hidden")
         if self.measure not in MEASURES:
             raise LongscanError(
                 f"measure: expected one of {', '.join(MEASURES)}, got {self.measure!r}"
@@ -255,8 +255,8 @@ class HippoMixer(SectionMixer[HippoState]):
                 self.out_proj.weight /= math.sqrt(config.n_layers)
 
     @exact
-    def read(self, x: Tensor, state: HippoState | None, length: Tensor | None) -> tuple[Tensor, HippoState]:
-        """Mix along time, token by token; see `SectionMixer.read`."""
+    def mix(self, x: Tensor, state: HippoState | None, length: Tensor | None) -> tuple[Tensor, HippoState]:
+        """Mix along time, token by token; see `SectionMixer.mix`."""
         h, c, start = self.init_state(len(x)) if state is None else state
         starts, row = torch.unique(start, return_inverse=True)
         steps = [self._transition(starts + t, row, c) for t in range(x.shape[1])]

@@ -1,4 +1,4 @@
-"""What HiPPO remembers of a signal: coefficients that follow it online, and the signal told from them."""
+"""Online compression of a signal with HiPPO: its coefficients, and its reconstruction from them."""
 
 import math
 from collections.abc import Iterator
@@ -10,26 +10,26 @@ from longscan import ops
 from longscan.errors import LongscanError
 from longscan.models.hippo import SPANS, held, transition
 
-_BLOCK = 1024  # samples that enter a window at once, in a product of matrices
-_PIECE = 1 << 14  # samples that are told at once: worth the calls, and still in the cache
+_BLOCK = 1024  # samples that update a window at once, in a matrix product
+_PIECE = 1 << 14  # samples reconstructed at once: amortises the calls and stays in the cache
 
 
 class Memory:
-    """Coefficients that follow a signal, however long it gets.
+    """The HiPPO coefficients of a signal of any length, updated online.
 
     Args:
-        n: how many for each channel.
-        measure: what of the past counts, a key of MEASURES.
-        channels: signals side by side.
-        window: samples that a measure other than "legs" looks back; "legs" looks back to the first.
-        method: how "legs" is discretised, see `ops.legs_scan`; the others hold each sample ("zoh").
+        n: number of coefficients per channel.
+        measure: the weighting of the past, a key of MEASURES.
+        channels: number of signals.
+        window: samples of the past that a measure other than "legs" covers; "legs" covers all.
+        method: discretisation of "legs", see `ops.legs_scan`; the other measures use the zero-order hold.
 
     Attributes:
         coefficients: (channels, n) float64.
         length: samples so far.
 
     Raises:
-        LongscanError: there is no such measure, it has no such n, or it needs a window.
+        LongscanError: the measure is unknown, does not support this n, or needs a window.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Memory:
         self.coefficients = torch.zeros(channels, n, dtype=torch.float64)
         if measure != "legs":
             if window is None or not window >= 1:
-                raise LongscanError(f"window: expected 1 sample or more for {measure!r}, got {window}.")
+                raise LongscanError(f"window: expected 1 or more samples for {measure!r}, got {window}.")
             self._dt = SPANS[measure](n) / window
             self._A, B = map(torch.from_numpy, held(measure, n, self._dt))
             self._inputs = _responses(self._A, B, _BLOCK)
@@ -54,18 +54,18 @@ class Memory:
 
     @property
     def n(self) -> int:
-        """Coefficients of a channel."""
+        """Coefficients per channel."""
         return self.coefficients.shape[1]
 
     @property
     def oldest(self) -> int:
-        """The first sample that can be told: 0, or the first inside the window."""
+        """The first sample that can be reconstructed: 0, or the first inside the window."""
         if self.measure == "legs" or self.window is None:
             return 0
         return max(0, self.length - int(self.window))
 
     def write(self, f: Tensor) -> None:
-        """Take in samples, any number at a time.
+        """Update the coefficients with samples, any number at a time.
 
         Args:
             f: (length,) or (channels, length).
@@ -80,41 +80,41 @@ class Memory:
         self.length += f.shape[1]
 
     def _hold(self, f: Tensor) -> None:
-        """Take in blocks: what samples bring is one product, what was there takes one power of A_bar."""
+        """Update in blocks: one matrix product for the samples, one power of A_bar for the coefficients."""
         rest = f.shape[1] % _BLOCK
-        whole = f[:, rest:].reshape(len(f), -1, _BLOCK) @ self._inputs.mT  # (channels, blocks, n)
+        blocks = f[:, rest:].reshape(len(f), -1, _BLOCK) @ self._inputs.mT  # (channels, blocks, n)
         power = torch.linalg.matrix_power(self._A, rest)
         self.coefficients = self.coefficients @ power.mT + f[:, :rest] @ self._inputs[:, _BLOCK - rest :].mT
-        power = torch.linalg.matrix_power(self._A, _BLOCK) if whole.shape[1] else power
-        for brought in whole.unbind(1):
-            self.coefficients = self.coefficients @ power.mT + brought
+        power = torch.linalg.matrix_power(self._A, _BLOCK) if blocks.shape[1] else power
+        for update in blocks.unbind(1):
+            self.coefficients = self.coefficients @ power.mT + update
 
-    def reconstruct(self, places: Tensor) -> Tensor:
-        """Tell the signal from the coefficients.
+    def reconstruct(self, positions: Tensor) -> Tensor:
+        """Return the signal that the coefficients describe.
 
         Args:
-            places: (n_places,) numbers of samples, from `oldest` to below `length`; between samples too.
+            positions: (n_positions,) of samples, from `oldest` to below `length`; fractions are allowed.
 
         Returns:
-            (channels, n_places) float64.
+            (channels, n_positions) float64.
 
         Raises:
-            LongscanError: a place is not in memory.
+            LongscanError: a position is outside the memory.
         """
-        if places.numel() and not (self.oldest <= places.min() and places.max() < self.length):
+        if positions.numel() and not (self.oldest <= positions.min() and positions.max() < self.length):
             raise LongscanError(
-                f"expected samples from {self.oldest:,} to {self.length - 1:,}, which are in memory, got "
-                f"{float(places.min()):,g} to {float(places.max()):,g}."
+                f"positions: expected samples in memory, {self.oldest:,} to {self.length - 1:,}, got "
+                f"{float(positions.min()):,g} to {float(positions.max()):,g}."
             )
-        age = self.length - 0.5 - places.double()  # a sample lasts from its number to the next
+        age = self.length - 0.5 - positions.double()  # a sample lasts from its index to the next
         age = age / self.length if self.measure == "legs" else age * self._dt
-        return torch.cat([self._tell(piece) for piece in torch.split(age, _PIECE)], 1)
+        return torch.cat([self._evaluate(piece) for piece in torch.split(age, _PIECE)], 1)
 
-    def _tell(self, age: Tensor) -> Tensor:
-        """Sum up the functions at a few ages (n_places,): (channels, n_places)."""
+    def _evaluate(self, age: Tensor) -> Tensor:
+        """Return the sum of basis functions at ages (n_positions,): (channels, n_positions)."""
         if self.measure not in ("legs", "legt"):
             return self.coefficients @ basis(self.measure, self.n, age)
-        # Clenshaw's way: from the last degree down, nothing but two sums at a time, all in the cache
+        # Clenshaw's algorithm: downwards from the last degree, with only two sums at a time, all in the cache
         x = 1 - 2 * age
         weights = (2 * torch.arange(self.n).to(x) + 1).sqrt() * self.coefficients  # (channels, n)
         now, before, spare = (x.new_zeros(len(weights), len(x)) for _ in range(3))
@@ -126,7 +126,7 @@ class Memory:
 
 
 def _responses(A_bar: Tensor, B_bar: Tensor, length: int) -> Tensor:
-    """Return what samples have left behind in the state, the oldest first: A_bar^k B_bar, (n, length)."""
+    """Return the impulse response A_bar^k B_bar of the state, the oldest sample first: (n, length)."""
     left = B_bar[:, None]
     while left.shape[1] < length:
         left = torch.cat([left, A_bar @ left], 1)
@@ -135,19 +135,16 @@ def _responses(A_bar: Tensor, B_bar: Tensor, length: int) -> Tensor:
 
 
 def compress(signal: Tensor, n: int, measure: str = "legs", method: ops.LegsMethod = "bilinear") -> Memory:
-    """Put a signal into n coefficients; a window is as long as the signal.
+    """Return the memory of a signal; the window, if any, is as long as the signal.
 
     Args:
         signal: (length,) or (channels, length).
-        n: how many for each channel.
+        n: number of coefficients per channel.
         measure: a key of MEASURES.
         method: see `Memory`.
 
-    Returns:
-        The memory, ready for more of the signal.
-
     Raises:
-        LongscanError: the signal is empty, or there is no such measure or n.
+        LongscanError: the signal is empty, the measure is unknown or does not support this n.
     """
     if not signal.numel():
         raise LongscanError("signal: expected samples, got none.")
@@ -158,18 +155,18 @@ def compress(signal: Tensor, n: int, measure: str = "legs", method: ops.LegsMeth
 
 
 def basis(measure: str, n: int, age: Tensor) -> Tensor:
-    """Return the functions that coefficients belong to: so long ago f was sum_n c_n basis_n(age).
+    """Return the basis functions: f at an age is sum_n c_n basis_n(age).
 
     Args:
         measure: a key of MEASURES.
-        n: how many.
-        age: (length,) in the measure's own time; for "legs" as a part of all that passed, in [0, 1].
+        n: number of functions.
+        age: (length,) in the measure's own unit of time; for "legs" a fraction of the whole past, in [0, 1].
 
     Returns:
         (n, length) float64.
 
     Raises:
-        LongscanError: there is no such measure, or it has no such n.
+        LongscanError: the measure is unknown or does not support this n.
     """
     B, age = transition(measure, n)[1][:, None], age.double()
     if measure in ("legs", "legt"):

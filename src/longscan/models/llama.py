@@ -2,32 +2,31 @@
 
 Hugo Touvron and others, 2023, arXiv 2302.13971.
 
-Parent: the decoder of the Transformer, without an encoder to look at. It is the yardstick beside Mamba, whose
-paper calls it Transformer++.
-Kept: every token looks at itself and at all before it, in several heads; two sublayers in each block.
-Changed: norms stand before the sublayers and divide by the root mean square (1910.07467); positions are
-rotations of queries and keys (RoPE, 2104.09864); the feed-forward layer is gated (SwiGLU, 2002.05202);
-nothing has a bias. Several query heads may share one head of keys and values (grouped queries, 2305.13245),
-as in LLaMA 2 and 3.
+Parent: the decoder of the Transformer, without cross-attention. It is the baseline of the Mamba paper, which
+calls it Transformer++.
+Kept: causal multi-head self-attention; two sublayers in each block.
+Changed: pre-norm with RMSNorm (1910.07467); rotary position embeddings (RoPE, 2104.09864); a gated
+feed-forward layer (SwiGLU, 2002.05202); no biases. Several query heads may share one head of keys and values
+(grouped-query attention, 2305.13245), as in LLaMA 2 and 3.
 
-Deviations from the official code: rotated are the two halves of a head, as in Hugging Face's files, not
-neighbours; the model reads from a state and returns one, both with gradients; padding and packed sequences
-are honoured; the residual stream is float32 whatever the weights are. Angles are always float32.
+Deviations from the official code: RoPE rotates the two halves of a head against each other, as in Hugging
+Face's files, not adjacent pairs; the model takes a state and returns one, both with gradients; padding and
+packed sequences are supported; the residual stream is float32 whatever the dtype of the weights, and so are
+the angles.
 
 The block, for tokens x of width d_model at positions t:
 
     q, k, v = W_q x, W_k x, W_v x                      per head of width d_head
-    q, k    = R_t q, R_t k                             R_t turns (x_i, x_{i + d_head / 2}) by the angle
+    q, k    = R_t q, R_t k                             R_t rotates (x_i, x_{i + d_head / 2}) by the angle
                                                        t rope_theta^(-2 i / d_head)
-    x       = x + W_o softmax(q k' / sqrt(d_head)) v   over the tokens up to t; x normed before
-    x       = x + W_down (silu(W_gate x) * W_up x)     x normed before
+    x       = x + W_o softmax(q k' / sqrt(d_head)) v   over the tokens up to t; after a norm
+    x       = x + W_down (silu(W_gate x) * W_up x)     after a norm
 
-What it remembers grows with the text: a key and a value for each token, layer and head of keys.
+The state is a KV cache, which grows with the sequence: a key and a value per token, layer and KV head.
 """
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
@@ -37,16 +36,17 @@ from torch.nn import functional as F
 
 from longscan.errors import LongscanError
 from longscan.models.common.entry import LANGUAGE, ModelEntry
+from longscan.models.common.growable import KV
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import Linear, RMSNorm, WeightOnly, blank
 from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
-from longscan.models.common.state import KV
+from longscan.models.common.packing import warn_beyond
 from longscan.ops import attention
 from longscan.ops._segments import check_seq_idx, segments
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257, "n_heads": 4, "n_kv_heads": 2},
-    # about as large as the presets of Mamba with these names
+    # about as large as Mamba's presets of the same names
     "tiny-lm": {"d_model": 256, "n_layers": 4, "vocab_size": 4096, "n_heads": 4, "d_ff": 800},
     "130m": {"d_model": 768, "n_layers": 12, "vocab_size": 50277, "n_heads": 12},
 }
@@ -54,7 +54,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig(LanguageModelConfig):
-    """The sizes of a Llama.
+    """The configuration of a Llama.
 
     Raises:
         LongscanError: a value is out of range.
@@ -64,70 +64,67 @@ class LlamaConfig(LanguageModelConfig):
     n_kv_heads: int | None = None  # heads of keys and values; None is n_heads
     d_head: int | None = None  # None is d_model / n_heads
     d_ff: int | None = None  # width inside the feed-forward layer; None is 8/3 d_model, rounded up to 32s
-    rope_theta: float = 10000.0  # the longest wavelength, nearly, over 2 pi
-    max_positions: int = 2048  # longer texts are read, with a warning: it was not made for them
+    rope_theta: float = 10000.0  # nearly the longest wavelength / 2 pi
+    max_positions: int = 2048  # the context length; longer sequences work, with a warning
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        for name in ("n_heads", "n_kv_heads", "d_head", "d_ff", "max_positions"):
-            if getattr(self, name) is not None:
-                self.check_count(name)
+        self.check("n_heads", "n_kv_heads", "d_head", "d_ff", "max_positions")
         if self.n_heads % self.kv_heads:
             raise LongscanError(
                 f"n_kv_heads: expected a divisor of {self.n_heads} heads, got {self.kv_heads}."
             )
         if self.d_head is None and self.d_model % self.n_heads:
             got = f"{self.d_model} and {self.n_heads}"
-            raise LongscanError(f"n_heads: expected a divisor of d_model, or d_head beside them, got {got}.")
+            raise LongscanError(f"n_heads: expected a divisor of d_model, got {got}. Or set d_head.")
         if self.head_width % 2:
-            raise LongscanError(f"d_head: expected an even width, halves are rotated, got {self.head_width}.")
-        if not self.rope_theta > 0:
-            raise LongscanError(f"rope_theta: expected more than 0, got {self.rope_theta}.")
+            raise LongscanError(f"d_head: expected an even width, for RoPE, got {self.head_width}.")
+        self.check("rope_theta", above=0)
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values: n_kv_heads, or the default it stands for."""
+        """Heads of keys and values: n_kv_heads or its default."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
     def head_width(self) -> int:
-        """Width of a head: d_head, or the default it stands for."""
+        """Width of a head: d_head or its default."""
         return self.d_model // self.n_heads if self.d_head is None else self.d_head
 
     @property
     def ff_width(self) -> int:
-        """Width inside the feed-forward layer: d_ff, or the default it stands for."""
+        """Width inside the feed-forward layer: d_ff or its default."""
         return -(-8 * self.d_model // 96) * 32 if self.d_ff is None else self.d_ff
 
 
-class Places(NamedTuple):
-    """Where the tokens of a pass stand and what they may look at, the same in all layers.
+class AttentionPlan(NamedTuple):
+    """Rotary embeddings and masks of a forward pass, shared by all layers.
 
     Attributes:
-        cos: (batch or 1, seq_len, 1, d_head / 2) of the angles of the positions; without seq_len in a step.
+        cos: (batch or 1, seq_len, 1, d_head / 2) of the rotary angles; without seq_len in a step.
         sin: likewise.
-        past: tokens of the state that are looked at.
-        mask: (batch or 1, 1, seq_len, past + seq_len) bool, True where a token may look; None: it is causal.
-        kept: (batch, capacity) which of the past and new places stay in the state, those of each row in
-            front; None: all.
-        length: (batch,) int64 tokens after the pass; before it in a step.
+        past: cached tokens that are attended to.
+        mask: (batch or 1, 1, seq_len, past + seq_len) bool, True where a query attends; None means causal.
+        order: (batch, past + seq_len) permutation of the cached and new positions that moves those which stay
+            in the cache to the front; None: all stay.
+        length: (batch,) int64 tokens in the cache after the pass; before it in a step.
     """
 
     cos: Tensor
     sin: Tensor
     past: int
     mask: Tensor | None
-    kept: Tensor | None
+    order: Tensor | None
     length: Tensor
 
 
 class Attention(Mixer[KV]):
-    """Causal attention with rotated queries and keys, and its cache.
+    """Causal attention with rotary embeddings and a KV cache.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     def __init__(self, config: LlamaConfig, generator: torch.Generator | None = None) -> None:
@@ -140,8 +137,8 @@ class Attention(Mixer[KV]):
         self.v_proj = _matrix(config.d_model, d_kv, config, generator)
         self.o_proj = _matrix(d_q, config.d_model, config, generator, ends=True)
 
-    def plan(self, ids: Tensor, state: KV | None, seq_idx: Tensor | None) -> Places:
-        """Work out positions and masks once for all layers; see `Mixer.plan`."""
+    def plan(self, ids: Tensor, state: KV | None, seq_idx: Tensor | None) -> AttentionPlan:
+        """Return positions and masks once for all layers; see `Mixer.plan`."""
         if ids.dim() == 1:
             assert state is not None
             return self._plan_step(ids, state)
@@ -149,15 +146,15 @@ class Attention(Mixer[KV]):
         seq_idx = check_seq_idx(seq_idx, batch, seq_len)
         length = torch.zeros(batch, dtype=torch.int64, device=ids.device) if state is None else state.length
         if len(length) != batch:
-            raise ValueError(f"initial_state: expected {batch} rows, got {len(length)}")
+            raise ValueError(f"state: expected {batch} rows, got {len(length)}")
         past = 0 if state is None else state.longest
-        if seq_idx is None and (not past or int(length.min()) == past):  # rows of one length, without gaps
+        if seq_idx is None and (not past or int(length.min()) == past):  # all rows of one length
             positions = torch.arange(past, past + seq_len, device=ids.device)[None]
             mask = None
             if past and seq_len > 1:
                 mask = torch.ones(seq_len, past + seq_len, dtype=torch.bool, device=ids.device).tril(past)
-            self._warn(past + seq_len)
-            return self._places(positions, past, mask, None, length + seq_len)
+            warn_beyond(past + seq_len, self.config.max_positions)
+            return self._make_plan(positions, past, mask, None, length + seq_len)
         if seq_idx is None:
             seq_idx = torch.zeros(batch, seq_len, dtype=torch.int64, device=ids.device)
         starts, padding = segments(seq_idx)
@@ -169,111 +166,81 @@ class Attention(Mixer[KV]):
         causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=ids.device).tril()
         new = (section[:, :, None] == section[:, None]) & causal  # (batch, seq_len, seq_len)
         mask = torch.cat([(section == 0)[:, :, None] & old[:, None], new], 2)[:, None]
-        last = section.amax(1, keepdim=True)  # (batch, 1) the section that the state is left in
+        last = section.amax(1, keepdim=True)  # (batch, 1) the section that the cache keeps
         stays = torch.cat([old & (last <= 0), (section == last) & ~padding], 1)  # (batch, past + seq_len)
-        kept = (~stays).int().argsort(dim=1, stable=True)
-        return self._places(positions, past, mask, kept, stays.sum(1))
+        order = (~stays).int().argsort(dim=1, stable=True)
+        return self._make_plan(positions, past, mask, order, stays.sum(1))
 
-    def _plan_step(self, ids: Tensor, state: KV) -> Places:
-        """Do the same for one token per row."""
+    def _plan_step(self, ids: Tensor, state: KV) -> AttentionPlan:
+        """Return the plan of a step."""
         if len(state.length) != len(ids):
             raise ValueError(f"state: expected {len(ids)} rows, got {len(state.length)}")
-        length = state.length.clone()  # the layers count up their own
+        length = state.length.clone()  # every layer increments its own
         past = state.longest
-        self._warn(past + 1)
+        warn_beyond(past + 1, self.config.max_positions)
         if int(length.min()) == past:
-            return self._places(length[:1], past, None, None, length)
+            return self._make_plan(length[:1], past, None, None, length)
         mask = torch.arange(past + 1, device=ids.device) <= length[:, None]  # (batch, past + 1)
-        return self._places(length, past, mask[:, None, None], None, length)
+        return self._make_plan(length, past, mask[:, None, None], None, length)
 
-    def _places(
-        self, positions: Tensor, past: int, mask: Tensor | None, kept: Tensor | None, length: Tensor
-    ) -> Places:
-        """Add the angles of positions (...) to the plan."""
+    def _make_plan(
+        self, positions: Tensor, past: int, mask: Tensor | None, order: Tensor | None, length: Tensor
+    ) -> AttentionPlan:
+        """Return the plan, with the rotary embeddings of positions (...)."""
         half = self.config.head_width // 2
-        # float32 whatever the weights: in fewer bits far positions would be the same
+        # float32 whatever the weights: distant positions would coincide in fewer bits
         exponents = torch.arange(half, device=positions.device, dtype=torch.float32) / half
         frequencies = 1.0 / self.config.rope_theta**exponents
         angles = positions[..., None].float() * frequencies  # (..., d_head / 2)
-        return Places(angles.cos()[..., None, :], angles.sin()[..., None, :], past, mask, kept, length)
+        return AttentionPlan(
+            angles.cos()[..., None, :], angles.sin()[..., None, :], past, mask, order, length
+        )
 
-    def _warn(self, length: int) -> None:
-        """Warn of texts of another length than the model was made for."""
-        if length > self.config.max_positions:
-            warnings.warn(
-                f"a text is longer than the {self.config.max_positions:,} positions this model was made for: "
-                "it is read all the same, but expect worse predictions there.",
-                stacklevel=2,
-            )
-
-    def forward(self, x: Tensor, state: KV | None, places: Places, /) -> tuple[Tensor, KV]:
-        """Let each token look back.
-
-        Args:
-            x: (batch, seq_len, d_model).
-            state: what came before the first token; nothing if None.
-            places: where the tokens are.
-
-        Returns:
-            y: (batch, seq_len, d_model).
-            state: after the last token.
-        """
-        q, k, v = self._project(x, places)  # (batch, seq_len, heads, d_head) each
-        if state is not None and places.past:
-            k = torch.cat([state.k[:, : places.past], k], 1)
-            v = torch.cat([state.v[:, : places.past], v], 1)
-        y = attention(q, k, v, mask=places.mask, causal=places.mask is None)
-        if places.kept is not None:
+    def forward(self, x: Tensor, state: KV | None, plan: AttentionPlan, /) -> tuple[Tensor, KV]:
+        """Attend to the past; see `Mixer.forward`."""
+        q, k, v = self._project(x, plan)  # (batch, seq_len, heads, d_head) each
+        if state is not None and plan.past:
+            k = torch.cat([state.k[:, : plan.past], k], 1)
+            v = torch.cat([state.v[:, : plan.past], v], 1)
+        y = attention(q, k, v, mask=plan.mask, causal=plan.mask is None)
+        if plan.order is not None:
             rows = torch.arange(len(k), device=k.device)[:, None]
-            inside = torch.arange(places.kept.shape[1], device=k.device) < places.length[:, None]
-            k, v = (torch.where(inside[..., None, None], t[rows, places.kept], 0) for t in (k, v))
-        return cast(Tensor, self.o_proj(y.flatten(2))), KV(k, v, places.length.clone())
+            inside = torch.arange(plan.order.shape[1], device=k.device) < plan.length[:, None]
+            k, v = (torch.where(inside[..., None, None], t[rows, plan.order], 0) for t in (k, v))
+        return cast(Tensor, self.o_proj(y.flatten(2))), KV(k, v, plan.length.clone())
 
     def init_state(self, batch_size: int) -> KV:
-        """Return the state before any token: no keys, no values.
-
-        Args:
-            batch_size: rows.
-        """
+        """Return an empty KV cache; see `Mixer.init_state`."""
         weight = self.k_proj.weight
-        stored = isinstance(self.k_proj, WeightOnly)  # its activations are wide
+        quantised = isinstance(self.k_proj, WeightOnly)  # then the activations are float32
         shape = (batch_size, 0, self.config.kv_heads, self.config.head_width)
-        empty = torch.empty(shape, dtype=torch.float32 if stored else weight.dtype, device=weight.device)
+        empty = torch.empty(shape, dtype=torch.float32 if quantised else weight.dtype, device=weight.device)
         return KV(empty, empty.clone(), torch.zeros(batch_size, dtype=torch.int64, device=weight.device))
 
-    def step(self, x: Tensor, state: KV, places: Places, /) -> Tensor:
-        """Take in one token per row.
-
-        Args:
-            x: (batch, d_model).
-            state: with room; the token is added to it.
-            places: where the tokens are.
-
-        Returns:
-            y: (batch, d_model).
-        """
-        q, k, v = self._project(x, places)  # (batch, heads, d_head) each
-        k, v = k.to(state.k.dtype), v.to(state.v.dtype)  # autocast may have come or gone
-        end = places.past + 1
-        if places.mask is None:
-            state.k[:, places.past], state.v[:, places.past] = k, v
+    def step(self, x: Tensor, state: KV, plan: AttentionPlan, /) -> Tensor:
+        """Attend to the past of one more token per row; the cache has capacity. See `Mixer.step`."""
+        q, k, v = self._project(x, plan)  # (batch, heads, d_head) each
+        k, v = k.to(state.k.dtype), v.to(state.v.dtype)  # autocast may have been switched on or off
+        end = plan.past + 1
+        if plan.mask is None:
+            state.k[:, plan.past], state.v[:, plan.past] = k, v
         else:
             rows = torch.arange(len(x), device=x.device)
-            state.k[rows, places.length], state.v[rows, places.length] = k, v
+            state.k[rows, plan.length], state.v[rows, plan.length] = k, v
         state.length.add_(1)
-        y = attention(q[:, None], state.k[:, :end], state.v[:, :end], mask=places.mask)
+        y = attention(q[:, None], state.k[:, :end], state.v[:, :end], mask=plan.mask)
         return cast(Tensor, self.o_proj(y.flatten(1)))
 
-    def _project(self, x: Tensor, places: Places) -> tuple[Tensor, Tensor, Tensor]:
-        """Turn x (..., d_model) into rotated queries and keys, and values, (..., heads, d_head)."""
+    def _project(self, x: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated queries and keys, and values, (..., heads, d_head), of x (..., d_model)."""
         split = (-1, self.config.head_width)
         q, k, v = (proj(x).unflatten(-1, split) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        cos, sin = places.cos.to(q.dtype), places.sin.to(q.dtype)
+        cos, sin = plan.cos.to(q.dtype), plan.sin.to(q.dtype)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + d_head / 2}) by its angle.
+    """Return x with each pair (x_i, x_{i + d_head / 2}) rotated by its angle.
 
     Args:
         x: (..., d_head).
@@ -291,8 +258,8 @@ class SwiGLU(nn.Module):
     """W_down (silu(W_gate x) * W_up x).
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     def __init__(self, config: LlamaConfig, generator: torch.Generator | None = None) -> None:
@@ -310,8 +277,8 @@ class LlamaBlock(Block):
     """x + attention(norm(x)), then x + mlp(mlp_norm(x)).
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     def __init__(self, config: LlamaConfig, generator: torch.Generator | None = None) -> None:
@@ -320,12 +287,12 @@ class LlamaBlock(Block):
         self.mlp = SwiGLU(config, generator)
 
     def forward(self, x: Tensor, state: Any, plan: Any) -> tuple[Tensor, Any]:
-        """Add both sublayers' words to the residual stream x (batch, seq_len, d_model)."""
+        """Add the outputs of both sublayers to the residual stream x (batch, seq_len, d_model)."""
         x, state = super().forward(x, state, plan)
         return x + self.mlp(self.mlp_norm(x)), state
 
     def step(self, x: Tensor, state: Any, plan: Any) -> Tensor:
-        """Do the same for one token per row, x (batch, d_model)."""
+        """Add the outputs of both sublayers for one token per row, x (batch, d_model)."""
         x = super().step(x, state, plan)
         return cast(Tensor, x + self.mlp(self.mlp_norm(x)))
 
@@ -334,27 +301,27 @@ class Llama(LanguageModel):
     """A decoder-only Transformer.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     config: LlamaConfig
 
     @staticmethod
     def block(config: LlamaConfig, generator: torch.Generator | None = None) -> Block:
-        """Make one block."""
+        """Return one block."""
         return LlamaBlock(config, generator)
 
     @property
     def max_positions(self) -> int | None:
-        """Tokens of the longest text it was made for."""
+        """The context length that the model was trained for."""
         return self.config.max_positions
 
 
 def _matrix(
     d_in: int, d_out: int, config: LlamaConfig, generator: torch.Generator | None, ends: bool = False
 ) -> nn.Linear:
-    """Make a Linear as GPT-2 starts it; one that ends a sublayer is smaller, 2 n_layers of them add up."""
+    """Return a Linear with GPT-2's initialisation, scaled by 1/sqrt(2 n_layers) if it ends a sublayer."""
     layer = blank(Linear, d_in, d_out, bias=False)
     if not layer.weight.is_meta:
         std = 0.02 / math.sqrt(2 * config.n_layers) if ends else 0.02

@@ -3,12 +3,12 @@
 Albert Gu, Isys Johnson, Karan Goel, Khaled Saab, Tri Dao, Atri Rudra, Christopher Ré, 2021, arXiv 2110.13985.
 
 Parent: HiPPO. Kept: its matrices, which make a state of N numbers remember the past.
-Changed: the equation no longer serves an RNN, it is the layer: each channel is the signal of a linear
-system, with time steps, A and B learned; what is nonlinear stands between the layers. So a layer is a
-recurrence and a convolution at once.
+Changed: the linear system is no longer part of an RNN but the layer itself: each channel is the input of a
+linear system with learned time steps, A and B; the nonlinearities are between the layers. So a layer is both
+a recurrence and a convolution.
 
-Deviations from the paper: a learned A is the dense matrix it is, not a product of sparse ones, since there is
-no fast way to a kernel through them in floating point; `fixed` leaves A and dt as they start (LSSL-f).
+Deviations from the paper: a learned A is a dense matrix, not a product of sparse ones, since these give no
+fast kernel in floating point; `fixed` does not train A, B and dt (LSSL-f).
 
 The layer, for channel h of the input u:
 
@@ -17,7 +17,7 @@ The layer, for channel h of the input u:
     y    = K * u + D u
     out  = out_proj(gelu(y))                                                 mixes channels and outputs
 
-The kernel costs N^2 L time and N L memory for every channel, which is what S4 is about.
+The kernel costs O(N^2 L) time and O(N L) memory per channel, which S4 reduces.
 
 Glossary: H = d_model; N = d_state; M = n_outputs; Δ = dt; L = seq_len; α = alpha.
 """
@@ -28,11 +28,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from longscan.errors import LongscanError
+from longscan.models.common.dense_lti import DenseSystem
 from longscan.models.common.entry import LANGUAGE, ModelEntry
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import linear
-from longscan.models.common.lti import DenseSystem, SSMState, StateSpaceConfig, StateSpaceMixer, start_log_dt
+from longscan.models.common.lti import SSMState, StateSpaceConfig, StateSpaceMixer, start_log_dt
 from longscan.models.common.mixer import Block
 from longscan.models.common.state_space import discretize, krylov
 from longscan.models.hippo import transition
@@ -45,32 +45,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LSSLConfig(StateSpaceConfig):
-    """The sizes of an LSSL and how it starts; the paper's symbols stand in the comments.
+    """The configuration of an LSSL; the paper's symbols are in the comments.
 
     Raises:
         LongscanError: a value is out of range.
     """
 
-    init: Literal["legs", "legt", "lagt", "random"] = "legs"  # the measure of the first A
+    init: Literal["legs", "legt", "lagt", "random"] = "legs"  # the measure of the initial A
     n_outputs: int = 1  # M
     alpha: float = 0.5  # α, of the generalised bilinear transform
-    fixed: bool = False  # A, B and dt stay as they start
+    fixed: bool = False  # A, B and dt are not trained
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        self.check_count("n_outputs")
-        if not 0 <= self.alpha <= 1:
-            raise LongscanError(f"alpha: expected a number from 0 to 1, got {self.alpha}.")
+        self.check("n_outputs")
+        self.check("alpha", least=0, most=1)
 
 
 class DenseSSM(DenseSystem):
-    """The systems of LSSL: one A and B, the time steps and outputs of each channel.
+    """The systems of LSSL: a shared A and B, and time steps and outputs per channel.
 
     Args:
-        config: the sizes.
-        channels: how many.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        channels: number of systems.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     recurrence = ("log_dt", "A", "B")
@@ -84,13 +83,13 @@ class DenseSSM(DenseSystem):
         self.C = nn.Parameter(torch.empty(channels, config.n_outputs, n))
         self.D = nn.Parameter(torch.empty(channels * config.n_outputs))
         if not self.C.is_meta:
-            self._start(config, generator)
+            self._init_weights(config, generator)
         for name in self.recurrence:
             self.get_parameter(name).requires_grad_(not config.fixed)
 
     @torch.no_grad()
-    def _start(self, config: LSSLConfig, generator: torch.Generator | None) -> None:
-        """Begin with HiPPO's matrix."""
+    def _init_weights(self, config: LSSLConfig, generator: torch.Generator | None) -> None:
+        """Initialise with HiPPO's matrix."""
         if config.init == "random":
             nn.init.normal_(self.A, std=1 / config.d_state, generator=generator)
             nn.init.normal_(self.B, generator=generator)
@@ -117,7 +116,7 @@ class DenseSSM(DenseSystem):
 
     def advance(self, u: Tensor, state: Tensor) -> Tensor:
         """Run one step; see `System.advance`."""
-        A_bar, B_bar = self.unchanged(self.discrete)
+        A_bar, B_bar = self.cached(self.discrete)
         with torch.no_grad():
             x = torch.einsum("cmn,bcn->bcm", A_bar, state) + B_bar * u[..., None]
             state.copy_(x)
@@ -133,15 +132,15 @@ class LSSL(LanguageModel):
     """A language model of linear state space layers.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     config: LSSLConfig
 
     @staticmethod
     def block(config: LSSLConfig, generator: torch.Generator | None = None) -> Block:
-        """Make one block."""
+        """Return one block."""
         out_proj = linear(config.d_model * config.n_outputs, config.d_model, True, generator)
         return Block(config, StateSpaceMixer(DenseSSM(config, config.d_model, generator), out_proj))
 

@@ -3,12 +3,12 @@
 Sepp Hochreiter and Jürgen Schmidhuber, 1997, Neural Computation 9(8); the forget gate is of Gers, Schmidhuber
 and Cummins, 2000. The alternative cell, GRU, is of Cho et al., 2014, arXiv 1406.1078.
 
-Parents: none here. It is where the line starts: memory is a vector that gates write, keep and read.
-Changed since: the state update is nonlinear in the state, so tokens must be read one after the other.
+Parents: none here. The line starts with it: the memory is a vector that gates write, keep and read.
+Changed since: its state update is nonlinear in the state, so tokens must be processed sequentially.
 
-Deviations: there are no peepholes; forget gates start open (Jozefowicz et al., 2015); the GRU applies its
-reset gate after the product with the state, as torch and cuDNN do. To stand in the same stack as its
-descendants each layer is a residual block with a norm before and a projection behind.
+Deviations: there are no peepholes; the bias of the forget gates is initialised with 1 (Jozefowicz et al.,
+2015); the GRU applies its reset gate after the product with the state, as torch and cuDNN do. To fit the same
+stack as its descendants, each layer is a residual block with a norm before it and a projection after it.
 
     i, f, o = sigmoid(W x + U h + b)    g = tanh(W x + U h + b)    c = f c + i g    h = o tanh(c)
     r, z    = sigmoid(W x + U h + b)    n = tanh(W x + b + r (U h + b'))            h = (1 - z) n + z h
@@ -40,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LSTMConfig(LanguageModelConfig):
-    """The sizes of a stack of recurrent layers.
+    """The configuration of a stack of recurrent layers.
 
     Raises:
         LongscanError: a value is out of range.
@@ -48,28 +48,27 @@ class LSTMConfig(LanguageModelConfig):
 
     d_hidden: int | None = None  # None is d_model
     cell: Literal["lstm", "gru"] = "lstm"
-    forget_bias: float = 1.0  # of the LSTM's forget gates at the start
+    forget_bias: float = 1.0  # initial bias of the LSTM's forget gates
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        if self.d_hidden is not None:
-            self.check_count("d_hidden")
+        self.check("d_hidden")
         if self.cell not in ("lstm", "gru"):
             raise LongscanError(f"cell: expected 'lstm' or 'gru', got {self.cell!r}.")
 
     @property
     def width(self) -> int:
-        """Width of the state: d_hidden, or the default it stands for."""
+        """Width of the state: d_hidden or its default."""
         return self.d_model if self.d_hidden is None else self.d_hidden
 
 
 class LSTMState(NamedTuple):
-    """What one layer of LSTM remembers.
+    """The state of one LSTM layer.
 
     Attributes:
-        h: (batch, d_hidden) what it says.
-        c: (batch, d_hidden) what it keeps to itself.
+        h: (batch, d_hidden) hidden state.
+        c: (batch, d_hidden) cell state.
     """
 
     h: Tensor
@@ -77,21 +76,21 @@ class LSTMState(NamedTuple):
 
 
 class GRUState(NamedTuple):
-    """What one layer of GRU remembers.
+    """The state of one GRU layer.
 
     Attributes:
-        h: (batch, d_hidden).
+        h: (batch, d_hidden) hidden state.
     """
 
     h: Tensor
 
 
 class RecurrentMixer(SectionMixer[Any]):
-    """One layer of LSTM or GRU, torch's own.
+    """A layer of torch's LSTM or GRU.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     def __init__(self, config: LSTMConfig, generator: torch.Generator | None = None) -> None:
@@ -101,11 +100,11 @@ class RecurrentMixer(SectionMixer[Any]):
         self.rnn: nn.LSTM | nn.GRU = blank(kind, config.d_model, config.width, batch_first=True)
         self.out_proj = linear(config.width, config.d_model, False, generator)
         if not self.out_proj.weight.is_meta:
-            self._start(config, generator)
+            self._init_weights(config, generator)
 
     @torch.no_grad()
-    def _start(self, config: LSTMConfig, generator: torch.Generator | None) -> None:
-        """Set the gates as torch does, but for the LSTM's forget gates, and the scale of the residual."""
+    def _init_weights(self, config: LSTMConfig, generator: torch.Generator | None) -> None:
+        """Initialise like torch, forget gates aside; scale the output projection for the residual stream."""
         bound = config.width**-0.5
         for parameter in self.rnn.parameters():
             parameter.uniform_(-bound, bound, generator=generator)
@@ -115,14 +114,14 @@ class RecurrentMixer(SectionMixer[Any]):
         self.out_proj.weight /= config.n_layers**0.5
 
     @exact
-    def read(self, x: Tensor, state: Any, length: Tensor | None) -> tuple[Tensor, Any]:
-        """Mix along time; see `SectionMixer.read`."""
+    def mix(self, x: Tensor, state: Any, length: Tensor | None) -> tuple[Tensor, Any]:
+        """Mix along time; see `SectionMixer.mix`."""
         state = self.init_state(len(x)) if state is None else state
         before = [tensor[None] for tensor in state]  # (1, rows, d_hidden) each
         hx = before if self.is_lstm else before[0]
         if length is None:
             h, after = self.rnn(x, hx)  # (rows, seq_len, d_hidden)
-        else:  # torch refuses rows of no tokens
+        else:  # torch rejects empty rows
             packed = pack_padded_sequence(x, length.clamp(min=1).cpu(), True, enforce_sorted=False)
             h, after = self.rnn(packed, hx)
             h, _ = pad_packed_sequence(h, True, total_length=x.shape[1])
@@ -140,7 +139,7 @@ class RecurrentMixer(SectionMixer[Any]):
 
     @exact
     def step(self, x: Tensor, state: Any, plan: None = None, /) -> Tensor:
-        """Take in one token per row; see `Mixer.step`."""
+        """Mix one more token per row; see `Mixer.step`."""
         if self.is_lstm:
             h, c = torch.lstm_cell(x, state, *self.rnn.parameters())
             state.c.copy_(c)
@@ -154,15 +153,15 @@ class LSTM(LanguageModel):
     """A language model of recurrent layers.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     config: LSTMConfig
 
     @staticmethod
     def block(config: LSTMConfig, generator: torch.Generator | None = None) -> Block:
-        """Make one block."""
+        """Return one block."""
         return Block(config, RecurrentMixer(config, generator))
 
 

@@ -3,21 +3,21 @@
 Minh-Thang Luong, Hieu Pham, Christopher D. Manning, 2015, arXiv 1508.04025.
 
 Parents: seq2seq, whose deep LSTMs and reversed source it keeps; Bahdanau, whose attention it simplifies.
-Changed: the decoder takes its step first and looks with the new state h_t; the score may be a plain product;
-a local kind looks at a window of the source only; and what was looked at is fed into the next step, so that
-the decoder knows where it has been.
+Changed: the decoder takes its step first and attends with the new state h_t; the score may be a dot product;
+local attention covers only a window of the source; and input feeding passes the attentional state h~_t to the
+next step, so that the decoder knows its past alignments.
 
 Deviations: one vocabulary for both languages; dropout on embeddings, between layers and before the softmax.
 
     score  = h_t . h_s | h_t . W_a h_s | v_a . tanh(W_a [h_t; h_s])         dot, general, concat (section 3.1)
-    a_t    = softmax(score), or softmax(W_a h_t), which looks at no h_s     location
+    a_t    = softmax(score), or softmax(W_a h_t), independent of h_s        location
     c_t    = sum_s a_t(s) h_s       h~_t = tanh(W_c [c_t; h_t])             p(y_t) = softmax(W_s h~_t)
 
 Local attention (section 3.2) takes the softmax over |s - p_t| <= D only, with p_t = t (local-m), or, of a
 source of S tokens, p_t = S sigmoid(v_p . tanh(W_p h_t)) (local-p). Then the weights are multiplied by
-exp(-(s - p_t)^2 / (2 (D/2)^2)), and so sum to less than 1: this factor is how gradients reach W_p and v_p.
-Positions count from 0, in the order of the text. A window that lies beyond the end of the source is empty:
-the weights are zero.
+exp(-(s - p_t)^2 / (2 (D/2)^2)), and so sum to less than 1: through this factor gradients reach W_p and v_p.
+Positions count from 0, in the order of the text. If the window is beyond the end of the source, all weights
+are zero.
 
 Glossary: d_hidden, d_embedding = the 1000 of the paper, n_layers = its 4; h_s = annotations; D = window.
 """
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longscan.models.bahdanau import AdditiveAttention, Memory
-from longscan.models.common.encoder_decoder import Translator, TranslatorConfig, Writing, embedding
+from longscan.models.common.encoder_decoder import DecoderState, Translator, TranslatorConfig, embedding
 from longscan.models.common.entry import ModelEntry
 from longscan.models.common.layers import linear
 from longscan.models.common.state import State
@@ -59,7 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LuongConfig(TranslatorConfig):
-    """The sizes and the kind of attention.
+    """The configuration of a Luong model: sizes and kind of attention.
 
     Raises:
         LongscanError: a value is out of range.
@@ -68,21 +68,21 @@ class LuongConfig(TranslatorConfig):
     d_embedding: int
     d_hidden: int
     n_layers: int = 4
-    reverse: bool = True  # read the source from its end to its start
+    reverse: bool = True  # encode the source from its end to its start
     score: Literal["dot", "general", "concat", "location"] = "general"
     where: Literal["global", "local-m", "local-p"] = "global"
     window: int = 10  # D
     input_feeding: bool = True
-    n_locations: int = 100  # source positions that the location score knows; it looks at none beyond
+    n_locations: int = 100  # source positions that the location score covers; it attends to none beyond
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        self.check_counts("d_embedding", "d_hidden", "n_layers", "window", "n_locations")
+        self.check("d_embedding", "d_hidden", "n_layers", "window", "n_locations")
 
 
 class Fed(NamedTuple):
-    """What input feeding carries on.
+    """The state of input feeding.
 
     Attributes:
         h_tilde: (batch, d_hidden) of the last step.
@@ -92,11 +92,11 @@ class Fed(NamedTuple):
 
 
 class Luong(Translator):
-    """Deep LSTMs, and attention with the state after the step.
+    """Deep LSTMs with attention after the decoder's step.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     config: LuongConfig
@@ -122,8 +122,8 @@ class Luong(Translator):
         self.head = linear(n, config.vocab_size, False)  # W_s
         uniform(self, 0.1, generator)  # section 4.1
 
-    def read(self, source: Tensor, weights: dict[str, Tensor] | None = None) -> Writing:
-        """Read source sentences; see `Translator.read`."""
+    def encode(self, source: Tensor, weights: dict[str, Tensor] | None = None) -> DecoderState:
+        """Return the initial decoder state; see `Translator.encode`."""
         mask = source != self.config.pad_id
         x = self.drop(self.table("source")(source))
         h, state = self.encoder(x, self.encoder.init_state(len(source)), mask, self.config.reverse)
@@ -133,30 +133,30 @@ class Luong(Translator):
         elif self.align is not None and self.config.score == "general":
             keys = self.align(h)
         fed = Fed(h.new_zeros(len(h), self.config.d_hidden))
-        return Writing(State([*state, fed]), State([Memory(h, keys, mask)]))
+        return DecoderState(State([*state, fed]), State([Memory(h, keys, mask)]))
 
-    def write(self, target: Tensor, state: Writing, weights: dict[str, Tensor] | None = None) -> Tensor:
-        """Read whole target sentences; see `Translator.write`."""
+    def decode(self, target: Tensor, state: DecoderState, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """Return the head's input for whole target sentences; see `Translator.decode`."""
         words = self.drop(self.target_embedding(target))
         (memory,), (*layers, fed) = state.memory.layers, state.decoder.layers
         times = torch.arange(target.shape[1], device=target.device)
-        if self.feed is None:  # no step waits for attention: all look at once
+        if self.feed is None:  # no step depends on attention: attend to all in parallel
             h, _ = self.decoder(words, layers)
-            hidden, looked = self._look(h, memory, times)
+            hidden, alignment = self._attend(h, memory, times)
         else:
-            steps, looks, last = [], [], fed.h_tilde.unsqueeze(1)
+            steps, alignments, last = [], [], fed.h_tilde.unsqueeze(1)
             for t, x in enumerate(self.decoder.project(words).unbind(1)):
                 layers = self.decoder.step(x + self.feed(last.squeeze(1)), layers)
-                last, look = self._look(layers[-1].h.unsqueeze(1), memory, times[t : t + 1])
+                last, alignment = self._attend(layers[-1].h.unsqueeze(1), memory, times[t : t + 1])
                 steps.append(last)
-                looks.append(look)
-            hidden, looked = torch.cat(steps, 1), torch.cat(looks, 1)
+                alignments.append(alignment)
+            hidden, alignment = torch.cat(steps, 1), torch.cat(alignments, 1)
         if weights is not None:
-            weights["cross"] = looked.unsqueeze(1)
+            weights["cross"] = alignment.unsqueeze(1)
         return self.drop(hidden)
 
-    def advance(self, ids: Tensor, state: Writing) -> Tensor:
-        """Read one target token per row; see `Translator.advance`."""
+    def advance(self, ids: Tensor, state: DecoderState) -> Tensor:
+        """Return the head's input after one more target token per row; see `Translator.advance`."""
         x = self.decoder.project(self.drop(self.target_embedding(ids)))
         (memory,), (*layers, fed) = state.memory.layers, state.decoder.layers
         if self.feed is not None:
@@ -164,31 +164,31 @@ class Luong(Translator):
         layers = self.decoder.step(x, layers)
         time = torch.full((1,), state.position, device=ids.device)
         h = layers[-1].h.view(len(memory.mask), -1, self.config.d_hidden)  # (batch, rows of each, d_hidden)
-        hidden = self._look(h, memory, time)[0].flatten(0, 1)
+        hidden = self._attend(h, memory, time)[0].flatten(0, 1)
         state.decoder = State([*layers, Fed(hidden)])
         return self.drop(hidden)
 
-    def _look(self, h: Tensor, memory: Memory, times: Tensor) -> tuple[Tensor, Tensor]:
-        """Attend with the new state.
+    def _attend(self, h: Tensor, memory: Memory, times: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the attentional states h~ of the decoder's new states, and the weights.
 
         Args:
             h: (batch, q_len, d_hidden).
             memory: of the sentences.
-            times: (q_len,) or (1,), the step that each query belongs to.
+            times: (q_len,) or (1,), the step of each query.
 
         Returns:
             h~: (batch, q_len, d_hidden).
             weights: (batch, q_len, src_len).
         """
-        mask, place = memory.mask.unsqueeze(1), torch.arange(memory.mask.shape[1], device=h.device)
+        mask, position = memory.mask.unsqueeze(1), torch.arange(memory.mask.shape[1], device=h.device)
         if self.config.score == "location":
-            mask = mask & (place < self.config.n_locations)
+            mask = mask & (position < self.config.n_locations)
         distance = None
         if self.centre is not None:
             lengths = memory.mask.sum(1).view(-1, 1, 1)
-            distance = place - lengths * self.centre(h).sigmoid()  # (batch, q_len, src_len)
+            distance = position - lengths * self.centre(h).sigmoid()  # (batch, q_len, src_len)
         elif self.config.where == "local-m":
-            distance = place - times.view(1, -1, 1)
+            distance = position - times.view(1, -1, 1)
         if distance is not None:
             mask = mask & (distance.abs() <= self.config.window)
         weights = masked_softmax(self._scores(h, memory), mask)
@@ -198,7 +198,7 @@ class Luong(Translator):
         return self.combine(both).tanh(), weights
 
     def _scores(self, h: Tensor, memory: Memory) -> Tensor:
-        """Score the source positions, (batch, q_len, src_len), for h (batch, q_len, d_hidden)."""
+        """Return the scores (batch, q_len, src_len) of source positions for h (batch, q_len, d_hidden)."""
         if isinstance(self.align, AdditiveAttention):
             return cast(Tensor, self.align(h, memory.keys))
         if self.align is not None and self.config.score == "location":

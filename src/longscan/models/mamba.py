@@ -3,14 +3,15 @@
 Albert Gu and Tri Dao, 2023, arXiv 2312.00752.
 
 Parents: H3 (a gated state space model between convolutions), with the diagonal state matrix of S4D-real, and
-GAU, whose one block of mixing and gate replaces two.
+GAU, whose single block of mixing and gating replaces two.
 Kept: a linear recurrence over a diagonal state, a short causal convolution before it, a gate after it.
-Changed: the step size and the matrices B and C depend on the input, so the state chooses what to keep and
+Changed: the step size and the matrices B and C depend on the input, so the model selects what to remember and
 what to forget; H3's two blocks (mixing, gated MLP) become one; a scan replaces the long convolution.
 
-Deviations from the official code: the model reads from an initial state and returns the final one, both with
-gradients; padding and packed sequences are honoured; the state and the parameters of the recurrence (A_log,
-D, the bias of dt_proj) are float32 whatever the other weights are; a tied head is the embedding itself.
+Deviations from the official code: the model takes an initial state and returns the final one, both with
+gradients; padding and packed sequences are supported; the state and the parameters of the recurrence (A_log,
+D, the bias of dt_proj) are float32 whatever the dtype of the other weights; a tied head is the embedding
+itself.
 
 The block, for a token x of width d_model:
 
@@ -36,8 +37,9 @@ from torch import Tensor, nn
 
 from longscan import ops
 from longscan.errors import LongscanError
+from longscan.models.common.backbone import Backbone
 from longscan.models.common.entry import LANGUAGE, ModelEntry
-from longscan.models.common.language_model import Backbone, LanguageModel
+from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import DtProjection, blank, linear
 from longscan.models.common.mixer import Block, Blocks, LanguageModelConfig, Mixer
 from longscan.models.common.native_decode import matrix, plain, sizes, usual
@@ -45,7 +47,7 @@ from longscan.ops import causal_conv1d, causal_conv1d_step, selective_scan, sele
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257},
-    "tiny-lm": {"d_model": 256, "n_layers": 8, "vocab_size": 4096},  # what `longscan train` makes unless told
+    "tiny-lm": {"d_model": 256, "n_layers": 8, "vocab_size": 4096},  # the default of `longscan train`
     "130m": {"d_model": 768, "n_layers": 24, "vocab_size": 50277},
     "370m": {"d_model": 1024, "n_layers": 48, "vocab_size": 50277},
     "790m": {"d_model": 1536, "n_layers": 48, "vocab_size": 50277},
@@ -56,7 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MambaConfig(LanguageModelConfig):
-    """The sizes of a Mamba and how it starts; the paper's symbols stand in the comments.
+    """The configuration of a Mamba; the paper's symbols are in the comments.
 
     Raises:
         LongscanError: a value is out of range.
@@ -68,7 +70,7 @@ class MambaConfig(LanguageModelConfig):
     dt_rank: int | None = None  # R; None is d_model / 16, rounded up
     conv_bias: bool = True
     bias: bool = False  # of in_proj and out_proj
-    dt_min: float = 1e-3  # the time steps a fresh model takes lie in [dt_min, dt_max], evenly on a log scale
+    dt_min: float = 1e-3  # time steps are initialised log-uniformly in [dt_min, dt_max]
     dt_max: float = 0.1
     dt_init: Literal["random", "constant"] = "random"
     dt_scale: float = 1.0
@@ -77,18 +79,13 @@ class MambaConfig(LanguageModelConfig):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        for name in ("d_state", "d_conv", "expand"):
-            self.check_count(name)
-        if self.dt_rank is not None:
-            self.check_count("dt_rank")
+        self.check("d_state", "d_conv", "expand", "dt_rank")
         if not 0 < self.dt_min <= self.dt_max:
             got = f"{self.dt_min} and {self.dt_max}"
             raise LongscanError(f"dt_min, dt_max: expected 0 < dt_min <= dt_max, got {got}.")
         if self.dt_init not in ("random", "constant"):
             raise LongscanError(f"dt_init: expected 'random' or 'constant', got {self.dt_init!r}.")
-        for name in ("dt_scale", "dt_init_floor"):
-            if not getattr(self, name) > 0:
-                raise LongscanError(f"{name}: expected more than 0, got {getattr(self, name)}.")
+        self.check("dt_scale", "dt_init_floor", above=0)
 
     @property
     def d_inner(self) -> int:
@@ -97,12 +94,12 @@ class MambaConfig(LanguageModelConfig):
 
     @property
     def rank(self) -> int:
-        """Width of dt before its projection: dt_rank, or the default it stands for."""
+        """Width of dt before its projection: dt_rank or its default."""
         return math.ceil(self.d_model / 16) if self.dt_rank is None else self.dt_rank
 
 
 class MambaState(NamedTuple):
-    """What one layer remembers.
+    """The state of one layer.
 
     Attributes:
         conv: (batch, d_conv - 1, d_inner) the last inputs of the convolution, oldest first.
@@ -117,8 +114,8 @@ class MambaMixer(Mixer[MambaState]):
     """The selective state space block.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     recurrence = ("A_log", "D", "dt_proj.bias")
@@ -134,12 +131,12 @@ class MambaMixer(Mixer[MambaState]):
         self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
         self.D = nn.Parameter(torch.ones(d_inner))
         self.out_proj = linear(d_inner, config.d_model, config.bias, generator)
-        if not self.A_log.is_meta:  # there only shapes are wanted
-            self._start(config, generator)
+        if not self.A_log.is_meta:  # which only needs shapes
+            self._init_weights(config, generator)
 
     @torch.no_grad()
-    def _start(self, config: MambaConfig, generator: torch.Generator | None) -> None:
-        """Set what is no plain Linear: the convolution, the time steps and the scale of the residual."""
+    def _init_weights(self, config: MambaConfig, generator: torch.Generator | None) -> None:
+        """Initialise everything but the Linears, and scale the output projection for the residual stream."""
         self.A_log.copy_(torch.arange(1.0, config.d_state + 1).log())  # S4D-real: A_n = -n
         nn.init.kaiming_uniform_(self.conv1d.weight, a=math.sqrt(5), generator=generator)
         if self.conv1d.bias is not None:
@@ -158,17 +155,7 @@ class MambaMixer(Mixer[MambaState]):
     def forward(
         self, x: Tensor, state: MambaState | None = None, seq_idx: Tensor | None = None, /
     ) -> tuple[Tensor, MambaState]:
-        """Mix along time.
-
-        Args:
-            x: (batch, seq_len, d_model).
-            state: what came before the first token; nothing if None.
-            seq_idx: (batch, seq_len) integers: a new value starts a new sequence, negative means padding.
-
-        Returns:
-            y: (batch, seq_len, d_model).
-            state: after the last token.
-        """
+        """Mix along time; see `Mixer.forward`."""
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (batch, seq_len, d_inner) each
         conv, ssm = (None, None) if state is None else state
         x, conv = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu", conv, seq_idx)
@@ -178,30 +165,14 @@ class MambaMixer(Mixer[MambaState]):
         return self.out_proj(y), MambaState(conv, ssm)
 
     def init_state(self, batch_size: int) -> MambaState:
-        """Return the state before any token.
-
-        Args:
-            batch_size: rows.
-
-        Returns:
-            Zeros in float32, or float64 in a float64 model.
-        """
+        """Return zeros in float32, or in float64 in a float64 model; see `Mixer.init_state`."""
         d_inner, d_state = self.A_log.shape
         past = self.conv1d.weight.shape[-1] - 1
         zeros = self.A_log.new_zeros
         return MambaState(zeros(batch_size, past, d_inner), zeros(batch_size, d_inner, d_state))
 
     def step(self, x: Tensor, state: MambaState, plan: None = None, /) -> Tensor:
-        """Take in one token per row.
-
-        Args:
-            x: (batch, d_model).
-            state: overwritten with the state after the token.
-            plan: nothing.
-
-        Returns:
-            y: (batch, d_model).
-        """
+        """Mix one more token per row; see `Mixer.step`."""
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (batch, d_inner) each
         x = causal_conv1d_step(state.conv, x, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
         dt, B, C = self.x_proj(x).split(self.widths, dim=-1)
@@ -210,11 +181,11 @@ class MambaMixer(Mixer[MambaState]):
         return cast(Tensor, self.out_proj(y))
 
     def native(self, norm: Tensor, config: MambaConfig) -> ops.MambaBlock | None:
-        """Describe the weights to the native decoder, if it can use them where they are.
+        """Return the block's weights for the native decoder, or None if it cannot use them in place.
 
         Args:
             norm: (d_model,) the weight of the norm before this mixer.
-            config: the sizes, of which all blocks must be.
+            config: the sizes that all blocks must have.
         """
         d_model, d_inner, d_state, rank = config.d_model, config.d_inner, config.d_state, config.rank
         weight, bias = self.conv1d.weight, self.conv1d.bias
@@ -228,7 +199,7 @@ class MambaMixer(Mixer[MambaState]):
         if tuple(map(sizes, (in_proj, x_proj, dt_proj, out_proj))) != shapes or ends != tuple(
             tuple(tensor.shape) for tensor in (norm, weight, self.A_log, self.D)
         ):
-            return None  # layers of other sizes, as after pruning
+            return None  # other sizes, as after pruning
         return ops.MambaBlock(
             norm=norm,
             in_proj=in_proj,
@@ -246,24 +217,19 @@ class Mamba(LanguageModel):
     """A language model of Mamba blocks.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     config: MambaConfig
 
     @staticmethod
     def block(config: MambaConfig, generator: torch.Generator | None = None) -> Block:
-        """Make one block."""
+        """Return one block."""
         return Block(config, MambaMixer(config, generator))
 
     def stack(self) -> tuple[ops.MambaStack, list[Tensor]] | None:
-        """Describe the weights to the native decoder, if it can run this model as it is.
-
-        Returns:
-            stack: the weights.
-            copied: the parameters it holds in another form.
-        """
+        """Return the weights for the native decoder; see `LanguageModel.stack`."""
         body, config = self.backbone, self.config
         untouched = (
             usual(self, (Backbone, Blocks, Block, MambaMixer)) and type(self).head is LanguageModel.head

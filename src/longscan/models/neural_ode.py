@@ -4,18 +4,18 @@ Ricky T. Q. Chen, Yulia Rubanova, Jesse Bettencourt, David Duvenaud, 2018, arXiv
 Rubanova, Chen, Duvenaud, 2019, arXiv 1907.03907, its gated dynamics of De Brouwer and others, 2019, arXiv
 1905.12374.
 
-Parent: the GRU. Kept: at each observation a gate decides what of it enters the state.
-Changed: between observations the state moves on by itself, as long as the clock says. A state space does that
-too, but linearly, so that the way from one observation to the next has a closed form; here it is integrated.
+Parent: the GRU. Kept: at each observation a gate decides how much of it enters the state.
+Changed: between observations the state evolves by an ODE, for as long as the gap in time. A state space does
+that too, but linearly, so that the solution has a closed form; here it is integrated numerically.
 
     h'  = f(h)                       from the time of one observation to that of the next
     h   = GRU(x, h)                  at the observation
     f(h) = W_2 tanh(W_1 h), or the gated (1 - z) (g - h), in which h stays bounded
 
 Deviations: each gap is integrated in its own time, s = (t - t_k) / (t_{k+1} - t_k), so that the rows of a
-batch need not be observed at the same times. To stand where the blocks of language models do, for whole
-sequences (see tasks.py), an ODE-RNN is a mixer with a norm before and a projection behind. It is no language
-model itself: tokens have places, not times.
+batch need not be observed at the same times. To serve as a block of a sequence classifier (see
+sequence_classifier.py), an ODE-RNN is a mixer with a norm before it and a projection after it. It is no
+language model itself: tokens have positions, not times.
 """
 
 import dataclasses
@@ -32,21 +32,21 @@ from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
 from longscan.models.common.model import Model
 
 PRESETS: dict[str, dict[str, Any]] = {"tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257}}
-ADAPTIVE = ("dopri5",)  # these choose their steps
+ADAPTIVE = ("dopri5",)  # solvers with an adaptive step size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ODERNNConfig(Config):
-    """The sizes of an ODE-RNN.
+    """The configuration of an ODE-RNN.
 
     Attributes:
         d_input: channels of an observation.
         d_hidden: width of the state.
         d_ode: width inside f; None is d_hidden.
-        dynamics: "mlp", or "gated" for those of a continuous GRU.
-        solver: how f is integrated.
-        n_steps: of a solver of fixed steps, in each gap.
-        tolerance: relative and absolute error of a solver that chooses its steps.
+        dynamics: f: "mlp", or "gated" for that of a continuous GRU.
+        solver: of the ODE.
+        n_steps: steps per gap of a fixed-step solver.
+        tolerance: relative and absolute tolerance of an adaptive solver.
 
     Raises:
         LongscanError: a value is out of range.
@@ -63,24 +63,20 @@ class ODERNNConfig(Config):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        for name in ("d_input", "d_hidden", "d_ode", "n_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise LongscanError(f"{name}: expected at least 1, got {value}.")
+        self.check("d_input", "d_hidden", "d_ode", "n_steps")
         if self.dynamics not in ("mlp", "gated"):
             raise LongscanError(f"dynamics: expected 'mlp' or 'gated', got {self.dynamics!r}.")
         if self.solver not in ("euler", "midpoint", "rk4", *ADAPTIVE):
             raise LongscanError(f"solver: expected euler, midpoint, rk4 or dopri5, got {self.solver!r}.")
-        if not self.tolerance > 0:
-            raise LongscanError(f"tolerance: expected more than 0, got {self.tolerance}.")
+        self.check("tolerance", above=0)
 
 
 class MLPDynamics(nn.Module):
     """W_2 tanh(W_1 h).
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     def __init__(self, config: ODERNNConfig, generator: torch.Generator | None = None) -> None:
@@ -90,16 +86,16 @@ class MLPDynamics(nn.Module):
         self.narrow = linear(width, config.d_hidden, True, generator)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return how fast h (batch, d_hidden) changes."""
+        """Return the time derivative of h (batch, d_hidden)."""
         return cast(Tensor, self.narrow(self.wide(h).tanh()))
 
 
 class GatedDynamics(nn.Module):
-    """(1 - z) (g - h): what a GRU without inputs does in a moment.
+    """(1 - z) (g - h): the continuous limit of a GRU without inputs.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     def __init__(self, config: ODERNNConfig, generator: torch.Generator | None = None) -> None:
@@ -108,17 +104,17 @@ class GatedDynamics(nn.Module):
         self.goal = linear(config.d_hidden, config.d_hidden, True, generator)
 
     def forward(self, h: Tensor) -> Tensor:
-        """Return how fast h (batch, d_hidden) changes."""
+        """Return the time derivative of h (batch, d_hidden)."""
         reset, update = self.gates(h).sigmoid().chunk(2, -1)
         return cast(Tensor, (1 - update) * (self.goal(reset * h).tanh() - h))
 
 
 class ODERNN(Model):
-    """Reads observations with their times.
+    """An ODE-RNN over observations with times.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     config: ODERNNConfig
@@ -136,19 +132,19 @@ class ODERNN(Model):
     def forward(
         self, x: Tensor, times: Tensor, lengths: Tensor | None = None, state: Tensor | None = None
     ) -> Tensor:
-        """Read series.
+        """Return the state after each observation.
 
         Args:
             x: (batch, seq_len, d_input) observations.
-            times: (batch, seq_len) when they were made, in order; the state begins at the first one.
-            lengths: (batch,) int64 observations of each row, which stand in front; all if None.
-            state: (batch, d_hidden) at the first time, before the observation; zeros if None.
+            times: (batch, seq_len) of the observations, not decreasing; the initial state is at the first.
+            lengths: (batch,) int64 observations of each row, left-aligned; seq_len if None.
+            state: (batch, d_hidden) initial state, before the first observation; zeros if None.
 
         Returns:
-            (batch, seq_len, d_hidden) the state after each observation; behind the last of a row, that one.
+            (batch, seq_len, d_hidden); in padding, the last state of the row.
 
         Raises:
-            ValueError: shapes do not fit, or times go back.
+            ValueError: shapes do not fit, or times decrease.
             LongscanError: torchdiffeq is not installed.
         """
         batch, seq_len = self._check(x, times)
@@ -157,22 +153,24 @@ class ODERNN(Model):
         gaps = times.diff(dim=1).to(x.dtype)
         gaps = gaps if real is None else gaps * real[:, 1:]
         if bool((gaps < 0).any()):
-            raise ValueError("times: expected them in order, got one before the one before it")
+            raise ValueError(
+                "times: expected times that do not decrease, got a smaller one after a larger one"
+            )
         h = x.new_zeros(batch, self.config.d_hidden) if state is None else state
         after = []
         for t in range(seq_len):
             h = self.evolve(h, gaps[:, t - 1]) if t else h
-            seen = self.cell(x[:, t], h)
-            h = seen if real is None else torch.where(real[:, t, None], seen, h)
+            updated = self.cell(x[:, t], h)
+            h = updated if real is None else torch.where(real[:, t, None], updated, h)
             after.append(h)
         return torch.stack(after, 1)
 
     def evolve(self, h: Tensor, gap: Tensor) -> Tensor:
-        """Let time pass: also the way to ask for the state between observations, or after the last one.
+        """Return the state after a gap in time: between observations, or after the last one.
 
         Args:
             h: (batch, d_hidden).
-            gap: (batch,) how long.
+            gap: (batch,) duration.
 
         Returns:
             (batch, d_hidden).
@@ -205,7 +203,7 @@ class ODERNN(Model):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NeuralODEConfig(LanguageModelConfig):
-    """The sizes of a stack of ODE-RNNs; but for the width of the state, the fields are those of one.
+    """The configuration of a stack of ODE-RNNs; see `ODERNNConfig`.
 
     Raises:
         LongscanError: a value is out of range.
@@ -241,11 +239,11 @@ class NeuralODEConfig(LanguageModelConfig):
 
 
 class ODEMixer(Mixer[Any]):
-    """One ODE-RNN; it reads whole sequences.
+    """An ODE-RNN over whole sequences.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     pace: Tensor
@@ -254,46 +252,36 @@ class ODEMixer(Mixer[Any]):
         super().__init__()
         self.rnn = ODERNN(config.of_one(), generator)
         self.out_proj = linear(self.rnn.config.d_hidden, config.d_model, False, generator)
-        self.register_buffer("pace", torch.ones(1))  # of the clock, see rescale_time
+        self.register_buffer("pace", torch.ones(1))  # factor of the times, see rescale_time
         if not self.out_proj.weight.is_meta:
             with torch.no_grad():
                 self.out_proj.weight /= config.n_layers**0.5
 
     def plan(self, ids: Tensor, state: None, seq_idx: Tensor | None) -> Tensor:
-        """Return the times of the places.
+        """Return the times of the positions.
 
         Args:
-            ids: (batch, seq_len), those times.
-            state: nothing.
-            seq_idx: nothing: padding stands behind, where time stands still.
+            ids: (batch, seq_len), these times.
+            state: unused.
+            seq_idx: unused: time is constant in padding, on the right.
         """
         return ids
 
     def forward(self, x: Tensor, state: None, plan: Tensor, /) -> tuple[Tensor, None]:
-        """Mix along time.
-
-        Args:
-            x: (batch, seq_len, d_model).
-            state: nothing.
-            plan: (batch, seq_len) the times.
-
-        Returns:
-            y: (batch, seq_len, d_model).
-            state: nothing.
-        """
+        """Mix along time, given as plan (batch, seq_len); there is no state. See `Mixer.forward`."""
         return cast(Tensor, self.out_proj(self.rnn(x, self.pace * plan))), None
 
     @torch.no_grad()
     def rescale_time(self, factor: float) -> None:
-        """Make the clock run faster; see `Mixer.rescale_time`."""
+        """Scale the times; see `Mixer.rescale_time`."""
         self.pace *= factor
 
 
 def blocks(config: NeuralODEConfig, generator: torch.Generator | None = None) -> list[Block]:
-    """Make all n_layers blocks.
+    """Return all n_layers blocks.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
     return [Block(config, ODEMixer(config, generator)) for _ in range(config.n_layers)]

@@ -2,13 +2,14 @@
 
 Albert Gu, Karan Goel, Christopher Ré, 2021, arXiv 2111.00396.
 
-Parent: LSSL. Kept: a bank of state spaces that start from HiPPO's matrix, the bilinear transform, a layer
-whose only nonlinearity is of one time.
-Changed: A is kept as Lambda - P P*, diagonal plus low rank, in the basis where that is possible; the kernel
-is found through its generating function at the roots of unity, in O(N + L) memory instead of O(N L).
+Parent: LSSL. Kept: a bank of state spaces initialised with HiPPO's matrix, the bilinear transform, a layer
+whose nonlinearities are pointwise in time.
+Changed: A is parametrised as Lambda - P P*, diagonal plus low rank, in the basis where it has that form; the
+kernel is computed through its generating function at the roots of unity, in O(N + L) memory instead of O(N
+L).
 
-Deviations from the official code: P, the low rank, stands on both sides, as in its later versions; the model
-reads from an initial state and returns the final one; padding and packed sequences are honoured.
+Deviations from the official code: both low-rank factors are P, as in its later versions; the model takes an
+initial state and returns the final one; padding and packed sequences are supported.
 
 The kernel, for channel h (section 3):
 
@@ -19,10 +20,10 @@ The kernel, for channel h (section 3):
     K     = inverse Fourier transform of K^ at the L-th roots of unity
     out   = glu(out_proj(gelu(K * u + D u)))                                     mixes the channels
 
-What is learned is C, unless l_max is set: then it is C~ for L = l_max, which needs no power of A_bar while
-texts are not longer, as in the paper. Either way a model works at any length.
+The parameter is C, unless l_max is set: then it is C~ for L = l_max, as in the paper, which needs no power of
+A_bar for sequences up to that length. Either way a model works at any length.
 
-Glossary: H = d_model; N = d_state, of which N / 2 complex numbers are kept; Δ = dt; L = seq_len; Λ = Lambda.
+Glossary: H = d_model; N = d_state, stored as N / 2 complex numbers; Δ = dt; L = seq_len; Λ = Lambda.
 """
 
 import dataclasses
@@ -33,10 +34,11 @@ import torch
 from torch import Tensor, nn
 
 from longscan.errors import LongscanError
+from longscan.models.common.dense_lti import DenseSystem
 from longscan.models.common.entry import LANGUAGE, ModelEntry
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import linear
-from longscan.models.common.lti import DenseSystem, GatedMixer, SSMState, StateSpaceConfig, start_log_dt
+from longscan.models.common.lti import GatedMixer, SSMState, StateSpaceConfig, start_log_dt
 from longscan.models.common.mixer import Block
 from longscan.models.hippo import transition
 from longscan.ops import cauchy
@@ -46,39 +48,40 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tiny-lm": {"d_model": 384, "n_layers": 8, "vocab_size": 4096, "d_state": 32, "l_max": 512},
 }
 
-FLOOR = 1e-4  # the least decay a channel starts with, where the measure itself has none
-B_CLIP = 2.0  # the largest imaginary part of the first B, as in the official code: LegS has 40 at N = 64
+FLOOR = 1e-4  # the smallest initial decay, for measures that have none
+B_CLIP = 2.0  # the largest imaginary part of the initial B, as in the official code: LegS has 40 at N = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class S4Config(StateSpaceConfig):
-    """The sizes of an S4 and how it starts; the paper's symbols stand in the comments.
+    """The configuration of an S4; the paper's symbols are in the comments.
 
     Raises:
         LongscanError: a value is out of range.
     """
 
-    init: Literal["legs", "legt", "lagt", "fourier", "random", "spread"] = "legs"  # the first A's measure
-    l_max: int | None = None  # L of the learned C~; None learns C
+    init: Literal["legs", "legt", "lagt", "fourier", "random", "spread"] = (
+        "legs"  # the measure of the initial A
+    )
+    l_max: int | None = None  # L of the parameter C~; None: the parameter is C
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
         self.check_pairs()
-        if self.l_max is not None:
-            self.check_count("l_max")
+        self.check("l_max")
 
 
 class NPLR(NamedTuple):
-    """A matrix of HiPPO as a normal one plus low rank, A = V (Lambda - P^T conj(P)) V*, with V unitary.
+    """A HiPPO matrix in normal plus low-rank form, A = V (Lambda - P^T conj(P)) V*, with V unitary.
 
-    Of each conjugate pair one is kept, that of the positive frequency: what the full sums give is twice the
-    real part of what these give.
+    Only the eigenvalue of positive frequency of each conjugate pair is stored: full sums are twice the real
+    part of sums over these.
 
     Attributes:
-        Lambda: (n / 2,) complex128, by frequency.
+        Lambda: (n / 2,) complex128 eigenvalues, by frequency.
         P: (rank, n / 2) complex128.
-        B: (n / 2,) complex128, the input in the same basis.
+        B: (n / 2,) complex128, the input matrix in the same basis.
         V: (n, n / 2) complex128, the basis.
     """
 
@@ -89,11 +92,11 @@ class NPLR(NamedTuple):
 
 
 def nplr(measure: str, n: int) -> NPLR:
-    """Decompose a matrix of HiPPO (section 3, theorem 1).
+    """Return the normal plus low-rank form of a HiPPO matrix (section 3, theorem 1).
 
     Args:
         measure: "legs", "legt", "lagt", "tlagt" or "fourier".
-        n: its size, even.
+        n: size of the matrix, even.
 
     Raises:
         LongscanError: the measure has no such form, or n is odd.
@@ -103,11 +106,10 @@ def nplr(measure: str, n: int) -> NPLR:
     A, B = transition(measure, n)
     P = _low_rank(measure, A, B)
     normal = A + P.T @ P  # a multiple of the identity plus a skew matrix
-    # eigh of -i skew, not eig of A: V is then unitary to rounding, where A's own eigenvectors would have
-    # entries like 2^n
+    # eigh of -i skew, not eig of A: V is unitary up to rounding; A's own eigenvectors have entries of 2^n
     frequency, V = torch.linalg.eigh(-0.5j * (normal - normal.T))
     frequency, V = frequency[n // 2 :], V[:, n // 2 :]
-    if measure == "fourier":  # the constant and the sine of frequency 0 turn into each other at no speed
+    if measure == "fourier":  # frequency 0 has two real eigenvectors; combine them into one complex pair
         frequency[0], V[:, 0] = 0, 0
         V[0, 0], V[1, 0] = math.sqrt(0.5), 1j * math.sqrt(0.5)
     decay = normal.diagonal().mean().expand_as(frequency)
@@ -115,7 +117,7 @@ def nplr(measure: str, n: int) -> NPLR:
 
 
 def clipped(B: Tensor) -> Tensor:
-    """Return a first B (...,) complex with its imaginary part bounded, as the official code has it."""
+    """Return an initial B (...,) complex with its imaginary part clipped, as in the official code."""
     return torch.complex(B.real, B.imag.clamp(-B_CLIP, B_CLIP))
 
 
@@ -128,14 +130,14 @@ def _low_rank(measure: str, A: Tensor, B: Tensor) -> Tensor:
         return torch.stack([B * even, B * ~even])
     if measure == "fourier":
         return B[None]
-    raise LongscanError(f"measure: expected one that is normal plus low rank, got {measure!r}.")
+    raise LongscanError(f"measure: expected legs, legt, lagt, tlagt or fourier, got {measure!r}.")
 
 
 def _random(config: S4Config, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw Lambda, P and B of the same form without HiPPO, to see what HiPPO is worth.
+    """Return random Lambda, P and B of the same form, as an ablation of HiPPO.
 
-    "random" is of normal numbers, with poles as large as those of an N x N matrix of numbers of deviation
-    1 / N; "spread" draws the poles log-normally around 1, over decades.
+    "random" draws from normal distributions, with poles as large as those of an N x N matrix of standard
+    deviation 1 / N; "spread" draws the poles log-normally around 1, over decades.
     """
     parts = torch.randn(6, config.d_state // 2, dtype=torch.float64, generator=generator)
     if config.init == "random":
@@ -151,9 +153,9 @@ class DPLR(DenseSystem):
     """The systems of S4, one per channel.
 
     Args:
-        config: the sizes.
-        channels: how many.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        channels: number of systems.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     recurrence = ("log_dt", "log_A_real", "A_imag", "P", "B")
@@ -170,11 +172,11 @@ class DPLR(DenseSystem):
         self.C = nn.Parameter(torch.empty(channels, n, 2))
         self.D = nn.Parameter(torch.empty(channels))
         if not self.C.is_meta:
-            self._start(config, generator)
+            self._init_weights(config, generator)
 
     @torch.no_grad()
-    def _start(self, config: S4Config, generator: torch.Generator | None) -> None:
-        """Begin with HiPPO's matrix in every channel."""
+    def _init_weights(self, config: S4Config, generator: torch.Generator | None) -> None:
+        """Initialise every channel with HiPPO's matrix."""
         if config.init in ("random", "spread"):
             poles, P, B = _random(config, generator)
         else:
@@ -190,25 +192,25 @@ class DPLR(DenseSystem):
 
     @torch.no_grad()
     def _learn(self, C: Tensor) -> None:
-        """Set the parameter C so that the output matrices of the systems are C (channels, N)."""
+        """Set the parameter C so that the systems have the output matrices C (channels, N)."""
         if self.l_max is not None:
             C = C - (C[:, None] @ torch.linalg.matrix_power(self.dense()[0], self.l_max))[:, 0]
         self.C.copy_(torch.view_as_real(_unfold(C)))
 
     @property
     def poles(self) -> Tensor:
-        """Lambda, (channels, n) complex128: its products with dt and time must be exact."""
+        """Lambda, (channels, n) complex128, since its products with dt and time must be accurate."""
         return torch.complex(-self.log_A_real.double().exp(), self.A_imag.double())
 
     def discrete(self) -> "Discrete":
-        """Apply the bilinear transform, by Woodbury's identity (appendix C.2)."""
+        """Return the bilinear transform of the systems, by Woodbury's identity (appendix C.2)."""
         P, B = (torch.view_as_complex(x.double()) for x in (self.P, self.B))
         rate = 2 / self.log_dt.double().exp()[:, None]
         R = 1 / (rate - self.poles)  # (channels, n)
         seen = P.conj() * R[:, None]
         inner = 2 * torch.einsum("crn,csn->crs", seen, P).real
         inner = inner + torch.eye(P.shape[1], dtype=inner.dtype, device=inner.device)
-        # (2 / dt - A)^-1 = R - across (what is seen)
+        # (2 / dt - A)^-1 = R - across seen
         across = torch.linalg.solve(inner.mT.to(P.dtype), R[:, None] * P)
         B_seen = 2 * torch.einsum("crn,cn->cr", seen, B).real
         B_bar = 2 * (R * B - torch.einsum("cr,crn->cn", B_seen.to(B.dtype), across))
@@ -218,7 +220,7 @@ class DPLR(DenseSystem):
         """Return the discrete systems as real matrices, in float64.
 
         Returns:
-            A_bar: (channels, N, N), on a state that holds real and imaginary part in turn.
+            A_bar: (channels, N, N), for a state of interleaved real and imaginary parts.
             B_bar: (channels, N).
             C: (channels, 1, N).
         """
@@ -237,7 +239,7 @@ class DPLR(DenseSystem):
         return A_bar, _parts(B_bar), C[:, None]
 
     def _truncated(self, length: int) -> tuple[Tensor, int]:
-        """Return C~ (channels, n) complex and its L, at least `length`."""
+        """Return C~ (channels, n) complex and its L, which is at least `length`."""
         C = torch.view_as_complex(self.C.to(self.dtype))
         if self.l_max is not None and length <= self.l_max:
             return C, self.l_max
@@ -278,7 +280,7 @@ class DPLR(DenseSystem):
 
     def advance(self, u: Tensor, state: Tensor) -> Tensor:
         """Run one step in O(N); see `System.advance`."""
-        (decay, across, seen, B_bar), C = self.unchanged(self._step)
+        (decay, across, seen, B_bar), C = self.cached(self._step)
         with torch.no_grad():
             x = torch.view_as_complex(state)
             low = 2 * torch.einsum("crn,bcn->bcr", seen, x).real
@@ -287,7 +289,7 @@ class DPLR(DenseSystem):
             return 2 * (C * x).real.sum(-1)
 
     def _step(self) -> tuple["Discrete", Tensor]:
-        """Return what each step multiplies by, C (channels, n) last, in the type computed in."""
+        """Return the system and C (channels, n) for `advance`, in the dtype of the computation."""
         dtype = torch.complex128 if self.dtype == torch.float64 else torch.complex64
         system = Discrete(*(x.to(dtype) for x in self.discrete()))
         return system, _unfold(self.dense()[2][:, 0]).to(dtype)
@@ -298,7 +300,7 @@ class DPLR(DenseSystem):
 
     @torch.no_grad()
     def rescale_time(self, factor: float) -> None:
-        """Make every time step longer; C stays, so its C~ changes."""
+        """Scale every time step; C stays, so the parameter C~ changes."""
         C = self.dense()[2][:, 0]
         super().rescale_time(factor)
         self._learn(C)
@@ -309,7 +311,7 @@ class Discrete(NamedTuple):
 
     Attributes:
         decay: (channels, n) the diagonal.
-        across: (channels, rank, n) the columns of the low rank.
+        across: (channels, rank, n) the columns of the low-rank term.
         seen: (channels, rank, n) its rows.
         B_bar: (channels, n).
     """
@@ -321,17 +323,17 @@ class Discrete(NamedTuple):
 
 
 def _parts(x: Tensor) -> Tensor:
-    """(..., n) complex -> (..., 2 n), real and imaginary part in turn."""
+    """Return x (..., n) complex as (..., 2 n), with real and imaginary parts interleaved."""
     return torch.view_as_real(x.resolve_conj()).flatten(-2)
 
 
 def _fold(C: Tensor) -> Tensor:
-    """(..., n) complex C of y = 2 Re C x -> (..., 2 n) real that does the same to the parts of x."""
+    """Return C (..., n) complex, of y = 2 Re C x, as the (..., 2 n) real one that acts on `_parts` of x."""
     return 2 * _parts(C.conj())
 
 
 def _unfold(C: Tensor) -> Tensor:
-    """The reverse of `_fold`."""
+    """Return the inverse of `_fold`."""
     pairs = C.unflatten(-1, (-1, 2)).contiguous()  # type: ignore[no-untyped-call]
     return torch.view_as_complex(pairs / 2).conj().resolve_conj()
 
@@ -340,15 +342,15 @@ class S4(LanguageModel):
     """A language model of structured state spaces.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     config: S4Config
 
     @staticmethod
     def block(config: S4Config, generator: torch.Generator | None = None) -> Block:
-        """Make one block."""
+        """Return one block."""
         out_proj = linear(config.d_model, 2 * config.d_model, True, generator)
         return Block(config, GatedMixer(DPLR(config, config.d_model, generator), out_proj))
 

@@ -6,11 +6,11 @@ Diagonal State Spaces are as Effective as Structured State Spaces, Ankit Gupta, 
 
 Parent: S4. Kept: the layer, the time steps, the spectrum that HiPPO gave A.
 Changed: the rank-one term is dropped, so A is diagonal and the kernel a sum of n exponentials; B is folded
-into C, which is all that their product shows.
+into C, since only their product matters.
 
-Deviations from the official code: the model reads from an initial state and returns the final one; padding
-and packed sequences are honoured; the softmax of DSS runs over l_max steps, whatever the length of the text,
-so that a text in pieces gives what it gives whole.
+Deviations from the official code: the model takes an initial state and returns the final one; padding and
+packed sequences are supported; the softmax of DSS runs over l_max steps, whatever the sequence length, so
+that chunks of a sequence give the same results as the whole.
 
 The layer, for channel h of the input u:
 
@@ -20,7 +20,7 @@ The layer, for channel h of the input u:
     y   = K * u + D u
     out = glu(out_proj(gelu(y)))                            which mixes the channels
 
-Glossary: H = d_model; N = d_state, of which N / 2 complex numbers are kept; Δ = dt; Λ = A; L = seq_len, or
+Glossary: H = d_model; N = d_state, stored as N / 2 complex numbers; Δ = dt; Λ = A; L = seq_len, or
 l_max in the softmax.
 """
 
@@ -42,21 +42,21 @@ from longscan.ops import diagonal_ssm, diagonal_ssm_step, vandermonde
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257, "d_state": 16},
-    "tiny-lm": {"d_model": 384, "n_layers": 8, "vocab_size": 4096},  # what `longscan train` makes unless told
+    "tiny-lm": {"d_model": 384, "n_layers": 8, "vocab_size": 4096},  # the default of `longscan train`
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class S4DConfig(StateSpaceConfig):
-    """The sizes of an S4D and how it starts; the paper's symbols stand in the comments.
+    """The configuration of an S4D; the paper's symbols are in the comments.
 
     Raises:
         LongscanError: a value is out of range.
     """
 
-    init: Literal["legs", "inv", "lin", "real"] = "lin"  # where A starts, section 4
+    init: Literal["legs", "inv", "lin", "real"] = "lin"  # initialisation of A, section 4
     discretization: Literal["zoh", "bilinear", "softmax"] = "zoh"  # "softmax" is the kernel of DSS
-    l_max: int | None = None  # L, steps the softmax runs over
+    l_max: int | None = None  # L, the steps that the softmax runs over
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -64,19 +64,18 @@ class S4DConfig(StateSpaceConfig):
         self.check_pairs()
         if (self.l_max is not None) != (self.discretization == "softmax"):
             raise LongscanError(
-                f"l_max: expected the steps of the softmax, and only there, got {self.l_max} with "
-                f"{self.discretization!r}."
+                "l_max: expected a number of steps with discretization 'softmax' and none otherwise, got "
+                f"{self.l_max} with {self.discretization!r}."
             )
-        if self.l_max is not None:
-            self.check_count("l_max")
+        self.check("l_max")
 
 
 def spectrum(init: str, d_state: int) -> Tensor:
-    """Return the diagonal of A before training: one of each pair, (d_state / 2,) complex128.
+    """Return the initial diagonal of A, one of each conjugate pair, (d_state / 2,) complex128.
 
     Args:
-        init: "legs", the eigenvalues of HiPPO-LegS without its low rank; "inv", a formula close to them;
-            "lin", a Fourier series; "real", decay only.
+        init: "legs", the eigenvalues of the normal part of HiPPO-LegS; "inv", a formula close to them; "lin",
+            those of a Fourier series; "real", decay only.
         d_state: even.
     """
     n = torch.arange(d_state // 2, dtype=torch.float64)
@@ -92,13 +91,13 @@ class DiagonalSSM(System):
     """The systems of S4D, one per channel.
 
     Args:
-        config: the sizes.
-        channels: how many.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        channels: number of systems.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     recurrence = ("log_dt", "log_A_real", "A_imag")
-    convolves = False  # the recurrence is as fast and ends with the state
+    convolves = False  # the recurrence is as fast and returns the state
 
     def __init__(self, config: S4DConfig, channels: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -115,7 +114,7 @@ class DiagonalSSM(System):
                 self.log_A_real.copy_((-A.real).log())
                 self.A_imag.copy_(A.imag)
             nn.init.normal_(self.C, std=0.5**0.5, generator=generator)
-            if config.init == "legs":  # the official code starts from B = V* B_LegS, elsewhere from 1
+            if config.init == "legs":  # the official code initialises B with V* B_LegS, otherwise with 1
                 B = clipped(nplr("legs", config.d_state).B)
                 with torch.no_grad():
                     self.C.copy_(torch.view_as_real(torch.view_as_complex(self.C.double()) * B))
@@ -150,7 +149,7 @@ class DiagonalSSM(System):
 
     def advance(self, u: Tensor, state: Tensor) -> Tensor:
         """Run one step; see `System.advance`."""
-        return diagonal_ssm_step(state, u, *self.unchanged(self.discrete))
+        return diagonal_ssm_step(state, u, *self.cached(self.discrete))
 
     def init_state(self, batch_size: int) -> SSMState:
         """Return zeros; see `System.init_state`."""
@@ -158,7 +157,7 @@ class DiagonalSSM(System):
 
     @torch.no_grad()
     def rescale_time(self, factor: float) -> None:
-        """Make every time step longer; the softmax goes on as if it ran over the same time."""
+        """Scale every time step; the softmax keeps its normalisation."""
         before = self.dt[:, None] * self.A
         super().rescale_time(factor)
         if self.l_max is not None:
@@ -170,15 +169,15 @@ class S4D(LanguageModel):
     """A language model of diagonal state spaces.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     config: S4DConfig
 
     @staticmethod
     def block(config: S4DConfig, generator: torch.Generator | None = None) -> Block:
-        """Make one block."""
+        """Return one block."""
         out_proj = linear(config.d_model, 2 * config.d_model, True, generator)
         return Block(config, GatedMixer(DiagonalSSM(config, config.d_model, generator), out_proj))
 

@@ -2,14 +2,14 @@
 
 Ilya Sutskever, Oriol Vinyals, Quoc V. Le, 2014, arXiv 1409.3215.
 
-Parent: the recurrent language model (LSTM). It reads the source, last word first; what it remembers then, a
-vector per layer, is all that the decoder has to go by: there is no attention. Bahdanau measures against the
-encoder-decoder of Cho et al. (2014, arXiv 1406.1078), which also shows the decoder that one vector at every
-step; Luong starts from this one. It is this one here because it is the stronger of the two and because Luong
-is, to the line, this model with attention: what differs between them is what attention buys.
+Parent: the recurrent language model (LSTM). The encoder processes the source, last word first; its final
+state, a vector per layer, is all that the decoder knows of it: there is no attention. Bahdanau's baseline is
+the encoder-decoder of Cho et al. (2014, arXiv 1406.1078), which also feeds that one vector to the decoder at
+every step; Luong's is this one. This one is here because it is the stronger of the two and because Luong is
+exactly this model plus attention: the difference between them is what attention buys.
 
-Deviations: one vocabulary for both languages; dropout, on embeddings, between layers and before the softmax
-(Zaremba et al., 2014, arXiv 1409.2329), as the small data sets of today ask for.
+Deviations: one vocabulary for both languages; dropout on embeddings, between layers and before the softmax
+(Zaremba et al., 2014, arXiv 1409.2329), which small data sets need.
 
     i, f, o = sigmoid(W x + U h + b)    g = tanh(W x + U h + b)    c = f c + i g    h = o tanh(c)
 
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from longscan.models.common.encoder_decoder import Translator, TranslatorConfig, Writing, embedding
+from longscan.models.common.encoder_decoder import DecoderState, Translator, TranslatorConfig, embedding
 from longscan.models.common.entry import ModelEntry
 from longscan.models.common.layers import linear
 from longscan.models.common.state import State
@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Seq2SeqConfig(TranslatorConfig):
-    """The sizes of a deep LSTM encoder-decoder.
+    """The configuration of a deep LSTM encoder-decoder.
 
     Raises:
         LongscanError: a value is out of range.
@@ -52,16 +52,16 @@ class Seq2SeqConfig(TranslatorConfig):
     d_embedding: int
     d_hidden: int
     n_layers: int = 4
-    reverse: bool = True  # read the source from its end to its start, section 3.3
+    reverse: bool = True  # encode the source from its end to its start, section 3.3
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        self.check_counts("d_embedding", "d_hidden", "n_layers")
+        self.check("d_embedding", "d_hidden", "n_layers")
 
 
 class LSTMState(NamedTuple):
-    """What one layer remembers.
+    """The state of one layer.
 
     Attributes:
         h: (batch, d_hidden).
@@ -73,27 +73,27 @@ class LSTMState(NamedTuple):
 
 
 class Cell(Protocol):
-    """A recurrent layer, one step at a time."""
+    """A step of a recurrent layer."""
 
     def __call__(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-        """Take projected inputs (batch, ...) and the state; return the next one, first what is read of it."""
+        """Return the state after projected inputs x (batch, ...); its first tensor is the output."""
 
 
 def unroll(
     cell: Cell, x: Tensor, state: tuple[Tensor, ...], mask: Tensor | None = None, backward: bool = False
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Run a cell over sentences; padding leaves its state as it is.
+    """Return the outputs of a cell over sentences, and its state; padding does not change the state.
 
     Args:
         cell: the cell.
-        x: (batch, seq_len, ...) its projected inputs.
+        x: (batch, seq_len, ...) projected inputs.
         state: tensors (batch, d_hidden).
-        mask: (batch, seq_len) boolean, False in padding; there is none if None.
-        backward: whether to read from right to left.
+        mask: (batch, seq_len) boolean, False in padding; no padding if None.
+        backward: whether to run from right to left.
 
     Returns:
         outputs: (batch, seq_len, d_hidden), the first tensor of the state after each token.
-        state: after the last token read.
+        state: after the last token.
     """
     columns = x.unbind(1)
     outputs: list[Tensor] = []
@@ -109,7 +109,7 @@ def unroll(
 
 
 class LSTMCell(nn.Module):
-    """One layer of LSTM; the inputs of a whole sentence are projected in one product.
+    """An LSTM layer; the inputs of a sentence are projected in one product.
 
     Args:
         d_in: width of the inputs.
@@ -122,10 +122,10 @@ class LSTMCell(nn.Module):
         self.recurrent = linear(d_hidden, 4 * d_hidden, False)
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """Take one step.
+        """Return the state after one step.
 
         Args:
-            x: (batch, 4 d_hidden), inputs through `input`.
+            x: (batch, 4 d_hidden), inputs projected by `input`.
             h: (batch, d_hidden).
             c: (batch, d_hidden).
 
@@ -138,13 +138,13 @@ class LSTMCell(nn.Module):
 
 
 class LSTM(nn.Module):
-    """Layers of LSTM, each reading the one below, with dropout between them.
+    """A stack of LSTM layers, with dropout between them.
 
     Args:
         d_in: width of the inputs.
         d_hidden: width of each layer.
-        n_layers: how many.
-        dropout: share of the numbers dropped between layers.
+        n_layers: number of layers.
+        dropout: dropout probability between layers.
     """
 
     def __init__(self, d_in: int, d_hidden: int, n_layers: int, dropout: float) -> None:
@@ -153,14 +153,14 @@ class LSTM(nn.Module):
         self.layers = nn.ModuleList(LSTMCell(d_hidden if i else d_in, d_hidden) for i in range(n_layers))
 
     def init_state(self, batch_size: int) -> list[LSTMState]:
-        """Return the state before any token: zeros."""
+        """Return the initial state: zeros."""
         zeros = next(self.parameters()).new_zeros(batch_size, self.d_hidden)
         return [LSTMState(zeros, zeros)] * len(self.layers)
 
     def forward(
         self, x: Tensor, state: list[LSTMState], mask: Tensor | None = None, backward: bool = False
     ) -> tuple[Tensor, list[LSTMState]]:
-        """Read whole sentences, layer by layer.
+        """Return the outputs of whole sentences, and the state.
 
         Args:
             x: (batch, seq_len, d_in).
@@ -170,7 +170,7 @@ class LSTM(nn.Module):
 
         Returns:
             outputs: (batch, seq_len, d_hidden) of the top layer.
-            state: of each layer after the last token read.
+            state: of each layer after the last token.
         """
         after = []
         for i, (cell, start) in enumerate(zip(self.layers, state, strict=True)):
@@ -180,18 +180,15 @@ class LSTM(nn.Module):
         return x, after
 
     def project(self, x: Tensor) -> Tensor:
-        """Project inputs (..., d_in) to what `step` takes, (..., 4 d_hidden)."""
+        """Return the inputs x (..., d_in) projected for `step`, (..., 4 d_hidden)."""
         return cast(Tensor, cast(LSTMCell, self.layers[0]).input(x))
 
     def step(self, x: Tensor, state: list[LSTMState]) -> list[LSTMState]:
-        """Read one token.
+        """Return the state of each layer after one more token; the h of the last is the output.
 
         Args:
-            x: (batch, 4 d_hidden), inputs through `project`.
+            x: (batch, 4 d_hidden), inputs projected by `project`.
             state: of each layer.
-
-        Returns:
-            The state of each layer after the token; the h of the last is the output.
         """
         after: list[LSTMState] = []
         for i, (cell, before) in enumerate(zip(self.layers, state, strict=True)):
@@ -202,7 +199,7 @@ class LSTM(nn.Module):
 
 
 class Source(NamedTuple):
-    """All the decoder knows of the source beside the state it starts from: how many sentences there are.
+    """The decoder's memory of the source: nothing but the number of sentences, as there is no attention.
 
     Attributes:
         lengths: (batch,) of the sentences.
@@ -212,11 +209,11 @@ class Source(NamedTuple):
 
 
 class Seq2Seq(Translator):
-    """A deep LSTM reads, another one writes from where the first one stopped.
+    """A deep LSTM encoder, whose final state is the initial state of a deep LSTM decoder.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     config: Seq2SeqConfig
@@ -230,20 +227,20 @@ class Seq2Seq(Translator):
         self.head = linear(config.d_hidden, config.vocab_size, False)
         uniform(self, 0.08, generator)  # section 3.4
 
-    def read(self, source: Tensor, weights: dict[str, Tensor] | None = None) -> Writing:
-        """Read source sentences; see `Translator.read`."""
+    def encode(self, source: Tensor, weights: dict[str, Tensor] | None = None) -> DecoderState:
+        """Return the initial decoder state; see `Translator.encode`."""
         mask = source != self.config.pad_id
         x = self.drop(self.table("source")(source))
         _, state = self.encoder(x, self.encoder.init_state(len(source)), mask, self.config.reverse)
-        return Writing(State([*state]), State([Source(mask.sum(1))]))
+        return DecoderState(State([*state]), State([Source(mask.sum(1))]))
 
-    def write(self, target: Tensor, state: Writing, weights: dict[str, Tensor] | None = None) -> Tensor:
-        """Read whole target sentences; see `Translator.write`."""
+    def decode(self, target: Tensor, state: DecoderState, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """Return the head's input for whole target sentences; see `Translator.decode`."""
         hidden, _ = self.decoder(self.drop(self.target_embedding(target)), state.decoder.layers)
         return self.drop(hidden)
 
-    def advance(self, ids: Tensor, state: Writing) -> Tensor:
-        """Read one target token per row; see `Translator.advance`."""
+    def advance(self, ids: Tensor, state: DecoderState) -> Tensor:
+        """Return the head's input after one more target token per row; see `Translator.advance`."""
         x = self.decoder.project(self.drop(self.target_embedding(ids)))
         layers = self.decoder.step(x, state.decoder.layers)
         state.decoder = State([*layers])
@@ -252,11 +249,11 @@ class Seq2Seq(Translator):
 
 @torch.no_grad()
 def uniform(model: nn.Module, bound: float, generator: torch.Generator | None) -> None:
-    """Draw all parameters evenly from [-bound, bound].
+    """Initialise all parameters of a model uniformly in [-bound, bound].
 
     Args:
-        model: whose.
-        bound: the largest.
+        model: the model.
+        bound: the largest absolute value.
         generator: randomness; torch's global one if None.
     """
     for parameter in model.parameters():

@@ -1,10 +1,9 @@
-"""What a whole sequence is: a class or a few numbers, told by a stack of blocks of any language model.
+"""Sequence classification and regression, with the blocks of any language model.
 
     signal or ids -> encoder -> [x + mixer(norm(x))] -> norm -> mean or last -> head
 
-The blocks are those of the line of models, so each way of remembering is tried on signals, on images as
-rows of pixels and on text as bytes, under one roof. Beside them stands the neural ODE, which alone reads the
-times of series that are not sampled evenly.
+All models of the line can be compared on signals, on images as rows of pixels and on text as bytes. The
+neural ODE joins them here: it alone uses the times of irregularly sampled series.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ __all__ = ["BODIES", "Body", "SequenceConfig", "SequenceModel"]
 
 
 class Body(NamedTuple):
-    """What blocks come from.
+    """A kind of block.
 
     Attributes:
-        config: their Config.
-        presets: known sizes, fields of the Config by name.
-        blocks: makes them, of a Config and a generator.
-        timed: whether they read times, or places only.
+        config: the class of its Config.
+        presets: name -> fields of the Config.
+        blocks: builds the blocks from a Config and a generator.
+        timed: whether the blocks use times, or positions only.
     """
 
     config: type[LanguageModelConfig]
@@ -43,7 +42,7 @@ class Body(NamedTuple):
     timed: bool = False
 
 
-#: whose blocks can stand here: all language models of the line, and what reads times
+#: the available kinds of block: those of all language models, and of the neural ODE
 BODIES: dict[str, Body] = {
     entry.name: Body(
         cast(type[LanguageModelConfig], entry.config),
@@ -59,21 +58,21 @@ BODIES: dict[str, Body] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SequenceConfig(Config):
-    """The sizes of a model that reads a sequence and says one thing of it.
+    """The configuration of a sequence classifier, or of a regression model.
 
     Attributes:
-        body: name of the model whose blocks it is made of, of BODIES.
-        body_config: their sizes; of the vocabulary only tokens make use.
-        n_outputs: classes, or numbers to be told.
-        labels: names of the classes; none if numbers are told.
+        body: the kind of block, a key of BODIES.
+        body_config: its configuration; vocab_size is used for tokens only.
+        n_outputs: number of classes, or of predicted numbers.
+        labels: names of the classes; empty for regression.
         d_input: channels of a signal; 0 means tokens.
-        mean: of each channel in the training data, taken off; nothing if empty.
+        mean: of each channel in the training data, subtracted from the input; no normalisation if empty.
         std: likewise, divided by.
-        rate: samples per second of the training data, if that is known.
-        gap: mean seconds between its steps if it came with times: the unit of a body that reads them.
-        pooling: what the head reads: the mean over the sequence, or what stands at its end.
-        bidirectional: whether each block has a second mixer, which reads backwards.
-        dropout: share of what a block adds that is left out while training.
+        rate: samples per second of the training data, if known.
+        gap: mean seconds between steps of training data with times: the unit of time of a timed body.
+        pooling: the head's input: the mean over the sequence, or its last hidden state.
+        bidirectional: whether each block has a second mixer, which runs backwards.
+        dropout: dropout probability of the blocks' outputs.
     """
 
     body: str
@@ -91,16 +90,13 @@ class SequenceConfig(Config):
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> Self:
-        """Build the configuration from plain values; see `Config.from_dict`.
+        """Return the configuration of plain values; see `Config.from_dict`.
 
         Args:
-            mapping: `body` says whose fields those of `body_config` are.
-
-        Returns:
-            The configuration.
+            mapping: `body` decides the class of `body_config`.
 
         Raises:
-            LongscanError: as `Config.from_dict`; or there is no such body.
+            LongscanError: as `Config.from_dict`, or the body is unknown.
         """
         if isinstance(mapping, Mapping) and isinstance(mapping.get("body_config"), Mapping):
             name = mapping.get("body")
@@ -120,9 +116,10 @@ class SequenceConfig(Config):
         if self.body not in BODIES or not isinstance(self.body_config, BODIES[self.body].config):
             got = f"{type(self.body_config).__name__} for {self.body!r}"
             raise LongscanError(f"body_config: expected the Config of the body, got {got}.")
-        if self.n_outputs < 1 or self.d_input < 0:
-            got = f"{self.n_outputs} and {self.d_input}"
-            raise LongscanError(f"n_outputs, d_input: expected at least 1 and at least 0, got {got}.")
+        self.check("n_outputs", least=1)
+        self.check("d_input", least=0)
+        self.check("rate", "gap", above=0)
+        self.check("dropout", least=0, below=1)
         if self.labels and (len(self.labels) != self.n_outputs or self.n_outputs < 2):
             raise LongscanError(f"labels: expected {max(2, self.n_outputs)} names, got {len(self.labels)}.")
         for name in ("mean", "std"):
@@ -133,20 +130,14 @@ class SequenceConfig(Config):
                 )
         if len(self.mean) != len(self.std) or any(value <= 0 for value in self.std):
             raise LongscanError("std: expected a positive number beside each mean.")
-        if self.rate is not None and self.rate <= 0:
-            raise LongscanError(f"rate: expected more than 0 samples per second, got {self.rate}.")
-        if self.gap is not None and self.gap <= 0:
-            raise LongscanError(f"gap: expected more than 0 seconds, got {self.gap}.")
-        if not 0 <= self.dropout < 1:
-            raise LongscanError(f"dropout: expected at least 0 and below 1, got {self.dropout}.")
 
 
-class BothWays(Mixer[Any]):
-    """Two mixers: one reads forwards, one backwards; their words are added.
+class Bidirectional(Mixer[Any]):
+    """The sum of a forward and a backward mixer.
 
     Args:
-        forth: reads forwards.
-        back: reads backwards.
+        forth: runs forwards.
+        back: runs backwards.
     """
 
     def __init__(self, forth: Mixer[Any], back: Mixer[Any]) -> None:
@@ -154,50 +145,40 @@ class BothWays(Mixer[Any]):
         self.forth, self.back = forth, back
 
     def plan(self, ids: Tensor, state: None, seq_idx: Tensor | None) -> Any:
-        """Work out what both need.
+        """Return the plans of both mixers, and the reversed positions.
 
         Args:
-            ids: (batch, seq_len) times, which stand still behind the end of a sequence.
-            state: nothing.
-            seq_idx: (batch, seq_len) the place that each place has backwards.
+            ids: (batch, seq_len) times, constant in padding.
+            state: unused.
+            seq_idx: (batch, seq_len) the reversed position of each position.
         """
         assert seq_idx is not None
-        back = (ids[:, -1:] - ids.gather(1, seq_idx)).cummax(1).values  # behind the end it would go back
+        back = (ids[:, -1:] - ids.gather(1, seq_idx)).cummax(1).values  # cummax: constant in padding too
         return self.forth.plan(ids, None, None), self.back.plan(back, None, None), seq_idx
 
     def forward(self, x: Tensor, state: None, plan: Any, /) -> tuple[Tensor, None]:
-        """Mix along time, in both directions.
-
-        Args:
-            x: (batch, seq_len, d_model).
-            state: nothing: there is none that both could continue.
-            plan: those of the mixers, and (batch, seq_len) the place that each place has backwards.
-
-        Returns:
-            y: (batch, seq_len, d_model).
-            state: nothing.
-        """
-        places, backwards, order = plan
+        """Mix along time in both directions; there is no state. See `Mixer.forward`."""
+        forwards, backwards, order = plan
         order = order[..., None].expand_as(x)
-        forth, _ = self.forth(x, None, places)
+        forth, _ = self.forth(x, None, forwards)
         back, _ = self.back(x.gather(1, order), None, backwards)
         return forth + back.gather(1, order), None
 
     def rescale_time(self, factor: float) -> None:
-        """Make every time step longer; see `Mixer.rescale_time`."""
+        """Scale every time step; see `Mixer.rescale_time`."""
         self.forth.rescale_time(factor)
         self.back.rescale_time(factor)
 
 
 class SequenceModel(Model):
-    """Reads whole sequences and tells the class of each, or numbers.
+    """A model that predicts the class of a whole sequence, or numbers.
 
-    Padding stands behind a sequence, so what is causal never sees it, and what reads backwards begins where
-    the sequence ends.
+    Padding follows a sequence, so causal mixers never see it; backward mixers start at the end of the
+    sequence.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     config: SequenceConfig
@@ -216,21 +197,21 @@ class SequenceModel(Model):
         self.layers = Blocks(blocks(body, generator))
         if config.bidirectional:
             for layer, other in zip(self.layers, blocks(body, generator), strict=True):
-                layer.mixer = BothWays(layer.mixer, other.mixer)
+                layer.mixer = Bidirectional(layer.mixer, other.mixer)
         self.norm_f = RMSNorm(d_model, body.norm_eps)
         self.head = linear(d_model, config.n_outputs, True, generator)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, times: Tensor | None = None) -> Tensor:
-        """Read sequences.
+        """Return the logits of the classes, or the predicted numbers.
 
         Args:
-            x: (batch, seq_len, d_input) of signals, or (batch, seq_len) int64 of tokens.
-            lengths: (batch,) int64, what of each row is the sequence; all if None.
-            times: (batch, seq_len) seconds, in order; at the rate of the training data, or one a step, if
-                None. Bodies that know places only, not times, ignore them: all but the neural ODE.
+            x: (batch, seq_len, d_input) signals, or (batch, seq_len) int64 tokens.
+            lengths: (batch,) int64 length of each sequence; seq_len if None.
+            times: (batch, seq_len) seconds, increasing; if None, steps at the rate of the training data, or
+                of 1 second. Only a timed body, the neural ODE, uses them.
 
         Returns:
-            (batch, n_outputs): unnormalised log p of the classes, or the numbers.
+            (batch, n_outputs).
 
         Raises:
             ValueError: shapes do not fit.
@@ -241,52 +222,52 @@ class SequenceModel(Model):
         ends = ends[:, None]  # (batch, 1)
         order = torch.where(time < ends, ends - 1 - time, time) if self.config.bidirectional else None
         clock = self._clock(times, ends, x.shape[1])
-        hidden = self._read(x, order, clock)  # (batch, seq_len, d_model)
+        hidden = self._hidden(x, order, clock)  # (batch, seq_len, d_model)
         if self.config.pooling == "last":
             return cast(Tensor, self.head(hidden[torch.arange(len(x), device=x.device), ends[:, 0] - 1]))
         weights = (time < ends).to(hidden.dtype) / ends  # (batch, seq_len)
         return cast(Tensor, self.head(torch.einsum("bl,bld->bd", weights, hidden)))
 
     def loss(self, outputs: Tensor, truth: Tensor) -> Tensor:
-        """Return the mean nats of the class, or the mean square of the error.
+        """Return the mean cross-entropy in nats, or the mean squared error.
 
         Args:
             outputs: (batch, n_outputs) of `forward`.
-            truth: (batch,) int64 numbers of classes, or (batch, n_outputs).
+            truth: (batch,) int64 class indices, or (batch, n_outputs) numbers.
         """
         return F.cross_entropy(outputs, truth) if self.config.labels else F.mse_loss(outputs, truth)
 
     def rescale_time(self, factor: float) -> None:
-        """Make every time step longer, for signals sampled at another rate than those trained on.
+        """Scale every time step, for signals of another sampling rate than the training data.
 
         Args:
             factor: old rate / new rate: 2 at half the samples per second.
 
         Raises:
-            LongscanError: the body knows no time, only places.
+            LongscanError: the body has positions only, no time steps.
         """
         for layer in self.layers:
             layer.mixer.rescale_time(factor)
 
-    def undecayed(self) -> Iterable[nn.Parameter]:
-        """Return the parameters of the recurrence, which set time scales."""
+    def no_decay_parameters(self) -> Iterable[nn.Parameter]:
+        """Return the parameters of the recurrence, which set its time scales."""
         mixers = [module for module in self.modules() if isinstance(module, Mixer)]
         return (mixer.get_parameter(name) for mixer in mixers for name in mixer.recurrence)
 
     def slow(self) -> Iterable[nn.Parameter]:
-        """Return A, B and dt of state spaces, which learn at a lower rate."""
+        """Return A, B and dt of state spaces, which have a lower learning rate."""
         mixers = [module for module in self.modules() if isinstance(module, Mixer)]
         return (mixer.get_parameter(name) for mixer in mixers for name in mixer.slow)
 
     def _clock(self, times: Tensor | None, ends: Tensor, seq_len: int) -> Tensor:
-        """Return times in the unit of the body, (batch, seq_len), which stand still behind the ends."""
+        """Return times in the unit of the body, (batch, seq_len), constant in padding."""
         step = 1 / (self.config.rate or 1)
         unit = self.config.gap or step
-        place = torch.minimum(torch.arange(seq_len, device=ends.device), ends - 1)  # (batch, seq_len)
-        return place * (step / unit) if times is None else times.gather(1, place) / unit
+        position = torch.minimum(torch.arange(seq_len, device=ends.device), ends - 1)  # (batch, seq_len)
+        return position * (step / unit) if times is None else times.gather(1, position) / unit
 
-    def _read(self, x: Tensor, order: Tensor | None, clock: Tensor) -> Tensor:
-        """Return what stands at each place after the blocks, (batch, seq_len, d_model)."""
+    def _hidden(self, x: Tensor, order: Tensor | None, clock: Tensor) -> Tensor:
+        """Return the final hidden states, (batch, seq_len, d_model)."""
         config = self.config
         if config.mean:
             x = (x - x.new_tensor(config.mean)) / x.new_tensor(config.std)
@@ -298,7 +279,7 @@ class SequenceModel(Model):
         return cast(Tensor, self.norm_f(x))
 
     def _check(self, x: Tensor, lengths: Tensor | None, times: Tensor | None) -> None:
-        """Refuse what cannot be read."""
+        """Raise ValueError unless the shapes fit."""
         d_input, shape = self.config.d_input, tuple(x.shape)
         if d_input and (x.dim() != 3 or shape[2] != d_input or 0 in shape):
             raise ValueError(f"x: expected a non-empty (batch, seq_len, {d_input}), got {shape}")

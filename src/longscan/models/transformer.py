@@ -4,12 +4,13 @@ Ashish Vaswani, Noam Shazeer, Niki Parmar, Jakob Uszkoreit, Llion Jones, Aidan N
 Polosukhin, 2017, arXiv 1706.03762.
 
 Parents: Bahdanau and Luong, whose attention it keeps and whose recurrence it drops.
-Changed: words look at each other within a sentence too, with several heads at once; since nothing is read in
-order any more, positions are added to the embeddings; all positions of a sentence are computed together.
+Changed: self-attention within each sentence, with several heads; as there is no recurrence, positional
+encodings are added to the embeddings; all positions of a sentence are computed in parallel.
 
-Deviations: none in the equations. Pre-norm (`norm_first`, Xiong et al., 2020, arXiv 2002.04745) can be
-chosen, with the norm after each stack that it needs; the paper has post-norm and no such norm. The paper
-does not say how it starts: here matrices start as Glorot and Bengio (2010), embeddings from N(0, 1/d_model).
+Deviations: none in the equations. Pre-norm (`norm_first`, Xiong et al., 2020, arXiv 2002.04745) is an option,
+with the final norm of each stack that it needs; the paper has post-norm and no final norm. The paper does not
+state its initialisation: here it is that of Glorot and Bengio (2010) for matrices, N(0, 1/d_model) for
+embeddings.
 
     x          = sqrt(d_model) E[ids] + PE,  PE[p, 2i] = sin(p / 10000^(2i/d_model)), PE[p, 2i+1] = cos(same)
     sublayer   : x = norm(x + dropout(f(x)))       pre-norm: x = x + dropout(f(norm(x)))
@@ -31,10 +32,11 @@ from torch import Tensor, nn
 
 from longscan import ops
 from longscan.errors import LongscanError
-from longscan.models.common.encoder_decoder import Translator, TranslatorConfig, Writing, embedding
+from longscan.models.common.encoder_decoder import DecoderState, Translator, TranslatorConfig, embedding
 from longscan.models.common.entry import ModelEntry
+from longscan.models.common.growable import KV
 from longscan.models.common.layers import linear, untouched
-from longscan.models.common.state import KV, State
+from longscan.models.common.state import State
 from longscan.ops import attention, attention_ref, dropout
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -68,7 +70,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig(TranslatorConfig):
-    """The sizes of a Transformer; the paper's symbols stand in the comments.
+    """The configuration of a Transformer; the paper's symbols are in the comments.
 
     Raises:
         LongscanError: a value is out of range.
@@ -85,16 +87,15 @@ class TransformerConfig(TranslatorConfig):
     def __post_init__(self) -> None:
         """Check the ranges."""
         super().__post_init__()
-        self.check_counts("d_model", "n_layers", "n_heads", "d_ff")
+        self.check("d_model", "n_layers", "n_heads", "d_ff")
         if self.d_model % self.n_heads or self.d_model % 2:
             what = f"d_model: expected an even multiple of n_heads ({self.n_heads})"
             raise LongscanError(f"{what}, got {self.d_model}.")
-        if self.norm_eps < 0:
-            raise LongscanError(f"norm_eps: expected zero or more, got {self.norm_eps}.")
+        self.check("norm_eps", least=0)
 
 
 class Memory(NamedTuple):
-    """What one decoder layer looks at.
+    """The encoder's memory for one decoder layer: the keys and values of its cross-attention.
 
     Attributes:
         k: (batch, src_len, n_heads, d_head).
@@ -106,7 +107,7 @@ class Memory(NamedTuple):
 
 
 class SourceMask(NamedTuple):
-    """Where the source is.
+    """The padding mask of the source.
 
     Attributes:
         mask: (batch, src_len) boolean, False in padding.
@@ -115,52 +116,65 @@ class SourceMask(NamedTuple):
     mask: Tensor
 
 
+def sinusoid_angles(position: Tensor, d_model: int) -> Tensor:
+    """Return the angles of the positional encodings, position / 10000^(2i / d_model) (section 3.5).
+
+    Args:
+        position: (...) integers.
+        d_model: an even width.
+
+    Returns:
+        (..., d_model / 2) float64.
+    """
+    even = torch.arange(0, d_model, 2, device=position.device, dtype=torch.float64)
+    return position[..., None].double() * torch.exp(even * (-math.log(10000) / d_model))
+
+
 def sinusoids(begin: int, end: int, d_model: int) -> Tensor:
-    """Compute the positional encodings, section 3.5.
+    """Return the positional encodings of a range (section 3.5).
 
     Args:
         begin: first position.
-        end: the one after the last.
-        d_model: their width.
+        end: one past the last position.
+        d_model: an even width.
 
     Returns:
-        (end - begin, d_model) float64; sines at even places, cosines at odd ones.
+        (end - begin, d_model) float64; sines at even indices, cosines at odd ones.
     """
-    rates = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float64) * (-math.log(10000) / d_model))
-    angles = torch.outer(torch.arange(begin, end, dtype=torch.float64), rates)
+    angles = sinusoid_angles(torch.arange(begin, end), d_model)
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)
 
 
 class MultiHeadAttention(nn.Module):
-    """Several heads of attention, each in its own projection (section 3.2.2).
+    """Multi-head attention (section 3.2.2).
 
     Args:
-        d_model: width in and out.
-        n_heads: heads, each d_model / n_heads wide.
-        name: of its weights.
+        d_model: width of input and output.
+        n_heads: heads, each of width d_model / n_heads.
+        name: the key of its attention weights.
     """
 
     def __init__(self, d_model: int, n_heads: int, name: str) -> None:
         super().__init__()
         self.d_model, self.n_heads, self.name = d_model, n_heads, name
-        self.in_proj = linear(d_model, 3 * d_model, True)  # W^Q, W^K, W^V, one below the other
+        self.in_proj = linear(d_model, 3 * d_model, True)  # W^Q, W^K, W^V, stacked
         self.out_proj = linear(d_model, d_model, True)  # W^O
 
     def qkv(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Project x (batch, len, d_model) to queries, keys and values, each (batch, len, n_heads, d_head)."""
+        """Return queries, keys and values, each (batch, len, n_heads, d_head), of x (batch, len, d_model)."""
         return cast(Tensor, self.in_proj(x)).view(*x.shape[:-1], 3, self.n_heads, -1).unbind(2)
 
     def query(self, x: Tensor) -> Tensor:
-        """Project x (batch, len, d_model) to queries (batch, len, n_heads, d_head)."""
+        """Return the queries (batch, len, n_heads, d_head) of x (batch, len, d_model)."""
         return self._part(x, slice(self.d_model)).view(*x.shape[:-1], self.n_heads, -1)
 
     def memory(self, x: Tensor) -> Memory:
-        """Project x (batch, len, d_model) to keys and values (batch, len, n_heads, d_head)."""
+        """Return the keys and values (batch, len, n_heads, d_head) of x (batch, len, d_model)."""
         both = self._part(x, slice(self.d_model, None))
         return Memory(*both.view(*x.shape[:-1], 2, self.n_heads, -1).unbind(2))
 
     def _part(self, x: Tensor, rows: slice) -> Tensor:
-        """Project x (batch, len, d_model) by some rows of in_proj; an adapted one is called as a whole."""
+        """Return x (batch, len, d_model) projected by rows of in_proj, called as a whole if adapted."""
         if not untouched(self.in_proj):
             return cast(Tensor, self.in_proj(x))[..., rows]
         return ops.linear(x, self.in_proj.weight[rows], self.in_proj.bias[rows])
@@ -174,7 +188,7 @@ class MultiHeadAttention(nn.Module):
         causal: bool = False,
         weights: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """Attend and join the heads.
+        """Return the attention output, with the heads concatenated and projected.
 
         Args:
             q: (batch, q_len, n_heads, d_head).
@@ -182,7 +196,7 @@ class MultiHeadAttention(nn.Module):
             v: likewise.
             mask: see `ops.attention`.
             causal: likewise.
-            weights: receives the weights.
+            weights: receives the attention weights.
 
         Returns:
             (batch, q_len, d_model).
@@ -195,10 +209,10 @@ class MultiHeadAttention(nn.Module):
 
 
 class Layer(nn.Module):
-    """One block of either stack: attention within the sentence, to the source in the decoder, feed-forward.
+    """A layer of either stack: self-attention, cross-attention in the decoder, feed-forward.
 
     Args:
-        config: the sizes.
+        config: the configuration.
         stack: "encoder" or "decoder".
         index: which layer of it.
     """
@@ -224,21 +238,21 @@ class Layer(nn.Module):
         cache: KV | None = None,
         weights: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """Transform each position.
+        """Return the next hidden states.
 
         Args:
             x: (batch, len, d_model).
             mask: (sentences, 1, 1, src_len) of the source, see `ops.attention`.
-            memory: what a decoder looks at, of (sentences, src_len, n_heads, d_head); the rows of one
-                sentence stand together in x.
-            cache: a decoder's keys and values of the positions before; those of the one in x join them.
+            memory: keys and values of the cross-attention, (sentences, src_len, n_heads, d_head); in x the
+                rows of a sentence are adjacent.
+            cache: the KV cache of a decoder, to which the single position in x is appended.
             weights: receives the attention weights.
 
         Returns:
             (batch, len, d_model).
         """
 
-        def look_within(y: Tensor) -> Any:
+        def self_attention(y: Tensor) -> Any:
             q, k, v = self.self_attn.qkv(y)
             if memory is None:
                 return self.self_attn(q, k, v, mask, weights=weights)
@@ -249,29 +263,30 @@ class Layer(nn.Module):
                 k, v = cache.k[:, : t + 1], cache.v[:, : t + 1]
             return self.self_attn(q, k, v, causal=True, weights=weights)
 
-        def look_at_source(y: Tensor) -> Any:
+        def cross_attention(y: Tensor) -> Any:
             assert memory is not None
-            q = self.cross_attn.query(y)  # a beam's hypotheses are so many queries to one sentence
-            together = q.reshape(len(memory.k), -1, *q.shape[2:])
-            return self.cross_attn(together, *memory, mask, weights=weights).view(y.shape)
+            q = self.cross_attn.query(y)
+            # the hypotheses of a beam are further queries to their sentence
+            grouped = q.reshape(len(memory.k), -1, *q.shape[2:])
+            return self.cross_attn(grouped, *memory, mask, weights=weights).view(y.shape)
 
-        x = self._add(x, self.norm1, look_within)
+        x = self._add(x, self.norm1, self_attention)
         if memory is not None:
-            x = self._add(x, self.norm2, look_at_source)
+            x = self._add(x, self.norm2, cross_attention)
         return self._add(x, self.norm3, lambda y: self.linear2(self.linear1(y).relu()))
 
     def _add(self, x: Tensor, norm: nn.LayerNorm, f: Callable[[Tensor], Any]) -> Tensor:
-        """Add what a sublayer says, with the norm before or after."""
+        """Return x plus the output of a sublayer, with the norm before or after."""
         y = dropout(f(norm(x) if self.norm_first else x), self.dropout, self.training)
         return x + y if self.norm_first else cast(Tensor, norm(x + y))
 
 
 class Transformer(Translator):
-    """An encoder and a decoder of attention layers.
+    """The Transformer: an encoder and a decoder of attention layers.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
     """
 
     config: TransformerConfig
@@ -291,11 +306,11 @@ class Transformer(Translator):
             nn.LayerNorm(config.d_model, config.norm_eps) if config.norm_first else nn.Identity()
             for _ in range(2)
         )
-        self._start(generator)
+        self._init_weights(generator)
 
     @torch.no_grad()
-    def _start(self, generator: torch.Generator | None) -> None:
-        """Draw the matrices; norms and biases are set."""
+    def _init_weights(self, generator: torch.Generator | None) -> None:
+        """Initialise the matrices; norms and biases are initialised already."""
         d_model = self.config.d_model
         packed = {id(m.in_proj) for m in self.modules() if isinstance(m, MultiHeadAttention)}
         for module in self.modules():
@@ -305,31 +320,31 @@ class Transformer(Translator):
                 for matrix in module.weight.chunk(3 if id(module) in packed else 1):
                     nn.init.xavier_uniform_(matrix, generator=generator)
 
-    def read(self, source: Tensor, weights: dict[str, Tensor] | None = None) -> Writing:
-        """Read source sentences, and project them to the keys and values of every decoder layer, once."""
+    def encode(self, source: Tensor, weights: dict[str, Tensor] | None = None) -> DecoderState:
+        """Return the initial decoder state, with the keys and values of every layer's cross-attention."""
         mask = source != self.config.pad_id
-        everywhere = None if bool(mask.all()) else mask[:, None, None, :]
+        padding = None if bool(mask.all()) else mask[:, None, None, :]
         x = self._embed(self.table("source"), source, 0)
         for layer in self.encoder:
-            x = layer(x, everywhere, weights=weights)
+            x = layer(x, padding, weights=weights)
         x = self.encoder_norm(x)
         memory = [cast(Layer, layer).cross_attn.memory(x) for layer in self.decoder]
         n_heads, d_head = memory[0].k.shape[2:]
-        nothing = x.new_empty(len(x), 0, n_heads, d_head)
-        caches = [KV(nothing, nothing, mask.new_zeros(len(x), dtype=torch.long)) for _ in memory]
-        return Writing(State([*caches]), State([*memory, SourceMask(mask)]))
+        empty = x.new_empty(len(x), 0, n_heads, d_head)
+        caches = [KV(empty, empty, mask.new_zeros(len(x), dtype=torch.long)) for _ in memory]
+        return DecoderState(State([*caches]), State([*memory, SourceMask(mask)]))
 
-    def write(self, target: Tensor, state: Writing, weights: dict[str, Tensor] | None = None) -> Tensor:
-        """Read whole target sentences; see `Translator.write`."""
+    def decode(self, target: Tensor, state: DecoderState, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """Return the head's input for whole target sentences; see `Translator.decode`."""
         *memory, (mask,) = state.memory.layers
-        everywhere = None if bool(mask.all()) else mask[:, None, None, :]
+        padding = None if bool(mask.all()) else mask[:, None, None, :]
         x = self._embed(self.target_embedding, target, 0)
         for layer, kv in zip(self.decoder, memory, strict=True):
-            x = layer(x, everywhere, kv, weights=weights)
+            x = layer(x, padding, kv, weights=weights)
         return cast(Tensor, self.decoder_norm(x))
 
-    def advance(self, ids: Tensor, state: Writing) -> Tensor:
-        """Read one target token per row; see `Translator.advance`."""
+    def advance(self, ids: Tensor, state: DecoderState) -> Tensor:
+        """Return the head's input after one more target token per row; see `Translator.advance`."""
         *memory, (mask,) = state.memory.layers
         state.decoder.reserve(1)
         x = self._embed(self.target_embedding, ids.unsqueeze(1), state.position)
@@ -338,7 +353,7 @@ class Transformer(Translator):
         return cast(Tensor, self.decoder_norm(x).squeeze(1))
 
     def _embed(self, table: nn.Module, ids: Tensor, begin: int) -> Tensor:
-        """Embed ids (batch, len) at the positions from `begin` on."""
+        """Return the embeddings of ids (batch, len), with positional encodings from `begin` on."""
         x = table(ids) * self.embedding_scale
         return self.drop(x + sinusoids(begin, begin + ids.shape[1], x.shape[-1]).to(x))
 

@@ -1,9 +1,8 @@
-"""What every translator here has: the ids around it, its loss, its state while it writes.
+"""The encoder-decoder translation model that papers fill in: special ids, loss, decoder state.
 
-A translator reads a source sentence and writes a target sentence, each token given the source and the tokens
-before it. One vocabulary serves both languages. Source rows are tokens, eos_id, then pad_id; target rows are
-bos_id, tokens, eos_id, then pad_id. Padding stands on the right and changes nothing: neither what a row gives
-nor what its neighbours give.
+The encoder maps a source sentence to a memory; the decoder predicts each target token from the memory and the
+target tokens before it. One vocabulary serves both languages. Source rows are tokens, eos_id, then pad_id;
+target rows are bos_id, tokens, eos_id, then pad_id. Padding on the right changes no result.
 """
 
 import dataclasses
@@ -24,14 +23,14 @@ from longscan.ops import dropout
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TranslatorConfig(Config):
-    """What every translator here has; a model's own Config adds its letters.
+    """The fields that all translation models share; each model's own Config adds its paper's.
 
     Attributes:
-        vocab_size: tokens the tokenizer knows, of both languages.
-        pad_id: fills rows up on the right.
-        bos_id: what a target sentence starts with.
-        eos_id: what every sentence ends with.
-        dropout: share of the numbers that is dropped in training, where the model says.
+        vocab_size: number of tokens in the vocabulary, which both languages share.
+        pad_id: padding, on the right.
+        bos_id: the first token of a target sentence.
+        eos_id: the last token of every sentence.
+        dropout: dropout probability, applied where the model's file says.
     """
 
     vocab_size: int
@@ -47,36 +46,22 @@ class TranslatorConfig(Config):
             LongscanError: a value is out of range.
         """
         super().__post_init__()
-        self.check_counts("vocab_size")
+        self.check("vocab_size")
         special = (self.pad_id, self.bos_id, self.eos_id)
         if len(set(special)) < 3 or not all(0 <= token < self.vocab_size for token in special):
             limit = f"three different ids below vocab_size ({self.vocab_size})"
             raise LongscanError(f"pad_id, bos_id, eos_id: expected {limit}, got {special}.")
-        if not 0 <= self.dropout < 1:
-            raise LongscanError(f"dropout: expected a share from 0 to below 1, got {self.dropout}.")
-
-    def check_counts(self, *names: str) -> None:
-        """Insist that fields are whole numbers of at least 1.
-
-        Args:
-            names: the fields.
-
-        Raises:
-            LongscanError: one is not.
-        """
-        for name in names:
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise LongscanError(f"{name}: expected a whole number of at least 1, got {value!r}.")
+        self.check("dropout", least=0, below=1)
 
 
 class TranslatorOutput(NamedTuple):
-    """What a forward pass returns.
+    """The result of a forward pass.
 
     Attributes:
         logits: (batch, tgt_len, vocab_size): position t predicts target[t + 1].
-        weights: name -> (batch, n_heads, who looks, what at), or None if not asked for. "cross", of one head,
-            in a recurrent model with attention; "encoder.0", "decoder.0", "cross.0" ... in a Transformer.
+        weights: name -> attention weights (batch, n_heads, q_len, k_len), or None if not requested. "cross",
+            of one head, in a recurrent model with attention; "encoder.0", "decoder.0", "cross.0" ... in a
+            Transformer.
     """
 
     logits: Tensor
@@ -84,14 +69,14 @@ class TranslatorOutput(NamedTuple):
 
 
 @dataclasses.dataclass(eq=False)
-class Writing:
-    """A sentence half written: what the decoder remembers, and the source it looks at.
+class DecoderState:
+    """The state of decoding: that of the decoder, and the encoder's memory.
 
     Attributes:
-        decoder: one row per sentence that is written.
-        memory: one row per source sentence; nothing changes it. If there are more rows in `decoder`, those of
-            one source stand together, as many of each: so the hypotheses of a beam share one memory.
-        position: target tokens read, the same for all rows.
+        decoder: one row per hypothesis.
+        memory: one row per source sentence; never modified. If `decoder` has more rows, those of one source
+            are adjacent, and equally many for each source: the hypotheses of a beam share one memory.
+        position: target tokens consumed, the same for all rows.
     """
 
     decoder: State
@@ -100,23 +85,23 @@ class Writing:
 
     @property
     def width(self) -> int:
-        """Rows of each source sentence."""
+        """Rows per source sentence: the beam size."""
         return self.decoder.batch_size // self.memory.batch_size
 
-    def clone(self) -> "Writing":
-        """Return a copy that further steps on this state do not touch."""
+    def clone(self) -> "DecoderState":
+        """Return an independent copy, which shares the memory."""
         return dataclasses.replace(self, decoder=self.decoder.clone())
 
-    def fork(self, n: int) -> "Writing":
-        """Copy every row n times; the copies stand together and share the memory.
+    def fork(self, n: int) -> "DecoderState":
+        """Return a state with n copies of every row, adjacent and sharing the memory.
 
         Args:
             n: copies of each row.
         """
         return dataclasses.replace(self, decoder=self.decoder.fork(n))
 
-    def select(self, rows: Tensor | Sequence[int]) -> "Writing":
-        """Copy some rows, each with a memory of its own.
+    def select(self, rows: Tensor | Sequence[int]) -> "DecoderState":
+        """Return a copy of some rows, each with its own row of the memory.
 
         Args:
             rows: indices.
@@ -124,15 +109,13 @@ class Writing:
         rows = torch.as_tensor(rows)
         return self.branch(rows, rows // self.width)
 
-    def branch(self, rows: Tensor, sentences: Tensor | None = None) -> "Writing":
-        """Copy the rows that a beam goes on with.
+    def branch(self, rows: Tensor, sentences: Tensor | None = None) -> "DecoderState":
+        """Return a new state of the surviving hypotheses of a beam search.
 
         Args:
-            rows: (n,) indices, as many for each source sentence that stays, in the order of the sentences.
-            sentences: indices of the source sentences that stay; all if None, and none of them is copied.
-
-        Returns:
-            A new state.
+            rows: (n,) indices, equally many for each remaining source sentence, in the order of the
+                sentences.
+            sentences: indices of the remaining source sentences; all if None, and the memory is not copied.
         """
 
         def pick(state: State, index: Tensor) -> State:  # several times as fast as State.select
@@ -143,16 +126,16 @@ class Writing:
 
 
 class Translator(Model):
-    """A model that writes one sentence while it looks at another.
+    """An encoder-decoder model for translation.
 
-    A subclass brings `read`, `write` and `advance`; what they return becomes logits through `head`.
+    A subclass defines `encode`, `decode` and `advance`; `head` turns their results into logits.
 
     Attributes:
-        source_embedding: None if it is the target embedding.
-        target_embedding: of the words that were written.
-        head: None if it is the target embedding.
-        max_positions: longest sentence it can take; None if there is no limit.
-        embedding_scale: what embeddings are multiplied with on their way in.
+        source_embedding: None if it is tied to the target embedding.
+        target_embedding: of the decoder's input tokens.
+        head: None if it is tied to the target embedding.
+        max_positions: the longest supported sentence; None if there is no limit.
+        embedding_scale: factor that input embeddings are multiplied by.
     """
 
     config: TranslatorConfig
@@ -162,50 +145,47 @@ class Translator(Model):
     max_positions: int | None = None
     embedding_scale: float = 1.0
 
-    def read(self, source: Tensor, weights: dict[str, Tensor] | None = None) -> Writing:
-        """Read source sentences.
+    def encode(self, source: Tensor, weights: dict[str, Tensor] | None = None) -> DecoderState:
+        """Return the decoder's initial state, before bos_id, for source sentences.
 
         Args:
             source: (batch, src_len) int64.
             weights: receives the attention weights.
-
-        Returns:
-            The state before bos_id.
         """
         raise NotImplementedError
 
-    def write(self, target: Tensor, state: Writing, weights: dict[str, Tensor] | None = None) -> Tensor:
-        """Read whole target sentences from the start.
+    def decode(self, target: Tensor, state: DecoderState, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """Return the head's input for whole target sentences (teacher forcing).
 
         Args:
             target: (batch, tgt_len) int64.
-            state: of `read`.
+            state: of `encode`.
             weights: receives the attention weights.
 
         Returns:
-            (batch, tgt_len, d_out), what the head reads.
+            (batch, tgt_len, d_out).
         """
         raise NotImplementedError
 
-    def advance(self, ids: Tensor, state: Writing) -> Tensor:
-        """Read one target token per row.
+    def advance(self, ids: Tensor, state: DecoderState) -> Tensor:
+        """Return the head's input after one more target token per row.
 
         Args:
             ids: (rows,) int64.
             state: overwritten with the state after the token.
 
         Returns:
-            (rows, d_out), what the head reads.
+            (rows, d_out).
         """
         raise NotImplementedError
 
     def forward(self, source: Tensor, target: Tensor, *, return_weights: bool = False) -> TranslatorOutput:
-        """Predict every next token of the target sentences.
+        """Return the logits of every next token of the target sentences.
 
         Args:
             source: (batch, src_len) int64: tokens, eos_id, then pad_id.
             target: (batch, tgt_len) int64: bos_id, tokens, eos_id or not, then pad_id.
-            return_weights: whether to return where the model looked.
+            return_weights: whether to return the attention weights.
 
         Returns:
             logits, weights; see `TranslatorOutput`.
@@ -217,28 +197,28 @@ class Translator(Model):
         return TranslatorOutput(self._project(self._hidden(source, target, weights)), weights)
 
     def loss(self, source: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """Compute the mean nats of the target tokens, without holding all logits.
+        """Return the mean cross-entropy of the target tokens in nats, without materialising all logits.
 
         Args:
             source: as in `forward`.
             target: likewise.
-            label_smoothing: s: the target token is to have 1 - s and each of the other vocab_size - 1
-                tokens s / (vocab_size - 1). This is the form of tensor2tensor, the code of Vaswani et al.,
-                2017 (section 5.4); the paper they cite, Szegedy et al., 2015, arXiv 1512.00567, gives
+            label_smoothing: s: the target distribution gives 1 - s to the target token and s / (vocab_size -
+                1) to each other token. This is the form of tensor2tensor, the code of Vaswani et al., 2017
+                (section 5.4); the paper they cite, Szegedy et al., 2015, arXiv 1512.00567, gives
                 s / vocab_size to every token, the target included.
 
         Returns:
-            () mean over the tokens after bos_id that are no padding.
+            () mean over the tokens after bos_id, padding aside.
 
         Raises:
             ValueError: shapes do not fit, or there is no such token.
         """
         hidden = self._hidden(source, target[:, :-1], None)
-        wanted = target[:, 1:] != self.config.pad_id
-        if not bool(wanted.any()):
+        real = target[:, 1:] != self.config.pad_id
+        if not bool(real.any()):
             raise ValueError("target: expected a token after bos_id, got none")
-        hidden, truth, vocab_size = hidden[wanted], target[:, 1:][wanted], self.config.vocab_size
-        if self.head is not None and not untouched(self.head):  # more than its weight, and must be called
+        hidden, truth, vocab_size = hidden[real], target[:, 1:][real], self.config.vocab_size
+        if self.head is not None and not untouched(self.head):  # an adapted head must be called
             logits = self._project(hidden)
             scores: Tensor = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
             other = label_smoothing / (vocab_size - 1) if label_smoothing else 0.0
@@ -248,24 +228,21 @@ class Translator(Model):
         return linear_loss(hidden, matrix, truth, vocab_size, label_smoothing)
 
     @torch.no_grad()
-    def start(self, source: Tensor) -> Writing:
-        """Read source sentences, before anything is written.
+    def start(self, source: Tensor) -> DecoderState:
+        """Return the decoder's initial state, before bos_id.
 
         Args:
             source: (batch, src_len) int64, as in `forward`.
-
-        Returns:
-            The state before bos_id.
 
         Raises:
             ValueError: the shape does not fit.
         """
         _check_ids("source", source)
-        return self.read(source)
+        return self.encode(source)
 
     @torch.no_grad()
-    def step(self, ids: Tensor, state: Writing) -> tuple[Tensor, Writing]:
-        """Read one target token per row: what `forward` gives at that position.
+    def step(self, ids: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """Decode one target token per row: the logits that `forward` gives at that position.
 
         Args:
             ids: (rows,) int64, bos_id first.
@@ -280,21 +257,21 @@ class Translator(Model):
         return self._project(hidden), state
 
     def table(self, side: Literal["source", "target"]) -> nn.Embedding:
-        """Return the embedding of a side, which may be one and the same."""
+        """Return the embedding of a side; with tied embeddings both sides have the same."""
         own = self.source_embedding if side == "source" else None
         return self.target_embedding if own is None else own
 
     @torch.no_grad()
     def load_vectors(self, ids: Tensor, vectors: Tensor, side: Literal["source", "target"]) -> None:
-        """Start some embeddings from known word vectors, so that the network reads them as they are.
+        """Initialise some embeddings with pretrained word vectors; `embedding_scale` is divided out.
 
         Args:
             ids: (n,) the tokens.
-            vectors: (n, width of the embedding).
-            side: which table, if there are two.
+            vectors: (n, d_embedding).
+            side: which embedding, if there are two.
 
         Raises:
-            LongscanError: the width is another.
+            LongscanError: the vectors have another width than the embedding.
         """
         table = self.table(side).weight
         if vectors.shape[-1] != table.shape[1]:
@@ -305,36 +282,33 @@ class Translator(Model):
         table[ids] = vectors.to(table) / self.embedding_scale
 
     def drop(self, x: Tensor) -> Tensor:
-        """Drop a share of the numbers, in training."""
+        """Return x with dropout in training mode."""
         return dropout(x, self.config.dropout, self.training)
 
     def _hidden(self, source: Tensor, target: Tensor, weights: dict[str, Tensor] | None) -> Tensor:
-        """Compute what the head reads, (batch, tgt_len, d_out)."""
+        """Return the head's input, (batch, tgt_len, d_out)."""
         _check_ids("source", source)
         _check_ids("target", target)
         if len(source) != len(target):
             raise ValueError(f"source, target: expected as many rows, got {len(source)} and {len(target)}")
-        return self.write(target, self.read(source, weights), weights)
+        return self.decode(target, self.encode(source, weights), weights)
 
     def _project(self, hidden: Tensor) -> Tensor:
-        """Turn what the decoder returns into logits (..., vocab_size)."""
+        """Return the logits (..., vocab_size) of the decoder's outputs."""
         return project(hidden, self.target_embedding) if self.head is None else self.head(hidden)
 
 
 def _check_ids(name: str, ids: Tensor) -> None:
-    """Insist on (batch, seq_len) ids, at least one."""
+    """Raise ValueError unless ids are a non-empty (batch, seq_len)."""
     if ids.dim() != 2 or 0 in ids.shape:
         raise ValueError(f"{name}: expected a non-empty (batch, seq_len), got {tuple(ids.shape)}")
 
 
 def embedding(vocab_size: int, width: int) -> nn.Embedding:
-    """Make an embedding whose entries the model sets.
+    """Return an uninitialised embedding.
 
     Args:
         vocab_size: rows.
         width: columns.
-
-    Returns:
-        The layer.
     """
     return blank(nn.Embedding, vocab_size, width)

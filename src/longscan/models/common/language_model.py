@@ -1,7 +1,7 @@
 """The language model around a mixer: embedding -> [x + mixer(norm(x))] -> norm -> head, written once.
 
-A model file brings its own Config and Mixer; everything about tokens, the residual stream, the state and
-chunked reading is here. Parameters carry the names of the official Mamba checkpoints.
+A model file brings its own Config and Mixer. The loss, prefill, decoding and state are here, the residual
+stream in `backbone`. Parameters have the names of the official Mamba checkpoints.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,108 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from longscan import ops
-from longscan.models.common.layers import RMSNorm, WeightOnly, blank, linear, project, untouched
+from longscan.models.common.backbone import Backbone
+from longscan.models.common.layers import WeightOnly, linear, project, untouched
 from longscan.models.common.losses import count, linear_loss, nats, next_tokens, row_chunks
-from longscan.models.common.mixer import Block, Blocks, LanguageModelConfig, Mixer
+from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
 from longscan.models.common.model import Model
 from longscan.models.common.native_decode import Decoder
-from longscan.models.common.state import State, latest
+from longscan.models.common.packing import latest
+from longscan.models.common.state import State
 from longscan.ops._derivatives import composed
 
 
-class Backbone(nn.Module):
-    """From ids to the normalised residual stream that the head reads."""
-
-    def __init__(
-        self, config: LanguageModelConfig, blocks: Iterable[Block], generator: torch.Generator | None
-    ) -> None:
-        super().__init__()
-        self.residual_in_fp32 = config.residual_in_fp32
-        self.layers = Blocks(blocks)
-        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
-        self.embedding = blank(nn.Embedding, config.padded_vocab_size, config.d_model)
-        if not self.embedding.weight.is_meta:
-            nn.init.normal_(self.embedding.weight, std=0.02, generator=generator)
-
-    def forward(
-        self,
-        ids: Tensor,
-        state: State | None = None,
-        seq_idx: Tensor | None = None,
-        streams: list[Tensor] | None = None,
-    ) -> tuple[Tensor, State]:
-        """Read tokens.
-
-        Args:
-            ids: (batch, seq_len) integers.
-            state: what came before the first token; nothing if None.
-            seq_idx: (batch, seq_len), see `Mixer.plan`.
-            streams: a list that receives the residual stream before each block, (batch, seq_len, d_model).
-
-        Returns:
-            hidden: (batch, seq_len, d_model) in the type of the weights.
-            state: after the last token.
-        """
-        if ids.dim() != 2 or 0 in ids.shape:
-            raise ValueError(f"ids: expected a non-empty (batch, seq_len), got {tuple(ids.shape)}")
-        return self.mix(self._embed(ids), state, seq_idx, streams)
-
-    def mix(
-        self,
-        x: Tensor,
-        state: State | None = None,
-        seq_idx: Tensor | None = None,
-        streams: list[Tensor] | None = None,
-    ) -> tuple[Tensor, State]:
-        """Read vectors instead of tokens: what comes after the embedding.
-
-        Args:
-            x: (batch, seq_len, d_model).
-            state: see `forward`.
-            seq_idx: likewise.
-            streams: likewise.
-
-        Returns:
-            hidden: (batch, seq_len, d_model).
-            state: after the last vector.
-        """
-        before = [None] * len(self.layers) if state is None else state.layers
-        plan, after = self._first.plan(x[..., 0], before[0], seq_idx), []
-        for layer, layer_state in zip(self.layers, before, strict=True):
-            if streams is not None:
-                streams.append(x)
-            x, layer_state = layer(x, layer_state, plan)
-            after.append(layer_state)
-        return self.norm_f(x), State(after, None if state is None else state.model)
-
-    def step(self, ids: Tensor, state: State) -> Tensor:
-        """Read one token per row, ids (batch,), into the state; return hidden (batch, d_model)."""
-        state.reserve(1)
-        x, plan = self._embed(ids), self._first.plan(ids, state.layers[0], None)
-        for layer, layer_state in zip(self.layers, state.layers, strict=True):
-            x = layer.step(x, layer_state, plan)
-        return cast(Tensor, self.norm_f(x))
-
-    @property
-    def _first(self) -> Mixer[Any]:
-        """The mixer that speaks for all."""
-        return next(iter(self.layers)).mixer
-
-    def _embed(self, ids: Tensor) -> Tensor:
-        """Start the residual stream, in float32 so that many small additions are not lost."""
-        x: Tensor = self.embedding(ids)
-        return x.to(torch.promote_types(x.dtype, torch.float32)) if self.residual_in_fp32 else x
-
-
 class Output(NamedTuple):
-    """What a forward pass returns.
+    """The result of a forward pass.
 
     Attributes:
-        logits: (batch, seq_len, padded_vocab_size) in the type of the weights, or None if not asked for.
-        loss: mean nats per predicted token, float32 at least, or None without labels.
+        logits: (batch, seq_len, padded_vocab_size) in the dtype of the weights, or None if not requested.
+        loss: mean cross-entropy per predicted token in nats, at least float32, or None without labels.
         state: after the last token.
-        hidden: n_layers + 1 tensors (batch, seq_len, d_model), the residual stream before each block and last
-            what the head reads; or None if not asked for.
+        hidden: n_layers + 1 tensors (batch, seq_len, d_model): the residual stream before each block, then
+            the final hidden state, the input of the head; or None if not requested.
     """
 
     logits: Tensor | None
@@ -125,8 +43,8 @@ class LanguageModel(Model):
     """A causal language model around a stack of blocks.
 
     Args:
-        config: the model's Config, kept as `model.config`.
-        generator: randomness of the start; torch's global one if None.
+        config: available as `model.config`.
+        generator: randomness of the initialisation; torch's global one if None.
     """
 
     config: LanguageModelConfig
@@ -135,27 +53,27 @@ class LanguageModel(Model):
         super().__init__(config)
         self._decoder: Decoder | None = None
         self.backbone = Backbone(config, self.blocks(config, generator), generator)
-        self.lm_head = None  # tied: the head is the embedding, so no copy can drift and files hold it once
+        self.lm_head = None  # tied: no copy that could drift, and files hold the embedding once
         if not config.tie_embeddings:
             self.lm_head = linear(config.d_model, config.padded_vocab_size, False, generator)
 
     @staticmethod
     def block(config: Any, generator: torch.Generator | None = None) -> Block:
-        """Make one block of this model: what other bodies, not of language, are made of too.
+        """Return one block of this model; sequence classifiers are built from them too.
 
         Args:
             config: the sizes.
-            generator: randomness of the start; torch's global one if None.
+            generator: randomness of the initialisation; torch's global one if None.
         """
         raise NotImplementedError
 
     @classmethod
     def blocks(cls, config: Any, generator: torch.Generator | None = None) -> list[Block]:
-        """Make all n_layers blocks; a model whose blocks differ by their place says so here.
+        """Return all n_layers blocks; a model whose blocks differ by depth overrides this.
 
         Args:
             config: the sizes.
-            generator: randomness of the start; torch's global one if None.
+            generator: randomness of the initialisation; torch's global one if None.
         """
         return [cls.block(config, generator) for _ in range(config.n_layers)]
 
@@ -169,17 +87,19 @@ class LanguageModel(Model):
         return_hidden: bool = False,
         return_logits: bool = True,
     ) -> Output:
-        """Read tokens and predict the next one at every position.
+        """Return the logits of the next token at every position, and the loss if there are labels.
 
         Args:
             ids: (batch, seq_len) int64.
-            state: what came before the first token; gradients flow into it and out of the returned one.
+            state: before the first token; the initial state if None. Gradients flow into it and out of the
+                returned one.
             seq_idx: (batch, seq_len) int32 or int64 for packed and padded rows: a new value starts a new
                 sequence, negative means padding. The first sequence of a row continues `state`.
             labels: (batch, seq_len) int64, usually ids: position t predicts labels[t + 1]. -100 is ignored;
-                so is, with seq_idx, what lies in padding or in another sequence than the position before it.
+                with seq_idx, so are labels in padding and those at the start of a sequence.
             return_hidden: whether to return the residual streams.
-            return_logits: without them the loss is computed in pieces, far below the memory of the logits.
+            return_logits: if False, the loss is computed in chunks, with far less memory than the logits
+                take.
 
         Returns:
             logits, loss, state, hidden; see `Output`.
@@ -202,24 +122,24 @@ class LanguageModel(Model):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the embedding, also of one that is stored in fewer bits."""
+        """The dtype of the embedding, also of a quantised one."""
         return self.backbone.embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.backbone.embedding.weight.device
 
     @property
     def max_positions(self) -> int | None:
-        """Tokens of the longest text it was made for, if there is such a length."""
+        """The context length that the model was trained for; None if there is no limit."""
         return None
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Turn what the backbone returns into logits.
+        """Return the logits of final hidden states.
 
         Args:
-            hidden: (..., d_model).
+            hidden: (..., d_model) of the backbone.
 
         Returns:
             (..., padded_vocab_size); entries from vocab_size on belong to no token.
@@ -229,7 +149,7 @@ class LanguageModel(Model):
         return cast(Tensor, self.lm_head(hidden))
 
     def init_state(self, batch_size: int) -> State:
-        """Return the state before any token.
+        """Return the initial state.
 
         Args:
             batch_size: rows.
@@ -241,25 +161,25 @@ class LanguageModel(Model):
     def prefill(
         self, ids: Tensor, state: State | None = None, seq_idx: Tensor | None = None, chunk_size: int = 1024
     ) -> tuple[Tensor, State]:
-        """Read a prompt of any length in constant memory.
+        """Return the logits after a prompt, and the state; chunks keep the activation memory constant.
 
         Args:
             ids: (batch, seq_len) int64.
-            state: what came before, left as it is; nothing if None.
-            seq_idx: (batch, seq_len), see `forward`; padding may stand anywhere.
-            chunk_size: tokens read at a time.
+            state: before the prompt, not modified; the initial state if None.
+            seq_idx: (batch, seq_len), see `forward`; padding may be anywhere.
+            chunk_size: tokens per forward pass.
 
         Returns:
-            logits: (batch, padded_vocab_size) after the last token of each row that is not padding.
-            state: after it.
+            logits: (batch, padded_vocab_size) after the last token of each row, padding aside.
+            state: after that token.
 
         Raises:
-            ValueError: shapes do not fit, or a row holds nothing but padding.
+            ValueError: shapes do not fit, or a row is all padding.
         """
         if chunk_size < 1:
             raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
         if seq_idx is not None and bool((seq_idx < 0).all(1).any()):
-            raise ValueError("seq_idx: expected a token in every row, got a row of nothing but padding")
+            raise ValueError("seq_idx: expected a token in every row, got a row of only padding")
         state = self.init_state(ids.shape[0]) if state is None else state
         last, last_idx = None, None
         for begin in range(0, ids.shape[1], chunk_size):
@@ -277,30 +197,30 @@ class LanguageModel(Model):
         return self.head(last), state
 
     @torch.no_grad()
-    def step(self, ids: Tensor, state: State, unchanged: bool = False) -> tuple[Tensor, State]:
-        """Read one token per row, in one native call if the model can be decoded natively.
+    def step(self, ids: Tensor, state: State, assume_unchanged: bool = False) -> tuple[Tensor, State]:
+        """Decode one token per row, in one native call where the model allows it.
 
         Args:
             ids: (batch,) int64.
             state: overwritten with the state after the token.
-            unchanged: the caller's word that weights, modules and hooks are as they were at the last step.
-                To look at them all takes longer than everything else that Python does for a token.
+            assume_unchanged: skip the check that weights, modules and hooks are those of the last step. The
+                check takes longer than all other Python code for a token.
 
         Returns:
             logits: (batch, padded_vocab_size).
             state: the same object.
         """
-        logits = self._decode(ids[:, None], state, unchanged)
+        logits = self._decode(ids[:, None], state, assume_unchanged)
         return (self.head(self.backbone.step(ids, state)) if logits is None else logits[:, 0]), state
 
     @torch.no_grad()
-    def advance(self, ids: Tensor, state: State, unchanged: bool = False) -> tuple[Tensor, State]:
-        """Read a few tokens per row: bit for bit what as many steps give, while the weights are read once.
+    def advance(self, ids: Tensor, state: State, assume_unchanged: bool = False) -> tuple[Tensor, State]:
+        """Decode several known tokens per row in one pass over the weights; bit-exact with as many steps.
 
         Args:
             ids: (batch, steps) int64; for long texts `prefill` is faster.
             state: overwritten with the state after the last token.
-            unchanged: see `step`.
+            assume_unchanged: see `step`.
 
         Returns:
             logits: (batch, steps, padded_vocab_size), after each token.
@@ -311,20 +231,20 @@ class LanguageModel(Model):
         """
         if ids.dim() != 2 or 0 in ids.shape:
             raise ValueError(f"ids: expected a non-empty (batch, steps), got {tuple(ids.shape)}")
-        logits = self._decode(ids, state, unchanged)
+        logits = self._decode(ids, state, assume_unchanged)
         if logits is None:
             steps = [self.head(self.backbone.step(column, state)) for column in ids.unbind(1)]
             logits = torch.stack(steps, 1)
         return logits, state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or cast the model; the decoder is for the weights as they were."""
+        """Move or cast the model, and drop the native decoder, which points to the old weights."""
         self._decoder = None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def stack(self) -> tuple[ops.MambaStack, list[Tensor]] | None:
-        """Describe the weights to the native decoder, if it can run this model as it is.
+        """Return the weights for the native decoder, or None if it cannot run this model as it is.
 
         Returns:
             stack: the weights.
@@ -332,11 +252,11 @@ class LanguageModel(Model):
         """
         return None
 
-    def _decode(self, ids: Tensor, state: State, unchanged: bool) -> Tensor | None:
-        """Read ids (batch, steps) natively; None if that is not possible."""
+    def _decode(self, ids: Tensor, state: State, assume_unchanged: bool) -> Tensor | None:
+        """Return the logits of ids (batch, steps) from the native decoder; None if it does not apply."""
         if torch.compiler.is_compiling() or composed():
             return None
-        if self._decoder is None or not (unchanged or self._decoder.fresh()):
+        if self._decoder is None or not (assume_unchanged or self._decoder.fresh()):
             described = self.stack()
             self._decoder = None if described is None else Decoder(described[0], self, described[1])
             if self._decoder is None or not self._decoder.fresh():
@@ -344,31 +264,31 @@ class LanguageModel(Model):
         return self._decoder.run(ids, state)
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Compute the nats of each target without holding all logits at once.
+        """Return the cross-entropy of each target, in nats, without materialising all logits at once.
 
         Args:
-            hidden: (..., d_model) from the backbone.
-            targets: (...) int64 below vocab_size, already aligned: what follows the token at each position.
+            hidden: (..., d_model) of the backbone.
+            targets: (...) int64 below vocab_size, aligned: the token that follows each position.
 
         Returns:
-            (...) float32 at least; 0 where the target is -100.
+            (...) at least float32; 0 where the target is -100.
         """
         vocab_size = self.config.vocab_size
-        pieces = [nats(self.head(h), t, vocab_size) for h, t in row_chunks(hidden, targets, vocab_size)]
-        return torch.cat(pieces).view(targets.shape)
+        chunks = [nats(self.head(h), t, vocab_size) for h, t in row_chunks(hidden, targets, vocab_size)]
+        return torch.cat(chunks).view(targets.shape)
 
-    def undecayed(self) -> Iterable[nn.Parameter]:
-        """Return the parameters of the recurrence, which set time scales."""
+    def no_decay_parameters(self) -> Iterable[nn.Parameter]:
+        """Return the parameters of the recurrence, which set its time scales."""
         mixers = [module for module in self.modules() if isinstance(module, Mixer)]
         return (mixer.get_parameter(name) for mixer in mixers for name in mixer.recurrence)
 
     def slow(self) -> Iterable[nn.Parameter]:
-        """Return A, B and dt of state spaces, which learn at a lower rate."""
+        """Return A, B and dt of state spaces, which have a lower learning rate."""
         mixers = [module for module in self.modules() if isinstance(module, Mixer)]
         return (mixer.get_parameter(name) for mixer in mixers for name in mixer.slow)
 
     def _restart(self, state: State, last_idx: Tensor | None, seq_idx: Tensor) -> State:
-        """Forget rows whose next token opens a new sequence: the ops can't see that across chunks."""
+        """Reset rows whose next token starts a new sequence, which the ops cannot see across chunks."""
         if last_idx is None:
             return state
         first = seq_idx.gather(1, (seq_idx >= 0).int().argmax(1, keepdim=True))[:, 0]  # (batch,), < 0 if none
@@ -376,12 +296,12 @@ class LanguageModel(Model):
         return state.restarted(fresh, self.init_state(state.batch_size))
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Mean nats per target without ever holding all logits."""
+        """Return the mean cross-entropy in nats without materialising all logits at once."""
         if isinstance(self.backbone.embedding, WeightOnly):
             weight: Tensor | None = None
         elif self.lm_head is None:
             weight = self.backbone.embedding.weight
-        else:  # an adapted head (LoRA, parametrised, hooked) is more than its weight and must be called
+        else:  # an adapted head (LoRA, parametrised, hooked) does more than its weight and must be called
             weight = self.lm_head.weight if untouched(self.lm_head) else None
         if "head" in self.__dict__ or type(self).head is not LanguageModel.head:
             weight = None

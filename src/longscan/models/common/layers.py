@@ -1,4 +1,4 @@
-"""The layers every model is made of: a Linear through the fast multiplication, stored weights, the norm."""
+"""The layers that models share: the linear map, RMSNorm, and layers with quantised weights."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 at least and returned in the weight's type."""
+    """x / sqrt(mean(x^2) + eps) * weight, computed in at least float32, returned in the weight's dtype."""
 
     def __init__(self, d_model: int, eps: float) -> None:
         super().__init__()
@@ -24,19 +24,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise each token.
-
-        Args:
-            x: (..., d_model).
-
-        Returns:
-            (..., d_model).
-        """
+        """Return the normalised tokens, (..., d_model), of x (..., d_model)."""
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
 
 
 class Linear(nn.Linear):
-    """torch's Linear, through the multiplication that is fast on this processor."""
+    """torch's Linear through `ops.linear`, which picks the fastest multiplication on this processor."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., d_in) to (..., d_out)."""
@@ -44,31 +37,21 @@ class Linear(nn.Linear):
 
 
 class DtProjection(nn.Linear):
-    """A Linear that leaves adding its bias to the scan, where it enters the softplus in float32, once."""
+    """A Linear whose bias is added by the scan, in float32, inside the softplus."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Project without the bias.
-
-        Args:
-            input: (..., rank).
-
-        Returns:
-            (..., d_inner).
-        """
+        """Return the projection (..., d_inner) of input (..., rank), without the bias."""
         return ops.linear(input, self.weight)
 
 
 def linear(d_in: int, d_out: int, bias: bool, generator: torch.Generator | None = None) -> nn.Linear:
-    """Make a Linear as the official code starts it: torch's own weights, zero bias.
+    """Return a Linear with the official code's initialisation: torch's for the weight, a bias of zero.
 
     Args:
         d_in: input width.
         d_out: output width.
         bias: whether it has one.
         generator: randomness; torch's global one if None.
-
-    Returns:
-        The layer.
     """
     layer = blank(Linear, d_in, d_out, bias=bias)
     nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
@@ -78,32 +61,33 @@ def linear(d_in: int, d_out: int, bias: bool, generator: torch.Generator | None 
 
 
 def untouched(module: nn.Module) -> bool:
-    """Whether calling a Linear or convolution is what its class says, so that its weight may be used instead.
+    """Return whether a layer does no more than its class does, so that its weight may be used directly.
 
     Args:
-        module: any; one that is adapted, replaced, parametrised or watched by a hook must be called.
+        module: a Linear or convolution. If it is adapted (LoRA), parametrised, replaced or hooked, it must be
+            called.
     """
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
     return type(module) in (Linear, nn.Conv1d) and not hooks and "forward" not in module.__dict__
 
 
 class Derived:
-    """What was computed from a few small tensors, computed again once their numbers are others.
+    """A cache of results derived from a few small tensors, recomputed once their values change.
 
-    The numbers themselves are compared: a change through `.data`, as swapping in averaged weights makes it,
-    moves neither address nor version. A copied or pickled model leaves it behind.
+    The values themselves are compared: a change through `.data`, as when averaged weights are swapped in,
+    alters neither address nor version. Copies and pickles of a model start with an empty cache.
     """
 
     def __init__(self) -> None:
         self._made: dict[str, tuple[list[Tensor], Any]] = {}
 
     def get(self, name: str, tensors: Iterable[Tensor], make: Callable[[], T]) -> T:
-        """Return what was made under a name, or make it.
+        """Return a cached result, or compute it.
 
         Args:
             name: of the result.
-            tensors: all that it is made from.
-            make: makes it, without gradients.
+            tensors: everything it depends on.
+            make: computes it, without gradients.
         """
         tensors = list(tensors)
         known = self._made.get(name)
@@ -114,11 +98,11 @@ class Derived:
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Derived":
-        """Begin with nothing."""
+        """Return an empty cache."""
         return Derived()
 
     def __reduce__(self) -> tuple[type["Derived"], tuple[()]]:
-        """Likewise."""
+        """Pickle as an empty cache."""
         return Derived, ()
 
 
@@ -127,7 +111,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 class _Unset(TorchFunctionMode):
-    """Turns torch.nn.init off; torch's skip_init would, through the meta device, import a second of code."""
+    """Turns torch.nn.init off; torch's own skip_init uses the meta device, whose import takes a second."""
 
     def __torch_function__(
         self,
@@ -142,25 +126,22 @@ class _Unset(TorchFunctionMode):
 
 
 def blank(kind: type[ModuleT], *args: Any, **kwargs: Any) -> ModuleT:
-    """Make a torch module without its random start, which would draw from the global generator.
+    """Return a torch module with uninitialised parameters; the global generator is not touched.
 
     Args:
         kind: its class.
-        args: as for the class.
-        kwargs: as for the class.
-
-    Returns:
-        The module, its parameters allocated and not yet set.
+        args: of the constructor.
+        kwargs: likewise.
     """
     with _Unset():
         return kind(*args, **kwargs)
 
 
 class WeightOnly(nn.Module):
-    """A weight in a stored format of ops/quant.py, as buffers: it is used and saved, not trained.
+    """A weight in a storage format of ops/quant.py, held in buffers: used and saved, not trained.
 
     Attributes:
-        weight: the stored matrix.
+        weight: the quantised matrix.
         scale: its scales, or None.
     """
 
@@ -179,19 +160,19 @@ class WeightOnly(nn.Module):
         return kinds.get(self.weight.dtype, "int4")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move, but never cast: the format is the type, and a bias stays as wide as the activations."""
+        """Move, but never cast: the dtype is the format, and the bias has the dtype of the activations."""
         super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
         return self
 
 
 class WeightOnlyLinear(WeightOnly):
-    """A Linear whose weight is stored in fewer bits; activations and bias stay wide.
+    """A Linear with a quantised weight; activations and bias keep their precision.
 
     Args:
         weight: see `ops.quantize`.
         scale: likewise.
         bias: (n_out,), or None.
-        adds_bias: whether `forward` adds it; dt_proj leaves that to the scan.
+        adds_bias: whether `forward` adds the bias; that of dt_proj is added by the scan.
     """
 
     def __init__(
@@ -206,21 +187,21 @@ class WeightOnlyLinear(WeightOnly):
 
 
 class WeightOnlyEmbedding(WeightOnly):
-    """An embedding, and a tied head, stored in fewer bits."""
+    """A quantised embedding, which may also be the tied head."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look up (...) ids: (..., d_model) float32."""
+        """Return the embeddings (..., d_model) float32 of ids (...)."""
         flat = ids.flatten()
         scale = None if self.scale is None else self.scale[flat]
         return ops.dequantize(self.weight[flat], scale).view(*ids.shape, -1)
 
 
 def project(hidden: Tensor, embedding: nn.Module) -> Tensor:
-    """Use an embedding as a head.
+    """Return the logits of a tied head.
 
     Args:
         hidden: (..., d_model).
-        embedding: torch's, or a stored one.
+        embedding: torch's, or a quantised one.
 
     Returns:
         (..., vocab_size).

@@ -1,7 +1,7 @@
-"""The loss of a language model, in pieces: the logits are the largest tensor of a training step.
+"""The cross-entropy of a language model, in chunks: the logits are the largest tensor of a training step.
 
-It is always computed in float32 at least and over the real vocabulary: rows that pad the embedding to a round
-number take no part.
+It is always computed in at least float32 and over the real vocabulary: rows that pad the embedding to a round
+number are left out.
 """
 
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from longscan import ops
 from longscan.ops._autocast import exact
 from longscan.ops._derivatives import composed, gradients
 
-IGNORE = -100  # a label that asks for no prediction, as everywhere in torch
+IGNORE = -100  # a label that is left out of the loss, as everywhere in torch
 
 
 def next_tokens(labels: Tensor, seq_idx: Tensor | None = None) -> Tensor:
-    """Align labels with the positions that predict them.
+    """Return the labels aligned with the positions that predict them.
 
     Args:
         labels: (batch, seq_len) int64.
@@ -37,7 +37,7 @@ def next_tokens(labels: Tensor, seq_idx: Tensor | None = None) -> Tensor:
 
 
 def count(targets: Tensor) -> Tensor:
-    """Count the positions that ask for a prediction, at least 1 so that none of them means a mean loss of 0.
+    """Return the number of predicted positions; at least 1, so that the mean loss of none is 0.
 
     Args:
         targets: (...) int64.
@@ -49,7 +49,7 @@ def count(targets: Tensor) -> Tensor:
 
 
 def nats(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Compute -log p of each target.
+    """Return -log p of each target, in nats.
 
     Args:
         logits: (rows, padded_vocab_size).
@@ -57,7 +57,7 @@ def nats(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
         vocab_size: how many of the logits belong to tokens.
 
     Returns:
-        (rows,) float32 at least; 0 where the target is -100.
+        (rows,) at least float32; 0 where the target is -100.
     """
     logits = logits[:, :vocab_size]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -65,7 +65,7 @@ def nats(logits: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
 
 
 def row_chunks(hidden: Tensor, targets: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut into rows whose logits take about 16 MB of float32.
+    """Yield chunks of rows whose logits take about 16 MB of float32.
 
     Args:
         hidden: (..., d_model).
@@ -84,18 +84,20 @@ def row_chunks(hidden: Tensor, targets: Tensor, vocab_size: int) -> Iterator[tup
 def linear_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Compute the mean nats of a linear head, holding only pieces of the logits but for second derivatives.
+    """Return the mean cross-entropy of a linear head, in nats, without materialising all logits at once.
+
+    Only second derivatives need them all.
 
     Args:
         hidden: (..., d_model).
         weight: (padded_vocab_size, d_model).
         targets: (...) int64 below vocab_size, or -100.
         vocab_size: how many rows of the weight belong to tokens.
-        label_smoothing: share of the probability that the other vocab_size - 1 tokens are to have together,
-            as in tensor2tensor; Szegedy et al., 2015, spread it over all vocab_size.
+        label_smoothing: probability mass spread over the other vocab_size - 1 tokens, as in tensor2tensor;
+            Szegedy et al., 2015, spread it over all vocab_size.
 
     Returns:
-        () float32 at least; 0 if there is no target.
+        () at least float32; 0 if there is no target.
     """
     arguments = hidden, weight, targets, vocab_size, label_smoothing
     if composed():
@@ -106,7 +108,7 @@ def linear_loss(
 def _loss_of_logits(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, smoothing: float
 ) -> Tensor:
-    """Compute the same as torch differentiates it however often."""
+    """Return the same as a composite of torch's operations, differentiable any number of times."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     losses = []
     for h, t in row_chunks(hidden, targets, vocab_size):
@@ -121,11 +123,11 @@ def _loss_of_logits(
 
 
 class _LinearLoss(torch.autograd.Function):
-    """Takes the gradients while each piece of the logits exists.
+    """Computes the gradients in the forward pass, while each chunk of the logits exists.
 
-    With p = softmax(W h) and q what p should be, onehot(target) or a smoothed one, the gradient of the logits
-    is (p - q) / n_targets: known at once, so nothing of size (tokens, vocab_size) is kept for the backward
-    pass and nothing is computed twice.
+    With p = softmax(W h) and q the target distribution, one-hot or smoothed, the gradient of the logits is
+    (p - q) / n_targets: known at once, so nothing of size (tokens, vocab_size) is saved for the backward pass
+    and nothing is computed twice.
     """
 
     @staticmethod
@@ -140,16 +142,16 @@ class _LinearLoss(torch.autograd.Function):
         share = 1.0 / count(targets).to(dtype)
         other = smoothing / (vocab_size - 1) if smoothing else 0.0  # q of each token that is not the target
         for h, t in row_chunks(hidden, targets, vocab_size):
-            wanted = (t != IGNORE)[:, None] * share  # (rows, 1), what each row counts in the mean
+            share_of = (t != IGNORE)[:, None] * share  # (rows, 1) weight of each row in the mean
             index = t.masked_fill(t == IGNORE, 0)[:, None]  # (rows, 1)
             scores = F.log_softmax(ops.multiply(h, used.T).to(dtype), dim=-1)  # (rows, vocab_size)
-            loss -= ((1 - smoothing - other) * scores.gather(1, index) * wanted).sum()
+            loss -= ((1 - smoothing - other) * scores.gather(1, index) * share_of).sum()
             if other:
-                loss -= other * (scores.sum(1, keepdim=True) * wanted).sum()
+                loss -= other * (scores.sum(1, keepdim=True) * share_of).sum()
             dlogits = scores.exp_()
             if other:
                 dlogits -= other
-            dlogits.scatter_add_(1, index, torch.full_like(wanted, smoothing + other - 1)).mul_(wanted)
+            dlogits.scatter_add_(1, index, torch.full_like(share_of, smoothing + other - 1)).mul_(share_of)
             dhidden.append(ops.multiply(dlogits.to(h.dtype), used))
             dweight[:vocab_size] += ops.multiply(dlogits.T, h.to(dtype))
         gradients_of = torch.cat(dhidden).view(hidden.shape), dweight.to(weight.dtype)

@@ -1,4 +1,4 @@
-"""What a paper changes, and its place: the mixer, which moves information along time, inside a block."""
+"""The mixer, which is the part of a block that moves information along time, and the block around it."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -16,16 +16,16 @@ StateT = TypeVar("StateT", bound=tuple[Tensor, ...])
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageModelConfig(Config):
-    """What every language model here has; a model's own Config adds its letters.
+    """The fields that all language models share; each model's own Config adds its paper's.
 
     Attributes:
         d_model: width of the residual stream.
         n_layers: number of blocks.
-        vocab_size: tokens the tokenizer knows.
-        norm_eps: added to the mean square inside each norm.
+        vocab_size: number of tokens in the tokenizer's vocabulary.
+        norm_eps: epsilon of the norms, added to the mean square.
         residual_in_fp32: whether the residual stream stays float32 under narrower weights.
-        tie_embeddings: whether the head is the embedding, one parameter under one name.
-        pad_vocab_size_multiple: the embedding has vocab_size rows rounded up to this multiple.
+        tie_embeddings: whether the head shares the embedding, as one parameter under one name.
+        pad_vocab_size_multiple: the embedding has vocab_size rows, rounded up to this multiple.
     """
 
     d_model: int
@@ -43,51 +43,36 @@ class LanguageModelConfig(Config):
             LongscanError: a value is out of range.
         """
         super().__post_init__()
-        for name in ("d_model", "n_layers", "vocab_size", "pad_vocab_size_multiple"):
-            self.check_count(name)
-        if self.norm_eps < 0:
-            raise LongscanError(f"norm_eps: expected zero or more, got {self.norm_eps}.")
+        self.check("d_model", "n_layers", "vocab_size", "pad_vocab_size_multiple")
+        self.check("norm_eps", least=0)
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and of the logits; ids from vocab_size on name no token."""
+        """Rows of the embedding and entries of the logits; those from vocab_size on belong to no token."""
         return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
-
-    def check_count(self, name: str) -> None:
-        """Insist that a field is a whole number of at least 1.
-
-        Args:
-            name: the field.
-
-        Raises:
-            LongscanError: it is not.
-        """
-        value = getattr(self, name)
-        if not isinstance(value, int) or value < 1:
-            raise LongscanError(f"{name}: expected a whole number of at least 1, got {value!r}.")
 
 
 class Mixer(nn.Module, Generic[StateT]):
-    """What a paper changes: the part of a block that moves information along time.
+    """The part of a block that moves information along time: what most papers here replace.
 
     Attributes:
-        recurrence: names of the parameters that set the time scales: never below float32, never decayed.
-        slow: those of them that learn at most at `ssm_lr`, as the papers train them.
+        recurrence: names of the parameters that set the time scales: at least float32, no weight decay.
+        slow: those of them whose learning rate is at most `ssm_lr`, as in the papers.
     """
 
     recurrence: tuple[str, ...] = ()
     slow: tuple[str, ...] = ()
 
     def plan(self, ids: Tensor, state: StateT | None, seq_idx: Tensor | None) -> Any:
-        """Work out once what the mixers of all layers need to know of the places of the tokens.
+        """Return what all layers need to know of the positions of the tokens, computed once.
 
         Args:
-            ids: (batch, seq_len), or (batch,) before a step; only its shape and device count.
+            ids: (batch, seq_len), or (batch,) before a step; only its shape and device are used.
             state: of the first layer.
             seq_idx: (batch, seq_len) integers: a new value starts a new sequence, negative means padding.
 
         Returns:
-            What `forward` and `step` get; seq_idx itself unless a mixer needs more.
+            The argument `plan` of `forward` and `step`: seq_idx itself unless a mixer needs more.
         """
         return seq_idx
 
@@ -96,7 +81,7 @@ class Mixer(nn.Module, Generic[StateT]):
 
         Args:
             x: (batch, seq_len, d_model).
-            state: what came before the first token; nothing if None.
+            state: before the first token; the initial state if None.
             plan: see `plan`.
 
         Returns:
@@ -106,7 +91,7 @@ class Mixer(nn.Module, Generic[StateT]):
         raise NotImplementedError
 
     def init_state(self, batch_size: int) -> StateT:
-        """Return the state before any token.
+        """Return the initial state.
 
         Args:
             batch_size: rows.
@@ -114,7 +99,7 @@ class Mixer(nn.Module, Generic[StateT]):
         raise NotImplementedError
 
     def step(self, x: Tensor, state: StateT, plan: Any, /) -> Tensor:
-        """Take in one token per row.
+        """Mix one more token per row, as decoding does.
 
         Args:
             x: (batch, d_model).
@@ -127,13 +112,13 @@ class Mixer(nn.Module, Generic[StateT]):
         raise NotImplementedError
 
     def rescale_time(self, factor: float) -> None:
-        """Make every time step longer, for signals that are sampled at another rate than those trained on.
+        """Scale every time step, for signals of another sampling rate than the training data.
 
         Args:
             factor: old rate / new rate: 2 at half the samples per second.
 
         Raises:
-            LongscanError: the mixer knows no time, only places.
+            LongscanError: the mixer has positions only, no time steps.
         """
         kind = type(self).__name__
         raise LongscanError(
@@ -141,12 +126,12 @@ class Mixer(nn.Module, Generic[StateT]):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or cast the module; under `.bfloat16()` and `.half()` the recurrence keeps float32."""
-        kept = [self.get_parameter(name) for name in self.recurrence]
+        """Move or cast the module; under `.bfloat16()` and `.half()` the recurrence stays float32."""
+        wide = [self.get_parameter(name) for name in self.recurrence]
 
         def careful(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            if moved.itemsize < 4 and any(tensor is p or tensor is p.grad for p in kept):
+            if moved.itemsize < 4 and any(tensor is p or tensor is p.grad for p in wide):
                 return tensor.to(moved.device, torch.float32)
             return moved
 
@@ -163,12 +148,12 @@ class Block(nn.Module):
         self.mixer = mixer
 
     def forward(self, x: Tensor, state: Any, plan: Any) -> tuple[Tensor, Any]:
-        """Add the mixer's word to the residual stream x (batch, seq_len, d_model); see `Mixer.forward`."""
+        """Add the mixer's output to the residual stream x (batch, seq_len, d_model); see `Mixer.forward`."""
         y, state = self.mixer(self.norm(x), state, plan)
         return x + y, state
 
     def step(self, x: Tensor, state: Any, plan: Any) -> Tensor:
-        """Do the same for one token per row, x (batch, d_model); see `Mixer.step`."""
+        """Add the mixer's output for one token per row, x (batch, d_model); see `Mixer.step`."""
         return x + self.mixer.step(self.norm(x), state, plan)
 
 
@@ -176,5 +161,5 @@ class Blocks(nn.ModuleList):
     """The blocks of a model, in order."""
 
     def __iter__(self) -> Iterator[Block]:
-        """Yield them, typed as what they are."""
+        """Yield the blocks, with their type."""
         return iter(cast(dict[str, Block], self._modules).values())

@@ -1,7 +1,7 @@
-"""The bridge from a model to the native decoder: whether a step may take it, and that it never goes stale.
+"""The bridge from a model to the native decoder: when it applies, and when it is stale.
 
-The decoder reads the weights where they are, so it must notice when they are replaced, moved or changed where
-it holds a copy, and leave models alone whose modules are adapted, replaced or watched by hooks.
+The decoder uses the weights in place, so it must notice when they are replaced or moved, or change where it
+holds a copy. It does not apply to models whose modules are adapted, replaced or hooked.
 """
 
 from __future__ import annotations
@@ -33,30 +33,29 @@ USUAL = (
 HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)  # of all modules
 
 _EPS = attrgetter("eps")
-_differ = ctypes.CDLL(None).memcmp  # one look at memory; torch.equal takes five times as long
+_differ = ctypes.CDLL(None).memcmp  # torch.equal takes five times as long
 _differ.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 class Decoder:
-    """The native decoder of one model as it is now.
+    """The native decoder of a model in its present state.
 
     Args:
         stack: the weights.
-        model: whose they are.
+        model: the model.
         copied: the parameters that the stack holds in another form, contiguous. They are compared by
-            content: a change through `.data` moves neither their address nor their version.
+            content: a change through `.data` alters neither address nor version.
     """
 
     def __init__(self, stack: ops.MambaStack, model: nn.Module, copied: Sequence[Tensor]) -> None:
         self._stack = stack
-        self._memory = [
-            tensor.detach() for tensor in model.state_dict().values()
-        ]  # stays while it is pointed at
+        # keeps the memory alive that the stack points to
+        self._memory = [tensor.detach() for tensor in model.state_dict().values()]
         self._all = list(model.modules())
         self._types = list(map(type, self._all))
         self._parents = [module._modules for module in self._all if module._modules]
         self._children = list(chain.from_iterable(map(dict.values, self._parents)))
-        # an instance with a forward, step or head of its own is no longer what its class says
+        # an instance with its own forward, step or head no longer does what its class does
         self._methods = [(module.__dict__, "forward") for module in self._all]
         self._methods += [(module.__dict__, "step") for module in self._all if hasattr(module, "step")]
         self._methods.append((model.__dict__, "head"))
@@ -77,7 +76,7 @@ class Decoder:
         self._hooks += HOOKS
 
     def fresh(self) -> bool:
-        """Whether the model still is what it was, and nobody watches its modules; asked at every token."""
+        """Return whether the model is unchanged and no hook is set; called for every token."""
         return (
             not any(self._hooks)
             and list(map(type, self._all)) == self._types
@@ -90,14 +89,14 @@ class Decoder:
         )
 
     def run(self, ids: Tensor, state: Any) -> Tensor | None:
-        """Read tokens.
+        """Return the logits after each token, and advance the state.
 
         Args:
             ids: (batch, steps) int64.
-            state: a State of as many rows; it advances in place.
+            state: a State of as many rows, updated in place.
 
         Returns:
-            (batch, steps, padded_vocab_size) logits; None if the decoder does not take such ids or states.
+            (batch, steps, padded_vocab_size), or None if the decoder does not support these ids or states.
         """
         known = getattr(state, "native", None)
         if known is None or known[0] is not self._stack or not all(map(is_, known[1], state.layers)):
@@ -112,11 +111,11 @@ class Decoder:
         return self._stack.run(ids, known[2])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copied model has other tensors and makes its own decoder."""
+        """Copy as None: a copied model has other tensors and builds its own decoder."""
         return None
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        """Likewise a pickled one."""
+        """Pickle as None, likewise."""
         return _nothing, ()
 
 
@@ -125,18 +124,18 @@ def _nothing() -> None:
 
 
 def usual(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Whether all modules inside a model are of the types the decoder knows: no adapter, no parametrisation.
+    """Return whether the decoder supports all modules of a model: no adapter, no parametrisation.
 
     Args:
         model: any.
-        kinds: the types of the model's own that may be there beside the usual layers.
+        kinds: the model's own module types, beside the shared layers.
     """
     known = {*USUAL, *kinds}
     return all(type(module) in known for module in model.modules() if module is not model)
 
 
 def matrix(module: nn.Module) -> ops.Matrix | None:
-    """Describe the weight of a layer, if the decoder can use it where it is."""
+    """Return the weight of a layer for the decoder, or None if it cannot be used in place."""
     weight, bias = module.weight, getattr(module, "bias", None)
     scale = module.scale if isinstance(module, WeightOnly) else None
     assert isinstance(weight, Tensor)
@@ -150,13 +149,13 @@ def matrix(module: nn.Module) -> ops.Matrix | None:
 
 
 def sizes(matrix: ops.Matrix) -> tuple[int, int]:
-    """Return n_out and n_in, also of a matrix that is stored two numbers a byte."""
+    """Return n_out and n_in, also of a matrix packed to two values per byte."""
     n_out, width = matrix.weight.shape
     return n_out, 2 * width if matrix.weight.dtype == torch.uint8 else width
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether tensors are float32 and contiguous on the CPU, and torch's own: subclasses hold others."""
+    """Return whether tensors are contiguous float32 on the CPU, and no subclass with other storage."""
     return all(
         t is None
         or (

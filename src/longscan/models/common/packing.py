@@ -1,4 +1,4 @@
-"""Rows taken apart where sequences start: a mixer then need only read rows with room behind their tokens."""
+"""Packed and padded rows separated into sequences, so that a mixer need only handle right-padded rows."""
 
 import warnings
 from typing import NamedTuple, Self, TypeVar
@@ -14,21 +14,21 @@ StateT = TypeVar("StateT", bound=tuple[Tensor, ...])
 
 
 class Sections(NamedTuple):
-    """The sequences of packed and padded rows, each by itself: its tokens in front, room behind them.
+    """The sequences of packed and padded rows, each as a right-padded row of its own.
 
-    Each row has at least one, of no tokens if the row is nothing but padding.
+    Each row of the batch has at least one sequence, which is empty if the row is all padding.
 
     Attributes:
-        place: (n, longest) int64 where each token stands in the flattened batch; anything in the room.
-        inside: (n, longest) bool, False in the room.
+        position: (n, longest) int64 index of each token in the flattened batch; arbitrary in padding.
+        inside: (n, longest) bool, False in padding.
         length: (n,) int64 tokens of each sequence.
-        row: (n,) int64 the row it is from.
+        row: (n,) int64 the row it comes from.
         first: (n,) bool, whether it continues the state of its row.
-        last: (batch,) int64 the sequence each row ends in.
+        last: (batch,) int64 the last sequence of each row.
         seq_len: tokens and padding of a row.
     """
 
-    place: Tensor
+    position: Tensor
     inside: Tensor
     length: Tensor
     row: Tensor
@@ -38,7 +38,7 @@ class Sections(NamedTuple):
 
     @classmethod
     def of(cls, seq_idx: Tensor) -> Self:
-        """Find the sequences.
+        """Return the sequences of packed rows.
 
         Args:
             seq_idx: (batch, seq_len), see `Mixer.plan`.
@@ -52,27 +52,28 @@ class Sections(NamedTuple):
         tokens = (~padding).flatten().nonzero()[:, 0]  # (all tokens,)
         owner = number.flatten()[tokens]
         length = torch.bincount(owner, minlength=int(counts.sum()))
-        position = torch.arange(len(tokens), device=owner.device) - (length.cumsum(0) - length)[owner]
-        place = length.new_zeros(len(length), max(1, int(length.max())))
-        place[owner, position] = tokens
-        inside = torch.arange(place.shape[1], device=owner.device) < length[:, None]
+        offset = torch.arange(len(tokens), device=owner.device) - (length.cumsum(0) - length)[owner]
+        position = length.new_zeros(len(length), max(1, int(length.max())))
+        position[owner, offset] = tokens
+        inside = torch.arange(position.shape[1], device=owner.device) < length[:, None]
         row = torch.arange(batch, device=owner.device).repeat_interleave(counts)
         first = torch.ones_like(row, dtype=torch.bool)
         first[1:] = row[1:] != row[:-1]
-        return cls(place, inside, length, row, first, last, seq_len)
+        return cls(position, inside, length, row, first, last, seq_len)
 
     def take(self, x: Tensor) -> Tensor:
-        """Turn (batch, seq_len, ...) into (n, longest, ...), with zeros in the room."""
-        return x.flatten(0, 1)[self.place] * self.inside.view(*self.inside.shape, *(1 for _ in x.shape[2:]))
+        """Return x (batch, seq_len, ...) as (n, longest, ...), with zeros in padding."""
+        inside = self.inside.view(*self.inside.shape, *(1 for _ in x.shape[2:]))
+        return x.flatten(0, 1)[self.position] * inside
 
     def give(self, y: Tensor) -> Tensor:
-        """Turn (n, longest, ...) back into (batch, seq_len, ...), with zeros in padding."""
+        """Return y (n, longest, ...) as (batch, seq_len, ...), with zeros in padding."""
         flat = y.new_zeros(len(self.last) * self.seq_len, *y.shape[2:])
-        flat = flat.index_put((self.place[self.inside],), y[self.inside])
+        flat = flat.index_put((self.position[self.inside],), y[self.inside])
         return flat.view(len(self.last), self.seq_len, *y.shape[2:])
 
     def begin(self, state: StateT) -> StateT:
-        """Turn the state of each row into that of each sequence: zeros where it continues nothing."""
+        """Return the initial state of each sequence: that of its row, or zeros where it continues nothing."""
 
         def pick(tensor: Tensor) -> Tensor:
             picked = tensor[self.row]
@@ -81,18 +82,18 @@ class Sections(NamedTuple):
         return type(state)(*map(pick, state))
 
     def end(self, state: StateT) -> StateT:
-        """Turn the state after each sequence into that of each row."""
+        """Return the final state of each row: that of its last sequence."""
         return type(state)(*(tensor[self.last] for tensor in state))
 
 
 class SectionMixer(Mixer[StateT]):
-    """A mixer that reads rows of whole sequences; packing and padding are dealt with here.
+    """A mixer over right-padded rows; packed rows and padding are handled here.
 
-    Its state before any token is all zeros.
+    Its initial state is all zeros.
     """
 
     def plan(self, ids: Tensor, state: StateT | None, seq_idx: Tensor | None) -> Sections | None:
-        """Take the rows apart once for all layers; see `Mixer.plan`."""
+        """Return the sequences of the rows, separated once for all layers; see `Mixer.plan`."""
         if ids.dim() == 1 or seq_idx is None:
             return None
         checked = check_seq_idx(seq_idx, *ids.shape)
@@ -102,38 +103,46 @@ class SectionMixer(Mixer[StateT]):
     def forward(self, x: Tensor, state: StateT | None, sections: Sections | None, /) -> tuple[Tensor, StateT]:
         """Mix along time; see `Mixer.forward`."""
         if state is not None and len(state[0]) != len(x):
-            raise ValueError(f"initial_state: expected {len(x)} rows, got {len(state[0])}")
+            raise ValueError(f"state: expected {len(x)} rows, got {len(state[0])}")
         if sections is None:
-            return self.read(x, state, None)
+            return self.mix(x, state, None)
         before = None if state is None else sections.begin(state)
-        y, after = self.read(sections.take(x), before, sections.length)
+        y, after = self.mix(sections.take(x), before, sections.length)
         return sections.give(y), sections.end(after)
 
-    def read(self, x: Tensor, state: StateT | None, length: Tensor | None) -> tuple[Tensor, StateT]:
-        """Mix along time, each row a sequence.
+    def mix(self, x: Tensor, state: StateT | None, length: Tensor | None) -> tuple[Tensor, StateT]:
+        """Mix along time; each row is one sequence.
 
         Args:
             x: (rows, seq_len, d_model).
-            state: what came before the first token; nothing if None.
-            length: (rows,) int64 tokens of each row, which stand in front; all of seq_len if None.
+            state: before the first token; the initial state if None.
+            length: (rows,) int64 tokens of each row, left-aligned; seq_len if None.
 
         Returns:
-            y: (rows, seq_len, d_model), finite behind the tokens.
-            state: after the last token, that before it where there is none.
+            y: (rows, seq_len, d_model), finite in padding.
+            state: after the last token; unchanged for an empty row.
         """
         raise NotImplementedError
 
 
+def latest(previous: Tensor | None, values: Tensor, seq_idx: Tensor) -> Tensor:
+    """Return the values (batch, seq_len, ...) at each row's last token; previous where a row has none."""
+    time = torch.arange(seq_idx.shape[1], device=seq_idx.device)
+    last = torch.where(seq_idx < 0, -1, time).amax(1)  # (batch,)
+    result = values[torch.arange(len(last), device=last.device), last]
+    return result if previous is None else torch.where(over(last < 0, result), previous, result)
+
+
 def warn_beyond(length: int, max_positions: int) -> None:
-    """Warn of texts of another length than a model was made for.
+    """Warn if a sequence is longer than the model was trained for.
 
     Args:
-        length: tokens of the text.
-        max_positions: tokens of the longest one that is not remarkable.
+        length: tokens of the sequence.
+        max_positions: the context length of the model.
     """
     if length > max_positions:
         warnings.warn(
-            f"a text is longer than the {max_positions:,} positions this model was made for: "
-            "it is read all the same, but expect worse predictions there.",
+            f"the sequence is longer than the model's context of {max_positions:,} positions: "
+            "it is processed in full, but expect worse predictions beyond them.",
             stacklevel=2,
         )

@@ -1,6 +1,6 @@
-"""A model with its matrices stored in fewer bits: how it is made, recognised, built around a file.
+"""Weight-only quantisation of a model: quantise, recognise, dequantise, and rebuild from a file.
 
-Stored are in_proj, x_proj, dt_proj, out_proj, the embedding and the head. The convolution, A_log, D, the
+Quantised are in_proj, x_proj, dt_proj, out_proj, the embedding and the head. The convolution, A_log, D, the
 norms, biases, activations and states stay float32.
 """
 
@@ -25,13 +25,13 @@ ModelT = TypeVar("ModelT", bound=Model)
 
 @torch.no_grad()
 def dequantized(model: ModelT) -> ModelT:
-    """Return a model with plain float32 weights that computes the same.
+    """Return an equivalent model with float32 weights, which can be trained.
 
     Args:
         model: quantised or not.
 
     Returns:
-        A new model, which can be trained; the same one if nothing in it is quantised.
+        A new model, or the same one if nothing in it is quantised.
     """
     if kind_of(model) is None:
         return model
@@ -48,26 +48,23 @@ def dequantized(model: ModelT) -> ModelT:
 
 KINDS: tuple[ops.Kind, ...] = ("bf16", "int8", "int4")
 
-DELICATE = ("x_proj", "dt_proj")  # small, and what they compute is exponentiated: never less than 8 bits
+DELICATE = ("x_proj", "dt_proj")  # small, and their outputs are exponentiated: at least 8 bits
 
 
 def precision(model: Model) -> str:
-    """Say how a model's weights are stored: "float32", "bfloat16", ..., or a format of `quantize_model`.
+    """Return the precision of a model's weights: "float32", "bfloat16", ..., or a format of `quantize_model`.
 
     Args:
-        model: any. "bf16" means stored weights under float32 activations, "bfloat16" a model of that type.
+        model: any. "bf16" means quantised weights with float32 activations, "bfloat16" a model of that dtype.
     """
     return kind_of(model) or str(model.dtype).removeprefix("torch.")
 
 
 def kind_of(model: Model) -> ops.Kind | None:
-    """Say in which format a model is stored: the narrowest of its matrices', as a file may mix them.
+    """Return the format of a model's matrices, the narrowest if they are mixed; None if none is quantised.
 
     Args:
         model: any.
-
-    Returns:
-        None if no matrix is stored.
     """
     kinds = {module.kind for module in model.modules() if isinstance(module, WeightOnly)}
     return next((kind for kind in reversed(KINDS) if kind in kinds), None)
@@ -75,22 +72,23 @@ def kind_of(model: Model) -> ops.Kind | None:
 
 @torch.no_grad()
 def quantize_model(model: Model, kind: ops.Kind) -> None:
-    """Store a model's matrices in fewer bits, in place.
+    """Quantise a model's matrices in place.
 
     Args:
-        model: with float32, float16 or bfloat16 weights; it becomes one for inference, its other
-            parameters float32.
+        model: with float32, float16 or bfloat16 weights. Afterwards it is for inference only, with its other
+            parameters in float32.
         kind: "bf16", "int8" (a scale per row) or "int4" (a scale per 32 weights; int8 where 32 does not
             divide the width, and for x_proj and dt_proj).
 
     Raises:
-        LongscanError: the model is quantised already, or its weights are not finite.
+        LongscanError: the format is unknown, or the model is quantised already or has NaN or infinite
+            weights.
     """
     if kind not in KINDS:
         raise LongscanError(f"format: expected {', '.join(KINDS)}, got {kind!r}.")
     if kind_of(model):
         raise LongscanError(
-            f"the model is quantised already ({precision(model)}): a second rounding would only lose more. "
+            f"the model is quantised already ({precision(model)}), and rounding twice loses more. "
             "Start from the original weights."
         )
     for name, module in _matrices(model):
@@ -103,15 +101,14 @@ def quantize_model(model: Model, kind: ops.Kind) -> None:
 
 
 def store_like(model: Model, tensors: Mapping[str, Tensor]) -> None:
-    """Give a model, mostly one on the meta device, the stored layers that tensors of a file are for.
+    """Replace layers of a model, usually on the meta device, by those that a file has quantised weights for.
 
     Args:
-        model: unquantised; a layer stays as it is unless its tensor is stored.
-        tensors: by the names of `state_dict`; one that is int8 or uint8, or bfloat16 if all matrices
-            are, is stored. Their shapes are not checked here: they decide those of the layers.
+        model: unquantised; layers whose weights are not quantised in the file stay.
+        tensors: by the names of `state_dict`; bfloat16, int8 and uint8 ones are quantised.
 
     Raises:
-        LongscanError: a stored tensor has no scale, or one that no format has.
+        LongscanError: a weight and its scale are not of a known format.
     """
     for name, module in _matrices(model):
         q, scale = tensors.get(f"{name}.weight"), tensors.get(f"{name}.scale")
@@ -124,16 +121,13 @@ def store_like(model: Model, tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_stored(name: str, q: Tensor, scale: Tensor | None, shape: tuple[int, int]) -> None:
-    """Insist that a stored matrix has a format of ops/quant.py.
+    """Raise LongscanError unless a quantised matrix is of a format of ops/quant.py.
 
     Args:
         name: for the error.
-        q: the stored matrix.
+        q: the quantised matrix.
         scale: its scales.
-        shape: (n_out, n_in) of what it stands for.
-
-    Raises:
-        LongscanError: it has not.
+        shape: (n_out, n_in) of the weight.
     """
     n_out, n_in = shape
     blocks = (torch.float16, (n_out, n_in // 32)) if n_in % 32 == 0 else None
@@ -143,37 +137,38 @@ def check_stored(name: str, q: Tensor, scale: Tensor | None, shape: tuple[int, i
         torch.uint8: ((n_out, n_in // 2), [blocks]),
     }
     stored, scales = expected[q.dtype]
-    found = None if scale is None else (scale.dtype, tuple(scale.shape))
-    if tuple(q.shape) != stored or (found is None and None not in scales) or found not in scales:
-        what = "none" if found is None else f"{str(found[0]).removeprefix('torch.')} {found[1]}"
+    got = None if scale is None else (scale.dtype, tuple(scale.shape))
+    if tuple(q.shape) != stored or (got is None and None not in scales) or got not in scales:
+        what = "none" if got is None else f"{str(got[0]).removeprefix('torch.')} {got[1]}"
         raise LongscanError(
             f"{name}: {str(q.dtype).removeprefix('torch.')} {tuple(q.shape)} with scales {what} is no format "
-            f"of a weight of {n_out} x {n_in}: the file is damaged or of another version."
+            f"of a weight of {n_out} x {n_in}: the file is damaged or of another version. Quantise the model "
+            "again."
         )
 
 
 def _matrices(model: Model) -> list[tuple[str, nn.Module]]:
-    """List the layers whose weights are stored, with their names."""
+    """Return the names and layers of the matrices to quantise."""
     return [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)]
 
 
 def _kind_of(name: str, module: nn.Module, kind: ops.Kind) -> ops.Kind:
-    """Choose the format of one layer."""
+    """Return the format of one layer."""
     delicate = name.rpartition(".")[2] in DELICATE or cast(Tensor, module.weight).shape[1] % 32
     return "int8" if kind == "int4" and delicate else kind
 
 
 def _stored(module: nn.Module, q: Tensor, scale: Tensor | None) -> WeightOnly:
-    """Make the stored twin of a layer; it takes over the bias."""
+    """Return the quantised counterpart of a layer; it takes over the bias."""
     if isinstance(module, nn.Embedding):
         return WeightOnlyEmbedding(q, scale)
     bias = cast(nn.Parameter | None, module.bias)
     if bias is not None:
-        bias.data = bias.data.float()  # as wide as the activations
+        bias.data = bias.data.float()  # the dtype of the activations
     return WeightOnlyLinear(q, scale, bias, adds_bias=not isinstance(module, DtProjection))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module where another was."""
+    """Replace a submodule."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

@@ -1,11 +1,12 @@
-"""State space basics: continuous systems, how they become discrete, and the two ways to run them.
+"""State space basics: continuous systems, their discretisation, and their two forms.
 
     x'(t) = A x(t) + B u(t)          x_k = A_bar x_{k-1} + B_bar u_k          y = K * u + D u
     y(t)  = C x(t) + D u(t)          y_k = C x_k + D u_k                      K_l = C A_bar^l B_bar
 
-A linear differential equation of order N is the first; sampled at steps of dt it is the second, a recurrence;
-unrolled, the recurrence is the third, a convolution. One input and one output; leading axes, if any, are
-independent systems. Everything here is plain: the models' fast paths are tested against it, in float64.
+The first is a linear differential equation of order N; sampled at steps of dt it becomes the second, a
+recurrence; unrolled, the recurrence is the third, a convolution. There is one input and one output; leading
+axes, if any, are independent systems. This is the plain reference that the models' fast paths are tested
+against, in float64.
 """
 
 import math
@@ -18,7 +19,7 @@ from torch import Tensor
 from longscan.core.config import nearest
 from longscan.errors import LongscanError
 
-#: the share of the step's end in the average of a step's two ends, by method; "gbt" takes it as an argument
+#: alpha of the generalised bilinear transform, the weight of a step's end, by method; "gbt" takes any
 ALPHA = {"euler": 0.0, "bilinear": 0.5, "backward": 1.0}
 
 
@@ -26,10 +27,10 @@ class StateSpace(NamedTuple):
     """A continuous system.
 
     Attributes:
-        A: (N, N) how the state moves by itself.
-        B: (N,) how the input moves it.
-        C: (N,) what is seen of it.
-        D: () what the output takes from the input at once: the limit of the transfer function at infinity.
+        A: (N, N) the state matrix.
+        B: (N,) the input matrix.
+        C: (N,) the output matrix.
+        D: () the direct path: the limit of the transfer function at infinity.
     """
 
     A: Tensor
@@ -39,7 +40,7 @@ class StateSpace(NamedTuple):
 
 
 def mass_spring(m: float, c: float, k: float) -> StateSpace:
-    """Return the first example of every course, m q'' + c q' + k q = u, with the state (q, q') and output q.
+    """Return the damped oscillator m q'' + c q' + k q = u, with state (q, q') and output q.
 
     Args:
         m: mass.
@@ -58,10 +59,11 @@ def mass_spring(m: float, c: float, k: float) -> StateSpace:
 def discretize(
     A: Tensor, B: Tensor, dt: Tensor | float, method: str = "zoh", alpha: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Turn a continuous system into the recurrence x_k = A_bar x_{k-1} + B_bar u_k.
+    """Return the discretised system x_k = A_bar x_{k-1} + B_bar u_k.
 
-    "zoh" is exact for an input that stands still within a step. The others average the slopes at the two ends
-    of a step, with the weight alpha on its end: "euler" 0, "bilinear" 1/2, "backward" 1, "gbt" any.
+    "zoh", the zero-order hold, is exact for an input that is constant within a step. The others average the
+    slopes at both ends of a step, with weight alpha on its end: "euler" 0, "bilinear" 1/2, "backward" 1,
+    "gbt" any.
 
     Args:
         A: (..., N, N).
@@ -79,7 +81,7 @@ def discretize(
     """
     step = torch.as_tensor(dt, dtype=A.dtype, device=A.device)
     if not bool(((step > 0) & step.isfinite()).all()):
-        raise LongscanError(f"dt: expected steps of more than 0, got {float(step.min())}.")
+        raise LongscanError(f"dt: expected finite steps of more than 0, got {float(step.min())}.")
     if method == "gbt" and alpha is None:
         raise LongscanError("alpha: expected a number from 0 to 1 with the method 'gbt', got none.")
     if method not in ("zoh", "gbt", *ALPHA):
@@ -110,7 +112,7 @@ def recurrence(
     D: Tensor | float = 0.0,
     state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run a discrete system step by step.
+    """Return the outputs of a discrete system, step by step, and its state.
 
     Args:
         A_bar: (..., N, N).
@@ -135,24 +137,24 @@ def recurrence(
 def simulate(
     system: StateSpace, u: Tensor, dt: float, method: str = "zoh", state: Tensor | None = None
 ) -> Tensor:
-    """Return the outputs of a continuous system whose input is sampled.
+    """Return the outputs of a continuous system for a sampled input.
 
     Args:
-        system: it is warned about if it is unstable.
+        system: an unstable one gives a warning.
         u: (seq_len,) finite.
-        dt: the time between samples.
-        method: see `discretize`; one that makes a stable system unstable is warned about.
-        state: (N,) at the start; zeros if None.
+        dt: seconds between samples.
+        method: see `discretize`; a stable system that it makes unstable gives a warning.
+        state: (N,) initial state; zeros if None.
 
     Returns:
         (seq_len,).
 
     Raises:
-        LongscanError: u holds NaN or infinity, or see `discretize`.
+        LongscanError: u holds NaN or infinity; or as `discretize`.
     """
     if not bool(u.isfinite().all()):
-        place = int((~u.isfinite()).nonzero()[0])
-        raise LongscanError(f"u: expected finite samples, got {float(u[place])} at {place}.")
+        index = int((~u.isfinite()).nonzero()[0])
+        raise LongscanError(f"u: expected finite samples, got {float(u[index])} at {index}.")
     A_bar, B_bar = discretize(system.A, system.B, dt, method)
     if check_stable(system.A):
         check_stable(A_bar, discrete=True)
@@ -179,7 +181,7 @@ def krylov(A_bar: Tensor, B_bar: Tensor, length: int) -> Tensor:
 
 
 def kernel_powers(A_bar: Tensor, B_bar: Tensor, C: Tensor, length: int) -> Tensor:
-    """Return the same as `kernel` by one product after the other: the definition, length steps long.
+    """Return the same as `kernel` by repeated multiplication, which is the definition.
 
     Args:
         A_bar: (..., N, N).
@@ -213,7 +215,7 @@ def kernel(A_bar: Tensor, B_bar: Tensor, C: Tensor, length: int) -> Tensor:
 
 
 def transfer(system: StateSpace, s: Tensor) -> Tensor:
-    """Return C (s - A)^-1 B + D: at s = i omega, what becomes of a wave of that frequency.
+    """Return the transfer function C (s - A)^-1 B + D; at s = i omega, the frequency response.
 
     Args:
         system: the system.
@@ -229,14 +231,11 @@ def transfer(system: StateSpace, s: Tensor) -> Tensor:
 
 
 def check_stable(A: Tensor, discrete: bool = False) -> bool:
-    """Warn of a system whose state grows without end, and of the eigenvalue to blame.
+    """Return whether a system is stable, up to rounding; warn, naming the eigenvalue, if it is not.
 
     Args:
         A: (..., N, N).
-        discrete: whether it is the matrix of a recurrence, to lie within the unit circle.
-
-    Returns:
-        Whether it is stable, up to rounding.
+        discrete: whether A is the matrix of a recurrence, whose eigenvalues must lie in the unit circle.
     """
     eigenvalues = torch.linalg.eigvals(A.detach()).flatten()
     growth = eigenvalues.abs().log() if discrete else eigenvalues.real
@@ -245,10 +244,10 @@ def check_stable(A: Tensor, discrete: bool = False) -> bool:
     if float(growth[worst]) <= slack:
         return True
     value = complex(eigenvalues[worst])
-    place = "outside the unit circle" if discrete else "to the right of the imaginary axis"
+    where = "outside the unit circle" if discrete else "to the right of the imaginary axis"
     per = "step" if discrete else "unit of time"
     warnings.warn(
-        f"the system is unstable: its eigenvalue {value:.4g} lies {place}, so the state grows "
+        f"the system is unstable: its eigenvalue {value:.4g} lies {where}, so the state grows "
         f"{math.exp(min(float(growth[worst]), 700)):.3g} times per {per}.",
         stacklevel=2,
     )

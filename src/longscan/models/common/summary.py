@@ -1,4 +1,4 @@
-"""One line about a model: parameters, layers, state size, precision, threads."""
+"""A one-line summary of a model: parameters, layers, state size, precision, threads."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["describe"]
 
 
 def describe(name: str, model: LanguageModel) -> str:
-    """Say in a line what is about to run.
+    """Return a one-line summary of a model and how it runs here.
 
     Args:
-        name: what the user called it.
+        name: as the user gave it.
         model: the model.
     """
     threads, state = torch.get_num_threads(), model.init_state(1)
@@ -30,7 +30,7 @@ def describe(name: str, model: LanguageModel) -> str:
 
 
 def _scaled(value: float, prefixes: str) -> str:
-    """Write a number with three digits and a prefix of thousands: "3.91 M"."""
+    """Return a number with three significant digits and an SI prefix: "3.91 M"."""
     for prefix in ("", *prefixes):
         if value < 999.5 or prefix == prefixes[-1]:
             break
