@@ -443,7 +443,7 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"hidden_act": "relu"}, "hidden_act: expected 'silu', got 'relu'"),
     "layer-norm": ({"rms_norm": False}, "rms_norm: expected True, got False"),
     "missing": ({"hidden_size": ...}, "needs hidden_size"),
-    "zero": ({"hidden_size": 0}, "hidden_size: expected a whole number of at least 1, got 0"),
+    "zero": ({"hidden_size": 0}, "hidden_size: expected 1 or more, got 0"),
     "text": ({"state_size": "16"}, "state_size: expected int, got '16' (str)"),
     "fraction": ({"expand": 1.5}, "expand: expected int, got 1.5"),
     "negative": ({"time_step_min": -1.0}, "time_step_min, time_step_max: expected 0 <"),
@@ -478,7 +478,7 @@ OFFICIAL_IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"n_layers": 2}, "unknown field 'n_layers'; did you mean 'n_layer'?"),
     "unknown-ssm": ({"ssm_cfg": {"dstate": 4}}, "unknown field 'dstate'; did you mean 'd_state'?"),
     "no-object": ({"ssm_cfg": 3}, "ssm_cfg: expected an object"),
-    "zero": ({"n_layer": 0}, "n_layer: expected a whole number of at least 1, got 0"),
+    "zero": ({"n_layer": 0}, "n_layer: expected 1 or more, got 0"),
 }
 
 

@@ -199,7 +199,7 @@ def test_no_chosen_word_is_no_loss() -> None:
 
 def test_what_a_forward_pass_refuses() -> None:
     model = make("none")
-    with pytest.raises(ValueError, match="at most 24 a row, got 25"):
+    with pytest.raises(ValueError, match="at most 24 per row, got 25"):
         model(torch.ones(1, 25, dtype=torch.long))
     with pytest.raises(ValueError, match="non-empty"):
         model(torch.ones(1, 0, dtype=torch.long))
@@ -219,7 +219,7 @@ def test_what_a_forward_pass_refuses() -> None:
         ({"norm_eps": 0.0}, "norm_eps"),
         ({"activation": "relu"}, "'gelu_tanh'"),
         ({"labels": ("a",)}, "labels"),
-        ({"head": "classifier", "labels": ("a", "a")}, "different"),
+        ({"head": "classifier", "labels": ("a", "a")}, "distinct"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )

@@ -256,7 +256,7 @@ def test_a_window_forgets_what_left_it() -> None:
     assert (memory.oldest, memory.length) == (3200, 4000)
     told = memory.reconstruct(torch.arange(3200, 4000))[0]
     assert float((told - f[3200:])[20:-20].square().mean()) < 1e-2 * float(f[3200:].square().mean())
-    with pytest.raises(LongscanError, match="expected samples from 3,200 to 3,999"):
+    with pytest.raises(LongscanError, match="expected samples in memory, 3,200 to 3,999"):
         memory.reconstruct(torch.tensor([3199]))
 
 
@@ -289,7 +289,7 @@ def test_a_memory_refuses() -> None:
         ((0,), "n: expected at least 1"),
         ((4, "legss"), "did you mean 'legs'"),
         ((5, "fourier"), "n: expected an even number"),
-        ((4, "legt"), "window: expected 1 sample or more for 'legt'"),
+        ((4, "legt"), "window: expected 1 or more samples for 'legt'"),
     ):
         with pytest.raises(LongscanError, match=words):
             Memory(*arguments)

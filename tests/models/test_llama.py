@@ -405,7 +405,7 @@ def test_a_state_of_another_model_or_with_impossible_lengths(tmp_path: Path) -> 
     with pytest.raises(LongscanError, match=r"of other weights|of another model"):
         longscan.State.load(tmp_path / "state", make(n_kv_heads=2))
     mamba = Mamba(MambaConfig(d_model=32, n_layers=3, vocab_size=261))
-    with pytest.raises(LongscanError, match="expected Mamba of 3 layers, found 'Llama'"):
+    with pytest.raises(LongscanError, match="expected Mamba of 3 layers, got 'Llama'"):
         longscan.State.load(tmp_path / "state", mamba)
     state.layers[1].length[0] = 77
     state.layers[1].length[1] = -1
@@ -438,7 +438,7 @@ def test_the_command_writes_drafts_and_goes_on(cli: Any, tmp_path: Path) -> None
     assert cli(*asked, "--load-state", state, "--max-new-tokens", 5).code == 0
     refused = cli("generate", "--model", "longscan-tiny-en", "--load-state", state)
     assert refused.code == 1
-    assert "expected Mamba of 8 layers, found 'Llama' of '3'" in refused.err
+    assert "expected Mamba of 8 layers, got 'Llama' of '3'" in refused.err
 
 
 def test_models_says_that_its_memory_grows(cli: Any) -> None:

@@ -443,7 +443,7 @@ def test_wrong_arguments_say_what_was_expected() -> None:
         model.prefill(ids[:, :0])
     with pytest.raises(ValueError, match="chunk_size: expected at least 1, got 0"):
         model.prefill(ids, chunk_size=0)
-    with pytest.raises(ValueError, match="row of nothing but padding"):
+    with pytest.raises(ValueError, match="row of only padding"):
         model.prefill(ids, seq_idx=torch.tensor([[0] * 20, [-1] * 20]))
     with pytest.raises(ValueError, match="seq_idx: expected shape"):
         model(ids, seq_idx=torch.zeros(2, 19, dtype=torch.long))

@@ -137,7 +137,7 @@ def test_wrong_arguments_say_what_was_expected() -> None:
         model(x[..., :2], times)
     with pytest.raises(ValueError, match="times: expected shape"):
         model(x, times[:, 1:])
-    with pytest.raises(ValueError, match="in order"):
+    with pytest.raises(ValueError, match="do not decrease"):
         model(x, -times)
 
 

@@ -202,16 +202,25 @@ def test_lssl_can_leave_its_matrices_fixed() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: S4Config(**{**SIZES, "d_state": 7}), "d_state: expected an even number, for pairs, got 7"),
-        (lambda: S4DConfig(**{**SIZES, "d_state": 0}), "d_state: expected a whole number of at least 1"),
+        (
+            lambda: S4Config(**{**SIZES, "d_state": 7}),
+            "d_state: expected an even number, for conjugate pairs, got 7",
+        ),
+        (lambda: S4DConfig(**{**SIZES, "d_state": 0}), "d_state: expected 1 or more, got 0"),
         (lambda: S4Config(**SIZES, dt_min=0.0), "dt_min, dt_max: expected 0 < dt_min <= dt_max"),
         (lambda: S4Config(**SIZES, dt_min=0.2), "got 0.2 and 0.1"),
-        (lambda: S4Config(**SIZES, l_max=0), "l_max: expected a whole number"),
-        (lambda: S4DConfig(**SIZES, discretization="softmax"), "l_max: expected the steps of the softmax"),
-        (lambda: S4DConfig(**SIZES, l_max=5), "l_max: expected the steps of the softmax"),
-        (lambda: LSSLConfig(**SIZES, alpha=2.0), "alpha: expected a number from 0 to 1, got 2.0"),
+        (lambda: S4Config(**SIZES, l_max=0), "l_max: expected 1 or more, got 0"),
+        (
+            lambda: S4DConfig(**SIZES, discretization="softmax"),
+            "l_max: expected a number of steps with discretization 'softmax'",
+        ),
+        (
+            lambda: S4DConfig(**SIZES, l_max=5),
+            "l_max: expected a number of steps with discretization 'softmax'",
+        ),
+        (lambda: LSSLConfig(**SIZES, alpha=2.0), "alpha: expected 0 to 1, got 2.0"),
         (lambda: S4Config.from_dict({**SIZES, "init": "lin"}), "init"),
-        (lambda: nplr("foud", 4), "measure: expected one that is normal plus low rank, got 'foud'"),
+        (lambda: nplr("foud", 4), "measure: expected legs, legt, lagt, tlagt or fourier, got 'foud'"),
         (lambda: nplr("legs", 5), "n: expected an even number"),
         (lambda: build("s4").rescale_time(0), "factor: expected old rate / new rate"),
     ],

@@ -98,7 +98,7 @@ def test_only_two_mixers_see_what_comes() -> None:
     for bidirectional, sees in ((False, False), (True, True)):
         model = build(bidirectional=bidirectional)
         clock = torch.arange(6)[None]
-        hidden = [model._read(part, clock.flip(1), clock) for part in (x, later)]
+        hidden = [model._hidden(part, clock.flip(1), clock) for part in (x, later)]
         assert torch.equal(hidden[0][:, :5], hidden[1][:, :5]) != sees
 
 
@@ -207,12 +207,12 @@ def test_a_config_travels_as_json() -> None:
         ({"body": "bert"}, "no language model called 'bert'"),
         ({"body_config": {"d_model": 4}}, "MambaConfig needs n_layers"),
         ({"labels": ["a"]}, "labels: expected 2 names, got 1"),
-        ({"n_outputs": 0, "labels": []}, "n_outputs, d_input: expected at least 1"),
+        ({"n_outputs": 0, "labels": []}, "n_outputs: expected 1 or more"),
         ({"mean": [1.0]}, "mean: expected a number for each of 3 channels, got 1"),
         ({"mean": [0.0] * 3, "std": [0.0] * 3}, "std: expected a positive number"),
         ({"rate": -1.0}, "rate: expected more than 0"),
-        ({"gap": 0.0}, "gap: expected more than 0 seconds"),
-        ({"dropout": 1.0}, "dropout: expected at least 0 and below 1"),
+        ({"gap": 0.0}, "gap: expected more than 0"),
+        ({"dropout": 1.0}, "dropout: expected 0 or more and less than 1"),
         ({"pooling": "first"}, "pooling: expected one of 'mean', 'last'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -247,7 +247,7 @@ def test_impossible_times() -> None:
 
 @needs_ode
 def test_time_does_not_go_back() -> None:
-    with pytest.raises(ValueError, match="times: expected them in order"):
+    with pytest.raises(ValueError, match="times: expected times that do not decrease"):
         build("neural_ode")(signal(2, 5, 3), None, -seconds(2, 5))
 
 

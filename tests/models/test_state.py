@@ -145,20 +145,20 @@ def test_another_process_continues_exactly(tmp_path: Path) -> None:
 def test_what_is_not_worth_saving_is_refused(tmp_path: Path) -> None:
     model = small()
     state, path = after(model, 2), tmp_path / "s"
-    with pytest.raises(LongscanError, match=r"does not know its model: use state.save\(path, model=model\)"):
+    with pytest.raises(LongscanError, match=r"no model attached: use state.save\(path, model=model\)"):
         State(state.layers).save(path)
     State(state.layers).save(tmp_path / "t", model=model)
     with pytest.raises(LongscanError, match="expected a state of one row, got 2"):
         state.save(path, pending=[1])
     with pytest.raises(LongscanError, match="at least one row, got 0"):
         state.select([]).save(path)
-    with pytest.raises(LongscanError, match="position: expected the number of tokens read, got -1"):
+    with pytest.raises(LongscanError, match="position: expected the number of tokens consumed, got -1"):
         state.save(path, position=-1)
     for wrong in (13, -1):
         with pytest.raises(LongscanError, match=f"pending: expected token ids from 0 to 12, got {wrong}"):
             state.rows(1).save(path, pending=[1, wrong])
     state.layers[1].ssm[1, 0, 0] = torch.nan
-    with pytest.raises(LongscanError, match="NaN or infinite"):
+    with pytest.raises(LongscanError, match="NaN or infinity"):
         state.save(path)
     assert not path.exists()
 
@@ -167,10 +167,10 @@ def test_what_is_not_worth_saving_is_refused(tmp_path: Path) -> None:
     ("other", "message"),
     [
         (lambda: small(seed=1), r"other weights \(fingerprint '\w{16}', this model has '\w{16}'"),
-        (lambda: small().double(), r"layers.0.conv to be F64 of shape \(rows, 3, 32\), found F32"),
+        (lambda: small().double(), r"layers.0.conv to be F64 of shape \(rows, 3, 32\), got F32"),
         (lambda: small().bfloat16(), r"in the same precision"),
-        (lambda: small(n_layers=3), r"expected Mamba of 3 layers, found 'Mamba' of '2'"),
-        (lambda: small(d_model=32), r"\(rows, 3, 64\), found F32 \(1, 3, 32\)"),
+        (lambda: small(n_layers=3), r"expected Mamba of 3 layers, got 'Mamba' of '2'"),
+        (lambda: small(d_model=32), r"\(rows, 3, 64\), got F32 \(1, 3, 32\)"),
         (lambda: small(d_state=8), r"layers.0.ssm to be F32 of shape \(rows, 32, 8\)"),
         (lambda: small(d_conv=2), r"layers.0.conv to be F32 of shape \(rows, 1, 32\)"),
     ],
@@ -200,38 +200,41 @@ def put(key: str, field: str, value: object) -> Callable[[dict[str, Any]], objec
 
 SSM, META = "layers.0.ssm", "__metadata__"
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "other-format": (put(META, "format", "pt"), "is safetensors, but no state"),
-    "no-metadata": (lambda h: h.pop(META), "is safetensors, but no state"),
-    "metadata-list": (lambda h: h.update({META: []}), "header makes no sense"),
+    "other-format": (put(META, "format", "pt"), "is safetensors, but not a state"),
+    "no-metadata": (lambda h: h.pop(META), "is safetensors, but not a state"),
+    "metadata-list": (lambda h: h.update({META: []}), "header is malformed"),
     "later-version": (put(META, "version", "2"), "version '2', expected '1'"),
-    "other-class": (put(META, "model", "S4" * 10**6), "found 'S4S4"),
-    "layers-number": (put(META, "layers", 2), "expected Mamba of 2 layers, found 'Mamba' of 2\\."),
+    "other-class": (put(META, "model", "S4" * 10**6), "got 'S4S4"),
+    "layers-number": (put(META, "layers", 2), "expected Mamba of 2 layers, got 'Mamba' of 2\\."),
     "position-minus": (put(META, "position", "-1"), "its position is '-1'"),
     "position-long": (put(META, "position", "9" * 10**6), "its position is '9999"),
     "position-other-digits": (put(META, "position", "٣"), "its position is"),
     "position-missing": (lambda h: h[META].pop("position"), "its position is 'None'"),
     "missing": (lambda h: h.pop(SSM), "overlap or leave gaps"),
     "renamed": (lambda h: h.update({"x" * 99: h.pop(SSM)}), "'layers.0.ssm' is missing"),
-    "extra": (lambda h: h.update(z={"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}), "'z' does not"),
+    "extra": (
+        lambda h: h.update(z={"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}),
+        "'z' is unexpected",
+    ),
     "no-pending": (lambda h: h.update({"q": h.pop("pending")}), "'pending' is missing"),
-    "type": (put(SSM, "dtype", "F8"), "header makes no sense"),
-    "type-list": (put(SSM, "dtype", ["F32"]), "header makes no sense"),
-    "ints": (put(SSM, "dtype", "I64"), "header makes no sense"),
-    "no-shape": (lambda h: h[SSM].pop("shape"), "header makes no sense"),
-    "huge-shape": (put(SSM, "shape", [2**62, 2**62]), "header makes no sense"),
-    "many-dims": (put(SSM, "shape", [2] * 10**5), "header makes no sense"),
-    "zero-dims": (put(SSM, "shape", []), "header makes no sense"),
-    "wrapped": (put(SSM, "shape", [2**64 + 1, 32, 4]), "header makes no sense"),
-    "turned": (put(SSM, "shape", [1, 4, 32]), r"ssm to be F32 of shape \(rows, 32, 4\), found F32 \(1, 4"),
-    "fraction": (put(SSM, "shape", [1.0, 32, 4]), "header makes no sense"),
-    "truth": (put(SSM, "shape", [True, 32, 4]), "header makes no sense"),
-    "text": (put(SSM, "shape", "132"), "header makes no sense"),
-    "negative": (put(SSM, "data_offsets", [-512, 0]), "header makes no sense"),
+    "type": (put(SSM, "dtype", "F8"), "header is malformed"),
+    "type-list": (put(SSM, "dtype", ["F32"]), "header is malformed"),
+    "ints": (put(SSM, "dtype", "I64"), "header is malformed"),
+    "no-shape": (lambda h: h[SSM].pop("shape"), "header is malformed"),
+    "huge-shape": (put(SSM, "shape", [2**62, 2**62]), "header is malformed"),
+    "many-dims": (put(SSM, "shape", [2] * 10**5), "header is malformed"),
+    "zero-dims": (put(SSM, "shape", []), "header is malformed"),
+    "wrapped": (put(SSM, "shape", [2**64 + 1, 32, 4]), "header is malformed"),
+    "turned": (put(SSM, "shape", [1, 4, 32]), r"ssm to be F32 of shape \(rows, 32, 4\), got F32 \(1, 4"),
+    "fraction": (put(SSM, "shape", [1.0, 32, 4]), "header is malformed"),
+    "truth": (put(SSM, "shape", [True, 32, 4]), "header is malformed"),
+    "text": (put(SSM, "shape", "132"), "header is malformed"),
+    "negative": (put(SSM, "data_offsets", [-512, 0]), "header is malformed"),
     "far": (put(SSM, "data_offsets", [2**60, 2**60 + 512]), "overlap or leave gaps"),
     "overlap": (put(SSM, "data_offsets", [0, 512]), "overlap or leave gaps"),
-    "three-offsets": (put(SSM, "data_offsets", [0, 512, 1]), "header makes no sense"),
-    "extra-field": (put(SSM, "more", 1), "header makes no sense"),
-    "list": (lambda h: h.update({SSM: []}), "header makes no sense"),
+    "three-offsets": (put(SSM, "data_offsets", [0, 512, 1]), "header is malformed"),
+    "extra-field": (put(SSM, "more", 1), "header is malformed"),
+    "list": (lambda h: h.update({SSM: []}), "header is malformed"),
 }
 
 
@@ -257,7 +260,7 @@ def test_a_file_cut_short_is_told_from_others(tmp_path: Path, length: int) -> No
     after(model).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:length])
-    message = "is not a state file" if 0 <= length < 8 else "shorter than its header says"
+    message = "is not a state file" if 0 <= length < 8 else "is truncated"
     with pytest.raises(LongscanError, match=message):
         State.load(path, model)
     path.write_bytes(whole + b"1234")
@@ -270,11 +273,11 @@ def test_a_file_cut_short_is_told_from_others(tmp_path: Path, length: int) -> No
     [
         (struct.pack("<Q", 2**63) + b"{}", "is not a state file"),
         (struct.pack("<Q", 5 << 20) + b" " * (5 << 20), "is not a state file"),
-        (struct.pack("<Q", 10**6) + b"[" * 10**6, "header makes no sense"),
-        (struct.pack("<Q", 2) + b"[]", "header makes no sense"),
-        (struct.pack("<Q", 2) + b"{}", "no state"),
-        (struct.pack("<Q", 2) + b"\xff\xff", "header makes no sense"),
-        (struct.pack("<Q", 5002) + b'{"a":' + b"1" * 4996 + b"}", "header makes no sense"),
+        (struct.pack("<Q", 10**6) + b"[" * 10**6, "header is malformed"),
+        (struct.pack("<Q", 2) + b"[]", "header is malformed"),
+        (struct.pack("<Q", 2) + b"{}", "not a state"),
+        (struct.pack("<Q", 2) + b"\xff\xff", "header is malformed"),
+        (struct.pack("<Q", 5002) + b'{"a":' + b"1" * 4996 + b"}", "header is malformed"),
         (b"GGUF" * 9, "is not a state file"),
     ],
     ids=["huge", "long", "nested", "list", "empty", "not-utf8", "digits", "gguf"],
@@ -288,7 +291,7 @@ def test_what_is_no_state_is_refused(tmp_path: Path, data: bytes, message: str) 
 def test_other_things_than_state_files(tmp_path: Path) -> None:
     model = small()
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(LongscanError, match="is safetensors, but no state"):
+    with pytest.raises(LongscanError, match="is safetensors, but not a state"):
         State.load(tmp_path / "model.safetensors", model)
     for nothing in (tmp_path, tmp_path / "nowhere", "/dev/zero"):
         with pytest.raises(LongscanError, match="no state file"):
@@ -302,8 +305,8 @@ def test_damaged_numbers_and_tokens_are_found(tmp_path: Path) -> None:
     start = 8 + struct.unpack("<Q", good[:8])[0]
     entries = json.loads(good[8:start])
     for name, value, message in (
-        (SSM, struct.pack("<f", float("nan")), "holds NaN or infinite"),
-        (SSM, struct.pack("<f", float("-inf")), "holds NaN or infinite"),
+        (SSM, struct.pack("<f", float("nan")), "holds NaN or infinity"),
+        (SSM, struct.pack("<f", float("-inf")), "holds NaN or infinity"),
         ("pending", struct.pack("<q", 13), "pending: expected token ids from 0 to 12, got 13"),
         ("pending", struct.pack("<q", -(2**63)), "pending: expected token ids from 0 to 12"),
     ):

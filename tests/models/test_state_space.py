@@ -167,7 +167,7 @@ def test_unstable_systems_are_named() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: ssm.discretize(s.A, s.B, 0.0), "dt: expected steps of more than 0, got 0"),
+        (lambda s: ssm.discretize(s.A, s.B, 0.0), "dt: expected finite steps of more than 0, got 0"),
         (lambda s: ssm.discretize(s.A, s.B, math.nan), "dt: expected"),
         (lambda s: ssm.discretize(s.A, s.B, 0.1, "bilinaer"), "did you mean 'bilinear'"),
         (lambda s: ssm.discretize(s.A, s.B, 0.1, "gbt"), "alpha: expected a number from 0 to 1"),

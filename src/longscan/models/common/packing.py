@@ -142,7 +142,7 @@ def warn_beyond(length: int, max_positions: int) -> None:
     """
     if length > max_positions:
         warnings.warn(
-            f"the sequence is longer than the model's context of {max_positions:,} positions: "
+            f"the sequence is longer than the {max_positions:,} positions of the model's context: "
             "it is processed in full, but expect worse predictions beyond them.",
             stacklevel=2,
         )
