@@ -260,7 +260,7 @@ def test_a_file_cut_short_is_told_from_others(tmp_path: Path, length: int) -> No
     after(model).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:length])
-    message = "is not a state file" if 0 <= length < 8 else "is truncated"
+    message = "is not a state file" if 0 <= length < 8 else "shorter than its header says"
     with pytest.raises(LongscanError, match=message):
         State.load(path, model)
     path.write_bytes(whole + b"1234")

@@ -64,7 +64,7 @@ class S4DConfig(StateSpaceConfig):
         self.check_pairs()
         if (self.l_max is not None) != (self.discretization == "softmax"):
             raise LongscanError(
-                "l_max: expected a number of steps with discretization 'softmax' and none otherwise, got "
+                "l_max: expected a number of steps for 'softmax' and none otherwise, got "
                 f"{self.l_max} with {self.discretization!r}."
             )
         self.check("l_max")

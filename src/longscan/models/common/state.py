@@ -129,9 +129,6 @@ class State:
 
         Args:
             rows: indices into the batch, or a boolean mask over it.
-
-        Returns:
-            A new state with one row per index.
         """
         index = rows if isinstance(rows, Tensor) else torch.tensor(rows, dtype=torch.long)
         return self.map(lambda tensor: tensor[index.to(tensor.device)])

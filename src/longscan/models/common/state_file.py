@@ -217,7 +217,7 @@ def _tensor(data: bytearray, entry: Entry) -> Tensor:
 def _cut(path: Path, expected: int, got: int) -> LongscanError:
     """Return the error about a truncated file."""
     return LongscanError(
-        f"{path} is truncated: expected {expected:,} bytes by its header, got {got:,}. {AGAIN}"
+        f"{path} is shorter than its header says (expected {expected:,} bytes, got {got:,}). {AGAIN}"
     )
 
 
