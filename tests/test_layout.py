@@ -55,10 +55,10 @@ LONG: dict[str, str] = {
     "inference/speculative": "",
     "models/bert": "one paper: the encoder, its two heads and the pre-training loss",
     "models/hippo": "",
-    "models/llama": "one paper: attention with its plan and cache, the block and the names of its checkpoints",
+    "models/llama": "one paper: attention with plan and cache, the block, the names in checkpoints",
     "models/s4": "one paper: the decomposition, the kernel and the recurrence of one system",
-    "ops/legs": "",
-    "ops/scan": "",
+    "ops/legs": "one op: the chain of filters, the zero-order hold and their adjoints",
+    "ops/scan": "one op, in the five paragraphs of every op",
     "training/run": "",
 }
 # where results are printed and the process may end

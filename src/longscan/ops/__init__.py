@@ -1,4 +1,4 @@
-"""What is computed: one file per op, each with a reference, gradients and a native kernel."""
+"""The ops: one file each, with a reference, gradients and a native kernel."""
 
 from longscan.ops._native import (
     NativeInfo,
@@ -80,7 +80,7 @@ __all__ = [
 
 
 def native_info() -> NativeInfo:
-    """What became of the native library: its path and instruction set, or the reason why it is not in use."""
+    """Return the path and instruction set of the native library, or the reason why it is not in use."""
     from longscan.ops._native import info
 
     return info

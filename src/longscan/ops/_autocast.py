@@ -1,4 +1,4 @@
-"""What autocast must leave alone: sums over a whole sequence, where errors of few bits would add up."""
+"""Protection from autocast, for sums over a whole sequence, where rounding errors would add up."""
 
 import functools
 from collections.abc import Callable
@@ -11,13 +11,10 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
 def exact(function: FunctionT) -> FunctionT:
-    """Make a function compute in the types of its arguments, whatever autocast is around it.
+    """Return the function with autocast switched off inside: it computes in the dtypes of its arguments.
 
     Args:
         function: one of its arguments is a tensor.
-
-    Returns:
-        The function, with autocast off inside.
     """
 
     @functools.wraps(function)

@@ -1,8 +1,8 @@
-"""Derivatives that no kernel has: beyond the first, in forward mode, and under torch.func's transforms.
+"""Derivatives beyond those of the kernels: higher orders, forward mode, and torch.func's transforms.
 
-An op has one formula for its gradients, itself an op. What lies beyond torch derives from the composite, the
-same function made of torch's own operations: second derivatives from the gradients of the composite, all else
-by running the composite in the place of the op.
+An op has one formula for its gradients, which is itself an op. Everything else comes from the composite, the
+same function made of torch's own operations: second derivatives from the gradients of the composite, all
+others by running the composite instead of the op.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ Composite: TypeAlias = Callable[..., Sequence[Tensor]]
 
 
 def composed() -> bool:
-    """Whether an op must run as its composite: in forward mode and under vmap, grad and jvp of torch.func."""
+    """Return whether an op must run as its composite: in forward mode and under torch.func's transforms."""
     if torch.compiler.is_compiling():
         return False
     level: int = forward_ad._current_level
@@ -24,17 +24,17 @@ def composed() -> bool:
 
 
 def register_second(
-    name: str, lib: Any, composite: Composite, n_inputs: int, places: Sequence[int] | None = None
+    name: str, lib: Any, composite: Composite, n_inputs: int, indices: Sequence[int] | None = None
 ) -> None:
-    """Give the backward op of an op its own gradients, by composition; they are differentiable in turn.
+    """Register gradients of a backward op, by differentiating the composite; they are differentiable in turn.
 
     Args:
         name: of the backward op. It takes the op's inputs, then what only its kernel needs, then the
             gradients of the outputs, None for an output that has none; an absent input's gradient is empty.
-        lib: where it is registered.
+        lib: the library to register it in.
         composite: the op's inputs -> its outputs that have gradients.
-        n_inputs: how many inputs the op has.
-        places: of the inputs whose gradients the backward op returns; the first ones if None.
+        n_inputs: number of inputs of the op.
+        indices: of the inputs whose gradients the backward op returns; the first ones if None.
     """
 
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -51,23 +51,23 @@ def register_second(
             inputs, leaves = _separate(inputs, ctx.needs_input_grad)
             firsts = gradients(composite, inputs[:n_inputs], inputs[n_inputs:])
             pairs = [
-                (firsts[place], second)
-                for place, second in zip(places or range(n_inputs), seconds, strict=False)
-                if second is not None and place in firsts
+                (firsts[index], second)
+                for index, second in zip(indices or range(n_inputs), seconds, strict=False)
+                if second is not None and index in firsts
             ]
-            found: Sequence[Tensor | None] = [None] * len(leaves)
+            grads: Sequence[Tensor | None] = [None] * len(leaves)
             if pairs:
                 outputs, weights = zip(*pairs, strict=True)
                 chosen = list(leaves.values())
-                found = torch.autograd.grad(outputs, chosen, weights, create_graph=further, allow_unused=True)
-        of = dict(zip(leaves, found, strict=True))
-        return tuple(of.get(place) for place in range(len(inputs)))
+                grads = torch.autograd.grad(outputs, chosen, weights, create_graph=further, allow_unused=True)
+        of = dict(zip(leaves, grads, strict=True))
+        return tuple(of.get(index) for index in range(len(inputs)))
 
     torch.library.register_autograd(name, autograd, setup_context=setup_context, lib=lib)
 
 
 def gradients(composite: Composite, inputs: Sequence[Any], rest: Sequence[Any]) -> dict[int, Tensor]:
-    """Compute gradients of the composite that depend on its inputs and on the gradients of its outputs.
+    """Return gradients of the composite, as functions of its inputs and of the gradients of its outputs.
 
     Args:
         composite: inputs -> outputs.
@@ -75,7 +75,7 @@ def gradients(composite: Composite, inputs: Sequence[Any], rest: Sequence[Any]) 
         rest: ends with a gradient, or None, for each output.
 
     Returns:
-        Gradients by the place of the input.
+        index of the input -> gradient.
     """
     needed = [isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()) for x in inputs]
     inputs, leaves = _separate(inputs, needed)
@@ -84,19 +84,19 @@ def gradients(composite: Composite, inputs: Sequence[Any], rest: Sequence[Any]) 
         (y, dy) for y, dy in zip(outputs, rest[len(rest) - len(outputs) :], strict=True) if dy is not None
     ]
     ys, dys = zip(*pairs, strict=True)
-    found = torch.autograd.grad(ys, list(leaves.values()), dys, create_graph=True, allow_unused=True)
-    of = zip(leaves, found, strict=True)
-    return {place: d for place, d in of if d is not None and d.requires_grad}
+    grads = torch.autograd.grad(ys, list(leaves.values()), dys, create_graph=True, allow_unused=True)
+    of = zip(leaves, grads, strict=True)
+    return {index: d for index, d in of if d is not None and d.requires_grad}
 
 
 def _separate(inputs: Sequence[Any], needed: Sequence[bool]) -> tuple[list[Any], dict[int, Tensor]]:
-    """Cut inputs that may depend on each other apart: partial derivatives stop at the new tensors.
+    """Return inputs that do not depend on each other, so that partial derivatives stop at them.
 
     Returns:
-        The inputs, and the new ones among them by their place.
+        The inputs, and the new tensors among them by index.
     """
     leaves = {}
-    for place, (x, wanted) in enumerate(zip(inputs, needed, strict=True)):
-        if wanted:
-            leaves[place] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-    return [leaves.get(place, x) for place, x in enumerate(inputs)], leaves
+    for index, (x, is_needed) in enumerate(zip(inputs, needed, strict=True)):
+        if is_needed:
+            leaves[index] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+    return [leaves.get(index, x) for index, x in enumerate(inputs)], leaves

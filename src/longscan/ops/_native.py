@@ -1,11 +1,11 @@
-"""The native library: found, checked and loaded here, and nowhere else.
+"""The native library: located, checked and loaded here, and nowhere else.
 
-The library is plain C: it knows nothing of torch or Python and takes raw pointers. Threads are torch's own:
-the address of torch's C symbol ``torch_parallel_for`` is handed to the library once, so there is one pool of
-threads and ``torch.set_num_threads`` rules them all.
+The library has a C interface of raw pointers and depends on neither torch nor Python. Threads are torch's
+own: the address of torch's C symbol ``torch_parallel_for`` is passed to the library once, so there is one
+thread pool, and ``torch.set_num_threads`` applies to it.
 
-``LONGSCAN_BACKEND=reference`` turns the library off; ``LONGSCAN_ISA`` picks an
-instruction set: baseline, avx2, avx512 or avx512vnni.
+``LONGSCAN_BACKEND=reference`` turns the library off; ``LONGSCAN_ISA`` selects an instruction set: baseline,
+avx2, avx512 or avx512vnni.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ ABI_VERSION = 3
 _LIBRARY = Path(__file__).resolve().parent.parent / "_lib" / "liblongscan.so"
 
 
-# the formats of weights, by the types of their numbers and scales, as the library counts them
+# the library's numbers for the weight formats, by the dtypes of values and scales
 _FORMATS: dict[tuple[torch.dtype, torch.dtype | None], int] = {
     (torch.float32, None): 0,
     (torch.bfloat16, None): 1,
@@ -36,7 +36,7 @@ _FORMATS: dict[tuple[torch.dtype, torch.dtype | None], int] = {
 
 @dataclass(frozen=True)
 class NativeInfo:
-    """What became of the native library.
+    """The status of the native library.
 
     Attributes:
         path: the library in use, or None.
@@ -85,14 +85,14 @@ def _load() -> tuple[ctypes.CDLL | None, NativeInfo]:
     library.ls_scan_workspace.argtypes = [ctypes.c_int64] * 5
     library.ls_set_parallel_for.argtypes = [ctypes.c_void_p]
     library.ls_set_parallel_for(_torch_parallel_for())
-    wanted = os.environ.get("LONGSCAN_ISA", "")
-    if library.ls_choose_isa(wanted.encode()):
-        return None, NativeInfo(None, None, f"LONGSCAN_ISA={wanted} is not available on this processor")
+    isa = os.environ.get("LONGSCAN_ISA", "")
+    if library.ls_choose_isa(isa.encode()):
+        return None, NativeInfo(None, None, f"LONGSCAN_ISA={isa} is not available on this processor")
     return library, NativeInfo(path, library.ls_isa().decode(), None)
 
 
 def _torch_parallel_for() -> int | None:
-    """The address of torch's thread pool entry, or None (then the library runs on one thread)."""
+    """Return the address of torch's thread pool entry, or None: then the library runs on one thread."""
     name = "libtorch_cpu.dylib" if os.uname().sysname == "Darwin" else "libtorch_cpu.so"
     try:
         symbol = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name)).torch_parallel_for
@@ -111,14 +111,14 @@ _PREFERS_ONEDNN = (
 
 
 def available(*tensors: Tensor | None) -> bool:
-    """Whether the native kernels take these tensors: all are float32 on the CPU, nothing is `composed`."""
+    """Return whether the native kernels support these tensors: all float32 on the CPU, nothing `composed`."""
     if _library is None or composed():
         return False
     return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
 
 
 def quantized(q: Tensor, scale: Tensor | None) -> bool:
-    """Whether the native kernels take this stored matrix: a format of quant.py, contiguous, on the CPU."""
+    """Return whether the native kernels support this matrix: a format of quant.py, contiguous, on the CPU."""
     tensors = [tensor for tensor in (q, scale) if tensor is not None]
     known = (q.dtype, None if scale is None else scale.dtype) in _FORMATS and q.dtype != torch.float32
     return (
@@ -130,41 +130,42 @@ def quantized(q: Tensor, scale: Tensor | None) -> bool:
 
 
 def plain(tensor: Tensor) -> bool:
-    """Whether a kernel may use this tensor where it is: float32, contiguous, on the CPU."""
+    """Return whether a kernel may use this tensor in place: float32, contiguous, on the CPU."""
     return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 def direct(tensor: Tensor) -> bool:
-    """Whether a kernel may be called past torch's dispatcher, and write into this tensor.
+    """Return whether a kernel may bypass torch's dispatcher and write into this tensor, as decoding does.
 
-    Decoding does: the dispatcher costs more than a small kernel. No gradient is recorded, nothing is traced.
+    The dispatcher costs more than a small kernel. It may be bypassed where no gradient is recorded and
+    nothing is traced.
     """
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.is_contiguous()
     return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not composed()
 
 
 def pointer(tensor: Tensor | None) -> int:
-    """The address of the tensor's first element, 0 for None."""
+    """Return the address of the tensor's first element, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
-    """A contiguous version of an optional tensor; the caller keeps it alive during the call."""
+    """Return an optional tensor, contiguous; the caller keeps it alive during the call."""
     return None if tensor is None else tensor.contiguous()
 
 
 def rows(tensor: Tensor) -> Tensor:
-    """The tensor itself when its last axis is contiguous (other strides are free), else a contiguous copy."""
+    """Return the tensor if its last axis is contiguous (other strides are free), else a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def row_fields(tensor: Tensor | None) -> tuple[int, int, int]:
-    """The C struct ``ls_rows`` of a (batch, time, ...) tensor: address, batch stride and time stride."""
+    """Return the C struct ``ls_rows`` of a (batch, time, ...) tensor: address, batch and time stride."""
     return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
 
 
 def scan_workspace(*sizes: int) -> int:
-    """Floats of scratch the scan's backward kernel needs for (batch, seq_len, d_inner, d_state, n_groups)."""
+    """Return the scan backward's workspace in floats, for (batch, seq_len, d_inner, d_state, n_groups)."""
     assert _library is not None
     return int(_library.ls_scan_workspace(*sizes))
 
@@ -181,17 +182,17 @@ def call(function: str, arguments: Sequence[int]) -> None:
 
 
 def prefers_onednn() -> bool:
-    """Whether torch multiplies float32 faster through oneDNN: on AMD with AVX-512, where MKL holds back."""
+    """Return whether oneDNN multiplies float32 faster than MKL: on AMD processors with AVX-512."""
     return _PREFERS_ONEDNN
 
 
 def address(data: bytes) -> int:
-    """The address of bytes; the caller keeps them alive during the call."""
+    """Return the address of bytes; the caller keeps them alive during the call."""
     return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
 
 
 def matrix_fields(q: Tensor, scale: Tensor | None, bias: Tensor | None) -> tuple[int, ...]:
-    """The C struct ``ls_matrix`` of a float32 or stored weight, contiguous."""
+    """Return the C struct ``ls_matrix`` of a contiguous float32 or quantised weight."""
     n_out, width = q.shape
     kind = (q.dtype, None if scale is None else scale.dtype)
     n_in = 2 * width if q.dtype == torch.uint8 else width
@@ -199,7 +200,7 @@ def matrix_fields(q: Tensor, scale: Tensor | None, bias: Tensor | None) -> tuple
 
 
 def multiply(x: Tensor, q: Tensor, scale: Tensor | None, bias: Tensor | None, rows: int) -> Tensor:
-    """Multiply x (..., n_in), of that many rows, by a float32 or stored weight; all are contiguous."""
+    """Return x (..., n_in), of this many rows, times a float32 or quantised weight; all are contiguous."""
     assert _library is not None
     y = x.new_empty(*x.shape[:-1], q.shape[0])
     workspace = x.new_empty(_library.ls_multiply_workspace(rows, x.shape[-1]), dtype=torch.uint8)
@@ -212,14 +213,14 @@ def multiply(x: Tensor, q: Tensor, scale: Tensor | None, bias: Tensor | None, ro
 
 
 def dequantize(q: Tensor, scale: Tensor | None, weight: Tensor) -> None:
-    """Write the matrix that a stored one stands for into weight (n_out, n_in) float32."""
+    """Dequantise a matrix into weight (n_out, n_in) float32."""
     assert _library is not None
     if _library.ls_dequantize(struct.pack("6q", *matrix_fields(q, scale, None)), weight.data_ptr()):
         raise RuntimeError(f"ls_dequantize refused {tuple(q.shape)} {q.dtype}; please report it")
 
 
 def decode(arguments: bytes) -> bool:
-    """Call the decoder with the C struct ``ls_decode`` up to its workspace; False if it refused an id."""
+    """Run the decoder on the C struct ``ls_decode`` up to its workspace; return False if an id is invalid."""
     assert _library is not None
     size = _library.ls_decode_workspace(arguments + bytes(8))
     workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
@@ -227,14 +228,14 @@ def decode(arguments: bytes) -> bool:
 
 
 def keep_memory() -> None:
-    """Ask the C allocator to keep freed memory for the next tensor; for a process that only computes.
+    """Make the C allocator reuse freed memory, and shrink oneDNN's caches; for processes that only compute.
 
-    By default glibc hands large blocks back to the system, and every training step takes them anew, page by
-    page, which costs an op that is bound by memory much of its time. Without glibc nothing happens.
+    By default glibc returns large blocks to the system, and every training step page-faults them in again,
+    which costs memory-bound ops much of their time. Without glibc nothing happens.
 
-    oneDNN keeps a program for each shape it meets, 1,024 of them, and torch's layer above it as many more:
-    where every batch has another shape they take gigabytes and hardly one is used again. Before torch's first
-    product they can be told otherwise.
+    oneDNN caches a primitive per shape, up to 1,024, and torch's layer above it as many: if every batch has
+    another shape, they take gigabytes and are hardly ever reused. The limits must be set before torch's first
+    matrix product.
     """
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "64")
@@ -246,17 +247,17 @@ def keep_memory() -> None:
 
 
 def release_memory() -> None:
-    """Hand back to the system what the C allocator holds in pieces; for now and then, where shapes vary."""
+    """Return the C allocator's free memory to the system; to be called occasionally where shapes vary."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:
         malloc_trim(0)
 
 
 def native_probe(n_states: int) -> float | None:
-    """Measure a scan's ceiling: exp and the three multiply-adds of a state update, in registers.
+    """Measure the peak rate of a scan: exp and the three multiply-adds of a state update, in registers.
 
     Args:
-        n_states: how many state updates to run on every thread.
+        n_states: state updates per thread.
 
     Returns:
         State updates per second over all of torch's threads, or None without the native library.
@@ -265,13 +266,13 @@ def native_probe(n_states: int) -> float | None:
 
 
 def native_read_probe(n_bytes: int) -> float | None:
-    """Measure a decoder's ceiling: all threads read memory that no cache holds, and do nothing else.
+    """Measure the peak rate of decoding: the memory bandwidth of all threads, reading beyond the caches.
 
     Args:
-        n_bytes: how many to read, together; allocated for it.
+        n_bytes: total bytes to allocate and read.
 
     Returns:
-        Bytes per second, the best of five tries, or None without the native library.
+        Bytes per second, the best of five runs, or None without the native library.
     """
     if _library is None:
         return None
@@ -280,5 +281,5 @@ def native_read_probe(n_bytes: int) -> float | None:
 
 
 def backend() -> str:
-    """Which kernels are in use: "native:<instruction set>" or "reference"."""
+    """Return the kernels in use: "native:<instruction set>" or "reference"."""
     return f"native:{info.isa}" if _library is not None else "reference"

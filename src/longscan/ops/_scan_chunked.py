@@ -1,11 +1,11 @@
 """The selective scan on any device and in any precision: a loop over chunks, a logarithmic scan inside each.
 
-This is what runs without the native library, in float64 and away from the CPU. Memory stays near that of
-the inputs: one chunk at a time exists as (batch, CHUNK, d_inner, d_state), and the backward pass recomputes
-it from the state before the chunk.
+It runs without the native library, in float64 and on other devices than the CPU. Memory stays near that of
+the inputs: only one chunk at a time exists as (batch, CHUNK, d_inner, d_state), and the backward pass
+recomputes it from the state before the chunk.
 
-Nothing passes from one packed sequence to another or out of padding, NaN included: what lies there is
-replaced by zeros before anything multiplies by it, for zero times NaN is NaN.
+Nothing leaks from one packed sequence into another or out of padding, not even NaN: such values are replaced
+by zeros before they are multiplied, since zero times NaN is NaN.
 """
 
 import torch
@@ -14,31 +14,31 @@ from torch.nn import functional as F
 
 from longscan.ops._segments import segments
 
-CHUNK = 32  # steps of a chunk; also of the kernels' time tile, so that both keep equally many states
-LANE_PAD = 16  # channels the kernels pad to
+CHUNK = 32  # steps of a chunk, as of the kernels' time tile, so that both save equally many states
+LANE_PAD = 16  # the kernels pad channels to a multiple of this
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def boundaries_shape(u: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[int, ...]:
-    """(chunks, batch, padded d_inner, d_state): the kernels pad each group's channels to whole vectors."""
+    """Return (chunks, batch, padded d_inner, d_state): kernels pad each group's channels to whole vectors."""
     n_groups = max(M.shape[2] if M.dim() == 4 else 1 for M in (B, C))
     padded = n_groups * -(-(u.shape[2] // n_groups) // LANE_PAD) * LANE_PAD
     return -(-u.shape[1] // CHUNK), u.shape[0], padded, A.shape[1]
 
 
 def _blank(x: Tensor, where: Tensor | None) -> Tensor:
-    """X (batch, steps, ...) with zeros where a mask (batch, steps) says so."""
+    """Return x (batch, steps, ...) with zeros where a mask (batch, steps) is True."""
     return x if where is None else x.masked_fill(where.view(*where.shape, *[1] * (x.dim() - 2)), 0.0)
 
 
 def _blank_padding(tensors: tuple[Tensor, ...], padding: Tensor | None) -> tuple[Tensor, ...]:
-    """Zeros at padding in what varies with time; matrices that are constant stay as they are."""
+    """Return the time-varying tensors with zeros in padding; constant matrices are returned unchanged."""
     return tuple(x if x.dim() == 2 else _blank(x, padding) for x in tensors)
 
 
 def _delta(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, padding: Tensor | None) -> Tensor:
-    """The step sizes the recurrence uses; 0 at padding, which leaves the state as it is."""
+    """Return the step sizes of the recurrence; 0 in padding, which leaves the state unchanged."""
     dt = _blank(dt, padding)
     dt = dt if dt_bias is None else dt + dt_bias
     dt = F.softplus(dt) if dt_softplus else dt
@@ -46,7 +46,7 @@ def _delta(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, padding: Tenso
 
 
 def _chunk(M: Tensor, time: slice, d_inner: int) -> Tensor:
-    """B or C over a stretch of time, broadcastable to (batch, steps, d_inner, d_state)."""
+    """Return B or C over a slice of time, broadcastable to (batch, steps, d_inner, d_state)."""
     if M.dim() == 2:
         return M
     M = M[:, time]
@@ -54,9 +54,9 @@ def _chunk(M: Tensor, time: slice, d_inner: int) -> Tensor:
 
 
 def _linear_scan(a: Tensor, b: Tensor, h: Tensor, starts: Tensor | None) -> Tensor:
-    """All h_t = a_t h_{t-1} + b_t along axis 1 by doubling, from h (batch, d_inner, d_state) before them.
+    """Return all h_t = a_t h_{t-1} + b_t along axis 1, by doubling, from h (batch, d_inner, d_state).
 
-    Where starts (batch, steps) is set, b_t alone: nothing of what lies before is multiplied by anything.
+    Where starts (batch, steps) is set, h_t is b_t: earlier values are not even multiplied by zero.
     """
     step = 1
     while step < a.shape[1]:
@@ -73,7 +73,7 @@ def _linear_scan(a: Tensor, b: Tensor, h: Tensor, starts: Tensor | None) -> Tens
 def _chunk_states(
     delta: Tensor, x: Tensor, A: Tensor, B: Tensor, starts: Tensor | None, h: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Decays and states of one chunk, both (batch, steps, d_inner, d_state), from the state h before it."""
+    """Return decays and states of a chunk, (batch, steps, d_inner, d_state) each, from the state h before."""
     a = torch.exp(delta[..., None] * A)
     return a, _linear_scan(a, x[..., None] * B, h, starts)
 
@@ -92,7 +92,7 @@ def forward(
     dt_softplus: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op on any device and in float64: a loop over chunks, a logarithmic scan inside each."""
+    """Run the op on any device and in float64: a loop over chunks, a logarithmic scan inside each."""
     batch, seq_len, d_inner = u.shape
     starts, padding = (None, None) if seq_idx is None else segments(seq_idx)
     delta = _delta(dt, dt_bias, dt_softplus, padding)
@@ -113,9 +113,9 @@ def forward(
     y = _blank(y, padding)
     if not keep:
         return y, h, u.new_empty(0)
-    kept = u.new_zeros(boundaries_shape(u, A, B, C))
-    kept[:, :, :d_inner] = torch.stack(boundaries)
-    return y, h, kept
+    saved = u.new_zeros(boundaries_shape(u, A, B, C))
+    saved[:, :, :d_inner] = torch.stack(boundaries)
+    return y, h, saved
 
 
 def backward(

@@ -1,18 +1,18 @@
-"""What a ``seq_idx`` says: where sequences start inside a packed row and which positions are padding."""
+"""The meaning of ``seq_idx``: where sequences start inside a packed row, and which positions are padding."""
 
 import torch
 from torch import Tensor
 
 
 def segments(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the starts of packed sequences and the padding.
+    """Return the starts of packed sequences, and the padding.
 
     Args:
         seq_idx: (batch, seq_len) integers; a change of value starts a new sequence, negative means padding.
 
     Returns:
-        starts: (batch, seq_len) bool, a token whose predecessor in its row belongs to another sequence. The
-            first token of a row is no start: it continues the initial state.
+        starts: (batch, seq_len) bool, True at a token whose predecessor in the row belongs to another
+            sequence. The first token of a row is no start: it continues the initial state.
         padding: (batch, seq_len) bool.
     """
     padding = seq_idx < 0
@@ -26,7 +26,7 @@ def segments(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_seq_idx(seq_idx: Tensor | None, batch: int, seq_len: int) -> Tensor | None:
-    """Return seq_idx as contiguous int32; ValueError for a wrong shape, TypeError for a wrong dtype."""
+    """Return seq_idx as contiguous int32; raise ValueError for a wrong shape, TypeError for a wrong dtype."""
     if seq_idx is None:
         return None
     if seq_idx.dtype not in (torch.int32, torch.int64):

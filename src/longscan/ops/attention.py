@@ -1,10 +1,10 @@
-"""Attention: each query takes the average of the values, weighted by how well their keys answer it.
+"""Attention: for each query, the average of the values, weighted by the match of query and keys.
 
-    out_i = sum_j a_ij v_j,    a_i = softmax_j(scale q_i . k_j) over the j that query i may look at
+    out_i = sum_j a_ij v_j,    a_i = softmax_j(scale q_i . k_j) over the j that query i attends to
 
-Vaswani et al., 2017 (arXiv 1706.03762), section 3.2. A mask says True where a query may look, as in torch's
-scaled_dot_product_attention; in nn.MultiheadAttention True means the opposite. A query that may look at
-nothing gets zeros, and passes no gradient on: the softmax over nothing would be NaN.
+Vaswani et al., 2017 (arXiv 1706.03762), section 3.2. A mask is True where a query attends, as in torch's
+scaled_dot_product_attention; in nn.MultiheadAttention True means the opposite. A query whose keys are all
+masked gets zeros and has no gradient, where the softmax would be NaN.
 """
 
 from typing import Any, cast
@@ -29,7 +29,7 @@ def attention_ref(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`attention` as the equation says, and show the weights.
+    """Return the result of :func:`attention`, computed by the equation, and the weights.
 
     Args:
         q: as there, like all that follows.
@@ -52,18 +52,18 @@ def attention_ref(
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Turn scores into weights that sum to 1 over the last axis, or are all zero where nothing is allowed.
+    """Return the softmax of scores over the last axis; rows that are masked entirely are zero.
 
     Args:
         scores: (..., k_len).
-        mask: boolean, broadcastable to the scores; True takes part. All do if None.
+        mask: boolean, broadcastable to the scores; False is masked. Nothing is if None.
 
     Returns:
         (..., k_len).
     """
     if mask is None:
         return scores.softmax(-1)
-    # a row of nothing but -inf is NaN, forward and backward; a large finite number would make it uniform
+    # a row of only -inf would be NaN, forward and backward; with a finite minimum it is uniform, then zeroed
     lowest = torch.finfo(scores.dtype).min
     return scores.masked_fill(~mask, lowest).softmax(-1) * mask
 
@@ -81,27 +81,27 @@ def attention(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attend, through torch's fused kernel, without holding all weights where it can.
+    """Return the attention output, through torch's fused kernel where that applies.
 
     Args:
         q: (batch, q_len, n_heads, d_head), the queries.
-        k: (batch, k_len, n_kv_heads, d_head), the keys. n_heads is a multiple of n_kv_heads: so many heads in
-            turn share one head of keys and values.
+        k: (batch, k_len, n_kv_heads, d_head), the keys. n_heads is a multiple of n_kv_heads: groups of
+            adjacent query heads share one head of keys and values.
         v: (batch, k_len, n_kv_heads, d_v), the values.
-        mask: boolean, broadcastable to (batch, n_heads, q_len, k_len), True where a query may look.
+        mask: boolean, broadcastable to (batch, n_heads, q_len, k_len), True where a query attends.
         causal: whether query i sees only the keys up to i + k_len - q_len: the queries are the last q_len
             of the k_len positions.
         scale: of the scores; d_head ** -0.5 if None.
-        dropout: share of the weights that is dropped; the caller says 0 when it does not train.
+        dropout: dropout probability of the weights; the caller passes 0 in evaluation.
 
     Returns:
-        (batch, q_len, n_heads, d_v); zeros for a query that may look at nothing.
+        (batch, q_len, n_heads, d_v); zeros for a query whose keys are all masked.
 
     Raises:
         ValueError: shapes do not fit.
     """
     group = _check(q, k, v)
-    if not q.dtype == k.dtype == v.dtype:  # autocast came or went since the keys were made
+    if not q.dtype == k.dtype == v.dtype:  # autocast was switched on or off since
         k, v = k.to(q.dtype), v.to(q.dtype)
     if composed():
         return attention_ref(q, k, v, mask=mask, causal=causal, scale=scale, dropout=dropout)[0]
@@ -119,7 +119,7 @@ def attention(
 
 
 def _trains_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> bool:
-    """Whether gradients will go through torch's fused kernel for CPUs, which knows no second ones."""
+    """Return whether gradients go through torch's fused CPU kernel, which has no second derivatives."""
     needed = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if (
         not needed
@@ -134,7 +134,7 @@ def _trains_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: 
 
 
 class _Fused(torch.autograd.Function):
-    """Torch's fused kernel and its gradients; those of the equation where they are to be differentiated."""
+    """Torch's fused kernel and its gradients; second derivatives are those of the equation."""
 
     @staticmethod
     def forward(
@@ -168,12 +168,12 @@ class _Fused(torch.autograd.Function):
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> int:
-    """Insist on shapes that fit; return how many heads share one of keys and values."""
+    """Return the number of query heads per KV head; raise ValueError unless the shapes fit."""
     shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         raise ValueError(f"q, k, v: expected (batch, seq_len, n_heads, d_head), {shapes}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"q, k, v: expected one batch, one d_head, and a value for every key, {shapes}")
+        raise ValueError(f"q, k, v: expected equal batch and d_head, and a value for every key, {shapes}")
     group, rest = divmod(q.shape[2], k.shape[2])
     if rest:
         raise ValueError(f"q, k: expected n_heads to be a multiple of n_kv_heads, {shapes}")
@@ -181,7 +181,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> int:
 
 
 def _combine(mask: Tensor | None, causal: bool, q: Tensor, k: Tensor) -> Tensor | None:
-    """Join the mask with the causal one, or return None if every query may look everywhere."""
+    """Return the mask combined with the causal one, or None if nothing is masked."""
     q_len, k_len = q.shape[1], k.shape[1]
     if not causal or q_len == 1:  # a single query is the last one and sees all
         return mask

@@ -20,30 +20,30 @@ BLOCK = 1 << 22  # complex numbers held at a time
 
 
 def cauchy_ref(v: Tensor, t: Tensor, lam: Tensor) -> Tensor:
-    """Compute :func:`cauchy` with the whole matrix (channels, n, k) in memory, in complex128."""
-    v, place = v.to(torch.complex128), 1j * t
-    matrix, twin = (1 / (place - x[..., None]) for x in (lam, lam.conj()))
-    return torch.einsum("jcn,cnk->jck", v, matrix) + torch.einsum("jcn,cnk->jck", v.conj(), twin)
+    """Return the result of :func:`cauchy`, computed with the full (channels, n, k) matrix in complex128."""
+    v, points = v.to(torch.complex128), 1j * t
+    matrix, conjugate = (1 / (points - x[..., None]) for x in (lam, lam.conj()))
+    return torch.einsum("jcn,cnk->jck", v, matrix) + torch.einsum("jcn,cnk->jck", v.conj(), conjugate)
 
 
 # --- 2. the op ----------------------------------------------------------------------------------------------
 
 
 def cauchy(v: Tensor, t: Tensor, lam: Tensor) -> Tensor:
-    """Sum poles and their conjugates, several numerators over the same poles in one pass.
+    """Return sums over poles and their conjugates, for several numerators over the same poles in one pass.
 
     Args:
         v: (n_numerators, channels, n) complex64 or complex128.
-        t: (k,) float64 places on the imaginary axis; without gradient.
-        lam: (channels, n) complex128 poles, off that axis: near a pole what counts is the difference of two
-            large numbers, so these are wide even where the sums are not.
+        t: (k,) float64 points on the imaginary axis; without gradient.
+        lam: (channels, n) complex128 poles, off that axis. They are always complex128, because near a pole
+            the difference of two large numbers matters.
 
     Returns:
         (n_numerators, channels, k) of v's type.
 
     Raises:
         ValueError: shapes do not fit.
-        TypeError: types do not.
+        TypeError: dtypes do not.
     """
     if v.dim() != 3 or t.dim() != 1 or v.shape[1:] != lam.shape or 0 in (*v.shape, *t.shape):
         shapes = f"got {tuple(v.shape)}, {tuple(t.shape)}, {tuple(lam.shape)}"
@@ -90,7 +90,7 @@ def _composite(v: Tensor, t: Tensor, lam: Tensor) -> tuple[Tensor]:
 
 
 torch.library.register_autograd("longscan::cauchy", _autograd, setup_context=_setup_context, lib=_lib)
-register_second("longscan::cauchy_backward", _lib, _composite, n_inputs=3, places=(0, 2))
+register_second("longscan::cauchy_backward", _lib, _composite, n_inputs=3, indices=(0, 2))
 
 # --- 5. the native kernel -----------------------------------------------------------------------------------
 
@@ -103,32 +103,35 @@ def _use_native(v: Tensor, t: Tensor, lam: Tensor) -> bool:
 
 
 class _Pairs:
-    """A pole and its twin over one denominator: (i t alpha - beta) / ((i t - lam)(i t - conj(lam)))."""
+    """A pole and its conjugate over one denominator: (i t alpha - beta) / ((i t - lam)(i t - conj(lam)))."""
 
     def __init__(self, v: Tensor, t: Tensor, lam: Tensor) -> None:
         self.t, self.lam = t.float().contiguous(), lam.resolve_conj().contiguous()
-        self.t_low = (t - self.t).float()  # near a pole float32 alone has no digit of the difference
+        self.t_low = (t - self.t).float()  # near a pole float32 alone loses all digits of the difference
         self.alpha = (2 * v.real).contiguous()
         self.beta = (2 * (v * lam.conj_physical()).real).float().contiguous()  # product in complex128
         self.sizes = [*v.shape, len(t)]
 
     def call(self, function: str, *rest: Tensor | None) -> None:
-        """Call a kernel with the C struct ``ls_cauchy``."""
+        """Run a kernel on the C struct ``ls_cauchy``."""
         operands = (self.t, self.t_low, self.lam, self.alpha, self.beta, *rest)
         _native.call(function, self.sizes + [_native.pointer(tensor) for tensor in operands])
 
 
 def _blocks(t: Tensor, lam: Tensor) -> list[slice]:
-    """Cut the places so that the matrix of one block is small."""
+    """Return slices of the points for which the matrix is small."""
     width = max(1, BLOCK // lam.numel())
     return [slice(begin, begin + width) for begin in range(0, len(t), width)]
 
 
 def _matrices(v: Tensor, t: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
-    """1 / (i t - lam) and 1 / (i t - conj(lam)), (channels, n, k) in v's type, the differences taken wide."""
-    real, places = (-lam.real)[..., None].expand(*lam.shape, len(t)), t - lam.imag[..., None]
-    matrix, twin = (torch.complex(real, imag) for imag in (places, t + lam.imag[..., None]))
-    return matrix.to(v.dtype).reciprocal(), twin.to(v.dtype).reciprocal()
+    """Return 1 / (i t - lam) and 1 / (i t - conj(lam)), (channels, n, k) in v's dtype.
+
+    The differences are computed in float64.
+    """
+    real, imag = (-lam.real)[..., None].expand(*lam.shape, len(t)), lam.imag[..., None]
+    matrix, conjugate = (torch.complex(real, difference) for difference in (t - imag, t + imag))
+    return matrix.to(v.dtype).reciprocal(), conjugate.to(v.dtype).reciprocal()
 
 
 def _forward(v: Tensor, t: Tensor, lam: Tensor) -> Tensor:
@@ -140,7 +143,7 @@ def _forward(v: Tensor, t: Tensor, lam: Tensor) -> Tensor:
 
 
 def _forward_torch(v: Tensor, t: Tensor, lam: Tensor) -> Tensor:
-    """The op on any device and in complex128; torch can differentiate it however often."""
+    """Run the op on any device and in complex128; differentiable any number of times."""
     rows, outs = v.transpose(0, 1), []  # (channels, n_numerators, n)
     for block in _blocks(t, lam):
         matrix, twin = _matrices(v, t[block], lam)

@@ -1,8 +1,8 @@
-"""Causal depthwise convolution along time, the short memory in front of every selective scan.
+"""Causal depthwise convolution along time, the short memory before every selective scan.
 
     y_t[d] = act(bias[d] + sum_k weight[d, k] x_{t - (d_conv - 1) + k}[d])
 
-Before the first token stand the initial state, the last d_conv - 1 inputs of what came before, or zeros.
+The initial state holds the d_conv - 1 inputs before the first token; by default they are zeros.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ def causal_conv1d_ref(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`causal_conv1d` token by token with a sliding window: the definition, slow and plain."""
+    """Return the result of :func:`causal_conv1d`, token by token with a sliding window: the definition."""
     batch, seq_len, d_inner = x.shape
     window = x.new_zeros(batch, weight.shape[1] - 1, d_inner) if initial_state is None else initial_state
     rows, finals = [], []
@@ -62,11 +62,11 @@ def causal_conv1d(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Convolve each channel with its own short filter, looking only back.
+    """Return the causal convolution of each channel with its own short filter, and the final state.
 
     Args:
         x: (batch, seq_len, d_inner) input, any float type.
-        weight: (d_inner, d_conv); the last column weighs the current token.
+        weight: (d_inner, d_conv); the last column is the tap of the current token.
         bias: (d_inner,).
         activation: None or "silu".
         initial_state: (batch, d_conv - 1, d_inner), the inputs before the first token, oldest first; zeros if
@@ -75,8 +75,8 @@ def causal_conv1d(
             Negative values are padding: the window does not move and y is 0.
 
     Returns:
-        y: (batch, seq_len, d_inner) of x's type.
-        final_state: (batch, d_conv - 1, d_inner), the last inputs, ready to be the next call's initial_state;
+        y: (batch, seq_len, d_inner) in x's dtype.
+        final_state: (batch, d_conv - 1, d_inner), the last inputs, which are the next call's initial_state;
             float32 (float64 for float64 inputs).
 
     Raises:
@@ -95,10 +95,10 @@ def causal_conv1d(
 def causal_conv1d_step(
     state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
-    """Take in one token, in place; for decoding, without gradients.
+    """Return the output for one more token, updating the state in place; for decoding, without gradients.
 
     Args:
-        state: (batch, d_conv - 1, d_inner), overwritten: the oldest input leaves, x enters.
+        state: (batch, d_conv - 1, d_inner), overwritten: the oldest input is dropped, x is appended.
         x: (batch, d_inner).
         weight: (d_inner, d_conv).
         bias: (d_inner,).
@@ -120,7 +120,7 @@ def causal_conv1d_step(
 def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, initial_state: Tensor | None
 ) -> tuple[int, int]:
-    """Validate every shape; return (batch, seq_len)."""
+    """Return (batch, seq_len); raise ValueError unless all shapes fit."""
     if x.dim() != 3 or 0 in x.shape:
         raise ValueError(f"x: expected a non-empty (batch, seq_len, d_inner), got {tuple(x.shape)}")
     batch, seq_len, d_inner = x.shape
@@ -176,11 +176,11 @@ def _autograd(ctx, dy, dfinal):  # type: ignore[no-untyped-def]
 
 
 def _sources(seq_idx: Tensor | None, batch: int, seq_len: int, d_conv: int, device: torch.device) -> Tensor:
-    """Where each tap reads in [zero, initial state, x] along time.
+    """Return the index of each tap's input in [zero, initial state, x] along time.
 
     Returns:
         (batch, seq_len + 1, d_conv) indices: rows of taps oldest first; row t < seq_len for output t, and the
-        last d_conv - 1 entries of row seq_len name the final state. Index 0 is a row of zeros.
+        last d_conv - 1 entries of row seq_len are the final state. Index 0 is a row of zeros.
     """
     past = d_conv - 1
     if seq_idx is None:
@@ -214,14 +214,14 @@ def _sources(seq_idx: Tensor | None, batch: int, seq_len: int, d_conv: int, devi
 
 
 def _gather(x: Tensor, initial_state: Tensor | None, weight: Tensor) -> Tensor:
-    """[zero, initial state, x] along time: (batch, d_conv + seq_len, d_inner)."""
+    """Return [zero, initial state, x] along time: (batch, d_conv + seq_len, d_inner)."""
     batch, _, d_inner = x.shape
     past = x.new_zeros(batch, weight.shape[1] - 1, d_inner) if initial_state is None else initial_state
     return torch.cat([x.new_zeros(batch, 1, d_inner), past, x], 1)
 
 
 def _pick(rows: Tensor, source: Tensor) -> Tensor:
-    """Rows (batch, n, d_inner) at source (batch, m) -> (batch, m, d_inner)."""
+    """Return the rows (batch, n, d_inner) at source (batch, m): (batch, m, d_inner)."""
     return rows.gather(1, source[..., None].expand(-1, -1, rows.shape[2]))
 
 
@@ -239,7 +239,7 @@ def _forward_torch(
     seq_idx: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The op on any device and in float64, one gather per tap; torch can differentiate it however often."""
+    """Run the op on any device and in float64, one gather per tap; differentiable any number of times."""
     source = _sources(seq_idx, x.shape[0], x.shape[1], weight.shape[1], x.device)
     rows = _gather(x, initial_state, weight)
     y = _pre_activation(rows, weight, bias, source)
@@ -291,7 +291,7 @@ def _use_native(weight: Tensor, *tensors: Tensor | None) -> bool:
 
 
 def _fields(x: Tensor, weight: Tensor, silu: bool, rest: tuple[Tensor | None, ...]) -> list[int]:
-    """The C struct ``ls_conv`` from its first field up to ``final_state``."""
+    """Return the C struct ``ls_conv`` from its first field up to ``final_state``."""
     operands = (_native.pointer(t) for t in (weight, *rest))
     return [*x.shape, weight.shape[1], int(silu), *_native.row_fields(x), *operands]
 

@@ -1,7 +1,7 @@
-"""Decoding in one native call: a few tokens for every row of a batch, through all Mamba blocks and the head.
+"""Decoding in one native call: a few tokens per row of a batch, through all Mamba blocks and the head.
 
-What it computes is what the model's own `step` computes op by op, which is the reference. There is no
-gradient, and no other implementation: without the native library a model decodes by its reference.
+The reference is the model's own `step`, which computes the same op by op, and which decodes without the
+native library. There are no gradients.
 """
 
 import struct
@@ -17,16 +17,16 @@ MAX_STATE, MAX_CONV = 256, 8  # of the native library
 
 
 def decodes(d_state: int, d_conv: int) -> bool:
-    """Whether the native decoder is there and takes a Mamba of these sizes."""
+    """Return whether the native decoder is available and supports a Mamba of these sizes."""
     return _native.available() and d_state <= MAX_STATE and d_conv <= MAX_CONV
 
 
 class Matrix(NamedTuple):
-    """A weight as a Linear holds it: float32, or a stored format of quant.py.
+    """The weight of a Linear: float32, or in a quantised format of quant.py.
 
     Attributes:
         weight: (n_out, n_in), or packed.
-        scale: of a stored format, or None.
+        scale: of a quantised format, or None.
         bias: (n_out,) float32, or None.
     """
 
@@ -46,7 +46,7 @@ class MambaBlock(NamedTuple):
         out_proj: (d_model, d_inner).
         conv_weight: (d_conv, d_inner), oldest tap first.
         conv_bias: (d_inner,), or None.
-        A: (d_inner, d_state) in powers of two: -exp(A_log) log2(e).
+        A: (d_inner, d_state) for powers of two: -exp(A_log) log2(e).
         D: (d_inner,).
     """
 
@@ -62,7 +62,7 @@ class MambaBlock(NamedTuple):
 
 
 class MambaStack:
-    """All weights of a Mamba, ready for the native decoder. They are used where they are and kept alive.
+    """All weights of a Mamba for the native decoder, used in place and kept alive.
 
     Args:
         blocks: in order.
@@ -75,7 +75,7 @@ class MambaStack:
     def __init__(
         self, blocks: Sequence[MambaBlock], embedding: Matrix, head: Matrix, norm: Tensor, eps: float
     ) -> None:
-        self.kept = (blocks, embedding, head, norm)
+        self._alive = (blocks, embedding, head, norm)  # the native decoder points to these
         first = blocks[0]
         self.vocab_size, self.ids = head.weight.shape[0], embedding.weight.shape[0]
         (d_conv, d_inner), d_state = first.conv_weight.shape, first.A.shape[1]
@@ -89,14 +89,13 @@ class MambaStack:
         self._norm = norm.data_ptr()
 
     def states(self, layers: Sequence[tuple[Tensor, Tensor]]) -> bytes | None:
-        """Gather the addresses of states.
+        """Return the addresses of states, for `run`, valid while these tensors are alive.
 
         Args:
             layers: conv (batch, d_conv - 1, d_inner) and ssm (batch, d_inner, d_state) of each block.
 
         Returns:
-            What `run` takes for as long as these tensors live; None if they are not float32 and contiguous
-            on the CPU, or of other shapes.
+            None if a tensor is not contiguous float32 on the CPU, or has another shape.
         """
         batch = layers[0][0].shape[0]
         for layer in layers:
@@ -106,14 +105,14 @@ class MambaStack:
         return struct.pack(f"{2 * len(layers)}q", *(layer[i].data_ptr() for i in (0, 1) for layer in layers))
 
     def run(self, ids: Tensor, states: bytes) -> Tensor:
-        """Read tokens.
+        """Return the logits after each token, updating the states in place.
 
         Args:
             ids: (batch, steps) int64, contiguous on the CPU.
-            states: of as many rows; they advance in place.
+            states: addresses of states with as many rows.
 
         Returns:
-            (batch, steps, vocab_size) float32: the logits after each token.
+            (batch, steps, vocab_size) float32.
 
         Raises:
             ValueError: an id is out of range.
@@ -133,7 +132,7 @@ class MambaStack:
 
 
 def _block_fields(block: MambaBlock) -> list[int]:
-    """The C struct ls_layer."""
+    """Return the C struct ls_layer."""
     fields = [block.norm.data_ptr()]
     for matrix in (block.in_proj, block.x_proj, block.dt_proj, block.out_proj):
         fields += _matrix_fields(matrix)

@@ -1,4 +1,4 @@
-"""Dropout whose randomness costs a quarter: torch draws a number for each decision, here one serves four."""
+"""Dropout at a quarter of the cost of randomness: one random number makes four decisions, in torch one."""
 
 import torch
 from torch import Tensor
@@ -8,15 +8,12 @@ STEPS = 2**16  # a decision is 16 bits, so p is rounded to a multiple of 1 / STE
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
-    """Set a random share of the numbers to zero and enlarge the others, so that the mean stays.
+    """Return x (...) with random elements set to zero and the others scaled up to preserve the mean.
 
     Args:
         x: (...).
-        p: the share, from 0 to below 1.
-        training: whether to do anything at all.
-
-    Returns:
-        (...).
+        p: the dropout probability, at least 0 and below 1.
+        training: if False, x is returned unchanged.
     """
     if not training or not p:
         return x

@@ -1,20 +1,20 @@
-"""HiPPO-LegS: the whole past of a signal as Legendre coefficients, kept up to date sample by sample.
+"""HiPPO-LegS: the whole past of a signal as Legendre coefficients, updated sample by sample.
 
     c' = (A c + B f) / t,  A[n, m] = -sqrt((2n+1)(2m+1)) below the diagonal, -(n+1) on it,  B[n] = sqrt(2n+1)
 
-The step cancels: sample k takes the state from k - 1 to k, whatever the sampling rate.
+The step size cancels: sample k takes the state from k - 1 to k, whatever the sampling rate.
 
     forward    c_k = c_{k-1} + (A c_{k-1} + B f_k) / k                          "backward": A c_k instead,
                                                                                 "bilinear": the mean of both
-    zoh        c_k = exp(A ln(k / (k-1))) c_{k-1} + A^-1 (exp(...) - I) B f_k   exact, for a signal in stairs
+    zoh        c_k = exp(A ln(k / (k-1))) c_{k-1} + A^-1 (exp(...) - I) B f_k   exact, if piecewise constant
 
-A is lower triangular and, below its diagonal, of rank 1, hence O(n) for a step: with m the mean that A meets,
-the coefficients are a chain of filters, each fed with what those before it leave of the signal:
+A is lower triangular and, below its diagonal, of rank 1, hence O(n) per step: with m the mean that A is
+applied to, the coefficients are a chain of filters, each of whose input is the residual of those before it:
 
     c_n += ((-(n+1) m_n + sqrt(2n+1) e_n) / k,    e_0 = f_k,    e_{n+1} = e_n - sqrt(2n+1) m_n
 
-The stairs have no such chain but a closed form: the coefficients of a signal that is constant between samples
-are differences of the integrals of Legendre's polynomials.
+The zero-order hold has no such chain but a closed form: the coefficients of a piecewise constant signal are
+differences of the integrals of Legendre polynomials.
 """
 
 import functools
@@ -32,9 +32,9 @@ from longscan.ops._derivatives import composed
 
 LegsMethod: TypeAlias = Literal["bilinear", "forward", "backward", "zoh"]
 
-# how much of c_k, and not c_{k-1}, the matrix meets
+# the weight of c_k, against c_{k-1}, in the mean that A is applied to
 _IMPLICIT = {"forward": 0.0, "bilinear": 0.5, "backward": 1.0}
-_CHUNK = 1 << 16  # samples that exist at a time as rows of one coefficient: they fit into a cache
+_CHUNK = 1 << 16  # samples processed at a time, so that the row of a coefficient fits into the cache
 
 # --- 1. the equation ----------------------------------------------------------------------------------------
 
@@ -48,9 +48,9 @@ def legs_matrices(n: int) -> tuple[Tensor, Tensor]:
 def legs_scan_ref(
     f: Tensor, state: Tensor, start: int = 0, method: LegsMethod = "bilinear", every: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`legs_scan` sample by sample with dense matrices: the definition, slow and plain."""
+    """Return the result of :func:`legs_scan`, sample by sample with dense matrices: the definition."""
     A, B = (matrix.to(state) for matrix in legs_matrices(state.shape[1]))
-    unit, kept = torch.eye(len(B)).to(state), []
+    unit, history = torch.eye(len(B)).to(state), []
     for t, sample in enumerate(f.mT):
         k = start + t + 1
         if method == "zoh":
@@ -63,8 +63,8 @@ def legs_scan_ref(
             B_bar = torch.linalg.solve(left, B / k)
         state = state @ A_bar.mT + sample[:, None] * B_bar
         if every and (t + 1) % every == 0:
-            kept.append(state)
-    return state, torch.stack(kept, 1) if kept else state.new_empty(len(state), 0, len(B))
+            history.append(state)
+    return state, torch.stack(history, 1) if history else state.new_empty(len(state), 0, len(B))
 
 
 # --- 2. the op ----------------------------------------------------------------------------------------------
@@ -73,19 +73,21 @@ def legs_scan_ref(
 def legs_scan(
     f: Tensor, state: Tensor, start: int = 0, method: LegsMethod = "bilinear", every: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Take in samples: O(n) work for each, no memory but that of the signal and the states asked for.
+    """Return the coefficients after more samples, in O(n) time per sample.
+
+    Memory is that of the signal and of the requested states.
 
     Args:
         f: (channels, seq_len), the samples.
-        state: (channels, n) float32 or float64, the coefficients before them, zeros before the first sample.
-            All is computed in float64, where the device has it; a long past is summed up, so keep it so.
-        start: how many samples it has seen.
-        method: how the equation is discretised.
-        every: return the coefficients after every so many samples too.
+        state: (channels, n) float32 or float64, the coefficients before them; zeros before the first sample.
+            The computation is in float64, where the device supports it; float64 is best for long signals too.
+        start: number of samples before these.
+        method: of discretisation.
+        every: also return the coefficients after every `every` samples.
 
     Returns:
-        state: (channels, n) after the last sample, of the type it had.
-        history: (channels, seq_len // every, n) likewise; (channels, 0, n) if not asked for.
+        state: (channels, n) after the last sample, in its dtype.
+        history: (channels, seq_len // every, n) likewise; (channels, 0, n) if not requested.
 
     Raises:
         ValueError: shapes do not fit, or a value is out of range.
@@ -105,8 +107,8 @@ def legs_scan(
         raise ValueError(f"every: expected at least 1 sample, got {every}")
     wide = torch.float32 if f.device.type == "mps" else torch.float64
     scan: Any = _forward_torch if composed() else torch.ops.longscan.legs_scan
-    found = scan(f.to(wide), state.to(wide), start, method, every or 0)
-    return found[0].to(state.dtype), found[1].to(state.dtype)
+    final, history = scan(f.to(wide), state.to(wide), start, method, every or 0)
+    return final.to(state.dtype), history.to(state.dtype)
 
 
 _lib: Any = torch.library.Library("longscan", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -123,8 +125,8 @@ _lib.define(
 
 @torch.library.register_fake("longscan::legs_scan", lib=_lib)
 def _(f, state, start, method, every):  # type: ignore[no-untyped-def]
-    kept = f.shape[1] // every if every else 0
-    return state.new_empty(state.shape), state.new_empty(state.shape[0], kept, state.shape[1])
+    n_saved = f.shape[1] // every if every else 0
+    return state.new_empty(state.shape), state.new_empty(state.shape[0], n_saved, state.shape[1])
 
 
 @torch.library.register_fake("longscan::legs_scan_backward", lib=_lib)
@@ -150,7 +152,7 @@ def _setup_second(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _second(ctx, df, dstate):  # type: ignore[no-untyped-def]
-    """The scan is linear in the signal and the state: the adjoint of its adjoint is the scan itself."""
+    """Return the scan itself, which is the adjoint of its adjoint: it is linear in signal and state."""
     return *torch.ops.longscan.legs_scan(df, dstate, *ctx.rest), None, None, None, None
 
 
@@ -177,7 +179,7 @@ def _forward(f: Tensor, state: Tensor, start: int, method: str, every: int) -> t
 
 
 def _forward_torch(f: Tensor, state: Tensor, start: int, method: str, every: int) -> tuple[Tensor, Tensor]:
-    """The op on any device; torch can differentiate it, though it is linear."""
+    """Run the op on any device; torch can differentiate it, though it is linear."""
     n, seq_len = state.shape[1], f.shape[1]
     pieces = [state.new_empty(len(state), 0, n)]  # of the history, (channels, some, n)
     if method == "zoh":
@@ -189,7 +191,7 @@ def _forward_torch(f: Tensor, state: Tensor, start: int, method: str, every: int
     columns = list(state.unbind(1))
     for begin, end, scan in _chunks(seq_len, start, n, state.dtype):
         k = torch.arange(start + begin + 1, start + end + 1, dtype=state.dtype, device=state.device)
-        e, kept = f[:, begin:end], slice(every - 1 - begin % every, None, every) if every else slice(0)
+        e, saved = f[:, begin:end], slice(every - 1 - begin % every, None, every) if every else slice(0)
         rows = []
         for degree in range(n):
             stage = _Stage(degree, k, _IMPLICIT[method])
@@ -197,7 +199,7 @@ def _forward_torch(f: Tensor, state: Tensor, start: int, method: str, every: int
             before = torch.cat([columns[degree][:, None], after[:, :-1]], 1)
             e = stage.onward * e - stage.drawn * before
             columns[degree] = after[:, -1].clone()
-            rows.append(after[:, kept].clone())  # a view would hold the whole chunk
+            rows.append(after[:, saved].clone())  # a view would keep the whole chunk alive
         pieces.append(torch.stack(rows, 2))
     return torch.stack(columns, 1), torch.cat(pieces, 1)
 
@@ -205,7 +207,7 @@ def _forward_torch(f: Tensor, state: Tensor, start: int, method: str, every: int
 def _backward(
     dfinal: Tensor, dhistory: Tensor, seq_len: int, start: int, method: str, every: int
 ) -> tuple[Tensor, Tensor]:
-    """The chain backwards, from the last degree to the first and from the last sample to the first."""
+    """Run the chain backwards, from the last degree to the first and from the last sample to the first."""
     n, df = dfinal.shape[1], dfinal.new_empty(len(dfinal), seq_len)
     if method == "zoh":
         for begin, end in reversed(list(_blocks(seq_len, every))):
@@ -217,16 +219,16 @@ def _backward(
     columns = list(dfinal.unbind(1))
     for begin, end, scan in reversed(list(_chunks(seq_len, start, n, dfinal.dtype))):
         k = torch.arange(start + begin + 1, start + end + 1, dtype=dfinal.dtype, device=dfinal.device)
-        e, kept = torch.zeros_like(df[:, begin:end]), torch.zeros_like(df[:, begin:end])
+        e, dsaved = torch.zeros_like(df[:, begin:end]), torch.zeros_like(df[:, begin:end])
         for degree in reversed(range(n)):
             stage = _Stage(degree, k, _IMPLICIT[method])
             if every:
-                kept[:, every - 1 - begin % every :: every] = dhistory[
+                dsaved[:, every - 1 - begin % every :: every] = dhistory[
                     :, begin // every : end // every, degree
                 ]
-            # g_k is what c_n after sample k is worth: g_{k-1} = keep_k g_k - drawn_k e_k + kept_{k-1}
-            given = kept[:, :-1] - (stage.drawn * e)[:, 1:]
-            last = (columns[degree] + kept[:, -1])[:, None]
+            # g_k is the gradient of c_n after sample k: g_{k-1} = keep_k g_k - drawn_k e_k + dsaved_{k-1}
+            given = dsaved[:, :-1] - (stage.drawn * e)[:, 1:]
+            last = (columns[degree] + dsaved[:, -1])[:, None]
             rest = scan(stage.keep[1:].flip(0), given.flip(1), last[:, 0])
             g = torch.cat([last, rest], 1).flip(1)
             columns[degree] = stage.keep[0] * g[:, 0] - stage.drawn[0] * e[:, 0]
@@ -251,9 +253,9 @@ Scan: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _chunks(seq_len: int, start: int, n: int, dtype: torch.dtype) -> Iterator[tuple[int, int, Scan]]:
-    """Cut the samples so that products of `keep`, about (begin / end)^n, stay far from underflow.
+    """Yield chunks of the samples in which products of `keep`, about (begin / end)^n, do not underflow.
 
-    Among the first 2 n samples `keep` may be zero or negative, which only the scan by doubling bears.
+    Among the first 2 n samples `keep` may be zero or negative, which only the scan by doubling supports.
     """
     growth = math.expm1(-math.log(torch.finfo(dtype).tiny) / (3 * n))
     begin = 0
@@ -267,7 +269,7 @@ def _chunks(seq_len: int, start: int, n: int, dtype: torch.dtype) -> Iterator[tu
 
 
 def _scan_by_doubling(keep: Tensor, given: Tensor, state: Tensor) -> Tensor:
-    """All c_k = keep_k c_{k-1} + given_k, (channels, samples), from state (channels,)."""
+    """Return all c_k = keep_k c_{k-1} + given_k, (channels, samples), from state (channels,)."""
     if not len(keep):
         return given
     c = torch.cat([given[:, :1] + (keep[0] * state)[:, None], given[:, 1:]], 1)
@@ -280,16 +282,16 @@ def _scan_by_doubling(keep: Tensor, given: Tensor, state: Tensor) -> Tensor:
 
 
 def _scan_by_sums(keep: Tensor, given: Tensor, state: Tensor) -> Tensor:
-    """The same for keep > 0: divided by the products of keep, c is a sum."""
+    """Return the same for keep > 0, as a cumulative sum of given / products of keep."""
     products = keep.cumprod(0)
     return ((given / products).cumsum(1) + state[:, None]) * products
 
 
-# a signal in stairs
+# the zero-order hold
 
 
 def legendre(x: Tensor, n: int) -> Iterator[Tensor]:
-    """Yield Legendre's polynomials of degree 0, 1, ... n - 1 at x, by their three-term recurrence."""
+    """Yield the Legendre polynomials of degree 0, 1, ... n - 1 at x, by their three-term recurrence."""
     before, now = torch.zeros_like(x), torch.ones_like(x)
     for degree in range(n):
         yield now
@@ -297,7 +299,7 @@ def legendre(x: Tensor, n: int) -> Iterator[Tensor]:
 
 
 def _blocks(seq_len: int, every: int) -> Iterator[tuple[int, int]]:
-    """Cut the samples after every `every`, and into chunks."""
+    """Yield chunks of the samples that end at multiples of `every`."""
     size = min(every or _CHUNK, _CHUNK)
     begin = 0
     while begin < seq_len:
@@ -309,7 +311,7 @@ def _blocks(seq_len: int, every: int) -> Iterator[tuple[int, int]]:
 
 
 def _edges(samples: int, start: int, like: Tensor) -> Tensor:
-    """Where the stairs begin and end, in [-1, 1] over the whole past: (samples + 1,) float64."""
+    """Return the edges of the samples, in [-1, 1] over the whole past: (samples + 1,) float64."""
     edges = torch.arange(start, start + samples + 1, dtype=torch.float64, device=like.device)
     return 2 * edges / (start + samples) - 1
 
@@ -325,7 +327,7 @@ def _integrals(x: Tensor, n: int) -> Iterator[Tensor]:
 
 
 def _stairs(f: Tensor, state: Tensor, start: int) -> Tensor:
-    """Coefficients (channels, n) after the samples f (channels, samples)."""
+    """Return the coefficients (channels, n) after the samples f (channels, samples)."""
     channels, samples = f.shape
     zero = f.new_zeros(channels, 1)
     # the sum of f_k (integral to its right edge - to its left edge), with each edge taken once
@@ -337,7 +339,7 @@ def _stairs(f: Tensor, state: Tensor, start: int) -> Tensor:
 
 
 def _stairs_adjoint(dfinal: Tensor, samples: int, start: int) -> Tensor:
-    """What each sample is worth, (channels, samples)."""
+    """Return the gradient of each sample, (channels, samples)."""
     df = dfinal.new_zeros(len(dfinal), samples)
     for weight, row in zip(
         dfinal.unbind(1), _integrals(_edges(samples, start, dfinal), dfinal.shape[1]), strict=True
@@ -347,9 +349,9 @@ def _stairs_adjoint(dfinal: Tensor, samples: int, start: int) -> Tensor:
 
 
 def _stretch(n: int, start: int, end: int) -> Tensor:
-    """Coefficients over `end` samples of what has them over `start` samples and then is zero: (n, n) float64.
+    """Return the map (n, n) float64 from coefficients over `start` samples to those over `end`, after zeros.
 
-    The products of polynomials under the integral have a degree below 2 n, so n Gauss nodes give it exactly.
+    The integrand is a polynomial of degree below 2 n, so Gauss quadrature with n nodes is exact.
     """
     if not start:
         return torch.zeros(n, n, dtype=torch.float64, device="cpu")
@@ -363,7 +365,7 @@ def _stretch(n: int, start: int, end: int) -> Tensor:
 
 @functools.cache
 def _gauss(n: int) -> tuple[Any, Any]:
-    """Nodes and weights of Gauss and Legendre."""
+    """Return the nodes and weights of Gauss-Legendre quadrature."""
     return np.polynomial.legendre.leggauss(n)
 
 

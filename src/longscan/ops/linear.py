@@ -1,8 +1,7 @@
-"""The linear map y = x W^T + b, by whichever multiplication is fast here.
+"""The linear map y = x W^T + b, by the fastest multiplication on this processor.
 
-A few rows, as in decoding, go to a kernel that streams the weights through once at the speed of memory. Many
-rows go to torch: to oneDNN where MKL takes a slow path (AMD processors with AVX-512),
-else to torch's default.
+Few rows, as in decoding, go to a kernel that streams the weights once, at memory bandwidth. Many rows go to
+torch: to oneDNN where MKL takes a slow path (AMD processors with AVX-512), else to torch's default.
 """
 
 from typing import Any
@@ -21,7 +20,7 @@ FEW_ROWS = 8
 
 
 def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute :func:`linear` as torch does."""
+    """Return the result of :func:`linear`, computed by torch."""
     return F.linear(x, weight, bias)
 
 
@@ -29,13 +28,13 @@ def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply by a matrix: what torch.nn.functional.linear computes, faster on some processors.
+    """Return x W^T + b, like torch.nn.functional.linear, but faster on some processors.
 
-    Autocast turns it into torch's own.
+    Under autocast it is torch's own.
 
     Args:
         x: (..., n_in).
-        weight: (n_out, n_in), of x's type.
+        weight: (n_out, n_in), in x's dtype.
         bias: (n_out,).
 
     Returns:
@@ -81,7 +80,7 @@ def _autograd(ctx, dy):  # type: ignore[no-untyped-def]
 
 
 def _composite(x: Tensor, weight: Tensor) -> tuple[Tensor]:
-    """The op without the bias, whose gradient `_autograd` sums up itself."""
+    """Run the op without the bias, whose gradient `_autograd` computes."""
     return (F.linear(x, weight),)
 
 
@@ -90,11 +89,11 @@ register_second("longscan::linear_backward", _lib, _composite, n_inputs=2)
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply two matrices where no gradient is wanted.
+    """Return the product of two matrices, without gradients.
 
     Args:
-        a: (m, k), strides free.
-        b: (k, n), strides free.
+        a: (m, k), any strides.
+        b: (k, n), any strides.
 
     Returns:
         (m, n), not always contiguous.
@@ -107,7 +106,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def multiplication() -> str:
-    """Name the library that multiplies float32 matrices: "oneDNN", or "torch's default" (mostly MKL)."""
+    """Return the name of the float32 matrix library: "oneDNN", or "torch's default" (mostly MKL)."""
     return "oneDNN" if _native.prefers_onednn() else "torch's default"
 
 

@@ -2,8 +2,8 @@
 
     y_t = D u_t + sum_{s <= t} kernel_{t-s} u_s  ( + sum_{s > t} back_{s-t-1} u_s )
 
-The convolutional view of a time-invariant state space: O(L log L) by the fast Fourier transform, in which
-zeros behind the sequence keep its end from running into its beginning.
+The convolutional form of a time-invariant state space: O(L log L) by the fast Fourier transform, zero-padded
+against circular wrap-around.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ from longscan.ops._derivatives import composed, register_second
 
 
 def long_conv_ref(u: Tensor, kernel: Tensor, D: Tensor | None = None, back: Tensor | None = None) -> Tensor:
-    """Compute :func:`long_conv` as the sums say, with a (channels, seq_len, seq_len) matrix in memory."""
+    """Return the result of :func:`long_conv`, by the sums, with a (channels, seq_len, seq_len) matrix."""
     time = torch.arange(u.shape[1], device=u.device)
     lag = time[:, None] - time
     matrix = _entries(kernel, lag)
@@ -29,7 +29,7 @@ def long_conv_ref(u: Tensor, kernel: Tensor, D: Tensor | None = None, back: Tens
 
 
 def _entries(kernel: Tensor, lag: Tensor) -> Tensor:
-    """(channels, ...) values of the kernel at each lag, zero where it has none."""
+    """Return the kernel's values (channels, ...) at each lag, zero outside it."""
     inside = (lag >= 0) & (lag < kernel.shape[1])
     return kernel[:, lag.clamp(0, kernel.shape[1] - 1)] * inside
 
@@ -38,16 +38,16 @@ def _entries(kernel: Tensor, lag: Tensor) -> Tensor:
 
 
 def long_conv(u: Tensor, kernel: Tensor, D: Tensor | None = None, back: Tensor | None = None) -> Tensor:
-    """Convolve each channel with its own filter, looking back, and forth if there is a second one.
+    """Return the convolution of each channel with its own causal filter, and with an anticausal one if given.
 
     Args:
         u: (batch, seq_len, channels), any float type.
-        kernel: (channels, k_len); the first column weighs the current step.
+        kernel: (channels, k_len); the first column is the tap of the current step.
         D: (channels,) added to the first column, the direct path.
-        back: (channels, k_len) for later steps; the first column weighs the next one.
+        back: (channels, k_len) for later steps; the first column is the tap of the next one.
 
     Returns:
-        y: (batch, seq_len, channels) of u's type; computed in float32, or float64 for float64.
+        y: (batch, seq_len, channels) in u's dtype; computed in float32, or in float64 for float64.
 
     Raises:
         ValueError: shapes do not fit.
@@ -111,7 +111,7 @@ register_second("longscan::long_conv_backward", _lib, _composite, n_inputs=4)
 
 
 def _transform_length(n: int) -> int:
-    """Return the least 2^a 3^b 5^c that is even and not below n: the transform is fast there."""
+    """Return the smallest even 2^a 3^b 5^c that is at least n, a length at which the FFT is fast."""
     best = 2 << (n - 1).bit_length()
     five = 1
     while five < best:
@@ -124,7 +124,7 @@ def _transform_length(n: int) -> int:
 
 
 def _spectrum(kernel: Tensor, D: Tensor | None, back: Tensor | None, seq_len: int, n: int) -> Tensor:
-    """(channels, n / 2 + 1), the transform of both filters and D; later steps are negative lags."""
+    """Return the transform of both filters and D, (channels, n / 2 + 1); later steps are negative lags."""
     ahead = kernel[:, :seq_len]
     if back is None or seq_len == 1:
         both = F.pad(ahead, (0, n - ahead.shape[1]))
@@ -146,7 +146,7 @@ def _forward(u: Tensor, kernel: Tensor, D: Tensor | None, back: Tensor | None) -
 def _backward(
     u: Tensor, kernel: Tensor, D: Tensor | None, back: Tensor | None, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Convolve dy with the filters the other way round; correlate it with u for the filters."""
+    """Return the gradients: dy correlated with the filters, and with u."""
     seq_len = u.shape[1]
     n = _transform_length(2 * seq_len - 1)
     dY = torch.fft.rfft(dy.transpose(1, 2), n=n)

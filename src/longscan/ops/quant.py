@@ -1,14 +1,14 @@
-"""Weights in fewer bits: bfloat16, int8 and int4, each dequantised to one float32 matrix.
+"""Weight-only quantisation: bfloat16, int8 and int4 matrices, dequantised to float32.
 
-The type of the stored matrix q tells the format, for a weight (n_out, n_in):
+The dtype of the quantised matrix q determines the format, for a weight (n_out, n_in):
 
     bfloat16   q (n_out, n_in)           w = q
     int8       q (n_out, n_in)           w = q scale, scale (n_out, 1) float32, or (n_out, n_in / 32) float16
     uint8      q (n_out, n_in / 2)       w = (nibble - 8) scale, scale (n_out, n_in / 32) float16: 4 bits
 
-Both forms with float16 scales are what GGUF calls Q8_0 and Q4_0, up to the order of the nibbles. Here a block
-of 32 weights is eight little-endian 16-bit words, and bits 4k to 4k + 3 of word j are weight 8 k + j: a shift
-and a mask turn a register of words into the operand of a 16-bit multiplication.
+The formats with float16 scales are GGUF's Q8_0 and Q4_0, up to the order of the nibbles. Here a block of 32
+weights is eight little-endian 16-bit words, and bits 4k to 4k + 3 of word j are weight 8 k + j: a shift and a
+mask turn a register of words into the operand of a 16-bit multiplication.
 """
 
 from typing import Any, Literal, TypeAlias
@@ -22,9 +22,9 @@ from longscan.ops.linear import linear
 Kind: TypeAlias = Literal["bf16", "int8", "int4"]
 
 BLOCK = 32  # weights that share a scale
-FEW_ROWS = 16  # up to here the weights stream through once; above, they are dequantised for a matrix product
+FEW_ROWS = 16  # up to here the kernel streams the weights once; above, they are dequantised for a product
 LARGEST = 127.0
-# the scales int4 tries per block, relative to the one that makes the extreme weight exact
+# the scales that int4 tries per block, relative to the one that represents the extreme weight exactly
 SHRINKS = (1.0, 0.94, 0.88, 0.82, 1.06)
 STORED: dict[Kind, torch.dtype] = {"bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
 
@@ -32,12 +32,12 @@ STORED: dict[Kind, torch.dtype] = {"bf16": torch.bfloat16, "int8": torch.int8, "
 
 
 def quantize(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
-    """Round a matrix to few bits.
+    """Return a quantised matrix and its scales.
 
     Args:
         weight: (n_out, n_in) floating point, finite; for "int4" n_in is a multiple of 32.
-        kind: the format. int8 takes one scale a row; int4 one per 32 weights, the best of a few by the
-            squared error.
+        kind: the format. int8 has one scale per row; int4 one per 32 weights, the best of a few by squared
+            error.
 
     Returns:
         q and scale, see the top of this file; scale is None for "bf16".
@@ -62,7 +62,7 @@ def quantize(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
 
 
 def dequantize_ref(q: Tensor, scale: Tensor | None) -> Tensor:
-    """Compute :func:`dequantize` from the equations."""
+    """Return the result of :func:`dequantize`, by the equations."""
     if scale is None:
         return q.float()
     values = unpack_int4(q).float() - 8 if q.dtype == torch.uint8 else q.float()
@@ -71,7 +71,7 @@ def dequantize_ref(q: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _nibbles(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round blocks of 32 to 0 ... 15 around 8; returns nibbles (n_out, n_in) and scales (n_out, n_blocks)."""
+    """Return nibbles (n_out, n_in), 0 ... 15 around 8, and scales (n_out, n_blocks) of blocks of 32."""
     blocks = weight.reshape(len(weight), -1, BLOCK)
     extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))  # with its sign: it becomes nibble 0
     best = torch.full_like(extreme, torch.inf)
@@ -87,12 +87,12 @@ def _nibbles(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nonzero(scale: Tensor) -> Tensor:
-    """Where all weights are zero any scale does."""
+    """Return the scales with zeros replaced by 1; for a block of zeros any scale will do."""
     return torch.where(scale == 0, 1.0, scale)
 
 
 def pack_int4(nibbles: Tensor) -> Tensor:
-    """Put two nibbles in a byte.
+    """Return nibbles packed in pairs into bytes.
 
     Args:
         nibbles: (n_out, n_in) uint8 below 16, n_in a multiple of 32.
@@ -108,7 +108,7 @@ def pack_int4(nibbles: Tensor) -> Tensor:
 
 
 def unpack_int4(q: Tensor) -> Tensor:
-    """Take them apart again.
+    """Return the nibbles of packed bytes, the inverse of `pack_int4`.
 
     Args:
         q: (n_out, n_in / 2) uint8.
@@ -124,7 +124,7 @@ def unpack_int4(q: Tensor) -> Tensor:
 
 
 def dequantize(q: Tensor, scale: Tensor | None) -> Tensor:
-    """Restore the matrix that the stored one stands for.
+    """Return the float32 matrix of a quantised one.
 
     Args:
         q: see the top of this file.
@@ -139,19 +139,19 @@ def dequantize(q: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def quant_linear(x: Tensor, q: Tensor, scale: Tensor | None, bias: Tensor | None = None) -> Tensor:
-    """Multiply by a stored matrix: x dequantize(q, scale)^T + bias.
+    """Return x dequantize(q, scale)^T + bias.
 
-    For a few rows without gradients the native kernel reads q as it is; it rounds the activations to 16 bits
-    (per 256 of them, relative to the largest) for the integer formats.
+    For few rows without gradients the native kernel uses q directly; for the integer formats it rounds the
+    activations to 16 bits, in blocks of 256, relative to the largest.
 
     Args:
         x: (..., n_in).
-        q: the stored matrix.
+        q: the quantised matrix.
         scale: its scales, or None.
         bias: (n_out,).
 
     Returns:
-        (..., n_out) of x's type.
+        (..., n_out) in x's dtype.
     """
     rows = x.numel() // max(1, x.shape[-1])
     few = 0 < rows <= FEW_ROWS and _native.available(x, bias) and _native.quantized(q, scale)
@@ -171,7 +171,7 @@ def _(q, scale):  # type: ignore[no-untyped-def]
     return q.new_empty(q.shape[0], q.shape[1] * (1 + (q.dtype == torch.uint8)), dtype=torch.float32)
 
 
-# --- 4. gradients: a stored matrix has none; x has those of linear ------------------------------------------
+# --- 4. gradients: a quantised matrix has none; x has those of linear ---------------------------------------
 # --- 5. the implementation ----------------------------------------------------------------------------------
 
 

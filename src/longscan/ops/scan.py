@@ -3,8 +3,8 @@
     h_t = exp(dt_t A) * h_{t-1} + dt_t B_t u_t         zero-order hold on A, Euler on B
     y_t = (C_t . h_t + D u_t) * silu(z_t)
 
-with its gradients, for an initial state and a final state, packed sequences and padding. The state is what
-the model remembers; it is float32 whatever the inputs are (float64 for float64 inputs).
+with its gradients, for an initial and a final state, packed sequences and padding. The state h is float32
+whatever the dtype of the inputs (float64 for float64 inputs).
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def selective_scan_ref(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`selective_scan` step after step: the equation as written, slow and plain."""
+    """Return the result of :func:`selective_scan`, step by step: the equation as written."""
     batch, seq_len, d_inner = u.shape
     if dt_bias is not None:
         dt = dt + dt_bias
@@ -60,7 +60,7 @@ def selective_scan_ref(
 
 
 def _at(M: Tensor, t: int, d_inner: int) -> Tensor:
-    """B or C at step t, broadcastable to (batch, d_inner, d_state)."""
+    """Return B or C at step t, broadcastable to (batch, d_inner, d_state)."""
     if M.dim() == 2:
         return M
     return M[:, t, None] if M.dim() == 3 else M[:, t].repeat_interleave(d_inner // M.shape[2], dim=1)
@@ -82,14 +82,15 @@ def selective_scan(
     initial_state: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the selective state space over a batch of sequences.
+    """Return the outputs of the selective state space, and its final state.
 
     Args:
         u: (batch, seq_len, d_inner) input, any float type.
-        dt: (batch, seq_len, d_inner) step sizes, before bias and softplus if those are asked for.
-        A: (d_inner, d_state) real; negative entries forget.
+        dt: (batch, seq_len, d_inner) step sizes, before bias and softplus, if any.
+        A: (d_inner, d_state) real; negative entries decay.
         B: input matrix: (d_inner, d_state) constant, (batch, seq_len, d_state) selective, or
-            (batch, seq_len, n_groups, d_state) where each group serves d_inner / n_groups channels in turn.
+            (batch, seq_len, n_groups, d_state), where each group is shared by d_inner / n_groups adjacent
+            channels.
         C: output matrix, of the same three forms as B.
         D: (d_inner,) skip connection.
         z: (batch, seq_len, d_inner) gate.
@@ -101,7 +102,7 @@ def selective_scan(
             are padding: the state passes through unchanged and y is 0.
 
     Returns:
-        y: (batch, seq_len, d_inner) of u's type.
+        y: (batch, seq_len, d_inner) in u's dtype.
         final_state: (batch, d_inner, d_state) after the last step, float32 (float64 for float64 inputs).
 
     Raises:
@@ -133,7 +134,7 @@ def selective_scan_step(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
 ) -> Tensor:
-    """Advance the state by one step, in place; for decoding, without gradients.
+    """Return the output of one more step, updating the state in place; for decoding, without gradients.
 
     Args:
         state: (batch, d_inner, d_state), overwritten with the new state.
@@ -175,7 +176,7 @@ def _check(
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[int, int]:
-    """Validate every shape and type; return (batch, seq_len)."""
+    """Return (batch, seq_len); raise ValueError or TypeError unless all shapes and dtypes fit."""
     if u.dim() != 3 or 0 in u.shape:
         raise ValueError(f"u: expected a non-empty (batch, seq_len, d_inner), got {tuple(u.shape)}")
     batch, seq_len, d_inner = u.shape
@@ -269,7 +270,7 @@ def _autograd(ctx, dy, dfinal, _):  # type: ignore[no-untyped-def]
 
 
 def _composite(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """The op of its eleven inputs, as torch differentiates it however often."""
+    """Run the op as a composite of torch operations, differentiable any number of times."""
     y, final_state, _ = _scan_chunked.forward(*inputs, False)  # type: ignore[call-arg]
     return y, final_state
 
@@ -282,7 +283,7 @@ register_second("longscan::selective_scan_backward", _lib, _composite, n_inputs=
 
 
 def _matrix_fields(M: Tensor) -> tuple[tuple[int, int, int], int]:
-    """``ls_rows`` and the group stride of B or C; a constant matrix is marked by a negative time stride."""
+    """Return ``ls_rows`` and the group stride of B or C; a negative time stride marks a constant matrix."""
     return ((M.data_ptr(), 0, -1), 0) if M.dim() == 2 else (_native.row_fields(M), M.stride(2))
 
 
@@ -296,7 +297,7 @@ def _fields(
     dt_softplus: bool,
     rest: tuple[Tensor | None, ...],
 ) -> list[int]:
-    """The C struct ``ls_scan`` from its first field up to ``boundaries``."""
+    """Return the C struct ``ls_scan`` from its first field up to ``boundaries``."""
     n_groups = max(M.shape[2] if M.dim() == 4 else 1 for M in (B, C))
     (b_fields, b_group), (c_fields, c_group) = _matrix_fields(B), _matrix_fields(C)
     operands = (*_native.row_fields(u), *_native.row_fields(dt), *_native.row_fields(z), *b_fields, *c_fields)
@@ -305,7 +306,7 @@ def _fields(
 
 
 def _native_layout(tensors: Sequence[Tensor | None]) -> list[Any]:
-    """The op's nine tensor inputs as the kernels read them; time-varying operands may keep their strides."""
+    """Return the op's nine tensor inputs in the kernels' layout; time-varying ones may keep their strides."""
     layout = [_native.rows, _native.rows, _native.dense, _matrix, _matrix, _native.dense, _native.rows]
     layout += [_native.dense, _native.dense]
     return [None if t is None else arrange(t) for arrange, t in zip(layout, tensors, strict=True)]
@@ -324,7 +325,7 @@ def _forward(*inputs):  # type: ignore[no-untyped-def]
     boundaries = u.new_empty(0)
     if keep:
         shape = boundaries_shape(u, A, *tensors[3:5])
-        boundaries = (u.new_empty if shape[2] == u.shape[2] else u.new_zeros)(shape)  # nobody writes padding
+        boundaries = (u.new_empty if shape[2] == u.shape[2] else u.new_zeros)(shape)  # padding is unwritten
     layout = _native_layout(tensors)
     y = _run_forward(layout, seq_idx, dt_softplus, final_state, boundaries if keep else None)
     return y, final_state, boundaries
@@ -356,8 +357,8 @@ def _backward(*inputs):  # type: ignore[no-untyped-def]
     workspace = u.new_empty(_native.scan_workspace(*u.shape, A.shape[1], n_groups))
     rest = (D, dt_bias, initial_state, seq_idx, None, None, boundaries)
     du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state = gradients
-    wanted = None if initial_state is None else dinitial_state
-    out = (dfinal, du, ddt, dA, dB, dC, dD, dz, ddt_bias, wanted, workspace)
+    dinitial = None if initial_state is None else dinitial_state
+    out = (dfinal, du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial, workspace)
     fields = [*_fields(u, dt, A, B, C, z, dt_softplus, rest), *_native.row_fields(dy)]
     _native.call("ls_scan_backward", fields + [_native.pointer(t) for t in out])
     return tuple(gradients)

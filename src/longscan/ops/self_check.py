@@ -1,4 +1,4 @@
-"""Every op against its reference on small inputs, forward and gradients: what `longscan doctor` runs."""
+"""Every op against its reference on small inputs, forward and backward, for `longscan doctor`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from longscan import ops
 __all__ = ["TOLERANCE", "relative_error", "run_checks"]
 
 
-TOLERANCE = 1e-4  # float32 against float64, relative to the largest value; a healthy machine shows below 1e-5
+TOLERANCE = 1e-4  # float32 against float64, relative to the largest value; usually below 1e-5
 
 
 def run_checks() -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Run every op on small random inputs: (name, what runs here in float32, the reference in float64)."""
+    """Yield the name of every op, its result here in float32, and its reference's in float64."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -29,7 +29,7 @@ def run_checks() -> Iterator[tuple[str, Tensor, Tensor]]:
         19,
         16,
         4,
-    )  # odd sizes: tails of lanes and tiles take part
+    )  # odd sizes: partial lanes and tiles are covered
     x, dt, z = (random(batch, seq_len, d_inner) for _ in range(3))
     B, C = (random(batch, seq_len, d_state) for _ in range(2))
     A = -torch.exp(random(d_inner, d_state))
@@ -43,7 +43,7 @@ def run_checks() -> Iterator[tuple[str, Tensor, Tensor]]:
 
     log_ratio = torch.complex(-random(d_inner, 5).abs(), random(d_inner, 5))
     diagonal = (x, log_ratio, waves(d_inner, 5), random(batch, d_inner, 5, 2))
-    places = torch.linspace(0.0, 5.0, 300, dtype=torch.float64)
+    points = torch.linspace(0.0, 5.0, 300, dtype=torch.float64)
     legs = (random(batch, 300), random(batch, 11))
 
     for name, op, reference, arguments in (
@@ -53,8 +53,8 @@ def run_checks() -> Iterator[tuple[str, Tensor, Tensor]]:
         ("vandermonde", ops.vandermonde, ops.vandermonde_ref, (waves(d_inner, 5), log_ratio, 300)),
         (
             "cauchy",
-            lambda v, lam: ops.cauchy(v, places, lam.to(torch.complex128)),
-            lambda v, lam: ops.cauchy_ref(v, places, lam),
+            lambda v, lam: ops.cauchy(v, points, lam.to(torch.complex128)),
+            lambda v, lam: ops.cauchy_ref(v, points, lam),
             (waves(4, d_inner, 5), log_ratio),
         ),
         ("legs_scan", ops.legs_scan, ops.legs_scan_ref, legs),
@@ -95,10 +95,10 @@ def run_checks() -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def _with_gradients(op: Any, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """Run an op and its backward; return both outputs in one flat tensor, and all gradients in another."""
+    """Return the outputs of an op as one flat tensor, and all its gradients as another."""
     leaves = [a.clone().requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
-    found = op(*leaves)
-    outputs = torch.cat([_flat(output) for output in (found if isinstance(found, tuple) else [found])])
+    result = op(*leaves)
+    outputs = torch.cat([_flat(output) for output in (result if isinstance(result, tuple) else [result])])
     weights = torch.linspace(-1.0, 1.0, outputs.numel(), dtype=outputs.dtype)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     gradients = torch.autograd.grad((outputs * weights).sum(), tensors)
@@ -106,7 +106,7 @@ def _with_gradients(op: Any, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """Return all numbers of a tensor in a row, real and imaginary parts of complex ones."""
+    """Return a tensor flattened, complex numbers as real and imaginary parts."""
     return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).flatten()
 
 

@@ -1,4 +1,4 @@
-"""The kernel of a diagonal state space: a sum of decaying oscillations at every step of time.
+"""The kernel of a diagonal state space: a sum of decaying oscillations, at every step.
 
     K_l = 2 Re sum_n C_n exp(z_n)^l,    l = 0 ... length - 1
 
@@ -21,7 +21,7 @@ from longscan.ops._derivatives import composed, register_second
 
 
 def vandermonde_ref(C: Tensor, z: Tensor, length: int) -> Tensor:
-    """Compute :func:`vandermonde` with the whole matrix (channels, n, length) in memory."""
+    """Return the result of :func:`vandermonde`, computed with the full (channels, n, length) matrix."""
     powers = (z[..., None] * torch.arange(length, device=z.device)).exp()
     return 2 * torch.einsum("...cn,cnl->...cl", C, powers).real
 
@@ -30,11 +30,11 @@ def vandermonde_ref(C: Tensor, z: Tensor, length: int) -> Tensor:
 
 
 def vandermonde(C: Tensor, z: Tensor, length: int) -> Tensor:
-    """Compute kernels in O(channels (n sqrt(length) + length)) memory.
+    """Return the kernels, computed in O(channels (n sqrt(length) + length)) memory.
 
     Args:
         C: (..., channels, n) complex, one of each conjugate pair.
-        z: (channels, n) complex, the logarithm of the ratio between two steps.
+        z: (channels, n) complex, logarithms of the ratio between two steps.
         length: steps.
 
     Returns:
@@ -102,28 +102,28 @@ def _use_native(C: Tensor, z: Tensor) -> bool:
 
 
 def _fields(C: Tensor, a: Tensor, length: int) -> list[int]:
-    """The C struct ``ls_vandermonde`` from its first field up to ``c``."""
+    """Return the C struct ``ls_vandermonde`` from its first field up to ``c``."""
     return [C.shape[0] * C.shape[1], *a.shape, length, a.data_ptr(), C.data_ptr()]
 
 
 def _tables(C: Tensor, z: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """With l = a S + b for S near sqrt(length): powers by a S and by b, and the steps a S.
+    """Return the powers by a S and by b, and the steps a S, for l = a S + b with S near sqrt(length).
 
     Returns:
-        far: (channels, a, n) of C's type, exp(z a S); the exponents are complex128, or the phases of fast
-            oscillations would be lost in rounding at the end of a long kernel.
+        far: (channels, a, n) in C's dtype, exp(z a S); the exponents are complex128, or rounding would lose
+            the phases of fast oscillations at the end of a long kernel.
         near: (channels, b, n) complex, exp(z b).
         steps: (a,) a S.
     """
     width = math.isqrt(length - 1) + 1
     steps = torch.arange(0, length, width, device=z.device)
-    places = (steps, torch.arange(width, device=z.device))
-    far, near = ((z[:, None] * k[:, None]).exp().to(C.dtype) for k in places)
+    exponents = (steps, torch.arange(width, device=z.device))
+    far, near = ((z[:, None] * k[:, None]).exp().to(C.dtype) for k in exponents)
     return far, near, steps
 
 
 def _parts(x: Tensor) -> Tensor:
-    """(..., n) complex -> (..., 2 n) real."""
+    """Return x (..., n) complex as (..., 2 n) real."""
     return torch.view_as_real(x).flatten(-2)
 
 
@@ -137,7 +137,7 @@ def _forward(C: Tensor, z: Tensor, length: int) -> Tensor:
 
 @exact
 def _forward_torch(C: Tensor, z: Tensor, length: int) -> Tensor:
-    """The op on any device and in float64; torch can differentiate it however often."""
+    """Run the op on any device and in float64; differentiable any number of times."""
     far, near, _ = _tables(C, z, length)
     rows = (2 * C[:, :, None] * far).conj_physical()  # (m, channels, a, n)
     K = torch.einsum("mcan,cbn->mcab", _parts(rows), _parts(near))
