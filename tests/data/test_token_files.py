@@ -106,6 +106,7 @@ def test_bad_files_are_named_with_the_place(
     name: str, content: bytes | str, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "PIECE", 16)
+    monkeypatch.setattr("longscan.data.text_files.BLOCK", 16)
     (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
     if message is None:
         assert list(iter_documents(tmp_path)) == [content]
@@ -168,6 +169,7 @@ def test_the_end_of_a_single_document_is_held_out(
     piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(documents, "PIECE", piece)
+    monkeypatch.setattr("longscan.data.text_files.BLOCK", piece)
     text = "".join(f"line {number} 海\n" for number in range(100))
     (tmp_path / "a.txt").write_text(text)
     splits = split_text(Corpus(tmp_path, valid_fraction=0.1))

@@ -80,6 +80,7 @@ def test_byte_level_bpe_gives_the_same_tokens_for_the_pieces_of_a_file(
     text = TEXT + "\n\n   indented\r\n\n" + TEXT
     (tmp_path / "a.txt").write_bytes(text.encode())
     monkeypatch.setattr("longscan.data.documents.PIECE", 50)
+    monkeypatch.setattr("longscan.data.text_files.BLOCK", 50)
     pieces = list(iter_pieces(tmp_path / "a.txt"))
     assert len(pieces) > 5
     whole, parts = evaluate(model, tokenizer, [text]), evaluate(model, tokenizer, pieces)

@@ -206,8 +206,8 @@ def test_a_masked_softmax_differentiates() -> None:
     ("shapes", "message"),
     [
         (((2, 3, 4), (2, 3, 4), (2, 3, 4)), "expected \\(batch, seq_len, n_heads, d_head\\)"),
-        (((2, 3, 4, 8), (1, 3, 4, 8), (2, 3, 4, 8)), "one batch"),
-        (((2, 3, 4, 8), (2, 3, 4, 6), (2, 3, 4, 6)), "one d_head"),
+        (((2, 3, 4, 8), (1, 3, 4, 8), (2, 3, 4, 8)), "equal batch and d_head"),
+        (((2, 3, 4, 8), (2, 3, 4, 6), (2, 3, 4, 6)), "equal batch and d_head"),
         (((2, 3, 4, 8), (2, 3, 4, 8), (2, 5, 4, 8)), "a value for every key"),
         (((2, 3, 4, 8), (2, 3, 3, 8), (2, 3, 3, 8)), "multiple of n_kv_heads"),
     ],

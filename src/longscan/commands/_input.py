@@ -11,8 +11,9 @@ import typer
 
 from longscan.core.config import count
 from longscan.core.files import utf8
-from longscan.data.documents import JSONL, OPENERS
+from longscan.data.documents import JSONL
 from longscan.data.sentence_pairs import read_lines
+from longscan.data.text_files import OPENERS
 from longscan.errors import LongscanError
 from longscan.tokenizers.wordpiece import Framed
 

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from longscan.core.config import count
-from longscan.core.files import atomic_file
 from longscan.data.archives import has_suffix, is_hidden, iter_tar, read_npz
 from longscan.data.labeled_arrays import parse_labels, parse_lengths, parse_steps, parse_times
-from longscan.data.labeled_texts import Example, divide, number_labels, read_examples
+from longscan.data.labeled_texts import read_examples
 from longscan.data.sequence_tables import read_sequence_table
+from longscan.data.sequences import Sequences, lengths_of
 from longscan.data.wav import read_wav
 from longscan.errors import LongscanError, UsageError
 
@@ -28,193 +26,6 @@ BYTES = 256  # tokens of a text that is read byte by byte
 TARS, SOUND = (".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2"), ".wav"
 LENGTHS = ("lengths", "len")  # what files call them
 OWN = {"values", "lengths", "y", "labels", "names"}  # of a file that `Sequences.save` wrote
-
-
-@dataclass(frozen=True, eq=False)
-class Sequences:
-    """Sequences of any lengths, and what is true of each.
-
-    Attributes:
-        values: (total, d_input) float32 of signals or (total,) int64 of tokens, one behind the other.
-        lengths: (n,) int64.
-        truth: (n,) int64 numbers of classes, or (n, n_outputs) float32.
-        labels: names of the classes; none if numbers are to be told.
-        names: (n,) what messages call each.
-        rate: samples per second, if the files say so.
-        times: (total,) float64 seconds, for series that are not sampled evenly.
-    """
-
-    values: np.ndarray
-    lengths: np.ndarray
-    truth: np.ndarray
-    labels: tuple[str, ...]
-    names: tuple[str, ...]
-    rate: float | None = None
-    times: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @property
-    def d_input(self) -> int:
-        """Channels of a signal; 0 for tokens."""
-        return 0 if self.values.ndim == 1 else int(self.values.shape[1])
-
-    @property
-    def n_outputs(self) -> int:
-        """Classes, or numbers to be told."""
-        return len(self.labels) or int(self.truth.shape[1])
-
-    @property
-    def rows(self) -> list[np.ndarray]:
-        """Each sequence, (length, d_input) or (length,)."""
-        return self._split(self.values)
-
-    @property
-    def gap(self) -> float | None:
-        """Mean seconds from one step to the next, if there are times."""
-        if self.times is None or not (gaps := int((self.lengths - 1).sum())):
-            return None
-        return float(sum(row[-1] - row[0] for row in self._split(self.times))) / gaps
-
-    def changed(self, change: Callable[[list[np.ndarray]], list[np.ndarray]]) -> Self:
-        """Return sequences of other steps.
-
-        Args:
-            change: chooses among the rows of the values, and alike among those of the times.
-        """
-
-        def of(array: np.ndarray) -> np.ndarray:
-            return np.concatenate([array[:0], *change(self._split(array))])
-
-        times = None if self.times is None else of(self.times)
-        return replace(self, values=of(self.values), lengths=_lengths(change(self.rows)), times=times)
-
-    def select(self, numbers: Iterable[int]) -> Self:
-        """Return some of them.
-
-        Args:
-            numbers: which, in the order they are to have.
-        """
-        numbers = list(numbers)
-        return replace(
-            self.changed(lambda rows: [rows[n] for n in numbers]),
-            truth=self.truth[numbers],
-            names=tuple(self.names[n] for n in numbers),
-        )
-
-    def divide(self, share: float) -> tuple[Self, Self]:
-        """Hold some out, of each class the same share; see `examples.divide`.
-
-        Args:
-            share: of each class, rounded down.
-
-        Returns:
-            Those to train on and those held out.
-        """
-        kept, held = divide([Example(self._label(n), "", None, str(n)) for n in range(len(self))], share)
-        return self.select(int(e.where) for e in kept), self.select(int(e.where) for e in held)
-
-    def labelled(self, labels: Sequence[str]) -> Self:
-        """Number the classes as a model does.
-
-        Args:
-            labels: what the model knows; none if it tells numbers.
-
-        Raises:
-            LongscanError: a label was not in the training data.
-        """
-        if bool(labels) != bool(self.labels):
-            expected, got = ("labels", "numbers") if labels else ("numbers", "labels")
-            raise LongscanError(f"{self.names[0]}: expected {expected} to tell, got {got}.")
-        if not labels:
-            return self
-        examples = [Example(self._label(n), "", None, name) for n, name in enumerate(self.names)]
-        return replace(self, truth=np.array(number_labels(examples, labels)), labels=tuple(labels))
-
-    def thinned(self, factor: int) -> Self:
-        """Return the same signals at a lower rate: of so many samples the first.
-
-        Args:
-            factor: old rate / new rate.
-        """
-        rate = None if self.rate is None else self.rate / factor
-        return replace(self.changed(lambda rows: [row[::factor] for row in rows]), rate=rate)
-
-    def low_passed(self, factor: int) -> Self:
-        """Return the same signals without the frequencies that a lower rate has no room for.
-
-        Args:
-            factor: old rate / new rate.
-        """
-        reach = 16 * factor
-        lags = np.arange(-reach, reach + 1)
-        window = np.sinc(lags / factor) * np.hamming(len(lags))
-        window /= window.sum()
-
-        def smooth(row: np.ndarray) -> np.ndarray:
-            channels = [np.convolve(channel, window)[reach : reach + len(row)] for channel in row.T]
-            return np.stack(channels, 1).astype(row.dtype)
-
-        return replace(self, values=np.concatenate([self.values[:0], *map(smooth, self.rows)]))
-
-    def cut(self, room: int | None) -> Self:
-        """Return the beginnings.
-
-        Args:
-            room: the most samples that stay; all if None.
-        """
-        if room is None or int(self.lengths.max(initial=0)) <= room:
-            return self
-        return self.changed(lambda rows: [row[:room] for row in rows])
-
-    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Put some into a batch.
-
-        Args:
-            numbers: which.
-
-        Returns:
-            x: (batch, longest, d_input) or (batch, longest), zero behind the shorter ones.
-            lengths: (batch,).
-            truth: (batch,) or (batch, n_outputs).
-            times: (batch, longest) float64, if there are any.
-        """
-        ends = np.cumsum(self.lengths)
-        lengths = self.lengths[list(numbers)]
-
-        def pad(array: np.ndarray) -> Tensor:
-            padded = np.zeros((len(lengths), lengths.max(), *array.shape[1:]), array.dtype)
-            for row, number in zip(padded, numbers, strict=True):
-                row[: self.lengths[number]] = array[ends[number] - self.lengths[number] : ends[number]]
-            return torch.from_numpy(padded)
-
-        truth = torch.from_numpy(self.truth[list(numbers)])
-        times = None if self.times is None else pad(self.times)
-        return pad(self.values), torch.from_numpy(lengths), truth, times
-
-    def save(self, path: Path) -> None:
-        """Write a .npz file, which `read_sequences` reads.
-
-        Args:
-            path: of the file.
-        """
-        arrays: dict[str, Any] = {
-            "values": self.values,
-            "lengths": self.lengths,
-            "y": self.truth,
-            "rate": self.rate or 0.0,
-        } | ({} if self.times is None else {"times": self.times})
-        with atomic_file(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, labels=np.array(self.labels, str), names=np.array(self.names, str), **arrays)
-
-    def _split(self, array: np.ndarray) -> list[np.ndarray]:
-        """Take apart what stands one behind the other."""
-        return np.split(array, np.cumsum(self.lengths)[:-1])
-
-    def _label(self, number: int) -> str:
-        """Name what one of them is."""
-        return self.labels[int(self.truth[number])] if self.labels else ""
 
 
 def is_sequence_file(path: str | Path) -> bool:
@@ -304,12 +115,7 @@ def _labelled(
     """Put sequences with the names of their classes together."""
     known = tuple(sorted(set(labels)))
     truth = np.array([known.index(label) for label in labels])
-    return Sequences(np.concatenate(rows), _lengths(rows), truth, known, tuple(names), rate)
-
-
-def _lengths(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Return the length of each sequence."""
-    return np.array([len(row) for row in rows], np.int64)
+    return Sequences(np.concatenate(rows), lengths_of(rows), truth, known, tuple(names), rate)
 
 
 def _kind(some: Sequences) -> str:

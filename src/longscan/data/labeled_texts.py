@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longscan.core.random import RandomStream
-from longscan.data.documents import JSONL, text_kind
+from longscan.data.documents import JSONL
 from longscan.data.sentence_pairs import read_lines
+from longscan.data.text_files import text_kind
 from longscan.errors import LongscanError, UsageError
 from longscan.tokenizers.wordpiece import Framed, WordPieceTokenizer
 

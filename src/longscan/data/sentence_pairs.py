@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longscan.core.config import count
 from longscan.core.random import EpochOrder, RandomStream
-from longscan.data.documents import iter_lines
+from longscan.data.text_files import iter_lines
 from longscan.errors import LongscanError
 from longscan.tokenizers.base import Tokenizer
 

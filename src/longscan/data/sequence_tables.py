@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from longscan.data.documents import iter_lines
+from longscan.data.text_files import iter_lines
 from longscan.errors import LongscanError
 
 __all__ = ["SequenceTable", "read_sequence_table"]

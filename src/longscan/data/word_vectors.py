@@ -12,7 +12,7 @@ from typing import IO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from longscan.data.documents import open_binary
+from longscan.data.text_files import open_binary
 from longscan.errors import LongscanError
 
 __all__ = ["WordVectors", "read_vectors"]

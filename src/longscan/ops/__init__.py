@@ -1,5 +1,6 @@
 """The ops: one file each, with a reference, gradients and a native kernel."""
 
+from longscan.ops._legs_hold import legendre
 from longscan.ops._native import (
     NativeInfo,
     backend,
@@ -14,7 +15,7 @@ from longscan.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_st
 from longscan.ops.decode import MambaBlock, MambaStack, Matrix, decodes
 from longscan.ops.diagonal import diagonal_ssm, diagonal_ssm_ref, diagonal_ssm_step
 from longscan.ops.dropout import dropout
-from longscan.ops.legs import LegsMethod, legendre, legs_matrices, legs_scan, legs_scan_ref
+from longscan.ops.legs import LegsMethod, legs_matrices, legs_scan, legs_scan_ref
 from longscan.ops.linear import linear, linear_ref, multiplication, multiply
 from longscan.ops.long_conv import long_conv, long_conv_ref
 from longscan.ops.quant import (

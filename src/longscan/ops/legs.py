@@ -17,18 +17,17 @@ The zero-order hold has no such chain but a closed form: the coefficients of a p
 differences of the integrals of Legendre polynomials.
 """
 
-import functools
 import math
 import struct
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from longscan.ops import _native
 from longscan.ops._derivatives import composed
+from longscan.ops._legs_hold import hold, hold_adjoint, stretch
 
 LegsMethod: TypeAlias = Literal["bilinear", "forward", "backward", "zoh"]
 
@@ -184,7 +183,7 @@ def _forward_torch(f: Tensor, state: Tensor, start: int, method: str, every: int
     pieces = [state.new_empty(len(state), 0, n)]  # of the history, (channels, some, n)
     if method == "zoh":
         for begin, end in _blocks(seq_len, every):
-            state = _stairs(f[:, begin:end], state, start + begin)
+            state = hold(f[:, begin:end], state, start + begin)
             if every and end % every == 0:
                 pieces.append(state[:, None])
         return state, torch.cat(pieces, 1)
@@ -213,8 +212,8 @@ def _backward(
         for begin, end in reversed(list(_blocks(seq_len, every))):
             if every and end % every == 0:
                 dfinal = dfinal + dhistory[:, end // every - 1]
-            df[:, begin:end] = _stairs_adjoint(dfinal, end - begin, start + begin)
-            dfinal = dfinal @ _stretch(n, start + begin, start + end).to(dfinal)
+            df[:, begin:end] = hold_adjoint(dfinal, end - begin, start + begin)
+            dfinal = dfinal @ stretch(n, start + begin, start + end).to(dfinal)
         return df, dfinal.clone()
     columns = list(dfinal.unbind(1))
     for begin, end, scan in reversed(list(_chunks(seq_len, start, n, dfinal.dtype))):
@@ -287,17 +286,6 @@ def _scan_by_sums(keep: Tensor, given: Tensor, state: Tensor) -> Tensor:
     return ((given / products).cumsum(1) + state[:, None]) * products
 
 
-# the zero-order hold
-
-
-def legendre(x: Tensor, n: int) -> Iterator[Tensor]:
-    """Yield the Legendre polynomials of degree 0, 1, ... n - 1 at x, by their three-term recurrence."""
-    before, now = torch.zeros_like(x), torch.ones_like(x)
-    for degree in range(n):
-        yield now
-        before, now = now, ((2 * degree + 1) * x * now - degree * before) / (degree + 1)
-
-
 def _blocks(seq_len: int, every: int) -> Iterator[tuple[int, int]]:
     """Yield chunks of the samples that end at multiples of `every`."""
     size = min(every or _CHUNK, _CHUNK)
@@ -308,65 +296,6 @@ def _blocks(seq_len: int, every: int) -> Iterator[tuple[int, int]]:
             end = min(end, (begin // every + 1) * every)
         yield begin, end
         begin = end
-
-
-def _edges(samples: int, start: int, like: Tensor) -> Tensor:
-    """Return the edges of the samples, in [-1, 1] over the whole past: (samples + 1,) float64."""
-    edges = torch.arange(start, start + samples + 1, dtype=torch.float64, device=like.device)
-    return 2 * edges / (start + samples) - 1
-
-
-def _integrals(x: Tensor, n: int) -> Iterator[Tensor]:
-    """Yield sqrt(2 degree + 1) / 2 times the integral from -1 to x of each polynomial below degree n."""
-    yield (x + 1) / 2
-    before = iter(legendre(x, n + 1))
-    lower, middle = next(before), next(before)
-    for degree, upper in enumerate(before, 1):  # (2 d + 1) P_d is the derivative of P_{d+1} - P_{d-1}
-        yield (upper - lower) / (2 * math.sqrt(2 * degree + 1))
-        lower, middle = middle, upper
-
-
-def _stairs(f: Tensor, state: Tensor, start: int) -> Tensor:
-    """Return the coefficients (channels, n) after the samples f (channels, samples)."""
-    channels, samples = f.shape
-    zero = f.new_zeros(channels, 1)
-    # the sum of f_k (integral to its right edge - to its left edge), with each edge taken once
-    drops = torch.cat([zero, f], 1) - torch.cat([f, zero], 1)  # (channels, samples + 1)
-    edges = _edges(samples, start, f)
-    new = [drops @ row.to(f.dtype) for row in _integrals(edges, state.shape[1])]
-    stretched = state @ _stretch(state.shape[1], start, start + samples).to(state).mT
-    return stretched + torch.stack(new, 1)
-
-
-def _stairs_adjoint(dfinal: Tensor, samples: int, start: int) -> Tensor:
-    """Return the gradient of each sample, (channels, samples)."""
-    df = dfinal.new_zeros(len(dfinal), samples)
-    for weight, row in zip(
-        dfinal.unbind(1), _integrals(_edges(samples, start, dfinal), dfinal.shape[1]), strict=True
-    ):
-        df += weight[:, None] * row.diff().to(df.dtype)
-    return df
-
-
-def _stretch(n: int, start: int, end: int) -> Tensor:
-    """Return the map (n, n) float64 from coefficients over `start` samples to those over `end`, after zeros.
-
-    The integrand is a polynomial of degree below 2 n, so Gauss quadrature with n nodes is exact.
-    """
-    if not start:
-        return torch.zeros(n, n, dtype=torch.float64, device="cpu")
-    nodes, weights = (torch.from_numpy(values) for values in _gauss(n))
-    ratio = start / end
-    norm = (2 * torch.arange(n, dtype=torch.float64, device="cpu") + 1).sqrt()[:, None]
-    old = norm * torch.stack(list(legendre(nodes, n)))  # (n, nodes)
-    new = norm * torch.stack(list(legendre((nodes + 1) * ratio - 1, n)))
-    return (new * weights) @ old.mT * (ratio / 2)
-
-
-@functools.cache
-def _gauss(n: int) -> tuple[Any, Any]:
-    """Return the nodes and weights of Gauss-Legendre quadrature."""
-    return np.polynomial.legendre.leggauss(n)
 
 
 _lib.impl("legs_scan", _forward, "CompositeExplicitAutograd")
