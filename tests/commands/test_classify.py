@@ -264,7 +264,7 @@ def not_utf8(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "words"),
     [
-        (bare, "1: expected at least 2 columns parted by tabs, got 1"),
+        (bare, "1: expected at least 2 columns separated by tabs, got 1"),
         (ragged, "2: expected 2 columns as in the rows before, got 3"),
         (empty, "no examples"),
         (no_label, "2: expected a label and a text, got an empty one"),

@@ -295,7 +295,7 @@ def test_labels_are_numbered_as_the_model_does(data: Path) -> None:
     assert found.labelled(["low", "mid", "high"]).truth.tolist() == [2] * 12 + [0] * 12
     with pytest.raises(LongscanError, match="the label 'low' was not in the training data"):
         found.labelled(["high", "mid"])
-    with pytest.raises(LongscanError, match="expected numbers to tell, got labels"):
+    with pytest.raises(LongscanError, match="expected numbers to predict, got labels"):
         found.labelled([])
 
 
@@ -694,7 +694,7 @@ def test_a_tar_is_read_to_its_end(data: Path, tmp_path: Path) -> None:
         whole[:last] + bytes(512) + whole,
     ):
         path.write_bytes(content)
-        with pytest.raises(LongscanError, match=r"is no tar, or is damaged|goes on after its end"):
+        with pytest.raises(LongscanError, match=r"is no tar, or is damaged|has data after its end"):
             read_sequences([path])
 
 

@@ -215,7 +215,7 @@ def not_utf8(directory: Path) -> None:
         (cut, "cut short"),
         (of_another_kind, "expected a WordPiece vocabulary, got BPE"),
         (without_a_mask, r"has no \[MASK\]"),
-        (twice, "'storm' stands there twice"),
+        (twice, "'storm' occurs twice"),
         (not_utf8, "not UTF-8"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",

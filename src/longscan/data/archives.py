@@ -1,7 +1,7 @@
-"""Archives of data: tars and NumPy files, checked to their end and bounded in what they claim.
+"""Archives of data: tars and NumPy files, verified to their end and limited in the memory they may take.
 
-One rule holds for all files of data: suffixes count in either case, and what is hidden (a name that begins
-with a dot, or is in such a folder) is left out where a folder or an archive is searched.
+For all data files, suffixes are case-insensitive, and hidden files (a name that begins with a dot, or a file
+in such a folder) are skipped when a folder or an archive is searched.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from longscan.errors import LongscanError
 
 __all__ = ["check_expansion", "foreign", "has_suffix", "is_hidden", "iter_tar", "map_npy", "read_npz"]
 
-FREE, RATIO = 2**26, 100  # bytes that any file may become; times its size that a larger result may be
+FREE, RATIO = 2**26, 100  # bytes that any file may expand to; beyond that, the largest expansion ratio
 BLOCK = 2**20  # bytes read at a time
 COMPRESSIONS: dict[bytes, Callable[..., IO[bytes]]] = {
     b"\x1f\x8b": cast(Any, gzip.open),
@@ -33,30 +33,30 @@ COMPRESSIONS: dict[bytes, Callable[..., IO[bytes]]] = {
 
 
 def is_hidden(path: Path | str) -> bool:
-    """Tell whether a file, or a folder it is in, is hidden: .DS_Store, ._0.wav, .git/config.
+    """Return whether a file, or a folder it is in, is hidden: .DS_Store, ._0.wav, .git/config.
 
     Args:
-        path: below the folder or archive that was named.
+        path: relative to the folder or archive that is searched.
     """
     return any(part.startswith(".") and part != ".." for part in PurePosixPath(path).parts)
 
 
 def has_suffix(path: Path | str, *suffixes: str) -> bool:
-    """Tell whether a name ends in one of these suffixes, in either case.
+    """Return whether a name ends in one of these suffixes, in either case.
 
     Args:
-        path: whose name.
-        suffixes: in small letters.
+        path: the file.
+        suffixes: in lower case.
     """
     return str(path).lower().endswith(suffixes)
 
 
 def check_expansion(path: Path, size: int) -> None:
-    """Refuse a small file that would take much memory.
+    """Raise LongscanError if a small file would expand to a lot of memory.
 
     Args:
         path: the file, compressed or not.
-        size: bytes that it becomes in memory.
+        size: bytes that it expands to.
 
     Raises:
         LongscanError: more than 64 MB, and more than 100 times the file's own size.
@@ -65,17 +65,17 @@ def check_expansion(path: Path, size: int) -> None:
     if size > FREE and size > RATIO * own:
         raise LongscanError(
             f"{path}: expected at most {RATIO} times its {own:,} bytes, it claims {size:,} or more. "
-            "If that is meant, save it without compression."
+            "If that is intended, save it without compression."
         )
 
 
 @contextlib.contextmanager
 def foreign(path: Path | str, what: str) -> Iterator[None]:
-    """Turn whatever a parser makes of a damaged file into one clear error.
+    """Turn any exception of a parser about a damaged file into one clear error.
 
     Args:
         path: the file.
-        what: it then is, such as "no tar".
+        what: what the error says it is, such as "no tar".
 
     Raises:
         LongscanError: the parser failed, by any exception but an OSError of the disk.
@@ -96,7 +96,7 @@ def foreign(path: Path | str, what: str) -> Iterator[None]:
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose header is whole: tarfile takes a damaged one for the end of the archive."""
+    """A member that rejects a damaged header, which tarfile would take for the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tarfile_: Any) -> Any:
@@ -108,12 +108,12 @@ class _Member(tarfile.TarInfo):
             raise tarfile.ReadError(f"at byte {tarfile_.offset:,}: {error}") from error
 
 
-def iter_tar(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Yield files of a tar, also compressed as gzip, xz or bzip2, in its order.
+def iter_tar(path: Path, include: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+    """Yield files of a tar, which may be compressed as gzip, xz or bzip2, in its order.
 
     Args:
         path: the tar.
-        wanted: whether a file of this name is; hidden ones are not.
+        include: whether to yield the file of this name; hidden ones are skipped.
 
     Yields:
         Names and contents.
@@ -125,7 +125,7 @@ def iter_tar(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, b
     """
     with open(path, "rb") as file:
         magic = file.read(6)
-    opener = next((found for start, found in COMPRESSIONS.items() if magic.startswith(start)), open)
+    opener = next((one for start, one in COMPRESSIONS.items() if magic.startswith(start)), open)
     total = 0
     with (
         foreign(path, "no tar"),
@@ -133,7 +133,7 @@ def iter_tar(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, b
         tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as tar,
     ):
         for member in tar:
-            if not member.isfile() or is_hidden(member.name) or not wanted(member.name):
+            if not member.isfile() or is_hidden(member.name) or not include(member.name):
                 continue
             if member.issparse():
                 raise LongscanError(f"{path}: {member.name} is a sparse file. Pack the tar without --sparse.")
@@ -146,7 +146,7 @@ def iter_tar(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, b
         while block := tar.fileobj.read(BLOCK):  # up to the checksum of the compression
             if block.strip(b"\0"):
                 raise LongscanError(
-                    f"{path} goes on after its end: it is damaged, or several tars. Pack it anew."
+                    f"{path} has data after its end: it is damaged, or several tars. Pack it again."
                 )
 
 

@@ -14,33 +14,33 @@ WINDOW = 16  # batches whose texts are sorted by length together
 
 
 def shuffled(lengths: Sequence[int], rows: int, stream: RandomStream) -> list[list[int]]:
-    """Put all examples into batches of about equal length, in random order.
+    """Return batches of examples of about equal length, in random order.
 
     Args:
         lengths: of each example.
-        rows: examples in a batch; the last one may have less.
-        stream: of the epoch, see `order.EpochOrder`.
+        rows: examples per batch; the last batch may have fewer.
+        stream: of the epoch, see `EpochOrder`.
 
     Returns:
-        The numbers of the examples in each batch.
+        The indices of the examples in each batch.
     """
     order = stream.permutation(len(lengths)).tolist()
     batches = []
     for start in range(0, len(order), WINDOW * rows):
-        window = sorted(order[start : start + WINDOW * rows], key=lambda place: lengths[place])
+        window = sorted(order[start : start + WINDOW * rows], key=lambda index: lengths[index])
         batches += [window[first : first + rows] for first in range(0, len(window), rows)]
-    return [batches[place] for place in stream.permutation(len(batches))]
+    return [batches[index] for index in stream.permutation(len(batches))]
 
 
 def by_length(framed: Sequence[Framed], rows: int) -> list[list[int]]:
-    """Put texts into batches of about equal length, so that little is padding.
+    """Return batches of texts sorted by length, which minimises padding.
 
     Args:
         framed: the texts.
-        rows: texts in a batch.
+        rows: texts per batch.
 
     Returns:
-        The numbers of the texts in each batch.
+        The indices of the texts in each batch.
     """
-    order = sorted(range(len(framed)), key=lambda place: len(framed[place].ids))
+    order = sorted(range(len(framed)), key=lambda index: len(framed[index].ids))
     return [order[start : start + rows] for start in range(0, len(order), rows)]

@@ -1,7 +1,7 @@
-"""Text files to documents, and documents to what is trained on and what is held out.
+"""Text files as documents, and documents split into training and validation text.
 
 Files are plain text, Markdown or JSON lines, also compressed, and strictly UTF-8. They are read in pieces of
-about a megabyte and never held as a whole: the disk limits a corpus, not the memory.
+about a megabyte, so a corpus may be larger than the memory.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Piece(NamedTuple):
 
 
 def find_files(paths: Paths) -> list[Path]:
-    """List the text files that a user means.
+    """Return the text files that paths stand for.
 
     Args:
         paths: files, taken as they are, and folders, searched in depth and in the order of names for .txt,
@@ -65,8 +65,8 @@ def find_files(paths: Paths) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        found = [file for file in sorted(path.rglob("*")) if not is_hidden(file.relative_to(path))]
-        inside = [file for file in found if file.is_file()]
+        visible = [file for file in sorted(path.rglob("*")) if not is_hidden(file.relative_to(path))]
+        inside = [file for file in visible if file.is_file()]
         texts = [file for file in inside if text_kind(file) in SUFFIXES]
         if not texts:
             kinds = Counter(file.suffix or "without suffix" for file in inside).most_common(4)
@@ -82,11 +82,12 @@ def find_files(paths: Paths) -> list[Path]:
 
 
 def iter_pieces(paths: Paths, *, separator: str | None = None, field: str = "text") -> Iterator[Piece]:
-    """Read documents in pieces of bounded size, for texts larger than the memory.
+    """Yield documents in pieces of bounded size, for texts larger than the memory.
 
-    A text file is one document unless `separator` divides it; each line of a .jsonl file is one. A long
-    document is cut before a line break, where words end, so its pieces give the tokens that the whole would.
-    Left out are documents of nothing but white space, and a byte order mark; the rest passes unchanged.
+    A text file is one document unless `separator` divides it; each line of a .jsonl file is one. Long
+    documents are cut at word boundaries, preferably before a line break, so the pieces give the same tokens
+    as the whole. Documents of only white space and byte order marks are dropped; everything else is
+    unchanged.
 
     Args:
         paths: files and folders, see `find_files`.
@@ -97,7 +98,7 @@ def iter_pieces(paths: Paths, *, separator: str | None = None, field: str = "tex
         The pieces in order.
 
     Raises:
-        LongscanError: nothing there, not UTF-8, a bad line, a damaged compressed file; names the place.
+        LongscanError: no text, not UTF-8, a bad line, or a damaged compressed file; the message says where.
         UsageError: an empty separator.
     """
     if separator == "":
@@ -113,7 +114,7 @@ def iter_pieces(paths: Paths, *, separator: str | None = None, field: str = "tex
 
 
 def iter_documents(paths: Paths, *, separator: str | None = None, field: str = "text") -> Iterator[str]:
-    """Read whole documents, one in memory at a time; arguments and errors as `iter_pieces`."""
+    """Yield whole documents, one in memory at a time; arguments and errors as `iter_pieces`."""
     parts = []
     for text, ends in iter_pieces(paths, separator=separator, field=field):
         parts.append(text)
@@ -123,12 +124,12 @@ def iter_documents(paths: Paths, *, separator: str | None = None, field: str = "
 
 
 class Corpus:
-    """Which text is trained on, and which is held out to measure what was learnt.
+    """The training text and the validation text.
 
     Args:
         paths: files and folders, see `find_files`.
-        valid_paths: files to hold out; those also found under `paths` are not trained on.
-        valid_fraction: the share of the text to hold out if there are no such files; 0 holds out nothing.
+        valid_paths: validation files; those also found under `paths` are not trained on.
+        valid_fraction: without validation files, the fraction of the text to hold out; may be 0.
         separator: what stands between the documents of a text file; None makes each file one document.
 
     Raises:
@@ -157,7 +158,7 @@ class Corpus:
     def sizes(self) -> list[array[int]]:
         """The bytes of each document of `train` and of `valid`.
 
-        To know them all text is read, which finds every error in it before long work begins.
+        This reads all text, which finds every error before a long computation begins.
         """
         sizes = []
         for files in (self.train, self.valid):
@@ -170,10 +171,10 @@ class Corpus:
         return sizes
 
     def pieces(self) -> Iterator[tuple[str, Piece]]:
-        """Read everything once, in order.
+        """Yield all pieces once, in order.
 
-        Where a share is to be held out, documents are drawn at random (always the same ones) until one does
-        not fit; if less than half of the share is filled by then, the end of that document fills it.
+        To hold out a fraction, documents are drawn at random (always the same ones) until one does not fit;
+        if less than half of the fraction is filled by then, the end of that document fills it.
 
         Yields:
             "train" or "valid", and a piece.
@@ -211,12 +212,12 @@ def training_text(
     valid_fraction: float = 0.05,
     separator: str | None = None,
 ) -> Iterator[str]:
-    """Read only what is not held out: the text to train a tokenizer on.
+    """Yield only the training text, to train a tokenizer on.
 
     Args:
         paths: files and folders; for this and the rest see `Corpus`.
-        valid_paths: files to hold out.
-        valid_fraction: the share of the text to hold out if there are no such files.
+        valid_paths: validation files.
+        valid_fraction: without validation files, the fraction of the text to hold out.
         separator: what stands between the documents of a text file.
 
     Yields:
@@ -235,10 +236,10 @@ def _pieces(file: Path, separator: str | None, field: str) -> Iterator[Piece]:
 
 
 def split(text: str) -> Iterator[str]:
-    """Cut a long text where words end, as `iter_pieces` cuts long documents.
+    """Yield a long text in pieces, cut at word boundaries as by `iter_pieces`.
 
     Args:
-        text: of any length; up to two million characters it stays whole.
+        text: of any length; up to two million characters are one piece.
 
     Yields:
         Its pieces, which together are the text.
@@ -250,7 +251,7 @@ def split(text: str) -> Iterator[str]:
 
 
 def _cut(chunks: Iterable[str], separator: str | None) -> Iterator[Piece]:
-    """Divide a stream of text into documents, and long documents into pieces."""
+    """Yield the documents of a stream of text, long ones in pieces."""
     buffer, opened = "", False
     for chunk in chunks:
         buffer += chunk
@@ -261,7 +262,7 @@ def _cut(chunks: Iterable[str], separator: str | None) -> Iterator[Piece]:
                     yield Piece(text, ends=True)
                 opened = False
         start = 0
-        while len(buffer) - start > 2 * PIECE:  # a piece stays behind, with any half of a separator in it
+        while len(buffer) - start > 2 * PIECE:  # keep a piece, which may hold half of a separator
             end = _break(buffer, start, start + PIECE)
             yield Piece(buffer[start:end], ends=False)
             start, opened = end, True
@@ -271,10 +272,10 @@ def _cut(chunks: Iterable[str], separator: str | None) -> Iterator[Piece]:
 
 
 def _break(text: str, start: int, end: int) -> int:
-    """Find the last place in text[start:end] where a line, else a word ends: just before the white space."""
+    """Return the last index in text[start:end] at which a line, or else a word, ends."""
     for space in "\n ":
-        found = text.rfind(space, start, end)
-        if found > start and (line := text[start:found].rstrip()):
+        index = text.rfind(space, start, end)
+        if index > start and (line := text[start:index].rstrip()):
             return start + len(line)
     return end
 
@@ -304,11 +305,11 @@ def _jsonl(path: Path, field: str) -> Iterator[str]:
         yield text
 
 
-def _tear(text: str, place: int, reach: int) -> tuple[str, str]:
-    """Divide a text at byte `place`, or at the start of that line if it is at most `reach` bytes before."""
+def _tear(text: str, offset: int, reach: int) -> tuple[str, str]:
+    """Return a text split at a byte offset, or at the start of that line if at most `reach` bytes before."""
     raw = text.encode()
-    line = raw.rfind(b"\n", max(0, place - reach), place)
-    place = line + 1 if line >= 0 else place
-    while raw[place] & 0xC0 == 0x80:  # inside a character
-        place -= 1
-    return raw[:place].decode(), raw[place:].decode()
+    line = raw.rfind(b"\n", max(0, offset - reach), offset)
+    offset = line + 1 if line >= 0 else offset
+    while raw[offset] & 0xC0 == 0x80:  # inside a character
+        offset -= 1
+    return raw[:offset].decode(), raw[offset:].decode()

@@ -1,4 +1,4 @@
-"""What the arrays of an .npz file of labelled sequences mean, and which are refused."""
+"""Validation and conversion of the arrays in an .npz file of labelled sequences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VOCAB = 2**20  # tokens that a file may have: the embedding gets a row for each
 
 
 def parse_steps(path: Path, x: npt.NDArray[np.generic]) -> npt.NDArray[np.float32] | npt.NDArray[np.int64]:
-    """Turn what a file calls x into the steps of sequences.
+    """Return the steps of sequences, from the array x of a file.
 
     Args:
         path: of the file, for messages.
@@ -49,10 +49,10 @@ def parse_steps(path: Path, x: npt.NDArray[np.generic]) -> npt.NDArray[np.float3
 
 
 def parse_labels(path: Path, y: Array, n: int) -> list[str] | npt.NDArray[np.float32]:
-    """Turn what a file calls y into names of classes, or into numbers to predict.
+    """Return names of classes, or target numbers, from the array y of a file.
 
-    Whole numbers, truth values and texts are classes, one for each sequence; floats are numbers, also
-    several. A column (n, 1) is the same as (n,).
+    Integers, booleans and texts are classes, one per sequence; floats are target numbers, possibly several
+    per sequence. A column (n, 1) is the same as (n,).
 
     Args:
         path: of the file, for messages.
@@ -146,7 +146,7 @@ def parse_times(path: Path, times: Array, shape: tuple[int, ...]) -> npt.NDArray
 
 
 def _is_one_hot(y: Array) -> bool:
-    """Tell whether each row is zeros and one 1."""
+    """Return whether each row is one-hot."""
     return bool(((y == 0) | (y == 1)).all() and (np.count_nonzero(y, 1) == 1).all())
 
 

@@ -1,4 +1,4 @@
-"""Labelled sequences: signals, rows of pixels and texts as bytes, read from files and put into batches."""
+"""Readers of labelled sequences: signals, rows of pixels, and texts as bytes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OWN = {"values", "lengths", "y", "labels", "names"}  # of a file that `Sequences
 
 
 def is_sequence_file(path: str | Path) -> bool:
-    """Tell whether a file or folder can only hold sequences, not texts.
+    """Return whether a file or folder can only hold sequences, not texts.
 
     Args:
         path: see `read_sequences`.
@@ -40,14 +40,14 @@ def is_sequence_file(path: str | Path) -> bool:
 def read_sequences(
     paths: Sequence[str | Path], *, split: str = "train", pattern: str | None = None, columns: str = "1,2"
 ) -> Sequences:
-    """Read labelled sequences.
+    """Return the labelled sequences of files.
 
     Args:
         paths: any of
             .npz files of x, y and perhaps lengths and times: x is (n, seq_len, d_input) or (n, seq_len)
-            floats, (n, seq_len) whole numbers for tokens, or (n, height, width) bytes for images; y is (n,)
-            whole numbers or texts for classes, floats for numbers; times is (n, seq_len) seconds, for series
-            that are not sampled evenly. With several parts: x_train, y_train, ...;
+            floats, (n, seq_len) integers for tokens, or (n, height, width) bytes for images; y is (n,)
+            integers or texts for classes, floats for target numbers; times is (n, seq_len) seconds, for
+            irregularly sampled series. With several parts: x_train, y_train, ...;
             .csv tables of signals, see `read_sequence_table`;
             folders or tars of .wav files, in a folder for each class or named LABEL_....wav; or one;
             tables or .jsonl of labelled texts, see `read_examples`, read as bytes.
@@ -112,14 +112,14 @@ def _read(path: Path, split: str, pattern: str | None, columns: str) -> Sequence
 def _labelled(
     rows: Sequence[np.ndarray], labels: Sequence[str], names: Sequence[str], rate: float | None = None
 ) -> Sequences:
-    """Put sequences with the names of their classes together."""
+    """Return sequences, given the names of their classes."""
     known = tuple(sorted(set(labels)))
     truth = np.array([known.index(label) for label in labels])
     return Sequences(np.concatenate(rows), lengths_of(rows), truth, known, tuple(names), rate)
 
 
 def _kind(some: Sequences) -> str:
-    """Say what kind of sequences they are."""
+    """Return a description of the kind of sequences."""
     what = f"signals of {some.d_input} channels" if some.d_input else "tokens"
     rate = f" at {some.rate:g} samples per second" if some.rate else ""
     times = ", each with its time," if some.times is not None else ""
@@ -190,7 +190,7 @@ def _own(path: Path, arrays: dict[str, np.ndarray]) -> Sequences:
 
 
 def _finite(found: Sequences) -> Sequences:
-    """Refuse NaN and infinities."""
+    """Return the sequences; raise LongscanError if there are NaN or infinities."""
     if found.d_input:
         bad = ~np.isfinite(found.values).all(1)
         if bad.any():
@@ -203,7 +203,7 @@ def _finite(found: Sequences) -> Sequences:
 
 
 def _passing(found: Sequences) -> Sequences:
-    """Refuse times that stand still, go back or are no numbers."""
+    """Return the sequences; raise LongscanError unless times increase and are finite."""
     times, ends = found.times, np.cumsum(found.lengths)
     if times is None:
         return found
@@ -212,12 +212,12 @@ def _passing(found: Sequences) -> Sequences:
     passes[ends[:-1]] = True  # where another sequence starts
     bad = ~(passes & np.isfinite(times))
     if bad.any():
-        place = int(bad.argmax())
-        number = int(np.searchsorted(ends, place, side="right"))
-        step = place - int(ends[number] - found.lengths[number])
-        before = f" after {times[place - 1]:g}" if step else ""
+        index = int(bad.argmax())
+        number = int(np.searchsorted(ends, index, side="right"))
+        step = index - int(ends[number] - found.lengths[number])
+        before = f" after {times[index - 1]:g}" if step else ""
         raise LongscanError(
-            f"{found.names[number]}: expected seconds that increase, got {times[place]:g}{before} at step "
+            f"{found.names[number]}: expected seconds that increase, got {times[index]:g}{before} at step "
             f"{step}. Sort the steps, and keep one of those at the same time."
         )
     return found
@@ -257,10 +257,10 @@ def _files(path: Path) -> Iterator[tuple[str, BinaryIO]]:
         for name, content in iter_tar(path, lambda name: has_suffix(name, SOUND)):
             yield name, io.BytesIO(content)
         return
-    for place in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        name = str(place.relative_to(path)) if path.is_dir() else path.name
-        if place == path or (has_suffix(name, SOUND) and not is_hidden(name) and place.is_file()):
-            with open(place, "rb") as file:
+    for entry in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        name = str(entry.relative_to(path)) if path.is_dir() else path.name
+        if entry == path or (has_suffix(name, SOUND) and not is_hidden(name) and entry.is_file()):
+            with open(entry, "rb") as file:
                 yield name, file
 
 

@@ -1,4 +1,4 @@
-"""Labelled texts: read from tables and JSON lines, framed for BERT, put into batches, scored."""
+"""Labelled texts: read from tables and JSON lines, encoded for BERT, split into training and validation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_whole(example: Example) -> str:
 
 
 class Example(NamedTuple):
-    """A text, or a pair of them, and what it is.
+    """A labelled text, or pair of texts.
 
     Attributes:
         label: its class.
@@ -48,13 +48,10 @@ class Example(NamedTuple):
 
 
 def parse_columns(columns: str) -> tuple[int, ...]:
-    """Understand which columns of a table hold label, text and perhaps the other text.
+    """Return the indices, from 0, of the columns of label, text and perhaps the other text.
 
     Args:
-        columns: numbers from 1, parted by commas.
-
-    Returns:
-        Two or three indices, from 0.
+        columns: numbers from 1, separated by commas.
 
     Raises:
         UsageError: it is something else.
@@ -69,10 +66,10 @@ def parse_columns(columns: str) -> tuple[int, ...]:
 
 
 def read_examples(paths: Sequence[str | Path], columns: str = "1,2") -> list[Example]:
-    r"""Read labelled texts.
+    r"""Return labelled texts, in order.
 
     Args:
-        paths: tables with a row a line and columns parted by tabs, without quoting; or .jsonl files of
+        paths: tables with a row per line and columns separated by tabs, without quoting; or .jsonl files of
             {"label": ..., "text": ..., "pair": ...}. UTF-8, also .gz or .xz. Blank lines are skipped.
         columns: of a table, see `parse_columns`. A first row that calls the label column "label" is a header.
 
@@ -100,19 +97,16 @@ def read_examples(paths: Sequence[str | Path], columns: str = "1,2") -> list[Exa
 
 
 def number_labels(examples: Sequence[Example], labels: Sequence[str]) -> list[int]:
-    """Turn labels into the numbers of a model's outputs.
+    """Return the class index of each example.
 
     Args:
         examples: labelled texts.
-        labels: what the model knows.
-
-    Returns:
-        A number for each example.
+        labels: the labels of the model, in the order of its outputs.
 
     Raises:
         LongscanError: a label was not in the training data.
     """
-    number = {label: place for place, label in enumerate(labels)}
+    number = {label: index for index, label in enumerate(labels)}
     unseen = Counter(example.label for example in examples if example.label not in number)
     if unseen:
         label, count = unseen.most_common(1)[0]
@@ -121,32 +115,31 @@ def number_labels(examples: Sequence[Example], labels: Sequence[str]) -> list[in
         raise LongscanError(
             f"{where}: the label {label!r} was not in the training data, which had {known} "
             f"({count:,} such rows{f', {len(unseen)} such labels' if len(unseen) > 1 else ''}). "
-            "Correct the label, leave these rows out, or train anew with them."
+            "Correct the label, leave these rows out, or train again with them."
         )
     return [number[example.label] for example in examples]
 
 
-def frame_examples(tokenizer: WordPieceTokenizer, examples: Sequence[Example], room: int) -> list[Framed]:
-    """Frame texts and pairs; see `WordPieceTokenizer.frame_batch`.
+def frame_examples(
+    tokenizer: WordPieceTokenizer, examples: Sequence[Example], max_length: int
+) -> list[Framed]:
+    """Return texts and pairs as framed ids; see `WordPieceTokenizer.frame_batch`.
 
     Args:
         tokenizer: the model's.
         examples: of `read_examples`.
-        room: the most tokens in a frame.
+        max_length: the most tokens, [CLS] and [SEP] included.
     """
     pairs = [example.pair for example in examples if example.pair is not None]
-    return tokenizer.frame_batch([example.text for example in examples], pairs or None, room)
+    return tokenizer.frame_batch([example.text for example in examples], pairs or None, max_length)
 
 
 def divide(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
-    """Hold examples out, of each class the same share, drawn at random but always the same ones.
+    """Return training and validation examples, stratified by class; the split is always the same.
 
     Args:
         examples: labelled texts.
-        share: of each class, rounded down.
-
-    Returns:
-        The examples to train on and those held out, in order.
+        share: fraction of each class to hold out, rounded down.
     """
     left = {label: int(share * count) for label, count in Counter(e.label for e in examples).items()}
     held = set()
@@ -154,8 +147,8 @@ def divide(examples: Sequence[Example], share: float) -> tuple[list[Example], li
         if left[examples[number].label] > 0:
             left[examples[number].label] -= 1
             held.add(number)
-    kept = [example for number, example in enumerate(examples) if number not in held]
-    return kept, [examples[number] for number in sorted(held)]
+    train = [example for number, example in enumerate(examples) if number not in held]
+    return train, [examples[number] for number in sorted(held)]
 
 
 def _table(path: Path, indices: tuple[int, ...]) -> Iterator[Example]:
@@ -169,8 +162,8 @@ def _table(path: Path, indices: tuple[int, ...]) -> Iterator[Example]:
             width = len(row)
             if width <= max(indices):
                 raise LongscanError(
-                    f"{path}:{number}: expected at least {max(indices) + 1} columns parted by tabs, got "
-                    f"{width}. Say with --columns where label and text stand."
+                    f"{path}:{number}: expected at least {max(indices) + 1} columns separated by tabs, got "
+                    f"{width}. Give the columns of label and text with --columns."
                 )
             if row[indices[0]].strip().lower() == "label":
                 continue
@@ -204,6 +197,6 @@ def _jsonl(path: Path) -> Iterator[Example]:
 
 
 def _example(values: Sequence[str], where: str) -> Example:
-    """Put the values of a row together."""
+    """Return the example of a row."""
     label, text, *pair = values
     return Example(label.strip(), text, pair[0] if pair else None, where)

@@ -1,11 +1,11 @@
-"""What BERT is pre-trained on: pairs of texts, some of whose words are hidden.
+"""The pre-training data of BERT: pairs of texts with masked tokens.
 
-A pair is two stretches of sentences. Half of the second ones follow the first (label 0), the others come from
-anywhere (label 1). Of the words of a pair 15 % are chosen, to be found again: 80 % of these are hidden behind
-[MASK], 10 % are replaced by any entry of the vocabulary, 10 % stay. The procedure and its counts are those of
-Devlin et al. 2018 (arXiv 1810.04805), appendix A.1 and A.2, and of their create_pretraining_data. Deviations:
-the words are chosen anew in every epoch, not ten times once and for all; whether a pair is to be short (one
-in ten) is drawn for each pair, not for each document, because a document may be a novel.
+A pair is two spans of sentences. Half of the second ones follow the first (label 0), the others are random
+(label 1). 15 % of the tokens of a pair are selected for prediction: 80 % of these are replaced by [MASK], 10
+% by a random token, 10 % are unchanged. The procedure and its numbers are those of Devlin et al. 2018 (arXiv
+1810.04805), appendix A.1 and A.2, and of their create_pretraining_data. Deviations: masks are drawn anew in
+every epoch (dynamic masking), not ten times in advance; whether a pair is short (one in ten) is drawn per
+pair, not per document, because a document may be a novel.
 
 A batch is a pure function of the seed and its number.
 """
@@ -33,13 +33,13 @@ from longscan.tokenizers.wordpiece import WordPieceTokenizer, fit
 __all__ = ["PairDataset", "hide"]
 
 
-CHOSEN, HIDDEN, REPLACED = 0.15, 0.8, 0.1  # of all words; of those chosen
+CHOSEN, HIDDEN, REPLACED = 0.15, 0.8, 0.1  # of all tokens; of those selected
 
 SHORT = 0.1  # of the pairs
 
 
 class _Stretch(NamedTuple):
-    """Some sentences in a row, and how many of their tokens are left out."""
+    """A span of sentences, and how many of its tokens are truncated."""
 
     first: int
     end: int  # the sentence after the last
@@ -56,10 +56,10 @@ class _Pair(NamedTuple):
 
 
 class PairDataset:
-    """Pairs of texts with hidden words out of a token file: batch number -> batch.
+    """Pairs of texts with masked tokens, from a token file: batch number -> batch.
 
-    Each epoch walks through all documents and cuts them into pairs of about `seq_len` tokens, anew; they are
-    then shuffled. Epochs have as many pairs as the first; the few that one has more wait for another epoch.
+    Each epoch divides all documents into new pairs of about `seq_len` tokens, and shuffles them. All epochs
+    have as many pairs as the first; surplus pairs are skipped.
 
     Args:
         path: a file of tokens of a `SentenceTokenizer`.
@@ -70,7 +70,7 @@ class PairDataset:
 
     Raises:
         LongscanError: the file is damaged, or holds fewer than two sentences.
-        UsageError: there is no room for a pair in `seq_len`.
+        UsageError: `seq_len` is too small for a pair.
     """
 
     def __init__(
@@ -120,12 +120,12 @@ class PairDataset:
             yield self._make(numbers[start : start + self.batch_size], start)
 
     def _make(self, numbers: range, step: int) -> PretrainingBatch:
-        """Frame the pairs of these numbers and hide words."""
+        """Return the pairs of these numbers, framed and masked."""
         pairs = []
         for number in numbers:
-            epoch, place = divmod(number, self.pairs_per_epoch)
+            epoch, index = divmod(number, self.pairs_per_epoch)
             plan = self._plans[epoch]
-            pairs.append(plan[place % len(plan)])
+            pairs.append(plan[index % len(plan)])
         framed = [self.tokenizer.frame(self._cut(a), self._cut(b), self.seq_len) for a, b, _ in pairs]
         ids, types = self.tokenizer.collate(framed)
         limit = math.ceil(CHOSEN * self.seq_len)
@@ -141,10 +141,10 @@ class PairDataset:
     def _plan(self, stream: RandomStream) -> list[_Pair]:
         """Return the pairs of an epoch in order."""
         pairs = [pair for document in self._documents for pair in self._pair_up(document, stream)]
-        return [pairs[place] for place in stream.permutation(len(pairs)).tolist()]
+        return [pairs[index] for index in stream.permutation(len(pairs)).tolist()]
 
     def _pair_up(self, document: tuple[int, int], stream: RandomStream) -> list[_Pair]:
-        """Cut a document into pairs; sentences whose place a random text took begin the next pair."""
+        """Return the pairs of a document; sentences that a random text replaced begin the next pair."""
         pairs = []
         at, end = document
         while at < end:
@@ -165,7 +165,7 @@ class PairDataset:
         return pairs
 
     def _elsewhere(self, document: tuple[int, int], stream: RandomStream) -> tuple[int, int]:
-        """Draw another document; the same one after ten attempts, or if there is no other."""
+        """Return another document at random; the same one after ten attempts, or if there is no other."""
         other = document
         for _ in range(10):
             other = self._documents[stream.below(len(self._documents))]
@@ -188,7 +188,7 @@ class PairDataset:
         return sum(self._ends[at] - self._starts[at] for at in range(first, end))
 
     def _trim(self, a: tuple[int, int], b: tuple[int, int], is_random: bool, stream: RandomStream) -> _Pair:
-        """Leave tokens out until there is room, of the longer one, at the front or the back at random."""
+        """Return a pair truncated to `seq_len`, dropping the longer text's tokens at either end."""
         lengths = self._count(*a), self._count(*b)
         kept = fit(*lengths, self.seq_len - 3)
         excess = [length - keep for length, keep in zip(lengths, kept, strict=True)]
@@ -203,23 +203,23 @@ class PairDataset:
 def hide(
     ids: Tensor, tokenizer: WordPieceTokenizer, stream: RandomStream, limit: int
 ) -> tuple[Tensor, Tensor]:
-    """Choose words of framed texts and hide them.
+    """Return framed texts with masked tokens, and their labels.
 
     Args:
         ids: (batch, seq_len) int64, padded.
         tokenizer: its vocabulary.
         stream: randomness.
-        limit: the most words to choose in a row.
+        limit: the most tokens to select in a row.
 
     Returns:
-        ids: likewise, with words hidden: of each row 15 % of all tokens, at least one and at most `limit`.
-        labels: the word where one was chosen, else -100.
+        ids: likewise, masked: 15 % of the tokens of each row, at least one and at most `limit`.
+        labels: the original token where one was selected, else -100.
     """
     before = ids.numpy()
     fixed = np.isin(before, (tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id))
-    wanted = np.clip(np.round(CHOSEN * (before != tokenizer.pad_id).sum(1)), 1, limit)  # (batch,)
+    n_chosen = np.clip(np.round(CHOSEN * (before != tokenizer.pad_id).sum(1)), 1, limit)  # (batch,)
     order = np.where(fixed, 2.0, stream.uniform(before.shape))
-    chosen = (order.argsort(1, kind="stable").argsort(1) < wanted[:, None]) & ~fixed
+    chosen = (order.argsort(1, kind="stable").argsort(1) < n_chosen[:, None]) & ~fixed
     dice = stream.uniform(before.shape)
     anything = (stream.uniform(before.shape) * tokenizer.vocab_size).astype(np.int64)
     after = np.where(chosen & (dice < HIDDEN), tokenizer.mask_id, before)

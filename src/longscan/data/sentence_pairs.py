@@ -1,4 +1,4 @@
-"""Parallel text: sentence pairs from files, as ids, in batches whose sentences are about equally long."""
+"""Parallel text: sentence pairs from files, as ids, in batches of sentences of about equal length."""
 
 from __future__ import annotations
 
@@ -98,9 +98,9 @@ def read_pairs(source: str | Path, target: str | Path | None = None) -> TextPair
         found = _read_table(Path(source))
     kept = [(first.strip(), second.strip()) for first, second in found if first.strip() and second.strip()]
     if not kept:
-        place = source if target is None else f"{source} and {target}"
+        where = source if target is None else f"{source} and {target}"
         what = f"all {len(found):,} have an empty side" if found else "empty"
-        raise LongscanError(f"no sentence pairs in {place}: {what}.")
+        raise LongscanError(f"no sentence pairs in {where}: {what}.")
     return TextPairs([pair[0] for pair in kept], [pair[1] for pair in kept], len(found) - len(kept))
 
 
@@ -126,7 +126,7 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def rows(sentences: Sequence[Sequence[int]], *, bos: bool) -> Tensor:
-    """Put sentences into one tensor.
+    """Return sentences as one padded tensor.
 
     Args:
         sentences: ids of each, without special ones.
@@ -148,7 +148,7 @@ class IdPairs:
     """Sentence pairs as ids, in arrays that are written and read as they are.
 
     Attributes:
-        source: (n_source_tokens,) int32, all sentences on end.
+        source: (n_source_tokens,) int32, all sentences concatenated.
         source_ends: (n_pairs,) int64, where each ends.
         target: (n_target_tokens,) int32.
         target_ends: (n_pairs,) int64.
@@ -256,9 +256,9 @@ class Batches:
         Args:
             step: from 0.
         """
-        epoch, place = divmod(step, len(self))
+        epoch, index = divmod(step, len(self))
         order, turn = self._epochs[epoch]
-        start, end = self._cuts[turn[place]]
+        start, end = self._cuts[turn[index]]
         return self.pairs.gather(order[start:end])
 
     def _shuffle(self, stream: RandomStream) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -271,11 +271,11 @@ def _cut(pairs: IdPairs, order: npt.NDArray[np.int64], batch_tokens: int) -> lis
     """Divide an order of pairs into batches of at most so many tokens, of at least one pair."""
     longer = np.maximum(pairs.source_lengths, pairs.target_lengths)[order].tolist()
     cuts, start, longest = [], 0, 0
-    for place, length in enumerate(longer):
+    for index, length in enumerate(longer):
         longest = max(longest, length)
-        if longest * (place - start + 1) > batch_tokens and place > start:
-            cuts.append((start, place))
-            start, longest = place, length
+        if longest * (index - start + 1) > batch_tokens and index > start:
+            cuts.append((start, index))
+            start, longest = index, length
     return [*cuts, (start, len(longer))]
 
 

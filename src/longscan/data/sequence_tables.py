@@ -1,4 +1,4 @@
-"""Labelled sequences in .csv tables: a step a row (long form), or a sequence a row (wide form)."""
+"""Labelled sequences in .csv tables: one step per row (long form), or one sequence per row (wide form)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SequenceTable(NamedTuple):
 
 
 def read_sequence_table(path: Path) -> SequenceTable:
-    """Read a table of cells parted by commas.
+    """Return the sequences of a table of comma-separated values.
 
     Long form: a header names the columns id, label and perhaps time (seconds); all others are channels. The
     rows of a sequence have the same id and label and stand together. Wide form: a row is a sequence of one
@@ -83,7 +83,7 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _long(path: Path, names: list[str], table: Iterator[tuple[int, list[str]]]) -> SequenceTable:
-    """Put the rows of each sequence together."""
+    """Return the sequences of a table in long form."""
     key, label = names.index("id"), names.index("label")
     time = names.index("time") if "time" in names else None
     channels = [column for column in range(len(names)) if column not in (key, label, time)]
@@ -117,7 +117,7 @@ def _long(path: Path, names: list[str], table: Iterator[tuple[int, list[str]]]) 
 def _wide(
     path: Path, numbered: tuple[int, list[str]], label: int, width: int
 ) -> tuple[str, npt.NDArray[np.float32], str]:
-    """Return the label, the samples (length, 1) and the place of a row."""
+    """Return the label, the samples (length, 1) and the location of a row."""
     number, row = numbered
     if len(row) > width:
         raise LongscanError(f"{path}:{number}: expected at most {width} columns, got {len(row)}.")

@@ -20,16 +20,16 @@ __all__ = ["Sequences", "lengths_of"]
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """Sequences of any lengths, and what is true of each.
+    """Labelled sequences of any lengths.
 
     Attributes:
-        values: (total, d_input) float32 of signals or (total,) int64 of tokens, one behind the other.
+        values: (total, d_input) float32 signals or (total,) int64 tokens, concatenated.
         lengths: (n,) int64.
-        truth: (n,) int64 numbers of classes, or (n, n_outputs) float32.
-        labels: names of the classes; none if numbers are to be told.
-        names: (n,) what messages call each.
-        rate: samples per second, if the files say so.
-        times: (total,) float64 seconds, for series that are not sampled evenly.
+        truth: (n,) int64 class indices, or (n, n_outputs) float32 target numbers.
+        labels: names of the classes; empty for regression.
+        names: (n,) of each sequence, for messages.
+        rate: samples per second, if known.
+        times: (total,) float64 seconds, for irregularly sampled series.
     """
 
     values: np.ndarray
@@ -50,7 +50,7 @@ class Sequences:
 
     @property
     def n_outputs(self) -> int:
-        """Classes, or numbers to be told."""
+        """Number of classes, or of target numbers."""
         return len(self.labels) or int(self.truth.shape[1])
 
     @property
@@ -66,10 +66,10 @@ class Sequences:
         return float(sum(row[-1] - row[0] for row in self._split(self.times))) / gaps
 
     def changed(self, change: Callable[[list[np.ndarray]], list[np.ndarray]]) -> Self:
-        """Return sequences of other steps.
+        """Return the sequences with changed steps.
 
         Args:
-            change: chooses among the rows of the values, and alike among those of the times.
+            change: from the rows of the values, and alike from those of the times, to the new ones.
         """
 
         def of(array: np.ndarray) -> np.ndarray:
@@ -79,10 +79,10 @@ class Sequences:
         return replace(self, values=of(self.values), lengths=lengths_of(change(self.rows)), times=times)
 
     def select(self, numbers: Iterable[int]) -> Self:
-        """Return some of them.
+        """Return some of the sequences.
 
         Args:
-            numbers: which, in the order they are to have.
+            numbers: their indices, in order.
         """
         numbers = list(numbers)
         return replace(
@@ -92,36 +92,34 @@ class Sequences:
         )
 
     def divide(self, share: float) -> tuple[Self, Self]:
-        """Hold some out, of each class the same share; see `examples.divide`.
+        """Return training and validation sequences, stratified by class; see `labeled_texts.divide`.
 
         Args:
-            share: of each class, rounded down.
-
-        Returns:
-            Those to train on and those held out.
+            share: fraction of each class to hold out, rounded down.
         """
-        kept, held = divide([Example(self._label(n), "", None, str(n)) for n in range(len(self))], share)
-        return self.select(int(e.where) for e in kept), self.select(int(e.where) for e in held)
+        examples = [Example(self._label(n), "", None, str(n)) for n in range(len(self))]
+        train, valid = divide(examples, share)
+        return self.select(int(e.where) for e in train), self.select(int(e.where) for e in valid)
 
     def labelled(self, labels: Sequence[str]) -> Self:
-        """Number the classes as a model does.
+        """Return the sequences with the class indices of a model.
 
         Args:
-            labels: what the model knows; none if it tells numbers.
+            labels: of the model; empty for regression.
 
         Raises:
             LongscanError: a label was not in the training data.
         """
         if bool(labels) != bool(self.labels):
             expected, got = ("labels", "numbers") if labels else ("numbers", "labels")
-            raise LongscanError(f"{self.names[0]}: expected {expected} to tell, got {got}.")
+            raise LongscanError(f"{self.names[0]}: expected {expected} to predict, got {got}.")
         if not labels:
             return self
         examples = [Example(self._label(n), "", None, name) for n, name in enumerate(self.names)]
         return replace(self, truth=np.array(number_labels(examples, labels)), labels=tuple(labels))
 
     def thinned(self, factor: int) -> Self:
-        """Return the same signals at a lower rate: of so many samples the first.
+        """Return the signals subsampled: the first of every `factor` samples.
 
         Args:
             factor: old rate / new rate.
@@ -130,7 +128,7 @@ class Sequences:
         return replace(self.changed(lambda rows: [row[::factor] for row in rows]), rate=rate)
 
     def low_passed(self, factor: int) -> Self:
-        """Return the same signals without the frequencies that a lower rate has no room for.
+        """Return the signals low-pass filtered, without the frequencies that would alias at a lower rate.
 
         Args:
             factor: old rate / new rate.
@@ -146,24 +144,24 @@ class Sequences:
 
         return replace(self, values=np.concatenate([self.values[:0], *map(smooth, self.rows)]))
 
-    def cut(self, room: int | None) -> Self:
-        """Return the beginnings.
+    def cut(self, max_length: int | None) -> Self:
+        """Return the sequences truncated to a length.
 
         Args:
-            room: the most samples that stay; all if None.
+            max_length: the most steps to keep; all if None.
         """
-        if room is None or int(self.lengths.max(initial=0)) <= room:
+        if max_length is None or int(self.lengths.max(initial=0)) <= max_length:
             return self
-        return self.changed(lambda rows: [row[:room] for row in rows])
+        return self.changed(lambda rows: [row[:max_length] for row in rows])
 
     def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Put some into a batch.
+        """Return a batch of some sequences.
 
         Args:
-            numbers: which.
+            numbers: their indices.
 
         Returns:
-            x: (batch, longest, d_input) or (batch, longest), zero behind the shorter ones.
+            x: (batch, longest, d_input) or (batch, longest), padded with zeros on the right.
             lengths: (batch,).
             truth: (batch,) or (batch, n_outputs).
             times: (batch, longest) float64, if there are any.
@@ -197,11 +195,11 @@ class Sequences:
             np.savez(file, labels=np.array(self.labels, str), names=np.array(self.names, str), **arrays)
 
     def _split(self, array: np.ndarray) -> list[np.ndarray]:
-        """Take apart what stands one behind the other."""
+        """Return the parts of a concatenated array."""
         return np.split(array, np.cumsum(self.lengths)[:-1])
 
     def _label(self, number: int) -> str:
-        """Name what one of them is."""
+        """Return the label of a sequence; "" for regression."""
         return self.labels[int(self.truth[number])] if self.labels else ""
 
 

@@ -38,29 +38,29 @@ class Trace:
 
     @classmethod
     def empty(cls, length: int, rate: float, columns: int = 1200) -> Trace:
-        """Make room for a signal.
+        """Return an empty trace for a signal.
 
         Args:
             length: its samples.
             rate: samples per second.
-            columns: at most so many.
+            columns: the most columns.
         """
         columns = min(columns, length)
         starts = np.arange(columns) * length / columns / rate
         return cls(starts, np.full(columns, np.nan), np.full(columns, np.nan))
 
     def add(self, begin: int, samples: Tensor, length: int) -> None:
-        """Put samples in their columns.
+        """Update the columns with samples.
 
         Args:
-            begin: where they stand.
+            begin: index of the first one in the signal.
             samples: (n,).
             length: of the whole signal.
         """
         columns = len(self.low)
-        place = np.arange(begin, begin + len(samples)) * columns // length
+        column = np.arange(begin, begin + len(samples)) * columns // length
         values = samples.double().numpy()
-        first, at = np.unique(place, return_index=True)
+        first, at = np.unique(column, return_index=True)
         self.low[first] = np.fmin(self.low[first], np.minimum.reduceat(values, at))
         self.high[first] = np.fmax(self.high[first], np.maximum.reduceat(values, at))
 
@@ -76,7 +76,7 @@ _PIECE = 1 << 18  # samples read at a time when a whole signal is looked at
 
 @dataclass(frozen=True)
 class Signal:
-    """Samples of one channel that are read when they are needed.
+    """Samples of one channel, read on demand.
 
     Attributes:
         name: what it is called.
@@ -99,15 +99,15 @@ class Signal:
         samples = torch.from_numpy(self.read(begin, end))
         wrong = (~samples.isfinite()).nonzero()
         if len(wrong):
-            place = begin + int(wrong[0])
+            index = begin + int(wrong[0])
             raise LongscanError(
-                f"{self.name}: sample {place:,} ({place / self.rate:.3f} s) is {float(samples[wrong[0]])}. "
+                f"{self.name}: sample {index:,} ({index / self.rate:.3f} s) is {float(samples[wrong[0]])}. "
                 "Cut the signal there, or fill the gap."
             )
         return samples
 
     def pieces(self, start: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """Yield where each piece begins, and its samples; there is never more than one in memory.
+        """Yield the start and the samples of each piece; only one is in memory at a time.
 
         Args:
             start: the first sample.
@@ -124,7 +124,7 @@ def open_signal(
     length: int | None = None,
     seed: int = 0,
 ) -> Signal:
-    """Open a file, or make a test signal.
+    """Return the signal of a file, or a test signal.
 
     Args:
         source: a .wav, .csv, .tsv, .txt or .npy file, or a key of TESTS. Above the numbers of a table
@@ -236,7 +236,7 @@ def _cells(line: str, commas: bool) -> list[str]:
 def white_noise(
     length: int, cycles: float, rms: float = 0.5, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Make noise that is white up to a frequency and has nothing above, and starts at 0.
+    """Return band-limited white noise that starts at 0.
 
     Args:
         length: samples.
@@ -271,8 +271,8 @@ def _steps(t: Tensor, generator: torch.Generator) -> Tensor:
 def _bursts(t: Tensor, generator: torch.Generator) -> Tensor:
     return sum(
         (
-            math.sin(9 * place) * torch.exp(-(((t - place) / 0.02) ** 2))
-            for place in (0.1, 0.35, 0.6, 0.62, 0.9)
+            math.sin(9 * centre) * torch.exp(-(((t - centre) / 0.02) ** 2))
+            for centre in (0.1, 0.35, 0.6, 0.62, 0.9)
         ),
         start=torch.zeros_like(t),
     )
@@ -288,7 +288,7 @@ TESTS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
 
 
 def make_signal(name: str, length: int, rate: float, seed: int = 0) -> Signal:
-    """Make a test signal: band-limited white noise, a chirp, steps, bursts.
+    """Return a test signal: band-limited white noise, a chirp, steps, bursts.
 
     Args:
         name: a key of TESTS.

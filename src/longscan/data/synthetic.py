@@ -1,7 +1,7 @@
-"""Sequences made by rule, to see what a memory can and can't do: recall, induction, copying, adding.
+"""Synthetic tasks that test what a memory can do: associative recall, induction, copying, adding.
 
-A maker returns ids (n, seq_len) and targets of the same shape: what has to be said after the token at each
-place, -100 where nothing is asked. Each is a function of the torch.Generator it is given.
+A maker returns ids (n, seq_len) and targets of the same shape: the token to predict at each position, -100
+where there is none. Each is a function of the torch.Generator it is given.
 
     recall      a 5 b 7 c 6 a 5 => b        7              which value belongs to the key (Fu et al. 2022)
     induction   3 1 => 7 2 2 9 4 =>         7              what stood behind the mark (Olsson et al. 2022)
@@ -27,18 +27,18 @@ IGNORED = -100
 
 
 class Examples(NamedTuple):
-    """Token sequences and what has to be said.
+    """Token sequences and their targets.
 
     Attributes:
         ids: (n, seq_len) int64.
-        targets: (n, seq_len) int64, -100 where nothing is asked.
+        targets: (n, seq_len) int64, -100 where there is none.
     """
 
     ids: Tensor
     targets: Tensor
 
     def everywhere(self) -> Examples:
-        """Ask for the next token at every place, not for the answers alone."""
+        """Return the examples with the next token as target at every position without one."""
         following = torch.cat([self.ids[:, 1:], torch.full_like(self.ids[:, :1], IGNORED)], 1)
         return Examples(self.ids, torch.where(self.targets == IGNORED, following, self.targets))
 
@@ -55,7 +55,7 @@ Maker = Callable[[int, torch.Generator], Examples]  # how many, from which rando
 
 
 def recall(n: int, generator: torch.Generator, vocab_size: int = 9, length: int = 20) -> Examples:
-    """Make sequences of keys and values, each key with one value; at the end stands a key that occurred.
+    """Return sequences of keys and values, each key with one value, that end with one of the keys.
 
     Args:
         n: sequences.
@@ -80,7 +80,7 @@ def recall(n: int, generator: torch.Generator, vocab_size: int = 9, length: int 
 
 
 def induction(n: int, generator: torch.Generator, vocab_size: int = 16, length: int = 255) -> Examples:
-    """Make random tokens with a mark somewhere among them and the same mark at the end.
+    """Return random tokens with a mark somewhere among them and the same mark at the end.
 
     Args:
         n: sequences.
@@ -97,22 +97,22 @@ def induction(n: int, generator: torch.Generator, vocab_size: int = 16, length: 
     mark = vocab_size - 1
     _check(mark > 0 and length > 1, "induction", "vocab_size and length of 2 or more")
     ids = _draw(mark, (n, length), generator)
-    place = _draw(length - 1, (n, 1), generator)
-    ids.scatter_(1, place, mark)
-    return _at_the_end(torch.cat([ids, torch.full((n, 1), mark)], 1), ids.gather(1, place + 1))
+    position = _draw(length - 1, (n, 1), generator)
+    ids.scatter_(1, position, mark)
+    return _at_the_end(torch.cat([ids, torch.full((n, 1), mark)], 1), ids.gather(1, position + 1))
 
 
 def selective(
     n: int, generator: torch.Generator, vocab_size: int = 16, length: int = 256, tokens: int = 16
 ) -> Examples:
-    """Make tokens at random places among blanks, then as many marks, at which they are to be said in order.
+    """Return tokens at random positions among blanks, then as many marks, at which to predict them in order.
 
     Args:
         n: sequences.
         generator: randomness.
         vocab_size: of all tokens; the last two are blank and mark.
-        length: places before the marks.
-        tokens: how many are to be kept.
+        length: positions before the marks.
+        tokens: how many to copy.
 
     Returns:
         ids (n, length + tokens).
@@ -121,14 +121,14 @@ def selective(
         UsageError: there is no room.
     """
     _check(vocab_size > 2 and 0 < tokens <= length, "selective", "vocab_size of 3, length of tokens or more")
-    places = torch.rand(n, length, generator=generator).argsort(1)[:, :tokens].sort(1).values
-    return _copy(places, vocab_size, length, generator)
+    positions = torch.rand(n, length, generator=generator).argsort(1)[:, :tokens].sort(1).values
+    return _copy(positions, vocab_size, length, generator)
 
 
 def copying(
     n: int, generator: torch.Generator, vocab_size: int = 16, length: int = 256, tokens: int = 16
 ) -> Examples:
-    """Make the same with all tokens at the front: how long each is to be kept is always the same.
+    """Return the same with all tokens at the front, so that every delay is the same.
 
     Args:
         n: sequences.
@@ -148,7 +148,7 @@ def copying(
 
 
 def adding(n: int, generator: torch.Generator, length: int = 100) -> tuple[Tensor, Tensor]:
-    """Make numbers of which two are marked, one in each half.
+    """Return numbers of which two are marked, one in each half, and the sums of these.
 
     Args:
         n: sequences.
@@ -164,13 +164,13 @@ def adding(n: int, generator: torch.Generator, length: int = 100) -> tuple[Tenso
     """
     _check(length > 1, "adding", "length of 2 or more")
     numbers, half = torch.rand(n, length, generator=generator), length // 2
-    places = torch.cat([_draw(half, (n, 1), generator), half + _draw(length - half, (n, 1), generator)], 1)
-    marks = torch.zeros(n, length).scatter_(1, places, 1.0)
-    return torch.stack([numbers, marks], 2), numbers.gather(1, places).sum(1, keepdim=True)
+    positions = torch.cat([_draw(half, (n, 1), generator), half + _draw(length - half, (n, 1), generator)], 1)
+    marks = torch.zeros(n, length).scatter_(1, positions, 1.0)
+    return torch.stack([numbers, marks], 2), numbers.gather(1, positions).sum(1, keepdim=True)
 
 
 def distinct(make: Maker, n: int, generator: torch.Generator) -> Examples:
-    """Make sequences no two of which are equal.
+    """Return distinct sequences.
 
     Args:
         make: makes some.
@@ -192,29 +192,29 @@ def distinct(make: Maker, n: int, generator: torch.Generator) -> Examples:
             found.setdefault(tuple(ids[number].tolist()), number)
         if len(found) >= n:
             return Examples(ids, targets).select(torch.tensor(list(found.values())[:n]))
-    raise UsageError(f"expected {n:,} different sequences, there are hardly more than {len(found):,}.")
+    raise UsageError(f"expected {n:,} distinct sequences, found only {len(found):,}. Ask for fewer.")
 
 
 def _draw(bound: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Draw whole numbers below a bound."""
+    """Return random integers below a bound."""
     return torch.randint(bound, shape, generator=generator)
 
 
 def _at_the_end(ids: Tensor, answer: Tensor) -> Examples:
-    """Ask for answer (n, 1) after the last of ids (n, seq_len)."""
+    """Return examples with the target answer (n, 1) at the last of ids (n, seq_len)."""
     return Examples(ids, torch.cat([torch.full_like(ids[:, 1:], IGNORED), answer], 1))
 
 
-def _copy(places: Tensor, vocab_size: int, length: int, generator: torch.Generator) -> Examples:
-    """Put tokens at places (n, tokens) among blanks and ask for them behind."""
+def _copy(positions: Tensor, vocab_size: int, length: int, generator: torch.Generator) -> Examples:
+    """Return tokens at positions (n, tokens) among blanks, with targets at the marks that follow."""
     blank, mark = vocab_size - 2, vocab_size - 1
-    values = _draw(vocab_size - 2, tuple(places.shape), generator)
-    ids = torch.full((len(places), length), blank).scatter(1, places, values)
+    values = _draw(vocab_size - 2, tuple(positions.shape), generator)
+    ids = torch.full((len(positions), length), blank).scatter(1, positions, values)
     nothing = torch.full_like(ids, IGNORED)
     return Examples(torch.cat([ids, torch.full_like(values, mark)], 1), torch.cat([nothing, values], 1))
 
 
 def _check(possible: bool, task: str, expected: str) -> None:
-    """Refuse sizes that leave no room."""
+    """Raise UsageError unless the sizes are possible."""
     if not possible:
         raise UsageError(f"{task}: expected a {expected}.")

@@ -20,7 +20,7 @@ MAX_LINE = 2**26  # characters of the longest line, which is held in memory
 
 
 def text_kind(file: Path) -> str:
-    """Return the suffix that tells the format, under that of the compression.
+    """Return the suffix that determines the format, without that of the compression.
 
     Args:
         file: its path.
@@ -29,7 +29,7 @@ def text_kind(file: Path) -> str:
 
 
 def open_binary(path: Path) -> IO[bytes]:
-    """Open a file to read what is in it, decompressed if its name ends in .gz or .xz.
+    """Return an open file, which is decompressed if its name ends in .gz or .xz.
 
     Args:
         path: of the file.
@@ -39,16 +39,16 @@ def open_binary(path: Path) -> IO[bytes]:
 
 
 def read_text(path: Path) -> Iterator[str]:
-    """Decompress and decode a file block by block, strictly.
+    """Yield the text of a file block by block, decompressed and strictly decoded, without byte order mark.
 
     Args:
-        path: the file, also .gz or .xz; without a byte order mark from here on.
+        path: the file, also .gz or .xz.
 
     Yields:
-        Its text, in pieces of about a megabyte.
+        Text, about a megabyte at a time.
 
     Raises:
-        LongscanError: not UTF-8, or a damaged compressed file; names the place.
+        LongscanError: not UTF-8, or a damaged compressed file; the message says where.
         OSError: it can't be read.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
@@ -83,16 +83,16 @@ def _not_text(path: Path, offset: int, byte: int, reason: str) -> LongscanError:
 
 
 def iter_lines(path: Path) -> Iterator[str]:
-    r"""Read the lines of a file one by one.
+    r"""Yield the lines of a file.
 
     Args:
         path: see `read_text`; lines end with "\n" and nothing else.
 
     Yields:
-        The lines without their ends; the last one is what stands behind the last end, perhaps nothing.
+        The lines without their ends; the last one is the text after the last "\n", possibly empty.
 
     Raises:
-        LongscanError: as `read_text`; or a line is too long to be one.
+        LongscanError: as `read_text`; or a line is too long.
         OSError: the file can't be read.
     """
     parts: list[str] = []

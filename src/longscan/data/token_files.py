@@ -1,8 +1,8 @@
-"""Documents to token files, token files to batches.
+"""Documents tokenized into files, and batches from these files.
 
-A directory of tokens holds `train.bin`, perhaps `valid.bin` (little-endian ids, each document closed by the
-end-of-text id) and `meta.json`, which counts them and says by hash what went in: the same text, options and
-tokenizer find their tokens again.
+A directory of tokens holds `train.bin`, perhaps `valid.bin` (little-endian ids, each document ended by the
+end-of-text id) and `meta.json`, with their counts and hashes of the inputs: the same text, options and
+tokenizer reuse the files.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def prepare(
     separator: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenFiles:
-    """Tokenize a corpus into files that training maps into memory, or find that this was done before.
+    """Return token files of a corpus, which training maps into memory; existing ones are reused.
 
     Args:
         paths: files and folders of text; for this and the rest see `Corpus`.
@@ -237,8 +237,8 @@ class TokenDataset:
             Ids (batch_size, seq_len + 1), int64; the last of a window is the first of its neighbour.
         """
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
-        places = (divmod(number, self.windows_per_epoch) for number in numbers)
-        starts = [self._starts[epoch][place] for epoch, place in places]
+        positions = (divmod(number, self.windows_per_epoch) for number in numbers)
+        starts = [self._starts[epoch][index] for epoch, index in positions]
         return _gather(self._tokens, np.array(starts), self.seq_len)
 
     def _shuffle(self, stream: RandomStream) -> npt.NDArray[np.int64]:
@@ -251,7 +251,7 @@ class TokenDataset:
 def windows(
     path: str | Path, seq_len: int, *, batch_size: int = 1, limit: int | None = None
 ) -> Iterator[Tensor]:
-    """Walk through a token file from the first id to the last, for evaluation.
+    """Yield a token file in windows, from the first id to the last, for evaluation.
 
     Args:
         path: the token file.

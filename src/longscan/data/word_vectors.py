@@ -1,4 +1,4 @@
-"""Word vectors that others trained: word2vec in its two formats, and GloVe."""
+"""Pretrained word vectors: word2vec in its two formats, and GloVe."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Row = tuple[str, "bytes | list[bytes]"]  # a word and its numbers, as they stand
 
 
 class WordVectors(NamedTuple):
-    """Words and where they stand.
+    """Words and their vectors.
 
     Attributes:
         words: each once, in the order of the file.
@@ -158,5 +158,5 @@ def _numbers(fields: list[bytes]) -> npt.NDArray[np.float32] | None:
 
 
 def _is_text(sample: bytes) -> bool:
-    """Tell text from float32 numbers, which hold control characters before long."""
+    """Return whether bytes are text, not float32 numbers, which soon contain control characters."""
     return not any(byte < 9 or 13 < byte < 32 for byte in sample)

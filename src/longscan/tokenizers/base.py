@@ -1,8 +1,8 @@
-"""What a tokenizer is, and the simplest one: plain bytes.
+"""The interface of a tokenizer, and the simplest one: plain bytes.
 
-Two rules hold for every tokenizer here. What a user writes is text: a special token spelled out in it is
-encoded letter by letter and never becomes the special id. And `decode` is the stream run to its end, so what
-was printed piece by piece is what `decode` returns.
+Two rules hold for every tokenizer here. Input is text: a special token spelled out in it is encoded letter by
+letter and never becomes the special id. And `decode` runs the stream to its end, so streaming gives the same
+text.
 """
 
 from __future__ import annotations
@@ -39,26 +39,23 @@ BYTES_KIND = "longscan_tokenizer"  # a key in tokenizer_config.json: "bytes" the
 
 
 class StreamDecoder(ABC):
-    """Turns ids into text one at a time and holds back characters whose bytes are not all there."""
+    """Decodes ids one at a time, and holds back characters whose bytes are incomplete."""
 
     @abstractmethod
     def push(self, token: int) -> str:
-        """Take the next id.
+        """Return the text that the next id completes: often a word, "" while a character is incomplete.
 
         Args:
             token: a token id; special tokens and ids outside the vocabulary give no text.
-
-        Returns:
-            The text that is certain now; often a word, "" while a character is incomplete.
         """
 
     @abstractmethod
     def flush(self) -> str:
-        """End the text: return what was held back, U+FFFD for a character cut short, and start afresh."""
+        """Return the text held back at the end, with U+FFFD for an incomplete character, and reset."""
 
 
 class Tokenizer(ABC):
-    """What the rest of the package knows about a tokenizer."""
+    """The interface of all tokenizers."""
 
     vocab_size: int  # one more than the largest id
     eos_id: int  # ends a document
@@ -71,7 +68,7 @@ class Tokenizer(ABC):
 
     @property
     def start(self) -> tuple[int, ...]:
-        """What the first token of a text is predicted from: the prefix, else the end of the text before."""
+        """The context of the first token of a text: the prefix, or else the end-of-text id."""
         return self.prefix or (self.eos_id,)
 
     @property
@@ -82,13 +79,10 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode several texts, in parallel where that helps.
+        """Return the ids of several texts, encoded in parallel where that helps.
 
         Args:
             texts: any Unicode; no special token is recognised or added.
-
-        Returns:
-            The ids of each text.
 
         Raises:
             LongscanError: a text holds a lone surrogate, so it is not Unicode.
@@ -112,21 +106,18 @@ class Tokenizer(ABC):
         """A short hash: equal fingerprints mean that equal text gives equal ids."""
 
     def encode(self, text: str) -> list[int]:
-        """Encode one text; see `encode_batch`."""
+        """Return the ids of one text; see `encode_batch`."""
         return self.encode_batch([text])[0]
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode texts that a model reads from their beginning: `encode_batch` with `prefix` before each."""
+        """Return the ids of prompts: `encode_batch` with `prefix` before each."""
         return [[*self.prefix, *ids] for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Turn ids into text.
+        """Return the text of ids, with U+FFFD in place of bytes that are not UTF-8.
 
         Args:
             ids: token ids; special tokens and ids outside the vocabulary give no text.
-
-        Returns:
-            The text, with U+FFFD in place of bytes that are not UTF-8.
         """
         stream = self.stream()
         return "".join([stream.push(token) for token in ids]) + stream.flush()
@@ -140,7 +131,7 @@ class ByteTokenizer(Tokenizer):
     fingerprint = "bytes-1"
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode each text as its UTF-8 bytes; see `Tokenizer.encode_batch`."""
+        """Return the UTF-8 bytes of each text; see `Tokenizer.encode_batch`."""
         check_texts("texts", texts)
         return [list(utf8_bytes(text)) for text in texts]
 
@@ -165,18 +156,18 @@ class ByteStream(StreamDecoder):
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """Take the next id; return the text that is certain now."""
+        """Return the text that the next id completes."""
         return self._utf8.decode(self._table[token]) if 0 <= token < len(self._table) else ""
 
     def flush(self) -> str:
-        """End the text; return what was held back."""
+        """Return the text held back at the end, and reset."""
         text = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return text
 
 
 def byte_level(model: models.Model, *, use_regex: bool) -> tokenizers.Tokenizer:
-    """Put the lossless byte-level frame around a model; `use_regex` keeps merges inside words."""
+    """Return a lossless byte-level tokenizer of a model; `use_regex` keeps merges inside words."""
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     tokenizer.decoder = decoders.ByteLevel()
@@ -184,7 +175,7 @@ def byte_level(model: models.Model, *, use_regex: bool) -> tokenizers.Tokenizer:
 
 
 def byte_alphabet() -> dict[int, str]:
-    """Map byte -> the character that byte-level vocabularies write for it.
+    """Return byte -> the character that byte-level vocabularies write for it.
 
     Visible Latin-1 characters stand for themselves; the 68 other bytes take the characters from U+0100 on.
     """
@@ -207,7 +198,7 @@ def save_files(directory: str | Path, tokenizer: tokenizers.Tokenizer, special: 
 
 
 def utf8_bytes(text: str) -> bytes:
-    """Return the bytes of a text, if it is one: Python strings also hold what UTF-8 cannot."""
+    """Return the UTF-8 bytes of a text; raise LongscanError if it holds lone surrogates."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:

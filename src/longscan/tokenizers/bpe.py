@@ -1,4 +1,4 @@
-"""Byte-level BPE: trained on text or loaded, decoded while the ids are still arriving."""
+"""Byte-level BPE: training, loading, and streaming decoding."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class BPETokenizer(Tokenizer):
         adds_bos: whether bos_token stands before every text; None leaves that to the post-processor.
 
     Raises:
-        LongscanError: an id or a name is not in the vocabulary, or an added token can't be told from others.
+        LongscanError: an id or a name is not in the vocabulary, or an added token is ambiguous.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class BPETokenizer(Tokenizer):
         self.eos_id = eos_id
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode several texts on all cores; see `Tokenizer.encode_batch`."""
+        """Return the ids of several texts, encoded on all cores; see `Tokenizer.encode_batch`."""
         check_texts("texts", texts)
         try:
             with guarded():
@@ -154,13 +154,13 @@ class BPETokenizer(Tokenizer):
         return table
 
     def _merges_into(self, token: str, index: int) -> bool:
-        """Whether bytes in a text, too, become the id of an added token."""
+        """Return whether bytes in a text also become the id of an added token."""
         with guarded():
-            return [found.id for found in self._tokenizer.model.tokenize(token)] == [index]
+            return [piece.id for piece in self._tokenizer.model.tokenize(token)] == [index]
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a tokenizer from a model directory.
+    """Return the tokenizer of a model directory.
 
     Args:
         path: a directory with `tokenizer.json`, or such a file by itself.
@@ -206,20 +206,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = (END_OF_TEXT,)) -> BPETokenizer:
-    """Learn a byte-pair encoding over UTF-8 bytes, through which any text makes the round trip unchanged.
+    """Return a byte-pair encoding over UTF-8 bytes, trained on text; it is lossless for any text.
 
     Merges: Sennrich et al. 2016 (arXiv:1508.07909); over bytes inside words: GPT-2 (Radford et al. 2019).
 
     Args:
         texts: the training text in pieces of any length; cut them where words end.
-        vocab_size: ids wanted: the special tokens, 256 bytes, and merges. Little text gives fewer.
+        vocab_size: number of ids: the special tokens, 256 bytes, and merges. Little text gives fewer.
         special: tokens that are no text, with the ids from 0; the last one ends a text.
 
     Returns:
         The tokenizer; the same text gives the same one.
 
     Raises:
-        UsageError: `vocab_size` leaves no room for the bytes, or is absurdly large.
+        UsageError: `vocab_size` is too small for the bytes, or absurdly large.
     """
     least = 256 + len(special)
     if not least <= vocab_size <= MAX_VOCAB_SIZE:
@@ -237,7 +237,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, special: Sequence[str] = (E
 
 
 class WindowStream(StreamDecoder):
-    """For other vocabularies: decode a window of the last tokens with and without the new ones.
+    """Streaming for other vocabularies: decodes a window of the last tokens with and without the new ones.
 
     The text of a token may depend on its left neighbour (a space, a byte of the same character), so the
     tokens printed last stay in the window as context.
@@ -251,7 +251,7 @@ class WindowStream(StreamDecoder):
         self._printed = 0  # how many tokens of the window are context
 
     def push(self, token: int) -> str:
-        """Take the next id; return the text that is certain now."""
+        """Return the text that the next id completes."""
         if token in self._special or self._tokenizer.id_to_token(token) is None:
             return ""
         self._window.append(token)
@@ -263,7 +263,7 @@ class WindowStream(StreamDecoder):
         return piece
 
     def flush(self) -> str:
-        """End the text; return what was held back."""
+        """Return the text held back at the end, and reset."""
         piece = self._fresh()
         self._window, self._printed = [], 0
         return piece
@@ -276,20 +276,20 @@ class WindowStream(StreamDecoder):
 
 
 def _put_bos(tokenizer: tokenizers.Tokenizer, bos: str | None) -> None:
-    """Let the post-processor begin a text with a token, or with none."""
-    kept = processors.ByteLevel(trim_offsets=False)
+    """Set the token that the post-processor puts before a text, or none."""
+    byte_level_only = processors.ByteLevel(trim_offsets=False)
     if bos is not None:
         special = [(bos, id_of(tokenizer, bos))]
         frame = processors.TemplateProcessing(
             single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=special
         )
-        tokenizer.post_processor = processors.Sequence([kept, frame])
+        tokenizer.post_processor = processors.Sequence([byte_level_only, frame])
     else:
-        tokenizer.post_processor = kept
+        tokenizer.post_processor = byte_level_only
 
 
 def chop(texts: Iterable[str]) -> Iterator[str]:
-    """Cut text without spaces (Chinese, genes): the trainer's time is quadratic in the length of a word."""
+    """Yield texts with long words (Chinese, genes) cut: training is quadratic in the length of a word."""
     for text in texts:
         start = 0
         if max(map(len, text.split()), default=0) > MAX_WORD:

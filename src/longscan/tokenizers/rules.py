@@ -1,8 +1,8 @@
-"""What a tokenizer.json may ask for: the `tokenizers` library panics or fills the memory on some files.
+"""Checks of a tokenizer.json, on which the `tokenizers` library may panic or exhaust the memory.
 
-The library believes its file. A rule that puts ten letters for one, eight times over, turns a line of text
-into gigabytes, where running out of memory is no exception but the end of the process. So the rules are
-checked before the library sees them, and whatever it still panics about becomes a LongscanError.
+The library trusts its file. A rule that replaces one letter by ten, eight times over, turns a line of text
+into gigabytes, and running out of memory there ends the process without an exception. So the rules are
+checked before the library sees them, and remaining panics become a LongscanError.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LISTS = {
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Turn a panic of the library, which is a BaseException, into an error.
+    """Turn a panic of the library, which is a BaseException, into a LongscanError.
 
     Raises:
         LongscanError: the library panicked.
@@ -42,16 +42,16 @@ def guarded() -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise LongscanError(
-            f"the tokenizers library gave up ({error}): the tokenizer.json is damaged or not meant well. "
+            f"the tokenizers library panicked ({error}): the tokenizer.json is damaged or malicious. "
             "Fetch it again."
         ) from error
 
 
 def build_tokenizer(data: bytes | str) -> tokenizers.Tokenizer:
-    """Build the tokenizer of a tokenizer.json.
+    """Return the tokenizer of a tokenizer.json.
 
     Args:
-        data: the content of the file, which may come from anywhere.
+        data: the content of the file, which may be untrusted.
 
     Raises:
         LongscanError: its rules could multiply a text, or can't be checked; or it is no tokenizer.
@@ -76,7 +76,7 @@ def build_tokenizer(data: bytes | str) -> tokenizers.Tokenizer:
 
 
 def template_prefix(processor: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Name the special tokens that a post-processor puts before a text.
+    """Return the names of the special tokens that a post-processor puts before a text.
 
     Args:
         processor: `post_processor` of a tokenizer.json.
@@ -99,7 +99,7 @@ def template_prefix(processor: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 
 def _check_rules(content: Mapping[str, Any]) -> None:
-    """Refuse rules that multiply a text, and those that say nothing about what they do."""
+    """Raise LongscanError if rules multiply the length of a text, or cannot be checked."""
     for part in LISTS:
         growth = 1
         for step in _steps(content.get(part), part):
@@ -107,7 +107,7 @@ def _check_rules(content: Mapping[str, Any]) -> None:
             if growth > MAX_GROWTH:
                 raise LongscanError(
                     f"{part}: its rules may make a text {growth:,} times longer, expected at most "
-                    f"{MAX_GROWTH}. Such a file is not meant well: take the original one."
+                    f"{MAX_GROWTH}. Such a file may be malicious: use the original one."
                 )
     for token in content.get("added_tokens") or ():
         if isinstance(token, Mapping) and token.get("content") == "":
@@ -115,7 +115,7 @@ def _check_rules(content: Mapping[str, Any]) -> None:
 
 
 def _steps(rule: Any, part: str) -> list[Mapping[str, Any]]:
-    """List the rules of a part one by one, those inside of Sequences too."""
+    """Return the rules of a part, those inside Sequences too."""
     waiting, steps = [rule], []
     while waiting:
         step = waiting.pop(0)

@@ -20,13 +20,10 @@ END = re.compile(
 
 
 def split_sentences(text: str) -> list[str]:
-    """Cut a text where its sentences and lines end, as well as a rule can tell.
+    """Return the sentences of a text, stripped, by a simple rule; lines end sentences too.
 
     Args:
         text: any.
-
-    Returns:
-        The sentences, without white space around them.
     """
     ends = [match.end() for match in END.finditer(text)]
     pieces = [text[start:end].strip() for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]

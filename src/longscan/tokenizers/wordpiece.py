@@ -31,12 +31,12 @@ PADDING = 127  # rows that a checkpoint may add to its vocabulary to reach a rou
 
 
 class Framed(NamedTuple):
-    """What the model reads of a text or a pair.
+    """The input ids of a text or a pair.
 
     Attributes:
         ids: with [CLS] and [SEP].
-        types: of the tokens, 0 up to the first [SEP], then 1.
-        cut: tokens of the text for which there was no room.
+        types: token types, 0 up to the first [SEP], then 1.
+        cut: number of truncated tokens.
     """
 
     ids: list[int]
@@ -82,15 +82,15 @@ class WordPieceTokenizer(BPETokenizer):
         self.prefix = ()  # `frame` puts it there
 
     def frame(self, first: Sequence[int], second: Sequence[int] | None = None, room: int = 512) -> Framed:
-        """Put [CLS] and [SEP] around a text or a pair; what has no room is cut off the longer one's end.
+        """Return a text or a pair with [CLS] and [SEP], truncated at the end of the longer one.
 
         Args:
             first: ids of the text.
             second: ids of the other text of a pair.
-            room: the most ids in the frame.
+            room: the most ids, special tokens included.
 
         Raises:
-            ValueError: there is no room for the frame itself.
+            ValueError: room is too small for the special tokens.
         """
         left = room - (2 if second is None else 3)
         if left < 0:
@@ -104,19 +104,19 @@ class WordPieceTokenizer(BPETokenizer):
     def frame_batch(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None, room: int = 512
     ) -> list[Framed]:
-        """Encode and frame several texts or pairs; see `frame`.
+        """Return several texts or pairs encoded and framed; see `frame`.
 
         Args:
             texts: any Unicode.
             pairs: the other text of each.
-            room: the most ids in a frame.
+            room: the most ids, special tokens included.
         """
         first = self.encode_batch(texts)
         second = [None] * len(texts) if pairs is None else self.encode_batch(pairs)
         return [self.frame(a, b, room) for a, b in zip(first, second, strict=True)]
 
     def collate(self, framed: Sequence[Framed]) -> tuple[Tensor, Tensor]:
-        """Pad to the longest.
+        """Return a batch, padded to the longest.
 
         Args:
             framed: at least one.
@@ -131,7 +131,7 @@ class WordPieceTokenizer(BPETokenizer):
         return torch.tensor(ids), torch.tensor(types)
 
     def encode_masked(self, text: str) -> list[int]:
-        """Encode a text in which the name of the mask token means that token; see `encode_batch`."""
+        """Return the ids of a text in which "[MASK]" stands for the mask token; see `encode_batch`."""
         first, *rest = self.encode_batch(text.split(self.mask_token))
         return [*first, *(token for ids in rest for token in (self.mask_id, *ids))]
 
@@ -140,7 +140,7 @@ class WordPieceTokenizer(BPETokenizer):
         return self._tokenizer.id_to_token(token) or ""
 
     def check(self, vocab_size: int, where: object) -> None:
-        """Insist that a model was made for this vocabulary.
+        """Raise LongscanError unless a model was made for this vocabulary.
 
         Args:
             vocab_size: rows of the model's embedding.
@@ -169,12 +169,12 @@ class WordPieceTokenizer(BPETokenizer):
 
 
 def fit(n_first: int, n_second: int, room: int) -> tuple[int, int]:
-    """Return the lengths that remain of a pair if the longer loses a token until both have room.
+    """Return the lengths of a truncated pair: the longer text loses a token until both fit.
 
     Args:
-        n_first: tokens of the first; of two equally long ones the second loses.
+        n_first: tokens of the first; of two equally long texts the second is truncated.
         n_second: tokens of the second.
-        room: for both.
+        room: the most tokens of both.
     """
     excess = max(0, n_first + n_second - room)
     level = min(excess, abs(n_first - n_second))  # until they are equal
@@ -187,7 +187,7 @@ def fit(n_first: int, n_second: int, room: int) -> tuple[int, int]:
 
 
 def load_wordpiece(directory: str | Path) -> WordPieceTokenizer:
-    """Read the tokenizer of a model directory.
+    """Return the tokenizer of a model directory.
 
     Args:
         directory: with tokenizer.json or vocab.txt. tokenizer_config.json may say whether case is folded
@@ -232,11 +232,11 @@ def load_wordpiece(directory: str | Path) -> WordPieceTokenizer:
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = True) -> WordPieceTokenizer:
-    """Learn a WordPiece vocabulary: merges by frequency, read longest match first.
+    """Return a WordPiece tokenizer trained on text: merges by frequency, encoding by longest match first.
 
     Args:
         texts: the training text in pieces of any length; cut them where words end.
-        vocab_size: entries wanted, five special ones among them. Little text gives fewer.
+        vocab_size: number of entries, five special ones included. Little text gives fewer.
         lowercase: whether to fold case and drop accents.
 
     Returns:
@@ -272,7 +272,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, lowercase: bool = Tru
 
 
 def _count_words(texts: Iterable[str], tokenizer: tokenizers.Tokenizer) -> Counter[str]:
-    """Count the words and marks of a text as the vocabulary will see them."""
+    """Return the number of occurrences of each normalised word and punctuation mark."""
     runs: Counter[str] = Counter()
     for text in texts:
         runs.update(tokenizer.normalizer.normalize_str(text).split())
@@ -285,7 +285,7 @@ def _count_words(texts: Iterable[str], tokenizer: tokenizers.Tokenizer) -> Count
 
 
 def _frame_of_bert(vocab: dict[str, int], unknown: str, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """Put BERT's cleaning, splitting and joining around a vocabulary."""
+    """Return a vocabulary with BERT's normalizer, pre-tokenizer and decoder."""
     model = models.WordPiece(vocab, unk_token=unknown, max_input_chars_per_word=MAX_WORD)
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer(
@@ -299,7 +299,7 @@ def _frame_of_bert(vocab: dict[str, int], unknown: str, config: Mapping[str, Any
 
 
 def _read_vocab(file: Path) -> dict[str, int]:
-    """Read a vocab.txt: an entry a line, the id is the number of the line."""
+    """Return the vocabulary of a vocab.txt: one entry per line, the id is the line number."""
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -308,5 +308,5 @@ def _read_vocab(file: Path) -> dict[str, int]:
     vocab = {token: number for number, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         twice = next(token for token, count in Counter(tokens).items() if count > 1)
-        raise LongscanError(f"{twice!r} stands there twice. Fetch it again.")
+        raise LongscanError(f"{twice!r} occurs twice. Fetch it again.")
     return vocab

@@ -1,4 +1,4 @@
-"""Tokens put together to the words that a reader sees."""
+"""Tokens grouped into words, for displaying attention."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Grouping(NamedTuple):
     word_of: list[int]
 
     def read(self) -> Grouping:
-        """Return the words that a decoder has read when it writes each of these: one place further."""
+        """Return the decoder's input words when it predicts each of these: shifted by one position."""
         return Grouping([START, *self.words[:-1]], [0, *(word + 1 for word in self.word_of[:-1])])
 
     def matrix(self, *, mean: bool) -> Tensor:
-        """Return what turns values of tokens into values of words.
+        """Return the matrix that maps values of tokens to values of words.
 
         Args:
             mean: whether a word gets the mean of its tokens, or their sum.
@@ -41,7 +41,7 @@ class Grouping(NamedTuple):
 
 
 def group(tokenizer: Tokenizer, ids: Sequence[int], pieces: bool = False) -> Grouping:
-    """Find the words of a sentence.
+    """Return the words of a sentence.
 
     Args:
         tokenizer: that made the ids.
