@@ -2,7 +2,7 @@
 //
 // Vector lanes run across channels; time is sequential. A unit of parallel work is one batch row and up to 64
 // channels, walked in tiles of LS_TILE steps: for every few state components (in registers) the tile is run through.
-// The backward pass recomputes a tile's states from the state the forward pass kept at its start.
+// The backward pass recomputes a tile's states from the state the forward pass saved at its start.
 #include "kernels.h"
 #include "simd.h"
 
@@ -68,7 +68,7 @@ struct Flags {
   }
 };
 
-// h = a h + u over a tile, N components; with KEEP every state is kept, else y += Re(c h).
+// h = a h + u over a tile, N components; with KEEP every state is stored, else y += Re(c h).
 template <int N, bool SEQ, bool KEEP>
 LS_INLINE void run(const vec *u, vec *y, Complex *kept, const Flags *flags, int steps, const Complex *a,
                    const Complex *c, Complex *h) {

@@ -1,7 +1,7 @@
 // Every exported function of the native library, on one page. Plain C: raw pointers, sizes and strides in floats.
 //
 // All tensors are float32 with a contiguous last axis; (batch, time) strides are free where they are given. Functions
-// return 0, or a negative code when sizes make no sense (the caller validates; these are the last line of defence).
+// return 0, or a negative code when sizes are invalid (the caller validates; these are the last line of defence).
 // Nothing is allocated here that anybody must free. Threads split batch and channels, never a sum whose order could
 // change, so results do not depend on how many there are.
 #pragma once

@@ -87,7 +87,7 @@ LS_INLINE float half_to_float(uint16_t h) {
   memcpy(&f, &bits, 4);
   return f;
 }
-// The scales of the last blocks of a row, in the place of eight.
+// The scales of the last blocks of a row, instead of eight.
 LS_APART void few_scales(float *to, const uint16_t *scale, int64_t n) {
   for (int64_t i = 0; i < 8; ++i) to[i] = i < n ? half_to_float(scale[i]) : 0.0f;
 }

@@ -3,7 +3,7 @@
 // Vector lanes run across channels; time is sequential. A unit of parallel work is one batch row and up to 128
 // channels, walked in tiles of LS_TILE steps: a tile's operands are packed once, then for every few state components
 // (NB at a time, in registers) the tile is run through. The backward pass recomputes a tile's states from the state
-// the forward pass kept at its start, then runs the adjoint through the tile from its end.
+// the forward pass saved at its start, then runs the adjoint through the tile from its end.
 #include "kernels.h"
 #include "simd.h"
 

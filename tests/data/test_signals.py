@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from longscan.data.signals import TESTS, make_signal, open_signal, resample, white_noise
+from longscan.data.signals import TESTS, make_signal, open_signal, white_noise
 from longscan.data.wav import read_wav
 from longscan.errors import LongscanError
 
@@ -215,22 +215,3 @@ def test_noise_ends_at_its_band() -> None:
     power = torch.fft.rfft(noise - noise.mean()).abs().square()
     assert power[31:].sum() < 1e-9 * power.sum()
     assert (power[1:31] > 0).all()
-
-
-@pytest.mark.parametrize(("old", "new"), [(8000, 4000), (8000, 16000), (44100, 16000), (3, 2), (10, 7)])
-def test_resampling_keeps_what_the_new_rate_can_carry(old: int, new: int) -> None:
-    n, cycles = 3000, 150.0
-    x = torch.sin(2 * math.pi * cycles * torch.arange(n, dtype=torch.float64) / n)[None]
-    y = resample(x, old, new)
-    assert y.shape == (1, -(-n * new // old))
-    expected = torch.sin(2 * math.pi * cycles * torch.arange(y.shape[1]) * (old / new) / n)
-    edge = 100 * new // old + 1
-    assert (y[0] - expected)[edge:-edge].abs().max() < 2e-4
-
-
-def test_resampling_takes_out_the_rest() -> None:
-    high = torch.sin(2 * math.pi * 0.4 * torch.arange(2000, dtype=torch.float64))
-    assert resample(high, 2, 1)[50:-50].abs().max() < 1e-3  # 0.4 of the old rate would come out as 0.2
-    assert torch.equal(resample(high, 5, 5), high)
-    with pytest.raises(ValueError, match="rates"):
-        resample(high, 0, 1)

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from longscan.core.config import nearest
 from longscan.data.archives import map_npy
 from longscan.data.wav import Array, wav_layout, wav_reader
 from longscan.errors import LongscanError
 
-__all__ = ["TESTS", "Signal", "Trace", "make_signal", "open_signal", "resample", "white_noise"]
+__all__ = ["TESTS", "Signal", "Trace", "make_signal", "open_signal", "white_noise"]
 
 
 @dataclass
@@ -302,43 +301,3 @@ def make_signal(name: str, length: int, rate: float, seed: int = 0) -> Signal:
     t = torch.arange(length, dtype=torch.float64) / length
     samples = TESTS[name](t, torch.Generator().manual_seed(seed)).float().numpy()
     return Signal(name, rate, length, lambda begin, end: samples[begin:end].copy())
-
-
-# --- other rates --------------------------------------------------------------------------------------------
-
-
-def resample(x: Tensor, old: int, new: int, zeros: int = 16) -> Tensor:
-    """Change the sampling rate of a signal; what the new rate cannot carry is taken out first.
-
-    Each new sample is a sum of old ones under a sinc in a Hann window: J. O. Smith, Digital Audio Resampling.
-
-    Args:
-        x: (..., length) float.
-        old: its samples per second.
-        new: those wanted.
-        zeros: half width of the window, in zeros of the sinc.
-
-    Returns:
-        (..., ceil(length new / old)), in x's type.
-
-    Raises:
-        ValueError: a rate is no positive whole number.
-    """
-    if min(old, new) < 1:
-        raise ValueError(f"rates: expected at least 1, got {old} and {new}")
-    common = math.gcd(old, new)
-    down, up = old // common, new // common
-    if down == up:
-        return x.clone()
-    cutoff = min(1.0, up / down)  # as a part of the old rate's
-    half = math.ceil(zeros / cutoff)
-    # phase p of up places a new sample p down / up old samples behind the one it starts from
-    offset = torch.arange(up, dtype=torch.float64)[:, None] * down / up
-    distance = torch.arange(-half, half + down + 1, dtype=torch.float64) - offset  # (up, taps)
-    window = torch.where(distance.abs() < half, (math.pi * distance / (2 * half)).cos().square(), 0.0)
-    taps = (cutoff * torch.sinc(cutoff * distance) * window).to(x)
-    length = -(-x.shape[-1] * up // down)
-    flat = x.reshape(-1, 1, x.shape[-1])
-    padded = F.pad(flat, (half, half + 2 * down))
-    y: Tensor = F.conv1d(padded, taps[:, None], stride=down)  # (rows, up, periods)
-    return y.transpose(1, 2).reshape(len(flat), -1)[:, :length].reshape(*x.shape[:-1], length)

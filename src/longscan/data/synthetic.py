@@ -67,7 +67,7 @@ def recall(n: int, generator: torch.Generator, vocab_size: int = 9, length: int 
         ids (n, length + 2); asked is the value of the last key.
 
     Raises:
-        UsageError: there is room for no key or no pair.
+        UsageError: the sizes allow no key or no pair.
     """
     n_keys, n_pairs = (vocab_size - 1) // 2, length // 2
     _check(n_keys > 0 and n_pairs > 0, "recall", "vocab_size of 3 or more, length of 2 or more")
@@ -92,7 +92,7 @@ def induction(n: int, generator: torch.Generator, vocab_size: int = 16, length: 
         ids (n, length + 1); asked is the token behind the first mark.
 
     Raises:
-        UsageError: there is no room.
+        UsageError: the sizes are impossible.
     """
     mark = vocab_size - 1
     _check(mark > 0 and length > 1, "induction", "vocab_size and length of 2 or more")
@@ -118,7 +118,7 @@ def selective(
         ids (n, length + tokens).
 
     Raises:
-        UsageError: there is no room.
+        UsageError: the sizes are impossible.
     """
     _check(vocab_size > 2 and 0 < tokens <= length, "selective", "vocab_size of 3, length of tokens or more")
     positions = torch.rand(n, length, generator=generator).argsort(1)[:, :tokens].sort(1).values
@@ -141,7 +141,7 @@ def copying(
         ids (n, length + tokens).
 
     Raises:
-        UsageError: there is no room.
+        UsageError: the sizes are impossible.
     """
     _check(vocab_size > 2 and 0 < tokens <= length, "copying", "vocab_size of 3, length of tokens or more")
     return _copy(torch.arange(tokens).expand(n, tokens), vocab_size, length, generator)
@@ -160,7 +160,7 @@ def adding(n: int, generator: torch.Generator, length: int = 100) -> tuple[Tenso
         y: (n, 1) the sums of the marked ones.
 
     Raises:
-        UsageError: there is no room.
+        UsageError: the sizes are impossible.
     """
     _check(length > 1, "adding", "length of 2 or more")
     numbers, half = torch.rand(n, length, generator=generator), length // 2

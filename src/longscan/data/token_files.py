@@ -124,7 +124,7 @@ def prepare(
         LongscanError: the text cannot be read, found before anything is written; or the directory holds
             something else.
         UsageError: an impossible fraction or separator.
-        OSError: no room or no right to write.
+        OSError: the disk is full, or writing is not permitted.
     """
     corpus = Corpus(paths, valid_paths, valid_fraction, separator)
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
