@@ -45,8 +45,6 @@ MAX_LINES = 350
 LONG: dict[str, str] = {
     "models/transformer": "one paper: attention, layer and model are read together",
     "bench/suites/generate": "",
-    "checkpoints/gguf/model": "",
-    "checkpoints/load": "",
     "commands/classify": "",
     "core/files": "",
     "inference/engine": "",

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longscan import models, ops
-    from longscan.checkpoints.bert import load_bert
-    from longscan.checkpoints.load import load, load_translator
+    from longscan.checkpoints.load import load, load_bert, load_translator
     from longscan.checkpoints.save import convert, quantize, save
     from longscan.core.config import Config
     from longscan.errors import LongscanError, UsageError
@@ -37,9 +36,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "checkpoints.bert": ("load_bert",),
     "checkpoints.load": (
         "load",
+        "load_bert",
         "load_translator",
     ),
     "checkpoints.save": (

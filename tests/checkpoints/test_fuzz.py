@@ -20,8 +20,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gguf_bytes as raw
-from longscan.checkpoints.gguf.model import load_gguf, save_gguf
+from longscan.checkpoints.gguf.model import save_gguf
 from longscan.checkpoints.gguf.parser import check
+from longscan.checkpoints.load import load
 from longscan.errors import LongscanError
 from longscan.models import LanguageModel, Llama, LlamaConfig, Mamba, MambaConfig, State
 from longscan.tokenizers.base import ByteTokenizer
@@ -116,7 +117,7 @@ SMALL_HEAD = len(SMALL) - sum(len(entry.data) + -len(entry.data) % 32 for entry 
 @fuzz
 @given(changes=edits(len(SMALL), SMALL_HEAD))
 def test_damaged_gguf(changes: Any, folder: Path) -> None:
-    survive(load_gguf, folder / "a.gguf", damage(SMALL, changes))
+    survive(load, folder / "a.gguf", damage(SMALL, changes))
 
 
 QUANTISED = raw.mamba(width=256, matrix=14)
@@ -126,7 +127,7 @@ QUANTISED = raw.mamba(width=256, matrix=14)
 @given(changes=edits(len(QUANTISED), SMALL_HEAD))
 def test_damaged_k_quants(changes: Any, folder: Path) -> None:
     pytest.importorskip("gguf")
-    survive(load_gguf, folder / "k.gguf", damage(QUANTISED, changes))
+    survive(load, folder / "k.gguf", damage(QUANTISED, changes))
 
 
 VALUES = st.one_of(
@@ -172,7 +173,7 @@ def structured(draw: Callable[..., Any]) -> bytes:
 @fuzz
 @given(data=structured())
 def test_impossible_gguf(data: bytes, folder: Path) -> None:
-    survive(load_gguf, folder / "b.gguf", data)
+    survive(load, folder / "b.gguf", data)
 
 
 @pytest.fixture(scope="module", params=["bytes", "bpe"])
@@ -190,7 +191,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @given(choice=st.data())
 def test_damaged_tokenizers(choice: st.DataObject, written: tuple[bytes, int], folder: Path) -> None:
     data, head = written
-    survive(load_gguf, folder / "t.gguf", damage(data, choice.draw(edits(len(data), head))))
+    survive(load, folder / "t.gguf", damage(data, choice.draw(edits(len(data), head))))
 
 
 # ---- states

@@ -15,9 +15,10 @@ import torch
 import gguf_bytes as raw
 import tokenizers
 from longscan import ops
-from longscan.checkpoints.gguf import model as gguf_files
-from longscan.checkpoints.gguf.model import GGUFType, load_gguf, save_gguf
+from longscan.checkpoints.gguf.model import GGUFType, save_gguf
+from longscan.checkpoints.gguf.names import gguf_name
 from longscan.checkpoints.gguf.parser import check
+from longscan.checkpoints.gguf.tensors import PLAIN, is_matrix
 from longscan.checkpoints.gguf.tokenizer import describe_tokenizer, read_tokenizer
 from longscan.checkpoints.load import load
 from longscan.checkpoints.save import convert, save
@@ -59,6 +60,12 @@ def put(tmp_path: Path, data: bytes) -> Path:
     return path
 
 
+def load_gguf(path: Path, dtype: torch.dtype | None = None) -> tuple[LanguageModel, Tokenizer | None]:
+    """Load a file as it is, or dequantised to a type."""
+    model, tokenizer = load(path, dtype=None)
+    return (dequantized(model).to(dtype) if dtype else model), tokenizer
+
+
 def refusal(tmp_path: Path, data: bytes) -> str:
     with pytest.raises(LongscanError) as caught:
         load_gguf(put(tmp_path, data))
@@ -86,10 +93,10 @@ def test_round_trip(tmp_path: Path, fields: dict[str, Any], kind: GGUFType) -> N
         expected = model.state_dict()[name]
         if name.endswith("A_log"):
             assert torch.equal(values.double().exp().float(), expected.double().exp().float())
-        elif not gguf_files._is_matrix(name, tuple(values.shape)) or kind == "F32":
+        elif not is_matrix(name, tuple(values.shape)) or kind == "F32":
             assert torch.equal(values, expected), name
-        elif kind in gguf_files.PLAIN:
-            assert torch.equal(values, expected.to(gguf_files.PLAIN[kind]).float()), name
+        elif kind in PLAIN:
+            assert torch.equal(values, expected.to(PLAIN[kind]).float()), name
         else:
             step = expected.abs().max() / {"Q8_0": 127, "Q4_0": 8}[kind]
             assert (values - expected).abs().max() <= 1.5 * step, (
@@ -149,7 +156,7 @@ def test_types_of_others(tmp_path: Path, matrix: int) -> None:
     assert kind_of(model) == {2: "int4", 8: "int8"}.get(matrix)
     wide = dequantized(model).state_dict()
     for tensor in gguf.GGUFReader(path).tensors:
-        name = next(name for name in wide if gguf_files._theirs(name) == tensor.name)
+        name = next(name for name in wide if gguf_name(name) == tensor.name)
         if not name.endswith("A_log"):
             values = gguf.dequantize(tensor.data, tensor.tensor_type).copy()
             assert torch.equal(wide[name], torch.from_numpy(values).view(wide[name].shape)), name

@@ -21,10 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from longscan.checkpoints import hub as locate
-from longscan.checkpoints import load as checkpoint
 from longscan.checkpoints.hub import resolve
-from longscan.checkpoints.load import fingerprint, load, read_model
-from longscan.checkpoints.save import convert, save
+from longscan.checkpoints.load import load, load_translator
+from longscan.checkpoints.save import Layout, convert, save
 from longscan.core.files import read_json, write_json
 from longscan.errors import LongscanError
 from longscan.models import MODELS, LanguageModel, Llama, LlamaConfig, Mamba, MambaConfig
@@ -66,7 +65,7 @@ def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> None
 
 def assert_same(a: LanguageModel, b: LanguageModel) -> None:
     assert a.config == b.config
-    assert fingerprint(a) == fingerprint(b)
+    assert a.fingerprint() == b.fingerprint()
 
 
 def refusal(directory: Path | str, **options: Any) -> str:
@@ -88,7 +87,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("layout", ["hf", "official"])
-def test_round_trip(fields: dict[str, Any], layout: checkpoint.Layout, tmp_path: Path) -> None:
+def test_round_trip(fields: dict[str, Any], layout: Layout, tmp_path: Path) -> None:
     model = make(**fields)
     save(model, tmp_path / "a", ByteTokenizer())
     convert(tmp_path / "a", tmp_path / "b", layout=layout)
@@ -138,7 +137,7 @@ def test_model_does_not_depend_on_the_file(model: Mamba, saved: Path) -> None:
 
 
 def test_shards(model: Mamba, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "SHARD_SIZE", "8KB")
+    monkeypatch.setattr("longscan.checkpoints.save.SHARD_SIZE", "8KB")
     save(model, tmp_path / "a")
     shards = sorted(path.name for path in (tmp_path / "a").glob("*.safetensors"))
     assert len(shards) > 2
@@ -177,12 +176,12 @@ def test_head_beside_tied_embeddings(model: Mamba, saved: Path) -> None:
 
 
 def test_fingerprint_tells_models_apart(model: Mamba) -> None:
-    assert re.fullmatch("[0-9a-f]{16}", fingerprint(model))
-    before = fingerprint(model)
+    assert re.fullmatch("[0-9a-f]{16}", model.fingerprint())
+    before = model.fingerprint()
     with torch.no_grad():
         model.backbone.norm_f.weight[0] += 1
-    assert fingerprint(model) != before
-    assert fingerprint(make()) == before
+    assert model.fingerprint() != before
+    assert make().fingerprint() == before
 
 
 # ---- files of others
@@ -494,10 +493,11 @@ def test_impossible_official_config(
 @pytest.mark.parametrize("size", [2**24, 2**31, 2**62])
 def test_sizes_are_compared_with_the_tensors_first(size: int, tmp_path: Path) -> None:
     entry = MODELS["transformer"]
-    save(entry.cls(entry.config.from_dict(entry.presets["tiny"])), tmp_path / "translator")
+    fields = {**entry.presets["tiny"], "vocab_size": 257}
+    save(entry.cls(entry.config.from_dict(fields)), tmp_path / "translator", ByteTokenizer())
     edit(tmp_path / "translator", d_ff=size)
     with pytest.raises(LongscanError, match=f"impossible .d_ff = {size:,}, and all"):
-        read_model(tmp_path / "translator", "translation", None, None)
+        load_translator(tmp_path / "translator")
 
 
 def test_config_is_not_json(saved: Path) -> None:
@@ -512,7 +512,7 @@ def test_shipped_model(model: Mamba, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(locate, "ASSETS", tmp_path)
     save(model, tmp_path / "tiny", ByteTokenizer(), dtype=torch.bfloat16)
     (tmp_path / "__pycache__").mkdir()
-    assert checkpoint.shipped() == ["tiny"]
+    assert locate.shipped() == ["tiny"]
     assert resolve("tiny") == tmp_path / "tiny"
     assert load("tiny")[0].num_parameters() == model.num_parameters()
     assert "no model called 'tinny', and no such directory; did you mean 'tiny'?" in refusal("tinny")
@@ -655,7 +655,7 @@ def test_save_replaces_models_only(saved: Path, tmp_path: Path) -> None:
 def test_full_disk(
     saved: Path,
     monkeypatch: pytest.MonkeyPatch,
-    layout: checkpoint.Layout,
+    layout: Layout,
     writer: str,
     error: type[Exception],
 ) -> None:
@@ -714,24 +714,24 @@ def test_a_translator_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
     save(model, tmp_path / "model", ByteTokenizer())
     raw = read_json(tmp_path / "model" / "config.json")
     assert (raw["model_type"], raw["longscan"]) == (name, 1)
-    again, tokenizer = checkpoint.load_translator(tmp_path / "model")
+    again, tokenizer = load_translator(tmp_path / "model")
     assert again.config == model.config
     assert again.fingerprint() == model.fingerprint()
     assert tokenizer.vocab_size == 257
     assert f"is a {name}, a translation model; expected a language model" in refusal(tmp_path / "model")
     edit(tmp_path / "model", longscan=2)
     with pytest.raises(LongscanError, match="longscan: expected version 1 of the layout"):
-        checkpoint.load_translator(tmp_path / "model")
+        load_translator(tmp_path / "model")
     edit(tmp_path / "model", longscan=1, surprise=3)
     with pytest.raises(LongscanError, match="has no field 'surprise'"):
-        checkpoint.load_translator(tmp_path / "model")
+        load_translator(tmp_path / "model")
 
 
 def test_a_language_model_is_no_translator(saved: Path) -> None:
     """Whatever may be wrong with its tokenizer, which a translator's loader would ask more of."""
     (saved / "tokenizer.json").write_text("{}")
     with pytest.raises(LongscanError, match="is a mamba, a language model; expected a translation model"):
-        checkpoint.load_translator(saved)
+        load_translator(saved)
 
 
 def test_only_mamba_goes_into_the_official_layout_and_gguf(tmp_path: Path) -> None:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from longscan import ops
 from longscan.bench.suites import quality
-from longscan.checkpoints import load as checkpoint
-from longscan.checkpoints.load import fingerprint, load
+from longscan.checkpoints.load import load
 from longscan.checkpoints.save import convert, quantize, save
 from longscan.core.files import read_json, write_json
 from longscan.errors import LongscanError, UsageError
@@ -101,7 +100,7 @@ def test_round_trip(fields: dict[str, Any], kind: Kind, tmp_path: Path) -> None:
     convert(tmp_path / "b", tmp_path / "c")
     again, tokenizer = load(tmp_path / "c")
     assert isinstance(tokenizer, ByteTokenizer)
-    assert fingerprint(again) == fingerprint(written) != fingerprint(model)
+    assert again.fingerprint() == written.fingerprint() != model.fingerprint()
     assert again.config == model.config
     narrow = kind != "int4" or "d_model" not in fields  # 32 does not divide the widths of "odd"
     assert kind_of(again) == (kind if narrow else "int8")
@@ -109,9 +108,9 @@ def test_round_trip(fields: dict[str, Any], kind: Kind, tmp_path: Path) -> None:
     assert not again.training
     assert not any(parameter.requires_grad for parameter in again.parameters())
     assert torch.equal(logits(again), logits(written))
-    assert fingerprint(load(tmp_path / "a", precision=kind)[0]) == fingerprint(written)
+    assert load(tmp_path / "a", precision=kind)[0].fingerprint() == written.fingerprint()
     if narrow:
-        assert fingerprint(load(tmp_path / "b", precision=kind)[0]) == fingerprint(written)
+        assert load(tmp_path / "b", precision=kind)[0].fingerprint() == written.fingerprint()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,13 +151,13 @@ def test_it_computes_what_its_dequantised_weights_do(kind: Kind, plain: Path, mo
 def test_plain_weights_come_back(int4: Path, tmp_path: Path) -> None:
     stored, _ = load(int4)
     expected = dequantized(stored)
-    assert fingerprint(load(int4, precision="float32")[0]) == fingerprint(expected)
+    assert load(int4, precision="float32")[0].fingerprint() == expected.fingerprint()
     convert(int4, tmp_path / "f32", dtype=torch.float32)
     assert "quantization_config" not in read_json(tmp_path / "f32" / "config.json")
-    assert fingerprint(load(tmp_path / "f32")[0]) == fingerprint(expected)
+    assert load(tmp_path / "f32")[0].fingerprint() == expected.fingerprint()
     convert(int4, tmp_path / "b16", layout="official", dtype=torch.bfloat16)
     narrow, _ = load(tmp_path / "b16", dtype=None)
-    assert fingerprint(narrow) == fingerprint(expected.bfloat16())
+    assert narrow.fingerprint() == expected.bfloat16().fingerprint()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -168,7 +167,7 @@ def test_any_type_may_be_quantised(dtype: torch.dtype, kind: Kind, model: Mamba,
     quantize(tmp_path / "a", tmp_path / "b", kind)
     wide, _ = load(tmp_path / "a")  # float32
     quantize_model(wide, kind)
-    assert fingerprint(load(tmp_path / "b", dtype=None)[0]) == fingerprint(wide)
+    assert load(tmp_path / "b", dtype=None)[0].fingerprint() == wide.fingerprint()
 
 
 def test_files_may_mix_formats(int4: Path, plain: Path) -> None:
@@ -199,10 +198,10 @@ def test_files_may_mix_formats(int4: Path, plain: Path) -> None:
 
 
 def test_shards(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "SHARD_SIZE", "8KB")
+    monkeypatch.setattr("longscan.checkpoints.save.SHARD_SIZE", "8KB")
     written = quantize(plain, tmp_path / "b", "int4")
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 2
-    assert fingerprint(load(tmp_path / "b")[0]) == fingerprint(written)
+    assert load(tmp_path / "b")[0].fingerprint() == written.fingerprint()
 
 
 def test_others_refuse_whole_numbers(plain: Path, tmp_path: Path) -> None:
@@ -383,7 +382,7 @@ def test_command(cli: Any, plain: Path, tmp_path: Path, kind: Kind) -> None:
     assert (done.code, f"· {kind} ·" in done.out) == (0, True)
     done = cli("quantize", plain, "--to", kind, "--out", tmp_path / "here", "--quiet")
     assert (done.code, done.err) == (0, "")
-    assert fingerprint(load(tmp_path / "here")[0]) == fingerprint(load(out)[0])
+    assert load(tmp_path / "here")[0].fingerprint() == load(out)[0].fingerprint()
 
 
 def test_command_errors(cli: Any, int4: Path, plain: Path, tmp_path: Path) -> None:

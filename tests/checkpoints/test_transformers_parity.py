@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longscan.checkpoints.formats import FORMATS
 from longscan.models import Mamba, MambaConfig
-from longscan.models.mamba import rename
 
 TOLERANCE_F32 = 2e-4  # of the largest value compared
 TOLERANCE_F64 = 1e-9
@@ -55,7 +55,7 @@ def test_logits_loss_and_gradients_of_transformers(shape: str) -> None:
             use_bias=config.bias,
         )
     )
-    names = {theirs: next(iter(rename({theirs: torch.empty(0)}))) for theirs in peer.state_dict()}
+    names = {theirs: FORMATS["mamba"].ours(theirs) for theirs in peer.state_dict()}
     ours = {**model.state_dict(), "lm_head.weight": model.backbone.embedding.weight}
     peer.load_state_dict({theirs: ours[name] for theirs, name in names.items()})
 

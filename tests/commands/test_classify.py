@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from longscan.checkpoints.bert import load_bert, load_classifier, read_pooling
+from longscan.checkpoints.bert import read_pooling
+from longscan.checkpoints.load import load, load_bert
 from longscan.checkpoints.save import save
 from longscan.core.random import RandomStream
 from longscan.data.batching import by_length, shuffled
@@ -90,7 +91,7 @@ def test_it_learns(whole: Path) -> None:
     [*_, last] = [record for record in metrics(whole) if "valid_accuracy" in record]
     assert (last["step"], last["valid_accuracy"], last["valid_macro_f1"]) == (24, 1.0, 1.0)
     assert last["valid_loss"] < 0.2
-    found = load_classifier(whole / "model")
+    found = load(whole / "model", "classifier")
     assert found.model.config.labels == ("bad", "good")
     framed = found.tokenizer.frame_batch([BAD, GOOD])
     assert predict(found.model, found.tokenizer, framed).argmax(1).tolist() == [0, 1]
@@ -98,7 +99,7 @@ def test_it_learns(whole: Path) -> None:
 
 def test_transformers_says_the_same(whole: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    found = load_classifier(whole / "model")
+    found = load(whole / "model", "classifier")
     framed = found.tokenizer.frame_batch([BAD, GOOD, "film"])
     ours = predict(found.model, found.tokenizer, framed)
     peer = transformers.AutoModelForSequenceClassification.from_pretrained(whole / "model")
@@ -344,7 +345,7 @@ def other_run(directory: Path) -> Path:
 
 
 def test_a_checkpoint_of_another_width(cli: Any, whole: Path, tmp_path: Path) -> None:
-    loaded = load_classifier(whole / "model")
+    loaded = load(whole / "model", "classifier")
     save(loaded.model, tmp_path / "wide", loaded.tokenizer)
     path = tmp_path / "wide" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 32}))
@@ -575,7 +576,7 @@ def test_scores_are_what_the_config_says(
     cli: Any, tmp_path: Path, names: tuple[str, ...], fields: dict[str, Any], function: Any
 ) -> None:
     directory = scorer(tmp_path / "model", names, **fields)
-    found = load_classifier(directory)
+    found = load(directory, "classifier")
     ids, types = found.tokenizer.collate(found.tokenizer.frame_batch([GOOD]))
     with torch.no_grad():
         expected = function(found.model.classify(found.model(ids, types).pooled))[0]
@@ -588,7 +589,7 @@ def test_scores_are_what_the_config_says(
         assert float(value) == pytest.approx(scores[name], abs=1e-4)
     assert number != "1.0000"
     save(found.model, tmp_path / "again", found.tokenizer)  # and it stays so
-    assert load_classifier(tmp_path / "again").model.config == found.model.config
+    assert load(tmp_path / "again", "classifier").model.config == found.model.config
     table(tmp_path / "test.tsv", [(names[0], GOOD)])
     done = cli("classify", "evaluate", directory, tmp_path / "test.tsv")
     assert done.code == (0 if found.model.config.score == "softmax" else 1)
@@ -601,4 +602,4 @@ def test_scores_are_what_the_config_says(
 )
 def test_scores_that_nobody_knows_are_refused(fields: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(LongscanError, match="expected one of"):
-        load_classifier(scorer(tmp_path / "model", ("LABEL_0",), **fields))
+        load(scorer(tmp_path / "model", ("LABEL_0",), **fields), "classifier")

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longscan import save
-from longscan.checkpoints.sequence_classifier import save_sequence_model
 from longscan.errors import LongscanError, UsageError
 from longscan.inference.generate import generate, generate_ids
 from longscan.inference.prefill import CHUNK, encode
@@ -589,7 +588,7 @@ def test_a_classifier_of_sequences_writes_no_text(cli: Cli, tmp_path: Path) -> N
     config = SequenceConfig(
         body="s4d", body_config=S4DConfig(d_model=8, n_layers=1, vocab_size=1), n_outputs=1, d_input=1
     )
-    save_sequence_model(SequenceModel(config), tmp_path / "model")
+    save(SequenceModel(config), tmp_path / "model")
     done = cli("generate", "a", "--model", tmp_path / "model")
     assert done.code == 1
     assert "classifies whole sequences and predicts no tokens: expected a language model" in done.err

@@ -18,7 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from longscan.checkpoints.sequence_classifier import load_sequence_model, save_sequence_model
+from longscan.checkpoints.load import load
+from longscan.checkpoints.save import save
 from longscan.data.labeled_sequences import BYTES, Sequences, read_sequences
 from longscan.errors import LongscanError, UsageError
 from longscan.evaluation.classification import measure
@@ -331,7 +332,7 @@ def whole(config: SequencesConfig, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_it_learns(whole: Path, data: Path) -> None:
-    model = load_sequence_model(whole / "model")
+    model = load(whole / "model", "sequence")
     found = measure(model, read_sequences([data]).labelled(model.config.labels))
     assert found["accuracy"] == found["macro_f1"] == 1.0
     assert found["loss"] < 0.3
@@ -399,7 +400,7 @@ def test_times_reach_the_model(
     given = {**FLAGS, **fields, "batch_size": 36, "save_every": 30, "eval_every": 0, "data": [str(uneven)]}
     config = SequencesConfig.from_dict({**given, "dropout": 0.0})
     SequencesRun.begin(config, tmp_path / "run")
-    model = load_sequence_model(tmp_path / "run" / "model")
+    model = load(tmp_path / "run" / "model", "sequence")
     sequences = read_sequences([uneven])
     assert model.config.gap == pytest.approx(read_sequences([tmp_path / "run/data/train.npz"]).gap)
     assert measure(model, sequences)["accuracy"] > 0.9
@@ -434,7 +435,7 @@ def test_an_ode_from_the_command_line(cli: Cli, data: Path, uneven: Path, tmp_pa
     options = ("--option", "solver=euler", "--option", "d_ode=3", "--bidirectional", "--seq-len", 9)
     done = cli("classify", "train", data, *flags, *options, "--out", tmp_path / "run")
     assert done.code == 0, done.err
-    model = load_sequence_model(tmp_path / "run" / "model")
+    model = load(tmp_path / "run" / "model", "sequence")
     assert (model.config.body_config.to_dict()["d_ode"], model.config.rate) == (3, RATE)
     slow = sounds(tmp_path / "slow", RATE // 2, 1)
     done = cli("classify", "evaluate", tmp_path / "run" / "model", slow)
@@ -448,7 +449,7 @@ def test_texts_and_numbers(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("".join(f"{n % 2}\t{'xy'[n % 2] * 5}\n" for n in range(20)))
     flags = ("--model", "mamba", "--d-model", 4, "--steps", 1, "--threads", 1)
     assert cli("classify", "train", tmp_path / "a.tsv", *flags, "--out", tmp_path / "texts").code == 0
-    assert load_sequence_model(tmp_path / "texts" / "model").config.body_config.vocab_size == BYTES
+    assert load(tmp_path / "texts" / "model", "sequence").config.body_config.vocab_size == BYTES
     x = np.random.default_rng(0).random((20, 6, 2), np.float32)
     path = write_npz(tmp_path / "a.npz", x=x, y=x.sum((1, 2)))
     assert cli("classify", "train", path, *flags, "--out", tmp_path / "numbers").code == 0
@@ -512,10 +513,10 @@ def test_misuse(cli: Cli, whole: Path, data: Path, tmp_path: Path) -> None:
 
 
 def test_a_directory_round_trip(whole: Path, data: Path, tmp_path: Path) -> None:
-    model = load_sequence_model(whole / "model")
-    save_sequence_model(model, tmp_path / "copy")
+    model = load(whole / "model", "sequence")
+    save(model, tmp_path / "copy")
     sequences: Sequences = read_sequences([data])
-    assert torch.equal(answers(load_sequence_model(tmp_path / "copy"), sequences), answers(model, sequences))
+    assert torch.equal(answers(load(tmp_path / "copy", "sequence"), sequences), answers(model, sequences))
 
 
 def edit(directory: Path, **fields: Any) -> None:
@@ -547,10 +548,10 @@ def shorter(directory: Path) -> None:
     ids=["kind", "version", "body", "field", "layers", "tensor"],
 )
 def test_damaged_directories(damage: Callable[[Path], None], words: str, whole: Path, tmp_path: Path) -> None:
-    save_sequence_model(load_sequence_model(whole / "model"), tmp_path / "model")
+    save(load(whole / "model", "sequence"), tmp_path / "model")
     damage(tmp_path / "model")
     with pytest.raises(LongscanError, match=words):
-        load_sequence_model(tmp_path / "model")
+        load(tmp_path / "model", "sequence")
 
 
 # arrays and archives as they come

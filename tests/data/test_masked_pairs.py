@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from longscan.checkpoints.bert import load_bert
+from longscan.checkpoints.load import load_bert
 from longscan.checkpoints.save import save
 from longscan.core.random import RandomStream
 from longscan.data.masked_pairs import PairDataset, hide

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longscan.checkpoints.bert import load_bert
-from longscan.checkpoints.formats import read_config
+from longscan.checkpoints.formats import FORMATS, read_config
+from longscan.checkpoints.load import load_bert
 from longscan.checkpoints.save import save
 from longscan.errors import LongscanError
 from longscan.models import Bert, BertConfig, Mamba, MambaConfig
-from longscan.models.bert import PRESETS, PretrainingBatch, rename
+from longscan.models.bert import PRESETS, PretrainingBatch
 from longscan.tokenizers.wordpiece import WordPieceTokenizer, train_wordpiece
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # absolute; outputs are of the order of 1
@@ -80,7 +80,7 @@ def peer_of(model: Bert) -> Any:
     peer = getattr(transformers, names[c.head])(theirs).to(model.dtype).eval()
     ours = model.state_dict()
     tied = {"cls.predictions.decoder.weight": ours["bert.embeddings.word_embeddings.weight"]}
-    their_names = {name: next(iter(rename({name: torch.empty(0)})), None) for name in peer.state_dict()}
+    their_names = {name: FORMATS["bert"].ours(name) for name in peer.state_dict()}
     peer.load_state_dict({name: (ours | tied)[mine] for name, mine in their_names.items() if mine})
     return peer
 
@@ -122,7 +122,7 @@ def test_the_losses_and_gradients_of_transformers() -> None:
     assert_close(words + follows, expected)
     expected.backward()
     (words + follows).backward()
-    wanted = rename({name: parameter.grad for name, parameter in peer.named_parameters()})
+    wanted = FORMATS["bert"].rename({name: parameter.grad for name, parameter in peer.named_parameters()})
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, wanted[name])
 
@@ -449,7 +449,9 @@ def test_a_checkpoint_that_does_not_fit(
 
 def test_a_model_of_another_kind(tmp_path: Path) -> None:
     save(Mamba(MambaConfig(d_model=8, n_layers=1, vocab_size=9), seeded(0)), tmp_path)
-    with pytest.raises(LongscanError, match="is a mamba; expected a BERT"):
+    with pytest.raises(
+        LongscanError, match="is a mamba, a language model; expected a masked language model such as BERT"
+    ):
         load_bert(tmp_path)
 
 

@@ -15,13 +15,14 @@ from torch.nn import functional as F
 
 import longscan
 import tokenizers
+from longscan.checkpoints.formats import FORMATS
 from longscan.errors import LongscanError
 from longscan.inference.generate import generate, generate_ids
 from longscan.inference.sampling import SamplingConfig
 from longscan.models import Llama, LlamaConfig, Mamba, MambaConfig
 from longscan.models.common.growable import KV
 from longscan.models.common.quantization import dequantized, quantize_model
-from longscan.models.llama import PRESETS, publish, rename, rotate
+from longscan.models.llama import PRESETS, rotate
 from longscan.models.mamba import PRESETS as MAMBA_PRESETS
 from longscan.tokenizers.base import ByteTokenizer
 from tokenizers import processors
@@ -82,7 +83,7 @@ def test_transformers_reads_our_directory_and_computes_the_same(
     torch.testing.assert_close(output.loss, loss, rtol=TOLERANCE[dtype], atol=0)
     loss.backward()
     output.loss.backward()
-    gradients = rename({name: parameter.grad for name, parameter in peer.named_parameters()})
+    gradients = FORMATS["llama"].rename({name: parameter.grad for name, parameter in peer.named_parameters()})
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, gradients[name], 10 * TOLERANCE[dtype])
 
@@ -133,11 +134,11 @@ def test_a_directory_comes_back_as_it_was(shape: str, tmp_path: Path) -> None:
 
 def test_names_there_and_back() -> None:
     ours = make(tie_embeddings=False).state_dict()
-    theirs = {publish(name): tensor for name, tensor in ours.items()}
+    theirs = {FORMATS["llama"].theirs(name): tensor for name, tensor in ours.items()}
     assert "model.layers.2.self_attn.q_proj.weight" in theirs
     assert "model.layers.0.post_attention_layernorm.weight" in theirs
     theirs["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.empty(4)  # of old files
-    assert list(rename(theirs)) == list(ours)
+    assert list(FORMATS["llama"].rename(theirs)) == list(ours)
 
 
 # files that mean another model

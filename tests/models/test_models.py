@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longscan.checkpoints.formats import FORMATS
 from longscan.errors import LongscanError
 from longscan.models import LINEAGE, MODELS, LanguageModel, Mamba, MambaConfig
 from longscan.models.common.losses import IGNORE, linear_loss, next_tokens
 from longscan.models.common.mixer import Mixer
-from longscan.models.mamba import PRESETS, rename
+from longscan.models.mamba import PRESETS
 
 VERBS = {
     "translation": {"translate"},
@@ -178,8 +179,8 @@ def test_rename_gives_our_names() -> None:
     one = torch.zeros(1)
     theirs = {"backbone.embeddings.weight": one, "backbone.layers.0.mixer.D": one, "lm_head.weight": one}
     ours = ["backbone.embedding.weight", "backbone.layers.0.mixer.D", "lm_head.weight"]
-    assert list(rename(theirs)) == ours
-    assert list(rename(rename(theirs))) == ours
+    assert list(FORMATS["mamba"].rename(theirs)) == ours
+    assert list(FORMATS["mamba"].rename(FORMATS["mamba"].rename(theirs))) == ours
 
 
 # the head and the loss

@@ -1,4 +1,4 @@
-"""BERTs from disk: with the head that is asked for, whatever head the checkpoint has."""
+"""A BERT from disk with the head that a task needs, whatever head the checkpoint has."""
 
 from __future__ import annotations
 
@@ -9,45 +9,22 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from longscan.checkpoints.formats import read_config
-from longscan.checkpoints.hub import resolve
-from longscan.checkpoints.load import assemble
-from longscan.checkpoints.weights import read_weights
+from longscan.checkpoints.assemble import assemble
+from longscan.checkpoints.formats.bert import FORMAT
+from longscan.checkpoints.source import ModelDirectory, Weights
 from longscan.core.files import read_json
 from longscan.errors import LongscanError
-from longscan.models import MODELS
 from longscan.models.bert import Bert, BertConfig, Head
 from longscan.tokenizers.wordpiece import WordPieceTokenizer, load_wordpiece
 
-__all__ = ["LoadedBert", "load_bert", "load_classifier", "read_pooling"]
+__all__ = ["HeadOptions", "LoadedBert", "read_bert", "read_pooling"]
+
+assert FORMAT.copy is not None
+EMBEDDING = FORMAT.copy.original
 
 
-def load_classifier(name_or_dir: str | Path) -> LoadedBert:
-    """Load a BERT that classifies.
-
-    Args:
-        name_or_dir: see `load_bert`.
-
-    Raises:
-        LongscanError: as `load_bert`; or it has no such head.
-    """
-    found = load_bert(name_or_dir)
-    if found.model.config.head != "classifier":
-        raise LongscanError(
-            f"{found.directory} does not classify: its head is {found.model.config.head!r}. "
-            f"Train one: longscan classify train --model {found.directory} FILE --out DIR"
-        )
-    found.need("classifier.", "classify")
-    return found
-
-
-TIED, EMBEDDING = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
-
-BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
-
-# what a checkpoint may lack as a whole; what of it the wanted head has no use for is left out
+# what a checkpoint may lack as a whole; a part that the head has no use for is left out
 PARTS = ("bert.pooler.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs.")
 
 POOLING: dict[Literal["mean", "cls"], tuple[str, ...]] = {
@@ -57,8 +34,23 @@ POOLING: dict[Literal["mean", "cls"], tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
+class HeadOptions:
+    """What is to stand on top of a BERT.
+
+    Attributes:
+        head: its kind; None takes that of the checkpoint.
+        labels: of a new classifier; those of the checkpoint if there are none.
+        generator: randomness of the parts that the checkpoint lacks; torch's global one if None.
+    """
+
+    head: Head | None = None
+    labels: Sequence[str] = ()
+    generator: torch.Generator | None = None
+
+
+@dataclass(frozen=True)
 class LoadedBert:
-    """What `load_bert` found.
+    """A BERT and its tokenizer.
 
     Attributes:
         model: in evaluation mode.
@@ -73,10 +65,10 @@ class LoadedBert:
     directory: Path
 
     def need(self, part: str, purpose: str) -> None:
-        """Insist that a part was learnt.
+        """Raise unless a part comes from the checkpoint.
 
         Args:
-            part: the beginning of its parameters' names.
+            part: the prefix of its parameters.
             purpose: what it is needed for.
 
         Raises:
@@ -89,51 +81,58 @@ class LoadedBert:
             )
 
 
-def load_bert(
-    name_or_dir: str | Path,
-    head: Head | None = None,
-    *,
-    labels: Sequence[str] = (),
-    generator: torch.Generator | None = None,
-    revision: str | None = None,
-    offline: bool = False,
-) -> LoadedBert:
-    """Load a checkpoint of the BERT family in Hugging Face layout, and its tokenizer.
-
-    With and without the `bert.` prefix, with gamma and beta, safetensors or pickled tensors: see `rename`.
+def read_bert(source: ModelDirectory, options: HeadOptions, dtype: torch.dtype | None) -> LoadedBert:
+    """Return a BERT and its tokenizer.
 
     Args:
-        name_or_dir: see `resolve`.
-        head: what is to stand on top; what the checkpoint has if None.
-        labels: of a new classifier; those of the checkpoint if there are none.
-        generator: randomness of the parts that the checkpoint lacks.
-        revision: branch, tag or commit of a hub repository.
-        offline: whether to use only what the hub's cache holds.
-
-    Returns:
-        Model, tokenizer, and what is not from the checkpoint.
+        source: of a BERT.
+        options: what is to stand on top.
+        dtype: of the weights; None keeps that of the file.
 
     Raises:
-        LongscanError: no such model, another model, or a file that is damaged or does not fit the others.
+        LongscanError: a file is damaged or does not fit the others.
     """
-    directory = resolve(name_or_dir, revision=revision, offline=offline)
-    if directory.is_file():
-        raise LongscanError(f"{directory}: expected a model directory of a BERT, got a file.")
-    config = stored = _read(directory)
+    directory = source.path
+    stored = source.config()
+    assert isinstance(stored, BertConfig)
     tokenizer = load_wordpiece(directory)
-    tokenizer.check(config.vocab_size, directory)
-    if tokenizer.pad_id != config.pad_id:
+    tokenizer.check(stored.vocab_size, directory)
+    if tokenizer.pad_id != stored.pad_id:
         raise LongscanError(
-            f"{directory}: the tokenizer pads with {tokenizer.pad_id}, config.json says {config.pad_id}."
+            f"{directory}: the tokenizer pads with {tokenizer.pad_id}, config.json says {stored.pad_id}."
         )
-    if head is not None:
-        named = (tuple(labels) or stored.labels) if head == "classifier" else ()
-        score = stored.score if named and named == stored.labels else "softmax"
-        config = stored.replace(head=head, labels=named, score=score)
-    tensors = MODELS["bert"].rename(read_weights(directory, buffers=BUFFERS))
-    _drop_tied(directory, tensors)
+    config = _with_head(stored, options)
+    tensors = source.weights(config).tensors
     if config.labels != stored.labels:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
+    parts = _parts(config)
+    tensors = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.startswith(PARTS) or name.startswith(parts)
+    }
+    fresh = tuple(part for part in parts if not any(name.startswith(part) for name in tensors))
+    embedding = tensors.get(EMBEDDING)
+    if fresh and embedding is not None and embedding.shape == (config.vocab_size, config.d_model):
+        small = config.replace(n_layers=1, d_ff=1, max_positions=1, n_types=1)  # the parts have no such sizes
+        start = Bert(small, options.generator).state_dict()
+        tensors |= {name: tensor for name, tensor in start.items() if name.startswith(fresh)}
+    model = assemble(directory, Bert, config, Weights(tensors, mapped=True), dtype)
+    assert isinstance(model, Bert)
+    return LoadedBert(model, tokenizer, fresh, directory)
+
+
+def _with_head(config: BertConfig, options: HeadOptions) -> BertConfig:
+    """Return a Config with another head; the labels and the scores of the checkpoint stay if they may."""
+    if options.head is None:
+        return config
+    labels = (tuple(options.labels) or config.labels) if options.head == "classifier" else ()
+    score = config.score if labels and labels == config.labels else "softmax"
+    return config.replace(head=options.head, labels=labels, score=score)
+
+
+def _parts(config: BertConfig) -> tuple[str, ...]:
+    """Return which of PARTS a model has."""
     least = BertConfig(
         d_model=1,
         n_layers=1,
@@ -145,30 +144,16 @@ def load_bert(
     )
     with torch.device("meta"):
         names = list(Bert(least).state_dict())
-    wanted = tuple(part for part in PARTS if any(name.startswith(part) for name in names))
-    tensors = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not name.startswith(PARTS) or name.startswith(wanted)
-    }
-    fresh = tuple(part for part in wanted if not any(name.startswith(part) for name in tensors))
-    embedding = tensors.get(EMBEDDING)
-    if fresh and embedding is not None and embedding.shape == (config.vocab_size, config.d_model):
-        small = config.replace(n_layers=1, d_ff=1, max_positions=1, n_types=1)  # the parts have no such sizes
-        start = Bert(small, generator).state_dict()
-        tensors |= {name: tensor for name, tensor in start.items() if name.startswith(fresh)}
-    model = assemble(directory, Bert, config, tensors, torch.float32)
-    assert isinstance(model, Bert)
-    return LoadedBert(model, tokenizer, fresh, directory)
+    return tuple(part for part in PARTS if any(name.startswith(part) for name in names))
 
 
 def _text(path: Path) -> str:
-    """Read a file of names."""
+    """Return the text of a file of names."""
     return path.read_bytes().decode(errors="replace")
 
 
 def read_pooling(directory: Path) -> Literal["mean", "cls"]:
-    """Understand how sentence-transformers makes one vector of a text with the model of a directory.
+    """Return how sentence-transformers makes one vector of a text with the model of a directory.
 
     Args:
         directory: its modules.json lists the steps, 1_Pooling/config.json describes the second; without these
@@ -213,22 +198,3 @@ def read_pooling(directory: Path) -> Literal["mean", "cls"]:
     raise LongscanError(
         f"{path}: expected pooling_mode_mean_tokens or cls, got {', '.join(modes) or 'neither'}."
     )
-
-
-def _read(directory: Path) -> BertConfig:
-    """Read the configuration."""
-    path = directory / "config.json"
-    try:
-        name, config = read_config(read_json(path))
-    except LongscanError as error:
-        raise LongscanError(f"{path}: {error}") from error
-    if not isinstance(config, BertConfig):
-        raise LongscanError(f"{directory} is a {name}; expected a BERT.")
-    return config
-
-
-def _drop_tied(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Drop the matrix of the masked-word head that repeats the embedding; refuse another one."""
-    tied, embedding = tensors.pop(TIED, None), tensors.get(EMBEDDING)
-    if tied is not None and (embedding is None or not torch.equal(tied, embedding)):
-        raise LongscanError(f"{directory}: {TIED} is not the word embedding: that is another model.")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from longscan.checkpoints.formats import publish, write_config
-from longscan.checkpoints.formats.mamba import to_official
+from longscan.checkpoints.assemble import blank_model, dtype_name
+from longscan.checkpoints.formats import FORMATS, OFFICIAL, config_fields, name_of_model
 from longscan.checkpoints.gguf.model import GGUFType, save_gguf
-from longscan.checkpoints.load import EMBEDDING, HEAD, Layout, blank_model, dtype_name, load
+from longscan.checkpoints.load import load
 from longscan.core.files import atomic_directory, write_json, writing
 from longscan.errors import LongscanError, UsageError
 from longscan.models import (
@@ -30,8 +31,10 @@ from longscan.ops.quant import STORED
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.special_tokens import IDS
 
-__all__ = ["check_new", "convert", "quantize", "save"]
+__all__ = ["Layout", "check_new", "convert", "quantize", "save"]
 
+
+Layout: TypeAlias = Literal["hf", "official"]
 
 SHARD_SIZE = "5GB"
 
@@ -144,20 +147,23 @@ def _write(
         )
     else:
         dtype = STORED[kind]
+    form = OFFICIAL if layout == "official" else FORMATS[name_of_model(model)]
     with atomic_directory(directory, marker="config.json") as new:
         with writing(directory):
-            if isinstance(config, MambaConfig) and layout == "official":
-                write_json(new / "config.json", to_official(config))
-                tensors.setdefault(HEAD, tensors[EMBEDDING])  # one storage: it takes no more room in the file
-                torch.save(tensors, new / "pytorch_model.bin")
+            fields = config_fields(model, form, dtype_name(dtype), kind)
+            published = {form.theirs(name): tensor for name, tensor in tensors.items()}
+            if form is OFFICIAL:
+                assert form.copy is not None
+                head, embedding = form.theirs(form.copy.name), form.theirs(form.copy.original)
+                published.setdefault(head, published[embedding])  # one storage: it takes no more room
+                torch.save(published, new / "pytorch_model.bin")
             else:
-                fields = write_config(model, dtype_name(dtype), kind)
                 if isinstance(model, LanguageModel):  # what generates elsewhere asks where a text ends
                     ends = tokenizer.special_ids if tokenizer else dict.fromkeys(IDS)
                     write_json(new / "generation_config.json", ends)
                     fields |= ends
-                write_json(new / "config.json", fields)
-                _write_safetensors({publish(model, name): tensor for name, tensor in tensors.items()}, new)
+                _write_safetensors(published, new)
+            write_json(new / "config.json", fields)
         if tokenizer:
             tokenizer.save(new)
 

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from longscan.checkpoints.bert import LoadedBert, load_classifier
+from longscan.checkpoints.bert import LoadedBert
 from longscan.checkpoints.formats.sequence_classifier import is_sequence_model
-from longscan.checkpoints.sequence_classifier import load_sequence_model
+from longscan.checkpoints.load import load
 from longscan.commands._input import read_stdin, tell_cut
 from longscan.commands._run import Out, Recipe, Resume, finished, run_command
 from longscan.commands._settings import add_flags
@@ -157,7 +157,7 @@ def evaluate(
         return
     _refuse(model, pattern=pattern)
     examples = read_examples(files, columns)
-    found = load_classifier(model)
+    found = load(model, "classifier")
     labels = found.model.config.labels
     if found.model.config.score != "softmax":
         raise LongscanError(
@@ -218,7 +218,7 @@ def predict_texts(
         _refuse(model, pairs=pairs, seq_len=seq_len)
         predict_sequences(model, texts or [], as_json)
         return
-    found = load_classifier(model)
+    found = load(model, "classifier")
     texts = texts or read_stdin()
     if not texts:
         return
@@ -275,7 +275,7 @@ def evaluate_sequences(
         pattern: likewise.
         as_json: for programs.
     """
-    model = load_sequence_model(directory)
+    model = load(directory, "sequence")
     data = read_sequences(files, split="test", pattern=pattern, columns=columns)
     _fit(model, data)
     found = measure(model, data.labelled(model.config.labels))
@@ -300,7 +300,7 @@ def predict_sequences(directory: str, files: Sequence[str], as_json: bool) -> No
     Raises:
         UsageError: there are no files, and the model is one of signals.
     """
-    model = load_sequence_model(directory)
+    model = load(directory, "sequence")
     labels, is_text = model.config.labels, False
     if model.config.d_input:
         if not files:

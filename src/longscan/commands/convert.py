@@ -9,8 +9,7 @@ import torch
 import typer
 
 from longscan.checkpoints.gguf.model import GGUFType, usual_type
-from longscan.checkpoints.load import Layout
-from longscan.checkpoints.save import convert
+from longscan.checkpoints.save import Layout, convert
 from longscan.errors import UsageError
 from longscan.models.common.quantization import precision
 

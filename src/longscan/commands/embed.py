@@ -10,7 +10,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from longscan.checkpoints.bert import load_bert
+from longscan.checkpoints.load import load_bert
 from longscan.commands._input import read_stdin, tell_cut
 from longscan.core.config import count
 from longscan.core.files import atomic_file

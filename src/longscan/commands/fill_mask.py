@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from longscan.checkpoints.bert import load_bert
+from longscan.checkpoints.load import load_bert
 from longscan.commands._input import read_stdin
 from longscan.core.runtime import use_threads
 from longscan.errors import UsageError

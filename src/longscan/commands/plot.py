@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from longscan.checkpoints.formats.sequence_classifier import is_sequence_model
 from longscan.checkpoints.load import load, load_translator
-from longscan.checkpoints.sequence_classifier import load_sequence_model
 from longscan.core.config import nearest
 from longscan.core.files import read_json
 from longscan.data.sentence_pairs import rows
@@ -206,7 +205,7 @@ def kernel(
         config = entry.config.from_dict(entry.presets["tiny"])
         loaded = entry.cls(config, generator=torch.Generator().manual_seed(seed))
     else:
-        loaded = load_sequence_model(model) if is_sequence_model(model) else load(model)[0]
+        loaded = load(model, "sequence") if is_sequence_model(model) else load(model)[0]
     layers: Iterable[nn.Module] = []
     if isinstance(loaded, LanguageModel | SequenceModel):
         layers = loaded.backbone.layers if isinstance(loaded, LanguageModel) else loaded.layers

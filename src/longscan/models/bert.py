@@ -23,7 +23,6 @@ BertForPreTraining and BertForSequenceClassification.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
@@ -398,31 +397,6 @@ class Bert(Model):
             raise ValueError(f"head: expected a model with {head!r}, got {self.config.head!r}")
 
 
-def rename(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give the parameters of a published checkpoint their present names.
-
-    A bare encoder has no `bert.` prefix; files of the first years say gamma and beta; some hold buffers that
-    say nothing, and the bias of the masked-word head twice. `cls.predictions.decoder.weight` stays: whether
-    it repeats the embedding is for the reader of the file to judge.
-
-    Args:
-        state_dict: name -> tensor.
-
-    Returns:
-        The same tensors under our names.
-    """
-    ours: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
-        if name.startswith(("embeddings.", "encoder.", "pooler.")):
-            name = f"bert.{name}"
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        if name == "cls.predictions.decoder.bias":
-            name = "cls.predictions.bias"
-        if not name.endswith(("embeddings.position_ids", "embeddings.token_type_ids")):
-            ours.setdefault(name, tensor)
-    return ours
-
-
 ENTRY = ModelEntry(
     name="bert",
     kind="masked",
@@ -435,5 +409,4 @@ ENTRY = ModelEntry(
     config=BertConfig,
     presets=PRESETS,
     verbs=("train", "classify", "fill-mask", "embed"),
-    rename=rename,
 )

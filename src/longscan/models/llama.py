@@ -27,7 +27,6 @@ The state is a KV cache, which grows with the sequence: a key and a value per to
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -329,58 +328,6 @@ def _matrix(
     return layer
 
 
-# Hugging Face's beginnings of names -> ours
-OUTER = {
-    "model.embed_tokens.": "backbone.embedding.",
-    "model.norm.": "backbone.norm_f.",
-    "lm_head.": "lm_head.",
-}
-INNER = {
-    "self_attn.": "mixer.",
-    "mlp.": "mlp.",
-    "input_layernorm.": "norm.",
-    "post_attention_layernorm.": "mlp_norm.",
-}
-LAYERS = ("model.layers.", "backbone.layers.")
-
-
-def rename(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give the parameters of a Hugging Face checkpoint our names.
-
-    A `lm_head.weight` stays, see `mamba.rename`. Old files hold the frequencies of the rotations, which the
-    Config tells: those are left out.
-
-    Args:
-        state_dict: name -> tensor.
-
-    Returns:
-        The tensors under our names.
-    """
-    frequencies = ".rotary_emb.inv_freq"
-    names = [name for name in state_dict if not name.endswith(frequencies)]
-    return {_translate(name, LAYERS, OUTER, INNER): state_dict[name] for name in names}
-
-
-def publish(name: str) -> str:
-    """Return Hugging Face's name of a parameter.
-
-    Args:
-        name: ours.
-    """
-    outer, inner = ({ours: theirs for theirs, ours in table.items()} for table in (OUTER, INNER))
-    return _translate(name, LAYERS[::-1], outer, inner)
-
-
-def _translate(name: str, layers: tuple[str, str], outer: Mapping[str, str], inner: Mapping[str, str]) -> str:
-    """Change the beginning of a name, or what follows the number of its layer."""
-    if not name.startswith(layers[0]):
-        start = next((start for start in outer if name.startswith(start)), "")
-        return outer.get(start, "") + name.removeprefix(start)
-    number, _, rest = name.removeprefix(layers[0]).partition(".")
-    start = next((start for start in inner if rest.startswith(start)), "")
-    return f"{layers[1]}{number}.{inner.get(start, '')}{rest.removeprefix(start)}"
-
-
 ENTRY = ModelEntry(
     name="llama",
     kind="language",
@@ -393,5 +340,4 @@ ENTRY = ModelEntry(
     config=LlamaConfig,
     presets=PRESETS,
     verbs=LANGUAGE,
-    rename=rename,
 )

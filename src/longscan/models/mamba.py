@@ -29,7 +29,6 @@ K = d_conv; Δ = dt; A, B, C, D (matrices) as above; h = ssm.
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -250,25 +249,6 @@ class Mamba(LanguageModel):
         return described, [p for mixer in mixers for p in (mixer.A_log, mixer.conv1d.weight)]
 
 
-def rename(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give the parameters of a Hugging Face or official checkpoint our names, which are the official ones.
-
-    A `lm_head.weight` stays: whether it repeats the embedding is for the reader of the file to judge, by
-    `config.tie_embeddings`. A tied model has no such parameter.
-
-    Args:
-        state_dict: name -> tensor.
-
-    Returns:
-        The same tensors under our names.
-    """
-    ours, theirs = "backbone.embedding.", "backbone.embeddings."
-    return {
-        ours + name.removeprefix(theirs) if name.startswith(theirs) else name: tensor
-        for name, tensor in state_dict.items()
-    }
-
-
 ENTRY = ModelEntry(
     name="mamba",
     kind="language",
@@ -281,5 +261,4 @@ ENTRY = ModelEntry(
     config=MambaConfig,
     presets=PRESETS,
     verbs=LANGUAGE,
-    rename=rename,
 )

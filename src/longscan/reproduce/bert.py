@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from longscan.checkpoints.bert import load_bert
+from longscan.checkpoints.load import load_bert
 from longscan.reproduce.accuracy_table import finish, show
 from longscan.reproduce.experiment import Plan
 from longscan.training.config import TrainConfig

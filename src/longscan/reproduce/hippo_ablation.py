@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longscan.checkpoints.sequence_classifier import load_sequence_model
+from longscan.checkpoints.load import load
 from longscan.data.labeled_sequences import Sequences, read_sequences
 from longscan.evaluation.classification import measure
 from longscan.reproduce.accuracy_table import finish, show
@@ -72,7 +72,7 @@ def run(plan: Plan) -> dict[str, Any]:
 
 def _measure(plan: Plan, directory: Path, test: Sequences) -> dict[str, Any]:
     """Measure a model, unless that is done."""
-    model = load_sequence_model(directory / "model")
+    model = load(directory / "model", "sequence")
     test = test.labelled(model.config.labels)
     key = f"{len(test)}"
     return plan.remember(directory, model, key, lambda: {"accuracy": 100 * measure(model, test)["accuracy"]})

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import typer
 
-from longscan.checkpoints.sequence_classifier import load_sequence_model
+from longscan.checkpoints.load import load
 from longscan.core.optional import installed, remedy
 from longscan.data.labeled_sequences import Sequences, read_sequences
 from longscan.evaluation.classification import measure
@@ -92,7 +92,7 @@ def _system(
 
 def _measure(plan: Plan, directory: Path, tests: Mapping[str, Sequences]) -> dict[str, Any]:
     """Measure a model, unless that is done."""
-    model = load_sequence_model(directory / "model")
+    model = load(directory / "model", "sequence")
 
     def score() -> dict[str, Any]:
         labels = model.config.labels

@@ -14,7 +14,7 @@ from typing import Any
 
 import typer
 
-from longscan.checkpoints.bert import load_classifier
+from longscan.checkpoints.load import load
 from longscan.core.files import atomic_write
 from longscan.data.labeled_texts import Example, frame_examples, number_labels, read_examples
 from longscan.data.sentence_pairs import read_lines
@@ -64,7 +64,7 @@ def run(plan: Plan) -> dict[str, Any]:
         data = {"data": [str(paths["train"])], "valid": [str(paths["valid"])]}
         config = ClassifyConfig.from_dict({**SHARED, **data, "model": plan.model, "seed": seed})
         directory = plan.train("movie-snippets" + (f"-seed{seed}" if seed else ""), config, ClassifyRun)
-        model = load_classifier(directory / "model").model
+        model = load(directory / "model", "classifier").model
         found["minilm"].append(
             plan.remember(directory, model, f"{len(test)}", partial(_measure, directory, test))
         )
@@ -79,7 +79,7 @@ def run(plan: Plan) -> dict[str, Any]:
 
 def _measure(directory: Path, test: list[Example]) -> dict[str, float]:
     """Measure a fine-tuned model."""
-    found = load_classifier(directory / "model")
+    found = load(directory / "model", "classifier")
     truth = number_labels(test, found.model.config.labels)
     framed = frame_examples(found.tokenizer, test, SHARED["seq_len"])
     scores = predict(found.model, found.tokenizer, framed)

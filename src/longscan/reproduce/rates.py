@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longscan.checkpoints.sequence_classifier import load_sequence_model
+from longscan.checkpoints.load import load
 from longscan.data.labeled_sequences import Sequences
 from longscan.errors import LongscanError
 from longscan.evaluation.classification import measure
@@ -67,7 +67,7 @@ def run_systems(
 
 def _measure(plan: Plan, directory: Path, test: Sequences, low: bool) -> dict[str, Any]:
     """Measure a model at both rates, unless that is done."""
-    model = load_sequence_model(directory / "model")
+    model = load(directory / "model", "sequence")
     test = test.labelled(model.config.labels)
 
     def score() -> dict[str, Any]:

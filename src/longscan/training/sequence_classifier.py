@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longscan.checkpoints.sequence_classifier import save_sequence_model
+from longscan.checkpoints.save import save
 from longscan.core.config import count
 from longscan.core.files import atomic_directory
 from longscan.core.random import EpochOrder
@@ -137,7 +137,7 @@ class SequencesRun(Run[SequencesConfig]):
 
     def export(self, directory: Path) -> None:
         """Write the model of the last step."""
-        save_sequence_model(self.model, directory)
+        save(self.model, directory)
 
     @property
     def validates(self) -> bool:

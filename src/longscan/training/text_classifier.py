@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longscan.checkpoints.bert import load_bert
+from longscan.checkpoints.load import load_bert
 from longscan.checkpoints.save import save
 from longscan.core.config import count
 from longscan.core.files import atomic_directory

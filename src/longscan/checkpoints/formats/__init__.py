@@ -1,70 +1,101 @@
-"""Model directories in words: which model a config.json describes, and how ours are written.
+"""The layouts of checkpoints, one file each, and which of them a config.json has.
 
-A model with a published layout has a dialect, a file here. The others have our own layout: config.json is
-their Config beside "model_type" and "longscan", the tensors have the names they have in the model.
+Published models have the layout of transformers, Mamba that of its authors too, sequence classifiers one of
+their own; all others have longscan's own. Quantised weights are a variant of any layout in safetensors:
+config.json names the format, and each stored matrix stands beside its scales (`...in_proj.weight`,
+`...in_proj.scale`). All else in such a file is float32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from longscan.checkpoints.formats import bert, llama, mamba
-from longscan.checkpoints.formats.fields import QUANTIZATION, Dialect
-from longscan.checkpoints.formats.mamba import to_official
+from longscan.checkpoints.formats import bert, llama, mamba, official, sequence_classifier
+from longscan.checkpoints.formats.base import QUANTIZATION, Format
+from longscan.checkpoints.formats.own import own
+from longscan.checkpoints.formats.sequence_classifier import MODEL_TYPE as SEQUENCE
 from longscan.core.config import Config, nearest
 from longscan.errors import LongscanError
-from longscan.models import MODELS, Model, entry_of
+from longscan.models import MODELS, Model, ModelKind, entry_of
 from longscan.models.common.quantization import KINDS
+from longscan.models.sequence_classifier import SequenceModel
 from longscan.ops import Kind
 
-__all__ = ["publish", "read_config", "read_format", "to_official", "write_config"]
+__all__ = [
+    "FORMATS",
+    "OFFICIAL",
+    "Format",
+    "StoredKind",
+    "config_fields",
+    "find_format",
+    "kind_of_model",
+    "name_of_model",
+    "read_config",
+    "read_format",
+]
 
-METHOD = "longscan"  # the quant_method by which others know it
-VERSION = 1  # of our own layout, and of that of quantised weights
-OWN = "longscan"  # the key of the former
+StoredKind: TypeAlias = ModelKind | Literal["sequence"]
+
+METHOD, VERSION = "longscan", 1  # of quantised weights: the quant_method by which others know them
 
 # models of others whose names resemble ours
 OTHERS = ("mamba2", "falcon_mamba", "llama4", "llama4_text", "mllama", "roberta", "distilbert", "albert")
-DIALECTS: dict[str, Dialect] = {
-    "bert": bert.DIALECT,
-    "llama": llama.DIALECT,
-    "mamba": mamba.DIALECT,
+
+#: by the name of the model, as config.json has it
+FORMATS: dict[str, Format] = {
+    **{name: own(name) for name in MODELS},
+    **{"bert": bert.FORMAT, "llama": llama.FORMAT, "mamba": mamba.FORMAT},
+    SEQUENCE: sequence_classifier.FORMAT,
 }
+OFFICIAL = official.FORMAT
 
 
-def read_config(raw: Mapping[str, Any], tokenizer_size: int | None = None) -> tuple[str, Config]:
-    """Understand a config.json.
+def find_format(raw: Mapping[str, Any]) -> tuple[str, Format]:
+    """Return which model a config.json describes, and in which layout.
 
     Args:
-        raw: its content, of any dialect.
-        tokenizer_size: ids of the tokenizer beside it. Hugging Face files give the padded vocabulary only;
-            how much of it is real the tokenizer tells, unless the file was written by us and says so.
+        raw: its content.
 
     Returns:
-        The model's name in MODELS and its Config.
+        The model's name in FORMATS, and the layout.
 
     Raises:
-        LongscanError: a field is missing, unknown, out of range, or means another model.
+        LongscanError: it describes no model that is here.
     """
     if "model_type" not in raw:
         if "d_model" in raw:
-            return "mamba", mamba.read_official(raw)
+            return "mamba", OFFICIAL
         raise LongscanError(
             "neither a Hugging Face configuration (no model_type) nor an official Mamba one (no d_model)."
         )
     name = raw["model_type"]
-    if not isinstance(name, str) or name not in MODELS:
-        if isinstance(name, str) and name in OTHERS:
-            raise LongscanError(f"model_type: {name!r} is another model, which is not computed here.")
-        raise LongscanError(f"model_type: no model called {name!r}{nearest(str(name), MODELS)}")
-    if name in DIALECTS:
-        return name, DIALECTS[name].read(raw, tokenizer_size)
-    return name, _read_own(name, raw)
+    if isinstance(name, str) and name in FORMATS:
+        return name, FORMATS[name]
+    if isinstance(name, str) and name in OTHERS:
+        raise LongscanError(f"model_type: {name!r} is another model, which is not computed here.")
+    raise LongscanError(f"model_type: no model called {name!r}{nearest(str(name), MODELS)}")
+
+
+def read_config(raw: Mapping[str, Any], tokenizer_size: int | None = None) -> tuple[str, Config]:
+    """Return which model a config.json describes, and its sizes.
+
+    Args:
+        raw: its content, of any layout.
+        tokenizer_size: ids of the tokenizer beside it, see `Format.read`.
+
+    Returns:
+        The model's name in FORMATS, and its Config.
+
+    Raises:
+        LongscanError: a field is missing, unknown, out of range, or means another model.
+    """
+    name, layout = find_format(raw)
+    return name, layout.read(raw, tokenizer_size)
 
 
 def read_format(raw: Mapping[str, Any]) -> Kind | None:
-    """Understand what a config.json says about quantised weights.
+    """Return the format of quantised weights that a config.json names.
 
     Args:
         raw: its content.
@@ -99,45 +130,36 @@ def read_format(raw: Mapping[str, Any]) -> Kind | None:
     raise LongscanError(f"{QUANTIZATION}: expected a format among {choices}, got {found.get('format')!r}.")
 
 
-def write_config(model: Model, dtype: str, kind: Kind | None = None) -> dict[str, Any]:
-    """Write the configuration of a model as it is published, or as our own layout has it.
+def config_fields(model: Model, layout: Format, dtype: str, kind: Kind | None = None) -> dict[str, Any]:
+    """Return the content of a model's config.json.
 
     Args:
-        model: of a class of the line.
+        model: of a class that FORMATS knows.
+        layout: of the file.
         dtype: of most weights, such as "float32". With "int8" and "uint8" transformers refuses the weights;
             an unknown quant_method alone it would skip with a warning.
         kind: the format of the matrices, if they are quantised.
-
-    Returns:
-        The content of config.json.
     """
-    name = entry_of(model).name
-    if name in DIALECTS:
-        fields = DIALECTS[name].write(model.config)
-    else:
-        fields = {"model_type": name, OWN: VERSION, **model.config.to_dict()}
+    fields = layout.write(model.config)
+    if layout is OFFICIAL or isinstance(model, SequenceModel):  # they have no such fields
+        return fields
     stored = {QUANTIZATION: {"quant_method": METHOD, "format": kind, "version": VERSION}} if kind else {}
     return {**fields, "dtype": dtype, **stored}
 
 
-def publish(model: Model, name: str) -> str:
-    """Return the name of a tensor in files.
+def name_of_model(model: Model) -> str:
+    """Return the name of a model in FORMATS.
 
     Args:
-        model: of a class of the line.
-        name: of the tensor in the model.
+        model: of a class that is there.
     """
-    dialect = DIALECTS.get(entry_of(model).name)
-    return dialect.publish(name) if dialect else name
+    return SEQUENCE if isinstance(model, SequenceModel) else entry_of(model).name
 
 
-def _read_own(name: str, raw: Mapping[str, Any]) -> Config:
-    """Read our own layout."""
-    if raw.get(OWN) != VERSION:
-        raise LongscanError(
-            f"{OWN}: expected version {VERSION} of the layout of a {name}, got {raw.get(OWN)!r}: this file "
-            "is of another program, or another longscan. Update it, or make the model again."
-        )
-    ends = ("bos_token_id", "eos_token_id", "pad_token_id")  # for what generates elsewhere
-    known = ("model_type", OWN, "dtype", QUANTIZATION, *ends)
-    return MODELS[name].config.from_dict({key: value for key, value in raw.items() if key not in known})
+def kind_of_model(name: str) -> StoredKind:
+    """Return what a model is for.
+
+    Args:
+        name: in FORMATS.
+    """
+    return "sequence" if name == SEQUENCE else MODELS[name].kind

@@ -1,15 +1,15 @@
-"""BERT's config.json, as Hugging Face has it."""
+"""BERT as transformers' BertModel, BertForPreTraining and BertForSequenceClassification have it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from longscan.checkpoints.formats.fields import IDLE, Dialect, build, check_fields
+from longscan.checkpoints.formats.base import IDLE, Copy, Format, build, check_fields
 from longscan.errors import LongscanError
 from longscan.models.bert import BertConfig, Score
 
-__all__ = ["DIALECT"]
+__all__ = ["FORMAT"]
 
 # their name -> ours
 HUGGINGFACE = {
@@ -66,9 +66,17 @@ PROBLEMS: dict[str | None, Score] = {
     "regression": "none",
 }
 
+BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+TIED = Copy(
+    "cls.predictions.decoder.weight",
+    "bert.embeddings.word_embeddings.weight",
+    None,
+    "{name} is not the word embedding: that is another model.",
+)
+
 
 def _read(raw: Mapping[str, Any], tokenizer_size: int | None) -> BertConfig:
-    """Read the dialect; the head is the one that `architectures` names, if it is one of ours."""
+    """Read the fields; the head is the one that `architectures` names, if it is one of ours."""
     check_fields(raw, HUGGINGFACE, ONLY, IDLE_HERE)
     act = raw.get("hidden_act", "gelu")
     if not isinstance(act, str) or act not in ACTIVATIONS:
@@ -145,4 +153,17 @@ def _write(config: BertConfig) -> dict[str, Any]:
     }
 
 
-DIALECT = Dialect(read=_read, write=_write, publish=str)
+def _ours(name: str) -> str | None:
+    """Return the present name of a tensor.
+
+    A bare encoder has no `bert.` prefix; files of the first years say gamma and beta; some hold the bias of
+    the masked-LM head twice, and buffers that say nothing.
+    """
+    if name.startswith(("embeddings.", "encoder.", "pooler.")):
+        name = f"bert.{name}"
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    name = "cls.predictions.bias" if name == "cls.predictions.decoder.bias" else name
+    return None if name.endswith(BUFFERS) else name
+
+
+FORMAT = Format(read=_read, write=_write, ours=_ours, copy=TIED, buffers=BUFFERS)

@@ -1,15 +1,16 @@
-"""Llama's config.json, as transformers' LlamaForCausalLM has it."""
+"""Llama as transformers' LlamaForCausalLM has it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from longscan.checkpoints.formats.fields import (
+from longscan.checkpoints.formats.base import (
     ELSEWHERE,
     IDLE,
     QUANTIZATION,
-    Dialect,
+    TIED_HEAD,
+    Format,
     build,
     check_fields,
     check_twins,
@@ -17,9 +18,8 @@ from longscan.checkpoints.formats.fields import (
 )
 from longscan.errors import LongscanError
 from longscan.models import LlamaConfig
-from longscan.models.llama import publish
 
-__all__ = ["DIALECT"]
+__all__ = ["FORMAT"]
 
 # their name -> ours
 HUGGINGFACE = {
@@ -49,6 +49,20 @@ ONLY: dict[str, tuple[Any, ...]] = {
 }
 ROTATION = "rope_parameters"  # where transformers 5 keeps rope_theta
 SCALING = "rope_scaling"  # where older ones say how positions are stretched
+
+# Hugging Face's beginnings of names -> ours
+OUTER = {
+    "model.embed_tokens.": "backbone.embedding.",
+    "model.norm.": "backbone.norm_f.",
+    "lm_head.": "lm_head.",
+}
+INNER = {
+    "self_attn.": "mixer.",
+    "mlp.": "mlp.",
+    "input_layernorm.": "norm.",
+    "post_attention_layernorm.": "mlp_norm.",
+}
+LAYERS = ("model.layers.", "backbone.layers.")
 
 
 def _read(raw: Mapping[str, Any], tokenizer_size: int | None) -> LlamaConfig:
@@ -120,4 +134,25 @@ def _replaced(config: LlamaConfig, name: str) -> LlamaConfig | None:
         return None
 
 
-DIALECT = Dialect(read=_read, write=_write, publish=publish)
+def _ours(name: str) -> str | None:
+    """Return our name of a tensor. Old files hold the rotations' frequencies, which the Config tells."""
+    return None if name.endswith(".rotary_emb.inv_freq") else _translate(name, LAYERS, OUTER, INNER)
+
+
+def _theirs(name: str) -> str:
+    """Return Hugging Face's name of a tensor."""
+    outer, inner = ({ours: theirs for theirs, ours in table.items()} for table in (OUTER, INNER))
+    return _translate(name, LAYERS[::-1], outer, inner)
+
+
+def _translate(name: str, layers: tuple[str, str], outer: Mapping[str, str], inner: Mapping[str, str]) -> str:
+    """Change the beginning of a name, or what follows the number of its layer."""
+    if not name.startswith(layers[0]):
+        start = next((start for start in outer if name.startswith(start)), "")
+        return outer.get(start, "") + name.removeprefix(start)
+    number, _, rest = name.removeprefix(layers[0]).partition(".")
+    start = next((start for start in inner if rest.startswith(start)), "")
+    return f"{layers[1]}{number}.{inner.get(start, '')}{rest.removeprefix(start)}"
+
+
+FORMAT = Format(read=_read, write=_write, ours=_ours, theirs=_theirs, copy=TIED_HEAD)

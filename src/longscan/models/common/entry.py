@@ -33,7 +33,6 @@ class ModelEntry:
         config: its Config.
         presets: known sizes, fields of the Config by name.
         verbs: the commands that accept it.
-        rename: from the names of published checkpoints to ours, if there are any.
     """
 
     name: str
@@ -47,4 +46,3 @@ class ModelEntry:
     config: type[Config]
     presets: Mapping[str, dict[str, Any]]
     verbs: tuple[str, ...]
-    rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict

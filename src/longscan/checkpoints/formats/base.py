@@ -1,6 +1,7 @@
-"""What the dialects of config.json have in common: fields that are looked up, refused, or left alone.
+"""One object per layout of a checkpoint: its config.json and its names of tensors, both ways.
 
-A field that is in no table is an error, because nobody knows what it would have changed.
+Reading is strict: a field of config.json that is in no table is an error, because nobody knows what it would
+have changed.
 """
 
 from __future__ import annotations
@@ -10,10 +11,24 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
 from longscan.core.config import Config, nearest
 from longscan.errors import LongscanError
 
-__all__ = ["ELSEWHERE", "IDLE", "QUANTIZATION", "Dialect", "build", "check_fields", "check_twins", "unpadded"]
+__all__ = [
+    "ELSEWHERE",
+    "IDLE",
+    "QUANTIZATION",
+    "TIED_HEAD",
+    "Copy",
+    "Format",
+    "build",
+    "check_fields",
+    "check_twins",
+    "unpadded",
+]
 
 QUANTIZATION = "quantization_config"
 
@@ -21,19 +36,97 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 @dataclass(frozen=True)
-class Dialect:
-    """How one model stands in files that other programs read too.
+class Copy:
+    """A tensor that repeats another one in some files: the output matrix that is the embedding.
 
     Attributes:
-        read: from the content of config.json, and the ids of the tokenizer beside it, to the Config.
-        write: from the Config to that content; the type of the weights and the special tokens come from
-            elsewhere.
-        publish: from our name of a tensor to theirs; the way back is the model's `rename`.
+        name: of the copy, ours.
+        original: of the tensor that it repeats, ours.
+        field: of the Config, true if it is a copy; None: it always is.
+        refusal: the error if it holds other numbers; `{name}` is its name.
+    """
+
+    name: str
+    original: str
+    field: str | None
+    refusal: str
+
+
+#: of language models
+TIED_HEAD = Copy(
+    "lm_head.weight",
+    "backbone.embedding.weight",
+    "tie_embeddings",
+    "config.json says the head is the embedding, the file holds another {name}. "
+    "Set tie_word_embeddings (official: tie_embeddings) to false to use it.",
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one model stands in files.
+
+    Attributes:
+        read: the Config, of the content of config.json and the number of ids of the tokenizer beside it, if
+            there is one: files that give the padded vocabulary only don't say how much of it is real.
+        write: the content of config.json, of the Config; the type of the weights and the special tokens come
+            from elsewhere.
+        ours: our name of a tensor, of theirs; None: it says nothing and is left out.
+        theirs: their name, of ours.
+        copy: what the file may hold twice, if anything.
+        buffers: endings of the names of whole numbers that were saved along and say nothing.
     """
 
     read: Callable[[Mapping[str, Any], int | None], Config]
     write: Callable[[Any], dict[str, Any]]
-    publish: Callable[[str], str]
+    ours: Callable[[str], str | None] = str
+    theirs: Callable[[str], str] = str
+    copy: Copy | None = None
+    buffers: tuple[str, ...] = ()
+
+    def rename(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of a file under our names.
+
+        Args:
+            tensors: by their names, or by ours already.
+
+        Raises:
+            LongscanError: two of them are one under two names, and they differ.
+        """
+        renamed: dict[str, Tensor] = {}
+        for theirs, tensor in tensors.items():
+            name = self.ours(theirs)
+            if name is None:
+                continue
+            if not _same(renamed.setdefault(name, tensor), tensor):
+                raise LongscanError(f"{theirs} is another name of {name}, and both hold different numbers.")
+        return renamed
+
+    def without_copy(self, tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+        """Return tensors without the one that repeats another.
+
+        Args:
+            tensors: by our names.
+            config: of the model.
+
+        Returns:
+            All of them if the original is missing, which the model then misses.
+
+        Raises:
+            LongscanError: the copy is none: its shape or its numbers differ.
+        """
+        rest, copy = dict(tensors), self.copy
+        if copy is None or (copy.field is not None and not getattr(config, copy.field)):
+            return rest
+        repeated = copy.name in rest and copy.original in rest
+        if repeated and not _same(rest.pop(copy.name), rest[copy.original]):
+            raise LongscanError(copy.refusal.format(name=copy.name))
+        return rest
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors hold the same numbers in the same shape and type."""
+    return a is b or (a.dtype == b.dtype and torch.equal(a, b))
 
 
 # fields that say how to run, to start afresh or to finish a text, and leave the logits alone

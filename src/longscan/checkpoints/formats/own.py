@@ -1,0 +1,39 @@
+"""longscan's own layout, of models that nobody publishes: their Config and a version, our names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from longscan.checkpoints.formats.base import QUANTIZATION, TIED_HEAD, Format
+from longscan.core.config import Config
+from longscan.errors import LongscanError
+from longscan.models import MODELS
+
+__all__ = ["own"]
+
+VERSION, KEY = 1, "longscan"
+# what stands in config.json for other readers
+ELSE = ("model_type", KEY, "dtype", QUANTIZATION, "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def own(name: str) -> Format:
+    """Return the layout of a model.
+
+    Args:
+        name: of the model, in MODELS.
+    """
+
+    def read(raw: Mapping[str, Any], tokenizer_size: int | None) -> Config:
+        if raw.get(KEY) != VERSION:
+            raise LongscanError(
+                f"{KEY}: expected version {VERSION} of the layout of a {name}, got {raw.get(KEY)!r}: this "
+                "file is of another program, or another longscan. Update it, or make the model again."
+            )
+        return entry.config.from_dict({key: value for key, value in raw.items() if key not in ELSE})
+
+    def write(config: Config) -> dict[str, Any]:
+        return {"model_type": name, KEY: VERSION, **config.to_dict()}
+
+    entry = MODELS[name]
+    return Format(read=read, write=write, copy=TIED_HEAD if entry.kind == "language" else None)
