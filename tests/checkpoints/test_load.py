@@ -25,8 +25,9 @@ from longscan.checkpoints.hub import resolve
 from longscan.checkpoints.load import load, load_translator
 from longscan.checkpoints.save import Layout, convert, save
 from longscan.core.files import read_json, write_json
-from longscan.errors import LongscanError
+from longscan.errors import LongscanError, UsageError
 from longscan.models import MODELS, LanguageModel, Llama, LlamaConfig, Mamba, MambaConfig
+from longscan.models.sequence_classifier import SequenceConfig, SequenceModel
 from longscan.tokenizers.base import ByteTokenizer
 from longscan.tokenizers.bpe import train_bpe
 
@@ -343,6 +344,23 @@ def test_everything_that_does_not_fit_is_listed(saved: Path) -> None:
     assert "and 2 more" in message
     assert "1 unexpected: backbone.extra" in message
     assert "1 of another shape: backbone.norm_f.weight (7,) instead of (16,)" in message
+
+
+def test_a_tensor_has_one_name(saved: Path) -> None:
+    rewrite(saved, lambda tensors: tensors.update({"backbone.embedding.weight": tensors[EMBEDDING] + 1}))
+    expected = "is another name of backbone.embedding.weight, and both hold different numbers"
+    message = refusal(saved)
+    assert message.startswith(str(saved))
+    assert expected in message
+
+
+def test_a_tied_head_is_the_embedding(model: Mamba, saved: Path) -> None:
+    rewrite(saved, lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDING].clone()}))
+    assert_same(load(saved)[0], model)
+    head = load_file(saved / "model.safetensors")[EMBEDDING]
+    for other in (head + 1, head[:9].clone(), head.half()):
+        rewrite(saved, lambda tensors, other=other: tensors.update({"lm_head.weight": other}))
+        assert "config.json says the head is the embedding, the file holds another lm_head" in refusal(saved)
 
 
 def test_quantised_weights(saved: Path) -> None:
@@ -732,6 +750,34 @@ def test_a_language_model_is_no_translator(saved: Path) -> None:
     (saved / "tokenizer.json").write_text("{}")
     with pytest.raises(LongscanError, match="is a mamba, a language model; expected a translation model"):
         load_translator(saved)
+
+
+@pytest.mark.parametrize("kind", ["language", "translation", "masked", "classifier", "sequence"])
+def test_a_kind_is_asked_for(kind: Any, saved: Path, tmp_path: Path) -> None:
+    config = SequenceConfig(
+        body="mamba", body_config=make().config, n_outputs=2, labels=("a", "b"), d_input=1
+    )
+    save(SequenceModel(config), tmp_path / "sequence")
+    expected = {"language": "a language model", "translation": "a translation model", "sequence": ""}
+    expected |= dict.fromkeys(("masked", "classifier"), "a masked language model such as BERT")
+    if kind == "sequence":
+        assert load(tmp_path / "sequence", kind).config == config
+    else:
+        with pytest.raises(LongscanError, match=f"predicts no tokens: expected {expected[kind]}"):
+            load(tmp_path / "sequence", kind)
+    if kind == "language":
+        assert_same(load(saved, kind)[0], load(saved)[0])
+        return
+    with pytest.raises(LongscanError, match=f"is a mamba, a language model; expected {expected[kind]}"):
+        load(saved, kind)
+    with pytest.raises(UsageError, match=f"precision: expected kind 'language', got '{kind}'"):
+        load(saved, kind, precision="int8")
+
+
+def test_impossible_kinds(saved: Path) -> None:
+    other: Any = "vision"
+    with pytest.raises(UsageError, match="kind: expected language, translation, masked, classifier, seq"):
+        load(saved, other)
 
 
 def test_only_mamba_goes_into_the_official_layout_and_gguf(tmp_path: Path) -> None:

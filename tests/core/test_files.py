@@ -261,6 +261,18 @@ def test_a_target_has_one_writer(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["run"]
 
 
+def test_a_file_has_one_writer_if_it_asks_for_that(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "a", exclusive=True) as new:
+        new.write_text("a")
+        with (
+            pytest.raises(LongscanError, match="a is being written by another process"),
+            atomic_file(tmp_path / "a", exclusive=True),
+        ):
+            pytest.fail("there are two writers")
+    assert (tmp_path / "a").read_text() == "a"
+    assert listing(tmp_path) == ["a"]
+
+
 def test_a_lock_of_a_killed_process_is_in_nobodys_way(tmp_path: Path) -> None:
     (tmp_path / ".run.lock").write_text("")
     with atomic_directory(tmp_path / "run"):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from longscan.checkpoints.source import Weights
-from longscan.checkpoints.weights import check_widths, some
+from longscan.checkpoints.weights import check_widths, dtype_name, refuse
 from longscan.core.config import Config
 from longscan.errors import LongscanError
 from longscan.models import Model
 from longscan.models.common.quantization import kind_of, precision, store_like
 
-__all__ = ["assemble", "blank_model", "dtype_name"]
+__all__ = ["assemble", "blank_model"]
 
 
 def assemble(
@@ -28,7 +28,7 @@ def assemble(
         path: where they are from, for messages.
         cls: the model.
         config: its sizes.
-        weights: its tensors; they are taken out of the dictionary one by one, copied if they are mapped.
+        weights: its tensors; those of a mapped file are copied, each once.
         dtype: of the weights; None keeps theirs. Quantised weights stay as they are.
 
     Returns:
@@ -55,7 +55,7 @@ def assemble(
     expected = model.state_dict()
     _check_fit(path, expected, tensors, types=kind is not None)
     model.load_state_dict(
-        {name: tensors.pop(name).to(like.dtype, copy=mapped).contiguous() for name, like in expected.items()},
+        {name: tensors[name].to(like.dtype, copy=mapped).contiguous() for name, like in expected.items()},
         assign=True,
     )
     if kind_of(model) != kind:
@@ -85,15 +85,6 @@ def blank_model(path: Path, cls: Callable[..., Model], config: Config, dtype: to
     return model.to(dtype)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a type as users know it.
-
-    Args:
-        dtype: any.
-    """
-    return str(dtype).removeprefix("torch.")
-
-
 def _sizes(config: Config) -> dict[str, Any]:
     """Return the sizes of a model; a sequence classifier has most of them in the Config of its blocks."""
     fields = config.to_dict()
@@ -104,23 +95,18 @@ def _check_fit(
     path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, types: bool
 ) -> None:
     """Name everything that does not fit, in one error; also the types, where they tell what a tensor is."""
-    shapes = [
-        f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
-        for name, tensor in found.items()
-        if name in expected and tensor.shape != expected[name].shape
-    ]
     problems = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
-        "of another shape": shapes,
+        "of another shape": [
+            f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
+            for name, tensor in found.items()
+            if name in expected and tensor.shape != expected[name].shape
+        ],
         "of another type": [
             f"{name} {dtype_name(tensor.dtype)} instead of {dtype_name(expected[name].dtype)}"
             for name, tensor in found.items()
             if types and name in expected and tensor.dtype != expected[name].dtype
         ],
     }
-    if any(problems.values()):
-        lines = [f"{len(names)} {what}: {some(names)}" for what, names in problems.items() if names]
-        raise LongscanError(
-            "\n".join([f"{path}: the weights are not those that config.json describes.", *lines])
-        )
+    refuse(f"{path}: the weights are not those that config.json describes.", problems)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from longscan.checkpoints.assemble import assemble
-from longscan.checkpoints.formats.bert import FORMAT
+from longscan.checkpoints.formats.bert import TIED
 from longscan.checkpoints.source import ModelDirectory, Weights
 from longscan.core.files import read_json
 from longscan.errors import LongscanError
@@ -19,10 +20,6 @@ from longscan.models.bert import Bert, BertConfig, Head
 from longscan.tokenizers.wordpiece import WordPieceTokenizer, load_wordpiece
 
 __all__ = ["HeadOptions", "LoadedBert", "read_bert", "read_pooling"]
-
-assert FORMAT.copy is not None
-EMBEDDING = FORMAT.copy.original
-
 
 # what a checkpoint may lack as a whole; a part that the head has no use for is left out
 PARTS = ("bert.pooler.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs.")
@@ -104,15 +101,11 @@ def read_bert(source: ModelDirectory, options: HeadOptions, dtype: torch.dtype |
     config = _with_head(stored, options)
     tensors = source.weights(config).tensors
     if config.labels != stored.labels:
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}
+        tensors = _without(tensors, "classifier.")
     parts = _parts(config)
-    tensors = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not name.startswith(PARTS) or name.startswith(parts)
-    }
+    tensors = _without(tensors, *(part for part in PARTS if part not in parts))
     fresh = tuple(part for part in parts if not any(name.startswith(part) for name in tensors))
-    embedding = tensors.get(EMBEDDING)
+    embedding = tensors.get(TIED.original)
     if fresh and embedding is not None and embedding.shape == (config.vocab_size, config.d_model):
         small = config.replace(n_layers=1, d_ff=1, max_positions=1, n_types=1)  # the parts have no such sizes
         start = Bert(small, options.generator).state_dict()
@@ -145,6 +138,11 @@ def _parts(config: BertConfig) -> tuple[str, ...]:
     with torch.device("meta"):
         names = list(Bert(least).state_dict())
     return tuple(part for part in PARTS if any(name.startswith(part) for name in names))
+
+
+def _without(tensors: Mapping[str, Tensor], *parts: str) -> dict[str, Tensor]:
+    """Return the tensors that belong to none of some parts."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(parts)}
 
 
 def _text(path: Path) -> str:

@@ -9,10 +9,12 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from longscan.checkpoints.assemble import blank_model, dtype_name
+from longscan.checkpoints.assemble import blank_model
 from longscan.checkpoints.formats import FORMATS, OFFICIAL, config_fields, name_of_model
+from longscan.checkpoints.formats.base import TIED_HEAD
 from longscan.checkpoints.gguf.model import GGUFType, save_gguf
 from longscan.checkpoints.load import load
+from longscan.checkpoints.weights import dtype_name
 from longscan.core.files import atomic_directory, write_json, writing
 from longscan.errors import LongscanError, UsageError
 from longscan.models import (
@@ -153,8 +155,7 @@ def _write(
             fields = config_fields(model, form, dtype_name(dtype), kind)
             published = {form.theirs(name): tensor for name, tensor in tensors.items()}
             if form is OFFICIAL:
-                assert form.copy is not None
-                head, embedding = form.theirs(form.copy.name), form.theirs(form.copy.original)
+                head, embedding = form.theirs(TIED_HEAD.name), form.theirs(TIED_HEAD.original)
                 published.setdefault(head, published[embedding])  # one storage: it takes no more room
                 torch.save(published, new / "pytorch_model.bin")
             else:

@@ -1,4 +1,4 @@
-"""Tensors out of files that may be cut short, damaged or hostile.
+"""Tensors from files that may be truncated, damaged or hostile.
 
 The tensors are views of the mapped file: nothing is read until it is used, and no memory is taken twice.
 """
@@ -10,7 +10,7 @@ import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from longscan.core.files import read_json
 from longscan.errors import LongscanError
 
-__all__ = ["check_widths", "find_weights", "read_weights", "some"]
+__all__ = ["check_widths", "dtype_name", "find_weights", "read_weights", "refuse", "some"]
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 MAX_HEADER = 100_000_000  # bytes; what the safetensors library itself accepts
@@ -35,7 +35,7 @@ AGAIN = "delete the file and fetch it again."
 
 
 def find_weights(directory: Path) -> list[Path]:
-    """List the files that hold the weights of a model directory.
+    """Return the files that hold the weights of a model directory.
 
     Args:
         directory: searched for safetensors first, for the pickles of torch only if there are none.
@@ -57,7 +57,7 @@ def find_weights(directory: Path) -> list[Path]:
 def read_weights(
     directory: Path, quantised: bool = False, buffers: tuple[str, ...] = ()
 ) -> dict[str, Tensor]:
-    """Read the tensors of a model directory.
+    """Return the tensors of a model directory.
 
     Args:
         directory: see `find_weights`.
@@ -86,7 +86,7 @@ def read_weights(
             stored = quantised and tensor.dtype in (torch.int8, torch.uint8)
             if not stored and (not tensor.is_floating_point() or tensor.itemsize < 2):
                 raise LongscanError(
-                    f"{file}: {name} is {_name(tensor.dtype)}, expected float32, float16 or bfloat16"
+                    f"{file}: {name} is {dtype_name(tensor.dtype)}, expected float32, float16 or bfloat16"
                     + (
                         ", int8 or uint8: the file is damaged."
                         if quantised
@@ -120,7 +120,7 @@ def check_widths(directory: Path, sizes: Mapping[str, Any], tensors: Mapping[str
 
 
 def some(names: Iterable[str]) -> str:
-    """Put names in a sentence, the first eight of them.
+    """Return names as part of a sentence, the first eight of them.
 
     Args:
         names: in any order.
@@ -131,6 +131,30 @@ def some(names: Iterable[str]) -> str:
     names = sorted(names)
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return (", ".join(names[:8]) or "nothing") + more
+
+
+def refuse(heading: str, problems: Mapping[str, Sequence[str]]) -> None:
+    """Raise one error that lists all problems, if there are any.
+
+    Args:
+        heading: first line of the error.
+        problems: what is wrong -> names.
+
+    Raises:
+        LongscanError: there is a name.
+    """
+    if any(problems.values()):
+        lines = [f"{len(names)} {what}: {some(names)}" for what, names in problems.items() if names]
+        raise LongscanError("\n".join([heading, *lines]))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a type as users know it.
+
+    Args:
+        dtype: any.
+    """
+    return str(dtype).removeprefix("torch.")
 
 
 def _shards(index: Path, suffix: str) -> list[Path]:
@@ -162,7 +186,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _check_size(file: Path) -> None:
-    """Tell a download that was cut from a damaged file: the first is common, and easily put right."""
+    """Distinguish a truncated download from a damaged file: the first is common, and easily put right."""
     found = file.stat().st_size
     with open(file, "rb") as stream:
         start = stream.read(8)
@@ -218,7 +242,7 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
 
 
 def _check_archive(file: Path) -> None:
-    """Insist that an archive of torch.save is not compressed and names nothing but dense tensors."""
+    """Raise unless an archive of torch.save is uncompressed and names nothing but dense tensors."""
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
@@ -245,7 +269,7 @@ def _check_archive(file: Path) -> None:
 
 
 def _check_sizes(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Insist that a file holds the numbers it describes; a head may share those of the embedding."""
+    """Raise unless a file holds the numbers it describes; a head may share those of the embedding."""
     total = 0
     for name, tensor in tensors.items():
         n_bytes = tensor.numel() * tensor.element_size()
@@ -258,8 +282,3 @@ def _check_sizes(file: Path, tensors: dict[str, Tensor]) -> None:
         raise LongscanError(
             f"{file} describes tensors of {total:,} bytes and has {size:,}: the file is not meant well."
         )
-
-
-def _name(dtype: torch.dtype) -> str:
-    """Name a type as users know it."""
-    return str(dtype).removeprefix("torch.")

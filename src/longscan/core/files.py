@@ -66,19 +66,28 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
+def atomic_file(path: str | Path, *, exclusive: bool = False) -> Iterator[Path]:
     """Write a file, by whatever means, that appears under its name only when it is complete.
 
     Args:
         path: the file to create or replace; its directory must exist.
+        exclusive: whether a second writer is refused while the first one is at work, as for a directory; if
+            not, the last one to finish wins.
 
     Yields:
         A name beside it, to be written to by the caller.
 
     Raises:
+        LongscanError: another process is writing it, and `exclusive` is set.
         OSError: the directory is missing or not writable, or the disk is full; what was there is intact.
     """
     path = Path(os.path.realpath(path))  # a link keeps pointing to the file instead of becoming it
+    with _only_writer(path) if exclusive else contextlib.nullcontext():
+        yield from _replace(path)
+
+
+def _replace(path: Path) -> Iterator[Path]:
+    """Do the work of `atomic_file`."""
     _remove_stale(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
@@ -291,7 +300,11 @@ def _only_writer(path: Path) -> Iterator[None]:
     """Hold a lock beside a target; the system drops it when its process ends, however it ends."""
     lock = _aside(path, "lock")
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            _name_disk_error(error, path, lock)
+            raise
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -47,7 +47,7 @@ from longscan.checkpoints.gguf.tensors import (
 )
 from longscan.checkpoints.gguf.tokenizer import describe_tokenizer, read_tokenizer
 from longscan.checkpoints.source import Source, Weights, check_ids
-from longscan.checkpoints.weights import some
+from longscan.checkpoints.weights import refuse
 from longscan.core.config import Config
 from longscan.core.files import atomic_file
 from longscan.errors import LongscanError
@@ -106,7 +106,9 @@ class GGUFFile(Source):
         """Return Q8_0, Q4_0 and BF16 matrices as they are, all else in float32; see `Source.weights`."""
         assert isinstance(config, MambaConfig)
         with self._named():
-            tensors = _read_tensors(self.path, _match(_blank(config), self._header.tensors))
+            shapes, infos = _shapes(config), self._header.tensors
+            _check_fit(shapes, infos)
+            tensors = _read_tensors(self.path, shapes, infos)
         types = {tensor.dtype for tensor in tensors.values()}
         kinds = [kind for kind in KINDS if STORED_DTYPES[kind] in types]  # the narrowest is last
         return Weights(tensors, kinds[-1] if kinds else None)
@@ -138,7 +140,8 @@ def save_gguf(
         kind: of the matrices; None takes the nearest to what they are.
 
     Raises:
-        LongscanError: llama.cpp has no place for such a model or tokenizer; or a package is missing.
+        LongscanError: llama.cpp has no place for such a model or tokenizer; a package is missing; or another
+            process is writing the file.
         OSError: the file cannot be written.
     """
     kind = kind or usual_type(model)
@@ -160,7 +163,10 @@ def save_gguf(
         **describe_tokenizer(tokenizer, config.padded_vocab_size),
     }
     plan = _plan(model, config, kind)
-    with atomic_file(path) as new, contextlib.closing(gguf.GGUFWriter(new, ARCHITECTURE)) as writer:
+    with (
+        atomic_file(path, exclusive=True) as new,
+        contextlib.closing(gguf.GGUFWriter(new, ARCHITECTURE)) as writer,
+    ):
         for key, value in metadata.items():
             _add(writer, key, value)
         for item in plan:
@@ -193,38 +199,52 @@ def _blank(config: MambaConfig) -> Mamba:
         raise LongscanError(f"the sizes in the metadata are impossible ({error}).") from error
 
 
-def _match(model: LanguageModel, found: Mapping[str, TensorInfo]) -> dict[str, tuple[TensorInfo, Shape]]:
-    """Return each parameter's tensor and its shape here; name all that does not fit, in one error."""
-    expected = {gguf_name(name): (name, tuple(like.shape)) for name, like in model.state_dict().items()}
-    shapes = [
-        f"{theirs} {found[theirs].shape} instead of {shape}"
-        for theirs, (_, shape) in expected.items()
-        if theirs in found and not _fits(found[theirs], shape)
-    ]
-    types = [f"{short(name)} {info.type}" for name, info in found.items() if info.type not in READ]
-    problems = {
-        "missing": [theirs for theirs in expected if theirs not in found],
-        "unexpected": [short(theirs) for theirs in found if theirs not in expected],
-        "of another shape": shapes,
-        "of a type that is not read": types,
+def _shapes(config: MambaConfig) -> dict[str, Shape]:
+    """Return the shape of each parameter; layers are alike, so that one of them is built."""
+    layer = "backbone.layers.0."
+    shapes = {
+        name: tuple(like.shape) for name, like in _blank(config.replace(n_layers=1)).state_dict().items()
     }
-    if any(problems.values()):
-        lines = [f"{len(names)} {what}: {some(names)}" for what, names in problems.items() if names]
-        raise LongscanError("\n".join(["the tensors are not those that the metadata describe.", *lines]))
-    return {name: (found[theirs], shape) for theirs, (name, shape) in expected.items()}
+    inner = {name.removeprefix(layer): shapes.pop(name) for name in list(shapes) if name.startswith(layer)}
+    return shapes | {
+        f"backbone.layers.{number}.{name}": shape
+        for number in range(config.n_layers)
+        for name, shape in inner.items()
+    }
+
+
+def _check_fit(shapes: Mapping[str, Shape], found: Mapping[str, TensorInfo]) -> None:
+    """Raise unless a file has a tensor for each parameter; name all that does not fit, in one error."""
+    expected = {gguf_name(name): shape for name, shape in shapes.items()}
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [short(name) for name in found if name not in expected],
+        "of another shape": [
+            f"{name} {found[name].shape} instead of {shape}"
+            for name, shape in expected.items()
+            if name in found and not _fits(found[name], shape)
+        ],
+        "of a type that is not read": [
+            f"{short(name)} {info.type}" for name, info in found.items() if info.type not in READ
+        ],
+    }
+    refuse("the tensors are not those that the metadata describe.", problems)
 
 
 def _fits(info: TensorInfo, shape: Shape) -> bool:
-    """Whether a tensor has a shape but for axes of one, which conv1d has here and other writers add."""
+    """Return whether a shape fits but for axes of one, which conv1d has here and other writers add."""
     same = [n for n in info.shape if n != 1] == [n for n in shape if n != 1]
     return same and (info.type in PLAIN or info.shape[-1] == shape[-1])  # blocks lie along the last axis
 
 
-def _read_tensors(path: Path, places: Mapping[str, tuple[TensorInfo, Shape]]) -> dict[str, Tensor]:
+def _read_tensors(
+    path: Path, shapes: Mapping[str, Shape], infos: Mapping[str, TensorInfo]
+) -> dict[str, Tensor]:
     """Read the tensors one after the other, under our names and in our shapes."""
     tensors: dict[str, Tensor] = {}
     data = np.memmap(path, np.uint8, "r")
-    for name, (info, shape) in places.items():
+    for name, shape in shapes.items():
+        info = infos[gguf_name(name)]
         raw = torch.from_numpy(np.array(data[info.begin : info.begin + info.n_bytes]))
         if is_matrix(name, shape) and info.type in STORED:
             tensors[name], scale = stored(raw, info.type, shape)
