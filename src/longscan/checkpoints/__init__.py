@@ -1,1 +1,1 @@
-"""Models on disk: every layout in, ours out."""
+"""Checkpoints: load every layout through one pipeline, save, convert and quantise."""

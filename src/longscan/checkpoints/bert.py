@@ -52,8 +52,8 @@ class LoadedBert:
     Attributes:
         model: in evaluation mode.
         tokenizer: its own.
-        fresh: the parts that the checkpoint lacks, which hold random numbers now.
-        directory: where all this is.
+        fresh: the parts that the checkpoint lacks, initialised at random.
+        directory: of the checkpoint.
     """
 
     model: Bert
@@ -155,7 +155,7 @@ def read_pooling(directory: Path) -> Literal["mean", "cls"]:
 
     Args:
         directory: its modules.json lists the steps, 1_Pooling/config.json describes the second; without these
-            files nothing says otherwise than the mean.
+            files it is the mean.
 
     Returns:
         "mean" over all tokens, or "cls" for the first token alone.
@@ -170,14 +170,14 @@ def read_pooling(directory: Path) -> Literal["mean", "cls"]:
             raise LongscanError(
                 f"{steps}: expected Transformer, Pooling, Normalize, got {', '.join(other)}, too."
             )
-    for name, field, wanted in (
+    for name, field, expected in (
         ("sentence_bert_config.json", "do_lower_case", (False, None)),
         ("config_sentence_transformers.json", "default_prompt_name", (None,)),
     ):
         path = directory / name
         value = read_json(path).get(field) if path.is_file() else None
-        if value not in wanted:
-            raise LongscanError(f"{path}: {field}: expected {wanted[0]!r}, got {value!r}: not done here.")
+        if value not in expected:
+            raise LongscanError(f"{path}: {field}: expected {expected[0]!r}, got {value!r}: not done here.")
     path = directory / "1_Pooling" / "config.json"
     raw = read_json(path) if path.is_file() else {}
     known = ("word_embedding_dimension", "embedding_dimension", "include_prompt", "pooling_mode")

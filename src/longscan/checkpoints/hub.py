@@ -1,4 +1,4 @@
-"""Where a model is: among those that ship, in a directory or a GGUF file, or on the Hugging Face hub."""
+"""Resolve the name of a model: one that ships with the package, a path, or an id of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ __all__ = ["OFFICIAL", "OFFICIAL_TOKENIZER", "find_tokenizer", "official_tokeniz
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
-# what is fetched from a hub repository, which often holds the same weights in other formats too
-WANTED_TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
-WANTED = ["config.json", "generation_config.json", *WANTED_TOKENIZER]
-WANTED += ["vocab.txt", "modules.json", "sentence_bert_config.json", "1_Pooling/config.json"]
-WANTED += ["config_sentence_transformers.json"]
-WANTED_WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
-WANTED_PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
+# what is downloaded from a hub repository, which often holds the same weights in other formats too
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]
+MODEL_FILES = ["config.json", "generation_config.json", *TOKENIZER_FILES]
+MODEL_FILES += ["vocab.txt", "modules.json", "sentence_bert_config.json", "1_Pooling/config.json"]
+MODEL_FILES += ["config_sentence_transformers.json"]
+SAFETENSORS_FILES = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+PICKLE_FILES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
 
 # the authors' repositories name this tokenizer in their text and do not hold it
 OFFICIAL, OFFICIAL_TOKENIZER = "state-spaces/mamba-", "EleutherAI/gpt-neox-20b"
 
 
 def resolve(name_or_dir: str | Path, *, revision: str | None = None, offline: bool = False) -> Path:
-    """Find a model directory, fetching it if it lives on the Hugging Face hub.
+    """Return the path of a model, downloaded first if it is on the Hugging Face hub.
 
     Args:
         name_or_dir: in this order, the name of a shipped model, a directory, a .gguf file, or a hub id such
@@ -63,28 +63,28 @@ def resolve(name_or_dir: str | Path, *, revision: str | None = None, offline: bo
 
 
 def shipped() -> list[str]:
-    """Return the names of the models that come with the package."""
+    """Return the names of the models that ship with the package."""
     return sorted(path.parent.name for path in ASSETS.glob("*/config.json"))
 
 
 def official_tokenizer(offline: bool) -> Tokenizer | None:
-    """Fetch the tokenizer the published models were trained with; without it the model still computes.
+    """Return the tokenizer that the published models were trained with; without it a model still computes.
 
     Args:
         offline: whether to use only what the hub's cache holds.
 
     Returns:
-        None, after a warning, if it can't be had.
+        None, after a warning, if it can't be fetched.
     """
     try:
-        return load_tokenizer(_snapshot(OFFICIAL_TOKENIZER, WANTED_TOKENIZER, None, offline))
+        return load_tokenizer(_snapshot(OFFICIAL_TOKENIZER, TOKENIZER_FILES, None, offline))
     except LongscanError as error:
         warnings.warn(f"the model has no tokenizer: {error}", stacklevel=3)
         return None
 
 
 def find_tokenizer(name_or_path: str | Path, offline: bool) -> Tokenizer:
-    """Load a tokenizer that a user names.
+    """Return a tokenizer that a user names.
 
     Args:
         name_or_path: a tokenizer.json, a directory with one, a shipped model, or a hub id.
@@ -98,12 +98,12 @@ def find_tokenizer(name_or_path: str | Path, offline: bool) -> Tokenizer:
         return load_tokenizer(ASSETS / name)
     path = Path(name).expanduser()
     if not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        path = _snapshot(name, WANTED_TOKENIZER, None, offline)
+        path = _snapshot(name, TOKENIZER_FILES, None, offline)
     return load_tokenizer(path)
 
 
 def _checked(directory: Path) -> Path:
-    """Return a directory that has a config.json, or say where it may be."""
+    """Return a directory that has a config.json; if it has none, the error suggests where it may be."""
     if (directory / "config.json").is_file():
         return directory
     if (directory / "model" / "config.json").is_file():
@@ -114,15 +114,15 @@ def _checked(directory: Path) -> Path:
 
 
 def _fetch(repository: str, revision: str | None, offline: bool) -> Path:
-    """Fetch a model, its pickles only if it has no safetensors."""
-    directory = _checked(_snapshot(repository, WANTED + WANTED_WEIGHTS, revision, offline))
+    """Download a model, its pickles only if it has no safetensors."""
+    directory = _checked(_snapshot(repository, MODEL_FILES + SAFETENSORS_FILES, revision, offline))
     if not find_weights(directory):
-        directory = _snapshot(repository, WANTED + WANTED_PICKLES, revision, offline)
+        directory = _snapshot(repository, MODEL_FILES + PICKLE_FILES, revision, offline)
     return directory
 
 
 def _snapshot(repository: str, patterns: list[str], revision: str | None, offline: bool) -> Path:
-    """Fetch files of a hub repository into the hub's cache, or find them there; explain what prevents it."""
+    """Return the directory in the hub's cache with files of a repository, downloaded if need be."""
     import huggingface_hub as hub
     from huggingface_hub import errors
 

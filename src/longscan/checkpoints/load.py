@@ -159,8 +159,8 @@ def load(
     source: Source = GGUFFile(path) if path.is_file() else ModelDirectory(path)
     _check_kind(source, "masked" if kind == "classifier" else kind)
     if kind == "language":
-        found = _tokenizer(source, name_or_dir, tokenizer, offline)
-        return _language_model(source, found, dtype, precision), found
+        own = _tokenizer(source, name_or_dir, tokenizer, offline)
+        return _language_model(source, own, dtype, precision), own
     assert isinstance(source, ModelDirectory)  # GGUF files hold language models
     if kind == "translation":
         return _translator(source, dtype)
@@ -249,29 +249,29 @@ def load_with_tokenizer(
     Raises:
         LongscanError: as `load`; or the model has no tokenizer.
     """
-    model, found = load(name, revision=revision, offline=offline, precision=precision, tokenizer=tokenizer)
-    if found is None:
+    model, own = load(name, revision=revision, offline=offline, precision=precision, tokenizer=tokenizer)
+    if own is None:
         raise LongscanError(
             f"{name} has no tokenizer: put the tokenizer.json it was trained with beside its config.json, or "
             f"name one with --tokenizer. The authors' Mambas were trained with that of {OFFICIAL_TOKENIZER}."
         )
-    return model, found
+    return model, own
 
 
 def _check_kind(source: Source, kind: str) -> None:
-    """Raise if a model is of another kind, and say what it is good for."""
-    found = kind_of_model(source.name)
-    if found == kind:
+    """Raise if a model is of another kind; the error names the verbs that accept it."""
+    actual = kind_of_model(source.name)
+    if actual == kind:
         return
     expected = ARTICLES[kind]
-    if found == "sequence":
+    if actual == "sequence":
         raise LongscanError(
             f"{source.path} classifies whole sequences and predicts no tokens: expected {expected}. "
             f"Try: longscan classify predict {source.path} ..."
         )
     verbs = f"Verbs for it: {', '.join(MODELS[source.name].verbs)}."
     remedy = f"{verbs} {TRAIN}" if kind == "sequence" else verbs
-    raise LongscanError(f"{source.path} is a {source.name}, a {found} model; expected {expected}. {remedy}")
+    raise LongscanError(f"{source.path} is a {source.name}, a {actual} model; expected {expected}. {remedy}")
 
 
 def _tokenizer(
@@ -322,11 +322,11 @@ def _model(source: Source, tokenizer: Tokenizer | None, dtype: torch.dtype | Non
 
 def _classifier(source: ModelDirectory, dtype: torch.dtype | None) -> LoadedBert:
     """Return a BERT that classifies."""
-    found = read_bert(source, HeadOptions(), dtype)
-    if found.model.config.head != "classifier":
+    loaded = read_bert(source, HeadOptions(), dtype)
+    if loaded.model.config.head != "classifier":
         raise LongscanError(
-            f"{found.directory} does not classify: its head is {found.model.config.head!r}. "
-            f"Train one: longscan classify train --model {found.directory} FILE --out DIR"
+            f"{loaded.directory} does not classify: its head is {loaded.model.config.head!r}. "
+            f"Train one: longscan classify train --model {loaded.directory} FILE --out DIR"
         )
-    found.need("classifier.", "classify")
-    return found
+    loaded.need("classifier.", "classify")
+    return loaded

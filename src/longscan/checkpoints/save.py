@@ -1,4 +1,4 @@
-"""Write model directories, whole or not at all: save, convert to another layout, quantise."""
+"""Save models, whole or not at all; convert them to another layout; quantise them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def save(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a model directory, whole or not at all, in Hugging Face layout if the model has one.
+    """Save a model directory, whole or not at all, in its published layout if it has one.
 
     Args:
         model: what to save; if it is quantised, as it is.
@@ -75,7 +75,7 @@ def convert(
     revision: str | None = None,
     offline: bool = False,
 ) -> LanguageModel:
-    """Rewrite a model in another layout or precision.
+    """Convert a model to another layout or precision.
 
     Args:
         source: see `resolve`.
@@ -91,33 +91,30 @@ def convert(
         The model that was written.
 
     Raises:
-        LongscanError: as `load` and `save`; or the destination is in use.
+        LongscanError: as `load` and `save`; or the destination is not empty.
         OSError: the destination cannot be written.
     """
     destination = check_new(destination)
-    model, found = load(source, revision=revision, offline=offline, dtype=dtype, tokenizer=tokenizer)
+    model, its_tokenizer = load(source, revision=revision, offline=offline, dtype=dtype, tokenizer=tokenizer)
     if dtype and kind_of(model):
         model = dequantized(model).to(dtype)
     check_new(destination)  # again: another run may have written it meanwhile
     if destination.suffix == ".gguf":
         destination.parent.mkdir(parents=True, exist_ok=True)
-        save_gguf(model, destination, found, gguf_type)
+        save_gguf(model, destination, its_tokenizer, gguf_type)
     else:
-        _write(model, destination, found, layout, None)
+        _write(model, destination, its_tokenizer, layout, None)
     return model
 
 
 def check_new(destination: str | Path) -> Path:
-    """Insist that nothing is lost if a model is written to a directory.
+    """Return a destination where a model overwrites nothing.
 
     Args:
-        destination: where to.
-
-    Returns:
-        The same.
+        destination: of the model.
 
     Raises:
-        LongscanError: there is something else already.
+        LongscanError: something is there already.
     """
     destination = Path(destination)
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
@@ -159,7 +156,7 @@ def _write(
                 published.setdefault(head, published[embedding])  # one storage: it takes no more room
                 torch.save(published, new / "pytorch_model.bin")
             else:
-                if isinstance(model, LanguageModel):  # what generates elsewhere asks where a text ends
+                if isinstance(model, LanguageModel):  # other programs look here for the end of a text
                     ends = tokenizer.special_ids if tokenizer else dict.fromkeys(IDS)
                     write_json(new / "generation_config.json", ends)
                     fields |= ends
@@ -170,7 +167,7 @@ def _write(
 
 
 def _write_safetensors(tensors: Mapping[str, Tensor], directory: Path) -> None:
-    """Write tensors, in shards if they are large."""
+    """Save tensors, in shards if they are large."""
     from huggingface_hub import save_torch_state_dict
 
     save_torch_state_dict(dict(tensors), directory, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
@@ -184,7 +181,7 @@ def quantize(
     revision: str | None = None,
     offline: bool = False,
 ) -> LanguageModel:
-    """Write a model with its matrices stored in fewer bits, whole or not at all.
+    """Quantise the matrices of a model and save it, whole or not at all.
 
     Args:
         source: as `load` takes it.
@@ -199,7 +196,7 @@ def quantize(
     Raises:
         UsageError: there is no such format.
         LongscanError: as `load` and `save`; the model is quantised already, or its weights are not finite;
-            or the destination is in use.
+            or the destination is not empty.
         OSError: the destination cannot be written.
     """
     if kind not in KINDS:

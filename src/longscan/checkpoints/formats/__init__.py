@@ -108,26 +108,26 @@ def read_format(raw: Mapping[str, Any]) -> Kind | None:
     """
     if QUANTIZATION not in raw:
         return None
-    found = raw[QUANTIZATION]
-    if not isinstance(found, dict):
-        raise LongscanError(f"{QUANTIZATION}: expected an object {{...}}, got {found!r}.")
-    if found.get("quant_method") != METHOD:
+    stated = raw[QUANTIZATION]
+    if not isinstance(stated, dict):
+        raise LongscanError(f"{QUANTIZATION}: expected an object {{...}}, got {stated!r}.")
+    if stated.get("quant_method") != METHOD:
         raise LongscanError(
-            f"{QUANTIZATION}: expected the quant_method {METHOD!r}, got {found.get('quant_method')!r}: these "
-            "weights were quantised by another program. Take the original model, then `longscan quantize` it."
+            f"{QUANTIZATION}: expected the quant_method {METHOD!r}, got {stated.get('quant_method')!r}: "
+            "these weights were quantised by another program. Take the original model, then `longscan quantize` it."
         )
-    if found.get("version") != VERSION:
+    if stated.get("version") != VERSION:
         raise LongscanError(
-            f"{QUANTIZATION}: expected version {VERSION}, got {found.get('version')!r}: these weights were "
+            f"{QUANTIZATION}: expected version {VERSION}, got {stated.get('version')!r}: these weights were "
             "written by another longscan. Update it, or quantise the original model again."
         )
-    if unknown := [name for name in found if name not in ("quant_method", "format", "version")]:
+    if unknown := [name for name in stated if name not in ("quant_method", "format", "version")]:
         raise LongscanError(f"{QUANTIZATION}: unknown field {', '.join(map(repr, unknown))}.")
     for kind in KINDS:
-        if kind == found.get("format"):
+        if kind == stated.get("format"):
             return kind
     choices = ", ".join(map(repr, KINDS))
-    raise LongscanError(f"{QUANTIZATION}: expected a format among {choices}, got {found.get('format')!r}.")
+    raise LongscanError(f"{QUANTIZATION}: expected a format among {choices}, got {stated.get('format')!r}.")
 
 
 def config_fields(model: Model, layout: Format, dtype: str, kind: Kind | None = None) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.dtype == b.dtype and torch.equal(a, b))
 
 
-# fields that say how to run, to start afresh or to finish a text, and leave the logits alone
+# fields about running, initialising or generating, which leave the logits alone
 IDLE = frozenset(
     """
     _attn_implementation _commit_hash _name_or_path architectures attn_implementation
@@ -147,7 +147,7 @@ IDLE = frozenset(
 )
 
 
-# fields that make another model of any that is known here: name -> the values with which they don't
+# fields that change any model that is known here: name -> the values with which they don't
 FOREIGN: dict[str, tuple[Any, ...]] = {
     "layer_types": (None, []),
     "sliding_window": (None,),
@@ -173,7 +173,7 @@ ELSEWHERE = (
 def check_fields(
     raw: Mapping[str, Any], known: Collection[str], only: Mapping[str, tuple[Any, ...]], idle: Collection[str]
 ) -> None:
-    """Refuse what would make another model.
+    """Raise if a field makes this another model.
 
     Args:
         raw: the fields.
@@ -201,7 +201,7 @@ def check_fields(
 
 
 def check_twins(raw: Mapping[str, Any], twins: Mapping[str, Any]) -> None:
-    """Insist that fields which say the same thing under another name agree.
+    """Raise unless fields that say the same under another name agree.
 
     Args:
         raw: the fields.
@@ -218,13 +218,13 @@ def check_twins(raw: Mapping[str, Any], twins: Mapping[str, Any]) -> None:
 def unpadded(
     raw: Mapping[str, Any], padded: int, multiple: int, tokenizer_size: int | None
 ) -> dict[str, int]:
-    """Find out how much of a padded vocabulary is real.
+    """Return how much of a padded vocabulary is real.
 
     Args:
         raw: the fields; what we wrote says it as unpadded_vocab_size.
         padded: rows of the embedding.
         multiple: to which it is said to be padded.
-        tokenizer_size: ids of the tokenizer; if nobody says anything, all rows are real.
+        tokenizer_size: ids of the tokenizer; without it, and without the field, all rows are real.
 
     Returns:
         vocab_size and pad_vocab_size_multiple.
@@ -241,7 +241,7 @@ def unpadded(
 
 
 def build(kind: type[ConfigT], fields: Mapping[str, Any], names: Mapping[str, str]) -> ConfigT:
-    """Make our Config of their fields; what is wrong is told with their names, which the user's file has.
+    """Return our Config of their fields; an error has their names, which the user's file has.
 
     Args:
         kind: the Config.

@@ -1,4 +1,4 @@
-"""GGUF, llama.cpp's files, both ways, for Mamba.
+"""GGUF files, those of llama.cpp: a Mamba is read from one and saved as one.
 
 Reading keeps what the file has: Q8_0 and Q4_0 are formats of ops/quant.py but for the order of the bytes, and
 become those; BF16 stays; all else is dequantised to float32. Writing is exact where the format is: a model
@@ -140,7 +140,7 @@ def save_gguf(
         kind: of the matrices; None takes the nearest to what they are.
 
     Raises:
-        LongscanError: llama.cpp has no place for such a model or tokenizer; a package is missing; or another
+        LongscanError: llama.cpp takes no such model or tokenizer; a package is missing; or another
             process is writing the file.
         OSError: the file cannot be written.
     """

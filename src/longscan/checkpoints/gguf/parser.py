@@ -1,6 +1,6 @@
-"""What a GGUF file says about itself, believed only after every number in it was compared with the file.
+"""The header of a GGUF file, of which every number is compared with the file before it is used.
 
-The layout: magic, version, counts; metadata, which are keys with typed values; a name, shape, type and place
+The layout: magic, version, counts; metadata, which are keys with typed values; a name, shape, type and offset
 per tensor; the tensors, aligned. A file may come from anywhere, so no length is used before it is known to
 lie inside the file, nothing is allocated by what a length says, and the products are Python's, which do not
 wrap.
@@ -76,7 +76,7 @@ STRING, ARRAY, BOOL = 8, 9, 7
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies.
+    """The type, shape and bytes of a tensor.
 
     Attributes:
         type: a name of `TYPES`.
@@ -93,7 +93,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """All that a GGUF file holds besides the numbers.
+    """Metadata and tensor descriptions of a GGUF file.
 
     Attributes:
         metadata: by key; arrays of text are lists, others are of the standard library's type.
@@ -105,13 +105,13 @@ class Header:
 
 
 def check(path: str | Path) -> Header:
-    """Read the header of a GGUF file that may be cut short, damaged or hostile.
+    """Return the header of a GGUF file that may be truncated, damaged or hostile.
 
     Args:
         path: the file.
 
     Returns:
-        What it says, all of it possible.
+        The header, consistent with the file.
 
     Raises:
         LongscanError: the file is not GGUF, or contradicts itself.
@@ -276,7 +276,7 @@ class _Parser:
 
 
 def short(value: object) -> str:
-    """Quote what a file says, which may be long or unprintable.
+    """Return a short printable quotation of a value from a file.
 
     Args:
         value: of any type.

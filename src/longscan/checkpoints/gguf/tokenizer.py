@@ -41,7 +41,7 @@ NO_MERGE = "<none> <none>"  # llama.cpp insists on one; no text has this pair
 
 
 def read_tokenizer(metadata: Mapping[str, Value]) -> Tokenizer | None:
-    """Build the tokenizer of a GGUF file.
+    """Return the tokenizer of a GGUF file.
 
     Args:
         metadata: of the file.
@@ -51,7 +51,7 @@ def read_tokenizer(metadata: Mapping[str, Value]) -> Tokenizer | None:
         has none.
 
     Raises:
-        LongscanError: what it says about it is contradictory.
+        LongscanError: its metadata contradict each other.
     """
     kind = metadata.get(PREFIX + "model", "none")
     if kind in ("none", "no_vocab"):
@@ -93,7 +93,7 @@ def read_tokenizer(metadata: Mapping[str, Value]) -> Tokenizer | None:
 
 
 def vocabulary_size(metadata: Mapping[str, Value]) -> int | None:
-    """Count the tokens of a GGUF file without those that only fill up the embedding.
+    """Return the number of tokens of a GGUF file without those that only fill up the embedding.
 
     Args:
         metadata: of the file.
@@ -109,7 +109,7 @@ def vocabulary_size(metadata: Mapping[str, Value]) -> int | None:
 
 
 def describe_tokenizer(tokenizer: Tokenizer | None, n_rows: int) -> dict[str, Any]:
-    """Put a tokenizer into metadata.
+    """Return a tokenizer as metadata.
 
     Args:
         tokenizer: byte-level BPE or bytes; None leaves a model that reads ids.
@@ -119,7 +119,7 @@ def describe_tokenizer(tokenizer: Tokenizer | None, n_rows: int) -> dict[str, An
         The entries.
 
     Raises:
-        LongscanError: GGUF has no place for such a tokenizer.
+        LongscanError: GGUF takes no such tokenizer.
     """
     if tokenizer is None:
         return {PREFIX + "model": "none"}
@@ -165,7 +165,7 @@ def describe_tokenizer(tokenizer: Tokenizer | None, n_rows: int) -> dict[str, An
 
 
 def _vocabulary(metadata: Mapping[str, Value]) -> dict[str, int]:
-    """Number the tokens in use."""
+    """Return token -> id of the tokens in use."""
     tokens, size = metadata.get(TOKENS), vocabulary_size(metadata)
     if not isinstance(tokens, list) or size is None:
         raise LongscanError(f"{TOKENS}: expected a list of text: fetch the file again.")
@@ -187,7 +187,7 @@ def _types(metadata: Mapping[str, Value], n_tokens: int) -> Sequence[int]:
 
 
 def _whole(metadata: Mapping[str, Value], vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
-    """Take the tokenizer.json, if it is the one of the list."""
+    """Return the tokenizer of the tokenizer.json, which must be that of the list."""
     text = metadata[WHOLE]
     if not isinstance(text, str):
         raise LongscanError(f"{WHOLE}: expected text, got {type(text).__name__}.")
@@ -203,7 +203,7 @@ def _whole(metadata: Mapping[str, Value], vocabulary: dict[str, int]) -> tokeniz
 
 
 def _built(metadata: Mapping[str, Value], vocabulary: dict[str, int], words: Value) -> tokenizers.Tokenizer:
-    """Build a byte-level BPE from the lists."""
+    """Return a byte-level BPE of the lists."""
     merges = metadata.get(MERGES)
     if not isinstance(merges, list):
         raise LongscanError(f"{MERGES}: expected a list of text: fetch the file again.")
@@ -229,7 +229,7 @@ def _cutter(by_digit: bool) -> pre_tokenizers.PreTokenizer:
 
 
 def _words(whole: Mapping[str, Any], has_merges: bool) -> str:
-    """Find llama.cpp's name for the rule of a tokenizer.json that cuts text into words."""
+    """Return llama.cpp's name for the rule of a tokenizer.json that cuts text into words."""
     model = whole["model"]
     plain = model["type"] == "BPE" and not any(
         model.get(name)
@@ -255,7 +255,7 @@ def _words(whole: Mapping[str, Any], has_merges: bool) -> str:
 
 
 def _steps(cutter: Mapping[str, Any] | None) -> Sequence[Mapping[str, Any]]:
-    """Spell out a pre-tokenizer of a tokenizer.json; what does not change the ids is left out."""
+    """Return the steps of a pre-tokenizer of a tokenizer.json, without what does not change the ids."""
     if cutter is None:
         return []
     steps = cutter["pretokenizers"] if cutter["type"] == "Sequence" else [cutter]
@@ -263,12 +263,12 @@ def _steps(cutter: Mapping[str, Any] | None) -> Sequence[Mapping[str, Any]]:
 
 
 def _byte_level(steps: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the rule only writes bytes as characters: enough if nothing is merged."""
+    """Return whether the rule only writes bytes as characters: enough if nothing is merged."""
     return [(s["type"], s.get("add_prefix_space")) for s in steps] == [("ByteLevel", False)]
 
 
 def _json(cutter: pre_tokenizers.PreTokenizer) -> Any:
-    """Show a pre-tokenizer as a tokenizer.json does."""
+    """Return a pre-tokenizer as in a tokenizer.json."""
     blank = tokenizers.Tokenizer(models.BPE())
     blank.pre_tokenizer = cutter
     return json.loads(blank.to_str())["pre_tokenizer"]
