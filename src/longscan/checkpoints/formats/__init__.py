@@ -114,7 +114,8 @@ def read_format(raw: Mapping[str, Any]) -> Kind | None:
     if stated.get("quant_method") != METHOD:
         raise LongscanError(
             f"{QUANTIZATION}: expected the quant_method {METHOD!r}, got {stated.get('quant_method')!r}: "
-            "these weights were quantised by another program. Take the original model, then `longscan quantize` it."
+            "these weights were quantised by another program. Take the original model, then "
+            "`longscan quantize` it."
         )
     if stated.get("version") != VERSION:
         raise LongscanError(

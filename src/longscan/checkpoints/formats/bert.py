@@ -76,7 +76,7 @@ TIED = Copy(
 
 
 def _read(raw: Mapping[str, Any], tokenizer_size: int | None) -> BertConfig:
-    """Read the fields; the head is the one that `architectures` names, if it is one of ours."""
+    """Return the Config; the head is the one that `architectures` names, if it is one of ours."""
     check_fields(raw, HUGGINGFACE, ONLY, IDLE_HERE)
     act = raw.get("hidden_act", "gelu")
     if not isinstance(act, str) or act not in ACTIVATIONS:
@@ -130,7 +130,7 @@ def _labels(raw: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _write(config: BertConfig) -> dict[str, Any]:
-    """Write a configuration as transformers reads it."""
+    """Return config.json as transformers reads it."""
     fields = {theirs: getattr(config, ours) for theirs, ours in HUGGINGFACE.items()}
     ids = {str(number): label for number, label in enumerate(config.labels)}
     named: dict[str, Any] = {

@@ -66,7 +66,7 @@ LAYERS = ("model.layers.", "backbone.layers.")
 
 
 def _read(raw: Mapping[str, Any], tokenizer_size: int | None) -> LlamaConfig:
-    """Read the configuration of a LlamaForCausalLM."""
+    """Return the Config of a LlamaForCausalLM."""
     layers = raw.get("layer_types")  # one a layer
     if isinstance(layers, list) and all(layer == "full_attention" for layer in layers):
         raw = {name: value for name, value in raw.items() if name != "layer_types"}
@@ -86,7 +86,7 @@ def _read(raw: Mapping[str, Any], tokenizer_size: int | None) -> LlamaConfig:
 
 
 def _rotation(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Read what a field says about rotations; all kinds but the plain one stretch the positions."""
+    """Return what a field says about rotations; all kinds but the plain one stretch the positions."""
     rotation = raw.get(name) or {}
     if not isinstance(rotation, dict):
         raise LongscanError(f"{name}: expected an object {{...}}, got {rotation!r}.")
@@ -101,7 +101,7 @@ def _rotation(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _write(config: LlamaConfig) -> dict[str, Any]:
-    """Write a configuration as transformers' LlamaConfig reads it, before its version 5 and since."""
+    """Return config.json as transformers' LlamaConfig reads it, before its version 5 and since."""
     kv_heads, d_head, d_ff = _widths(config)
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -127,7 +127,7 @@ def _widths(config: LlamaConfig) -> tuple[int, int, int]:
 
 
 def _replaced(config: LlamaConfig, name: str) -> LlamaConfig | None:
-    """Leave a size to its default, if there is one for these sizes."""
+    """Return a Config with a size left to its default, if there is one for these sizes."""
     try:
         return config.replace(**{name: None})
     except LongscanError:

@@ -56,14 +56,7 @@ ONLY_HUGGINGFACE = {
 
 
 def _to_huggingface(config: MambaConfig) -> dict[str, Any]:
-    """Write a configuration as transformers' MambaConfig reads it.
-
-    Args:
-        config: the model's.
-
-    Returns:
-        The content of config.json. What transformers does not know, such as unpadded_vocab_size, it keeps.
-    """
+    """Return config.json as transformers' MambaConfig reads it; it ignores what it doesn't know."""
     fields = {theirs: getattr(config, ours) for theirs, ours in HUGGINGFACE.items()}
     return {
         "architectures": ["MambaForCausalLM"],
@@ -83,7 +76,7 @@ def _to_huggingface(config: MambaConfig) -> dict[str, Any]:
 
 
 def _from_huggingface(raw: Mapping[str, Any], tokenizer_size: int | None) -> MambaConfig:
-    """Read the fields of transformers, whose vocab_size is the padded one."""
+    """Return the Config of transformers' fields, whose vocab_size is the padded one."""
     twins = ("d_model", "n_layer", "d_inner", "intermediate_size", "tie_embeddings")
     check_fields(raw, HUGGINGFACE, ONLY_HUGGINGFACE, IDLE.union(twins, [QUANTIZATION]))
     config = build_mamba(raw, HUGGINGFACE)

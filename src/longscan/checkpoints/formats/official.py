@@ -34,7 +34,7 @@ SSM_CFG = {
 
 
 def _write(config: MambaConfig) -> dict[str, Any]:
-    """Write them; ssm_cfg holds only what is not the default, as in the published files."""
+    """Return config.json; ssm_cfg holds only what is not the default, as in the published files."""
     usual = MambaConfig(d_model=config.d_model, n_layers=1, vocab_size=1)
     if config.norm_eps != usual.norm_eps:
         raise LongscanError(
@@ -53,7 +53,7 @@ def _write(config: MambaConfig) -> dict[str, Any]:
 
 
 def _read(raw: Mapping[str, Any], tokenizer_size: int | None) -> MambaConfig:
-    """Read the fields of the official package, which keeps those of the mixer in ssm_cfg."""
+    """Return the Config of the fields, of which those of the mixer are in ssm_cfg."""
     check_fields(raw, OFFICIAL, ONLY, {"ssm_cfg", "fused_add_norm"})
     ssm_cfg = raw.get("ssm_cfg", {})
     if not isinstance(ssm_cfg, dict):

@@ -1,4 +1,4 @@
-"""longscan's own layout, of models that nobody publishes: their Config and a version, our names."""
+"""longscan's own layout, for models without a published one: Config, version, our names of tensors."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def is_sequence_model(directory: str | Path) -> bool:
 
 
 def _read(raw: Mapping[str, Any], tokenizer_size: int | None) -> SequenceConfig:
-    """Read a configuration of this version."""
+    """Return the Config, of this version only."""
     if raw.get(KEY) != VERSION:
         raise LongscanError(f"expected {EXPECTED}, got {MODEL_TYPE!r} of {raw.get(KEY)!r}. {TRAIN}")
     fields = {name: value for name, value in raw.items() if name not in ("model_type", KEY)}
@@ -38,7 +38,7 @@ def _read(raw: Mapping[str, Any], tokenizer_size: int | None) -> SequenceConfig:
 
 
 def _write(config: SequenceConfig) -> dict[str, Any]:
-    """Write a configuration."""
+    """Return the content of config.json."""
     return {"model_type": MODEL_TYPE, KEY: VERSION, **config.to_dict()}
 
 
