@@ -57,7 +57,7 @@ LONG: dict[str, str] = {
     "training/run": "",
 }
 # where results are printed and the process may end
-SHELL = ("commands", "cli", "plotting", "reproduce", "bench")
+SHELL = ("commands", "cli", "bench")
 
 
 @cache

@@ -8,6 +8,8 @@ import importlib.util
 import io
 import json
 import lzma
+import os
+import signal
 import sys
 import tarfile
 import wave
@@ -31,6 +33,7 @@ from longscan.reproduce.experiment import Plan
 from longscan.reproduce.synthetic import SyntheticConfig, SyntheticRun
 from longscan.tokenizers.wordpiece import train_wordpiece
 from longscan.training.config import TrainConfig, read_recipe
+from longscan.training.sequence_classifier import SequencesRun
 from longscan.training.translation import TranslateConfig
 
 Cli = Callable[..., Any]
@@ -61,7 +64,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models: it is about what happens around them."""
-    monkeypatch.setattr(importlib.import_module("longscan.reproduce.experiment"), "QUICK_SENTENCES", 4)
+    monkeypatch.setattr(importlib.import_module("longscan.reproduce.bleu_table"), "QUICK_SENTENCES", 4)
     monkeypatch.delitem(multi30k.SYSTEMS, "seq2seq")
     monkeypatch.delitem(multi30k.SYSTEMS, "bahdanau")
     monkeypatch.setitem(multi30k.SHARED, "preset", "tiny")
@@ -389,7 +392,7 @@ def test_what_a_measure_says_of_seeds() -> None:
     report = {
         "measures": {"a": "accuracy", "b": "other"},
         "published": {"a": {"x": 99.5}},
-        "systems": {"x": accuracies._summary(rows, {"a": "accuracy", "b": "other"})},
+        "systems": {"x": accuracies.summary(rows, {"a": "accuracy", "b": "other"})},
         "reduced": None,
         "notes": [],
     }
@@ -437,3 +440,33 @@ def test_a_synthetic_run_ends_when_it_has_learnt_enough(tmp_path: Path) -> None:
         result = SyntheticRun.resume(tmp_path / str(steps))
         assert result.step == steps
         assert result.stopped_by is None
+
+
+def test_a_signal_stops_an_experiment_with_its_code(
+    cli: Cli, sequences: Path, tmp_path: Path, tiny: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny("vowels")
+    arguments = ("reproduce", "vowels", "--data", sequences, "--out", tmp_path, "--quick", "--threads", 1)
+    with monkeypatch.context() as patch:
+        step = SequencesRun._step
+
+        def interrupted(self: SequencesRun) -> None:
+            step(self)
+            if self.trainer.step_number == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        patch.setattr(SequencesRun, "_step", interrupted)
+        done = cli(*arguments)
+    assert (done.code, done.out) == (130, "")
+    assert done.err.endswith("stopped after step 2; the same command resumes\n")
+    assert cli(*arguments).code == 0
+
+
+def test_an_experiment_as_a_library_is_silent(
+    sequences: Path, tmp_path: Path, tiny: Callable[[str], Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    module, lines = tiny("vowels"), list[str]()
+    plan = Plan(name="vowels", data=sequences, out=tmp_path, quick=True, threads=1, notify=lines.append)
+    assert "half, dt doubled" in module.show(module.run(plan))
+    assert lines == [f"── quick-vowels-{system} ──" for system in module.SYSTEMS]
+    assert capfd.readouterr() == ("", "")

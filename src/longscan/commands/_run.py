@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Annotated, Any, NoReturn, TypeAlias, TypeVar
 
 import typer
 
@@ -16,7 +16,7 @@ from longscan.ops import keep_memory
 from longscan.training.config import RunConfig, read_recipe
 from longscan.training.run import Run, RunResult
 
-__all__ = ["Out", "Recipe", "Resume", "finished", "run_command"]
+__all__ = ["Out", "Recipe", "Resume", "exit_stopped", "finished", "run_command"]
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -60,11 +60,23 @@ def run_command(
         config = read_recipe(recipe, given, run.settings)
         result = run.begin(config, out, Terminal(config.log_every))
     if result.stopped_by is not None:
-        remedy = f"continue with: {run.again(result.directory)}"
-        with contextlib.suppress(OSError):  # of a terminal that was closed
-            typer.echo(f"stopped after step {result.step:,}; {remedy}", err=True)
-        raise typer.Exit(130 if result.stopped_by == signal.SIGINT else 0)
+        exit_stopped(result, f"continue with: {run.again(result.directory)}")
     return result
+
+
+def exit_stopped(result: RunResult, remedy: str) -> NoReturn:
+    """Print that a signal stopped a run, and exit: with 130 if it was SIGINT, else with 0.
+
+    Args:
+        result: of the run.
+        remedy: how to continue it.
+
+    Raises:
+        typer.Exit: always.
+    """
+    with contextlib.suppress(OSError):  # of a terminal that was closed
+        typer.echo(f"stopped after step {result.step:,}; {remedy}", err=True)
+    raise typer.Exit(130 if result.stopped_by == signal.SIGINT else 0)
 
 
 def finished(result: RunResult, measured: str, example: str) -> None:

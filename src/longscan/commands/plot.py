@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from longscan.checkpoints.formats.sequence_classifier import is_sequence_model
 from longscan.checkpoints.load import load, load_translator
+from longscan.commands._options import FigureOut
 from longscan.core.config import nearest
 from longscan.core.files import read_json
 from longscan.data.sentence_pairs import rows
@@ -23,10 +24,7 @@ from longscan.models.hippo import MEASURES
 from longscan.models.sequence_classifier import SequenceModel
 from longscan.plotting.attention import plot_positions, plot_weights
 from longscan.plotting.memory import SHOWN, plot_kernels, plot_responses
-from longscan.plotting.style import (
-    Out,
-    check_out,
-)
+from longscan.plotting.style import check_out
 from longscan.plotting.translation import plot_bleu
 from longscan.tokenizers.words import group
 
@@ -36,21 +34,21 @@ __all__ = ["commands"]
 def alignment(
     model: Annotated[str, typer.Argument(help="A translator's directory.")],
     sentence: Annotated[str, typer.Argument(help="What to translate.")],
-    target: Annotated[str | None, typer.Option(help="Its translation; the model's own if not given.")] = None,
-    layer: Annotated[int | None, typer.Option(help="Of a Transformer; the last one if not given.")] = None,
-    pieces: Annotated[bool, typer.Option("--pieces", help="Show the tokens instead of words.")] = False,
-    out: Out = Path("alignment.png"),
+    target: Annotated[str | None, typer.Option(help="Its translation; default: the model's own.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer of a Transformer; default: the last.")] = None,
+    pieces: Annotated[bool, typer.Option("--pieces", help="Show tokens instead of words.")] = False,
+    out: FigureOut = Path("alignment.png"),
 ) -> None:
-    """Where a translator looked for each word that it wrote.
+    """The alignment of a translation: attention from each target word to the source words.
 
-    Of a Transformer the mean over the heads of a layer; `plot attention` shows each.
+    For a Transformer it is the mean over the heads of a layer; `plot attention` shows each head.
 
     Raises:
         UsageError: there is no such layer, or the figure has no format.
         LongscanError: the model has no attention, or a file can't be read or written.
     """
     check_out(out)
-    weights, sides = _look(model, sentence, target, pieces)
+    weights, sides = _attention_weights(model, sentence, target, pieces)
     name = _pick(weights, "cross", layer)
     plot_weights({name: weights[name].mean(0)}, *sides["cross"], out, Path(model).resolve().parent.name)
     typer.echo(f"wrote {out}")
@@ -59,23 +57,23 @@ def alignment(
 def attention(
     model: Annotated[str, typer.Argument(help="A translator's directory.")],
     sentence: Annotated[str, typer.Argument(help="What to translate.")],
-    target: Annotated[str | None, typer.Option(help="Its translation; the model's own if not given.")] = None,
+    target: Annotated[str | None, typer.Option(help="Its translation; default: the model's own.")] = None,
     part: Annotated[
         Literal["encoder", "decoder", "cross"],
-        typer.Option(help="Source at source, target at target, or target at source."),
+        typer.Option(help="Self-attention of encoder or decoder, or cross-attention."),
     ] = "cross",
-    layer: Annotated[int | None, typer.Option(help="The last one if not given.")] = None,
-    pieces: Annotated[bool, typer.Option("--pieces", help="Show the tokens instead of words.")] = False,
-    out: Out = Path("attention.png"),
+    layer: Annotated[int | None, typer.Option(help="Layer; default: the last.")] = None,
+    pieces: Annotated[bool, typer.Option("--pieces", help="Show tokens instead of words.")] = False,
+    out: FigureOut = Path("attention.png"),
 ) -> None:
-    """Where each head of a translator looks.
+    """The attention weights of each head of a translator.
 
     Raises:
         UsageError: there is no such part or layer, or the figure has no format.
         LongscanError: the model has no attention, or a file can't be read or written.
     """
     check_out(out)
-    weights, sides = _look(model, sentence, target, pieces)
+    weights, sides = _attention_weights(model, sentence, target, pieces)
     name = _pick(weights, part, layer)
     panels = {f"head {number}": head for number, head in enumerate(weights[name])}
     plot_weights(panels, *sides[part], out, f"{name} of {Path(model).resolve().parent.name}")
@@ -85,9 +83,9 @@ def attention(
 def positions(
     d_model: Annotated[int, typer.Option(help="Width of the encodings.")] = 128,
     length: Annotated[int, typer.Option(help="Positions.")] = 100,
-    out: Out = Path("positions.png"),
+    out: FigureOut = Path("positions.png"),
 ) -> None:
-    """The sinusoids that tell where a word stands.
+    """The sinusoidal position encodings.
 
     Raises:
         UsageError: a number makes no sense, or the figure has no format.
@@ -103,7 +101,7 @@ def positions(
 
 def bleu(
     files: Annotated[list[Path], typer.Argument(help="What `translate evaluate --json` printed.")],
-    out: Out = Path("bleu.png"),
+    out: FigureOut = Path("bleu.png"),
 ) -> None:
     """BLEU against the length of the source, by file.
 
@@ -120,27 +118,29 @@ def bleu(
     typer.echo(f"wrote {out}")
 
 
-def _look(
+def _attention_weights(
     name: str, sentence: str, target: str | None, pieces: bool
 ) -> tuple[dict[str, Tensor], dict[str, tuple[list[str], list[str]]]]:
-    """Return the weights (n_heads, n_looking, n_looked_at), and of each part the words on both axes."""
+    """Return the weights (n_heads, n_queries, n_keys) by layer, and the keys and queries of each part."""
     model, tokenizer = load_translator(name)
     if target is None:
         target = translate(model, tokenizer, [sentence])[0].text
     ids = [tokenizer.encode(text.strip()) for text in (sentence, target)]
     if not ids[0]:
-        raise UsageError("SENTENCE: expected some words, got none.")
+        raise UsageError("SENTENCE: expected some text, got none.")
     with torch.no_grad():
-        found = model(rows(ids[:1], bos=False), rows(ids[1:], bos=True)[:, :-1], return_weights=True).weights
-    if not found:
-        raise LongscanError(f"{name} has no attention to look at: it is a {type(model).__name__}.")
-    source, written = (group(tokenizer, side, pieces) for side in ids)
-    sides = {"encoder": (source, source), "decoder": (written.read(), written), "cross": (source, written)}
+        attended = model(
+            rows(ids[:1], bos=False), rows(ids[1:], bos=True)[:, :-1], return_weights=True
+        ).weights
+    if not attended:
+        raise LongscanError(f"{name} has no attention to plot: it is a {type(model).__name__}.")
+    source, output = (group(tokenizer, side, pieces) for side in ids)
+    sides = {"encoder": (source, source), "decoder": (output.read(), output), "cross": (source, output)}
     weights = {}
-    for key, tensor in found.items():
-        looked_at, looking = sides[key.split(".")[0]]
-        # a word gets what its pieces get, and looks as its pieces do on average
-        weights[key] = looking.matrix(mean=True) @ tensor[0].float() @ looked_at.matrix(mean=False).mT
+    for key, tensor in attended.items():
+        keys, queries = sides[key.split(".")[0]]
+        # a word receives the sum of what its pieces receive, and attends as they do on average
+        weights[key] = queries.matrix(mean=True) @ tensor[0].float() @ keys.matrix(mean=False).mT
     return weights, {part: (one.words, other.words) for part, (one, other) in sides.items()}
 
 
@@ -157,13 +157,13 @@ def _pick(weights: Mapping[str, Tensor], part: str, layer: int | None) -> str:
 
 def basis_command(
     measure: Annotated[
-        list[str] | None, typer.Option(help=f"Of {', '.join(MEASURES)}; several, one after the other.")
+        list[str] | None, typer.Option(help=f"HiPPO measure: {', '.join(MEASURES)}; repeatable.")
     ] = None,
     n: Annotated[int, typer.Option(help="Coefficients.")] = 64,
-    shown: Annotated[int, typer.Option(help="How many of them to draw.")] = 5,
-    out: Out = Path("basis.png"),
+    shown: Annotated[int, typer.Option(help="Coefficients to draw.")] = 5,
+    out: FigureOut = Path("basis.png"),
 ) -> None:
-    """How much each moment of the past counts in the coefficients of a memory.
+    """The basis functions of a HiPPO memory: the weight of each age in each coefficient.
 
     Raises:
         UsageError: there is no such measure, a number makes no sense, or the figure has no format.
@@ -181,14 +181,14 @@ def basis_command(
 
 
 def kernel(
-    model: Annotated[str, typer.Argument(help="A directory, or the name of a model for a fresh one.")],
+    model: Annotated[str, typer.Argument(help="A directory, or the name of a model for random weights.")],
     length: Annotated[int, typer.Option(help="Steps.")] = 512,
     layer: Annotated[int, typer.Option(help="From 0; the last is -1.")] = 0,
-    channels: Annotated[int, typer.Option(help="How many to draw, the first ones.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of a fresh model.")] = 0,
-    out: Out = Path("kernel.png"),
+    channels: Annotated[int, typer.Option(help="Channels to draw, from the first.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
+    out: FigureOut = Path("kernel.png"),
 ) -> None:
-    """The convolution kernels of a model of state spaces: how much the input so many steps ago counts.
+    """The convolution kernels of a state-space model: the weight of the input, by steps ago.
 
     Raises:
         UsageError: a number makes no sense, there is no such layer, or the figure has no format.
@@ -220,7 +220,7 @@ def kernel(
         raise UsageError(f"--layer: expected 0 to {len(systems) - 1} with a state space, got {layer}.")
     with torch.no_grad():
         drawn = systems[layer][0].kernel(length)[:channels].float()
-    kernels = {f"channel {place}": values for place, values in enumerate(drawn)}
+    kernels = {f"channel {index}": values for index, values in enumerate(drawn)}
     plot_kernels(kernels, out, f"{kind}, layer {layer % len(systems)}")
     typer.echo(f"wrote {out}")
 

@@ -28,8 +28,8 @@ def plot_weights(
 
     Args:
         panels: a title and the weights (n_target, n_source) of each panel.
-        source: what is looked at.
-        target: what looks.
+        source: the keys: the words attended to.
+        target: the queries: the words that attend.
         path: the file to write.
         title: of the figure.
 
@@ -44,23 +44,23 @@ def plot_weights(
     figure.suptitle(title, fontsize="medium")
     for ax in axes.flat[len(panels) :]:
         ax.set_visible(False)
-    for place, (ax, (name, weights)) in enumerate(zip(axes.flat, panels.items(), strict=False)):
+    for index, (ax, (name, weights)) in enumerate(zip(axes.flat, panels.items(), strict=False)):
         image = ax.imshow(weights.numpy(), cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto")
         ax.set_title(name, fontsize="small")
         ax.set_xticks(range(len(source)), source, rotation=60, ha="right", fontsize="small")
         ax.set_yticks(
-            range(len(target)), target if place % columns == 0 else [""] * len(target), fontsize="small"
+            range(len(target)), target if index % columns == 0 else [""] * len(target), fontsize="small"
         )
-        if place >= len(panels) - columns:
-            ax.set_xlabel("looked at")
-        if place % columns == 0:
-            ax.set_ylabel("looking")
+        if index >= len(panels) - columns:
+            ax.set_xlabel("keys")
+        if index % columns == 0:
+            ax.set_ylabel("queries")
     figure.colorbar(image, ax=axes, label="attention weight", shrink=0.8)
     save_figure(figure, path)
 
 
 def plot_positions(d_model: int, length: int, path: Path) -> None:
-    """Draw the Transformer's positional encodings and what their dot products tell about distance.
+    """Draw the Transformer's positional encodings and how their dot products depend on distance.
 
     Args:
         d_model: their width.
@@ -82,11 +82,11 @@ def plot_positions(d_model: int, length: int, path: Path) -> None:
     image = middle.imshow(products.numpy(), cmap=DIVERGING, vmin=-1, vmax=1, interpolation="nearest")
     middle.set(title="dot products, over $d_{model}/2$", xlabel="position", ylabel="position")
     figure.colorbar(image, ax=middle)
-    for place, colour, marker in zip((0, length // 4, length // 2), COLOURS, MARKERS, strict=False):
-        distances = [other - place for other in range(length)]
+    for index, colour, marker in zip((0, length // 4, length // 2), COLOURS, MARKERS, strict=False):
+        distances = [other - index for other in range(length)]
         right.plot(
-            distances, products[place], color=colour, marker=marker, markevery=max(1, length // 12),
-            markersize=4, linewidth=1.2, label=f"from position {place}",
+            distances, products[index], color=colour, marker=marker, markevery=max(1, length // 12),
+            markersize=4, linewidth=1.2, label=f"from position {index}",
         )  # fmt: skip
     right.set(
         title="one curve: only the distance counts",

@@ -25,13 +25,17 @@ POINTS = 600
 
 
 def plot_memory(
-    signal: Trace, told: Mapping[str, Trace], coefficients: Mapping[str, Tensor], path: Path, title: str
+    signal: Trace,
+    reconstructions: Mapping[str, Trace],
+    coefficients: Mapping[str, Tensor],
+    path: Path,
+    title: str,
 ) -> None:
-    """Draw a signal, what memories tell of it, and what is in them.
+    """Draw a signal, its reconstruction from each memory, and the memories' coefficients.
 
     Args:
-        signal: as it was.
-        told: a name and the reconstruction of each memory.
+        signal: the original.
+        reconstructions: a name and the reconstruction from each memory.
         coefficients: the same names and their coefficients (n,).
         path: the file to write.
         title: of the figure.
@@ -44,8 +48,8 @@ def plot_memory(
     upper.fill_between(
         signal.seconds, signal.low, signal.high, color="#BBBBBB", linewidth=0.8, label="signal"
     )
-    for place, (name, trace) in enumerate(told.items()):
-        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+    for index, (name, trace) in enumerate(reconstructions.items()):
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         upper.plot(trace.seconds, (trace.low + trace.high) / 2, color=colour, linewidth=1.2, label=name)
         size = coefficients[name].abs().numpy()
         above = 2 + 1 / len(size)  # the first coefficients of all are about the same: the fewer lie on top
@@ -84,13 +88,13 @@ def plot_responses(measures: Sequence[str], n: int, shown: int, path: Path) -> N
         else:
             age = torch.arange(POINTS) * VIEWS[measure] / POINTS
             curves, unit = _responses(measure, n, VIEWS[measure] / POINTS), "age, in the measure's own time"
-        for place in range(min(shown, n)):
+        for index in range(min(shown, n)):
             style: dict[str, Any] = {
-                "color": COLOURS[place % len(COLOURS)],
-                "marker": MARKERS[place % len(MARKERS)],
+                "color": COLOURS[index % len(COLOURS)],
+                "marker": MARKERS[index % len(MARKERS)],
             }
-            style |= {"label": f"n = {place}"}
-            ax.plot(age, curves[place], markevery=POINTS // 8, markersize=3.5, linewidth=1.2, **style)
+            style |= {"label": f"n = {index}"}
+            ax.plot(age, curves[index], markevery=POINTS // 8, markersize=3.5, linewidth=1.2, **style)
         ax.set(title=measure, xlabel=unit, ylabel="weight in coefficient n")
         tidy(ax)
     axes[0].legend(frameon=False, fontsize="small")

@@ -1,4 +1,4 @@
-"""What all figures share: PNG, SVG or PDF files, in colours and markers that everybody tells apart.
+"""The style of every figure: its palette and markers, its file formats, and how it is saved.
 
 matplotlib is an extra and is imported only when something is drawn.
 """
@@ -10,9 +10,7 @@ import textwrap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from longscan.core.files import atomic_file
 from longscan.core.optional import require
@@ -24,13 +22,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BLUE",
+    "CEILING",
     "COLOURS",
     "DIVERGING",
     "GREY",
     "MARKERS",
     "SEQUENTIAL",
     "VERMILION",
-    "Out",
     "check_out",
     "columns_of",
     "new_figure",
@@ -41,14 +39,12 @@ __all__ = [
 ]
 
 
-# the Okabe-Ito palette, which readers with any common colour blindness tell apart; in print, markers do
+# the Okabe-Ito palette, distinguishable with any common colour blindness; in print, markers are
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#777777"
-
 COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-
 MARKERS = ("o", "s", "^", "D", "v", "P")
-
-SEQUENTIAL, DIVERGING = "cividis", "PuOr"  # of matplotlib's maps, two that are safe in the same sense
+CEILING = (GREY, "x")  # colour and marker of what the hardware allows
+SEQUENTIAL, DIVERGING = "cividis", "PuOr"  # colour maps, safe in the same sense
 
 FONTS = (  # with Chinese characters, on Linux, Windows and macOS
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK TC", "Noto Serif CJK SC", "Noto Sans SC"),
@@ -60,23 +56,22 @@ CJK = re.compile("[\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\u
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
-Out = Annotated[Path, typer.Option(help="The figure to write: .png, .svg or .pdf.")]
 
-
-def check_out(path: Path) -> None:
+def check_out(path: Path, option: str = "--out") -> None:
     """Refuse a figure that could not be written.
 
     Args:
-        path: the file to be.
+        path: the figure's file.
+        option: the flag that named it, for the error.
 
     Raises:
         UsageError: its suffix is no format.
         LongscanError: there is no such directory.
     """
     if path.suffix not in SUFFIXES:
-        raise UsageError(f"--out: expected a name that ends in {', '.join(SUFFIXES)}, got {path}.")
+        raise UsageError(f"{option}: expected a name that ends in {', '.join(SUFFIXES)}, got {path}.")
     if not path.absolute().parent.is_dir():
-        raise LongscanError(f"--out: there is no directory {path.absolute().parent}.")
+        raise LongscanError(f"{option}: there is no directory {path.absolute().parent}.")
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -95,18 +90,20 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def tidy(ax: Axes) -> None:
-    """Take away what says nothing."""
+    """Add a faint grid and remove the upper and right spines."""
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
 
 
 def save_figure(figure: Figure, path: Path, note: str = "", fonts: Sequence[str] = FONTS) -> None:
-    """Write a figure, whole or not at all, in a font that has the characters if there is one.
+    """Save a figure atomically, in a font that has its characters if one is installed.
+
+    A UserWarning says so where Chinese characters are drawn as boxes for want of a font.
 
     Args:
         figure: what `new_figure` gave.
         path: the file; its suffix chooses the format.
-        note: what a reader of the figure has to know, in small letters below it.
+        note: a caption in small letters below it.
         fonts: families with Chinese characters, the best first.
 
     Raises:
@@ -118,8 +115,8 @@ def save_figure(figure: Figure, path: Path, note: str = "", fonts: Sequence[str]
     if note:
         figure.supxlabel(textwrap.fill(note, int(14 * figure.get_figwidth())), fontsize="x-small", color=GREY)
     known = set(font_manager.fontManager.get_font_names())
-    found = [name for name in fonts if name in known]
-    family = ["DejaVu Sans", *found]
+    chinese = [name for name in fonts if name in known]
+    family = ["DejaVu Sans", *chinese]
     with warnings.catch_warnings(), rc_context({"font.family": family, "svg.fonttype": "none"}):
         warnings.filterwarnings("ignore", "Glyph")  # SVG files leave the font to the reader
         texts = [artist for artist in figure.findobj(Text) if isinstance(artist, Text)]
@@ -127,28 +124,28 @@ def save_figure(figure: Figure, path: Path, note: str = "", fonts: Sequence[str]
             text.set_fontfamily(family)
         with atomic_file(path) as temporary:
             figure.savefig(temporary, dpi=150, format=path.suffix[1:])
-    if not found and path.suffix != ".svg" and any(CJK.search(text.get_text()) for text in texts):
-        typer.echo(
-            f"{path}: no font here has Chinese characters, they are drawn as boxes. Install one (Debian and "
-            f"Ubuntu: apt install fonts-noto-cjk), remove {get_cachedir()}, and draw again; or take .svg.",
-            err=True,
+    if not chinese and path.suffix != ".svg" and any(CJK.search(text.get_text()) for text in texts):
+        warnings.warn(
+            f"{path}: no installed font has Chinese characters, they are drawn as boxes. Install one (Debian "
+            f"and Ubuntu: apt install fonts-noto-cjk), remove {get_cachedir()}, and draw again; or use .svg.",
+            stacklevel=2,
         )
 
 
 def points_of(records: Iterable[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    """Return step and value of the records that have a key."""
+    """Return (step, value) of each record that has a key."""
     return [(record["step"], record[key]) for record in records if key in record]
 
 
 def columns_of(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    """Return points as the two lists that plotting takes."""
+    """Return the x and the y of points."""
     return [x for x, _ in points], [y for _, y in points]
 
 
 def reduced_note(report: Mapping[str, Any]) -> str:
-    """Return what the figure of an experiment says below if it is smaller than the published one.
+    """Return the caption of an experiment smaller than the published one, "" for one of full size.
 
     Args:
-        report: its results; "reduced" says in what, if it is.
+        report: its results; "reduced" says how it differs.
     """
     return f"reduced: {report['reduced']}" if report.get("reduced") else ""

@@ -73,7 +73,7 @@ def plot_losses(
 
 
 def _smooth(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return the exponential moving average over a fiftieth of the points, fewer at the steep beginning."""
+    """Return the exponential moving average over a fiftieth of the points, fewer at the steep start."""
     smoothed: list[tuple[int, float]] = []
     for number, (step, value) in enumerate(points):
         new = 1 / max(1.0, min(len(points) / 50, number / 10))

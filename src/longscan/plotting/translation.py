@@ -31,7 +31,7 @@ def plot_bleu(reports: Mapping[str, Mapping[str, Any]], path: Path, note: str = 
     figure = new_figure(7.0, 4.5)
     ax = figure.subplots()
     ticks: dict[float, str] = {}
-    for place, (name, report) in enumerate(reports.items()):
+    for index, (name, report) in enumerate(reports.items()):
         points = report["by_length"]
         x = [point["mean_words"] for point in points]
         ticks |= {
@@ -39,8 +39,8 @@ def plot_bleu(reports: Mapping[str, Mapping[str, Any]], path: Path, note: str = 
             for value, point in zip(x, points, strict=True)
         }
         style: dict[str, Any] = {
-            "color": COLOURS[place % len(COLOURS)],
-            "marker": MARKERS[place % len(MARKERS)],
+            "color": COLOURS[index % len(COLOURS)],
+            "marker": MARKERS[index % len(MARKERS)],
         }
         ax.plot(
             x, [point["bleu"] for point in points], label=f"{name} ({report['bleu']:.1f} on all)", **style

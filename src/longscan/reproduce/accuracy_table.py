@@ -1,72 +1,65 @@
-"""Results that are shares of right answers: their means, tables and figures."""
+"""Accuracies of several systems, in percent: means over seeds beside the published values, table and bars."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import typer
-
-from longscan.core.files import write_json
 from longscan.core.text_table import lay_out
-from longscan.errors import LongscanError
 from longscan.plotting.bars import plot_bars
-from longscan.reproduce.experiment import Plan
+from longscan.reproduce.experiment import NO_RESULT, Plan
 
-__all__ = ["finish", "show"]
+__all__ = ["finish", "show", "summary"]
 
-
-Found = Mapping[str, Sequence[dict[str, Any]]]  # system -> what was measured with each seed
+Results = Mapping[str, Sequence[dict[str, Any]]]  # system -> the measurements with each seed
 
 
 def finish(
     plan: Plan,
-    found: Found,
+    results: Results,
     measures: Mapping[str, str],
     published: Mapping[str, Mapping[str, float]],
     reduced: str | None,
     notes: Sequence[str],
 ) -> dict[str, Any]:
-    """Write the results and a figure of bars.
+    """Return the results, written with a figure of bars.
 
     Args:
-        plan: where.
-        found: system -> what was measured with each seed, in percent; a measure may be missing or None.
-        measures: of them, and what a reader calls each.
-        published: measure -> system -> what was published.
-        reduced: in what the experiment is smaller than what was published.
-        notes: what else is to be said.
-
-    Returns:
-        The results.
+        plan: where to.
+        results: system -> the measurements with each seed, in percent; a measure may be missing or None.
+        measures: their names in `results` and in the table.
+        published: measure -> system -> the published value.
+        reduced: how the experiment is smaller than the published one.
+        notes: lines below the table.
     """
     report = {
         "experiment": plan.name,
-        "reduced": "a few steps only: no result" if plan.quick else reduced,
+        "reduced": NO_RESULT if plan.quick else reduced,
         "measures": dict(measures),
         "published": {name: dict(rows) for name, rows in published.items()},
         "notes": list(notes),
         "machine": plan.machine,
-        "systems": {name: _summary(rows, measures) for name, rows in found.items()},
-        "runs": {name: list(rows) for name, rows in found.items()},
+        "systems": {name: summary(rows, measures) for name, rows in results.items()},
+        "runs": {name: list(rows) for name, rows in results.items()},
     }
-    write_json(plan.out / f"{plan.name}.json", report)
-    try:
-        plot_bars(report, plan.out / f"{plan.name}.png")
-    except LongscanError as error:
-        typer.echo(f"no {plan.name}.png: {error}", err=True)
+    plan.save(report, lambda path: plot_bars(report, path))
     return report
 
 
-def _summary(rows: Sequence[dict[str, Any]], measures: Mapping[str, str]) -> dict[str, Any]:
-    """Return the mean and the range over the seeds."""
-    found: dict[str, Any] = {}
+def summary(rows: Sequence[dict[str, Any]], measures: Mapping[str, str]) -> dict[str, Any]:
+    """Return the mean and the range of each measure over the seeds.
+
+    Args:
+        rows: the measurements of one system, a row per seed.
+        measures: their names; those that no row has are left out.
+    """
+    means: dict[str, Any] = {}
     for name in measures:
         values = [row[name] for row in rows if row.get(name) is not None]
         if values:
-            found[name] = {"mean": sum(values) / len(values), "range": [min(values), max(values)]}
+            means[name] = {"mean": sum(values) / len(values), "range": [min(values), max(values)]}
     return {
-        **found,
+        **means,
         "parameters": rows[0]["parameters"],
         "minutes": round(sum(row["minutes"] for row in rows) / len(rows), 1),
         "seeds": [row["seed"] for row in rows],
@@ -74,32 +67,33 @@ def _summary(rows: Sequence[dict[str, Any]], measures: Mapping[str, str]) -> dic
 
 
 def show(report: Mapping[str, Any]) -> str:
-    """Return the results for a reader: what was published beside what was measured.
+    """Return the results as text: a row per system, the published value beside each measured one.
 
     Args:
         report: of `finish`.
     """
     measures, published = report["measures"], report["published"]
     head = ["system"]
-    for name, words in measures.items():
-        head += [*(["published"] if published.get(name) else []), words]
+    for name, label in measures.items():
+        head += [*(["published"] if published.get(name) else []), label]
     rows = [[*head, "seeds", "parameters", "minutes"]]
-    for system, found in report["systems"].items():
+    for system, result in report["systems"].items():
         row = [system]
         for name in measures:
             if published.get(name):
                 value = published[name].get(system)
                 row.append("-" if value is None else f"{value:g}")
-            row.append(_cell(found.get(name)))
-        rows.append([*row, f"{len(found['seeds'])}", f"{found['parameters']:,}", f"{found['minutes']:.1f}"])
-    lines = lay_out(rows)
+            row.append(_cell(result.get(name)))
+        rows.append(
+            [*row, f"{len(result['seeds'])}", f"{result['parameters']:,}", f"{result['minutes']:.1f}"]
+        )
     reduced = [f"reduced: {report['reduced']}"] if report["reduced"] else []
-    return "\n".join([*lines, *reduced, *report["notes"]])
+    return "\n".join([*lay_out(rows), *reduced, *report["notes"]])
 
 
-def _cell(found: Mapping[str, Any] | None) -> str:
-    """Show a mean, and the range if there is one."""
-    if found is None:
+def _cell(result: Mapping[str, Any] | None) -> str:
+    """Return a mean, with the range if there is one."""
+    if result is None:
         return "-"
-    low, high = found["range"]
-    return f"{found['mean']:.1f}" + (f" ({low:.1f}-{high:.1f})" if high > low else "")
+    low, high = result["range"]
+    return f"{result['mean']:.1f}" + (f" ({low:.1f}-{high:.1f})" if high > low else "")

@@ -1,7 +1,7 @@
-"""A BERT from scratch (Devlin et al. 2018): hidden words and next sentences of held-out books.
+"""A BERT from scratch (Devlin et al. 2018): masked tokens and next sentences of held-out books.
 
-The published models read 3.3 billion words for days; this one reads four million for an hour or two. The
-claim that can be tried at this size: both tasks are learnt, far beyond what frequencies tell.
+The published models trained on 3.3 billion words for days; this one trains on four million for an hour or
+two. The claim that can be tested at this size: both tasks are learnt, far beyond the most frequent answer.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 from longscan.checkpoints.load import load_bert
 from longscan.reproduce.accuracy_table import finish, show
-from longscan.reproduce.experiment import Plan
+from longscan.reproduce.experiment import Plan, seeded
 from longscan.training.config import TrainConfig
 from longscan.training.masked_lm import PretrainRun
 
 __all__ = ["FILES", "SOURCE", "run", "settings", "show"]
 
 FILES = ("train.txt.xz", "valid.txt.xz")
-SOURCE = "Each is English text, its documents parted by two empty lines."
+SOURCE = "Each is English text, its documents separated by two empty lines."
 SEEDS = (0, 1, 2)  # of --full
 
 SHARED: dict[str, Any] = {
@@ -45,15 +45,15 @@ SHARED: dict[str, Any] = {
     "save_every": 250,
     "sample_every": 0,
 }
-MEASURES = {"words": "hidden words", "next": "next sentence"}
+MEASURES = {"words": "masked tokens", "next": "next sentence"}
 NOTES = (
-    "published: no accuracy; BERT-base read 3.3 billion words, a million steps of 128,000 tokens",
-    "measured:  all of the held-out file; 'guess' always says the most frequent word, and the same answer",
+    "published: no accuracy; BERT-base saw 3.3 billion words, a million steps of 128,000 tokens",
+    "measured:  all of the held-out file; 'guess' always predicts the most frequent token or answer",
 )
 
 
 def settings(plan: Plan, seed: int) -> TrainConfig:
-    """Return how the model is trained.
+    """Return the training settings.
 
     Args:
         plan: where the data are.
@@ -64,29 +64,26 @@ def settings(plan: Plan, seed: int) -> TrainConfig:
 
 
 def run(plan: Plan) -> dict[str, Any]:
-    """Pre-train and measure.
+    """Return the accuracies of the pre-trained model and of the most frequent answer.
 
     Args:
         plan: where, and how much.
-
-    Returns:
-        The results.
     """
-    found: dict[str, list[dict[str, Any]]] = {"bert": [], "guess": []}
+    results: dict[str, list[dict[str, Any]]] = {"bert": [], "guess": []}
     for seed in SEEDS if plan.full else SEEDS[:1]:
-        directory = plan.train("bert" + (f"-seed{seed}" if seed else ""), settings(plan, seed), PretrainRun)
+        directory = plan.train(seeded("bert", seed), settings(plan, seed), PretrainRun)
         model = load_bert(directory / "model").model
-        row = plan.remember(directory, model, "valid", partial(_measured, directory))
+        row = plan.cached_measurement(directory, model, "valid", partial(_measured, directory))
         for name, part in {"bert": "accuracy", "guess": "baseline"}.items():
             shares = {"words": row[f"valid_word_{part}"], "next": row[f"valid_next_{part}"]}
-            found[name].append({**row, **{measure: 100 * share for measure, share in shares.items()}})
-    found["guess"] = [{**row, "parameters": 0, "minutes": 0.0} for row in found["guess"]]
+            results[name].append({**row, **{measure: 100 * share for measure, share in shares.items()}})
+    results["guess"] = [{**row, "parameters": 0, "minutes": 0.0} for row in results["guess"]]
     reduced = "four million words, 12,000 steps of 2,048 tokens" + ("" if plan.full else ", one seed")
-    return finish(plan, found, MEASURES, {}, reduced, NOTES)
+    return finish(plan, results, MEASURES, {}, reduced, NOTES)
 
 
 def _measured(directory: Path) -> dict[str, Any]:
-    """Return what the run measured when it ended, on all that was held out."""
+    """Return the last validation of a run, on all held-out text."""
     lines = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    found = (json.loads(line) for line in reversed(lines))
-    return next(row for row in found if "valid_word_accuracy" in row)
+    records = (json.loads(line) for line in reversed(lines))
+    return next(row for row in records if "valid_word_accuracy" in row)

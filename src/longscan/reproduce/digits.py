@@ -48,13 +48,10 @@ NOTES = (
 
 
 def run(plan: Plan) -> dict[str, Any]:
-    """Train and measure the systems.
+    """Return the accuracies of the systems, trained here.
 
     Args:
         plan: where, and how much.
-
-    Returns:
-        The results.
     """
     plan.out.mkdir(parents=True, exist_ok=True)
     paths = {part: plan.out / f"digits-{part}.npz" for part in ("train", "test")}
@@ -68,6 +65,6 @@ def run(plan: Plan) -> dict[str, Any]:
 
 
 def _part(sounds: Sequences, part: str) -> Sequences:
-    """Return what is to be trained on, or tested."""
+    """Return the recordings for training, or for the test."""
     numbers = [int(Path(name).stem.split("_")[2]) for name in sounds.names]
     return sounds.select(n for n, number in enumerate(numbers) if (number < TESTED) == (part == "test"))

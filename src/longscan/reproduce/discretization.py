@@ -1,8 +1,8 @@
 """What a step costs: HiPPO-LegS discretised four ways, against the length of the signal.
 
-Band-limited white noise of 50 cycles fits into 256 coefficients to 1e-9, so what is seen here is the error of
-the steps: forward and backward Euler are of first order, the bilinear rule is of second, and the zero-order
-hold projects the stairs of the samples exactly. Nothing is published to compare with.
+Band-limited white noise of 50 cycles fits into 256 coefficients to 1e-9, so the error is that of the steps:
+forward and backward Euler are of first order, the bilinear rule is of second, and the zero-order hold
+projects the stairs of the samples exactly. Nothing is published to compare with.
 """
 
 from __future__ import annotations
@@ -12,10 +12,8 @@ import statistics
 from typing import Any, get_args
 
 import torch
-import typer
 
 from longscan import ops
-from longscan.core.files import read_json, write_json
 from longscan.data.signals import white_noise
 from longscan.plotting.style import reduced_note
 from longscan.reproduce.experiment import Plan
@@ -32,13 +30,10 @@ METHODS: tuple[ops.LegsMethod, ...] = get_args(ops.LegsMethod)
 
 
 def run(plan: Plan) -> dict[str, Any]:
-    """Measure the errors.
+    """Return the errors.
 
     Args:
         plan: where, and how much.
-
-    Returns:
-        The results.
     """
     lengths = QUICK_LENGTHS if plan.quick else LENGTHS + (FULL_LENGTHS if plan.full else ())
     n = QUICK_N if plan.quick else N
@@ -52,16 +47,16 @@ def run(plan: Plan) -> dict[str, Any]:
         "machine": f"{platform.machine()}, torch {torch.__version__}, {ops.backend()}",
         "rows": rows,
     }
-    write_json(plan.out / f"{plan.name}.json", report)
     x = torch.tensor([row["length"] for row in rows])
     lines = {str(method): (x, torch.tensor([row["mse"][method] for row in rows])) for method in METHODS}
     title = f"HiPPO-LegS, N = {n}, {CYCLES} cycles of noise"
-    plot_lines(plan, lines, (title, "samples", "mean square error"), log=True, note=reduced_note(report))
+    labels, note = (title, "samples", "mean square error"), reduced_note(report)
+    plan.save(report, lambda path: plot_lines(path, lines, labels, log=True, note=note))
     return report
 
 
 def show(report: dict[str, Any]) -> str:
-    """Return the results for a reader.
+    """Return the results as text.
 
     Args:
         report: of `run`.
@@ -78,12 +73,18 @@ def show(report: dict[str, Any]) -> str:
 
 
 def _measure(plan: Plan, length: int, n: int) -> dict[str, Any]:
-    """Measure at one length, unless that is done."""
-    kept = plan.out / f"{plan.name}-{length}.json"
+    """Return the errors at one length."""
     key = {"length": length, "cycles": CYCLES, "n": n, "seeds": list(SEEDS)}
-    if kept.is_file() and (found := read_json(kept)).get("key") == key:
-        return found
-    typer.echo(f"── {plan.name}, {length:,} samples ──", err=True)
+
+    def measure() -> dict[str, Any]:
+        plan.notify(f"── {plan.name}, {length:,} samples ──")
+        return _errors(length, n)
+
+    return plan.cached(plan.out / f"{plan.name}-{length}.json", key, measure)
+
+
+def _errors(length: int, n: int) -> dict[str, Any]:
+    """Measure at one length: the mean over the seeds, and the range."""
     errors: dict[str, list[float]] = {method: [] for method in METHODS}
     for seed in SEEDS:
         f = white_noise(length, CYCLES, generator=torch.Generator().manual_seed(seed)).double()
@@ -91,12 +92,8 @@ def _measure(plan: Plan, length: int, n: int) -> dict[str, Any]:
             memory = make_memory(n, length, method)
             memory.write(f)
             errors[method].append(mse(memory, f))
-    found = {
-        "key": key,
+    return {
         "length": length,
         "mse": {method: statistics.mean(values) for method, values in errors.items()},
         "range": {method: [min(values), max(values)] for method, values in errors.items()},
     }
-    plan.out.mkdir(parents=True, exist_ok=True)
-    write_json(kept, found)
-    return found

@@ -1,7 +1,7 @@
 """English to Chinese on sentences of real software: help pages, handbooks, a game.
 
 Nobody has published a result on these pairs; the experiment shows a Transformer that works after an hour of
-one core, with its numbers and samples. Without --full it reads sentences of at most 20 English words.
+one core, with its numbers and samples. Without --full it takes sentences of at most 20 English words.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 from longscan.core.files import atomic_write
 from longscan.data.sentence_pairs import read_lines, read_pairs
-from longscan.reproduce.bleu_table import table
-from longscan.reproduce.experiment import Plan
-from longscan.training.translation import TranslateConfig
+from longscan.reproduce.bleu_table import finish, measure, table
+from longscan.reproduce.experiment import NO_RESULT, Plan
+from longscan.training.translation import TranslateConfig, TranslateRun
 
 __all__ = ["FILES", "SETTINGS", "SOURCE", "run", "show"]
 
@@ -43,32 +43,29 @@ SETTINGS: dict[str, Any] = {
 
 
 def run(plan: Plan) -> dict[str, Any]:
-    """Train and measure the Transformer.
+    """Return the BLEU of the Transformer, trained here.
 
     Args:
         plan: where, and how much.
-
-    Returns:
-        The results.
     """
     size = "full" if plan.full else "short"
     plan.out.mkdir(parents=True, exist_ok=True)
     tables = {name: plan.out / f"en-zh-{size}-{name}.tsv" for name in ("train", "valid", "test")}
     for name, path in tables.items():
         if not path.is_file():
-            _choose(plan.files / f"{name}.tsv.xz", path, None if plan.full else MAX_WORDS)
+            _select(plan.files / f"{name}.tsv.xz", path, None if plan.full else MAX_WORDS)
     paths = {"source": str(tables["train"]), "valid_source": str(tables["valid"])}
     config = TranslateConfig.from_dict({**SETTINGS, **paths})
-    directory = plan.train(f"en-zh-{size}", config)
-    found = plan.measure(directory, read_pairs(tables["test"]), "zh")
+    directory = plan.train(f"en-zh-{size}", config, TranslateRun)
+    result = measure(plan, directory, read_pairs(tables["test"]), "zh")
     reduced = None if plan.full else f"sentences of at most {MAX_WORDS} English words, test too"
     if plan.quick:
-        reduced = "a few steps only: no result"
-    return plan.finish({"transformer": [found]}, {"reduced": reduced, "published": {}})
+        reduced = NO_RESULT
+    return finish(plan, {"transformer": [result]}, {"reduced": reduced, "published": {}})
 
 
 def show(report: dict[str, Any]) -> str:
-    """Return the results for a reader.
+    """Return the results as text.
 
     Args:
         report: of `run`.
@@ -76,15 +73,15 @@ def show(report: dict[str, Any]) -> str:
     lines = table(report, {})
     if report["reduced"]:
         lines.append(f"reduced: {report['reduced']}")
-    found = report["runs"]["transformer"][0]
-    lines += [f"BLEU: {found['bleu_signature']}", f"chrF: {found['chrf_signature']}"]
-    for sample in found["samples"]:
+    result = report["runs"]["transformer"][0]
+    lines += [f"BLEU: {result['bleu_signature']}", f"chrF: {result['chrf_signature']}"]
+    for sample in result["samples"]:
         lines += ["", sample["source"], f"  → {sample['translation']}", f"  = {sample['reference']}"]
     return "\n".join(lines)
 
 
-def _choose(source: Path, target: Path, max_words: int | None) -> None:
-    """Copy the pairs that are to be learnt from."""
+def _select(source: Path, target: Path, max_words: int | None) -> None:
+    """Copy the pairs of the experiment."""
     chosen = []
     for line in read_lines(source):
         english, chinese, origin = [*line.split("\t"), ""][:3]

@@ -1,47 +1,57 @@
-"""What experiments have in common: systems that are trained unless they are, measured, and remembered."""
+"""A published experiment on this machine: its data, its training runs and its cached measurements."""
 
 from __future__ import annotations
 
+import json
 import platform
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 
-from longscan.checkpoints.load import load_translator
 from longscan.core.files import read_json, write_json
-from longscan.core.progress import Terminal
-from longscan.data.sentence_pairs import TextPairs
+from longscan.core.progress import Display
 from longscan.errors import LongscanError
-from longscan.evaluation.translation import measure
 from longscan.models import Model
-from longscan.plotting.style import reduced_note
-from longscan.plotting.translation import plot_bleu
-from longscan.reproduce.bleu_table import minutes, summary
 from longscan.training.config import RunConfig
-from longscan.training.run import Run
+from longscan.training.run import Run, RunResult
 from longscan.training.run_directory import SETTINGS, read_settings
-from longscan.training.translation import TranslateRun
 
-__all__ = ["Plan"]
-
+__all__ = ["NO_RESULT", "Plan", "StoppedError", "minutes", "seeded"]
 
 QUICK = {"steps": 3, "epochs": None, "eval_every": 0, "bleu_sentences": 4, "save_every": 100}
+NO_RESULT = "a few steps only: no result"  # how an experiment with --quick is reduced
 
-QUICK_SENTENCES = 12
 
-N_SAMPLES = 5
+class StoppedError(LongscanError):
+    """A signal stopped a training run; the same experiment resumes it.
 
-BEAM, LENGTH_PENALTY = 5, 0.6
+    Args:
+        result: how far the run got.
+    """
+
+    def __init__(self, result: RunResult) -> None:
+        super().__init__(f"stopped after step {result.step:,}")
+        self.result = result
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the command line asks for; see `reproduce.command`."""
+    """Where and how an experiment runs; `train` and `cached` do only what is not done yet.
+
+    Attributes:
+        name: the experiment's, as on the command line.
+        data: the directory of its data, if it has any.
+        out: receives a directory for each run, NAME.json and NAME.png.
+        full: several seeds, all of the data.
+        quick: a few steps, to see that it works.
+        threads: CPU threads; torch's default if None.
+        model: the checkpoint to fine-tune, if the experiment fine-tunes one.
+        notify: receives a line about what happens next.
+        display: makes the progress display of a training run.
+    """
 
     name: str
     data: Path | None
@@ -49,14 +59,16 @@ class Plan:
     full: bool = False
     quick: bool = False
     threads: int | None = None
-    model: str | None = None  # what to fine-tune
+    model: str | None = None
+    notify: Callable[[str], None] = lambda line: None
+    display: Callable[[], Display] = Display
 
     def check(self, files: Sequence[str], source: str) -> None:
-        """Insist on the data.
+        """Check that the data are there.
 
         Args:
             files: their names.
-            source: where they come from.
+            source: where to get them.
 
         Raises:
             LongscanError: some are missing.
@@ -71,31 +83,33 @@ class Plan:
         assert self.data is not None
         return self.data
 
-    def train(self, place: str, config: RunConfig, run: type[Run[Any]] = TranslateRun) -> Path:
-        """Train a system, go on with it, or find it finished.
+    @property
+    def machine(self) -> str:
+        """What the numbers were measured on."""
+        return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+    def train(self, name: str, config: RunConfig, run: type[Run[Any]]) -> Path:
+        """Return the directory of a finished run: trained now, resumed, or trained earlier.
 
         Args:
-            place: its directory in `out`.
-            config: its settings.
-            run: what they are the settings of.
-
-        Returns:
-            The run's directory.
+            name: of the directory, in `out`.
+            config: the run's settings.
+            run: its kind.
 
         Raises:
             LongscanError: the directory holds a run with other settings.
-            typer.Exit: it was stopped.
+            StoppedError: a signal stopped it.
         """
-        directory = self.out / (f"quick-{place}" if self.quick else place)
+        directory = self.out / (f"quick-{name}" if self.quick else name)
         if self.quick:
             known = {entry.name for entry in fields(config)}
-            config = config.replace(**{name: value for name, value in QUICK.items() if name in known})
-        config, display = config.replace(threads=self.threads), Terminal(100)
-        typer.echo(f"── {directory.name} ──", err=True)
+            config = config.replace(**{field: value for field, value in QUICK.items() if field in known})
+        config, display = config.replace(threads=self.threads), self.display()
+        self.notify(f"── {directory.name} ──")
         if (directory / SETTINGS).is_file():
             stored = run.settings.from_dict(read_settings(directory, run.verb))
             paths = {entry.name for entry in fields(config) if entry.metadata.get("path")}
-            if other := [name for name in config.changed(stored) if name not in paths]:
+            if other := [field for field in config.changed(stored) if field not in paths]:
                 raise LongscanError(
                     f"{directory} was trained with {other[0]} = {getattr(stored, other[0])!r}, this "
                     f"experiment has {getattr(config, other[0])!r}. Name another --out."
@@ -105,41 +119,10 @@ class Plan:
         else:
             result = run.begin(config, directory, display)
         if result.stopped_by is not None:
-            typer.echo(f"stopped after step {result.step:,}; the same command goes on", err=True)
-            raise typer.Exit(130 if result.stopped_by == signal.SIGINT else 0)
+            raise StoppedError(result)
         return directory
 
-    def measure(self, directory: Path, pairs: TextPairs, tokenize: str) -> dict[str, Any]:
-        """Measure a trained system on the test pairs, unless that is done.
-
-        Args:
-            directory: the run's.
-            pairs: sentences and their translations by people.
-            tokenize: see `bleu.score`.
-
-        Returns:
-            What `translation.measure` gives, with a few samples instead of all translations; parameters,
-            epochs, seed and minutes of the run.
-        """
-        model, tokenizer = load_translator(directory / "model")
-        if self.quick:
-            pairs = pairs.select(range(QUICK_SENTENCES))
-
-        def score() -> dict[str, Any]:
-            found = measure(model, tokenizer, pairs, BEAM, LENGTH_PENALTY, tokenize)
-            translations = found.pop("translations")
-            step = max(1, len(translations) // N_SAMPLES)
-            samples = [
-                {"source": pairs.source[i], "reference": pairs.target[i], "translation": translations[i]}
-                for i in range(0, len(translations), step)
-            ][:N_SAMPLES]
-            epochs = read_settings(directory, TranslateRun.verb)["epochs"]
-            return {**found, "samples": samples, "epochs": epochs}
-
-        key = f"{tokenizer.fingerprint} {len(pairs.source)} {tokenize}"
-        return self.remember(directory, model, key, score)
-
-    def remember(
+    def cached_measurement(
         self,
         directory: Path,
         model: Model,
@@ -147,57 +130,64 @@ class Plan:
         measure: Callable[[], dict[str, Any]],
         name: str = "test",
     ) -> dict[str, Any]:
-        """Measure a trained model, unless that is done.
+        """Return what `measure` gives for a trained model, and the run's parameters, seed and minutes.
 
         Args:
             directory: the run's.
             model: the trained one.
             key: what it is measured on.
-            measure: does it.
-            name: of the file in the run's directory that keeps it.
-
-        Returns:
-            What `measure` gives; parameters, seed and minutes of the run.
+            measure: called unless the run's directory holds the result.
+            name: of the result's file in the run's directory.
         """
-        kept, key = directory / f"{name}.json", f"{model.fingerprint()} {key}"
-        if kept.is_file() and (found := read_json(kept)).get("key") == key:
-            return found
-        found = {
-            **measure(),
-            "key": key,
-            "parameters": model.num_parameters(),
-            "seed": read_json(directory / SETTINGS)["seed"],
-            "minutes": minutes(directory),
-        }
-        write_json(kept, found)
-        return found
 
-    @property
-    def machine(self) -> str:
-        """What the numbers were measured on."""
-        return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        def result() -> dict[str, Any]:
+            return {
+                **measure(),
+                "parameters": model.num_parameters(),
+                "seed": read_json(directory / SETTINGS)["seed"],
+                "minutes": minutes(directory),
+            }
 
-    def finish(self, rows: Mapping[str, Sequence[dict[str, Any]]], notes: dict[str, Any]) -> dict[str, Any]:
-        """Write the results and the figure.
+        return self.cached(directory / f"{name}.json", f"{model.fingerprint()} {key}", result)
+
+    def cached(self, path: Path, key: object, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the measurement in a file; measure and write it if the file is missing or of another key.
 
         Args:
-            rows: system -> what `measure` gave for each seed.
-            notes: what else is to be said; "reduced" tells in what, if it is.
-
-        Returns:
-            The results.
+            path: the file.
+            key: what the measurement depends on, as JSON has it.
+            measure: makes the measurement.
         """
-        report = {
-            "experiment": self.name,
-            **notes,
-            "machine": self.machine,
-            "systems": {name: summary(found) for name, found in rows.items()},
-            "runs": {name: list(found) for name, found in rows.items()},
-        }
+        if path.is_file() and (stored := read_json(path)).get("key") == key:
+            return stored
+        result = {"key": key, **measure()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+        return result
+
+    def save(self, report: Mapping[str, Any], draw: Callable[[Path], None]) -> None:
+        """Write the results to NAME.json and the figure to NAME.png.
+
+        Args:
+            report: the results.
+            draw: saves the figure under a path; notified about if it can't, for want of matplotlib.
+        """
         write_json(self.out / f"{self.name}.json", report)
+        path = self.out / f"{self.name}.png"
         try:
-            first = {name: found[0] for name, found in rows.items()}
-            plot_bleu(first, self.out / f"{self.name}.png", reduced_note(report))
+            draw(path)
         except LongscanError as error:
-            typer.echo(f"no {self.name}.png: {error}", err=True)
-        return report
+            self.notify(f"no {path.name}: {error}")
+
+
+def seeded(name: str, seed: int) -> str:
+    """Return the name of a run; the one with seed 0 has no suffix."""
+    return name + (f"-seed{seed}" if seed else "")
+
+
+def minutes(directory: Path) -> float:
+    """Return how long a run's steps took, to a tenth of a minute."""
+    seconds = 0.0
+    for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        seconds = json.loads(line).get("seconds", seconds)
+    return round(seconds / 60, 1)

@@ -1,6 +1,6 @@
 """What a language model needs to learn in context, at full size: table 1 of H3 (Fu et al. 2022).
 
-Associative recall asks for the value of a key, induction for the token that stood behind a mark. The claim is
+Associative recall asks for the value of a key, induction for the token that followed a mark. The claim is
 that attention and H3 do both and that S4D, a state space without gates, does not. One seed unless --full.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from longscan.reproduce.accuracy_table import finish, show
-from longscan.reproduce.experiment import Plan
+from longscan.reproduce.experiment import Plan, seeded
 from longscan.reproduce.synthetic import train_and_measure
 
 __all__ = ["FILES", "SOURCE", "run", "show"]
@@ -57,23 +57,19 @@ NOTES = (
 
 
 def run(plan: Plan) -> dict[str, Any]:
-    """Train and measure the systems on both tasks.
+    """Return the accuracies of the systems on both tasks.
 
     Args:
         plan: where, and how much.
-
-    Returns:
-        The results.
     """
-    found: dict[str, list[dict[str, Any]]] = {model: [] for model in SYSTEMS}
+    results: dict[str, list[dict[str, Any]]] = {model: [] for model in SYSTEMS}
     for seed in SEEDS if plan.full else SEEDS[:1]:
         for model, fields in SYSTEMS.items():
             rows = {}
             for task, sizes in TASKS.items():
-                place = f"h3-{task}-{model}" + (f"-seed{seed}" if seed else "")
                 settings = {**SHARED, **sizes, **fields, "model": model, "task": task, "seed": seed}
-                rows[task] = train_and_measure(plan, place, settings)
-            found[model].append(
+                rows[task] = train_and_measure(plan, seeded(f"h3-{task}-{model}", seed), settings)
+            results[model].append(
                 {
                     **{task: row["accuracy"] for task, row in rows.items()},
                     "parameters": rows["induction"]["parameters"],
@@ -81,4 +77,4 @@ def run(plan: Plan) -> dict[str, Any]:
                     "seed": seed,
                 }
             )
-    return finish(plan, found, MEASURES, PUBLISHED, None if plan.full else "one seed", NOTES)
+    return finish(plan, results, MEASURES, PUBLISHED, None if plan.full else "one seed", NOTES)

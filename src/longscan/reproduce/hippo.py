@@ -1,9 +1,9 @@
 """A million samples in 256 numbers: the approximation of HiPPO (Gu et al. 2020), section 4.3.
 
-Band-limited white noise, 100 cycles of its highest frequency, is taken in online and told from the last state
-alone. A polynomial needs about pi coefficients for a cycle, so 256 of them resolve some 80: the error that is
-left, which the exact projection has as well, is no error of the recurrence. The LSTM's 0.25 is the square of
-the signal's size, 0.5: what somebody gets who always tells the mean.
+Band-limited white noise, 100 cycles of its highest frequency, is compressed online and reconstructed from the
+last state alone. A polynomial needs about pi coefficients for a cycle, so 256 of them resolve some 80: the
+error that is left, which the exact projection has as well, is no error of the recurrence. The LSTM's 0.25 is
+the square of the signal's size, 0.5: what the mean alone gives.
 """
 
 from __future__ import annotations
@@ -12,19 +12,17 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 from torch import Tensor
 
 from longscan import ops
-from longscan.core.files import read_json, write_json
 from longscan.data.signals import white_noise
-from longscan.errors import LongscanError
 from longscan.models.hippo import SPANS, held
 from longscan.models.hippo_memory import Memory
-from longscan.plotting.style import reduced_note
+from longscan.plotting.style import COLOURS, MARKERS, new_figure, reduced_note, save_figure, tidy
 from longscan.reproduce.experiment import Plan
 
 __all__ = ["FILES", "SOURCE", "make_memory", "mse", "plot_lines", "run", "show"]
@@ -39,16 +37,16 @@ NOTES = (
     "published: HiPPO, section 4.3; elements/s of their C++ (LegS) and PyTorch, their machine",
     "measured:  rates per second of processor time, one thread; LMU step by step, LSTM torch's, untrained",
     "floor:     the exact projection of the same samples on as many polynomials (zero-order hold)",
-    "mean:      what telling the mean, always, would give",
+    "mean:      the reconstruction that is the mean everywhere",
 )
 
 
 def mse(memory: Memory, f: Tensor) -> float:
-    """Return the mean square error of what a memory tells of the signal it has read.
+    """Return the mean square error of a memory's reconstruction of its signal.
 
     Args:
         memory: of one channel, its window as long as the signal.
-        f: (length,).
+        f: (length,) the signal.
     """
     return float((memory.reconstruct(torch.arange(len(f)))[0] - f).square().mean())
 
@@ -66,13 +64,10 @@ def make_memory(n: int, length: int, method: ops.LegsMethod = "bilinear", measur
 
 
 def run(plan: Plan) -> dict[str, Any]:
-    """Measure errors and rates.
+    """Return errors and rates.
 
     Args:
         plan: where, and how much.
-
-    Returns:
-        The results.
     """
     length, cycles, n = QUICK if plan.quick else (LENGTH, CYCLES, N)
     threads = torch.get_num_threads()
@@ -93,13 +88,12 @@ def run(plan: Plan) -> dict[str, Any]:
         "machine": f"{platform.machine()}, 1 thread, torch {torch.__version__}, {ops.backend()}",
         "runs": rows,
     }
-    write_json(plan.out / f"{plan.name}.json", report)
-    _plot(plan, length, cycles, n, reduced_note(report))
+    plan.save(report, lambda path: _plot(path, length, cycles, n, reduced_note(report)))
     return report
 
 
 def show(report: dict[str, Any]) -> str:
-    """Return the results for a reader.
+    """Return the results as text.
 
     Args:
         report: of `run`.
@@ -124,12 +118,18 @@ def show(report: dict[str, Any]) -> str:
 
 
 def _measure(plan: Plan, seed: int, length: int, cycles: int, n: int) -> dict[str, Any]:
-    """Measure with one signal, unless that is done."""
-    kept = plan.out / f"{plan.name}-seed{seed}.json"
+    """Return errors and rates of one signal."""
     key = {"seed": seed, "length": length, "cycles": cycles, "n": n, "backend": ops.backend()}
-    if kept.is_file() and (found := read_json(kept)).get("key") == key:
-        return found
-    typer.echo(f"── {plan.name}, seed {seed} ──", err=True)
+
+    def measure() -> dict[str, Any]:
+        plan.notify(f"── {plan.name}, seed {seed} ──")
+        return _errors_and_rates(seed, length, cycles, n)
+
+    return plan.cached(plan.out / f"{plan.name}-seed{seed}.json", key, measure)
+
+
+def _errors_and_rates(seed: int, length: int, cycles: int, n: int) -> dict[str, Any]:
+    """Measure with one signal."""
     f = white_noise(length, cycles, generator=torch.Generator().manual_seed(seed)).double()
     errors, rates = {"mean": float(f.var())}, {}
     for name, measure, method in (
@@ -144,10 +144,7 @@ def _measure(plan: Plan, seed: int, length: int, cycles: int, n: int) -> dict[st
     lstm = torch.nn.LSTM(1, n)
     with torch.no_grad():
         rates["lstm"] = _rate(len(few), lambda: lstm(few[:, None]))
-    found = {"key": key, "mse": errors, "rate": rates}
-    plan.out.mkdir(parents=True, exist_ok=True)
-    write_json(kept, found)
-    return found
+    return {"mse": errors, "rate": rates}
 
 
 def _rate(elements: int, work: Callable[[], object]) -> float:
@@ -169,47 +166,43 @@ def _dense_steps(f: Tensor, n: int, length: int) -> Tensor:
     return c
 
 
-def _plot(plan: Plan, length: int, cycles: int, n: int, note: str) -> None:
-    """Draw the beginning of the signal, the longest ago, beside what is told of it."""
+def _plot(path: Path, length: int, cycles: int, n: int, note: str) -> None:
+    """Draw the start of the signal, the longest ago, beside its reconstructions."""
     f = white_noise(length, cycles, generator=torch.Generator().manual_seed(SEEDS[0])).double()
-    places = torch.linspace(0, length / 5, 1500).floor()
-    curves = {"signal": f[places.long()]}
+    positions = torch.linspace(0, length / 5, 1500).floor()
+    curves = {"signal": f[positions.long()]}
     for measure in ("legs", "lmu"):
         memory = make_memory(n, length, measure=measure)
         memory.write(f)
-        curves[measure] = memory.reconstruct(places)[0]
-    labels = (f"the first fifth of {length:,} samples, told from {n} numbers", "sample", "value")
-    plot_lines(plan, {name: (places, values) for name, values in curves.items()}, labels, note=note)
+        curves[measure] = memory.reconstruct(positions)[0]
+    labels = (f"the first fifth of {length:,} samples, reconstructed from {n} numbers", "sample", "value")
+    plot_lines(path, {name: (positions, values) for name, values in curves.items()}, labels, note=note)
 
 
 def plot_lines(
-    plan: Plan,
+    path: Path,
     lines: dict[str, tuple[Tensor, Tensor]],
     labels: tuple[str, str, str],
     log: bool = False,
     note: str = "",
 ) -> None:
-    """Draw curves into the experiment's figure, if matplotlib is there.
+    """Draw curves.
 
     Args:
-        plan: where.
+        path: the figure to write.
         lines: name -> x and y of each.
         labels: the title and those of the axes.
         log: whether the axes are logarithmic, with a marker at each point.
         note: see `save_figure`.
-    """
-    from longscan.plotting.style import COLOURS, MARKERS, new_figure, save_figure, tidy
 
-    path = plan.out / f"{plan.name}.png"
-    try:
-        figure = new_figure(9.0, 4.5)
-    except LongscanError as error:
-        typer.echo(f"no {path.name}: {error}", err=True)
-        return
+    Raises:
+        LongscanError: matplotlib is not installed.
+    """
+    figure = new_figure(9.0, 4.5)
     ax = figure.subplots()
-    for place, (name, (x, y)) in enumerate(lines.items()):
-        marker = MARKERS[place % len(MARKERS)] if log else ""
-        ax.plot(x, y, color=COLOURS[place % len(COLOURS)], marker=marker, linewidth=1.3, label=name)
+    for index, (name, (x, y)) in enumerate(lines.items()):
+        marker = MARKERS[index % len(MARKERS)] if log else ""
+        ax.plot(x, y, color=COLOURS[index % len(COLOURS)], marker=marker, linewidth=1.3, label=name)
     title, xlabel, ylabel = labels
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     if log:

@@ -1,8 +1,8 @@
-"""What HiPPO's matrix is worth as a start: S4 on digits read pixel by pixel, after figure 3 of S4, reduced.
+"""What HiPPO's matrix is worth as initialisation: S4 on digits pixel by pixel, after figure 3 of S4, reduced.
 
-The claim is that a state space which begins with HiPPO's matrix generalises, and one that begins with random
+The claim is that a state space initialised with HiPPO's matrix generalises, and one initialised with random
 numbers of the same kind does not, though both learn the same parameters. Published on CIFAR-10 with at most
-100,000 parameters: 84.27, and more than 15 points less from a random start.
+100,000 parameters: 84.27, and more than 15 points less from random initialisation.
 """
 
 from __future__ import annotations
@@ -47,17 +47,14 @@ NOTES = (
 
 
 def run(plan: Plan) -> dict[str, Any]:
-    """Train and measure each start with each seed.
+    """Return the accuracy of each initialisation with each seed.
 
     Args:
         plan: where, and how much.
-
-    Returns:
-        The results.
     """
     test = read_sequences([plan.files / FILES[0]], split="test")
     test = test.select(range(min(20, len(test)))) if plan.quick else test
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in SYSTEMS}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in SYSTEMS}
     for seed in SEEDS:
         for name, init in SYSTEMS.items():
             fields = {"option": ["d_state=64", "l_max=784", f"init={init}"], "seed": seed}
@@ -65,14 +62,17 @@ def run(plan: Plan) -> dict[str, Any]:
             config = SequencesConfig.from_dict({**SHARED, **fields, "data": [str(plan.files / FILES[0])]})
             size = "full-" if plan.full else ""
             directory = plan.train(f"hippo-ablation-{size}{name}-seed{seed}", config, SequencesRun)
-            found[name].append(_measure(plan, directory, test))
+            results[name].append(_measure(plan, directory, test))
     reduced = "5,000 images of MNIST instead of CIFAR-10" + ("" if plan.full else ", 10 epochs")
-    return finish(plan, found, MEASURES, {}, reduced, NOTES)
+    return finish(plan, results, MEASURES, {}, reduced, NOTES)
 
 
 def _measure(plan: Plan, directory: Path, test: Sequences) -> dict[str, Any]:
-    """Measure a model, unless that is done."""
+    """Return the accuracy of a model."""
     model = load(directory / "model", "sequence")
     test = test.labelled(model.config.labels)
-    key = f"{len(test)}"
-    return plan.remember(directory, model, key, lambda: {"accuracy": 100 * measure(model, test)["accuracy"]})
+
+    def score() -> dict[str, Any]:
+        return {"accuracy": 100 * measure(model, test)["accuracy"]}
+
+    return plan.cached_measurement(directory, model, f"{len(test)}", score)

@@ -1,7 +1,8 @@
 """Trained on 256 tokens, tried on up to 1,048,576: table 2 of Mamba (Gu and Dao 2023).
 
-A mark stands somewhere in the text and again at its end; asked is the token behind it. A state that selects
-keeps that one token however much follows; attention looks for it at distances it has never seen.
+A mark appears somewhere in the text and again at its end; the answer is the token after it. A selective
+state stores that one token however much follows; attention has to find it at distances it was never trained
+on.
 """
 
 from __future__ import annotations
@@ -10,17 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import typer
 
 from longscan.checkpoints.load import load
-from longscan.core.files import write_json
 from longscan.data.synthetic import induction
-from longscan.errors import LongscanError
 from longscan.evaluation.classification import accuracy
 from longscan.models import LanguageModel
-from longscan.plotting.style import reduced_note
-from longscan.reproduce.bleu_table import minutes
-from longscan.reproduce.experiment import Plan
+from longscan.plotting.style import COLOURS, MARKERS, new_figure, reduced_note, save_figure, tidy
+from longscan.reproduce.experiment import NO_RESULT, Plan, minutes, seeded
 from longscan.reproduce.synthetic import SyntheticConfig, SyntheticRun
 
 __all__ = ["FILES", "SOURCE", "run", "show"]
@@ -28,8 +25,8 @@ __all__ = ["FILES", "SOURCE", "run", "show"]
 FILES, SOURCE = (), ""
 SEEDS = (0, 1, 2)  # of --full
 TRAINED, LONGEST = 8, 20  # powers of two, lengths
-TOKENS, MOST = 2**25, 1024  # read at each length: 32 sequences of the longest, at most so many of others
-CHUNK, ROWS = 1024, 16  # tokens and sequences that are read at a time, so much of short ones too
+TOKENS, MOST = 2**25, 1024  # per length: 32 sequences of the longest, at most so many of others
+CHUNK, ROWS = 1024, 16  # tokens and sequences processed at a time, as many tokens of short ones
 
 SHARED: dict[str, Any] = {
     "task": "induction",
@@ -55,12 +52,12 @@ HARDENED: dict[str, Any] = {"model": "mamba", "lr": 3e-3, "eps": 1e-15, "enough"
 
 
 class System(NamedTuple):
-    """What is trained.
+    """A model to train.
 
     Attributes:
-        fields: of SyntheticConfig; the model is that of the system's name unless told.
-        longest: text that it is tried on, a power of two: attention's time grows with the square.
-        after: the system it goes on from; it begins with a short text if None.
+        fields: of SyntheticConfig; the model is that of the system's name unless given.
+        longest: test sequence, a power of two: attention's time grows with the square.
+        after: the system it continues from; if None it starts with short sequences.
     """
 
     fields: dict[str, Any]
@@ -83,33 +80,30 @@ NOTES = (
     "published: Mamba, table 2 (llama: attention with rotary positions), 204,800 steps",
     "measured:  steps of 32 new sequences of 32 tokens, then of 8 of 256, of each at most 40,000, fewer when",
     "           three measurements in a row, 500 steps apart, are without an error (h3: at 99.5 or more,",
-    "           as it keeps making some); mamba-hardened goes on for 40,000 steps at a rate of 3e-3 and an",
+    "           as it keeps making some); mamba-hardened continues for 40,000 steps at a rate of 3e-3 and an",
     "           eps of 1e-15, which its minutes are of;",
-    "           then at each length 2^25 tokens, at most 1,024 sequences, read in chunks, the state carried",
+    "           then at each length 2^25 tokens, at most 1,024 sequences, in chunks, the state carried",
 )
 
 
 def run(plan: Plan) -> dict[str, Any]:
-    """Train the systems and measure them at every length.
+    """Return the accuracies of the systems at every length.
 
     Args:
         plan: where, and how much.
-
-    Returns:
-        The results.
     """
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in SYSTEMS}
     for seed in SEEDS if plan.full else SEEDS[:1]:
         trained: dict[str, Path] = {}
         for name, system in SYSTEMS.items():
-            place = f"induction-{name}" + (f"-seed{seed}" if seed else "")
+            run_name = seeded(f"induction-{name}", seed)
             config = SyntheticConfig.from_dict({**SHARED, "model": name, **system.fields, "seed": seed})
             if system.after is None:
-                before = plan.train(f"{place}-short", config.replace(**SHORT), SyntheticRun)
+                before = plan.train(f"{run_name}-short", config.replace(**SHORT), SyntheticRun)
                 spent = minutes(before)
             else:
                 before, spent = trained[system.after], 0.0
-            directory = plan.train(place, config.replace(start=str(before / "model")), SyntheticRun)
+            directory = plan.train(run_name, config.replace(start=str(before / "model")), SyntheticRun)
             model, _ = load(directory / "model")
             powers = range(6, min(system.longest, 12 if plan.quick else LONGEST) + 1)
             rows = {power: _measure(plan, directory, model, power) for power in powers}
@@ -125,39 +119,35 @@ def run(plan: Plan) -> dict[str, Any]:
     reduced = "fewer steps, of shorter sequences first" + ("" if plan.full else ", one seed")
     report = {
         "experiment": plan.name,
-        "reduced": "a few steps only: no result" if plan.quick else reduced,
+        "reduced": NO_RESULT if plan.quick else reduced,
         "published": PUBLISHED,
         "notes": list(NOTES),
         "machine": plan.machine,
         "runs": runs,
     }
-    write_json(plan.out / f"{plan.name}.json", report)
-    try:
-        _plot(report, plan.out / f"{plan.name}.png")
-    except LongscanError as error:
-        typer.echo(f"no {plan.name}.png: {error}", err=True)
+    plan.save(report, lambda path: _plot(report, path))
     return report
 
 
 def _measure(plan: Plan, directory: Path, model: LanguageModel, power: int) -> dict[str, Any]:
-    """Measure a model at one length, unless that is done."""
+    """Return the accuracy of a model at one length."""
     length = 2**power
     n = 2 if plan.quick else min(MOST, TOKENS // length)
     rows = CHUNK * ROWS // min(length, CHUNK)
 
     def measure() -> dict[str, Any]:
-        typer.echo(f"{directory.name}: {n:,} sequences of {length:,} tokens", err=True)
+        plan.notify(f"{directory.name}: {n:,} sequences of {length:,} tokens")
         draw, right = torch.Generator().manual_seed(power), 0.0
         for start in range(0, n, rows):
             some = min(rows, n - start)
             right += some * accuracy(model, induction(some, draw, SHARED["vocab_size"], length - 1), CHUNK)
         return {"accuracy": 100 * right / n, "sequences": n, "tokens": length}
 
-    return plan.remember(directory, model, f"{n}", measure, f"test-{power}")
+    return plan.cached_measurement(directory, model, f"{n}", measure, f"test-{power}")
 
 
 def show(report: dict[str, Any]) -> str:
-    """Return the results for a reader.
+    """Return the results as text.
 
     Args:
         report: of `run`.
@@ -183,8 +173,6 @@ def show(report: dict[str, Any]) -> str:
 
 def _plot(report: dict[str, Any], path: Path) -> None:
     """Draw accuracy against length."""
-    from longscan.plotting.style import COLOURS, MARKERS, new_figure, save_figure, tidy
-
     figure = new_figure(7.0, 4.0)
     ax = figure.subplots()
     for name, colour, marker in zip(report["runs"], COLOURS, MARKERS, strict=False):
@@ -197,7 +185,7 @@ def _plot(report: dict[str, Any], path: Path) -> None:
     ax.axvline(2**TRAINED, color="grey", linewidth=0.8, linestyle="--")
     ax.annotate("trained", (2**TRAINED, 3), xytext=(3, 0), textcoords="offset points", color="grey")
     ax.set_xscale("log", base=2)
-    ax.set(xlabel="tokens", ylabel="right answers (%); dotted: published", ylim=(0, 105))
+    ax.set(xlabel="tokens", ylabel="accuracy (%); dotted: published", ylim=(0, 105))
     tidy(ax)
     ax.legend(frameon=False)
     save_figure(figure, path, reduced_note(report))

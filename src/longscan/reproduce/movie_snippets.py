@@ -1,8 +1,7 @@
-"""What pre-training is worth: is a sentence about a film kind or unkind (Pang and Lee 2005)?
+"""What pre-training is worth: the sentiment of sentences about films (Pang and Lee 2005).
 
 MiniLM (Wang et al. 2020), a BERT of six layers that was trained on a billion pairs of sentences, is
-fine-tuned on 8,584 snippets of reviews. Beside it stands what there was before: counted words and logistic
-regression.
+fine-tuned on 8,584 snippets of reviews. The baseline is TF-IDF with logistic regression.
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import typer
-
-from longscan.checkpoints.load import load
+from longscan.checkpoints.bert import load_classifier
 from longscan.core.files import atomic_write
 from longscan.data.labeled_texts import Example, frame_examples, number_labels, read_examples
 from longscan.data.sentence_pairs import read_lines
@@ -22,7 +19,7 @@ from longscan.errors import LongscanError
 from longscan.evaluation.classification import score, tfidf
 from longscan.inference.bert import predict
 from longscan.reproduce.accuracy_table import finish, show
-from longscan.reproduce.experiment import Plan
+from longscan.reproduce.experiment import Plan, seeded
 from longscan.training.text_classifier import ClassifyConfig, ClassifyRun
 
 __all__ = ["FILES", "MODEL", "SOURCE", "run", "show"]
@@ -40,13 +37,10 @@ NOTES = ("measured:  963 held-out sentences; TF-IDF of words and pairs of words,
 
 
 def run(plan: Plan) -> dict[str, Any]:
-    """Fine-tune the one, count for the other, and measure both.
+    """Return the accuracies of the fine-tuned MiniLM and of TF-IDF.
 
     Args:
         plan: where, and how much.
-
-    Returns:
-        The results.
     """
     plan.out.mkdir(parents=True, exist_ok=True)
     paths = {part: plan.out / f"movie-snippets-{part}.tsv" for part in ("train", "valid", "test")}
@@ -59,37 +53,36 @@ def run(plan: Plan) -> dict[str, Any]:
         chosen = [f"{row[1]}\t{row[-1]}\n" for row in rows if row[0] == part]
         atomic_write(path, "".join(chosen[:QUICK_TEXTS] if plan.quick else chosen))
     train, test = (read_examples([paths[part]]) for part in ("train", "test"))
-    found: dict[str, list[dict[str, Any]]] = {"minilm": [], "tf-idf": []}
+    results: dict[str, list[dict[str, Any]]] = {"minilm": [], "tf-idf": []}
     for seed in SEEDS if plan.full else SEEDS[:1]:
         data = {"data": [str(paths["train"])], "valid": [str(paths["valid"])]}
         config = ClassifyConfig.from_dict({**SHARED, **data, "model": plan.model, "seed": seed})
-        directory = plan.train("movie-snippets" + (f"-seed{seed}" if seed else ""), config, ClassifyRun)
-        model = load(directory / "model", "classifier").model
-        found["minilm"].append(
-            plan.remember(directory, model, f"{len(test)}", partial(_measure, directory, test))
-        )
+        directory = plan.train(seeded("movie-snippets", seed), config, ClassifyRun)
+        model = load_classifier(directory / "model").model
+        measure = partial(_measure, directory, test)
+        results["minilm"].append(plan.cached_measurement(directory, model, f"{len(test)}", measure))
     try:
-        found["tf-idf"].append(_count(train, test))
+        results["tf-idf"].append(_baseline(train, test))
     except LongscanError as error:
-        typer.echo(f"no tf-idf: {error}", err=True)
-        del found["tf-idf"]
+        plan.notify(f"no tf-idf: {error}")
+        del results["tf-idf"]
     reduced = None if plan.full else "one seed"
-    return finish(plan, found, MEASURES, {}, reduced, NOTES)
+    return finish(plan, results, MEASURES, {}, reduced, NOTES)
 
 
 def _measure(directory: Path, test: list[Example]) -> dict[str, float]:
-    """Measure a fine-tuned model."""
-    found = load(directory / "model", "classifier")
-    truth = number_labels(test, found.model.config.labels)
-    framed = frame_examples(found.tokenizer, test, SHARED["seq_len"])
-    scores = predict(found.model, found.tokenizer, framed)
+    """Return the accuracy of a fine-tuned model."""
+    loaded = load_classifier(directory / "model")
+    truth = number_labels(test, loaded.model.config.labels)
+    framed = frame_examples(loaded.tokenizer, test, SHARED["seq_len"])
+    scores = predict(loaded.model, loaded.tokenizer, framed)
     return {"accuracy": 100 * score(truth, scores.argmax(1).tolist()).accuracy}
 
 
-def _count(train: list[Example], test: list[Example]) -> dict[str, Any]:
-    """Do it with words and pairs of words that are counted."""
+def _baseline(train: list[Example], test: list[Example]) -> dict[str, Any]:
+    """Return the accuracy of TF-IDF with logistic regression, trained here."""
     started, labels = time.perf_counter(), sorted({example.label for example in train})
-    said = tfidf(train, test, labels)
-    accuracy = 100 * score(number_labels(test, labels), said).accuracy
+    predicted = tfidf(train, test, labels)
+    accuracy = 100 * score(number_labels(test, labels), predicted).accuracy
     minutes = round((time.perf_counter() - started) / 60, 1)
     return {"accuracy": accuracy, "parameters": 0, "minutes": minutes, "seed": 0}

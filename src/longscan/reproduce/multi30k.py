@@ -1,8 +1,8 @@
-"""What each step from recurrence to attention bought, on Multi30k (Elliott et al. 2016), English to German.
+"""What each step from recurrence to attention gains on Multi30k (Elliott et al. 2016), English to German.
 
 The claim of Bahdanau et al. (2014), figure 2, is that without attention long sentences suffer, and with it
-they don't. That of Vaswani et al. (2017) is that attention alone is better still. Both are tried on captions,
-at sizes that train within the hour on two cores.
+they don't. That of Vaswani et al. (2017) is that attention alone is better still. Both are tested on image
+captions, at sizes that train within the hour on two cores.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from longscan.data.sentence_pairs import read_pairs
-from longscan.reproduce.bleu_table import table
-from longscan.reproduce.experiment import Plan
-from longscan.training.translation import TranslateConfig
+from longscan.reproduce.bleu_table import finish, measure, table
+from longscan.reproduce.experiment import NO_RESULT, Plan, seeded
+from longscan.training.translation import TranslateConfig, TranslateRun
 
 __all__ = ["FILES", "PUBLISHED", "SOURCE", "SYSTEMS", "run", "show"]
 
@@ -53,7 +53,7 @@ NOTES = (
 
 
 def settings(model: str, plan: Plan, seed: int) -> TranslateConfig:
-    """Return how a system is trained.
+    """Return the training settings of a system.
 
     Args:
         model: its name.
@@ -71,27 +71,24 @@ def settings(model: str, plan: Plan, seed: int) -> TranslateConfig:
 
 
 def run(plan: Plan) -> dict[str, Any]:
-    """Train and measure the four systems.
+    """Return the BLEU of the four systems, trained here.
 
     Args:
         plan: where, and how much.
-
-    Returns:
-        The results.
     """
     test = read_pairs(*(plan.files / f"test_2016_flickr.{side}.gz" for side in ("en", "de")))
-    found: dict[str, list[dict[str, Any]]] = {model: [] for model in SYSTEMS}
+    results: dict[str, list[dict[str, Any]]] = {model: [] for model in SYSTEMS}
     for seed in SEEDS if plan.full else SEEDS[:1]:
         for model in SYSTEMS:
-            place = f"multi30k-{model}" + (f"-seed{seed}" if seed else "")
-            directory = plan.train(place, settings(model, plan, seed))
-            found[model].append(plan.measure(directory, test, "13a"))
-    reduced = "a few steps only: no result" if plan.quick else None if plan.full else "one seed"
-    return plan.finish(found, {"reduced": reduced, "published": PUBLISHED, "notes": list(NOTES)})
+            run_name = seeded(f"multi30k-{model}", seed)
+            directory = plan.train(run_name, settings(model, plan, seed), TranslateRun)
+            results[model].append(measure(plan, directory, test, "13a"))
+    reduced = NO_RESULT if plan.quick else None if plan.full else "one seed"
+    return finish(plan, results, {"reduced": reduced, "published": PUBLISHED, "notes": list(NOTES)})
 
 
 def show(report: dict[str, Any]) -> str:
-    """Return the results for a reader.
+    """Return the results as text.
 
     Args:
         report: of `run`.
@@ -101,7 +98,7 @@ def show(report: dict[str, Any]) -> str:
         lines.append(f"reduced: {report['reduced']}")
     lines += NOTES
     lines.append("BLEU by words in the source sentence:")
-    for name, found in report["runs"].items():
-        buckets = "  ".join(f"{row['words']}: {row['bleu']:.1f}" for row in found[0]["by_length"])
+    for name, rows in report["runs"].items():
+        buckets = "  ".join(f"{row['words']}: {row['bleu']:.1f}" for row in rows[0]["by_length"])
         lines.append(f"  {name:12} {buckets}")
     return "\n".join(lines)

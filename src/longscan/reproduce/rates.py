@@ -1,4 +1,4 @@
-"""Signals that are told apart at the rate they were trained on and, without training again, at half of it."""
+"""Signals classified at the sampling rate of training and, without training again, at half of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from longscan.data.labeled_sequences import Sequences
 from longscan.errors import LongscanError
 from longscan.evaluation.classification import measure
 from longscan.reproduce.accuracy_table import finish
-from longscan.reproduce.experiment import Plan
+from longscan.reproduce.experiment import Plan, seeded
 from longscan.training.sequence_classifier import SequencesConfig, SequencesRun
 
 __all__ = ["MEASURES", "RATE_NOTES", "run_systems"]
@@ -19,7 +19,7 @@ __all__ = ["MEASURES", "RATE_NOTES", "run_systems"]
 MEASURES = {"accuracy": "trained rate", "half": "half, dt doubled", "half_plain": "half, as it is"}
 RATE_NOTES = (
     "half the rate: every second sample, no training; 'dt doubled': each time step of the state spaces is",
-    "               twice as long, which places without a time step have no use for (-)",
+    "               twice as long; models without a time step have none to double (-)",
 )
 
 
@@ -32,57 +32,53 @@ def run_systems(
     notes: Sequence[str],
     low: bool = False,
 ) -> dict[str, Any]:
-    """Train models on signals and measure them at both rates.
+    """Return the accuracies of models on signals, at both rates.
 
     Args:
         plan: where, and how much.
         systems: model -> fields of SequencesConfig.
         shared: fields that all have.
-        data: the file to train on, and what to measure on.
+        data: the training file, and the test sequences.
         seeds: of the runs.
-        notes: what is to be said of the data.
-        low: whether to measure too what is lost with the upper half of the frequencies alone.
-
-    Returns:
-        The results.
+        notes: lines about the data.
+        low: whether to measure too what the upper half of the frequencies is worth.
     """
     train, test = data
     test = test.select(range(min(20, len(test)))) if plan.quick else test
-    found: dict[str, list[dict[str, Any]]] = {model: [] for model in systems}
+    results: dict[str, list[dict[str, Any]]] = {model: [] for model in systems}
     for seed in seeds:
         for name, fields in systems.items():
-            place = f"{plan.name}-{name}" + (f"-seed{seed}" if seed else "")
             settings = {**shared, **fields, "model": name, "seed": seed, "data": [str(train)]}
-            directory = plan.train(place, SequencesConfig.from_dict(settings), SequencesRun)
-            found[name].append(_measure(plan, directory, test, low))
+            directory = plan.train(
+                seeded(f"{plan.name}-{name}", seed), SequencesConfig.from_dict(settings), SequencesRun
+            )
+            results[name].append(_measure(plan, directory, test, low))
     reduced = None if plan.full else "one seed"
     measures, notes = dict(MEASURES), [*notes, *RATE_NOTES]
     if low:
         measures["low"] = "low-passed"
-        notes.append(
-            "low-passed: at the trained rate, without the frequencies that half of it has no room for"
-        )
-    return finish(plan, found, measures, {}, reduced, notes)
+        notes.append("low-passed: at the trained rate, without the frequencies above half the Nyquist limit")
+    return finish(plan, results, measures, {}, reduced, notes)
 
 
 def _measure(plan: Plan, directory: Path, test: Sequences, low: bool) -> dict[str, Any]:
-    """Measure a model at both rates, unless that is done."""
+    """Return the accuracies of a model at both rates."""
     model = load(directory / "model", "sequence")
     test = test.labelled(model.config.labels)
 
     def score() -> dict[str, Any]:
         half = test.thinned(2)
-        found = {
+        result = {
             "accuracy": 100 * measure(model, test)["accuracy"],
             "half_plain": 100 * measure(model, half)["accuracy"],
             "half": None,
         }
         if low:
-            found["low"] = 100 * measure(model, test.low_passed(2))["accuracy"]
+            result["low"] = 100 * measure(model, test.low_passed(2))["accuracy"]
         try:
             model.rescale_time(2)
-        except LongscanError:  # it knows no time
-            return found
-        return {**found, "half": 100 * measure(model, half)["accuracy"]}
+        except LongscanError:  # it has no time step
+            return result
+        return {**result, "half": 100 * measure(model, half)["accuracy"]}
 
-    return plan.remember(directory, model, f"{len(test)}" + (" low" if low else ""), score)
+    return plan.cached_measurement(directory, model, f"{len(test)}" + (" low" if low else ""), score)

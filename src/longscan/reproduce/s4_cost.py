@@ -2,7 +2,7 @@
 
 One layer, forward and backward, one text at a time: S4 is to grow as L log L, its kernel alone as N L, and a
 Transformer as L^2; LSSL as N^2 L in time and N L in memory for every channel, whether its powers of A are
-found one after the other, which is naive, or by doubling, which makes large products of them. Beside that,
+computed one by one, which is naive, or by doubling, which makes large products of them. Beside that,
 the kernel of S4D as it runs here and as a Vandermonde matrix in plain torch. Published (S4, tables 2 and 3)
 are times on an A100, whose ratios are to be compared with those here, not the times.
 """
@@ -18,18 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 from torch import Tensor
 
 from longscan import ops
-from longscan.core.files import read_json, write_json
-from longscan.errors import LongscanError
 from longscan.models import MODELS, LanguageModel
 from longscan.models.common import state_space as ssm
 from longscan.models.lssl import DenseSSM, LSSLConfig
 from longscan.models.s4 import DPLR, S4Config
 from longscan.models.s4d import DiagonalSSM, S4DConfig
-from longscan.plotting.style import reduced_note
+from longscan.plotting.style import COLOURS, MARKERS, new_figure, reduced_note, save_figure, tidy
 from longscan.reproduce.experiment import Plan
 
 __all__ = ["FILES", "SOURCE", "run", "show"]
@@ -58,13 +55,10 @@ PUBLISHED = {
 
 
 def run(plan: Plan) -> dict[str, Any]:
-    """Measure every system at every length it can do.
+    """Return time and memory of every system at every feasible length.
 
     Args:
         plan: where, and how much.
-
-    Returns:
-        The results.
     """
     if plan.threads:
         torch.set_num_threads(plan.threads)
@@ -81,15 +75,14 @@ def run(plan: Plan) -> dict[str, Any]:
         "published": PUBLISHED,
         "machine": f"{platform.machine()}, torch {torch.__version__}, {ops.backend()}",
         "rows": rows,
-        "slopes": {name: _slope(found) for name, found in rows.items()},
+        "slopes": {name: _slope(lengths) for name, lengths in rows.items()},
     }
-    write_json(plan.out / f"{plan.name}.json", report)
-    _plot(plan, report)
+    plan.save(report, lambda path: _plot(report, path))
     return report
 
 
 def show(report: dict[str, Any]) -> str:
-    """Return the results for a reader.
+    """Return the results as text.
 
     Args:
         report: of `run`.
@@ -100,8 +93,8 @@ def show(report: dict[str, Any]) -> str:
         f"{report['threads']} threads: ms (MB), median of {REPEATS}",
         f"{'tokens':>9}" + "".join(f"{label:>24}" for label in LABELS.values()),
     ]
-    for length in sorted({int(length) for found in rows.values() for length in found}):
-        cells = (_cell(found.get(str(length))) for found in rows.values())
+    for length in sorted({int(length) for row in rows.values() for length in row}):
+        cells = (_cell(row.get(str(length))) for row in rows.values())
         lines.append(f"{length:9,}" + "".join(f"{cell:>24}" for cell in cells))
     slopes = ("-" if slope is None else f"{slope:.2f}" for slope in report["slopes"].values())
     lines.append(f"{'slope':>9}" + "".join(f"{slope:>24}" for slope in slopes))
@@ -123,23 +116,23 @@ def show(report: dict[str, Any]) -> str:
     return "\n".join([*lines, report["machine"]])
 
 
-def _cell(found: dict[str, Any] | None) -> str:
-    if found is None:
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
         return "-"
-    memory = "" if found["mb"] is None else f" ({found['mb']:,.0f})"
-    return f"{found['ms']:,.1f}{memory}"
+    memory = "" if row["mb"] is None else f" ({row['mb']:,.0f})"
+    return f"{row['ms']:,.1f}{memory}"
 
 
-def _slope(found: dict[str, dict[str, Any]]) -> float | None:
+def _slope(rows: dict[str, dict[str, Any]]) -> float | None:
     """The exponent of the time's growth, fitted by least squares to the logarithms."""
     points = [
-        (math.log(int(length)), math.log(row["ms"])) for length, row in found.items() if int(length) >= TAIL
+        (math.log(int(length)), math.log(row["ms"])) for length, row in rows.items() if int(length) >= TAIL
     ]
     return statistics.linear_regression(*zip(*points, strict=True)).slope if len(points) > 2 else None
 
 
 def _system(name: str, length: int) -> Callable[[], Tensor]:
-    """Return what is measured: a pass whose result is summed and followed backward."""
+    """Return the forward pass to measure."""
     generator = torch.Generator().manual_seed(0)
     sizes: dict[str, Any] = {"d_model": D_MODEL, "n_layers": 1, "vocab_size": 8}
     if name == "s4-kernel":
@@ -167,30 +160,35 @@ def _system(name: str, length: int) -> Callable[[], Tensor]:
 
 
 def _measure(plan: Plan, name: str, lengths: list[int]) -> dict[str, dict[str, Any]]:
-    """Measure one system, unless that is done; stop before a length that would take too long or too much."""
-    kept = plan.out / f"{plan.name}-{name}.json"
+    """Return time and memory of one system, length -> row."""
     key = {"lengths": lengths, "d_model": D_MODEL, "n": N, "threads": torch.get_num_threads()}
-    if kept.is_file() and (known := read_json(kept)).get("key") == key:
-        rows: dict[str, dict[str, Any]] = known["rows"]
-        return rows
-    typer.echo(f"── {plan.name}, {LABELS[name]} ──", err=True)
-    rows, growth = {}, 2.0
+
+    def measure() -> dict[str, Any]:
+        plan.notify(f"── {plan.name}, {LABELS[name]} ──")
+        return {"rows": _rows(name, lengths, SECONDS * (10 if plan.full else 1))}
+
+    rows: dict[str, dict[str, Any]] = plan.cached(plan.out / f"{plan.name}-{name}.json", key, measure)["rows"]
+    return rows
+
+
+def _rows(name: str, lengths: list[int], seconds: float) -> dict[str, dict[str, Any]]:
+    """Measure one system, up to a length that would take more seconds, or too much memory."""
+    rows: dict[str, dict[str, Any]] = {}
+    growth = 2.0
     for length in lengths:
         last = rows.get(str(length // 2))
         if last is not None:
             before = rows.get(str(length // 4))
             growth = growth if before is None else max(2.0, last["ms"] / before["ms"])
             too_large = growth * (last["mb"] or 0.0) > 1024 * GIGABYTES
-            if too_large or growth * last["ms"] * (REPEATS + 1) > 1000 * SECONDS * (10 if plan.full else 1):
+            if too_large or growth * last["ms"] * (REPEATS + 1) > 1000 * seconds:
                 break
         rows[str(length)] = _row(_system(name, length))
-    plan.out.mkdir(parents=True, exist_ok=True)
-    write_json(kept, {"key": key, "rows": rows})
     return rows
 
 
 def _row(forward: Callable[[], Tensor]) -> dict[str, Any]:
-    """Time a pass and its gradients, and see what memory they take."""
+    """Return time and peak memory of a forward and backward pass."""
 
     def step() -> None:
         forward().sum().backward()  # type: ignore[no-untyped-call]
@@ -209,7 +207,7 @@ def _row(forward: Callable[[], Tensor]) -> dict[str, Any]:
 
 
 def _forget_peak() -> bool:
-    """Make the peak what is in use now; whether this system can."""
+    """Reset the peak of the resident set; return whether this system can."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -218,7 +216,7 @@ def _forget_peak() -> bool:
 
 
 def _memory(field: str) -> int | None:
-    """Return a number of kB that the kernel tells about this process."""
+    """Return a field of /proc/self/status in kB, None where there is none."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -226,28 +224,21 @@ def _memory(field: str) -> int | None:
     return next((int(line.split()[1]) for line in status.splitlines() if line.startswith(field)), None)
 
 
-def _plot(plan: Plan, report: dict[str, Any]) -> None:
-    """Draw time and memory, if matplotlib is there."""
-    from longscan.plotting.style import COLOURS, MARKERS, new_figure, save_figure, tidy
-
-    path = plan.out / f"{plan.name}.png"
-    try:
-        figure = new_figure(11.0, 4.5)
-    except LongscanError as error:
-        typer.echo(f"no {path.name}: {error}", err=True)
-        return
+def _plot(report: dict[str, Any], path: Path) -> None:
+    """Draw time and memory against length."""
+    figure = new_figure(11.0, 4.5)
     axes = figure.subplots(1, 2)
     for ax, field, label in zip(axes, ("ms", "mb"), ("time in ms", "memory in MB"), strict=True):
-        for place, (name, found) in enumerate(report["rows"].items()):
-            points = [(int(length), row[field]) for length, row in found.items() if row[field]]
+        for index, (name, lengths) in enumerate(report["rows"].items()):
+            points = [(int(length), row[field]) for length, row in lengths.items() if row[field]]
             if not points:
                 continue
             slope = report["slopes"][name]
             text = LABELS[name] + (f", L^{slope:.2f}" if field == "ms" and slope is not None else "")
             ax.plot(
                 *zip(*points, strict=True),
-                color=COLOURS[place % len(COLOURS)],
-                marker=MARKERS[place % len(MARKERS)],
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[index % len(MARKERS)],
                 linewidth=1.3,
                 label=text,
             )

@@ -1,7 +1,7 @@
 """Why a fixed state can't choose, after table 1 of Mamba (Gu and Dao 2023), reduced.
 
-Sixteen tokens lie at random places among blanks and have to be repeated in order. When all distances are the
-same, plain copying, a convolution is enough; here the state has to keep some tokens and to pass over others.
+Sixteen tokens at random positions among blanks have to be repeated in order. When all distances are the
+same, plain copying, a convolution does it; here the state has to store some tokens and to ignore others.
 The published length is 4,096, in 400,000 steps; here it is 256, in 12,000 (--full: three seeds, 24,000).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from longscan.reproduce.accuracy_table import finish, show
-from longscan.reproduce.experiment import Plan
+from longscan.reproduce.experiment import Plan, seeded
 from longscan.reproduce.synthetic import train_and_measure
 
 __all__ = ["FILES", "SOURCE", "run", "show"]
@@ -41,31 +41,27 @@ MEASURES = {"selective": "selective copying", "copying": "plain copying"}
 PUBLISHED = {"selective": {"s4": 18.3, "mamba": 99.8}}
 NOTES = (
     "published: Mamba, table 1, at length 4,096 (s4: no gate + S4); by chance 1/14 = 7.1",
-    "measured:  the share of right tokens in 1,000 sequences of 256 + 16, 16 of them to be kept, 14 kinds;",
+    "measured:  the share of right tokens in 1,000 sequences of 256 + 16, 16 of them to be copied, 14 kinds;",
     "           2 layers of width 64, 32 new sequences a step, the rate falls from 1e-3; a run ends early",
     "           when three measurements in a row, 500 steps apart, are at 99.8 or more",
 )
 
 
 def run(plan: Plan) -> dict[str, Any]:
-    """Train and measure the systems.
+    """Return the accuracies of the systems, trained here.
 
     Args:
         plan: where, and how much.
-
-    Returns:
-        The results.
     """
-    found: dict[str, list[dict[str, Any]]] = {model: [] for model in SYSTEMS}
+    results: dict[str, list[dict[str, Any]]] = {model: [] for model in SYSTEMS}
     steps = FULL_STEPS if plan.full else STEPS
     for seed in SEEDS if plan.full else SEEDS[:1]:
         for model, fields in SYSTEMS.items():
             rows = {}
             for task in MEASURES:
-                place = f"{task}-{steps}-{model}" + (f"-seed{seed}" if seed else "")
                 settings = {**SHARED, **fields, "model": model, "task": task, "seed": seed, "steps": steps}
-                rows[task] = train_and_measure(plan, place, settings)
+                rows[task] = train_and_measure(plan, seeded(f"{task}-{steps}-{model}", seed), settings)
             one = rows["selective"]
-            found[model].append({**one, **{task: row["accuracy"] for task, row in rows.items()}})
+            results[model].append({**one, **{task: row["accuracy"] for task, row in rows.items()}})
     reduced = "length 256 instead of 4,096" + ("" if plan.full else ", one seed")
-    return finish(plan, found, MEASURES, PUBLISHED, reduced, NOTES)
+    return finish(plan, results, MEASURES, PUBLISHED, reduced, NOTES)

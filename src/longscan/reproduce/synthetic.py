@@ -1,4 +1,4 @@
-"""Small language models that are trained on sequences made by rule."""
+"""Small language models trained on synthetic tasks."""
 
 from __future__ import annotations
 
@@ -30,26 +30,24 @@ __all__ = ["SyntheticConfig", "SyntheticRun", "train_and_measure"]
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticConfig(FreshConfig):
-    """Everything that decides what a model of a synthetic task becomes."""
+    """All settings of a run on a synthetic task."""
 
     KINDS = ("language",)
     EPOCHS: ClassVar[float] = 1.0
 
-    task: Literal["recall", "induction", "selective", "copying"] = setting("recall", "Which sequences.")
+    task: Literal["recall", "induction", "selective", "copying"] = setting("recall", "The task.")
     vocab_size: int = setting(10, "Tokens.")
-    length: int = setting(20, "Places before what is asked.")
-    train_examples: int = setting(0, "Sequences trained on; 0 = new ones at every step.")
-    test_examples: int = setting(500, "Sequences measured on.")
+    length: int = setting(20, "Positions before the query.")
+    train_examples: int = setting(0, "Training sequences; 0 = new ones at every step.")
+    test_examples: int = setting(500, "Test sequences.")
     everywhere: bool = setting(False, "Train on every next token, not on the answers alone.")
-    embed_dropout: float = setting(0.0, "Share of the embeddings that is left out.")
-    batch_size: int = setting(32, "Sequences in a step.")
-    start: str | None = setting(None, "Model directory to begin with, not at random.", path=True)
-    enough: float | None = setting(
-        None, "Stop once this share of the answers was right in three measurements in a row."
-    )
+    embed_dropout: float = setting(0.0, "Embedding dropout.")
+    batch_size: int = setting(32, "Sequences per step.")
+    start: str | None = setting(None, "Model directory to start from; default: random weights.", path=True)
+    enough: float | None = setting(None, "Early stopping: at this accuracy in three validations in a row.")
 
     def make(self, n: int, generator: torch.Generator) -> Examples:
-        """Make sequences of the task.
+        """Return new sequences of the task.
 
         Args:
             n: how many.
@@ -68,7 +66,7 @@ class SyntheticRun(Run[SyntheticConfig]):
 
     @classmethod
     def again(cls, directory: Path) -> str:
-        """Return the command that goes on with a run."""
+        """Return the command that resumes a run."""
         return "the same command"
 
     def prepare(self) -> tuple[Model, int, int]:
@@ -87,10 +85,10 @@ class SyntheticRun(Run[SyntheticConfig]):
         return self.model, -(-config.train_examples // config.batch_size), 1
 
     def describe(self) -> tuple[str, str]:
-        """Return what is trained on, and what a step takes of it."""
+        """Return the training data and the batch, as text."""
         config = self.config
         of = f"of {config.train_examples:,}" if config.train_examples else "new at every step"
-        data = f"{config.task}, {self.test.ids.shape[1]:,} tokens a sequence, {of}"
+        data = f"{config.task}, {self.test.ids.shape[1]:,} tokens per sequence, {of}"
         return data, count(config.batch_size, "sequence")
 
     def batch(self, step: int) -> list[tuple[Examples, int]]:
@@ -99,8 +97,8 @@ class SyntheticRun(Run[SyntheticConfig]):
         if self.train is None:
             some = config.make(config.batch_size, torch.Generator().manual_seed(_seed(config.seed, step)))
         else:
-            epoch, place = divmod(step, -(-len(self.train.ids) // config.batch_size))
-            start = place * config.batch_size
+            epoch, index = divmod(step, -(-len(self.train.ids) // config.batch_size))
+            start = index * config.batch_size
             some = self.train.select(self.orders[epoch][start : start + config.batch_size])
         some = some.everywhere() if config.everywhere else some
         return [(some, int((some.targets != IGNORED).sum()))]
@@ -110,8 +108,8 @@ class SyntheticRun(Run[SyntheticConfig]):
         ids, targets = (tensor.to(self.config.device) for tensor in part)
         x = ops.dropout(model.backbone.embedding(ids), self.config.embed_dropout, model.training)
         hidden, _ = model.backbone.mix(x)
-        asked = targets != IGNORED
-        return model.token_losses(hidden[asked], targets[asked]).mean()
+        answers = targets != IGNORED
+        return model.token_losses(hidden[answers], targets[answers]).mean()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -119,40 +117,44 @@ class SyntheticRun(Run[SyntheticConfig]):
         return str(self.test.ids.sum().item())
 
     def report(self, signals: Signals) -> None:
-        """Measure if it is due, and end the run if that was enough."""
+        """Validate if it is due, and stop early if the accuracy says so."""
         super().report(signals)
         enough, here = self.config.enough, self.trainer.step_number
         if enough is not None and self.metrics.has(here, "valid_accuracy"):
-            shares = [found["valid_accuracy"] for found in self.metrics.records if "valid_accuracy" in found]
+            shares = [row["valid_accuracy"] for row in self.metrics.records if "valid_accuracy" in row]
             if len(shares) >= 3 and min(shares[-3:]) >= enough:
                 self.trainer.total = here
 
     @torch.inference_mode()
     def validate(self, signals: Signals, *, last: bool) -> dict[str, Any] | None:
-        """Measure the answers."""
+        """Return loss and accuracy of the test answers."""
         right = accuracy(self.model, self.test)
         self.say(f"accuracy {right:.1%}")
         return {"valid_loss": self.loss(self.model, self.test).item(), "valid_accuracy": right}
 
 
-def train_and_measure(plan: Plan, place: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Train a model on a task unless it is trained, and measure it on the task's test.
+def train_and_measure(plan: Plan, name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the test accuracy of a model on a task, trained now or earlier.
 
     Args:
         plan: where.
-        place: the run's directory in `plan.out`.
+        name: of the run's directory in `plan.out`.
         fields: of SyntheticConfig.
 
     Returns:
-        "accuracy" in percent, and what `Plan.remember` adds.
+        "accuracy" in percent, and what `Plan.cached_measurement` adds.
     """
     config = SyntheticConfig.from_dict(dict(fields))
-    directory = plan.train(place, config, SyntheticRun)
+    directory = plan.train(name, config, SyntheticRun)
     model, _ = load(directory / "model")
     draw = torch.Generator().manual_seed(_seed(config.seed, -1))
     test = distinct(config.make, config.train_examples + config.test_examples, draw)
     test = test.select(torch.arange(config.test_examples))
-    return plan.remember(directory, model, "test", lambda: {"accuracy": 100 * accuracy(model, test)})
+
+    def score() -> dict[str, Any]:
+        return {"accuracy": 100 * accuracy(model, test)}
+
+    return plan.cached_measurement(directory, model, "test", score)
 
 
 def _seed(seed: int, step: int) -> int:

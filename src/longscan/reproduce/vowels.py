@@ -1,6 +1,6 @@
-"""A real time series: nine men say two vowels, twelve channels of 7 to 29 steps tell who it is.
+"""A real time series: the speaker, one of nine, from two vowels in twelve channels of 7 to 29 steps.
 
-No paper of the line measured these; they show the whole way on data that train in minutes.
+None of the papers measured these; they show the whole workflow on data that train in minutes.
 """
 
 from __future__ import annotations
@@ -43,13 +43,10 @@ NOTES = ("measured: 370 held-out utterances, 270 to train on, the archive's own 
 
 
 def run(plan: Plan) -> dict[str, Any]:
-    """Train and measure the systems.
+    """Return the accuracies of the systems, trained here.
 
     Args:
         plan: where, and how much.
-
-    Returns:
-        The results.
     """
     path = plan.files / FILES[0]
     test = read_sequences([path], split="test")
