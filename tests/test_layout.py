@@ -44,7 +44,6 @@ MAX_LINES = 350
 # longer ones, and why they are one idea
 LONG: dict[str, str] = {
     "models/transformer": "one paper: attention, layer and model are read together",
-    "bench/suites/generate": "",
     "commands/classify": "",
     "core/files": "",
     "inference/engine": "",
@@ -57,7 +56,7 @@ LONG: dict[str, str] = {
     "training/run": "",
 }
 # where results are printed and the process may end
-SHELL = ("commands", "cli", "bench")
+SHELL = ("commands", "cli")
 
 
 @cache

@@ -18,13 +18,10 @@ import torch
 from torch import Tensor
 
 import longscan
-from longscan.bench import measure as race
-from longscan.bench import measure as race_module
-from longscan.bench import report, worker
-from longscan.bench.contenders import ceilings, llama, peers
+from longscan.bench import measure, report, runner, worker
+from longscan.bench.contenders import ceilings, llama, peers, workloads
 from longscan.bench.contenders import longscan as ours
-from longscan.bench.contenders import workloads as tasks
-from longscan.bench.measure import Contender, Measurement, Pace
+from longscan.bench.measure import Contender, Measurement, Settings, compare, faster
 from longscan.bench.suites import generate, ops, shipped, stream, train
 from longscan.models import Mamba, MambaConfig
 
@@ -83,7 +80,7 @@ def contender(name: str, job: str, **more: Any) -> Contender:
 def test_contenders_take_turns(jobs: Path) -> None:
     log = str(jobs)
     both = [contender("a", "note", path=log, word="a"), contender("b", "note", path=log, word="b")]
-    found = race.race("letters", both, Pace(repeats=3, budget=0.0))
+    found = compare("letters", both, Settings(repeats=3, budget=0.0))
     assert jobs.read_text() == "ab" + "ab" * 3
     assert list(found) == ["a", "b"]
     assert all(len(m.seconds) == 3 and m.warm and m.median > 0 for m in found.values())
@@ -93,8 +90,8 @@ def test_contenders_take_turns(jobs: Path) -> None:
 def test_what_is_slow_runs_once(jobs: Path) -> None:
     log = str(jobs)
     slow = contender("slow", "slow", path=log, word="s", patience=98.0)
-    found = race.race(
-        "letters", [slow, contender("a", "note", path=log, word="a")], Pace(repeats=2, budget=0.0)
+    found = compare(
+        "letters", [slow, contender("a", "note", path=log, word="a")], Settings(repeats=2, budget=0.0)
     )
     assert jobs.read_text() == "sa" + "aa"
     assert found["slow"].seconds == (99.0,)
@@ -103,7 +100,7 @@ def test_what_is_slow_runs_once(jobs: Path) -> None:
 
 def test_one_failure_does_not_stop_the_others(jobs: Path) -> None:
     three = [contender(name, name) for name in ("broken", "noisy", "killed")]
-    found = race.race("mixed", three, Pace(repeats=1, budget=0.0))
+    found = compare("mixed", three, Settings(repeats=1, budget=0.0))
     assert found["broken"].note == "failed: ArithmeticError: no more numbers"
     assert "killed it" in found["killed"].note
     assert math.isnan(found["broken"].median)
@@ -119,7 +116,7 @@ def test_who_is_left_out(jobs: Path) -> None:
         contender("absent", "noisy", packages=("no-such-package",)),
         contender("huge", "noisy", needs_bytes=10**18),
     ]
-    found = race.race("few", everyone, Pace(repeats=1, budget=0.0, peers=False))
+    found = compare("few", everyone, Settings(repeats=1, budget=0.0, peers=False))
     assert list(found) == ["ours", "huge"]
     assert found["huge"].note.startswith("not run: needs about 1000000000 GB")
     assert not found["huge"].seconds
@@ -127,13 +124,13 @@ def test_who_is_left_out(jobs: Path) -> None:
 
 def test_extra_memory_is_that_of_one_run_and_of_one_contender(jobs: Path) -> None:
     both = [contender("much", "hungry", megabytes=96), contender("little", "hungry", megabytes=1)]
-    found = race.race("memory", both, Pace(repeats=1, budget=0.0), memory=True)
+    found = compare("memory", both, Settings(repeats=1, budget=0.0), memory=True)
     assert 90 < found["much"].extra_bytes / 2**20 < 250  # the constant and the array may overlap
     assert found["little"].extra_bytes / 2**20 < 10
 
 
 def test_threads_reach_the_worker(jobs: Path) -> None:
-    found = race.race("threads", [contender("a", "environment")], Pace(repeats=1, budget=0.0, threads=3))
+    found = compare("threads", [contender("a", "environment")], Settings(repeats=1, budget=0.0, threads=3))
     assert found["a"].details == {"threads": "3"}
 
 
@@ -159,12 +156,12 @@ def prepare(job: str, arguments: dict[str, Any]) -> Callable[[], Any]:
 
 
 def run_here(
-    title: str, contenders: Sequence[Contender], pace: Pace, *, memory: bool = False
+    title: str, contenders: Sequence[Contender], settings: Settings, *, memory: bool = False
 ) -> dict[str, Measurement]:
-    """Stand in for `race`: run each contender that needs no package once, in this process."""
+    """Stand in for `compare`: run each contender that needs no package once, in this process."""
     found = {}
     for one in contenders:
-        if one.packages or (one.peer and not pace.peers):
+        if one.packages or (one.peer and not settings.peers):
             continue
         begin = time.perf_counter()
         details = prepare(one.job, one.arguments)() or {}
@@ -178,12 +175,12 @@ def run_here(
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every suite races in this process, and what processes it starts find longscan."""
+    """Every suite runs in this process, and what processes it starts find longscan."""
     monkeypatch.setenv("PYTHONPATH", str(Path(longscan.__file__).parent.parent))
     monkeypatch.setattr(ceilings, "READ_PROBE", 2**20)
     monkeypatch.setattr(shipped, "QUICK_FAR", 200)
     for suite in SUITES:
-        monkeypatch.setattr(importlib.import_module(f"longscan.bench.{suite}"), "race", run_here)
+        monkeypatch.setattr(importlib.import_module(f"longscan.bench.suites.{suite}"), "compare", run_here)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sizes this small only wait for a second
     yield
@@ -193,48 +190,48 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """No peer is installed."""
-    for module in ("race", "sitting", "generate"):
-        monkeypatch.setattr(importlib.import_module(f"longscan.bench.{module}"), "installed", lambda _: False)
+    for module in (measure, runner, generate):
+        monkeypatch.setattr(module, "installed", lambda _: False)
 
 
 def outputs(monkeypatch: pytest.MonkeyPatch, job: str, arguments: dict[str, Any]) -> Tensor:
     """What the op of a contender computes, instead of how long it takes."""
-    monkeypatch.setattr(tasks, "differentiable", lambda op, inputs, backward: lambda: op(*inputs))
-    return prepare(f"longscan.bench.{job}", arguments)()
+    monkeypatch.setattr(workloads, "differentiable", lambda op, inputs, backward: lambda: op(*inputs))
+    return prepare(f"longscan.bench.contenders.{job}", arguments)()
 
 
 @pytest.mark.parametrize("at_once", [False, True])
 def test_loops_compute_the_scan(monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
     sizes: dict[str, Any] = {"sizes": [2, 19, 5, 3], "backward": False}
-    ours = outputs(monkeypatch, "ours:scan", sizes)
+    ours = outputs(monkeypatch, "longscan:scan", sizes)
     torch.testing.assert_close(outputs(monkeypatch, "peers:scan_loop", sizes | {"at_once": at_once}), ours)
 
 
 def test_mambapy_computes_the_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mambapy")
     sizes: dict[str, Any] = {"sizes": [2, 16, 5, 3], "backward": False}
-    ours = outputs(monkeypatch, "ours:scan", sizes)
+    ours = outputs(monkeypatch, "longscan:scan", sizes)
     torch.testing.assert_close(outputs(monkeypatch, "peers:scan_mambapy", sizes), ours, rtol=1e-4, atol=1e-4)
 
 
 def test_torch_computes_the_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: dict[str, Any] = {"sizes": [2, 19, 5], "d_conv": 4, "backward": False}
-    ours = outputs(monkeypatch, "ours:conv", sizes)
+    ours = outputs(monkeypatch, "longscan:conv", sizes)
     torch.testing.assert_close(outputs(monkeypatch, "peers:conv_torch", sizes), ours)
 
 
 def test_training_learns() -> None:
     model = {"d_model": 16, "n_layers": 1, "vocab_size": 32}
     lm = peers.TiedLM(32, 16, peers.Transformer(16, 1, 2, 32, 8), torch.nn.LayerNorm(16))
-    ids = tasks.random_ids(4, 8, model["vocab_size"])
+    ids = workloads.random_ids(4, 8, model["vocab_size"])
     losses: list[float] = []
 
     def loss() -> Tensor:
-        value = tasks.next_token_loss(lm(ids), ids)
+        value = workloads.next_token_loss(lm(ids), ids)
         losses.append(value.item())
         return value
 
-    step = tasks.training(lm.parameters(), loss)
+    step = workloads.training(lm.parameters(), loss)
     for _ in range(30):
         step()
     assert losses[-1] < losses[0]
@@ -302,7 +299,7 @@ def test_llama_computes_the_same(tmp_path: Path) -> None:
     expected = ours.decode(SMALL, **here)()["excerpt"]
     for name, path in llama.export(SMALL, tmp_path).items():
         details = llama.decode(str(path), SMALL["vocab_size"], **here)()
-        assert generate._distance(expected, details["excerpt"]) < LOGITS[name], name
+        assert generate.distance(expected, details["excerpt"]) < LOGITS[name], name
         assert details["weight_bytes"] == pytest.approx(path.stat().st_size, rel=0.05), name
 
 
@@ -311,7 +308,7 @@ def test_llama_keeps_rows_apart(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     path = llama.export(SMALL, tmp_path, ("f32",))["f32"]
     session, ids = llama._Session(str(path), rows=3), np.arange(40)
-    session.read(ids)
+    session.prefill(ids)
     session.fork()
     for tokens in np.array([[5, 6, 7], [1, 2, 3]]):
         last = session.step(tokens).copy()
@@ -331,7 +328,7 @@ def test_decoding_reads_what_it_says(precision: str) -> None:
 
 
 def test_the_loop_knows_its_share_of_python() -> None:
-    found = ours.write(SMALL, prompt=4, n_tokens=16)()
+    found = ours.generate(SMALL, prompt=4, n_tokens=16)()
     assert ("python_share" in found) == (longscan.ops.backend() != "reference")
     assert 0 < found.get("python_share", 0.5) < 1
     assert "timed" not in repr(getattr(longscan.ops._native._library, "ls_decode_tokens", None))
@@ -397,7 +394,7 @@ def test_peers_compute_the_same(
         assert tuple(y.shape) == tuple(inputs[0].shape if shape is None else shape)
         return y
 
-    monkeypatch.setattr(tasks, "differentiable", output)
+    monkeypatch.setattr(workloads, "differentiable", output)
     expected, y = (getattr(module, name)(sizes, False) for module, name in ((ours, job), (peers, theirs)))
     assert (y - expected).abs().max() < 2e-6 * expected.abs().max()
 
@@ -409,10 +406,10 @@ def test_everything_prints_without_peers(cli: Any, here: None, bare: None) -> No
         "selective_scan forward",
         "causal_conv1d",
         "training: tokens/s",
-        "reading a prompt: tokens/s",
-        "writing, by sequences at once",
+        "prefill: tokens/s",
+        "decode, by batch size",
         "seconds from the start of the process",
-        "writing after a prompt",
+        "decoding after a prompt",
         "evaluate: 20,000 tokens",
     ):
         assert title in done.out
@@ -460,19 +457,19 @@ def measurement(name: str, *seconds: float, **more: Any) -> Measurement:
 
 
 def test_goals_stand_beside_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(title: str, contenders: Sequence[Contender], pace: Pace) -> dict[str, Measurement]:
+    def fake(title: str, contenders: Sequence[Contender], settings: Settings) -> dict[str, Measurement]:
         slow = {train.MAMBAPY: 20.0, train.HF_MAMBAPY: 25.0, train.HF: 200.0}
         return {c.name: measurement(c.name, slow.get(c.name, 1.0)) for c in contenders}
 
-    monkeypatch.setattr(train, "race", fake)
-    found = train.run(Pace(), quick=False)
+    monkeypatch.setattr(train, "compare", fake)
+    found = train.run(Settings(), quick=False)
     ratios = {ratio.what: ratio for ratio in found.ratios}
     assert ratios["512: faster than mambapy"].measured == 20.0
     assert ratios["512: faster than the faster path of transformers"].measured == 25.0
     assert ratios["2048: speed, share of that at 512"].measured == 1.0
     assert ratios["8192: speed, share of that at 512"].measured == 2.0  # twice the tokens in the same second
     assert ratios["512: faster than mambapy"].goal == "≥ 10 ×"
-    text = found.text(120)
+    text = found.text()
     assert "20 ×" in text
     assert "2048" in text
     assert not [row for row in found.rows if row["contender"] == train.HF and row["seq_len"] > 512]
@@ -486,18 +483,18 @@ def test_generation_beside_its_goals(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     slow |= {generate.READING: 0.9}
     weights = 4 * train.matrix_parameters(**generate.SHAPES["130m"].model)
 
-    def fake(title: str, contenders: Sequence[Contender], pace: Pace) -> dict[str, Measurement]:
+    def fake(title: str, contenders: Sequence[Contender], settings: Settings) -> dict[str, Measurement]:
         details: dict[str, Any] = {"weight_bytes": weights, "state_bytes": 0, "python_share": 0.04}
         if title == "decode":
             details["excerpt"] = [1.0, 3.0]
         return {c.name: measurement(c.name, slow.get(c.name, 1.0), details=dict(details)) for c in contenders}
 
-    monkeypatch.setattr(generate, "race", fake)
+    monkeypatch.setattr(generate, "compare", fake)
     monkeypatch.setattr(generate, "installed", lambda _: True)
     monkeypatch.setattr(
         llama, "export", lambda model, folder: {name: folder / name for name in llama.FORMATS}
     )
-    found = generate.run(Pace(), quick=False)
+    found = generate.run(Settings(), quick=False)
     ratios = {ratio.what: ratio for ratio in found.ratios}
 
     def shown(what: str) -> tuple[float, str]:
@@ -518,7 +515,7 @@ def test_generation_beside_its_goals(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     checked = [row for row in found.rows if row["case"] == "decode 1" and "Llama" not in row["contender"]]
     assert {row["logits_error"] for row in checked} == {0.0}
     assert "excerpt" not in json.dumps(found.as_dict(), allow_nan=False)
-    larger = generate.run(Pace(), quick=False, shape="370m")
+    larger = generate.run(Settings(), quick=False, shape="370m")
     assert {r.what: r.goal for r in larger.ratios}["decode 1: int8 over llama.cpp q8_0"] == "≥ 1.26 ×"
 
 
@@ -528,7 +525,7 @@ def test_marks_of_single_and_extrapolated_runs() -> None:
     guess = measurement("guess", 4.0, warm=False, details={"extrapolated": True})
     found.add("512", [cold, guess, measurement("warm", 1.0, 2.0, 3.0)], 4096, "tokens/s")
     found.tables.append(report.rate_table("speeds", found.rows, report.rate))
-    text = found.text(100)
+    text = found.text()
     assert "2,048¹" in text
     assert "1,024²¹" in text
     assert "2,048 (1,365–4,096)" in text
@@ -540,8 +537,8 @@ def test_failures_show_in_table_and_notes() -> None:
     found = report.Report(suite="train")
     found.add("512", [measurement("broken", note="failed: out of memory")], 4096, "tokens/s")
     found.tables.append(report.rate_table("speeds", found.rows, report.rate))
-    assert "broken  failed" in found.text(100)
-    assert "512: broken: failed: out of memory" in found.text(100)
+    assert "broken  failed" in found.text()
+    assert "512: broken: failed: out of memory" in found.text()
     json.dumps(found.as_dict(), allow_nan=False)
 
 
@@ -555,8 +552,8 @@ def test_quarters() -> None:
 
 def test_faster_takes_the_best_of_the_others() -> None:
     found = {name: measurement(name, s) for name, s in (("ours", 1.0), ("a", 30.0), ("b", 20.0))}
-    assert race_module.faster(found, "ours", "a", "b", "absent") == 20.0
-    assert math.isnan(race_module.faster(found, "ours", "absent"))
+    assert faster(found, "ours", "a", "b", "absent") == 20.0
+    assert math.isnan(faster(found, "ours", "absent"))
 
 
 @pytest.mark.parametrize("precision", generate.PRECISIONS)

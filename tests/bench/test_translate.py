@@ -59,6 +59,6 @@ def test_peers_run() -> None:
     assert translators.translate_marian(FIELDS, 2, 3, 4)() == {"tokens": 4}
 
 
-def test_writing_with_and_without_the_cache() -> None:
+def test_decoding_with_and_without_the_cache() -> None:
     for cached in (True, False):
-        translators.write_ours(FIELDS, 2, 3, cached)()
+        translators.decode_ours(FIELDS, 2, 3, cached)()

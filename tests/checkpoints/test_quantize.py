@@ -480,8 +480,8 @@ def test_quality_misuse(cli: Any, int4: Path, tmp_path: Path) -> None:
     for argv, code, words in (
         ([], 2, "expected --test FILE"),
         (["--test", "a.txt", "--train", "a.txt"], 2, "and no --train"),
-        (["text", "--test", "a.txt"], 2, "text is no race"),
-        (["--test", "a.txt", "--quick"], 2, "quality is no race"),
+        (["text", "--test", "a.txt"], 2, "text runs alone"),
+        (["--test", "a.txt", "--quick"], 2, "quality runs alone"),
         (["--test", "none.txt"], 1, "no such file or folder"),
         (["--test", tmp_path / "a.txt", "--model", int4], 1, "is quantised already (int4)"),
     ):

@@ -186,7 +186,7 @@ def test_bench_takes_it(name: str) -> None:
     model = {"model": name, **MODELS[name].presets["tiny"]}
     ours.train(model, batch=2, seq_len=8)()
     ours.prefill(model, seq_len=8)()
-    ours.write(model, prompt=4, n_tokens=2)()
+    ours.generate(model, prompt=4, n_tokens=2)()
 
 
 def test_a_paper_before_the_archive_has_no_number(cli: Callable[..., Any]) -> None:

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from longscan.bench.report import Report
 from longscan.core.optional import installed, remedy
-from longscan.errors import LongscanError, UsageError
-from longscan.plotting.style import COLOURS, GREY, MARKERS
+from longscan.errors import LongscanError
+from longscan.plotting.style import CEILING, COLOURS, GREY, MARKERS, check_out, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["check", "draw", "styles"]
 
-CEILING = GREY
 OURS = "longscan"  # in the name of each contender of ours
 _TIMES = ("seconds", "seconds_min", "seconds_max")
 
@@ -25,16 +24,13 @@ def check(path: Path) -> None:
     """Refuse a figure that could not be written, before anything is measured.
 
     Args:
-        path: the file to be.
+        path: the figure's file.
 
     Raises:
         LongscanError: its directory or matplotlib is missing.
         UsageError: its suffix is no format.
     """
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise UsageError(f"--figure: expected a name that ends in .png, .svg or .pdf, got {path}.")
-    if not path.absolute().parent.is_dir():
-        raise LongscanError(f"--figure: there is no directory {path.absolute().parent}.")
+    check_out(path, "--figure")
     if not installed("matplotlib"):
         raise LongscanError(remedy("matplotlib", "figures"))
 
@@ -44,11 +40,12 @@ def draw(reports: Sequence[Report], title: str, path: Path) -> None:
 
     Args:
         reports: of the suites.
-        title: what they were measured on.
+        title: the machine and the settings.
         path: the file to write.
-    """
-    from matplotlib.figure import Figure
 
+    Raises:
+        LongscanError: matplotlib is not installed.
+    """
     panels = {
         "ops": _milliseconds,
         "train": _lengths,
@@ -63,14 +60,14 @@ def draw(reports: Sequence[Report], title: str, path: Path) -> None:
         else 4.5
         for report in reports
     ]
-    figure = Figure(figsize=(9.0, sum(heights) + 0.6), layout="constrained")
-    figure.suptitle(title, fontsize="small", color="#555555")
+    figure = new_figure(9.0, sum(heights) + 0.6)
+    figure.suptitle(title, fontsize="small", color=GREY)
     axes = figure.subplots(len(reports), 1, squeeze=False, height_ratios=heights)[:, 0]
     for ax, report in zip(axes, reports, strict=True):
         panels[report.suite](ax, report)
         ax.set_title(report.suite, loc="left", fontweight="bold")
         ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def _milliseconds(ax: Axes, report: Report) -> None:
@@ -93,14 +90,14 @@ def _points(ax: Axes, rows: list[dict[str, Any]], values: Sequence[tuple[float, 
 
     Points, not bars: a log scale has no zero for a bar to start from.
     """
-    look, heights, height = styles(rows), list[int](), 0
+    style, heights, height = styles(rows), list[int](), 0
     for case in _cases(rows):
         ax.text(0.01, height, case, transform=ax.get_yaxis_transform(), fontweight="bold", fontsize="small")
         for row, (middle, low, high) in zip(rows, values, strict=True):
             if row["case"] == case:
                 height += 1
                 heights.append(height)
-                colour, marker = look[row["contender"]]
+                colour, marker = style[row["contender"]]
                 ax.plot([low, high], [height, height], color=colour, linewidth=2)
                 ax.plot([middle], [height], color=colour, marker=marker)
                 ax.annotate(f" {middle:,.3g}", (high, height), va="center", fontsize="x-small")
@@ -142,7 +139,7 @@ def _quarters(ax: Axes, report: Report) -> None:
         ax.plot(
             [quarter["tokens"] for quarter in quarters], relative, color=colour, marker=marker, label=label
         )
-    ax.set(xlabel="tokens read", ylabel="relative to the first quarter", ylim=(0, 1.5))
+    ax.set(xlabel="tokens", ylabel="relative to the first quarter", ylim=(0, 1.5))
     ax.grid(alpha=0.25)
     ax.legend(frameon=False, fontsize="small")
 
@@ -153,16 +150,13 @@ def _cases(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def styles(rows: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
-    """Give every contender a colour and a marker; the disc is ours alone, ceilings are grey.
+    """Return colour and marker of every contender; discs are ours alone, ceilings are grey crosses.
 
     Args:
         rows: of a report.
-
-    Returns:
-        Name of the contender -> colour and marker.
     """
     names = list(dict.fromkeys(row["contender"] for row in rows))
-    chosen = {name: (CEILING, "x") for name in names}
+    chosen = dict.fromkeys(names, CEILING)
     real = [name for name in names if not name.startswith("ceiling")]
     for i, name in enumerate(name for name in real if OURS in name):
         chosen[name] = COLOURS[i % len(COLOURS)], MARKERS[0]

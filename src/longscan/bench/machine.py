@@ -1,4 +1,4 @@
-"""What the numbers were measured on, and whether anybody else was using it meanwhile."""
+"""The machine that the numbers were measured on, and the load of other processes on it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _PACKAGES = ("torch", "numpy", "mambapy", "transformers", "llama-cpp-python")
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """Describe this machine.
+    """Return a description of this machine.
 
     Args:
-        threads: how many every contender may use.
+        threads: of every contender.
 
     Returns:
         cpu, cores, threads, memory_bytes, system, backend (longscan's kernels).
@@ -38,8 +38,8 @@ def machine(threads: int) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, longscan, torch and the peers that are installed."""
-    found = {name: version for name in _PACKAGES if (version := _version(name))}
-    return {"python": platform.python_version(), "longscan": longscan.__version__, **found}
+    packages = {name: version for name in _PACKAGES if (version := _version(name))}
+    return {"python": platform.python_version(), "longscan": longscan.__version__, **packages}
 
 
 def installed(package: str) -> bool:
@@ -48,7 +48,7 @@ def installed(package: str) -> bool:
 
 
 def available_memory() -> int | None:
-    """Return how many bytes a new process could take without swapping, None where the system does not say."""
+    """Return the bytes available to a new process without swapping, None if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -57,7 +57,7 @@ def available_memory() -> int | None:
 
 
 class OthersLoad:
-    """The share of the machine that processes other than this one and its children take, from now on.
+    """The share of the machine that other processes take from now on; children of this one are not others.
 
     A child counts once it has ended and been waited for, so ask after that.
     """
@@ -66,7 +66,7 @@ class OthersLoad:
         self._start = self._now()
 
     def share(self) -> float | None:
-        """Return the share of all cores since the start, from 0 to 1; None where the system does not say."""
+        """Return the share of all cores since the start, from 0 to 1; None if unknown."""
         if self._start is None or (now := self._now()) is None:
             return None
         elapsed, busy, own = (after - before for after, before in zip(now, self._start, strict=True))
@@ -93,7 +93,7 @@ def _version(package: str) -> str | None:
 
 
 def _cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 

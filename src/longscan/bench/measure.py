@@ -1,4 +1,4 @@
-"""Contenders measured side by side: each in a fresh process, taking turns: A B C, A B C, ..."""
+"""Contenders measured side by side, each in a fresh process, in turns: A B C, A B C, ..."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import longscan
 from longscan.bench.machine import available_memory, installed
 
-__all__ = ["Contender", "Measurement", "Pace", "faster", "race"]
+__all__ = ["Contender", "Measurement", "Settings", "compare", "faster"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,13 +25,13 @@ class Contender:
     """Something to measure.
 
     Attributes:
-        name: what the tables call it.
+        name: in the tables.
         job: the function that prepares it, see `longscan.bench.worker`.
         arguments: that function's keyword arguments, plain values.
         packages: the optional packages it needs.
-        peer: whether it is somebody else's, left out by --no-peers.
-        patience: a first run of more seconds than this is the only one.
-        needs_bytes: memory without which it is not started.
+        peer: whether it is another project's, left out by --no-peers.
+        patience: seconds; if the first run takes longer, it is the only one.
+        needs_bytes: free memory it needs to be started.
     """
 
     name: str
@@ -44,36 +44,36 @@ class Contender:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
-    """How thoroughly to measure.
+class Settings:
+    """The settings of a benchmark.
 
     Attributes:
-        repeats: turns each contender takes after its first run, which only warms up.
-        budget: seconds a turn of a short contender is filled with.
+        repeats: turns of each contender after its first run, which only warms up.
+        budget: seconds to fill with runs in the turn of a short contender.
         threads: for every contender.
         peers: whether peers run.
-        tell: receives a line before each contender's first run.
+        notify: receives a line before each contender's first run.
     """
 
     repeats: int = 5
     budget: float = 0.5
     threads: int = 1
     peers: bool = True
-    tell: Callable[[str], None] = lambda line: None
+    notify: Callable[[str], None] = lambda line: None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What came of a contender.
+    """The result of a contender.
 
     Attributes:
         name: the contender's.
         seconds: one per turn; empty if it failed.
         warm: False if the only number is that of a first run.
         peak_bytes: highest resident set of the whole process since it was prepared, if known.
-        extra_bytes: how far one run raises the resident set, if that was asked for.
-        details: whatever else the job measured.
-        note: why there is no number, if there is none.
+        extra_bytes: how far one run raises the resident set, if requested.
+        details: what else the job measured.
+        note: why there is no number, if so.
     """
 
     name: str
@@ -106,37 +106,37 @@ class Measurement:
         }
 
 
-def race(
-    title: str, contenders: Sequence[Contender], pace: Pace, *, memory: bool = False
+def compare(
+    title: str, contenders: Sequence[Contender], settings: Settings, *, memory: bool = False
 ) -> dict[str, Measurement]:
-    """Measure contenders against each other.
+    """Return measurements of contenders that take turns in fresh processes.
 
-    All first runs come first; what is slower than its patience ends there. The others then take turns, so
-    that a machine that drifts drifts for all of them.
+    All first runs come first; a contender slower than its patience ends there. The others then take turns, so
+    that a drifting machine drifts for all of them.
 
     Args:
-        title: what they contend in, for progress.
-        contenders: who.
-        pace: how thoroughly.
+        title: what is measured, for progress.
+        contenders: what to measure.
+        settings: of the benchmark.
         memory: whether to run each once more for its extra memory.
 
     Returns:
-        Contender's name -> measurement, in the order given; those that are not to run are left out.
+        Contender's name -> measurement, in the order given; without peers that are excluded or not installed.
     """
     runners = [
-        _Runner(c) for c in contenders if (pace.peers or not c.peer) and all(map(installed, c.packages))
+        _Runner(c) for c in contenders if (settings.peers or not c.peer) and all(map(installed, c.packages))
     ]
     try:
         for runner in runners:
-            runner.start(pace.threads)
+            runner.start(settings.threads)
         for runner in runners:
             runner.ready()
         for runner in runners:
-            pace.tell(f"{title}: {runner.contender.name}")
+            settings.notify(f"{title}: {runner.contender.name}")
             runner.first()
-        for _ in range(pace.repeats):
+        for _ in range(settings.repeats):
             for runner in runners:
-                runner.turn(pace)
+                runner.turn(settings)
         for runner in runners if memory else ():
             runner.memory()
     finally:
@@ -145,19 +145,16 @@ def race(
     return {runner.contender.name: runner.result() for runner in runners}
 
 
-def faster(found: Mapping[str, Measurement], ours: str, *others: str) -> float:
-    """Compare speeds.
+def faster(results: Mapping[str, Measurement], ours: str, *others: str) -> float:
+    """Return how many times faster one contender is than the fastest of others; NaN without any of them.
 
     Args:
-        found: the measurements of a race.
+        results: of `compare`.
         ours: a contender.
-        others: contenders, of which the fastest counts.
-
-    Returns:
-        How many times faster ours is; NaN if there is nothing to compare.
+        others: contenders.
     """
-    times = [found[name].median for name in others if name in found and found[name].seconds]
-    return min(times) / found[ours].median if times else math.nan
+    times = [results[name].median for name in others if name in results and results[name].seconds]
+    return min(times) / results[ours].median if times else math.nan
 
 
 class _FailedError(Exception):
@@ -165,7 +162,7 @@ class _FailedError(Exception):
 
 
 class _Runner:
-    """Drives the process of one contender and gathers what it says."""
+    """Drives the process of one contender and collects its replies."""
 
     def __init__(self, contender: Contender) -> None:
         self.contender = contender
@@ -174,7 +171,7 @@ class _Runner:
         self.reply: dict[str, Any] = {}
         self.note = ""
         self.process: subprocess.Popen[str] | None = None
-        self.complaints = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
+        self.stderr = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
 
     def start(self, threads: int) -> None:
         """Start the process, if there is memory for it."""
@@ -185,29 +182,29 @@ class _Runner:
             self.process = self._start(threads)
 
     def ready(self) -> None:
-        """Wait until everything is prepared, so that nobody prepares while another is measured."""
+        """Wait until the job is prepared, so that none prepares while another is measured."""
         if self.process:
             self._attempt(None)
 
     def first(self) -> None:
-        """Run once, to warm up; or for good, if that took long."""
+        """Run once to warm up; a run that takes longer than the patience is the result."""
         reply = self._attempt({"do": "run", "budget": 0}) if self.process else None
         if reply and reply["seconds"] > self.contender.patience:
             self.seconds, self.warm = [reply["seconds"]], False
             self.close()
 
-    def turn(self, pace: Pace) -> None:
-        """Take one turn, unless this contender is out of the race."""
-        if self.process and (reply := self._attempt({"do": "run", "budget": pace.budget})):
+    def turn(self, settings: Settings) -> None:
+        """Take one turn, unless this contender has ended."""
+        if self.process and (reply := self._attempt({"do": "run", "budget": settings.budget})):
             self.seconds.append(reply["seconds"])
 
     def memory(self) -> None:
-        """Measure the extra memory of one run, unless this contender is out of the race."""
+        """Measure the extra memory of one run, unless this contender has ended."""
         if self.process:
             self._attempt({"do": "memory"})
 
     def result(self) -> Measurement:
-        """Return what was gathered."""
+        """Return the measurement."""
         used = ("seconds", "peak_bytes", "extra_bytes")
         return Measurement(
             name=self.contender.name,
@@ -220,12 +217,12 @@ class _Runner:
         )
 
     def close(self) -> None:
-        """End the process, if it still runs, and take no more turns."""
+        """End the process if it is running."""
         if self.process is not None:
             self.process.kill()
             self.process.communicate()
             self.process = None
-        self.complaints.close()
+        self.stderr.close()
 
     def _start(self, threads: int) -> subprocess.Popen[str]:
         """Start the worker."""
@@ -234,14 +231,14 @@ class _Runner:
             "PYTHONPATH": os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH")))),
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
-            "HF_HUB_OFFLINE": "1",  # nothing here is worth a download
+            "HF_HUB_OFFLINE": "1",  # a download is no part of a benchmark
         }
         job = {"job": self.contender.job, "arguments": self.contender.arguments}
         return subprocess.Popen(
             [sys.executable, "-m", "longscan.bench.worker", json.dumps(job)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self.complaints,
+            stderr=self.stderr,
             text=True,
             env=environment,
             start_new_session=True,  # Ctrl-C is for the parent, which ends its workers
@@ -273,13 +270,11 @@ class _Runner:
             line = ""
         if not line:
             code = self.process.wait()
-            self.complaints.seek(0)
-            said = self.complaints.read().decode(errors="replace").strip().splitlines()
+            self.stderr.seek(0)
+            lines = self.stderr.read().decode(errors="replace").strip().splitlines()
             killed = (
-                "the system killed it, perhaps for want of memory"
-                if code == -9
-                else f"it ended with code {code}"
+                "the system killed it, perhaps out of memory" if code == -9 else f"it ended with code {code}"
             )
-            raise _FailedError(said[-1] if said and code > 0 else killed)
+            raise _FailedError(lines[-1] if lines and code > 0 else killed)
         reply: dict[str, Any] = json.loads(line)
         return reply

@@ -1,33 +1,30 @@
-"""What a suite found, as text for people and as plain values for programs."""
+"""The report of a suite, as text for people and as plain values for programs."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from longscan.bench.measure import Measurement
+from longscan.core.text_table import lay_out
 
-__all__ = ["Ratio", "Report", "rate", "rate_table", "render", "spread", "table"]
+__all__ = ["Ratio", "Report", "rate", "rate_table", "spread", "table"]
 
 COLD, EXTRAPOLATED = "¹", "²"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """A measured ratio beside the goal the project sets itself.
+    """A measured ratio and the project's goal for it.
 
     Attributes:
-        what: is divided by what.
+        what: the ratio is of.
         measured: the ratio; NaN if one side was not measured.
-        goal: in words, "" if there is none.
-        percent: whether to show it as a percentage.
-        unit: of what is no ratio.
+        goal: as text, "" if there is none.
+        percent: whether to print it as a percentage.
+        unit: printed behind it otherwise.
     """
 
     what: str
@@ -37,7 +34,7 @@ class Ratio:
     unit: str = "×"
 
     def text(self) -> str:
-        """Return the ratio as the table shows it."""
+        """Return the ratio as a cell."""
         if math.isnan(self.measured):
             return "–"
         if self.percent:
@@ -48,20 +45,20 @@ class Ratio:
 
 @dataclass(kw_only=True)
 class Report:
-    """The result of a suite.
+    """The results of a suite.
 
     Attributes:
         suite: its name.
         rows: one per measurement, plain values: those of `Measurement.as_row`, "case", "rate", "unit".
-        tables: for people.
-        ratios: ours against others, beside the goals.
-        notes: lines to print below.
-        others: the share of the machine that other processes took meanwhile, if known.
+        tables: of `table`, for people.
+        ratios: of ours to others, with the goals.
+        notes: lines below the tables.
+        others: the share of the machine that other processes took, if known.
     """
 
     suite: str
     rows: list[dict[str, Any]] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
     ratios: list[Ratio] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     others: float | None = None
@@ -69,12 +66,12 @@ class Report:
     def add(
         self, case: str, measurements: Iterable[Measurement], work: float, unit: str, **more: Any
     ) -> None:
-        """Record measurements of the same amount of work.
+        """Add the rows of measurements of the same amount of work.
 
         Args:
             case: what was measured.
             measurements: of each contender.
-            work: how much one run does, so that work / seconds is the rate.
+            work: of one run; work / seconds is the rate.
             unit: of the rate.
             more: plain values for every row.
         """
@@ -98,66 +95,37 @@ class Report:
             "others_share": self.others,
         }
 
-    def text(self, width: int) -> str:
-        """Lay out tables, ratios and notes.
-
-        Args:
-            width: columns to fill at most.
-
-        Returns:
-            Lines of text.
-        """
-        tables = list(self.tables)
+    def text(self) -> str:
+        """Return tables, ratios and notes as lines."""
+        tables, notes = list(self.tables), list(self.notes)
         if self.ratios:
-            tables.append(
-                table(
-                    f"{self.suite}: ratios",
-                    ["", "measured", "goal"],
-                    ([r.what, r.text(), r.goal] for r in self.ratios),
-                )
-            )
-        marks = "".join(cell for t in tables for column in t.columns for cell in map(str, column.cells))
-        notes = list(self.notes)
-        if COLD in marks:
+            body = ([r.what, r.text(), r.goal] for r in self.ratios)
+            tables.append(table(f"{self.suite}: ratios", ["", "measured", "goal"], body))
+        if any(COLD in one for one in tables):
             notes.insert(0, f"{COLD} a single first run, too slow to repeat")
-        if EXTRAPOLATED in marks:
+        if any(EXTRAPOLATED in one for one in tables):
             notes.insert(0, f"{EXTRAPOLATED} extrapolated from one layer and none, each measured")
-        return "\n".join([*(render(t, width) for t in tables), *notes])
+        return "\n".join([*tables, *notes])
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Build a table: the first column to the left, the others to the right.
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table as lines: the first column to the left, the others to the right, an empty line below.
 
     Args:
         title: above it.
         columns: headings.
         rows: cells.
-
-    Returns:
-        The table.
     """
-    built = Table(
-        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0)
-    )
-    for number, heading in enumerate(columns):
-        built.add_column(
-            heading, justify="right" if number else "left", header_style="dim", no_wrap=not number
-        )
-    for row in rows:
-        built.add_row(*row)
-    return built
+    return "\n".join([title, *lay_out([columns, *rows], "<>"), ""])
 
 
-def rate_table(title: str, rows: Sequence[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) -> Table:
-    """Build a table of contenders by cases.
+def rate_table(title: str, rows: Sequence[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) -> str:
+    """Return a table of contenders by cases; "–" where a contender did not take part.
 
     Args:
         title: above it.
         rows: of a report.
-        cell: what to show of a row.
-
-    Returns:
-        The table; "–" where a contender did not take part.
+        cell: makes a cell from a row.
     """
     cases = list(dict.fromkeys(row["case"] for row in rows))
     names = list(dict.fromkeys(row["contender"] for row in rows))
@@ -167,11 +135,11 @@ def rate_table(title: str, rows: Sequence[dict[str, Any]], cell: Callable[[dict[
 
 
 def spread(row: dict[str, Any], value: Callable[[float], float], digits: str = ",.0f") -> str:
-    """Show the median of a row and in brackets its range, with the marks of `Report.text`.
+    """Return the median of a row and in brackets its range, with the marks of `Report.text`.
 
     Args:
         row: of a report.
-        value: from seconds to what is shown.
+        value: from seconds to the number in the cell.
         digits: format of a number.
 
     Returns:
@@ -188,31 +156,12 @@ def spread(row: dict[str, Any], value: Callable[[float], float], digits: str = "
 
 
 def rate(row: dict[str, Any]) -> str:
-    """Show the rate of a row and in brackets its range.
+    """Return the rate of a row and in brackets its range, as `spread`.
 
     Args:
         row: of a report.
-
-    Returns:
-        As `spread`.
     """
     if row["seconds"] is None:
         return spread(row, float)
     work = row["rate"] * row["seconds"]
     return spread(row, lambda seconds: work / seconds, ",.0f" if row["rate"] >= 20 else ",.1f")
-
-
-def render(what: Table, width: int) -> str:
-    """Return a table as plain text with an empty line below.
-
-    Args:
-        what: the table.
-        width: columns to fill at most.
-
-    Returns:
-        Lines without trailing blanks.
-    """
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    console.print(what)
-    assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines()) + "\n"

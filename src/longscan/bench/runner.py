@@ -1,26 +1,19 @@
-"""One sitting of `longscan bench`: the suites in turn, said aloud as they finish."""
+"""One run of `longscan bench`: its suites one by one, and the machine they ran on."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import torch
-import typer
-from rich.console import Console
-
-from longscan.bench import figure as drawing
 from longscan.bench.machine import OthersLoad, installed, machine, versions
-from longscan.bench.measure import Pace
+from longscan.bench.measure import Settings
 from longscan.bench.report import Report
 from longscan.bench.suites import generate, ops, shipped, stream, train, translate
+from longscan.core.optional import EXTRAS
 
-__all__ = ["sit"]
+__all__ = ["SUITES", "about", "heading", "install_peers", "missing_peers", "run"]
 
 SUITES = {
     "ops": ops.run,
@@ -30,67 +23,24 @@ SUITES = {
     "shipped": shipped.run,
     "stream": stream.run,
 }
-PEERS = {"mambapy": "peers", "transformers": "peers", "llama-cpp-python": "llama"}  # and the extra with it
+PEERS = ("mambapy", "transformers", "llama-cpp-python")
+BUSY = 0.03  # share of the machine that others may take unnoted
 
 
-def sit(
-    suites: list[str],
-    as_json: bool,
-    figure: Path | None,
-    repeats: int,
-    peers: bool,
-    threads: int | None,
-    quick: bool,
-    shape: str,
-) -> None:
-    """Run suites and print what they found.
+def run(suite: str, settings: Settings, quick: bool = False, shape: str = "130m") -> Report:
+    """Return the report of a suite, with notes on what its numbers are worth.
 
     Args:
-        suites: names of SUITES.
-        as_json: whether to print one JSON object at the end instead of text on the way.
-        figure: where to draw, if anywhere.
-        repeats: turns of each contender.
-        peers: whether to run what is not ours.
-        threads: for everyone; torch's choice if None.
-        quick: whether to use tiny sizes.
+        suite: of SUITES.
+        settings: of the benchmark.
+        quick: tiny sizes, to see that it works.
         shape: of the suite generate.
-
-    Raises:
-        LongscanError: the figure could not be drawn.
     """
-    if figure is not None:
-        drawing.check(figure)
-    threads = threads or torch.get_num_threads()
-    absent = [package for package in PEERS if peers and not installed(package)]
-    about = {"machine": machine(threads), "versions": versions(), "repeats": repeats, "quick": quick}
-    if not as_json:
-        typer.echo(_heading(about))
-    reports = []
-    with _progress() as tell:
-        pace = Pace(repeats=repeats, budget=0.05 if quick else 0.5, threads=threads, peers=peers, tell=tell)
-        for suite in suites:
-            reports.append(_run(suite, pace, quick, shape))
-            if not as_json:
-                typer.echo("\n" + reports[-1].text(shutil.get_terminal_size((120, 24)).columns))
-    if as_json:
-        found = {"missing_peers": absent, "suites": [report.as_dict() for report in reports]}
-        typer.echo(json.dumps(about | found, indent=2, ensure_ascii=False))
-    elif absent:
-        extras = ",".join(dict.fromkeys(PEERS[package] for package in absent))
-        typer.echo(
-            f"\nnot installed: {', '.join(absent)}; to compare with them: pip install 'longscan[{extras}]'"
-        )
-    if figure is not None:
-        drawing.draw(reports, _heading(about), figure)
-        typer.echo(f"figure: {figure}", err=True)
-
-
-def _run(suite: str, pace: Pace, quick: bool, shape: str) -> Report:
-    """Run a suite and note what a reader of its numbers has to know."""
     others = OthersLoad()
-    report = generate.run(pace, quick, shape) if suite == "generate" else SUITES[suite](pace, quick)
+    measure = partial(generate.run, shape=shape) if suite == "generate" else SUITES[suite]
+    report = measure(settings, quick)
     report.others = others.share()
-    if report.others is not None and report.others > 0.03:
+    if report.others is not None and report.others > BUSY:
         report.notes.append(
             f"Other processes took {report.others:.0%} of the machine meanwhile: measure again."
         )
@@ -100,10 +50,29 @@ def _run(suite: str, pace: Pace, quick: bool, shape: str) -> Report:
     return report
 
 
-def _heading(about: dict[str, Any]) -> str:
-    """Say what the numbers were measured on, and how."""
+def about(settings: Settings, quick: bool) -> dict[str, Any]:
+    """Return what the numbers are measured on and how, as plain values.
+
+    Args:
+        settings: of the benchmark.
+        quick: whether sizes are tiny.
+    """
+    return {
+        "machine": machine(settings.threads),
+        "versions": versions(),
+        "repeats": settings.repeats,
+        "quick": quick,
+    }
+
+
+def heading(about: dict[str, Any]) -> str:
+    """Return three lines of text.
+
+    Args:
+        about: of the function `about`.
+    """
     here = about["machine"]
-    machine = (
+    parts = (
         here["cpu"],
         f"cores {here['cores']}",
         f"threads {here['threads']}",
@@ -111,17 +80,21 @@ def _heading(about: dict[str, Any]) -> str:
         here["system"],
         f"kernels {here['backend']}",
     )
-    versions = (f"{name} {version}" for name, version in about["versions"].items())
+    packages = (f"{name} {version}" for name, version in about["versions"].items())
     how = f"turns {about['repeats']}, alternating, each after a first run; medians (lowest–highest)"
-    return "\n".join([" · ".join(machine), " · ".join(versions), how])
+    return "\n".join([" · ".join(parts), " · ".join(packages), how])
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Show on stderr what is being measured: one changing line on a terminal, else a line each."""
-    console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        yield lambda line: typer.echo(line, err=True)
-        return
-    with console.status("") as status:
-        yield status.update
+def missing_peers() -> list[str]:
+    """Return the peers that are not installed."""
+    return [package for package in PEERS if not installed(package)]
+
+
+def install_peers(packages: Sequence[str]) -> str:
+    """Return how to install peers.
+
+    Args:
+        packages: of `missing_peers`.
+    """
+    extras = ",".join(dict.fromkeys(EXTRAS[package][1] for package in packages))
+    return f"not installed: {', '.join(packages)}; to compare with them: pip install 'longscan[{extras}]'"

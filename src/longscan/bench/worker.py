@@ -1,7 +1,7 @@
 """One contender in a process of its own: `python -m longscan.bench.worker JOB`.
 
 JOB is a JSON object: `job` names a function as "module:function", `arguments` are its keyword arguments. The
-function prepares everything and returns what is to be measured, a callable without arguments. That may return
+function prepares everything and returns what to measure, a callable without arguments. That may return
 a dictionary of details, whose "seconds", if present, replaces the time measured here. Orders come on stdin, a
 line of JSON each; so go the replies on stdout.
 
@@ -32,14 +32,14 @@ Run = Callable[[], dict[str, Any] | None]
 
 
 def turn(run: Run, budget: float) -> dict[str, Any]:
-    """Measure once, or the median of as many runs as fit if they are short.
+    """Return the time of one run, or the median of as many as fit if they are short.
 
     Args:
         run: what to measure.
         budget: seconds to spend.
 
     Returns:
-        "seconds" and whatever details the run gives.
+        "seconds" and the details of the run.
     """
     begin = time.perf_counter()
     first = _timed(run)
@@ -54,7 +54,7 @@ def turn(run: Run, budget: float) -> dict[str, Any]:
 
 
 def extra_memory(run: Run) -> int:
-    """Run once and return by how many bytes the resident set grew at its highest."""
+    """Return by how many bytes one run raises the peak of the resident set."""
     settle()
     before = resident_memory()
     run()
@@ -62,7 +62,7 @@ def extra_memory(run: Run) -> int:
 
 
 def settle() -> None:
-    """Give back what is free, and forget the highest resident set so far."""
+    """Return free memory to the system, and reset the peak of the resident set."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -71,12 +71,12 @@ def settle() -> None:
 
 
 def resident_memory() -> int:
-    """Return the resident set of this process in bytes, 0 where the system does not say."""
+    """Return the resident set of this process in bytes, 0 if unknown."""
     return _status("VmRSS") or 0
 
 
 def peak_memory() -> int:
-    """Return the highest resident set of this process in bytes."""
+    """Return the peak resident set of this process in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -85,7 +85,7 @@ def main() -> None:
     """Prepare the job named on the command line, then serve orders until stdin ends."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what peers print goes to stderr, not between the replies
-    keep_memory()  # for every contender alike: who must ask the system for pages is a matter of luck
+    keep_memory()  # for every contender alike: page faults are otherwise a matter of luck
     order = json.loads(sys.argv[1])
     module, name = order["job"].split(":")
     run: Run = getattr(importlib.import_module(module), name)(**order["arguments"])
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 def _reply(stream: TextIO, values: dict[str, Any]) -> None:
-    """Send a line of JSON that also tells the highest resident set so far."""
+    """Send a line of JSON with the peak resident set."""
     stream.write(json.dumps(values | {"peak_bytes": peak_memory()}) + "\n")
 
 
@@ -112,7 +112,7 @@ def _timed(run: Run) -> dict[str, Any]:
 
 
 def _reset_peak() -> None:
-    """Forget the highest resident set so far; where the system does not allow that, it overestimates."""
+    """Reset the peak of the resident set; where that is not allowed, the peak overestimates."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,88 +1,104 @@
-"""`longscan bench`: ours, the peers that happen to be installed and the machine's ceiling, in one sitting.
+"""`longscan bench`: longscan beside the installed peers and the ceilings of the hardware.
 
-A suite (ops, train, generate, translate, shipped, stream) is a file that lists cases and contenders; `race`
-measures these in fresh processes that take turns; what a process runs stands in `ours`, `peers`, `llama`,
-`translators` and `ceilings`. The suites text and quality are no races: they measure predictions, on files
-that the user names.
+The suites ops, train, generate, translate, shipped and stream compare speed and memory; text and quality
+measure predictions, on files that the user names.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 import typer
+from rich.console import Console
 
+from longscan.bench import figure as figures
+from longscan.bench import runner
+from longscan.bench.machine import machine, versions
+from longscan.bench.measure import Settings
+from longscan.bench.report import Report
+from longscan.bench.suites import quality, text
+from longscan.commands._options import AsJson, Threads
 from longscan.core.config import nearest
+from longscan.core.progress import Bar
+from longscan.core.runtime import use_threads
+from longscan.data.documents import Corpus
 from longscan.errors import UsageError
+from longscan.evaluation.perplexity import Evaluation
 
-__all__ = ["SUITES", "command"]
+__all__ = ["command"]
 
-SUITES = ("ops", "train", "generate", "translate", "shipped", "stream")
 TEXT, QUALITY = "text", "quality"
-SHIPPED, SEPARATOR = "longscan-tiny-en", "\n\n\n"  # the model and what parts the documents it learnt from
+SUITES = (*runner.SUITES, TEXT, QUALITY)
+REPEATS = 5
+SHIPPED, SEPARATOR = "longscan-tiny-en", "\n\n\n"  # the shipped model, and the separator of its training text
+
+Files = list[Path] | None
 
 
 def command(
     suites: Annotated[
         list[str] | None,
         typer.Argument(
-            help="ops, train, generate, translate, shipped, stream; all when left out. Or text or quality."
+            help="ops, train, generate, translate, shipped, stream; default: all. Or text or quality."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    as_json: AsJson = False,
     figure: Annotated[
-        Path | None, typer.Option(help="Also draw the results into this .png, .svg or .pdf.")
+        Path | None, typer.Option(help="Also draw the results: a .png, .svg or .pdf file.")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Turns of each contender.")] = 5,
-    peers: Annotated[bool, typer.Option(help="Measure the others too, not only longscan.")] = True,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads for everyone; torch's choice when left out.")
-    ] = None,
+    repeats: Annotated[int, typer.Option(help="Turns of each contender.")] = REPEATS,
+    peers: Annotated[bool, typer.Option(help="Measure the peers too, not only longscan.")] = True,
+    threads: Threads = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Tiny sizes: to see that it runs, not to quote.")
+        bool, typer.Option("--quick", help="Tiny sizes: to see that it works, not to quote.")
     ] = False,
     shape: Annotated[
         Literal["130m", "370m"], typer.Option(help="generate: the size of the random model.")
     ] = "130m",
     train: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="text: files or folders to count in; repeatable."),
+        typer.Option(metavar="FILE", help="text: training files or folders of the n-gram model; repeatable."),
     ] = None,
     test: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="text, quality: those to predict; repeatable.")
+        list[Path] | None, typer.Option(metavar="FILE", help="text, quality: held-out files; repeatable.")
     ] = None,
     model: Annotated[
         str, typer.Option(help="text, quality: a shipped model, a directory, or a hub id.")
     ] = SHIPPED,
     separator: Annotated[
         str,
-        typer.Option(
-            help="text, quality: what parts the documents of a file.", show_default="two empty lines"
-        ),
+        typer.Option(help="text, quality: between the documents of a file.", show_default="two empty lines"),
     ] = SEPARATOR,
 ) -> None:
-    """Measure this machine: longscan, the peers that are installed, and what the hardware allows.
+    """Benchmark this machine: longscan, the installed peers, and what the hardware allows.
 
-    Every contender runs in a fresh process; they take turns. Numbers are medians with their range. Everything
-    takes more than an hour, generate a third of that, ops a few minutes; leave the machine alone meanwhile.
+    Every contender runs in a fresh process, and they take turns. Numbers are medians with their range. All
+    suites take more than an hour, generate a third of that, ops a few minutes; leave the machine idle
+    meanwhile.
 
-    The suite text asks how well a model knows text that is held out: bits per byte of the model, of a 5-gram
-    that counted the training text, and of xz. It needs --train and --test. The suite quality asks what the
-    formats of `longscan quantize` cost on --test: bits per byte, and how far the predictions move.
+    The suite text measures bits per byte on held-out text: of the model, of a 5-gram model of the training
+    text, and of xz. It needs --train and --test. The suite quality measures what the precisions of `longscan
+    quantize` cost on --test: bits per byte, and how far the predictions move.
 
     Args:
-        suites: which.
+        suites: names.
         as_json: for programs.
-        figure: where to draw.
+        figure: the figure's file.
         repeats: at least 1.
-        peers: whether to run what is not ours.
+        peers: whether to run the peers.
         threads: at least 1.
-        quick: for a look.
+        quick: tiny sizes.
         shape: of the suite generate.
         train: of the suite text alone.
-        test: of text and quality, as what follows; never counted in, even if it is found under `train`.
-        model: what is measured.
+        test: of text and quality, as what follows; excluded from the training text.
+        model: the one to measure.
         separator: as in `longscan.documents`.
 
     Raises:
@@ -91,34 +107,123 @@ def command(
     for name, value in (("--repeats", repeats), ("--threads", threads)):
         if value is not None and value < 1:
             raise UsageError(f"{name}: expected 1 or more, got {value}.")
-    for suite in suites or ():
-        if suite not in (*SUITES, TEXT, QUALITY):
-            raise UsageError(f"no suite called {suite!r}{nearest(suite, (*SUITES, TEXT, QUALITY))}")
-    chosen = list(dict.fromkeys(suites or SUITES))
-    # the workers import this page too, and need nothing of what is imported from here on
-    if TEXT not in chosen and QUALITY not in chosen:
+    chosen = _chosen(suites)
+    alone = next((suite for suite in (TEXT, QUALITY) if suite in chosen), None)
+    if alone is None:
         if train or test or (model, separator) != (SHIPPED, SEPARATOR):
             raise UsageError(
                 "--train, --test, --model and --separator are for the suites text and quality: name one."
             )
-        from longscan.bench.runner import sit
-
-        sit(chosen, as_json, figure, repeats, peers, threads, quick, shape)
-        return
-    if len(chosen) > 1 or figure or quick or not peers or (repeats, shape) != (5, "130m"):
-        raise UsageError(
-            f"{TEXT if TEXT in chosen else QUALITY} is no race: expected no other suite beside it, and no "
-            "options but --train, --test, --model, --separator, --threads and --json."
+        settings = Settings(
+            repeats=repeats,
+            budget=0.05 if quick else 0.5,
+            threads=threads or torch.get_num_threads(),
+            peers=peers,
         )
-    if chosen == [QUALITY]:
-        if train or not test:
-            raise UsageError("quality: expected --test FILE, the text to predict, and no --train.")
-        from longscan.bench.suites.quality import show as show_quality
-
-        show_quality(model, test, separator, as_json, threads)
+        _compare(chosen, settings, quick, shape, figure, as_json)
         return
-    if not (train and test):
-        raise UsageError("text: expected --train FILE and --test FILE, the text to count in and to predict.")
-    from longscan.bench.suites.text import show
+    if len(chosen) > 1 or figure or quick or not peers or (repeats, shape) != (REPEATS, "130m"):
+        raise UsageError(
+            f"{alone} runs alone: expected no other suite beside it, and no options but --train, --test, "
+            "--model, --separator, --threads and --json."
+        )
+    use_threads(threads)
+    if alone == TEXT:
+        _text(model, train, test, separator, as_json)
+    else:
+        _quality(model, train, test, separator, as_json)
 
-    show(model, train, test, separator, as_json, threads)
+
+def _chosen(suites: list[str] | None) -> list[str]:
+    """Return the suites to run, each once."""
+    for suite in suites or ():
+        if suite not in SUITES:
+            raise UsageError(f"no suite called {suite!r}{nearest(suite, SUITES)}")
+    return list(dict.fromkeys(suites or runner.SUITES))
+
+
+def _compare(
+    suites: list[str], settings: Settings, quick: bool, shape: str, figure: Path | None, as_json: bool
+) -> None:
+    """Run suites of speed and memory and print their reports."""
+    if figure is not None:
+        figures.check(figure)
+    about = runner.about(settings, quick)
+    if not as_json:
+        typer.echo(runner.heading(about))
+    reports = []
+    with _progress() as notify:
+        settings = replace(settings, notify=notify)
+        for suite in suites:
+            reports.append(runner.run(suite, settings, quick, shape))
+            if not as_json:
+                typer.echo("\n" + reports[-1].text())
+    absent = runner.missing_peers() if settings.peers else []
+    if as_json:
+        _print_json(about | {"missing_peers": absent}, reports)
+    elif absent:
+        typer.echo(f"\n{runner.install_peers(absent)}")
+    if figure is not None:
+        figures.draw(reports, runner.heading(about), figure)
+        typer.echo(f"figure: {figure}", err=True)
+
+
+def _text(model: str, train: Files, test: Files, separator: str, as_json: bool) -> None:
+    """Run the suite text and print its report."""
+    if not (train and test):
+        raise UsageError("text: expected --train FILE and --test FILE, the training and the held-out text.")
+    corpus = Corpus(train, test, separator=separator)
+    with _evaluating() as show:
+        report = text.load_and_run(model, corpus, partial(typer.echo, err=True), show)
+    if as_json:
+        _print_json(_about_model(model), [report])
+    else:
+        typer.echo(report.text())
+
+
+def _quality(model: str, train: Files, test: Files, separator: str, as_json: bool) -> None:
+    """Run the suite quality and print its report."""
+    if train or not test:
+        raise UsageError("quality: expected --test FILE, the held-out text, and no --train.")
+    with _evaluating() as show:
+        report = quality.load_and_run(model, test, separator, show)
+    if as_json:
+        _print_json(_about_model(model), [report])
+    else:
+        typer.echo(f"{model}\n\n{report.text()}")
+
+
+def _about_model(model: str) -> dict[str, Any]:
+    """Return what a model's predictions are measured on, as plain values."""
+    return {"machine": machine(torch.get_num_threads()), "versions": versions(), "model": model}
+
+
+def _print_json(about: dict[str, Any], reports: list[Report]) -> None:
+    """Print reports as one JSON object."""
+    suites = [report.as_dict() for report in reports]
+    typer.echo(json.dumps(about | {"suites": suites}, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Yield what shows lines of progress on stderr: one changing line on a terminal, else a line each."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield partial(typer.echo, err=True)
+        return
+    with console.status("") as status:
+        yield status.update
+
+
+@contextmanager
+def _evaluating() -> Iterator[Callable[[Evaluation, int], None]]:
+    """Yield what shows a progress bar of an evaluation."""
+    bar = Bar()
+
+    def show(now: Evaluation, n_bytes: int) -> None:
+        bar.show("evaluating", now.bytes, n_bytes, f"{now.bits_per_byte:.3f} bits/byte")
+
+    try:
+        yield show
+    finally:
+        bar.clear()

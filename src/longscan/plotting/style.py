@@ -69,7 +69,7 @@ def check_out(path: Path, option: str = "--out") -> None:
         LongscanError: there is no such directory.
     """
     if path.suffix not in SUFFIXES:
-        raise UsageError(f"{option}: expected a name that ends in {', '.join(SUFFIXES)}, got {path}.")
+        raise UsageError(f"{option}: expected a name that ends in .png, .svg or .pdf, got {path}.")
     if not path.absolute().parent.is_dir():
         raise LongscanError(f"{option}: there is no directory {path.absolute().parent}.")
 

@@ -1,4 +1,4 @@
-"""What the machine could do: the time that a part of the work takes at a rate no program here can pass.
+"""Ceilings: the time a part of the work takes at the fastest rate of the hardware.
 
 Runs in the workers.
 """
@@ -15,10 +15,10 @@ from torch import Tensor
 from longscan import ops
 from longscan.bench.worker import Run
 
-__all__ = ["exp_fma", "matmul", "read"]
+__all__ = ["exp_fma", "matmul", "read_memory"]
 
 PROBE = 10**8  # state updates on every thread: long enough that waking the threads does not count
-# types that weights of a precision can be multiplied in: what is stored in fewer bits may be unpacked
+# precision of the weights -> types to multiply in: quantised weights may be unpacked
 TYPES: dict[str, tuple[torch.dtype, ...]] = {
     "float32": (torch.float32,),
     "bf16": (torch.float32, torch.bfloat16),
@@ -32,7 +32,7 @@ def exp_fma(n_states: int) -> Run:
     """Prepare the state updates of a scan that never leave the registers.
 
     Args:
-        n_states: how many state updates the work has.
+        n_states: state updates of the work.
 
     Returns:
         What to measure.
@@ -56,8 +56,8 @@ def matmul(
         n_rows: tokens.
         shapes: (width in, width out) of each weight.
         backward: whether to multiply for the gradients of inputs and weights too.
-        operations: how many operations the work has, of which these are a sample.
-        precision: of the weights: the fastest of the types they can be multiplied in counts.
+        operations: of the whole work, of which these are a sample.
+        precision: of the weights; the fastest of their TYPES counts.
 
     Returns:
         What to measure.
@@ -79,7 +79,7 @@ def matmul(
         return time.perf_counter() - begin
 
     def run() -> dict[str, Any]:
-        # each product by whichever type and library of torch's is faster for it
+        # each product by the fastest type and library of torch
         each = range(len(products))
         best = (min(seconds(way, *cast[kind][i]) for kind, way in ways) for i in each)
         return {"seconds": sum(best) * operations / done}
@@ -95,15 +95,15 @@ WAYS: dict[torch.dtype, tuple[Callable[[Tensor, Tensor], Tensor], ...]] = {
 
 
 def _as(x: Tensor, kind: torch.dtype) -> Tensor:
-    """Cast a matrix of random numbers, for int8 with the range that quantising gives."""
+    """Return a matrix of random numbers as another type, for int8 in the range of quantised weights."""
     return (x * 32).round().clamp(-127, 127).to(kind) if kind == torch.int8 else x.to(kind)
 
 
-def read(n_bytes: float) -> Run:
-    """Prepare the reading of memory that no cache holds, by all threads and as fast as they can.
+def read_memory(n_bytes: float) -> Run:
+    """Prepare reading uncached memory with all threads, at full bandwidth.
 
     Args:
-        n_bytes: how many the work has to read.
+        n_bytes: the work has to read.
 
     Returns:
         What to measure.

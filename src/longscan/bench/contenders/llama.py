@@ -1,7 +1,7 @@
 """llama.cpp as a contender, through the low-level calls of llama-cpp-python.
 
-It reads GGUF files of the weights that longscan's contenders draw, and gets what suits it best: every thread
-for prompts and for tokens, its repacked layouts of quantised weights, logits of the last token alone.
+It loads GGUF files of the same random weights as longscan, and gets its fastest settings: every thread for
+prefill and decode, its repacked layouts of quantised weights, logits of the last token alone.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ __all__ = ["FORMATS", "PACKAGE", "decode", "export", "prefill"]
 
 PACKAGE = "llama-cpp-python"
 FORMATS = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_K")  # what `export` writes; no scheme mixes in others
-K_QUANT = "q4_K"  # the one that only llama.cpp writes
-BATCH, MICRO = 2048, 512  # tokens of a prompt in one call, and those it computes at a time
-ERROR = 4  # the level of its log from which it is heard
+K_QUANT = "q4_K"  # the one that only llama.cpp can make
+BATCH, MICRO = 2048, 512  # tokens of a prompt per call, and per micro-batch
+ERROR = 4  # the log level that is printed
 
 
 def prefill(path: str, vocab_size: int, seq_len: int) -> Run:
-    """Prepare the reading of a prompt."""
+    """Prepare the prefill of a prompt."""
     session = _Session(path, rows=1)
     ids = random_ids(1, seq_len, vocab_size)[0].numpy()
 
     def run() -> None:
-        session.forget()
-        session.read(ids)
+        session.reset()
+        session.prefill(ids)
 
     return run
 
@@ -43,7 +43,7 @@ def prefill(path: str, vocab_size: int, seq_len: int) -> Run:
 def decode(path: str, vocab_size: int, prompt: int, n_tokens: int, batch: int = 1) -> Run:
     """Prepare greedy decoding after a prompt, of `batch` sequences at once."""
     session = _Session(path, rows=batch)
-    logits = session.read(random_ids(1, prompt, vocab_size)[0].numpy())
+    logits = session.prefill(random_ids(1, prompt, vocab_size)[0].numpy())
     details = {"weight_bytes": session.weight_bytes, "excerpt": excerpt(logits)}
     session.fork()
     first = np.full(batch, logits.argmax())
@@ -58,15 +58,12 @@ def decode(path: str, vocab_size: int, prompt: int, n_tokens: int, batch: int = 
 
 
 def export(model: dict[str, Any], directory: Path, formats: Sequence[str] = FORMATS) -> dict[str, Path]:
-    """Write the random model of the contenders as GGUF files.
+    """Return GGUF files of the contenders' random model, format -> file.
 
     Args:
         model: fields of MambaConfig.
-        directory: where.
+        directory: for the files.
         formats: of FORMATS.
-
-    Returns:
-        Format -> file.
     """
     from longscan.bench.contenders.longscan import ready
     from longscan.checkpoints.gguf.model import GGUFType, save_gguf
@@ -82,11 +79,11 @@ def export(model: dict[str, Any], directory: Path, formats: Sequence[str] = FORM
 
 
 class _Session:
-    """A model and a context for sequences of one length, all of which take a token at a time.
+    """A model and a context of several sequences of the same length.
 
     Args:
         path: the GGUF file.
-        rows: how many sequences.
+        rows: sequences.
     """
 
     def __init__(self, path: str, rows: int) -> None:
@@ -107,16 +104,16 @@ class _Session:
         self.rows, self.position = rows, 0
         self.weight_bytes = int(api.llama_model_size(model))
         self._batch = api.llama_batch_init(BATCH, 0, 1)
-        for place in range(BATCH):
-            self._batch.n_seq_id[place] = 1
+        for index in range(BATCH):
+            self._batch.n_seq_id[index] = 1
 
-    def forget(self) -> None:
-        """Start anew."""
+    def reset(self) -> None:
+        """Clear all sequences."""
         self._api.llama_memory_clear(self._memory, True)
         self.position = 0
 
-    def read(self, ids: np.ndarray) -> np.ndarray:
-        """Read (seq_len,) tokens into the first sequence; return the logits (vocab_size,) after them."""
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        """Return the logits (vocab_size,) after (seq_len,) more tokens of the first sequence."""
         for begin in range(0, len(ids), BATCH):
             piece = ids[begin : begin + BATCH]
             self._fill(piece, 0, self.position + np.arange(len(piece)))
@@ -128,12 +125,12 @@ class _Session:
         return last_logits
 
     def fork(self) -> None:
-        """Let every sequence go on from where the first stands."""
+        """Copy the state of the first sequence to all others."""
         for row in range(1, self.rows):
             self._api.llama_memory_seq_cp(self._memory, 0, row, -1, -1)
 
     def step(self, ids: np.ndarray) -> np.ndarray:
-        """Read a token per sequence, (rows,); return the logits (rows, vocab_size)."""
+        """Return the logits (rows, vocab_size) after one more token per sequence, (rows,)."""
         self._fill(ids, np.arange(self.rows), np.full(self.rows, self.position))
         for row in range(self.rows):
             self._batch.logits[row] = 1
@@ -141,32 +138,32 @@ class _Session:
         return self._decode(self.rows)
 
     def _fill(self, ids: np.ndarray, rows: np.ndarray | int, positions: np.ndarray) -> None:
-        """Put tokens into the batch; none of them asks for logits yet."""
+        """Put tokens into the batch, without logits for any of them."""
         batch, n = self._batch, len(ids)
         batch.n_tokens = n
         np.ctypeslib.as_array(batch.token, (n,))[:] = ids
         np.ctypeslib.as_array(batch.pos, (n,))[:] = positions
         np.ctypeslib.as_array(batch.logits, (n,))[:] = 0
-        for place, row in enumerate(np.broadcast_to(rows, n).tolist()):
-            batch.seq_id[place][0] = row
+        for index, row in enumerate(np.broadcast_to(rows, n).tolist()):
+            batch.seq_id[index][0] = row
 
     def _decode(self, outputs: int) -> np.ndarray:
-        """Compute the batch; return the logits (outputs, vocab_size) it asked for, a view."""
+        """Return the logits (outputs, vocab_size) of the batch, a view."""
         if code := self._api.llama_decode(self._context, self._batch):
             raise RuntimeError(f"llama_decode failed with code {code}")
-        found = self._api.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(found, (outputs, self._vocab_size))
+        logits = self._api.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(logits, (outputs, self._vocab_size))
 
 
 def _llama() -> Any:
-    """Import and start llama.cpp; only its errors are heard, on stderr."""
+    """Return llama.cpp, initialised; it logs only errors, to stderr."""
     api: Any = require("llama-cpp-python", "measurements of llama.cpp", "llama_cpp.llama_cpp")
 
     def log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
         if level == ERROR:
             sys.stderr.write(text.decode(errors="replace"))
 
-    api.longscan_log = api.llama_log_callback(log)  # kept alive there: C holds only its address
+    api.longscan_log = api.llama_log_callback(log)  # stored there because C holds only its address
     api.llama_log_set(api.longscan_log, None)
     api.llama_backend_init()
     return api

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longscan import ops
-from longscan.bench.contenders import workloads as tasks
+from longscan.bench.contenders import workloads
 from longscan.bench.worker import Run, resident_memory, settle
 from longscan.models import MODELS, LanguageModel
 from longscan.models.common.quantization import quantize_model
@@ -23,25 +23,28 @@ __all__ = [
     "cauchy",
     "conv",
     "decode",
+    "decode_far",
     "diagonal",
-    "far",
+    "evaluate_stream",
     "first_output",
     "fresh",
+    "generate",
     "prefill",
+    "prefill_stream",
     "ready",
     "scan",
-    "stream",
     "train",
     "vandermonde",
-    "write",
 ]
 
-PIECE = 1024  # tokens of a very long prompt read at a time
+CHUNK = 1024  # tokens of a very long prompt processed at a time
 
 
 def scan(sizes: list[int], backward: bool) -> Run:
     """Prepare the selective scan; sizes are (batch, seq_len, d_inner, d_state)."""
-    return tasks.differentiable(lambda *x: ops.selective_scan(*x)[0], tasks.scan_inputs(*sizes), backward)
+    return workloads.differentiable(
+        lambda *x: ops.selective_scan(*x)[0], workloads.scan_inputs(*sizes), backward
+    )
 
 
 def conv(sizes: list[int], d_conv: int, backward: bool) -> Run:
@@ -50,22 +53,22 @@ def conv(sizes: list[int], d_conv: int, backward: bool) -> Run:
     def op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return ops.causal_conv1d(x, weight, bias, "silu")[0]
 
-    return tasks.differentiable(op, tasks.conv_inputs(sizes, d_conv), backward)
+    return workloads.differentiable(op, workloads.conv_inputs(sizes, d_conv), backward)
 
 
 def diagonal(sizes: list[int], backward: bool) -> Run:
     """Prepare the recurrence of S4D; sizes are (batch, seq_len, channels, n)."""
     *shape, n = sizes
-    C, z = tasks.poles(shape[-1], n)
-    inputs = (tasks.signal(shape), z, C)
-    return tasks.differentiable(lambda *x: ops.diagonal_ssm(*x)[0], inputs, backward)
+    C, z = workloads.poles(shape[-1], n)
+    inputs = (workloads.signal(shape), z, C)
+    return workloads.differentiable(lambda *x: ops.diagonal_ssm(*x)[0], inputs, backward)
 
 
 def vandermonde(sizes: list[int], backward: bool) -> Run:
     """Prepare the kernel of S4D; sizes are (1, length, channels, n)."""
     _, length, channels, n = sizes
-    inputs = tasks.poles(channels, n)
-    return tasks.differentiable(
+    inputs = workloads.poles(channels, n)
+    return workloads.differentiable(
         lambda C, z: ops.vandermonde(C, z, length), inputs, backward, (channels, length)
     )
 
@@ -73,71 +76,71 @@ def vandermonde(sizes: list[int], backward: bool) -> Run:
 def cauchy(sizes: list[int], backward: bool) -> Run:
     """Prepare one of the sums in S4's kernel at half of the roots of unity; sizes are as in `vandermonde`."""
     _, length, channels, n = sizes
-    v, lam = tasks.poles(channels, n)
+    v, lam = workloads.poles(channels, n)
     t = 2 * torch.tan(torch.pi * torch.arange((length + 1) // 2, dtype=torch.float64) / length)
 
     def op(v: Tensor, lam: Tensor) -> Tensor:
         return ops.cauchy(v[None], t, lam.to(torch.complex128))[0].real
 
-    return tasks.differentiable(op, (v, lam), backward, (channels, len(t)))
+    return workloads.differentiable(op, (v, lam), backward, (channels, len(t)))
 
 
 def fresh(model: dict[str, Any], generator: torch.Generator | None = None) -> LanguageModel:
-    """Make a model with random weights.
+    """Return a model with random weights.
 
     Args:
-        model: fields of its Config; "model" names it, or else it is a Mamba.
-        generator: randomness of the start; torch's global one if None.
+        model: fields of its Config; "model" names it, by default a Mamba.
+        generator: randomness of the initialisation; torch's global one if None.
     """
     fields = dict(model)
     entry = MODELS[fields.pop("model", "mamba")]
-    drawn = entry.cls(entry.config.from_dict(fields), generator)
-    assert isinstance(drawn, LanguageModel)
-    return drawn
+    lm = entry.cls(entry.config.from_dict(fields), generator)
+    assert isinstance(lm, LanguageModel)
+    return lm
 
 
 def train(model: dict[str, Any], batch: int, seq_len: int) -> Run:
     """Prepare a training step of a model, see `fresh`."""
-    learner = fresh(model)
-    ids = tasks.random_ids(batch, seq_len, model["vocab_size"])
+    lm = fresh(model)
+    ids = workloads.random_ids(batch, seq_len, model["vocab_size"])
 
     def loss() -> Tensor:
-        value = learner(ids, labels=ids, return_logits=False).loss
+        value = lm(ids, labels=ids, return_logits=False).loss
         assert isinstance(value, Tensor)
         return value
 
-    return tasks.training(learner.parameters(), loss)
+    return workloads.training(lm.parameters(), loss)
 
 
 def ready(model: dict[str, Any] | str, precision: str = "float32") -> LanguageModel:
-    """Make a model for inference.
+    """Return a model for inference.
 
     Args:
         model: see `fresh`, for random weights that are the same in every process; or a name for `load`.
         precision: "float32", or a format of `quantize_model`.
     """
-    drawn: LanguageModel
+    lm: LanguageModel
     if isinstance(model, str):
         from longscan.checkpoints.load import (
             load,  # it brings libraries that the memory of others should not show
         )
 
-        drawn, _ = load(model, offline=True)
+        lm, _ = load(model, offline=True)
     else:
-        drawn = fresh(model, torch.Generator().manual_seed(0))
-    drawn.eval().requires_grad_(False)
+        lm = fresh(model, torch.Generator().manual_seed(0))
+    lm.eval().requires_grad_(False)
     if precision != "float32":
-        quantize_model(drawn, cast(ops.Kind, precision))
-    return drawn
+        quantize_model(lm, cast(ops.Kind, precision))
+    return lm
 
 
 def prefill(model: dict[str, Any], seq_len: int, precision: str = "float32") -> Run:
-    """Prepare the reading of a prompt."""
-    reader = ready(model, precision)
-    ids = tasks.random_ids(1, seq_len, model["vocab_size"])
+    """Prepare the prefill of a prompt."""
+    lm = ready(model, precision)
+    ids = workloads.random_ids(1, seq_len, model["vocab_size"])
 
     def run() -> None:
-        reader.prefill(ids)
+        lm.prefill(ids)
 
     return run
 
@@ -146,32 +149,32 @@ def decode(
     model: dict[str, Any], prompt: int, n_tokens: int, precision: str = "float32", batch: int = 1
 ) -> Run:
     """Prepare greedy decoding after a prompt, of `batch` sequences at once."""
-    writer = ready(model, precision)
-    logits, state = writer.prefill(tasks.random_ids(1, prompt, model["vocab_size"]))
+    lm = ready(model, precision)
+    logits, state = lm.prefill(workloads.random_ids(1, prompt, model["vocab_size"]))
     details: dict[str, Any] = {
-        "weight_bytes": sum(tensor.nbytes for tensor in writer.state_dict().values()),
+        "weight_bytes": sum(tensor.nbytes for tensor in lm.state_dict().values()),
         "state_bytes": state.nbytes,
-        "excerpt": tasks.excerpt(logits[0]),
+        "excerpt": workloads.excerpt(logits[0]),
     }
     state = state.fork(batch)
-    steps = tasks.decoding(
-        logits.argmax(-1).repeat(batch), n_tokens, lambda ids: writer.step(ids, state, True)[0]
+    steps = workloads.decoding(
+        logits.argmax(-1).repeat(batch), n_tokens, lambda ids: lm.step(ids, state, True)[0]
     )
     return lambda: (steps() or {}) | details
 
 
-def write(model: dict[str, Any] | str, prompt: int, n_tokens: int, precision: str = "float32") -> Run:
-    """Prepare greedy decoding as callers of the library do it, with the share of it outside native calls."""
+def generate(model: dict[str, Any] | str, prompt: int, n_tokens: int, precision: str = "float32") -> Run:
+    """Prepare greedy decoding through generate_ids, with the share of time outside native calls."""
     from longscan.inference.generate import generate_ids  # lazily, as `load`
     from longscan.inference.sampling import SamplingConfig
 
-    writer = ready(model, precision)
-    ids = tasks.random_ids(1, prompt, writer.config.vocab_size)[0].tolist()
+    lm = ready(model, precision)
+    ids = workloads.random_ids(1, prompt, lm.config.vocab_size)[0].tolist()
     config = SamplingConfig(max_new_tokens=n_tokens + 1, temperature=0.0)
 
     def run() -> dict[str, Any]:
-        events = generate_ids(writer, [ids], config, eos_id=None)
-        next(events)  # reads the prompt
+        events = generate_ids(lm, [ids], config, eos_id=None)
+        next(events)  # prefill
         with _native_clock() as native:
             begin = time.perf_counter()
             for _ in events:
@@ -183,26 +186,26 @@ def write(model: dict[str, Any] | str, prompt: int, n_tokens: int, precision: st
     return run
 
 
-def far(model: dict[str, Any] | str, prompt: int, n_tokens: int, precision: str = "float32") -> Run:
-    """Prepare greedy decoding after a very long prompt, and tell what the process holds by then."""
-    writer, state = ready(model, precision), None
+def decode_far(model: dict[str, Any] | str, prompt: int, n_tokens: int, precision: str = "float32") -> Run:
+    """Prepare greedy decoding after a very long prompt, with the memory of state and process."""
+    lm, state = ready(model, precision), None
     random, done = torch.Generator().manual_seed(0), 0
     logits = torch.empty(0)
     while done < prompt:
-        piece = min(PIECE, prompt - done)  # drawn as it is read, so that nothing here grows with the prompt
-        ids = torch.randint(writer.config.vocab_size, (1, piece), generator=random)
-        logits, state = writer.prefill(ids, state)
-        done += piece
+        n = min(CHUNK, prompt - done)  # lm chunk by chunk, so that nothing here grows with the prompt
+        ids = torch.randint(lm.config.vocab_size, (1, n), generator=random)
+        logits, state = lm.prefill(ids, state)
+        done += n
     assert state is not None
-    here = state
+    after = state
     settle()
     details = {"state_bytes": state.nbytes, "resident_bytes": resident_memory()}
-    steps = tasks.decoding(logits.argmax(-1), n_tokens, lambda ids: writer.step(ids, here, True)[0])
+    steps = workloads.decoding(logits.argmax(-1), n_tokens, lambda ids: lm.step(ids, after, True)[0])
     return lambda: (steps() or {}) | details
 
 
 def first_output(argv: list[str]) -> Run:
-    """Prepare the start of a process of Python, up to the first thing it prints."""
+    """Prepare the start of a Python process, up to its first output."""
 
     def run() -> dict[str, Any]:
         begin = time.perf_counter()
@@ -210,10 +213,10 @@ def first_output(argv: list[str]) -> Run:
             [sys.executable, *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
         ) as process:
             assert process.stdout
-            said = process.stdout.read(1)
+            output = process.stdout.read(1)
             seconds = time.perf_counter() - begin
             process.stdout.read()
-        if process.returncode or not said:
+        if process.returncode or not output:
             raise RuntimeError(f"{' '.join(argv)} ended with code {process.returncode}")
         return {"seconds": seconds}
 
@@ -222,7 +225,7 @@ def first_output(argv: list[str]) -> Run:
 
 @contextmanager
 def _native_clock() -> Iterator[list[float]]:
-    """Add up the seconds spent in the native decoder meanwhile."""
+    """Yield the seconds spent in the native decoder so far."""
     library: Any = _native._library
     spent = [0.0]
     if library is None:
@@ -243,22 +246,41 @@ def _native_clock() -> Iterator[list[float]]:
         library.ls_decode_tokens = decode
 
 
-def stream(model: dict[str, Any], n_tokens: int) -> Run:
+def evaluate_stream(model: dict[str, Any], n_tokens: int) -> Run:
     """Prepare the evaluation of one document of n_tokens bytes, with time and memory after every chunk."""
     from longscan.evaluation.perplexity import Evaluation, evaluate
     from longscan.tokenizers.base import ByteTokenizer
 
-    reader = fresh(model).eval()
+    lm = fresh(model).eval()
     letters = torch.randint(97, 123, (n_tokens,), generator=torch.Generator().manual_seed(0))
     document = bytes(letters.tolist()).decode()
 
     def run() -> dict[str, Any]:
-        marks: list[tuple[int, float, int]] = []  # tokens read, seconds, resident bytes
+        marks: list[tuple[int, float, int]] = []  # tokens, seconds, resident bytes
 
         def mark(so_far: Evaluation) -> None:
             marks.append((so_far.tokens, time.perf_counter(), resident_memory()))
 
-        evaluate(reader, ByteTokenizer(), [document], progress=mark)
+        evaluate(lm, ByteTokenizer(), [document], progress=mark)
+        return {"marks": marks}
+
+    return run
+
+
+def prefill_stream(model: dict[str, Any], n_tokens: int) -> Run:
+    """Prepare the prefill of one prompt of n_tokens, with time and memory after every chunk."""
+    from longscan.inference.prefill import read
+
+    lm = fresh(model).eval()
+    ids = workloads.random_ids(1, n_tokens, model["vocab_size"])[0]
+
+    def run() -> dict[str, Any]:
+        marks: list[tuple[int, float, int]] = []  # tokens, seconds, resident bytes
+
+        def mark(done: int, _: int) -> None:
+            marks.append((done, time.perf_counter(), resident_memory()))
+
+        read(lm, ids, progress=mark)
         return {"marks": marks}
 
     return run

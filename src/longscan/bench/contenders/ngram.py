@@ -1,10 +1,10 @@
-"""What counting can do: an n-gram model with interpolated Kneser-Ney smoothing, in NumPy.
+"""An n-gram language model with interpolated Kneser-Ney smoothing, in NumPy.
 
 Kneser and Ney 1995 (Improved backing-off for m-gram language modeling), interpolated and with three discounts
 as in Chen and Goodman 1999 (An empirical study of smoothing techniques for language modeling).
 
-A document begins after an end-of-text id and is closed by one; no n-gram reaches over it. An n-gram is a
-number, its place among the sorted keys `context * vocab_size + token` of its order; the context is itself the
+A document starts after an end-of-text id and ends with one; no n-gram crosses it. An n-gram is a number, its
+index among the sorted keys `context * vocab_size + token` of its order; the context is itself the
 number of an n-gram one token shorter. So a text is counted by one sort per order, and found by bisection.
 """
 
@@ -20,15 +20,15 @@ __all__ = ["NGram"]
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-USUAL = (0.5, 1.0, 1.5)  # discounts where there is too little text to estimate them
+USUAL = (0.5, 1.0, 1.5)  # discounts where the text is too short to estimate them
 
 
 class _Level(NamedTuple):
-    """The n-grams of one order; a last entry stands for all that were never seen."""
+    """The n-grams of one order; the last entry stands for all unseen ones."""
 
     keys: Ints  # (n_grams + 1,) sorted
     shares: Floats  # (n_grams + 1,) discounted, of the token in its context
-    rests: Floats  # (n_contexts + 1,) what discounting left for the shorter contexts
+    rests: Floats  # (n_contexts + 1,) the mass that discounting left for the shorter contexts
 
 
 class NGram:
@@ -43,7 +43,7 @@ class NGram:
     The empty context falls back to 1 / vocab_size, a context never seen to the one a token shorter.
 
     Args:
-        tokens: (n_tokens,) ids of the training text, each document closed by `eos_id`.
+        tokens: (n_tokens,) ids of the training text, each document ending with `eos_id`.
         vocab_size: one more than the largest id.
         eos_id: the end-of-text id.
         order: tokens in the longest n-gram, at least 1.
@@ -77,41 +77,41 @@ class NGram:
         self._levels.append(self._level(keys, counts, n_contexts))
 
     def probabilities(self, tokens: npt.NDArray[np.integer[Any]]) -> Floats:
-        """Predict each token of a text from those before it in its document.
+        """Return the probability of each token of a text, given those before it in its document.
 
         Args:
-            tokens: (n_tokens,) ids, each document closed by the end-of-text id; the last may be open.
+            tokens: (n_tokens,) ids, each document ending with the end-of-text id; the last may be open.
 
         Returns:
             (n_tokens,), all above 0.
         """
         targets = tokens.astype(np.int64)
         past = self._past(targets)
-        found = np.full(len(targets), 1 / self.vocab_size)
+        p = np.full(len(targets), 1 / self.vocab_size)
         contexts = np.zeros_like(targets)  # (n_tokens,) number of the n-gram before each token, -1 if unseen
         for length, level in enumerate(self._levels, 1):
-            wanted = contexts * self.vocab_size + targets
-            places = np.searchsorted(level.keys, wanted)
-            seen = level.keys[places] == wanted
-            found = seen * level.shares[places] + level.rests[contexts] * found
-            contexts = np.where(past >= length, self._before(np.where(seen, places, -1)), -1)
-        return found
+            keys = contexts * self.vocab_size + targets
+            indices = np.searchsorted(level.keys, keys)
+            seen = level.keys[indices] == keys
+            p = seen * level.shares[indices] + level.rests[contexts] * p
+            contexts = np.where(past >= length, self._before(np.where(seen, indices, -1)), -1)
+        return p
 
     def _past(self, targets: Ints) -> Ints:
-        """Count the tokens before each one in its document, the end of text that opens it among them."""
-        places = np.arange(len(targets))
-        return places + 1 - np.maximum.accumulate(np.where(self._before(targets) == self.eos_id, places, 0))
+        """Return the number of tokens before each one in its document, the opening end of text included."""
+        at = np.arange(len(targets))
+        return at + 1 - np.maximum.accumulate(np.where(self._before(targets) == self.eos_id, at, 0))
 
     def _before(self, ids: Ints) -> Ints:
-        """Shift to the right: the number one token earlier; the text begins after an end of text."""
+        """Return ids shifted right by one; the text starts after an end of text."""
         return np.concatenate([[self.eos_id], ids])[:-1]
 
     def _level(self, keys: Ints, counts: Ints, n_contexts: int) -> _Level:
-        """Turn the counts of all n-grams of an order into probabilities."""
+        """Return the probabilities of all n-grams of an order from their counts."""
         discounts = np.array([0.0, *_discounts(counts)])[np.minimum(counts, 3)]
         contexts = keys // self.vocab_size
         totals = np.bincount(contexts, counts, n_contexts)
-        rests = np.ones(n_contexts + 1)  # nothing known: the shorter context decides alone
+        rests = np.ones(n_contexts + 1)  # unseen: the shorter context decides alone
         np.divide(np.bincount(contexts, discounts, n_contexts), totals, out=rests[:-1], where=totals > 0)
         return _Level(
             keys=np.append(keys, np.iinfo(np.int64).max),
@@ -121,7 +121,7 @@ class NGram:
 
 
 def _discounts(counts: Ints) -> tuple[float, ...]:
-    """Estimate what to take from n-grams counted once, twice, more often (Chen and Goodman).
+    """Return the discounts of n-grams counted once, twice, more often (Chen and Goodman).
 
     With n_i n-grams counted i times and Y = n_1 / (n_1 + 2 n_2): D_i = i - (i + 1) Y n_{i+1} / n_i.
     """
@@ -129,5 +129,5 @@ def _discounts(counts: Ints) -> tuple[float, ...]:
     if not n[1:5].all():
         return USUAL
     y = n[1] / (n[1] + 2 * n[2])
-    found = tuple(float(i - (i + 1) * y * n[i + 1] / n[i]) for i in (1, 2, 3))
-    return found if min(found) > 0 else USUAL
+    discounts = tuple(float(i - (i + 1) * y * n[i + 1] / n[i]) for i in (1, 2, 3))
+    return discounts if min(discounts) > 0 else USUAL

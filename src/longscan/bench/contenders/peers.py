@@ -1,4 +1,4 @@
-"""What a user would otherwise run on a CPU: torch loops, mambapy, transformers, a Transformer, an LSTM.
+"""Peers: what else runs on a CPU: torch loops, mambapy, transformers, a Transformer, an LSTM.
 
 Runs in the workers; every peer is imported in the function that needs it.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longscan.bench.contenders import workloads as tasks
+from longscan.bench.contenders import workloads
 from longscan.bench.worker import Run
 
 __all__ = [
@@ -40,7 +40,7 @@ __all__ = [
 def scan_loop(sizes: list[int], backward: bool, at_once: bool) -> Run:
     """Prepare the scan as a loop over time, exp(dt A) of all steps at once or step by step.
 
-    Time is cut with unbind: indexing would make its backward pass quadratic in seq_len.
+    Time is split with unbind: indexing would make its backward pass quadratic in seq_len.
     """
 
     def op(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -62,11 +62,11 @@ def scan_loop(sizes: list[int], backward: bool, at_once: bool) -> Run:
             ys.append((h @ C_t[..., None]).squeeze(-1))
         return torch.stack(ys, 1) + D * u
 
-    return tasks.differentiable(op, tasks.scan_inputs(*sizes), backward)
+    return workloads.differentiable(op, workloads.scan_inputs(*sizes), backward)
 
 
 def scan_mambapy(sizes: list[int], backward: bool) -> Run:
-    """Prepare the scan around mambapy's pscan, with the discretisation that mambapy puts around it."""
+    """Prepare the scan around mambapy's pscan, with the discretisation of mambapy."""
     from mambapy.pscan import pscan
 
     def op(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def scan_mambapy(sizes: list[int], backward: bool) -> Run:
         h: Tensor = pscan(A_bar, B_bar_u)
         return (h @ C[..., None]).squeeze(-1) + D * u
 
-    return tasks.differentiable(op, tasks.scan_inputs(*sizes), backward)
+    return workloads.differentiable(op, workloads.scan_inputs(*sizes), backward)
 
 
 def conv_torch(sizes: list[int], d_conv: int, backward: bool) -> Run:
@@ -85,7 +85,7 @@ def conv_torch(sizes: list[int], d_conv: int, backward: bool) -> Run:
         y = F.conv1d(x.transpose(1, 2), weight[:, None], bias, padding=d_conv - 1, groups=x.shape[2])
         return F.silu(y[..., : x.shape[1]]).transpose(1, 2)
 
-    return tasks.differentiable(op, tasks.conv_inputs(sizes, d_conv), backward)
+    return workloads.differentiable(op, workloads.conv_inputs(sizes, d_conv), backward)
 
 
 def diagonal_loop(sizes: list[int], backward: bool) -> Run:
@@ -99,8 +99,8 @@ def diagonal_loop(sizes: list[int], backward: bool) -> Run:
             ys.append(2 * (C * h).sum(-1).real)
         return torch.stack(ys, 1)
 
-    C, z = tasks.poles(*sizes[2:])
-    return tasks.differentiable(op, (tasks.signal(sizes[:3]), z, C), backward)
+    C, z = workloads.poles(*sizes[2:])
+    return workloads.differentiable(op, (workloads.signal(sizes[:3]), z, C), backward)
 
 
 def diagonal_fft(sizes: list[int], backward: bool) -> Run:
@@ -113,15 +113,17 @@ def diagonal_fft(sizes: list[int], backward: bool) -> Run:
         y: Tensor = torch.fft.irfft(product, n=2 * length)[..., :length].mT
         return y
 
-    C, z = tasks.poles(*sizes[2:])
-    return tasks.differentiable(op, (tasks.signal(sizes[:3]), z, C), backward)
+    C, z = workloads.poles(*sizes[2:])
+    return workloads.differentiable(op, (workloads.signal(sizes[:3]), z, C), backward)
 
 
 def vandermonde_torch(sizes: list[int], backward: bool) -> Run:
     """Prepare the kernel of S4D as a product with its whole matrix."""
     _, length, channels, n = sizes
-    inputs = tasks.poles(channels, n)
-    return tasks.differentiable(lambda C, z: _vandermonde(C, z, length), inputs, backward, (channels, length))
+    inputs = workloads.poles(channels, n)
+    return workloads.differentiable(
+        lambda C, z: _vandermonde(C, z, length), inputs, backward, (channels, length)
+    )
 
 
 def _vandermonde(C: Tensor, z: Tensor, length: int) -> Tensor:
@@ -138,14 +140,14 @@ def cauchy_torch(sizes: list[int], backward: bool) -> Run:
         sums = v[..., None] / (t - lam[..., None]) + v.conj()[..., None] / (t - lam.conj()[..., None])
         return sums.sum(1).real
 
-    return tasks.differentiable(op, tasks.poles(channels, n), backward, (channels, len(t)))
+    return workloads.differentiable(op, workloads.poles(channels, n), backward, (channels, len(t)))
 
 
 # --- training -----------------------------------------------------------------------------------------------
 
 
 class TiedLM(nn.Module):
-    """Embedding, a body that keeps (batch, seq_len, d_model), and the embedding again as the head."""
+    """An embedding, a body from (batch, seq_len, d_model) to the same shape, and a tied head."""
 
     def __init__(self, vocab_size: int, d_model: int, body: nn.Module, norm: nn.Module) -> None:
         super().__init__()
@@ -258,7 +260,7 @@ def train_transformers(
         without = marks[1] - marks[0]
         return {"seconds": without + n_layers * (marks[2] - marks[1] - without), "extrapolated": True}
 
-    none()  # it is short: warm it up, so that it does not count too much
+    none()  # it is short: warm it up, or its first run would count too much
     return extrapolated
 
 
@@ -266,17 +268,17 @@ def _train(
     module: nn.Module, logits: Callable[[Tensor], Tensor], model: dict[str, Any], batch: int, seq_len: int
 ) -> Run:
     """Prepare a training step of a module on random tokens."""
-    ids = tasks.random_ids(batch, seq_len, model["vocab_size"])
-    return tasks.training(module.parameters(), lambda: tasks.next_token_loss(logits(ids), ids))
+    ids = workloads.random_ids(batch, seq_len, model["vocab_size"])
+    return workloads.training(module.parameters(), lambda: workloads.next_token_loss(logits(ids), ids))
 
 
 # --- generation ---------------------------------------------------------------------------------------------
 
 
 def prefill_transformers(model: dict[str, Any], seq_len: int) -> Run:
-    """Prepare the reading of a prompt; only the last logits are asked for."""
+    """Prepare the prefill of a prompt; only the last logits are requested."""
     peer = _transformers(model).eval()
-    ids = tasks.random_ids(1, seq_len, model["vocab_size"])
+    ids = workloads.random_ids(1, seq_len, model["vocab_size"])
 
     def run() -> None:
         with torch.no_grad():
@@ -289,7 +291,7 @@ def decode_transformers(model: dict[str, Any], prompt: int, n_tokens: int) -> Ru
     """Prepare greedy decoding after a prompt."""
     peer = _transformers(model).eval()
     with torch.no_grad():
-        output = peer(tasks.random_ids(1, prompt, model["vocab_size"]), use_cache=True, logits_to_keep=1)
+        output = peer(workloads.random_ids(1, prompt, model["vocab_size"]), use_cache=True, logits_to_keep=1)
     cache = "past_key_values" if model.get("model") == "llama" else "cache_params"
     past = {cache: output[cache], "use_cache": True}
 
@@ -297,11 +299,11 @@ def decode_transformers(model: dict[str, Any], prompt: int, n_tokens: int) -> Ru
         logits: Tensor = peer(ids[:, None], **past).logits[:, -1]
         return logits
 
-    return tasks.decoding(output.logits[:, -1].argmax(-1), n_tokens, advance)
+    return workloads.decoding(output.logits[:, -1].argmax(-1), n_tokens, advance)
 
 
 def _transformers(model: dict[str, Any], use_mambapy: bool = False) -> Any:
-    """Make transformers' Mamba, or Llama, in float32; model is as in `ours.fresh`."""
+    """Return transformers' Mamba, or Llama, in float32; model is as in `contenders.longscan.fresh`."""
     from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
     sizes = {

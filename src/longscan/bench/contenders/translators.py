@@ -1,4 +1,4 @@
-"""What translates: longscan's models, torch.nn.Transformer, transformers' Marian. Runs in the workers."""
+"""Translators as contenders: longscan's, torch.nn.Transformer, transformers' Marian. Runs in the workers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longscan.bench.contenders import workloads as tasks
+from longscan.bench.contenders import workloads
 from longscan.bench.worker import Run
 from longscan.inference.beam_search import translate_ids
 from longscan.models import MODELS, Translator
@@ -17,6 +17,7 @@ from longscan.models.transformer import sinusoids
 
 __all__ = [
     "TorchTransformer",
+    "decode_ours",
     "marian",
     "ours",
     "sentences",
@@ -25,7 +26,6 @@ __all__ = [
     "train_torch",
     "translate_marian",
     "translate_ours",
-    "write_ours",
 ]
 
 PAD, BOS, EOS = 0, 1, 2
@@ -33,27 +33,27 @@ SMOOTHING = 0.1
 
 
 def sentences(n: int, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Draw pairs of sentences of 10 to 16 tokens.
+    """Return pairs of random sentences of 10 to 16 tokens.
 
     Args:
         n: pairs.
         vocab_size: tokens.
 
     Returns:
-        source (n, 17) and target (n, 18), as a translator wants them.
+        source (n, 17) and target (n, 18), as a translator takes them.
     """
     random = torch.Generator().manual_seed(0)
     drawn = []
     for _ in range(2):
         ids = torch.randint(EOS + 1, vocab_size, (n, 17), generator=random)
         lengths = torch.randint(10, 17, (n, 1), generator=random)
-        place = torch.arange(17)
-        drawn.append(ids.masked_fill(place == lengths, EOS).masked_fill(place > lengths, PAD))
+        position = torch.arange(17)
+        drawn.append(ids.masked_fill(position == lengths, EOS).masked_fill(position > lengths, PAD))
     return drawn[0], F.pad(drawn[1], (1, 0), value=BOS)
 
 
 def ours(name: str, fields: dict[str, Any]) -> Translator:
-    """Make a model of the line.
+    """Return one of our models with random weights.
 
     Args:
         name: in MODELS.
@@ -65,7 +65,7 @@ def ours(name: str, fields: dict[str, Any]) -> Translator:
 
 
 class TorchTransformer(nn.Module):
-    """torch.nn.Transformer between the embedding and the same matrix again, as a user would write it.
+    """torch.nn.Transformer between an embedding and a tied head, as a user would write it.
 
     Args:
         fields: of TransformerConfig.
@@ -95,7 +95,7 @@ class TorchTransformer(nn.Module):
 
 
 def marian(fields: dict[str, Any]) -> Any:
-    """Make transformers' Marian of the sizes that TransformerConfig's fields describe."""
+    """Return transformers' Marian of the sizes of TransformerConfig's fields."""
     from transformers import MarianConfig, MarianMTModel
 
     layers, heads = fields["n_layers"], fields["n_heads"]
@@ -124,20 +124,20 @@ def marian(fields: dict[str, Any]) -> Any:
 def train_ours(name: str, fields: dict[str, Any], n: int) -> Run:
     """Prepare a training step of one of our models on n pairs."""
     model, pair = ours(name, fields).train(), sentences(n, fields["vocab_size"])
-    return tasks.training(model.parameters(), lambda: model.loss(*pair, SMOOTHING))
+    return workloads.training(model.parameters(), lambda: model.loss(*pair, SMOOTHING))
 
 
 def train_torch(fields: dict[str, Any], n: int) -> Run:
     """Prepare a training step of torch.nn.Transformer on n pairs."""
     model, (source, target) = TorchTransformer(fields).train(), sentences(n, fields["vocab_size"])
-    return tasks.training(model.parameters(), lambda: _loss(model(source, target[:, :-1]), target))
+    return workloads.training(model.parameters(), lambda: _loss(model(source, target[:, :-1]), target))
 
 
 def train_marian(fields: dict[str, Any], n: int) -> Run:
     """Prepare a training step of transformers' Marian on n pairs."""
     model, (source, target) = marian(fields).train(), sentences(n, fields["vocab_size"])
     inputs = {"attention_mask": (source != PAD).long(), "decoder_input_ids": target[:, :-1]}
-    return tasks.training(
+    return workloads.training(
         model.parameters(), lambda: _loss(model(source, use_cache=False, **inputs).logits, target)
     )
 
@@ -145,12 +145,12 @@ def train_marian(fields: dict[str, Any], n: int) -> Run:
 def translate_ours(name: str, fields: dict[str, Any], n: int, beam_size: int, n_tokens: int) -> Run:
     """Prepare the translation of n sentences into n_tokens each, by one of our models."""
     model, (source, _) = ours(name, fields).eval(), sentences(n, fields["vocab_size"])
-    with torch.no_grad():  # a random model ends where it likes: its eos_id is made unlikely, not forbidden
+    with torch.no_grad():  # a random model ends anywhere: its eos_id is made unlikely, not forbidden
         (model.target_embedding if model.head is None else model.head).weight[EOS] = 0.0
 
     def run() -> dict[str, Any]:
-        found = translate_ids(model, source, beam_size=beam_size, max_len=n_tokens)
-        return {"tokens": min(len(hypothesis.ids) for hypothesis in found)}
+        hypotheses = translate_ids(model, source, beam_size=beam_size, max_len=n_tokens)
+        return {"tokens": min(len(hypothesis.ids) for hypothesis in hypotheses)}
 
     return run
 
@@ -162,36 +162,36 @@ def translate_marian(fields: dict[str, Any], n: int, beam_size: int, n_tokens: i
 
     def run() -> dict[str, Any]:
         with torch.no_grad():
-            found = model.generate(source, attention_mask=(source != PAD).long(), do_sample=False, **options)
-        return {"tokens": found.shape[1] - 2}
+            output = model.generate(source, attention_mask=(source != PAD).long(), do_sample=False, **options)
+        return {"tokens": output.shape[1] - 2}
 
     return run
 
 
-def write_ours(fields: dict[str, Any], n: int, n_tokens: int, cached: bool) -> Run:
-    """Prepare our Transformer writing n_tokens for n sentences, with its cache or all anew at each token."""
+def decode_ours(fields: dict[str, Any], n: int, n_tokens: int, cached: bool) -> Run:
+    """Prepare our Transformer decoding n_tokens for n sentences, with its KV cache or without."""
     model, (source, target) = ours("transformer", fields).eval(), sentences(n, fields["vocab_size"])
     first = target[:, 0]
 
     def step_by_step() -> None:
         state = model.start(source)
-        tasks.decoding(first, n_tokens, lambda ids: model.step(ids, state)[0])()
+        workloads.decoding(first, n_tokens, lambda ids: model.step(ids, state)[0])()
 
-    def anew() -> None:
-        written = first[:, None]
+    def without() -> None:
+        prefix = first[:, None]
 
         def advance(ids: Tensor) -> Tensor:
-            nonlocal written
-            logits = model(source, written).logits[:, -1]
-            written = torch.cat([written, logits.argmax(-1, keepdim=True)], 1)
+            nonlocal prefix
+            logits = model(source, prefix).logits[:, -1]
+            prefix = torch.cat([prefix, logits.argmax(-1, keepdim=True)], 1)
             return cast(Tensor, logits)
 
-        tasks.decoding(first, n_tokens, advance)()
+        workloads.decoding(first, n_tokens, advance)()
 
-    return torch.no_grad()(step_by_step if cached else anew)
+    return torch.no_grad()(step_by_step if cached else without)
 
 
 def _loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Compute the mean nats of target (batch, tgt_len + 1) from all logits (batch, tgt_len, vocab_size)."""
-    wanted = target[:, 1:].flatten()
-    return F.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=PAD, label_smoothing=SMOOTHING)
+    """Return the mean nats of target (batch, tgt_len + 1) from logits (batch, tgt_len, vocab_size)."""
+    expected = target[:, 1:].flatten()
+    return F.cross_entropy(logits.flatten(0, 1), expected, ignore_index=PAD, label_smoothing=SMOOTHING)

@@ -1,4 +1,4 @@
-"""What all contenders do alike: the inputs, the training step, the decoding. Runs in the workers."""
+"""The workloads of all contenders: inputs, training step, decoding. Runs in the workers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ N_EXCERPT = 128
 
 
 def scan_inputs(batch: int, seq_len: int, d_inner: int, d_state: int) -> tuple[Tensor, ...]:
-    """Make the arguments of a selective scan.
+    """Return the arguments of a selective scan.
 
     Args:
         batch: rows.
@@ -48,7 +48,7 @@ def scan_inputs(batch: int, seq_len: int, d_inner: int, d_state: int) -> tuple[T
 
 
 def conv_inputs(sizes: Sequence[int], d_conv: int) -> tuple[Tensor, ...]:
-    """Make the arguments of a causal convolution.
+    """Return the arguments of a causal convolution.
 
     Args:
         sizes: (batch, seq_len, d_inner).
@@ -63,10 +63,10 @@ def conv_inputs(sizes: Sequence[int], d_conv: int) -> tuple[Tensor, ...]:
 
 
 def poles(channels: int, n: int) -> tuple[Tensor, Tensor]:
-    """Make a bank of diagonal state spaces as S4D-Lin starts them.
+    """Return a bank of diagonal state spaces, initialised as in S4D-Lin.
 
     Args:
-        channels: how many.
+        channels: state spaces.
         n: states of each, one of each conjugate pair.
 
     Returns:
@@ -79,7 +79,7 @@ def poles(channels: int, n: int) -> tuple[Tensor, Tensor]:
 
 
 def signal(sizes: Sequence[int]) -> Tensor:
-    """Make noise of some sizes."""
+    """Return white noise of some sizes."""
     return torch.randn(tuple(sizes), generator=torch.Generator().manual_seed(1))
 
 
@@ -89,12 +89,12 @@ def differentiable(
     backward: bool,
     shape: Sequence[int] | None = None,
 ) -> Run:
-    """Measure an op, with or without the gradients of all its inputs.
+    """Prepare an op, with or without the gradients of all its inputs.
 
     Args:
         op: from the inputs to one output.
         inputs: its arguments.
-        backward: whether to go forward and back, or only forward.
+        backward: whether to run the backward pass too.
         shape: of the output; that of the first input if None.
 
     Returns:
@@ -120,31 +120,33 @@ def differentiable(
 
 
 def random_ids(batch: int, seq_len: int, vocab_size: int) -> Tensor:
-    """Draw tokens, (batch, seq_len) int64."""
+    """Return random tokens, (batch, seq_len) int64."""
     return torch.randint(vocab_size, (batch, seq_len), generator=torch.Generator().manual_seed(0))
 
 
 def excerpt(logits: Any) -> list[float]:
-    """Pick a few of some logits (vocab_size,), enough to see whether two programs compute the same."""
+    """Return a few of some logits (vocab_size,), to check that two programs compute the same."""
     return [float(value) for value in logits[:: max(1, len(logits) // N_EXCERPT)]]
 
 
 def next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
-    """Compute the mean nats of each next token from logits (batch, seq_len, vocab_size), all of them held."""
+    """Return the mean next-token loss in nats from logits (batch, seq_len, vocab_size), all in memory."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 def training(parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor]) -> Run:
-    """Measure a full training step: forward, backward and AdamW.
+    """Prepare a full training step: forward, backward and AdamW.
 
     Args:
-        parameters: what is trained.
+        parameters: to train.
         loss: the forward pass.
 
     Returns:
         What to measure.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)  # the fastest AdamW of torch, for everyone
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1e-4, fused=True
+    )  # torch's fastest AdamW, for every contender
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -155,11 +157,11 @@ def training(parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor]) -> 
 
 
 def decoding(first: Tensor, n_tokens: int, advance: Callable[[Tensor], Tensor]) -> Run:
-    """Measure greedy decoding from wherever the model's state stands.
+    """Prepare greedy decoding from the model's present state.
 
     Args:
-        first: (batch,) the first tokens to read.
-        n_tokens: how many steps.
+        first: (batch,) the first tokens.
+        n_tokens: steps.
         advance: from tokens (batch,) to logits (batch, vocab_size), moving the state on.
 
     Returns:

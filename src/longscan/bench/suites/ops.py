@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from longscan.bench.measure import Contender, Measurement, Pace, faster, race
+from longscan.bench.measure import Contender, Measurement, Settings, compare, faster
 from longscan.bench.report import Ratio, Report, spread, table
 
 __all__ = ["run"]
@@ -16,7 +16,7 @@ D_CONV = 4
 # of the state spaces: (batch, seq_len, channels, n), and (1, length, channels, n) of their kernels
 RUN, KERNEL = (8, 1024, 256, 32), (1, 4096, 256, 32)
 QUICK_RUN, QUICK_KERNEL = (1, 64, 16, 4), (1, 64, 16, 4)
-SPACES = {  # job of ours -> what it is called, and the jobs of others
+SPACES = {  # our job -> its name, and the peers' jobs
     "diagonal": (
         "diagonal_ssm",
         {"torch loop, step by step": "diagonal_loop", "torch, as a convolution": "diagonal_fft"},
@@ -33,28 +33,25 @@ OURS, LOOPS, MAMBAPY, TORCH, CEILING = (
 )
 
 
-def run(pace: Pace, quick: bool) -> Report:
-    """Race the ops, forward alone and with the backward pass.
+def run(settings: Settings, quick: bool) -> Report:
+    """Return a report of the ops, forward alone and with the backward pass.
 
     Args:
-        pace: how thoroughly.
+        settings: of the benchmark.
         quick: small sizes, to see that it works.
-
-    Returns:
-        The report.
     """
     report = Report(suite="ops")
     for shape in QUICK if quick else SHAPES:
-        forward = _scan(report, shape, False, pace)
-        both = _scan(report, shape, True, pace)
+        forward = _scan(report, shape, False, settings)
+        both = _scan(report, shape, True, settings)
         _scan_ratios(report, shape, forward, both)
     for shape in QUICK if quick else SHAPES:
         for backward in (False, True):
-            _conv(report, shape[:3], backward, pace)
+            _conv(report, shape[:3], backward, settings)
     for job in SPACES:
         sizes = (QUICK_RUN, QUICK_KERNEL) if quick else (RUN, KERNEL)
         for backward in (False, True):
-            _space(report, job, sizes[job != "diagonal"], backward, pace)
+            _space(report, job, sizes[job != "diagonal"], backward, settings)
     report.notes.append(
         "u, dt (after softplus), A, B, C and D are given; of the state spaces u, dt A and C. Extra memory "
         "counts outputs and gradients, over the size of u or, for a kernel, over its own. The ceiling is the "
@@ -63,8 +60,10 @@ def run(pace: Pace, quick: bool) -> Report:
     return report
 
 
-def _scan(report: Report, shape: tuple[int, ...], backward: bool, pace: Pace) -> dict[str, Measurement]:
-    """Race scans and show a table."""
+def _scan(
+    report: Report, shape: tuple[int, ...], backward: bool, settings: Settings
+) -> dict[str, Measurement]:
+    """Compare scans and add a table."""
     here: dict[str, Any] = {"sizes": shape, "backward": backward}
     states = math.prod(shape)
     contenders = [
@@ -94,13 +93,13 @@ def _scan(report: Report, shape: tuple[int, ...], backward: bool, pace: Pace) ->
     if backward:  # of a forward pass only
         contenders = [c for c in contenders if c.name != CEILING]
     case = f"selective_scan {'forward + backward' if backward else 'forward'} {shape}"
-    found = race(case, contenders, pace, memory=True)
-    _show(report, case, found, states, shape, backward)
-    return found
+    results = compare(case, contenders, settings, memory=True)
+    _add(report, case, results, states, shape, backward)
+    return results
 
 
-def _conv(report: Report, shape: tuple[int, ...], backward: bool, pace: Pace) -> None:
-    """Race convolutions and show a table."""
+def _conv(report: Report, shape: tuple[int, ...], backward: bool, settings: Settings) -> None:
+    """Compare convolutions and add a table."""
     here: dict[str, Any] = {"sizes": shape, "d_conv": D_CONV, "backward": backward}
     contenders = [
         Contender(name=OURS, job="longscan.bench.contenders.longscan:conv", arguments=here),
@@ -113,13 +112,13 @@ def _conv(report: Report, shape: tuple[int, ...], backward: bool, pace: Pace) ->
         ),
     ]
     case = f"causal_conv1d {'forward + backward' if backward else 'forward'} {shape} d_conv={D_CONV}"
-    found = race(case, contenders, pace, memory=True)
-    _show(report, case, found, math.prod(shape), shape, backward)
-    report.ratios.append(Ratio(what=f"{case}: faster than {TORCH}", measured=faster(found, OURS, TORCH)))
+    results = compare(case, contenders, settings, memory=True)
+    _add(report, case, results, math.prod(shape), shape, backward)
+    report.ratios.append(Ratio(what=f"{case}: faster than {TORCH}", measured=faster(results, OURS, TORCH)))
 
 
-def _space(report: Report, job: str, shape: tuple[int, ...], backward: bool, pace: Pace) -> None:
-    """Race an op of the state spaces and show a table."""
+def _space(report: Report, job: str, shape: tuple[int, ...], backward: bool, settings: Settings) -> None:
+    """Compare an op of the state spaces and add a table."""
     name, others = SPACES[job]
     here: dict[str, Any] = {"sizes": shape, "backward": backward}
     contenders = [Contender(name=OURS, job=f"longscan.bench.contenders.longscan:{job}", arguments=here)]
@@ -134,36 +133,38 @@ def _space(report: Report, job: str, shape: tuple[int, ...], backward: bool, pac
         for other, theirs in others.items()
     ]
     case = f"{name} {'forward + backward' if backward else 'forward'} {shape}"
-    found = race(case, contenders, pace, memory=True)
-    _show(report, case, found, math.prod(shape), shape, backward)
+    results = compare(case, contenders, settings, memory=True)
+    _add(report, case, results, math.prod(shape), shape, backward)
     goal = "≥ 5 ×" if job == "vandermonde" else ""
-    ratio = faster(found, OURS, *others)
+    ratio = faster(results, OURS, *others)
     report.ratios.append(Ratio(what=f"{case}: faster than the best of torch", measured=ratio, goal=goal))
 
 
-def _show(
+def _add(
     report: Report,
     case: str,
-    found: dict[str, Measurement],
+    results: dict[str, Measurement],
     work: int,
     shape: tuple[int, ...],
     backward: bool,
 ) -> None:
-    """Record a race and lay it out."""
+    """Add the rows and the table of a comparison."""
     u_bytes = 4 * math.prod(shape[:3])
     first = len(report.rows)
-    report.add(case, found.values(), work, "updates/s", shape=list(shape), backward=backward, u_bytes=u_bytes)
+    report.add(
+        case, results.values(), work, "updates/s", shape=list(shape), backward=backward, u_bytes=u_bytes
+    )
     body = []
     for row in report.rows[first:]:
         name, extra = row["contender"], row["extra_bytes"]
-        share = _of_ceiling(found, name)
+        share = _of_ceiling(results, name)
         body.append(
             [
                 name,
                 spread(row, lambda seconds: 1e3 * seconds, ",.2f"),
                 f"{row['rate'] / 1e9:.2f}" if row["rate"] else "–",
                 "–" if math.isnan(share) else f"{100 * share:.0f} %",
-                "" if name in (OURS, CEILING) or not row["rate"] else f"{faster(found, OURS, name):.1f} ×",
+                "" if name in (OURS, CEILING) or not row["rate"] else f"{faster(results, OURS, name):.1f} ×",
                 "–" if extra is None or name == CEILING else f"{extra / u_bytes:.2f}",
             ]
         )
@@ -177,7 +178,7 @@ def _scan_ratios(
     forward: dict[str, Measurement],
     both: dict[str, Measurement],
 ) -> None:
-    """Set the measured ratios beside the goals."""
+    """Add the ratios with their goals."""
     u_bytes = 4 * math.prod(shape[:3])
     ours = both[OURS]
     memory = ours.extra_bytes / u_bytes if ours.extra_bytes is not None else math.nan
@@ -196,8 +197,8 @@ def _scan_ratios(
         )
 
 
-def _of_ceiling(found: dict[str, Measurement], name: str) -> float:
+def _of_ceiling(results: dict[str, Measurement], name: str) -> float:
     """Return a contender's median rate over that of the fastest turn of the probe; NaN without the probe."""
-    if CEILING not in found or not found[CEILING].seconds or not found[name].seconds:
+    if CEILING not in results or not results[CEILING].seconds or not results[name].seconds:
         return math.nan
-    return min(found[CEILING].seconds) / found[name].median
+    return min(results[CEILING].seconds) / results[name].median

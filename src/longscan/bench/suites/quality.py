@@ -1,15 +1,13 @@
-"""`longscan bench quality`: what the formats of `longscan quantize` cost, on held-out text.
+"""`longscan bench quality`: what the precisions of `longscan quantize` cost, on held-out text.
 
-The model reads the same chunks once at every precision, side by side. What counts against float32: bits per
-byte; the mean Kullback-Leibler divergence, the price of believing the quantised predictions where those of
-float32 are true; and how often both find the same token the likeliest.
+The same chunks go through the model once at every precision, side by side. Compared with float32: bits per
+byte; the mean Kullback-Leibler divergence of the predictions from those of float32; and how often both have
+the same most probable token.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +16,10 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-import typer
 from torch import Tensor
 
-from longscan.bench.machine import machine, versions
 from longscan.bench.report import Ratio, Report, table
 from longscan.checkpoints.load import Precision, load, load_with_tokenizer
-from longscan.core.progress import Bar
-from longscan.core.runtime import use_threads
 from longscan.data.documents import find_files, iter_pieces
 from longscan.errors import LongscanError
 from longscan.evaluation.perplexity import Evaluation, Source, follow
@@ -34,80 +28,63 @@ from longscan.models import LanguageModel
 from longscan.models.common.quantization import kind_of
 from longscan.tokenizers.base import Tokenizer
 
-__all__ = ["run", "show"]
+__all__ = ["Progress", "load_and_run", "run"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)  # float32 first: what the others are compared with
-CHUNK = 1024  # tokens read at a time
-PIECE = 2**20  # logits compared at a time, in float64: differences of 1e-7 count here
+CHUNK = 1024  # tokens processed at a time
+MAX_LOGITS = 2**20  # compared at a time, in float64: differences of 1e-7 count
 
-Tell = Callable[[Evaluation], None]
+Progress = Callable[[Evaluation, int], None]  # the evaluation so far, and the bytes of all text
 
 
 @dataclass
 class _Score:
-    """What one precision has earned so far."""
+    """The sums of one precision so far."""
 
     nats: float = 0.0
     divergence: float = 0.0  # in nats, of all tokens together
     agreed: int = 0
 
 
-def show(model: str, test: Sequence[Path], separator: str, as_json: bool, threads: int | None) -> None:
-    """Measure and print.
+def load_and_run(name: str, test: Sequence[Path], separator: str, progress: Progress | None = None) -> Report:
+    """Return the report of a model by its name, at every precision.
 
     Args:
-        model: a shipped model, a directory, or a hub id.
+        name: a shipped model, a directory, or a hub id.
         test: files and folders to predict.
-        separator: what stands between the documents of a text file.
-        as_json: whether to print one JSON object instead of a table.
-        threads: for the model; torch's choice if None.
+        separator: between the documents of a text file.
+        progress: called as the evaluation advances.
 
     Raises:
         LongscanError: the text or the model cannot be read, or the model is quantised already.
     """
-    use_threads(threads)
     paths = find_files(test)
-    size = sum(len(piece.text.encode()) for piece in iter_pieces(paths, separator=separator))
-    network, tokenizer = load_with_tokenizer(model, None, False)
-    if kind := kind_of(network):
+    n_bytes = sum(len(piece.text.encode()) for piece in iter_pieces(paths, separator=separator))
+    model, tokenizer = load_with_tokenizer(name, None, False)
+    if kind := kind_of(model):
         raise LongscanError(
-            f"{model} is quantised already ({kind}), and what that cost can't be told without the original: "
-            "give --model the model that was quantised."
+            f"{name} is quantised already ({kind}), and what that cost can't be measured without the "
+            "original: give --model the model that was quantised."
         )
-    models = {"float32": network} | {
-        precision: load(model, precision=precision)[0] for precision in PRECISIONS[1:]
-    }
-    bar = Bar()
-    try:
-        report = run(
-            models,
-            tokenizer,
-            Source(tokenizer, iter_pieces(paths, separator=separator)),
-            lambda now: bar.show("evaluating", now.bytes, size, f"{now.bits_per_byte:.3f} bits/byte"),
-        )
-    finally:
-        bar.clear()
-    about = {"machine": machine(torch.get_num_threads()), "versions": versions(), "model": model}
-    if as_json:
-        typer.echo(json.dumps(about | {"suites": [report.as_dict()]}, indent=2, ensure_ascii=False))
-    else:
-        typer.echo(f"{model}\n\n{report.text(shutil.get_terminal_size((120, 24)).columns)}")
+    models = {"float32": model} | {p: load(name, precision=p)[0] for p in PRECISIONS[1:]}
+    source = Source(tokenizer, iter_pieces(paths, separator=separator))
+    return run(models, tokenizer, source, progress and (lambda now: progress(now, n_bytes)))
 
 
 @torch.no_grad()
 def run(
-    models: Mapping[str, LanguageModel], tokenizer: Tokenizer, source: Source, progress: Tell | None = None
+    models: Mapping[str, LanguageModel],
+    tokenizer: Tokenizer,
+    source: Source,
+    progress: Callable[[Evaluation], None] | None = None,
 ) -> Report:
-    """Compare precisions of a model with the first of them.
+    """Return a report of precisions of a model, compared with the first of them.
 
     Args:
-        models: by the names of the table.
+        models: by their names in the table.
         tokenizer: theirs.
         source: the text.
-        progress: called after each chunk with the numbers of the first model so far.
-
-    Returns:
-        The report.
+        progress: called after each chunk with the evaluation of the first model so far.
 
     Raises:
         LongscanError: the tokenizer is not the models', there is no text, or a loss is not finite.
@@ -116,16 +93,16 @@ def run(
     for model in models.values():
         check_fit(model, tokenizer)
     begin = time.perf_counter()
-    readers = [
+    blocks_of = [
         follow(model, blocks, CHUNK)
         for model, blocks in zip(models.values(), tee(source.blocks(), len(models)), strict=True)
     ]
-    for chunk in zip(*readers, strict=True):
+    for chunk in zip(*blocks_of, strict=True):
         targets = chunk[0][1].flatten()  # (tokens,)
-        rows = max(1, PIECE // tokenizer.vocab_size)
+        rows = max(1, MAX_LOGITS // tokenizer.vocab_size)
         pieces = zip(*(hidden.flatten(0, 1).split(rows) for hidden, _ in chunk), strict=True)
-        for hidden, wanted in zip(pieces, targets.split(rows), strict=True):
-            _compare(list(models.values()), hidden, wanted, scores)
+        for hidden, some in zip(pieces, targets.split(rows), strict=True):
+            _compare(list(models.values()), hidden, some, scores)
         tokens += len(targets)
         if progress:
             progress(source.evaluation(scores[0].nats, tokens, time.perf_counter() - begin))
@@ -139,7 +116,7 @@ def run(
 def _compare(
     models: Sequence[LanguageModel], hidden: Sequence[Tensor], targets: Tensor, scores: Sequence[_Score]
 ) -> None:
-    """Add what a few tokens tell: hidden (rows, d_model) of each model, targets (rows,)."""
+    """Add a few tokens to the scores: hidden (rows, d_model) of each model, targets (rows,)."""
     truth = torch.empty(0)
     for model, h, score in zip(models, hidden, scores, strict=True):
         logits = model.head(h)[:, : model.config.vocab_size].double()
@@ -151,11 +128,11 @@ def _compare(
         score.agreed += int((truth.argmax(1) == logs.argmax(1)).sum())
 
 
-def _report(models: Mapping[str, LanguageModel], scores: Sequence[_Score], found: Evaluation) -> Report:
-    """Lay the numbers out."""
+def _report(models: Mapping[str, LanguageModel], scores: Sequence[_Score], total: Evaluation) -> Report:
+    """Return rows, table, ratios and notes."""
     report = Report(suite="quality")
     cells: list[list[str]] = []
-    size, tokens = math.log(2) * found.bytes, found.tokens
+    size, tokens = math.log(2) * total.bytes, total.tokens
     for (name, model), score in zip(models.items(), scores, strict=True):
         n_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
         row = {
@@ -167,7 +144,7 @@ def _report(models: Mapping[str, LanguageModel], scores: Sequence[_Score], found
             "weight_bytes": n_bytes,
             "bits_per_weight": 8 * n_bytes / model.num_parameters(),
             "tokens": tokens,
-            "bytes": found.bytes,
+            "bytes": total.bytes,
         }
         more = score.nats / scores[0].nats - 1
         report.rows.append(row)
@@ -187,11 +164,11 @@ def _report(models: Mapping[str, LanguageModel], scores: Sequence[_Score], found
             report.ratios.append(
                 Ratio(what=what, measured=n_bytes / report.rows[0]["weight_bytes"], percent=True)
             )
-    headings = ["bits/byte", "more", "mean KL, nats", "same top token", "weights, MB", "bits a weight"]
-    title = f"held-out text: {tokens:,} tokens, {found.bytes:,} bytes"
+    headings = ["bits/byte", "more", "mean KL, nats", "same top token", "weights, MB", "bits per weight"]
+    title = f"held-out text: {tokens:,} tokens, {total.bytes:,} bytes"
     report.tables.append(table(title, ["", *headings], cells))
     report.notes.append(
         "KL: of the predictions from those of float32, per token. Weights: all tensors in memory, those that "
-        f"stay float32 included. All precisions read the same chunks; together {found.seconds:,.0f} s."
+        f"stay float32 included. All precisions see the same chunks; together {total.seconds:,.0f} s."
     )
     return report

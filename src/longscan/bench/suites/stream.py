@@ -1,32 +1,28 @@
-"""`longscan bench stream`: one very long text, evaluated and read, quarter by quarter: flat or not?"""
+"""`longscan bench stream`: evaluation and prefill of one very long text, quarter by quarter: flat or not?"""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-from longscan.bench.measure import Contender, Measurement, Pace, race
+from longscan.bench.measure import Contender, Measurement, Settings, compare
 from longscan.bench.report import Ratio, Report, table
 from longscan.bench.suites.train import LLAMA, QUICK_SHAPE, SHAPE, describe
-from longscan.bench.worker import Run, resident_memory
 
-__all__ = ["read_prompt", "run"]
+__all__ = ["run"]
 
 TOKENS, QUICK_TOKENS = 1_000_000, 20_000
 OURS = "longscan"
-EVALUATE, READ = "longscan.bench.contenders.longscan:stream", "longscan.bench.stream:read_prompt"
+JOBS = "longscan.bench.contenders.longscan"
+EVALUATE, PREFILL = f"{JOBS}:evaluate_stream", f"{JOBS}:prefill_stream"
 LLAMA_TOKENS, QUICK_LLAMA_TOKENS = 32_768, 4_096  # its time is quadratic in them
 
 
-def run(pace: Pace, quick: bool) -> Report:
-    """Let one run each evaluate a document and read a prompt, watched after every chunk.
+def run(settings: Settings, quick: bool) -> Report:
+    """Return a report of one evaluation and two prefills, with time and memory after every chunk.
 
     Args:
-        pace: the threads.
+        settings: the threads.
         quick: a small model and a shorter text.
-
-    Returns:
-        The report.
     """
     report = Report(suite="stream")
     model, n_tokens = (QUICK_SHAPE, QUICK_TOKENS) if quick else (SHAPE, TOKENS)
@@ -34,8 +30,8 @@ def run(pace: Pace, quick: bool) -> Report:
     llama = model | LLAMA | {"max_positions": fewer}
     cases: list[tuple[str, str, dict[str, Any], int]] = [
         ("evaluate", EVALUATE, model, n_tokens),
-        ("read", READ, model, n_tokens),
-        ("read by a Llama", READ, llama, fewer),
+        ("prefill", PREFILL, model, n_tokens),
+        ("prefill of a Llama", PREFILL, llama, fewer),
     ]
     for case, job, fields, total in cases:
         contender = Contender(
@@ -45,13 +41,13 @@ def run(pace: Pace, quick: bool) -> Report:
             patience=0.0,  # the first run is the only one: it warms up by itself
         )
         constant = fields is model
-        _watch(report, case, race(case, [contender], pace)[OURS], total, constant)
+        _add(report, case, compare(case, [contender], settings)[OURS], total, constant)
     report.notes.append(f"One text, one run of each, random weights; {describe(model)}.")
     return report
 
 
-def _watch(report: Report, case: str, measured: Measurement, n_tokens: int, constant: bool) -> None:
-    """Add what one run showed, if it got that far; `constant` is what time and memory are meant to be."""
+def _add(report: Report, case: str, measured: Measurement, n_tokens: int, constant: bool) -> None:
+    """Add the rows and the table of one run; `constant`: time and memory should not grow."""
     report.add(case, [measured], n_tokens, "tokens/s", n_tokens=n_tokens)
     row = report.rows[-1]
     marks = row.pop("marks", None)
@@ -84,27 +80,8 @@ def _watch(report: Report, case: str, measured: Measurement, n_tokens: int, cons
     ]
 
 
-def read_prompt(model: dict[str, Any], n_tokens: int) -> Run:
-    """Prepare reading one prompt of n_tokens, with time and memory after every chunk. Runs in a worker."""
-    from longscan.bench.contenders import longscan as ours
-    from longscan.bench.contenders import workloads as tasks
-    from longscan.inference.prefill import read
-
-    reader = ours.fresh(model).eval()
-    ids = tasks.random_ids(1, n_tokens, model["vocab_size"])[0]
-
-    def run() -> dict[str, Any]:
-        marks: list[tuple[int, float, int]] = []  # tokens read, seconds, resident bytes
-        read(
-            reader, ids, progress=lambda done, _: marks.append((done, time.perf_counter(), resident_memory()))
-        )
-        return {"marks": marks}
-
-    return run
-
-
 def _quarters(marks: list[list[Any]]) -> list[dict[str, Any]]:
-    """Cut (tokens read, seconds, resident bytes) marks into four parts of about as many tokens each."""
+    """Return speed and memory of each quarter, from marks of (tokens, seconds, resident bytes)."""
     total = marks[-1][0]
     ends = [next(mark for mark in marks if mark[0] >= total * part / 4) for part in range(1, 5)]
     parts = []

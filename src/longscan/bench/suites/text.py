@@ -1,29 +1,22 @@
-"""`longscan bench text`: how well a model knows held-out text, beside what counting and compressing do.
+"""`longscan bench text`: bits per byte of a model on held-out text, beside an n-gram model and xz.
 
-Nothing races here: a prediction is as good on any machine, so everyone runs once, and seconds are a remark.
+The predictions are the same on any machine, so everything runs once, and the seconds are a remark.
 """
 
 from __future__ import annotations
 
-import json
 import lzma
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
-import typer
 
 from longscan.bench.contenders.ngram import NGram
-from longscan.bench.machine import machine, versions
 from longscan.bench.report import Ratio, Report, table
 from longscan.checkpoints.load import load_with_tokenizer
-from longscan.core.progress import Bar
-from longscan.core.runtime import use_threads
 from longscan.data.documents import Corpus, iter_pieces
 from longscan.data.token_files import open_tokens, prepare
 from longscan.evaluation.perplexity import Evaluation, evaluate
@@ -31,84 +24,88 @@ from longscan.models import LanguageModel
 from longscan.models.common.summary import describe
 from longscan.tokenizers.base import Tokenizer
 
-__all__ = ["run", "show"]
+__all__ = ["Progress", "load_and_run", "run"]
 
 ORDER = 5
 COUNTING = f"{ORDER}-gram, modified Kneser-Ney"
 ALONE, AFTER = "xz -9e, held-out text alone", "xz -9e, after the training text"
 XZ = 9 | lzma.PRESET_EXTREME
-XZ_WINDOW = 64 * 2**20  # bytes that this preset looks back
+XZ_WINDOW = 64 * 2**20  # bytes, of this preset
 
-Tell = Callable[[str], None]
+Notify = Callable[[str], None]
+Progress = Callable[[Evaluation, int], None]  # the evaluation so far, and the bytes of all text
 
 
-def show(
-    model: str, train: list[Path], test: list[Path], separator: str, as_json: bool, threads: int | None
-) -> None:
-    """Measure and print.
+def load_and_run(
+    name: str, corpus: Corpus, notify: Notify = lambda line: None, progress: Progress | None = None
+) -> Report:
+    """Return the report of a model by its name.
 
     Args:
-        model: a shipped model, a directory, or a hub id.
-        train: files and folders to count in.
-        test: those to predict.
-        separator: what stands between the documents of a text file.
-        as_json: whether to print one JSON object instead of a table.
-        threads: for the model; torch's choice if None.
+        name: a shipped model, a directory, or a hub id.
+        corpus: the training text of the n-gram model, and the held-out files.
+        notify: see `run`.
+        progress: likewise.
 
     Raises:
         LongscanError: the text or the model cannot be read.
     """
-    use_threads(threads)
-    corpus = Corpus(train, test, separator=separator)
-    _ = corpus.sizes  # finds every error in the text before long work begins
-    network, tokenizer = load_with_tokenizer(model, None, False)
-    typer.echo(describe(model, network), err=True)
-    report = run(model, network, tokenizer, corpus, lambda line: typer.echo(line, err=True))
-    about = {"machine": machine(torch.get_num_threads()), "versions": versions(), "model": model}
-    if as_json:
-        typer.echo(json.dumps(about | {"suites": [report.as_dict()]}, indent=2, ensure_ascii=False))
-    else:
-        typer.echo(report.text(shutil.get_terminal_size((120, 24)).columns))
+    _ = corpus.sizes  # checks all text before the model is loaded
+    model, tokenizer = load_with_tokenizer(name, None, False)
+    notify(describe(name, model))
+    return run(name, model, tokenizer, corpus, notify, progress)
 
 
-def run(name: str, model: LanguageModel, tokenizer: Tokenizer, corpus: Corpus, tell: Tell) -> Report:
-    """Let everyone predict the text that a corpus holds out.
+def run(
+    name: str,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    notify: Notify = lambda line: None,
+    progress: Progress | None = None,
+) -> Report:
+    """Return a report of predictions of the held-out text of a corpus.
 
     Args:
-        name: what the table calls the model.
-        model: what is measured.
-        tokenizer: its own, and that of the n-gram.
-        corpus: the text to count in, and the files held out.
-        tell: receives a line before each contender's run.
-
-    Returns:
-        The report.
+        name: of the model in the table.
+        model: the one to measure.
+        tokenizer: its own, and that of the n-gram model.
+        corpus: the training text of the n-gram model, and the held-out files.
+        notify: receives a line before each contender's run.
+        progress: called as the model's evaluation advances.
 
     Raises:
         LongscanError: the text cannot be read, or the model and the tokenizer do not fit.
     """
-    report, n_bytes = Report(suite="text"), sum(corpus.sizes[0])
-    tell(f"text: {COUNTING}")
+    report = Report(suite="text")
+    notify(f"text: {COUNTING}")
     counted, n_tokens = _count(tokenizer, corpus)
-    tell(f"text: {name}")
-    bar = Bar()
-    try:
-        measured = evaluate(
-            model,
-            tokenizer,
-            iter_pieces(corpus.valid, separator=corpus.separator),
-            progress=lambda now: bar.show("evaluating", now.bytes, counted.bytes),
-        )
-    finally:
-        bar.clear()
+    notify(f"text: {name}")
+    pieces = iter_pieces(corpus.valid, separator=corpus.separator)
+    measured = evaluate(
+        model, tokenizer, pieces, progress=progress and (lambda now: progress(now, counted.bytes))
+    )
     assert (measured.tokens, measured.bytes) == (counted.tokens, counted.bytes)
     for contender, result in ((name, measured), (COUNTING, counted)):
         _add(report, contender, result.bits_per_byte, result.perplexity, result.seconds)
-    _compress(report, corpus, tell)
-    bits = {row["contender"]: row["bits_per_byte"] for row in report.rows}
+    _compress(report, corpus, notify)
+    train = {"train_tokens": n_tokens, "train_bytes": sum(corpus.sizes[0])}
+    for row in report.rows:
+        row |= {"tokens": measured.tokens, "bytes": measured.bytes} | train
+    _lay_out(report)
+    return report
+
+
+def _lay_out(report: Report) -> None:
+    """Add the ratios, the table and the notes."""
+    ours, *others = report.rows
     report.ratios = [
-        Ratio(what=f"bits of the model, share of: {other}", measured=bits[name] / other_bits, percent=True)
-        for other, other_bits in list(bits.items())[1:]
+        Ratio(
+            what=f"bits of the model, share of: {row['contender']}",
+            measured=ours["bits_per_byte"] / row["bits_per_byte"],
+            percent=True,
+        )
+        for row in others
     ]
     cells = [
         [
@@ -119,22 +116,19 @@ def run(name: str, model: LanguageModel, tokenizer: Tokenizer, corpus: Corpus, t
         ]
         for row in report.rows
     ]
-    held_out = f"held-out text: {measured.tokens:,} tokens, {measured.bytes:,} bytes"
+    held_out = f"held-out text: {ours['tokens']:,} tokens, {ours['bytes']:,} bytes"
     report.tables.append(table(held_out, ["", "bits/byte", "perplexity per token", "seconds"], cells))
     report.notes += [
-        f"Training text: {n_tokens:,} tokens, {n_bytes:,} bytes. The {ORDER}-gram knows no other text and "
-        "has the model's tokens; both predict each document after an end of text, and not its end.",
-        "One run each. Seconds: the model reads the held-out text; the n-gram counts and reads; xz "
+        f"Training text: {ours['train_tokens']:,} tokens, {ours['train_bytes']:,} bytes. The {ORDER}-gram "
+        "has no other text and the model's tokens; both predict each document after an end of text, and not "
+        "its end.",
+        "One run each. Seconds: the model evaluates the held-out text; the n-gram counts and evaluates; xz "
         "compresses, for its second row the training text and then both.",
     ]
-    sizes = {"tokens": measured.tokens, "bytes": measured.bytes}
-    for row in report.rows:
-        row |= sizes | {"train_tokens": n_tokens, "train_bytes": n_bytes}
-    return report
 
 
 def _count(tokenizer: Tokenizer, corpus: Corpus) -> tuple[Evaluation, int]:
-    """Train and measure the n-gram; return also how many tokens it was trained on."""
+    """Return the evaluation of the n-gram model, and the number of its training tokens."""
     with tempfile.TemporaryDirectory() as folder:
         files = prepare(
             corpus.train,
@@ -147,10 +141,10 @@ def _count(tokenizer: Tokenizer, corpus: Corpus) -> tuple[Evaluation, int]:
         train, test = (np.array(open_tokens(split.path)) for split in (files.train, files.valid))
     begin = time.perf_counter()
     model = NGram(train, tokenizer.vocab_size, tokenizer.eos_id, ORDER)
-    found = model.probabilities(test)[test != tokenizer.eos_id]
+    p = model.probabilities(test)[test != tokenizer.eos_id]
     result = Evaluation(
-        nats=-float(np.log(found).sum()),
-        tokens=len(found),
+        nats=-float(np.log(p).sum()),
+        tokens=len(p),
         bytes=files.valid.bytes,
         documents=files.valid.documents,
         seconds=time.perf_counter() - begin,
@@ -158,26 +152,26 @@ def _count(tokenizer: Tokenizer, corpus: Corpus) -> tuple[Evaluation, int]:
     return result, int((train != tokenizer.eos_id).sum())
 
 
-def _compress(report: Report, corpus: Corpus, tell: Tell) -> None:
-    """Add what xz makes of the held-out text, alone and as the end of all text."""
+def _compress(report: Report, corpus: Corpus, notify: Notify) -> None:
+    """Add the rows of xz on the held-out text, alone and after the training text."""
     texts = {"train": bytearray(), "valid": bytearray()}
     for split, piece in corpus.pieces():
         texts[split] += piece.text.encode()
     train, test = texts["train"], texts["valid"]
-    tell(f"text: {ALONE}")
+    notify(f"text: {ALONE}")
     size, seconds = _xz(test)
     _add(report, ALONE, 8 * size / len(test), None, seconds)
     if len(train) + len(test) <= XZ_WINDOW:
-        tell(f"text: {AFTER}")
+        notify(f"text: {AFTER}")
         before, first = _xz(train)
         after, second = _xz(train + test)
         _add(report, AFTER, 8 * (after - before) / len(test), None, first + second)
     else:
-        report.notes.append(f"{AFTER}: not run, both are together larger than its window of 64 MiB.")
+        report.notes.append(f"{AFTER}: not run, both together are larger than its window of 64 MiB.")
 
 
 def _xz(data: bytearray) -> tuple[int, float]:
-    """Return how small xz makes the data, and the seconds it took."""
+    """Return the bytes of the data compressed by xz, and the seconds it took."""
     begin = time.perf_counter()
     return len(lzma.compress(data, preset=XZ)), time.perf_counter() - begin
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from longscan.bench.measure import Contender, Measurement, Pace, faster, race
+from longscan.bench.measure import Contender, Measurement, Settings, compare, faster
 from longscan.bench.report import Ratio, Report, rate, rate_table
 
 __all__ = ["LLAMA", "LSTM", "SHAPE", "TRANSFORMER", "describe", "matrices", "matrix_parameters", "run"]
@@ -33,28 +33,25 @@ OURS, LLAMA_OURS, LLAMA_HF, MAMBAPY, HF_MAMBAPY, HF, GPT, RNN, CEILING = (
 QUADRATIC_UP_TO = (
     512  # transformers' default path takes time quadratic in seq_len; beyond this it takes many minutes
 )
-PSCAN_BYTES = 24  # what pscan keeps for the backward pass, per token, layer, channel and state: measured
+PSCAN_BYTES = 24  # what pscan saves for the backward pass, per token, layer, channel and state: measured
 
 
-def run(pace: Pace, quick: bool) -> Report:
-    """Race training steps at several lengths.
+def run(settings: Settings, quick: bool) -> Report:
+    """Return a report of training steps at several lengths.
 
     Args:
-        pace: how thoroughly.
+        settings: of the benchmark.
         quick: a small model and short sequences, to see that it works.
-
-    Returns:
-        The report.
     """
     report = Report(suite="train")
     model, lengths, least = (QUICK_SHAPE, QUICK_LENGTHS, QUICK_TOKENS) if quick else (SHAPE, LENGTHS, TOKENS)
-    base = 0.0  # our tokens per second where the sequences stop being short
+    base = 0.0  # our tokens per second at 512, or the longest length below
     for seq_len in lengths:
         batch = max(1, least // seq_len)
-        found = race(f"train {seq_len}", _contenders(model, batch, seq_len), pace)
-        report.add(f"{seq_len}", found.values(), batch * seq_len, "tokens/s", seq_len=seq_len, batch=batch)
-        report.ratios += _ratios(seq_len, found)
-        ours = batch * seq_len / found[OURS].median
+        results = compare(f"train {seq_len}", _contenders(model, batch, seq_len), settings)
+        report.add(f"{seq_len}", results.values(), batch * seq_len, "tokens/s", seq_len=seq_len, batch=batch)
+        report.ratios += _ratios(seq_len, results)
+        ours = batch * seq_len / results[OURS].median
         if seq_len <= 512:
             base = ours
         else:
@@ -73,19 +70,16 @@ def run(pace: Pace, quick: bool) -> Report:
 
 
 def describe(model: dict[str, int]) -> str:
-    """Say how large a model is.
+    """Return the size of a model, as part of a sentence.
 
     Args:
         model: d_model, n_layers and vocab_size.
-
-    Returns:
-        A part of a sentence.
     """
     return f"d_model {model['d_model']}, {model['n_layers']} layers, vocabulary {model['vocab_size']:,}"
 
 
 def matrices(d_model: int) -> list[tuple[int, int]]:
-    """List the weights of a Mamba layer that take part in matrix products.
+    """Return the sizes of a Mamba layer's weight matrices.
 
     Args:
         d_model: width.
@@ -98,7 +92,7 @@ def matrices(d_model: int) -> list[tuple[int, int]]:
 
 
 def matrix_parameters(d_model: int, n_layers: int, vocab_size: int) -> int:
-    """Count the parameters of Mamba that stand in matrix products, with the head.
+    """Return the number of parameters in Mamba's matrix products, the head included.
 
     Args:
         d_model: width.
@@ -106,13 +100,13 @@ def matrix_parameters(d_model: int, n_layers: int, vocab_size: int) -> int:
         vocab_size: rows of the head.
 
     Returns:
-        Their number; a product takes 2 operations for each of them and token, with its gradients 6.
+        Their number; a product takes 2 operations per parameter and token, with its gradients 6.
     """
     return n_layers * sum(n_in * n_out for n_in, n_out in matrices(d_model)) + vocab_size * d_model
 
 
 def _contenders(model: dict[str, int], batch: int, seq_len: int) -> list[Contender]:
-    """List who trains."""
+    """Return the contenders of a training step."""
     here: dict[str, Any] = {"model": model, "batch": batch, "seq_len": seq_len}
     tokens, d_model = batch * seq_len, model["d_model"]
     pscan_bytes = PSCAN_BYTES * tokens * model["n_layers"] * 2 * d_model * 16
@@ -149,7 +143,7 @@ def _contenders(model: dict[str, int], batch: int, seq_len: int) -> list[Contend
         peer(GPT, "train_transformer", **gpt, n_heads=TRANSFORMER["n_heads"], d_ff=TRANSFORMER["d_ff"]),
         peer(RNN, "train_lstm", **rnn, d_hidden=LSTM["d_hidden"]),
         peer(MAMBAPY, "train_mambapy", ("mambapy",), pscan_bytes),
-        # without mambapy beside it, transformers would quietly take its default path
+        # without mambapy installed, transformers would silently take its default path
         peer(HF_MAMBAPY, "train_transformers", ("transformers", "mambapy"), pscan_bytes, use_mambapy=True),
     ]
     if seq_len <= QUADRATIC_UP_TO:
@@ -158,24 +152,29 @@ def _contenders(model: dict[str, int], batch: int, seq_len: int) -> list[Contend
 
 
 def _memory(row: dict[str, Any]) -> str:
-    """Show the peak of the process."""
+    """Return the peak of the process as a cell."""
     if row["rate"] is None or row["contender"] == CEILING:
         return "–"
     return f"{row['peak_bytes'] / 1e6:,.0f}" + (" (1 layer)" if row.get("extrapolated") else "")
 
 
-def _ratios(seq_len: int, found: dict[str, Measurement]) -> list[Ratio]:
-    """Set ours beside the others at one length."""
+def _ratios(seq_len: int, results: dict[str, Measurement]) -> list[Ratio]:
+    """Return the ratios at one length."""
     gpt_goal = {512: "≥ 75 %", 2048: "> 100 %", 8192: "> 100 %"}.get(seq_len, "")
     ratios = (
-        ("faster than mambapy", faster(found, OURS, MAMBAPY), "≥ 10 ×", False),
-        ("faster than the faster path of transformers", faster(found, OURS, HF, HF_MAMBAPY), "≥ 10 ×", False),
-        ("peak memory, share of mambapy's", _memory_share(found, MAMBAPY), "≤ 25 %", True),
-        ("peak memory, share of transformers'", _memory_share(found, HF_MAMBAPY), "≤ 25 %", True),
-        ("speed, share of the Transformer's", faster(found, OURS, GPT), gpt_goal, True),
-        ("speed, share of our Llama's", faster(found, OURS, LLAMA_OURS), "", True),
-        ("our Llama faster than transformers'", faster(found, LLAMA_OURS, LLAMA_HF), "≥ 1 ×", False),
-        ("speed, share of the ceiling", faster(found, OURS, CEILING), "", True),
+        ("faster than mambapy", faster(results, OURS, MAMBAPY), "≥ 10 ×", False),
+        (
+            "faster than the faster path of transformers",
+            faster(results, OURS, HF, HF_MAMBAPY),
+            "≥ 10 ×",
+            False,
+        ),
+        ("peak memory, share of mambapy's", _memory_share(results, MAMBAPY), "≤ 25 %", True),
+        ("peak memory, share of transformers'", _memory_share(results, HF_MAMBAPY), "≤ 25 %", True),
+        ("speed, share of the Transformer's", faster(results, OURS, GPT), gpt_goal, True),
+        ("speed, share of our Llama's", faster(results, OURS, LLAMA_OURS), "", True),
+        ("our Llama faster than transformers'", faster(results, LLAMA_OURS, LLAMA_HF), "≥ 1 ×", False),
+        ("speed, share of the ceiling", faster(results, OURS, CEILING), "", True),
     )
     return [
         Ratio(what=f"{seq_len}: {what}", measured=measured, goal=goal, percent=percent)
@@ -183,8 +182,8 @@ def _ratios(seq_len: int, found: dict[str, Measurement]) -> list[Ratio]:
     ]
 
 
-def _memory_share(found: dict[str, Measurement], name: str) -> float:
+def _memory_share(results: dict[str, Measurement], name: str) -> float:
     """Return our peak over that of another contender, NaN if it did not run."""
-    if name not in found or not found[name].seconds:
+    if name not in results or not results[name].seconds:
         return math.nan
-    return (found[OURS].peak_bytes or math.nan) / (found[name].peak_bytes or math.nan)
+    return (results[OURS].peak_bytes or math.nan) / (results[name].peak_bytes or math.nan)
