@@ -470,7 +470,7 @@ def test_quality_table(cli: Any, plain: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     done = cli("bench", "quality", "--test", tmp_path / "a.txt", "--model", plain)
     assert done.code == 0, done.err
-    for words in (f"{len(TEXT)} tokens", "mean KL", "same top token", "100.00 %", "bits a weight"):
+    for words in (f"{len(TEXT)} tokens", "mean KL", "same top token", "100.00 %", "bits per weight"):
         assert words in done.out
 
 

@@ -18,7 +18,7 @@ from longscan.data.sentence_pairs import SPECIAL
 from longscan.models import MODELS
 from longscan.plotting.attention import plot_weights
 from longscan.plotting.bars import plot_bars
-from longscan.plotting.style import new_figure, save_figure
+from longscan.plotting.style import line_style, new_figure, save_figure
 from longscan.plotting.translation import plot_bleu
 from longscan.tokenizers.bpe import BPETokenizer, train_bpe
 from longscan.tokenizers.words import END, START, group
@@ -223,6 +223,12 @@ def test_a_missing_font_is_a_warning(tmp_path: Path) -> None:
         with warned:
             save_figure(figure, tmp_path / "a.png", fonts=())
         assert (tmp_path / "a.png").stat().st_size > 0
+
+
+def test_lines_of_a_figure_differ() -> None:
+    styles = [tuple(line_style(index).values()) for index in range(36)]
+    assert len(set(styles)) == len(styles)
+    assert len({colour for colour, _ in styles[:6]}) == len({marker for _, marker in styles[:6]}) == 6
 
 
 def test_the_disc_is_ours_alone() -> None:

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import typer
-from torch import Tensor, nn
+from torch import Tensor
 
 from longscan.checkpoints.formats.sequence_classifier import is_sequence_model
 from longscan.checkpoints.load import load, load_translator
 from longscan.commands._options import FigureOut
 from longscan.core.config import nearest
 from longscan.core.files import read_json
-from longscan.data.sentence_pairs import rows
 from longscan.errors import LongscanError, UsageError
 from longscan.inference.translate import translate
-from longscan.models import MODELS, LanguageModel, Model
-from longscan.models.common.lti import System
+from longscan.models import MODELS, Model
 from longscan.models.hippo import MEASURES
 from longscan.models.sequence_classifier import SequenceModel
-from longscan.plotting.attention import plot_positions, plot_weights
-from longscan.plotting.memory import SHOWN, plot_kernels, plot_responses
+from longscan.plotting.attention import Sides, plot_positions, plot_weights, word_weights
+from longscan.plotting.memory import SHOWN, layer_systems, plot_kernels, plot_responses
 from longscan.plotting.style import check_out
 from longscan.plotting.translation import plot_bleu
-from longscan.tokenizers.words import group
 
 __all__ = ["commands"]
 
@@ -48,7 +45,7 @@ def alignment(
         LongscanError: the model has no attention, or a file can't be read or written.
     """
     check_out(out)
-    weights, sides = _attention_weights(model, sentence, target, pieces)
+    weights, sides = _weights(model, sentence, target, pieces)
     name = _pick(weights, "cross", layer)
     plot_weights({name: weights[name].mean(0)}, *sides["cross"], out, Path(model).resolve().parent.name)
     typer.echo(f"wrote {out}")
@@ -73,7 +70,7 @@ def attention(
         LongscanError: the model has no attention, or a file can't be read or written.
     """
     check_out(out)
-    weights, sides = _attention_weights(model, sentence, target, pieces)
+    weights, sides = _weights(model, sentence, target, pieces)
     name = _pick(weights, part, layer)
     panels = {f"head {number}": head for number, head in enumerate(weights[name])}
     plot_weights(panels, *sides[part], out, f"{name} of {Path(model).resolve().parent.name}")
@@ -118,30 +115,19 @@ def bleu(
     typer.echo(f"wrote {out}")
 
 
-def _attention_weights(
+def _weights(
     name: str, sentence: str, target: str | None, pieces: bool
-) -> tuple[dict[str, Tensor], dict[str, tuple[list[str], list[str]]]]:
-    """Return the weights (n_heads, n_queries, n_keys) by layer, and the keys and queries of each part."""
+) -> tuple[dict[str, Tensor], dict[str, Sides]]:
+    """Return what `word_weights` gives for a translator by its name."""
+    if not sentence.strip():
+        raise UsageError("SENTENCE: expected some text, got none.")
     model, tokenizer = load_translator(name)
     if target is None:
         target = translate(model, tokenizer, [sentence])[0].text
-    ids = [tokenizer.encode(text.strip()) for text in (sentence, target)]
-    if not ids[0]:
-        raise UsageError("SENTENCE: expected some text, got none.")
-    with torch.no_grad():
-        attended = model(
-            rows(ids[:1], bos=False), rows(ids[1:], bos=True)[:, :-1], return_weights=True
-        ).weights
-    if not attended:
+    weights, sides = word_weights(model, tokenizer, sentence, target, pieces)
+    if not weights:
         raise LongscanError(f"{name} has no attention to plot: it is a {type(model).__name__}.")
-    source, output = (group(tokenizer, side, pieces) for side in ids)
-    sides = {"encoder": (source, source), "decoder": (output.read(), output), "cross": (source, output)}
-    weights = {}
-    for key, tensor in attended.items():
-        keys, queries = sides[key.split(".")[0]]
-        # a word receives the sum of what its pieces receive, and attends as they do on average
-        weights[key] = queries.matrix(mean=True) @ tensor[0].float() @ keys.matrix(mean=False).mT
-    return weights, {part: (one.words, other.words) for part, (one, other) in sides.items()}
+    return weights, sides
 
 
 def _pick(weights: Mapping[str, Tensor], part: str, layer: int | None) -> str:
@@ -206,11 +192,8 @@ def kernel(
         loaded = entry.cls(config, generator=torch.Generator().manual_seed(seed))
     else:
         loaded = load(model, "sequence") if is_sequence_model(model) else load(model)[0]
-    layers: Iterable[nn.Module] = []
-    if isinstance(loaded, LanguageModel | SequenceModel):
-        layers = loaded.backbone.layers if isinstance(loaded, LanguageModel) else loaded.layers
     kind = loaded.config.body if isinstance(loaded, SequenceModel) else type(loaded).__name__
-    systems = [[part for part in block.modules() if isinstance(part, System)] for block in layers]
+    systems = layer_systems(loaded)
     if not any(systems):
         raise LongscanError(
             f"{model}: a model of kind {kind} has no convolution kernels. Expected one of time-invariant "

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from longscan.data.sentence_pairs import rows
+from longscan.models import Translator
 from longscan.models.transformer import sinusoids
 from longscan.plotting.style import (
     COLOURS,
@@ -17,8 +20,45 @@ from longscan.plotting.style import (
     save_figure,
     tidy,
 )
+from longscan.tokenizers.base import Tokenizer
+from longscan.tokenizers.words import group
 
-__all__ = ["plot_positions", "plot_weights"]
+__all__ = ["Sides", "plot_positions", "plot_weights", "word_weights"]
+
+Sides = tuple[list[str], list[str]]  # the words of keys and queries
+
+
+def word_weights(
+    model: Translator, tokenizer: Tokenizer, sentence: str, target: str, pieces: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Sides]]:
+    """Return a translator's attention between words, by layer, and the words of each part.
+
+    Args:
+        model: the translator.
+        tokenizer: its own.
+        sentence: the source, not empty.
+        target: its translation.
+        pieces: whether to take each token as a word.
+
+    Returns:
+        Weights (n_heads, n_queries, n_keys) by names such as "cross.1", none of a model without attention;
+        the keys and queries of "encoder", "decoder" and "cross".
+    """
+    ids = [tokenizer.encode(text.strip()) for text in (sentence, target)]
+    with torch.no_grad():
+        output = model(rows(ids[:1], bos=False), rows(ids[1:], bos=True)[:, :-1], return_weights=True)
+    source, translation = (group(tokenizer, side, pieces) for side in ids)
+    sides = {
+        "encoder": (source, source),
+        "decoder": (translation.read(), translation),
+        "cross": (source, translation),
+    }
+    weights = {}
+    for name, tensor in (output.weights or {}).items():
+        keys, queries = sides[name.split(".")[0]]
+        # a word receives the sum of what its tokens receive, and attends as they do on average
+        weights[name] = queries.matrix(mean=True) @ tensor[0].float() @ keys.matrix(mean=False).mT
+    return weights, {part: (keys.words, queries.words) for part, (keys, queries) in sides.items()}
 
 
 def plot_weights(

@@ -48,7 +48,7 @@ def plot_bars(report: Mapping[str, Any], path: Path) -> None:
                 once = "published" if "published" not in ax.get_legend_handles_labels()[1] else None
                 ax.plot(ends, (value, value), color="black", linewidth=2, label=once)
     ax.set_xticks(range(len(systems)), list(systems))
-    ax.set(ylabel="right answers (%)", xlim=(-0.6, len(systems) - 0.4), ylim=(0, 105))
+    ax.set(ylabel="accuracy (%)", xlim=(-0.6, len(systems) - 0.4), ylim=(0, 105))
     tidy(ax)
     ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(measures) + 1)
     save_figure(figure, path, reduced_note(report))

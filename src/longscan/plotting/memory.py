@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longscan.data.signals import Trace
+from longscan.models import LanguageModel, Model
+from longscan.models.common.lti import System
 from longscan.models.hippo import held, transition
 from longscan.models.hippo_memory import basis
-from longscan.plotting.style import COLOURS, MARKERS, new_figure, save_figure, tidy
+from longscan.models.sequence_classifier import SequenceModel
+from longscan.plotting.style import COLOURS, line_style, new_figure, save_figure, tidy
 
-__all__ = ["SHOWN", "plot_kernels", "plot_memory", "plot_responses"]
+__all__ = ["SHOWN", "layer_systems", "plot_kernels", "plot_memory", "plot_responses"]
 
 
 SHOWN = ("legs", "legt", "lagt", "fourier")
@@ -49,14 +52,15 @@ def plot_memory(
         signal.seconds, signal.low, signal.high, color="#BBBBBB", linewidth=0.8, label="signal"
     )
     for index, (name, trace) in enumerate(reconstructions.items()):
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        upper.plot(trace.seconds, (trace.low + trace.high) / 2, color=colour, linewidth=1.2, label=name)
+        style = line_style(index)
+        middle = (trace.low + trace.high) / 2
+        upper.plot(trace.seconds, middle, color=style["color"], linewidth=1.2, label=name)
         size = coefficients[name].abs().numpy()
-        above = 2 + 1 / len(size)  # the first coefficients of all are about the same: the fewer lie on top
-        lower.plot(size, color=colour, marker=marker, markersize=3, linewidth=0.5, label=name, zorder=above)
+        above = 2 + 1 / len(size)  # where lines coincide, the shorter one is on top
+        lower.plot(size, markersize=3, linewidth=0.5, label=name, zorder=above, **style)
     upper.set(title=title, xlabel="seconds", ylabel="value")
     lower.set(xlabel="n", ylabel="size of coefficient n")
-    if any(values.any() for values in coefficients.values()):  # not so of silence
+    if any(values.any() for values in coefficients.values()):  # silence has none to show
         lower.set(yscale="log")
     lower.legend(frameon=False, loc="upper right", fontsize="small")
     upper.legend(frameon=False, loc="upper left", fontsize="small")
@@ -66,12 +70,12 @@ def plot_memory(
 
 
 def plot_responses(measures: Sequence[str], n: int, shown: int, path: Path) -> None:
-    """Draw how much each moment of the past counts in the first coefficients.
+    """Draw the weight of each age in the first coefficients.
 
     Args:
         measures: keys of MEASURES, a panel for each.
-        n: coefficients; the fewer, the less a window has sharp edges.
-        shown: how many of them to draw.
+        n: coefficients; with fewer, the edges of a window are less sharp.
+        shown: coefficients to draw.
         path: the file to write.
 
     Raises:
@@ -84,17 +88,13 @@ def plot_responses(measures: Sequence[str], n: int, shown: int, path: Path) -> N
     for ax, measure in zip(axes, measures, strict=False):
         if measure == "legs":
             age = (torch.arange(POINTS) + 0.5) / POINTS
-            curves, unit = basis(measure, n, age), "age, as a part of all that passed"
+            curves, unit = basis(measure, n, age), "age, as a fraction of the time so far"
         else:
             age = torch.arange(POINTS) * VIEWS[measure] / POINTS
             curves, unit = _responses(measure, n, VIEWS[measure] / POINTS), "age, in the measure's own time"
         for index in range(min(shown, n)):
-            style: dict[str, Any] = {
-                "color": COLOURS[index % len(COLOURS)],
-                "marker": MARKERS[index % len(MARKERS)],
-            }
-            style |= {"label": f"n = {index}"}
-            ax.plot(age, curves[index], markevery=POINTS // 8, markersize=3.5, linewidth=1.2, **style)
+            style: dict[str, Any] = {"markevery": POINTS // 8, "markersize": 3.5, "linewidth": 1.2}
+            ax.plot(age, curves[index], label=f"n = {index}", **style, **line_style(index))
         ax.set(title=measure, xlabel=unit, ylabel="weight in coefficient n")
         tidy(ax)
     axes[0].legend(frameon=False, fontsize="small")
@@ -104,7 +104,7 @@ def plot_responses(measures: Sequence[str], n: int, shown: int, path: Path) -> N
 
 
 def plot_kernels(kernels: Mapping[str, Tensor], path: Path, title: str) -> None:
-    """Draw convolution kernels: how much the input so many steps ago counts.
+    """Draw convolution kernels: the weight of the input, by steps ago.
 
     Args:
         kernels: a name and the values (length,) of each.
@@ -123,6 +123,20 @@ def plot_kernels(kernels: Mapping[str, Tensor], path: Path, title: str) -> None:
         tidy(ax)
     axes[-1].set_xlabel("steps ago")
     save_figure(figure, path)
+
+
+def layer_systems(model: Model) -> list[list[System]]:
+    """Return the time-invariant state spaces of each layer of a model; they have convolution kernels.
+
+    Args:
+        model: of any kind; only language models and sequence models have such layers.
+    """
+    layers: Iterable[nn.Module] = []
+    if isinstance(model, LanguageModel):
+        layers = model.backbone.layers
+    elif isinstance(model, SequenceModel):
+        layers = model.layers
+    return [[part for part in layer.modules() if isinstance(part, System)] for layer in layers]
 
 
 def _responses(measure: str, n: int, dt: float) -> Tensor:

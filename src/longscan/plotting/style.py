@@ -31,6 +31,7 @@ __all__ = [
     "VERMILION",
     "check_out",
     "columns_of",
+    "line_style",
     "new_figure",
     "points_of",
     "reduced_note",
@@ -87,6 +88,16 @@ def new_figure(width: float, height: float) -> Figure:
     module = require("matplotlib", "figures", "matplotlib.figure")
     figure: Figure = module.Figure(figsize=(width, height), layout="constrained")
     return figure
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Return colour and marker of a line by its index: a pair that none of the first 36 shares.
+
+    Args:
+        index: of the line in its figure, from 0.
+    """
+    turn, position = divmod(index, len(COLOURS))
+    return {"color": COLOURS[position], "marker": MARKERS[(position + turn) % len(MARKERS)]}
 
 
 def tidy(ax: Axes) -> None:

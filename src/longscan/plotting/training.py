@@ -34,7 +34,7 @@ def plot_losses(
         metrics: the records of `metrics.jsonl`: `loss` and `valid_loss` make the upper panel.
         path: the file to write; its suffix, .png, .svg or .pdf, chooses the format.
         unit: of both losses.
-        score: what the axis of the lower panel says.
+        score: label of the axis of the lower panel.
         scores: other keys with a name for each, which make the lower panel; without them there is none.
 
     Raises:

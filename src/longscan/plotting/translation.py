@@ -6,13 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longscan.plotting.style import (
-    COLOURS,
-    MARKERS,
-    new_figure,
-    save_figure,
-    tidy,
-)
+from longscan.plotting.style import line_style, new_figure, save_figure, tidy
 
 __all__ = ["plot_bleu"]
 
@@ -38,13 +32,8 @@ def plot_bleu(reports: Mapping[str, Mapping[str, Any]], path: Path, note: str = 
             value: f"{point['words']}\nn={point['sentences']:,}"
             for value, point in zip(x, points, strict=True)
         }
-        style: dict[str, Any] = {
-            "color": COLOURS[index % len(COLOURS)],
-            "marker": MARKERS[index % len(MARKERS)],
-        }
-        ax.plot(
-            x, [point["bleu"] for point in points], label=f"{name} ({report['bleu']:.1f} on all)", **style
-        )
+        label, style = f"{name} ({report['bleu']:.1f} on all)", line_style(index)
+        ax.plot(x, [point["bleu"] for point in points], label=label, **style)
     ax.set_xticks(list(ticks), list(ticks.values()), fontsize="small")
     ax.set(xlabel="words in the source sentence", ylabel="BLEU")
     ax.set_ylim(bottom=0)

@@ -22,7 +22,7 @@ from longscan import ops
 from longscan.data.signals import white_noise
 from longscan.models.hippo import SPANS, held
 from longscan.models.hippo_memory import Memory
-from longscan.plotting.style import COLOURS, MARKERS, new_figure, reduced_note, save_figure, tidy
+from longscan.plotting.style import line_style, new_figure, reduced_note, save_figure, tidy
 from longscan.reproduce.experiment import Plan
 
 __all__ = ["FILES", "SOURCE", "make_memory", "mse", "plot_lines", "run", "show"]
@@ -201,8 +201,8 @@ def plot_lines(
     figure = new_figure(9.0, 4.5)
     ax = figure.subplots()
     for index, (name, (x, y)) in enumerate(lines.items()):
-        marker = MARKERS[index % len(MARKERS)] if log else ""
-        ax.plot(x, y, color=COLOURS[index % len(COLOURS)], marker=marker, linewidth=1.3, label=name)
+        style = line_style(index) if log else {"color": line_style(index)["color"]}
+        ax.plot(x, y, linewidth=1.3, label=name, **style)
     title, xlabel, ylabel = labels
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     if log:

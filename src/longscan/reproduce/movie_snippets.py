@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from longscan.checkpoints.bert import load_classifier
+from longscan.checkpoints.load import load
 from longscan.core.files import atomic_write
 from longscan.data.labeled_texts import Example, frame_examples, number_labels, read_examples
 from longscan.data.sentence_pairs import read_lines
@@ -58,7 +58,7 @@ def run(plan: Plan) -> dict[str, Any]:
         data = {"data": [str(paths["train"])], "valid": [str(paths["valid"])]}
         config = ClassifyConfig.from_dict({**SHARED, **data, "model": plan.model, "seed": seed})
         directory = plan.train(seeded("movie-snippets", seed), config, ClassifyRun)
-        model = load_classifier(directory / "model").model
+        model = load(directory / "model", "classifier").model
         measure = partial(_measure, directory, test)
         results["minilm"].append(plan.cached_measurement(directory, model, f"{len(test)}", measure))
     try:
@@ -72,7 +72,7 @@ def run(plan: Plan) -> dict[str, Any]:
 
 def _measure(directory: Path, test: list[Example]) -> dict[str, float]:
     """Return the accuracy of a fine-tuned model."""
-    loaded = load_classifier(directory / "model")
+    loaded = load(directory / "model", "classifier")
     truth = number_labels(test, loaded.model.config.labels)
     framed = frame_examples(loaded.tokenizer, test, SHARED["seq_len"])
     scores = predict(loaded.model, loaded.tokenizer, framed)

@@ -26,7 +26,7 @@ from longscan.models.common import state_space as ssm
 from longscan.models.lssl import DenseSSM, LSSLConfig
 from longscan.models.s4 import DPLR, S4Config
 from longscan.models.s4d import DiagonalSSM, S4DConfig
-from longscan.plotting.style import COLOURS, MARKERS, new_figure, reduced_note, save_figure, tidy
+from longscan.plotting.style import line_style, new_figure, reduced_note, save_figure, tidy
 from longscan.reproduce.experiment import Plan
 
 __all__ = ["FILES", "SOURCE", "run", "show"]
@@ -235,13 +235,7 @@ def _plot(report: dict[str, Any], path: Path) -> None:
                 continue
             slope = report["slopes"][name]
             text = LABELS[name] + (f", L^{slope:.2f}" if field == "ms" and slope is not None else "")
-            ax.plot(
-                *zip(*points, strict=True),
-                color=COLOURS[index % len(COLOURS)],
-                marker=MARKERS[index % len(MARKERS)],
-                linewidth=1.3,
-                label=text,
-            )
+            ax.plot(*zip(*points, strict=True), linewidth=1.3, label=text, **line_style(index))
         ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
         tidy(ax)
     axes[0].legend(frameon=False, fontsize=8)
