@@ -43,9 +43,9 @@ VERBS = {
     "convert": ("longscan.commands.convert", "Rewrite a model directory in another layout or precision."),
     "quantize": ("longscan.commands.quantize", "Store a model's weights in fewer bits."),
     "models": ("longscan.commands.models", "The line of models: who they are, what works."),
-    "plot": ("longscan.commands.plot", "Draw what a model looks at: alignments, attention, positions."),
-    "reproduce": ("longscan.commands.reproduce", "Repeat a published experiment, their numbers beside ours."),
-    "bench": ("longscan.commands.bench", "Measure this machine: ops, training, generation."),
+    "plot": ("longscan.commands.plot", "Figures of a model: alignments, attention, positions, kernels."),
+    "reproduce": ("longscan.commands.reproduce", "Repeat a published experiment and compare the results."),
+    "bench": ("longscan.commands.bench", "Benchmark this machine: ops, training, generation."),
     "doctor": (
         "longscan.commands.doctor",
         "What is installed, which kernels run, are they right.",
