@@ -16,6 +16,7 @@ import typer
 from longscan.checkpoints.bert import LoadedBert
 from longscan.checkpoints.formats.sequence_classifier import is_sequence_model
 from longscan.checkpoints.load import load
+from longscan.commands._compare import allow_several, compare
 from longscan.commands._input import read_stdin, tell_cut
 from longscan.commands._run import Out, Recipe, Resume, finished, run_command
 from longscan.commands._settings import add_flags
@@ -62,7 +63,8 @@ def train(
     There --lr is 0.003 unless given, --epochs 20, and --seq-len without end.
 
     --out receives checkpoints, metrics.jsonl, loss.png and in the end model/. Ctrl-C stops after the step in
-    hand.
+    hand. With several --model NAME each has its run in --out, and their held-out accuracies are printed and
+    drawn side by side; the same command resumes.
 
     Args:
         data: what to train on.
@@ -74,6 +76,11 @@ def train(
     Raises:
         UsageError: flags that contradict each other or have impossible values.
     """
+    models = settings.pop("model") or []
+    if len(models) > 1:
+        compare(models, out, resume_from, recipe, {"data": data, **settings})
+        return
+    settings["model"] = models[0] if models else None
     given = {"data": data, **settings}
     found = _recipe(recipe) if resume_from is None else _settings(resume_from)
     model = str(settings["model"] or found.get("model", ""))
@@ -103,6 +110,7 @@ class _Flags(ClassifyConfig, SequencesConfig):
 
 
 add_flags(train, _Flags)
+allow_several(train, "model", " Repeat it to compare models of sequences.")
 
 
 def _settings(directory: Path) -> dict[str, Any]:

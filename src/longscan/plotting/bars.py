@@ -11,12 +11,13 @@ from longscan.plotting.style import COLOURS, GREY, new_figure, reduced_note, sav
 __all__ = ["plot_bars"]
 
 
-def plot_bars(report: Mapping[str, Any], path: Path) -> None:
+def plot_bars(report: Mapping[str, Any], path: Path, label: str = "accuracy (%)") -> None:
     """Draw a bar for each system and measure, the range over the seeds, and what was published as a line.
 
     Args:
         report: of `reproduce.accuracy_table.finish`.
         path: the file to write.
+        label: of the vertical axis.
 
     Raises:
         LongscanError: matplotlib is not installed.
@@ -25,7 +26,7 @@ def plot_bars(report: Mapping[str, Any], path: Path) -> None:
     figure = new_figure(max(6.0, 1.0 + 1.2 * len(systems)), 4.0)
     ax = figure.subplots()
     width = 0.8 / len(measures)
-    for index, (name, label) in enumerate(measures.items()):
+    for index, (name, title) in enumerate(measures.items()):
         shift = (index - (len(measures) - 1) / 2) * width
         here = [(x + shift, result[name]) for x, result in enumerate(systems.values()) if name in result]
         means = [result["mean"] for _, result in here]
@@ -33,7 +34,7 @@ def plot_bars(report: Mapping[str, Any], path: Path) -> None:
         above = [result["range"][1] - result["mean"] for _, result in here]
         spread = [below, above] if any(above) else None
         colour = COLOURS[index % len(COLOURS)]
-        ax.bar([x for x, _ in here], means, 0.9 * width, yerr=spread, color=colour, label=label, capsize=2)
+        ax.bar([x for x, _ in here], means, 0.9 * width, yerr=spread, color=colour, label=title, capsize=2)
         for x, bar in here:
             if round(bar["mean"], 1) == 0:  # an invisible bar was measured all the same
                 ax.annotate("0.0", (x, 0), (0, 2), textcoords="offset points", ha="center", fontsize="small")
@@ -48,7 +49,7 @@ def plot_bars(report: Mapping[str, Any], path: Path) -> None:
                 once = "published" if "published" not in ax.get_legend_handles_labels()[1] else None
                 ax.plot(ends, (value, value), color="black", linewidth=2, label=once)
     ax.set_xticks(range(len(systems)), list(systems))
-    ax.set(ylabel="accuracy (%)", xlim=(-0.6, len(systems) - 0.4), ylim=(0, 105))
+    ax.set(ylabel=label, xlim=(-0.6, len(systems) - 0.4), ylim=(0, 105))
     tidy(ax)
     ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(measures) + 1)
     save_figure(figure, path, reduced_note(report))

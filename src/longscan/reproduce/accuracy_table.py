@@ -21,6 +21,7 @@ def finish(
     published: Mapping[str, Mapping[str, float]],
     reduced: str | None,
     notes: Sequence[str],
+    label: str = "accuracy (%)",
 ) -> dict[str, Any]:
     """Return the results, written with a figure of bars.
 
@@ -31,6 +32,7 @@ def finish(
         published: measure -> system -> the published value.
         reduced: how the experiment is smaller than the published one.
         notes: lines below the table.
+        label: of the figure's vertical axis.
     """
     report = {
         "experiment": plan.name,
@@ -42,7 +44,7 @@ def finish(
         "systems": {name: summary(rows, measures) for name, rows in results.items()},
         "runs": {name: list(rows) for name, rows in results.items()},
     }
-    plan.save(report, lambda path: plot_bars(report, path))
+    plan.save(report, lambda path: plot_bars(report, path, label))
     return report
 
 

@@ -57,7 +57,7 @@ def run_systems(
     measures, notes = dict(MEASURES), [*notes, *RATE_NOTES]
     if low:
         measures["low"] = "low-passed"
-        notes.append("low-passed: at the trained rate, without the frequencies above half the Nyquist limit")
+        notes.append("low-passed: at the trained rate, without what lies above half the Nyquist frequency")
     return finish(plan, results, measures, {}, reduced, notes)
 
 

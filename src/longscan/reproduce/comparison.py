@@ -1,0 +1,82 @@
+"""Several models on the same labelled sequences, with the same settings: one table and one figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from longscan.checkpoints.sequence_classifier import load_sequence_model
+from longscan.data.labeled_sequences import BYTES, read_sequences
+from longscan.errors import LongscanError
+from longscan.evaluation.classification import measure
+from longscan.reproduce.accuracy_table import finish
+from longscan.reproduce.experiment import Plan
+from longscan.training.build import model_settings
+from longscan.training.run_directory import SETTINGS, read_settings
+from longscan.training.sequence_classifier import SequencesConfig, SequencesRun
+
+__all__ = ["compare_models"]
+
+MEASURES = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+
+
+def compare_models(plan: Plan, models: Sequence[str], config: SequencesConfig) -> dict[str, Any]:
+    """Return the held-out accuracies of several models, in percent; `accuracy_table.show` makes a table.
+
+    Each model has its run in `plan.out`, by its name. Runs that are finished are not trained again.
+
+    Args:
+        plan: where to.
+        models: whose blocks; each once.
+        config: the settings of all runs; its own model does not count.
+
+    Raises:
+        LongscanError: a run in `plan.out` has other settings or data, the labels are numbers, or no
+            sequences are held out.
+        StoppedError: a signal stopped a run.
+    """
+    configs = {name: config.replace(model=name).absolute() for name in models}
+    for name, own in configs.items():
+        model_settings(own, BYTES)  # refuses options that a model does not have, before any training
+        _check(plan.out / name, own)
+    if not read_sequences(config.data, pattern=config.pattern, columns=config.columns).labels:
+        raise LongscanError(
+            f"{config.data[0]}: expected labels that are classes, got numbers. For regression, compare the "
+            "root mean square errors of single runs."
+        )
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name, own in configs.items():
+        directory = plan.train(name, own, SequencesRun)
+        results[name] = [_measure(plan, directory)]
+    n = next(iter(results.values()))[0]["sequences"]
+    notes, label = [f"measured: {n:,} held-out sequences"], f"{' and '.join(MEASURES.values())} (%)"
+    return finish(plan, results, MEASURES, {}, None, notes, label)
+
+
+def _measure(plan: Plan, directory: Path) -> dict[str, Any]:
+    """Return accuracy and macro-F1 of a finished run on its held-out sequences."""
+    model = load_sequence_model(directory / "model")
+    valid = read_sequences([directory / "data" / "valid.npz"])
+    if not len(valid):
+        raise LongscanError(
+            f"{directory}: expected held-out sequences to compare models by, got none. Name a --valid file."
+        )
+
+    def score() -> dict[str, Any]:
+        scores = measure(model, valid)
+        return {"sequences": len(valid), **{name: 100 * scores[name] for name in MEASURES}}
+
+    return plan.cached_measurement(directory, model, f"{len(valid)}", score, "valid")
+
+
+def _check(directory: Path, config: SequencesConfig) -> None:
+    """Refuse a run on other data: its settings are for `Plan.train` to compare."""
+    if not (directory / SETTINGS).is_file():
+        return
+    stored = SequencesConfig.from_dict(read_settings(directory, SequencesRun.verb))
+    if (stored.data, stored.valid) != (config.data, config.valid):
+        raise LongscanError(
+            f"{directory} was trained on {', '.join(stored.data)}; expected the data of this command, "
+            f"{', '.join(config.data)}. Name another --out."
+        )
