@@ -52,7 +52,7 @@ def test_the_same_command_resumes(
     cli: Cli, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = cli(*command(data, tmp_path / "whole"))
-    step = SequencesRun._step
+    step, before = SequencesRun._step, signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupted(self: SequencesRun) -> None:
         step(self)
@@ -62,6 +62,7 @@ def test_the_same_command_resumes(
     with monkeypatch.context() as patch:
         patch.setattr(SequencesRun, "_step", interrupted)
         done = cli(*command(data, tmp_path / "stopped"))
+    signal.signal(signal.SIGINT, before)  # the tests themselves may have been started to ignore it
     assert (done.code, done.out) == (130, "")
     assert done.err.endswith("stopped after step 2; the same command resumes\n")
     again = cli(*command(data, tmp_path / "stopped"))

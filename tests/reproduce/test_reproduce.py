@@ -447,16 +447,17 @@ def test_a_signal_stops_an_experiment_with_its_code(
 ) -> None:
     tiny("vowels")
     arguments = ("reproduce", "vowels", "--data", sequences, "--out", tmp_path, "--quick", "--threads", 1)
+    step, before = SequencesRun._step, signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupted(self: SequencesRun) -> None:
+        step(self)
+        if self.trainer.step_number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
     with monkeypatch.context() as patch:
-        step = SequencesRun._step
-
-        def interrupted(self: SequencesRun) -> None:
-            step(self)
-            if self.trainer.step_number == 2:
-                os.kill(os.getpid(), signal.SIGINT)
-
         patch.setattr(SequencesRun, "_step", interrupted)
         done = cli(*arguments)
+    signal.signal(signal.SIGINT, before)  # the tests themselves may have been started to ignore it
     assert (done.code, done.out) == (130, "")
     assert done.err.endswith("stopped after step 2; the same command resumes\n")
     assert cli(*arguments).code == 0
