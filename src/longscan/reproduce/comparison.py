@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from longscan.checkpoints.sequence_classifier import load_sequence_model
+from longscan.checkpoints.load import load
 from longscan.data.labeled_sequences import BYTES, read_sequences
 from longscan.errors import LongscanError
 from longscan.evaluation.classification import measure
@@ -56,7 +56,7 @@ def compare_models(plan: Plan, models: Sequence[str], config: SequencesConfig) -
 
 def _measure(plan: Plan, directory: Path) -> dict[str, Any]:
     """Return accuracy and macro-F1 of a finished run on its held-out sequences."""
-    model = load_sequence_model(directory / "model")
+    model = load(directory / "model", "sequence")
     valid = read_sequences([directory / "data" / "valid.npz"])
     if not len(valid):
         raise LongscanError(

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
-
 from longscan.core.config import Config
 from longscan.models.common.model import Model
 
