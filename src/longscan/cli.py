@@ -1,4 +1,4 @@
-"""The command line: a verb is a module, imported when it is called, so `longscan --help` loads no torch."""
+"""The command line; it imports a verb's module on demand, so `longscan --help` loads no torch."""
 
 from __future__ import annotations
 
@@ -23,52 +23,52 @@ from longscan.errors import LongscanError, UsageError
 
 __all__ = ["VERBS", "main"]
 
-#: verb -> the module whose `command` function it is, or whose `commands` are its subcommands, and the line
-#: that the list of verbs shows
+#: verb -> its module, which has a `command` function or a dictionary of subcommands, `commands`; and its line
+#: in `longscan --help`
 VERBS = {
-    "generate": ("longscan.commands.generate", "Continue a text with a model, piece by piece."),
+    "generate": ("longscan.commands.generate", "Continue a text with a language model, token by token."),
     "train": ("longscan.commands.train", "Train a model on your own text files, or resume a run."),
     "evaluate": ("longscan.commands.evaluate", "Perplexity and bits per byte of a model on text files."),
-    "translate": ("longscan.commands.translate", "Train a translator, measure it, translate with it."),
+    "translate": ("longscan.commands.translate", "Train a translator, evaluate it, translate with it."),
     "classify": (
         "longscan.commands.classify",
-        "Train what tells texts or sequences apart, measure it, classify.",
+        "Train, evaluate and use classifiers of texts or sequences.",
     ),
-    "fill-mask": ("longscan.commands.fill_mask", "Guess the words that a text hides behind [MASK]."),
-    "embed": ("longscan.commands.embed", "Turn texts into vectors, or say how alike they are."),
+    "fill-mask": ("longscan.commands.fill_mask", "Predict the tokens behind [MASK] with a BERT."),
+    "embed": ("longscan.commands.embed", "Turn texts into vectors, or print their cosine similarities."),
     "remember": (
         "longscan.commands.remember",
-        "Put a signal into a few coefficients, and tell it from them.",
+        "Compress a signal into a few coefficients and reconstruct it.",
     ),
     "convert": ("longscan.commands.convert", "Rewrite a model directory in another layout or precision."),
-    "quantize": ("longscan.commands.quantize", "Store a model's weights in fewer bits."),
-    "models": ("longscan.commands.models", "The line of models: who they are, what works."),
+    "quantize": ("longscan.commands.quantize", "Quantise a model's weights to bf16, int8 or int4."),
+    "models": ("longscan.commands.models", "List the models and what each supports."),
     "plot": ("longscan.commands.plot", "Figures of a model: alignments, attention, positions, kernels."),
     "reproduce": ("longscan.commands.reproduce", "Repeat a published experiment and compare the results."),
     "bench": ("longscan.commands.bench", "Benchmark this machine: ops, training, generation."),
     "doctor": (
         "longscan.commands.doctor",
-        "What is installed, which kernels run, are they right.",
+        "Show what is installed, and check the native kernels.",
     ),
 }
 
 
 class _Verbs(TyperGroup):
-    """A group whose commands are names until one of them is called."""
+    """A group that imports a command when it is called."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Replace the placeholder that the list of verbs shows by the real command of its module."""
+        """Return the command of a verb's module in place of the placeholder that `--help` lists."""
         verb, placeholder, rest = super().resolve_command(ctx, args)
         return verb, verb and placeholder and _load(verb), rest
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the verb; what goes wrong becomes one `error:` message and an exit code."""
+        """Run the verb and turn an exception into one `error:` message and an exit code."""
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, typer.TyperException):  # typer's own signals
             raise
         except BrokenPipeError:
-            _mute_stdout()  # the reader, `head` for one, has seen enough
+            _mute_stdout()  # the reader, `head` for one, has closed the pipe
         except KeyboardInterrupt:
             typer.echo("stopped", err=True)
             raise typer.Exit(130) from None
@@ -89,9 +89,9 @@ for _verb, (_module, _help) in VERBS.items():
     app.command(_verb, help=_help)(lambda: None)
 
 
-def _version(wanted: bool) -> None:
-    """Print the version and leave."""
-    if wanted:
+def _version(requested: bool) -> None:
+    """Print the version and exit."""
+    if requested:
         typer.echo(f"longscan {longscan.__version__}")
         raise typer.Exit
 
@@ -104,7 +104,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Sequence models with a memory: train them, run them, look inside, on any machine."""
+    """Train, run and inspect sequence models on any machine."""
     _show_help(ctx)
 
 
@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _load(verb: str) -> Any:
-    """Import a verb's module and build its command, or the group of its subcommands."""
+    """Return the command of a verb, or the group of its subcommands."""
     module, summary = VERBS[verb]
     loaded = importlib.import_module(module)
     holder = typer.Typer(**_STYLE)
@@ -148,28 +148,28 @@ def _load(verb: str) -> Any:
 
 
 def _add(holder: typer.Typer, name: str, function: Callable[..., None], summary: str) -> None:
-    """Build a command from the signature and docstring of its function.
+    """Add a command made of the signature and docstring of its function.
 
-    `Args:` and what follows is for readers of the source: the options describe themselves.
+    `Args:` and the rest are for readers of the source: the options have help of their own.
     """
     text = (inspect.getdoc(function) or summary).split("\n\nArgs:")[0].split("\n\nRaises:")[0]
     holder.command(name, help=text)(function)
 
 
 def _show_help(ctx: typer.Context) -> None:
-    """Print the help of a group that is called by its name alone."""
+    """Print the help of a group that is called without a subcommand."""
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
 
 
 def _usage(error: typer.TyperException) -> str:
-    """Say what is wrong with the command line and where the right one is described."""
+    """Return what is wrong with the command line, and where its help is."""
     context = getattr(error, "ctx", None)
     return f"{error.format_message()}\nSee `{context.command_path if context else 'longscan'} --help`."
 
 
 def _message(error: Exception) -> str:
-    """Put an exception in words for somebody who did not write the code."""
+    """Return the message of an exception, written for users rather than developers."""
     if isinstance(error, LongscanError):
         return str(error)
     if isinstance(error, OSError):
@@ -177,12 +177,12 @@ def _message(error: Exception) -> str:
         return f"{error.filename}: {reason}" if error.filename else reason
     return (
         f"{type(error).__name__}: {error}\n"
-        "This was not foreseen. `longscan --debug ...` shows where it happened: please report it."
+        "This is a bug in longscan: please report it, with the traceback that `longscan --debug ...` prints."
     )
 
 
 def _complain(message: str) -> None:
-    """Write `error: ...` to stderr, later lines indented below the first, wrapped if somebody is looking."""
+    """Print `error: ...` to stderr, later lines indented below the first, wrapped on a terminal."""
     lines = message.splitlines() or [""]
     if sys.stderr.isatty():
         width = max(20, shutil.get_terminal_size().columns - len("error: "))
@@ -206,9 +206,9 @@ def _plain_warnings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _escaped_names() -> Iterator[None]:
-    r"""Print a byte of a file name that is not UTF-8 as \udcXX, which JSON too reads as that byte again.
+    r"""Print bytes of file names that are not UTF-8 as \udcXX, from which JSON restores them.
 
-    Nothing that was computed is lost then because it cannot be printed.
+    So no result is lost because it cannot be printed.
     """
     streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
     usual = [stream.errors for stream in streams]
@@ -223,7 +223,7 @@ def _escaped_names() -> Iterator[None]:
 
 
 def _mute_stdout() -> None:
-    """Point stdout at nothing, so that the flush at exit does not fail on the closed pipe again."""
+    """Redirect stdout to /dev/null, so that the flush at exit does not fail on the closed pipe again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

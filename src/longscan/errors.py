@@ -1,4 +1,4 @@
-"""The errors a user can act on; anything else that escapes is a bug of ours."""
+"""The errors a user can act on; any other exception is a bug in longscan."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ __all__ = ["LongscanError", "UsageError"]
 
 
 class LongscanError(ValueError):
-    """Something the user can put right; the message says what, expected, got, and the remedy."""
+    """A problem the user can fix: the message says what, expected, got, and the remedy."""
 
 
 class UsageError(LongscanError):
-    """A flag or an argument has a value that makes no sense; the command line exits with 2 instead of 1."""
+    """A flag or an argument has an invalid value; the command line exits with 2 instead of 1."""

@@ -1,4 +1,4 @@
-"""Texts for the verbs that read them one a line, and what becomes of those that are too long."""
+"""Texts of the verbs, one per line, and a warning about those that are too long."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from longscan.data.text_files import OPENERS
 from longscan.errors import LongscanError
 from longscan.tokenizers.wordpiece import Framed
 
-__all__ = ["read_prompts", "read_stdin", "tell_cut"]
+__all__ = ["read_prompts", "read_stdin", "warn_of_cut"]
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read prompts from a file.
+    """Return the prompts in a file.
 
     Args:
-        path: a prompt a line, or .jsonl of {"prompt": ...}; UTF-8, also .gz or .xz. Blank lines are skipped.
+        path: one prompt per line, or .jsonl of {"prompt": ...}; UTF-8, also .gz or .xz. Blank lines are
+            skipped.
 
     Returns:
         At least one.
 
     Raises:
-        LongscanError: a line is something else, or there is none.
+        LongscanError: a line is not of this form, or there is none.
         OSError: it can't be read.
     """
     lines = [(number, line.removesuffix("\r")) for number, line in enumerate(read_lines(path), 1)]
     lines = [(number, line) for number, line in lines if line.strip()]
     if not lines:
-        raise LongscanError(f"{path}: expected a prompt a line, got none.")
+        raise LongscanError(f"{path}: expected one prompt per line, got none.")
     name = path.stem if path.suffix in OPENERS else path.name
     if Path(name).suffix.lower() not in JSONL:
         return [line for _, line in lines]
@@ -45,7 +46,9 @@ def read_prompts(path: Path) -> list[str]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise LongscanError(f"{path}:{number}: not JSON ({error}); expected an object a line.") from error
+            raise LongscanError(
+                f"{path}:{number}: not JSON ({error}); expected one JSON object per line."
+            ) from error
         prompt = value.get("prompt") if isinstance(value, dict) else None
         if not isinstance(prompt, str):
             raise LongscanError(f'{path}:{number}: expected {{"prompt": "..."}}, got {line[:200]}')
@@ -63,8 +66,8 @@ def read_stdin() -> list[str]:
     return [line.removesuffix("\r") for line in text.split("\n")] if text else []
 
 
-def tell_cut(framed: Sequence[Framed]) -> None:
-    """Say on stderr that texts were cut, if some were.
+def warn_of_cut(framed: Sequence[Framed]) -> None:
+    """Print to stderr how many texts were cut, if any were.
 
     Args:
         framed: the texts.

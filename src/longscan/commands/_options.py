@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Options that several verbs share, each declared once."""
 
 from __future__ import annotations
 
@@ -7,8 +7,42 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-__all__ = ["AsJson", "FigureOut", "Threads"]
+from longscan.checkpoints.load import Precision
+
+__all__ = [
+    "AsJson",
+    "BertArgument",
+    "FigureOut",
+    "Json",
+    "JsonLines",
+    "ModelArgument",
+    "Offline",
+    "PrecisionOption",
+    "Quiet",
+    "Revision",
+    "Threads",
+    "TokenizerName",
+]
 
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 FigureOut: TypeAlias = Annotated[Path, typer.Option(help="The figure to write: .png, .svg or .pdf.")]
+ModelArgument: TypeAlias = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A shipped model, a directory, or a hub id.")
+]
+BertArgument: TypeAlias = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A BERT's directory or hub id.")
+]
+Revision: TypeAlias = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+Offline: TypeAlias = Annotated[bool, typer.Option("--offline", help="Use only the hub's local cache.")]
+PrecisionOption: TypeAlias = Annotated[
+    Precision | None,
+    typer.Option("--precision", help="Of the weights in memory; default: float32, or as quantised."),
+]
+TokenizerName: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="A tokenizer.json, a directory or a hub id, if MODEL has none."),
+]
 Threads: TypeAlias = Annotated[int | None, typer.Option(help="CPU threads; default: torch's.")]
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+JsonLines: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object per text.")]
+Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")]

@@ -1,4 +1,4 @@
-"""What the commands that train share: their options, and a run as a command line asks for it."""
+"""What the commands that train share: their options, starting or resuming a run, and its last line."""
 
 from __future__ import annotations
 
@@ -23,41 +23,43 @@ C = TypeVar("C", bound=RunConfig)
 Out: TypeAlias = Annotated[Path | None, typer.Option(help="Directory of the new run.")]
 Resume: TypeAlias = Annotated[
     Path | None,
-    typer.Option("--resume", help="Continue the run in this directory; a finished one with more --steps."),
+    typer.Option("--resume", help="Resume the run in this directory; a finished one with more --steps."),
 ]
-Recipe: TypeAlias = Annotated[Path | None, typer.Option("--config", help="TOML file of settings; flags win.")]
+Recipe: TypeAlias = Annotated[
+    Path | None, typer.Option("--config", help="TOML file of settings; flags override it.")
+]
 
 
 def run_command(
-    run: type[Run[C]], out: Path | None, resume_from: Path | None, recipe: Path | None, given: dict[str, Any]
+    run: type[Run[C]], out: Path | None, resume_from: Path | None, recipe: Path | None, flags: dict[str, Any]
 ) -> RunResult:
-    """Train as a command line asks for it.
+    """Start or resume a run.
 
     Args:
-        run: what kind.
-        out: the directory of a new run, or
-        resume_from: of an earlier one.
-        recipe: settings in a file.
-        given: flags.
+        run: the kind of run.
+        out: directory of a new run, or None.
+        resume_from: directory of an earlier run, or None.
+        recipe: a TOML file of settings, or None.
+        flags: settings from the command line.
 
     Returns:
-        How it ended; the run is complete.
+        The result of the complete run.
 
     Raises:
-        UsageError: flags that contradict each other or have impossible values.
-        typer.Exit: it was stopped; how to continue it is printed.
+        UsageError: flags that contradict each other or have invalid values.
+        typer.Exit: the run was stopped; the command that resumes it is printed.
     """
-    given = {name: value for name, value in given.items() if value is not None and value != []}
+    flags = {name: value for name, value in flags.items() if value is not None and value != []}
     if (out is None) == (resume_from is None):
-        raise UsageError("give either --out DIR for a new run or --resume DIR to continue one.")
+        raise UsageError("give either --out DIR for a new run or --resume DIR to resume one.")
     keep_memory()
     if resume_from is not None:
         if recipe is not None:
-            raise UsageError("--config is for a new run: --resume takes the settings the run began with.")
-        result = run.resume(resume_from, given, Terminal(given.get("log_every", 10)))
+            raise UsageError("--config is for a new run: --resume uses the settings the run started with.")
+        result = run.resume(resume_from, flags, Terminal(flags.get("log_every", 10)))
     else:
         assert out is not None
-        config = read_recipe(recipe, given, run.settings)
+        config = read_recipe(recipe, flags, run.settings)
         result = run.begin(config, out, Terminal(config.log_every))
     if result.stopped_by is not None:
         exit_stopped(result, f"continue with: {run.again(result.directory)}")
@@ -84,7 +86,7 @@ def finished(result: RunResult, measured: str, example: str) -> None:
 
     Args:
         result: how it ended.
-        measured: what the validation says of it, "" if there was none.
+        measured: the validation in a few words, "" if there was none.
         example: a command to try, after `longscan`.
     """
     parts = [f"trained {count(result.total, 'step')}", measured, f"try: longscan {example}"]

@@ -16,13 +16,11 @@ __all__ = ["add_flags"]
 
 
 def add_flags(command: Callable[..., None], kind: type[RunConfig]) -> None:
-    """Give a command that ends in `**settings` a flag for each field, where Typer looks for them.
-
-    Flags, recipes and Python so have the same names.
+    """Replace the `**settings` of a command by a flag for each field of a settings class.
 
     Args:
-        command: the function; its signature is replaced.
-        kind: whose fields; what it adds itself stands before what it shares with others.
+        command: the function; Typer finds the flags in its new signature.
+        kind: the settings class; its own fields come before inherited ones.
     """
     hints = typing.get_type_hints(kind)
     depth = {

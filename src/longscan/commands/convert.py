@@ -10,6 +10,7 @@ import typer
 
 from longscan.checkpoints.gguf.model import GGUFType, usual_type
 from longscan.checkpoints.save import Layout, convert
+from longscan.commands._options import Offline, Revision
 from longscan.errors import UsageError
 from longscan.models.common.quantization import precision
 
@@ -28,36 +29,34 @@ def command(
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Of the weights; as in SRC if not given. Also undoes `quantize`."),
+        typer.Option(help="Of the weights; default: that of SRC. Also undoes `quantize`."),
     ] = None,
     gguf_type: Annotated[
         GGUFType | None,
-        typer.Option(
-            case_sensitive=False, help="Of the matrices in a .gguf file; nearest to SRC if not given."
-        ),
+        typer.Option(case_sensitive=False, help="Of the matrices in a .gguf file; default: nearest to SRC."),
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="A tokenizer.json, a directory or a hub id, in place of what SRC has."),
+        typer.Option(help="A tokenizer.json, a directory or a hub id; replaces that of SRC."),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Use only what the hub's cache holds.")] = False,
+    revision: Revision = None,
+    offline: Offline = False,
 ) -> None:
     """Rewrite a model in another layout or precision.
 
-    Both layouts are read: Hugging Face (safetensors) and official (pytorch_model.bin, unless it holds code),
-    and GGUF files, as llama.cpp has them. A DST that ends in .gguf becomes such a file.
+    SRC may have the Hugging Face layout (safetensors) or the official one (pytorch_model.bin, unless it holds
+    code), or be a GGUF file of llama.cpp. A DST that ends in .gguf becomes a GGUF file.
     The recurrence (A_log, D, the bias of dt_proj) stays float32 in every precision.
 
     Raises:
-        UsageError: an option does not go with DST.
-        LongscanError: the model can't be read, or can't be written so.
+        UsageError: an option does not apply to DST.
+        LongscanError: the model can't be read, or not be written in this form.
     """
     gguf = destination.suffix == ".gguf"
     if gguf and to:
-        raise UsageError(f"--to is for directories, {destination} is to be a GGUF file: leave one out.")
+        raise UsageError(f"--to is for directories, but {destination} is a GGUF file: leave one of them out.")
     if gguf_type and not gguf:
-        raise UsageError(f"--gguf-type is for files, {destination} does not end in .gguf.")
+        raise UsageError(f"--gguf-type is for GGUF files, but {destination} does not end in .gguf.")
     model = convert(
         source,
         destination,
@@ -75,8 +74,8 @@ def command(
     weights = sum(
         file.stat().st_size for file in destination.iterdir() if file.suffix in (".safetensors", ".bin")
     )
-    beside = (
+    tokenizer_note = (
         "with tokenizer" if (destination / "tokenizer.json").exists() else "no tokenizer: see --tokenizer"
     )
     size = f"{model.num_parameters():,} parameters · {precision(model)} · {weights:,} bytes"
-    typer.echo(f"{destination} · {to or 'hf'} layout · {size} · {beside}")
+    typer.echo(f"{destination} · {to or 'hf'} layout · {size} · {tokenizer_note}")

@@ -1,4 +1,4 @@
-"""What is installed, which kernels run, and whether they compute the right thing."""
+"""`longscan doctor`: what is installed, which kernels run, and whether they match their references."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -14,6 +14,7 @@ import typer
 import longscan
 from longscan import ops
 from longscan.checkpoints.hub import shipped
+from longscan.commands._options import Json
 from longscan.core.optional import EXTRAS
 from longscan.ops.self_check import TOLERANCE, relative_error, run_checks
 
@@ -28,12 +29,12 @@ _CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "asimd", "sve"
 
 
 def command(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Say what is installed, which kernels run and why, and check them against the reference.
+    """Show what is installed, which kernels run and why, and check them against the reference.
 
     Raises:
-        typer.Exit: with code 1 when a kernel computes something else than its reference.
+        typer.Exit: with code 1 when a kernel deviates from its reference.
     """
     report = examine()
     typer.echo(json.dumps(report, indent=2) if as_json else _text(report))
@@ -42,10 +43,10 @@ def command(
 
 
 def examine() -> dict[str, Any]:
-    """Look at this installation.
+    """Return a report on this installation.
 
     Returns:
-        Plain values: versions, native (path, isa, reason, cpu), self_check (ok, failed, errors),
+        JSON values: versions, native (path, isa, reason, cpu), self_check (ok, failed, errors),
         multiplication, threads, accelerator, hub_models, shipped.
     """
     info = ops.native_info()
@@ -72,7 +73,7 @@ def examine() -> dict[str, Any]:
 
 
 def _text(report: dict[str, Any]) -> str:
-    """Lay the report out in lines of one subject each."""
+    """Return the report as text, one subject per line."""
     packages = {name: version for name, version in report["packages"].items() if version}
     native, check = report["native"], report["self_check"]
     kernels = f"yes, {native['isa']}" if native["path"] else f"no: {native['reason']}"
@@ -82,7 +83,7 @@ def _text(report: dict[str, Any]) -> str:
     verdict = f"{len(check['errors'])} ops ok (max error {worst:.0e})"
     if not check["ok"]:
         details = ", ".join(f"{name} (error {check['errors'][name]:.0e})" for name in check["failed"])
-        verdict = f"FAILED: {details}. Set LONGSCAN_BACKEND=reference to go on without native kernels."
+        verdict = f"FAILED: {details}. Set LONGSCAN_BACKEND=reference to run without native kernels."
     needed = [f"{name} {packages.get(name, 'missing')}" for name in _PACKAGES[1:]]
     extras = [f"{name} {packages.get(name, 'not installed')}" for name in _OPTIONAL]
     names = ", ".join(report["shipped"]) or "none"
@@ -101,7 +102,7 @@ def _text(report: dict[str, Any]) -> str:
 
 
 def _version(package: str) -> str | None:
-    """Return the installed version of a package, None when it is absent."""
+    """Return the installed version of a package, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -109,16 +110,16 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_features() -> list[str]:
-    """Return the instruction sets that matter here and that the processor has, as far as Linux tells."""
+    """Return the CPU's instruction sets that matter here, as /proc/cpuinfo lists them."""
     try:
-        words = set(Path("/proc/cpuinfo").read_text().split())
+        flags = set(Path("/proc/cpuinfo").read_text().split())
     except OSError:
         return []
-    return [feature for feature in _CPU_FEATURES if feature in words]
+    return [feature for feature in _CPU_FEATURES if feature in flags]
 
 
 def _hub_cache() -> Path:
-    """Return where the hub keeps downloaded models."""
+    """Return the directory of the hub's downloaded models."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)

@@ -1,4 +1,4 @@
-"""`longscan embed`: texts as vectors of length 1, whose products say how alike the texts are."""
+"""`longscan embed`: texts as vectors of length 1, whose dot products are cosine similarities."""
 
 from __future__ import annotations
 
@@ -11,29 +11,32 @@ import numpy as np
 import typer
 
 from longscan.checkpoints.load import load_bert
-from longscan.commands._input import read_stdin, tell_cut
+from longscan.commands._input import read_stdin, warn_of_cut
+from longscan.commands._options import BertArgument, JsonLines, Threads
 from longscan.core.config import count
 from longscan.core.files import atomic_file
 from longscan.core.runtime import use_threads
 from longscan.data.sentence_pairs import read_lines
 from longscan.errors import LongscanError, UsageError
-from longscan.inference.bert import MOST, capacity, sentence_vectors
+from longscan.inference.bert import MAX_PAIRED, capacity, sentence_vectors
 
 __all__ = ["command"]
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A BERT's directory or hub id.")],
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts; without, the lines of stdin.")] = None,
-    file: Annotated[Path | None, typer.Option(help="Read texts from this file, one a line.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the vectors as .npy, a row a text.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a text.")] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; as torch likes if not given.")] = None,
+    model: BertArgument,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; default: the lines of stdin.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Read texts from this file, one per line.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the vectors to this .npy file, one row per text.")
+    ] = None,
+    as_json: JsonLines = False,
+    threads: Threads = None,
 ) -> None:
-    """Turn texts into vectors: print how alike they are, or write them with --out.
+    """Turn texts into vectors: print their cosine similarities, or write the vectors with --out.
 
-    Without --out and --json a line for each pair of texts: their cosine, then both, parted by tabs, the most
-    alike first.
+    Without --out and --json, prints one line for each pair of texts: their cosine similarity and both texts,
+    separated by tabs, the most similar pair first.
 
     Raises:
         UsageError: flags that contradict each other, or too few texts to compare.
@@ -48,14 +51,16 @@ def command(
     for number, text in enumerate(given, 1):
         if not text.strip():
             raise LongscanError(f"text {number} is empty: leave it out.")
-    if not (out or as_json) and not 2 <= len(given) <= MOST:
-        raise UsageError(f"expected 2 to {MOST} texts to compare, got {len(given)}: see --out and --json.")
+    if not (out or as_json) and not 2 <= len(given) <= MAX_PAIRED:
+        raise UsageError(
+            f"expected 2 to {MAX_PAIRED} texts to compare, got {len(given)}: see --out and --json."
+        )
     if not given:
         raise UsageError("no text given.")
-    found = load_bert(model, "none")
-    framed = found.tokenizer.frame_batch(given, room=capacity(found))
-    tell_cut(framed)
-    vectors = sentence_vectors(found, framed)
+    loaded = load_bert(model, "none")
+    framed = loaded.tokenizer.frame_batch(given, room=capacity(loaded))
+    warn_of_cut(framed)
+    vectors = sentence_vectors(loaded, framed)
     if out is not None:
         with atomic_file(out) as temporary, open(temporary, "wb") as stream:
             np.save(stream, vectors.numpy())
@@ -64,6 +69,6 @@ def command(
         for text, vector in zip(given, vectors.tolist(), strict=True):
             typer.echo(json.dumps({"text": text, "vector": vector}, ensure_ascii=False))
     else:
-        alike = vectors @ vectors.T  # (n_texts, n_texts)
-        for i, j in sorted(combinations(range(len(given)), 2), key=lambda pair: -alike[pair].item()):
-            typer.echo(f"{alike[i, j].item():.4f}\t{given[i]}\t{given[j]}")
+        similarity = vectors @ vectors.T  # (n_texts, n_texts)
+        for i, j in sorted(combinations(range(len(given)), 2), key=lambda pair: -similarity[pair].item()):
+            typer.echo(f"{similarity[i, j].item():.4f}\t{given[i]}\t{given[j]}")

@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from longscan.checkpoints.load import Precision, load_with_tokenizer
+from longscan.checkpoints.load import load_with_tokenizer
+from longscan.commands._options import (
+    Json,
+    ModelArgument,
+    Offline,
+    PrecisionOption,
+    Quiet,
+    Revision,
+    Threads,
+    TokenizerName,
+)
 from longscan.core.config import count
 from longscan.core.progress import Bar
 from longscan.core.runtime import use_threads
@@ -21,33 +31,28 @@ __all__ = ["command"]
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A shipped model, a directory, or a hub id.")],
+    model: ModelArgument,
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILES", help="Text files or folders, as train takes them.")
+        list[Path], typer.Argument(metavar="FILES", help="Text files or directories, as for train.")
     ],
-    per_file: Annotated[bool, typer.Option("--per-file", help="A line for each file.")] = False,
+    per_file: Annotated[bool, typer.Option("--per-file", help="Print one line per file.")] = False,
     separator: Annotated[
-        str | None, typer.Option(help="What parts the documents of a plain-text file.")
+        str | None, typer.Option(help="String that separates the documents of a plain-text file.")
     ] = None,
-    precision: Annotated[
-        Precision | None, typer.Option(help="Hold the weights so; if not given, float32 or as quantised.")
-    ] = None,
-    tokenizer_name: Annotated[
-        str | None,
-        typer.Option("--tokenizer", help="A tokenizer.json, a directory or a hub id, if MODEL has none."),
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; as torch likes if not given.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Use only what the hub's cache holds.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when done.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the result alone.")] = False,
+    precision: PrecisionOption = None,
+    tokenizer_name: TokenizerName = None,
+    threads: Threads = None,
+    revision: Revision = None,
+    offline: Offline = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Perplexity and bits per byte of a model on text files.
 
-    Documents of any length are read as a whole, in constant memory; by a model made for texts of a certain
-    length, in windows of that length. FILES are .txt, .md or .jsonl in UTF-8,
-    also .gz or .xz; a file is a document, and so is each line of a .jsonl file. Each is predicted from its
-    first byte on, after an end of text.
+    Documents of any length stream through the model in constant memory; a model with a maximum length
+    processes them in windows of that length. FILES are .txt, .md or .jsonl in UTF-8, also .gz or .xz; a file
+    is a document, and so is each line of a .jsonl file. Each document is predicted from its first byte on,
+    after an end-of-text token.
 
     Raises:
         UsageError: a flag has an impossible value.
@@ -96,13 +101,13 @@ ROW = "{:>9}  {:>10}  {:>13}  {:>13}  {}"
 
 
 def _row(part: Evaluation, name: str) -> str:
-    """Lay the numbers of a file out in columns."""
+    """Return the numbers of a file in columns."""
     bits, perplexity = f"{part.bits_per_byte:.4f}", f"{part.perplexity:,.2f}"
     return ROW.format(bits, perplexity, f"{part.tokens:,}", f"{part.bytes:,}", name)
 
 
 def _sentence(result: Evaluation) -> str:
-    """Say the result in a line."""
+    """Return the result in one line."""
     tokens, n_bytes = count(result.tokens, "token"), count(result.bytes, "byte")
     documents = count(result.documents, "document")
     return (
@@ -113,7 +118,7 @@ def _sentence(result: Evaluation) -> str:
 
 
 def _measure(groups: list[list[Path]], separator: str | None) -> int | None:
-    """Read all text once: that finds every error in it before long work begins, and counts the bytes."""
+    """Return the bytes of all text, which also finds every error in it before the evaluation starts."""
     if not all(path.is_file() for group in groups for path in group):
         return None  # a pipe can be read only once
     pieces = (piece for group in groups for piece in iter_pieces(group, separator=separator))
@@ -121,7 +126,7 @@ def _measure(groups: list[list[Path]], separator: str | None) -> int | None:
 
 
 def _show(bar: Bar, total: int | None, done: Evaluation | None, now: Evaluation) -> None:
-    """Show how far the evaluation is; `done` are the files before this one."""
+    """Show the progress of the evaluation; `done` are the files before this one."""
     now = now if done is None else done + now
-    words = f"{now.bits_per_byte:.3f} bits/byte  {now.tokens_per_second:,.0f} tok/s"
-    bar.show("evaluating", now.bytes, total, words)
+    numbers = f"{now.bits_per_byte:.3f} bits/byte  {now.tokens_per_second:,.0f} tok/s"
+    bar.show("evaluating", now.bytes, total, numbers)

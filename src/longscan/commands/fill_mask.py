@@ -1,4 +1,4 @@
-"""`longscan fill-mask`: the words that a BERT would put where a text says [MASK]."""
+"""`longscan fill-mask`: the tokens that a BERT predicts for each [MASK]."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from longscan.checkpoints.load import load_bert
 from longscan.commands._input import read_stdin
+from longscan.commands._options import BertArgument, JsonLines, Threads
 from longscan.core.runtime import use_threads
 from longscan.errors import UsageError
 from longscan.inference.bert import fill_mask
@@ -18,34 +19,34 @@ __all__ = ["command"]
 
 
 def command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A BERT's directory or hub id.")],
+    model: BertArgument,
     texts: Annotated[
-        list[str] | None, typer.Argument(help="Texts with [MASK]; without, the lines of stdin.")
+        list[str] | None, typer.Argument(help="Texts with [MASK]; default: the lines of stdin.")
     ] = None,
-    top_k: Annotated[int, typer.Option(help="Guesses for each [MASK].")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a text.")] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; as torch likes if not given.")] = None,
+    top_k: Annotated[int, typer.Option(help="Predictions for each [MASK].")] = 5,
+    as_json: JsonLines = False,
+    threads: Threads = None,
 ) -> None:
-    """Guess the words that are hidden behind [MASK], likeliest first.
+    """Predict the tokens behind [MASK], most likely first.
 
     Raises:
         UsageError: a text has no [MASK], or a flag has an impossible value.
-        LongscanError: the model can't be read or has no masked-word head, or a text is too long for it.
+        LongscanError: the model can't be read or has no masked-LM head, or a text is too long for it.
     """
     if top_k < 1:
         raise UsageError(f"--top-k: expected 1 or more, got {top_k}.")
     use_threads(threads)
-    found = load_bert(model, "pretraining")
-    found.need("cls.predictions.", "guess words")
+    loaded = load_bert(model, "pretraining")
+    loaded.need("cls.predictions.", "predict masked tokens")
     for text in texts or read_stdin():
-        guesses = fill_mask(found, text, top_k)
+        predictions = fill_mask(loaded, text, top_k)
         if as_json:
-            shown = {"text": text, "masks": [[asdict(guess) for guess in some] for some in guesses]}
+            shown = {"text": text, "masks": [[asdict(each) for each in mask] for mask in predictions]}
             typer.echo(json.dumps(shown, ensure_ascii=False))
             continue
         typer.echo(text)
-        for number, some in enumerate(guesses, 1):
-            if len(guesses) > 1:
-                typer.echo(f"{found.tokenizer.mask_token} {number}")
-            for guess in some:
-                typer.echo(f"  {guess.probability:6.1%}  {guess.token}")
+        for number, mask in enumerate(predictions, 1):
+            if len(predictions) > 1:
+                typer.echo(f"{loaded.tokenizer.mask_token} {number}")
+            for prediction in mask:
+                typer.echo(f"  {prediction.probability:6.1%}  {prediction.token}")

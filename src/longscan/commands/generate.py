@@ -16,8 +16,17 @@ from typing import Annotated, Any
 
 import typer
 
-from longscan.checkpoints.load import Precision, load_with_tokenizer
+from longscan.checkpoints.load import load_with_tokenizer
 from longscan.commands._input import read_prompts
+from longscan.commands._options import (
+    Json,
+    Offline,
+    PrecisionOption,
+    Quiet,
+    Revision,
+    Threads,
+    TokenizerName,
+)
 from longscan.core.config import count
 from longscan.core.files import utf8
 from longscan.core.progress import Bar
@@ -42,78 +51,71 @@ REASONS = {"eos": "end of text", "stop": "stop string"}
 def command(
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="PROMPT",
-            help="Texts to continue; - or nothing reads one from stdin if it is a pipe.",
-        ),
+        typer.Argument(metavar="PROMPT", help="Texts to continue; - or a pipe: one from stdin."),
     ] = None,
     prompt_file: Annotated[
         Path | None,
-        typer.Option("--prompts", help='Read prompts from a file: one a line, or .jsonl with "prompt".'),
+        typer.Option("--prompts", help='Read prompts from a file: one per line, or .jsonl with "prompt".'),
     ] = None,
     model: Annotated[
         str, typer.Option(help="A shipped model, a directory, or a hub id.")
     ] = "longscan-tiny-en",
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write, at most.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 is greedy, 1 the model as it is.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0 = off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that make up this share.")] = 0.95,
-    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids tokens used before.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 = greedy.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 = off.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Nucleus sampling: from the most likely tokens of this total probability.")
+    ] = 0.95,
+    min_p: Annotated[
+        float, typer.Option(help="Drop tokens below this fraction of the largest probability.")
+    ] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 penalises tokens used before.")] = 1.0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; repeatable. A line break is $'\\n'.")
+        list[str] | None,
+        typer.Option(help="Stop string: end before it; repeatable. A line break is $'\\n'."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed writes the same text.")] = None,
-    precision: Annotated[
-        Precision | None, typer.Option(help="Hold the weights so; if not given, float32 or as quantised.")
-    ] = None,
-    tokenizer_name: Annotated[
-        str | None,
-        typer.Option("--tokenizer", help="A tokenizer.json, a directory or a hub id, if MODEL has none."),
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed; default: a new one.")] = None,
+    precision: PrecisionOption = None,
+    tokenizer_name: TokenizerName = None,
     load_state: Annotated[
-        Path | None, typer.Option(help="Go on where a state that was saved stands; PROMPT comes after it.")
+        Path | None, typer.Option(help="Continue from a state file; PROMPT is appended to its text.")
     ] = None,
-    save_state: Annotated[Path | None, typer.Option(help="Save the state after the text in a file.")] = None,
+    save_state: Annotated[Path | None, typer.Option(help="Save the final state to a file.")] = None,
     speculate: Annotated[
         bool,
-        typer.Option("--speculate", help="Guess ahead by what the prompt says; the text stays the same."),
+        typer.Option("--speculate", help="Speculative decoding by prompt lookup; the text stays the same."),
     ] = False,
     draft: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Let a small model guess ahead; likewise.")
+        str | None,
+        typer.Option(metavar="MODEL", help="Speculative decoding with a draft model; likewise."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; as torch likes if not given.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Use only what the hub's cache holds.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object when done.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the text alone.")] = False,
+    threads: Threads = None,
+    revision: Revision = None,
+    offline: Offline = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Continue a text with a model, piece by piece.
+    """Continue a text with a language model, token by token.
 
-    One PROMPT is streamed as it is written; several, or those of a file, run as one batch and are printed
-    whole, in order. A prompt from stdin loses its last line break. The file of --prompts is UTF-8, also .gz
-    or .xz; its blank lines are skipped. Without any prompt the model begins a new text, or goes on with the
-    one of --load-state.
+    One PROMPT is streamed as it is generated; several, or those of a file, run as one batch and are printed
+    in order, each when it is complete. A prompt from stdin loses its last line break. The file of --prompts
+    is UTF-8, also .gz or .xz; its blank lines are skipped. Without any prompt the model starts a new text, or
+    continues the one of --load-state.
 
     Raises:
-        UsageError: a flag has an impossible value.
+        UsageError: a flag has an invalid value.
         LongscanError: the model or the prompt can't be read.
     """
-    try:
-        config = SamplingConfig.from_dict(
-            {
-                "max_new_tokens": max_new_tokens,
-                "temperature": temperature,
-                "top_k": top_k,
-                "top_p": top_p,
-                "min_p": min_p,
-                "repetition_penalty": repetition_penalty,
-                "stop": stop or [],
-                "seed": secrets.randbelow(10**6) if seed is None else seed,
-            }
-        )
-    except LongscanError as error:
-        raise UsageError(str(error)) from error
+    config = _sampling_config(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop or [],
+        seed=secrets.randbelow(10**6) if seed is None else seed,
+    )
     use_threads(threads)
     if prompt_file is not None and prompts:
         raise UsageError("PROMPT and --prompts: expected one of them, got both.")
@@ -125,7 +127,7 @@ def command(
     ids = encode(tokenizer, texts, begins=before is None)
     session = _Session(texts, stream=len(texts) == 1 and not as_json and prompt_file is None, silent=as_json)
     slots = min(len(texts), MAX_SLOTS)
-    engine = Engine(network, tokenizer, slots=slots, drafter=drafter, progress=session.reading)
+    engine = Engine(network, tokenizer, slots=slots, drafter=drafter, progress=session.show_prefill)
     for request in make_requests(ids, config, tokenizer.eos_ids, before, keep=save_state is not None):
         engine.submit(request)
     if not quiet:
@@ -134,29 +136,37 @@ def command(
         session.run(engine, config.max_new_tokens)
     finally:
         session.close()
-    kept = save_state is not None and session.consistent
-    if save_state is not None and kept:
-        after = engine.saved(0)
-        after.state.save(save_state, position=after.position, pending=after.pending, model=network)
+    saved = save_state if session.consistent else None
+    if saved is not None:
+        _save_state(saved, engine, network)
     if as_json:
-        report = {
-            "model": model,
-            "seed": config.seed,
-            "prompt_tokens": sum(map(len, ids)),
-            **session.report(),
-            **({"drafted": engine.drafted, "accepted": engine.accepted} if drafter else {}),
-        }
-        typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
+        counts = {"model": model, "seed": config.seed, "prompt_tokens": sum(map(len, ids))}
+        speculation = {"drafted": engine.drafted, "accepted": engine.accepted} if drafter else {}
+        typer.echo(json.dumps({**counts, **session.report(), **speculation}, ensure_ascii=False, indent=2))
     if not quiet:
-        typer.echo(session.footer(config, engine, save_state if kept else None), err=True)
-    if save_state is not None and not kept:
-        raise LongscanError(f"stopped before the prompt was read: {save_state} was not written.")
+        typer.echo(session.footer(config, engine, saved), err=True)
+    if save_state is not None and saved is None:
+        raise LongscanError(f"stopped before the prompt was processed: {save_state} was not written.")
     if session.stopped:
         raise typer.Exit(130)
 
 
+def _sampling_config(**fields: Any) -> SamplingConfig:
+    """Return the sampling settings of the flags."""
+    try:
+        return SamplingConfig.from_dict(fields)
+    except LongscanError as error:
+        raise UsageError(str(error)) from error
+
+
+def _save_state(path: Path, engine: Engine, model: LanguageModel) -> None:
+    """Write the state of the only text to a file."""
+    after = engine.saved(0)
+    after.state.save(path, position=after.position, pending=after.pending, model=model)
+
+
 def _check_usage(texts: list[str], save_state: Path | None, speculate: bool, draft: str | None) -> None:
-    """Refuse what makes no sense before anything takes long."""
+    """Raise an error for flags that contradict each other, before anything slow starts."""
     if speculate and draft:
         raise UsageError("--speculate and --draft: expected one of them, got both.")
     if save_state is not None and len(texts) > 1:
@@ -166,21 +176,21 @@ def _check_usage(texts: list[str], save_state: Path | None, speculate: bool, dra
 
 
 def _load_state(path: Path, model: LanguageModel, texts: list[str]) -> SavedState:
-    """Read the state that texts continue."""
+    """Return the state that the texts continue."""
     saved = State.load(path, model)
     if saved.state.batch_size != 1:
         raise LongscanError(f"{path} holds {saved.state.batch_size} states: expected one. See state.select.")
     if not saved.pending and not all(texts):
-        raise LongscanError(f"{path} holds no token that could be read next: give it a prompt.")
+        raise LongscanError(f"{path} has no pending token to continue from: give a prompt.")
     return saved
 
 
 def _draft_model(name: str, tokenizer: Tokenizer, offline: bool) -> Drafter:
-    """Load a model that guesses for one with a certain tokenizer."""
+    """Return a drafter for a model with this tokenizer."""
     network, other = load_with_tokenizer(name, None, offline)
     if other.fingerprint != tokenizer.fingerprint:
         raise LongscanError(
-            f"the draft model {name} has another tokenizer than the model: its ids stand for other text. "
+            f"the draft model {name} has another tokenizer than the model, so its ids mean other text. "
             "Expected a smaller model that was trained with the same tokenizer."
         )
     return DraftModel(network)
@@ -188,7 +198,7 @@ def _draft_model(name: str, tokenizer: Tokenizer, offline: bool) -> Drafter:
 
 @dataclass
 class _Text:
-    """What became of one prompt."""
+    """One prompt and the text generated for it so far."""
 
     prompt: str
     text: str = ""
@@ -197,26 +207,26 @@ class _Text:
 
 
 class _Session:
-    """Prints events as they come and remembers what there is to say about them."""
+    """Prints the events of an engine and collects its statistics."""
 
     def __init__(self, prompts: list[str], *, stream: bool, silent: bool) -> None:
         self._texts = [_Text(prompt) for prompt in prompts]
         self._stream, self._silent = stream, silent
-        self._echo = sys.stdout.isatty()  # there the prompt is part of what is read
+        self._echo = sys.stdout.isatty()  # on a terminal the prompt is shown too
         self._begun, self._printed = False, 0
         self.stopped = False  # by Ctrl-C
-        self.consistent = False  # whether the engine stands where the text does
+        self.consistent = False  # whether the engine's state includes all of the text
         self._bar = Bar()
         self._begin = self._first = self._last = time.perf_counter()
 
-    def reading(self, done: int, total: int) -> None:
-        """Show how much of the prompts is read."""
-        self._bar.show("reading", done, total)
+    def show_prefill(self, done: int, total: int) -> None:
+        """Show the progress of the prefill."""
+        self._bar.show("prefill", done, total)
         if self.stopped:
             raise KeyboardInterrupt
 
     def run(self, engine: Engine, max_new_tokens: int) -> None:
-        """Run an engine to its end, or until Ctrl-C, and print its events."""
+        """Run an engine to the end, or until Ctrl-C, and print its events."""
         try:
             with self._interruptible():
                 while (engine.running or engine.waiting) and not self.stopped:
@@ -227,7 +237,7 @@ class _Session:
             self.stopped = True
 
     def _take(self, event: Event, max_new_tokens: int) -> None:
-        """Print an event, or remember it."""
+        """Record an event, and print it or its complete text."""
         if event.error is not None:
             raise event.error
         text = self._texts[event.row]
@@ -245,18 +255,18 @@ class _Session:
         elif event.finish:
             self._print()
         else:
-            self._bar.show("writing", text.tokens, max_new_tokens)
+            self._bar.show("decode", text.tokens, max_new_tokens)
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
-        """Let the first Ctrl-C end the text between two tokens, so that its state is whole."""
+        """Let the first Ctrl-C stop between two tokens, so that the state is complete."""
 
         def stop(*_: object) -> None:
             if self.stopped:
                 raise KeyboardInterrupt
             self.stopped = True
 
-        if threading.current_thread() is not threading.main_thread():  # no other may listen to signals
+        if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
             yield
             return
         usual = signal.signal(signal.SIGINT, stop)
@@ -266,7 +276,7 @@ class _Session:
             signal.signal(signal.SIGINT, usual)
 
     def close(self) -> None:
-        """Leave the screen in order, with all there is to show."""
+        """Clear the progress bar and print what is not printed yet."""
         self._bar.clear()
         if self._stream and self._begun:
             typer.echo()
@@ -274,7 +284,7 @@ class _Session:
             self._print(unfinished=True)
 
     def _print(self, unfinished: bool = False) -> None:
-        """Print the texts whose turn it is."""
+        """Print the next texts in order that are complete."""
         while not self._silent and self._printed < len(self._texts):
             text = self._texts[self._printed]
             if not (text.finish or (unfinished and text.tokens)):
@@ -285,9 +295,9 @@ class _Session:
             typer.echo(f"{text.prompt if self._echo else ''}{text.text}\n")
 
     def report(self) -> dict[str, Any]:
-        """Return the texts and the speed."""
+        """Return the texts, the time to first token and the decode throughput."""
         tokens = sum(text.tokens for text in self._texts)
-        begun = sum(text.tokens > 0 for text in self._texts)  # tokens that the reading of the prompts gave
+        begun = sum(text.tokens > 0 for text in self._texts)  # first tokens, which belong to the prefill
         seconds = self._last - self._first
         return {
             "texts": [asdict(text) for text in self._texts],
@@ -297,7 +307,7 @@ class _Session:
         }
 
     def footer(self, config: SamplingConfig, engine: Engine, state: Path | None) -> str:
-        """Say in a line what was done and what to do next."""
+        """Return one line of what was done and what to do next."""
         report = self.report()
         parts = ["stopped"] if self.stopped else []
         parts.append(count(report["tokens"], "token"))
@@ -314,18 +324,18 @@ class _Session:
                 else f"first token after {seconds:,.0f} s"
             )
         if engine.drafted:
-            parts.append(f"{engine.accepted:,} of {count(engine.drafted, 'guess', 'guesses')} right")
+            parts.append(f"{engine.accepted:,} of {count(engine.drafted, 'draft token')} accepted")
         if config.temperature > 0:
             parts.append(f"seed {config.seed}")
         if state is None:
             parts += ["try: longscan train my.txt --out my-model", "longscan models"]
         else:
-            parts.append(f"go on with: longscan generate --load-state {state}")
+            parts.append(f"continue with: longscan generate --load-state {state}")
         return "▏ " + " · ".join(parts)
 
 
 def _prompts(given: list[str]) -> list[str]:
-    """Return the prompts as text, from the command line and from stdin."""
+    """Return the prompts of the command line, with that of stdin in place of -."""
     if not given and sys.stdin is not None and not sys.stdin.isatty():
         given = ["-"]
     piped = ""

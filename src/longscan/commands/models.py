@@ -1,4 +1,4 @@
-"""The line of models at a glance, and one of them in detail."""
+"""`longscan models`: a table of all models, and one of them in detail."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from longscan.commands._options import Json
 from longscan.core.config import nearest
 from longscan.errors import UsageError
 from longscan.models import LINEAGE, LanguageModel, ModelEntry, neural_ode
@@ -29,7 +30,7 @@ class NeuralODE(SequenceModel):
         super().__init__(SequenceConfig(body="neural_ode", body_config=config, n_outputs=1, d_input=1))
 
 
-# what is no language model stands outside the line: it reads times
+# no language model, as its inputs have times; hence not in LINEAGE
 ASIDE = ModelEntry(
     name="neural_ode",
     kind="language",
@@ -48,11 +49,11 @@ MODELS = {entry.name: entry for entry in sorted([*LINEAGE, ASIDE], key=lambda en
 
 def command(
     name: Annotated[
-        str | None, typer.Argument(help="One model to describe; all of them when left out.")
+        str | None, typer.Argument(help="The model to describe; default: list all of them.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """List the line of models, oldest first, with the verbs that work; or describe one of them.
+    """List the models, oldest first, with the verbs that each supports; or describe one of them.
 
     The names are those that --model takes.
 
@@ -74,7 +75,7 @@ def command(
 
 
 def _row(entry: ModelEntry) -> dict[str, Any]:
-    """Return what the table shows of a model."""
+    """Return a model's row of the table."""
     return {
         "year": entry.year,
         "name": entry.name,
@@ -85,7 +86,7 @@ def _row(entry: ModelEntry) -> dict[str, Any]:
 
 
 def _details(entry: ModelEntry) -> dict[str, Any]:
-    """Return what there is to say about a model; on the meta device counting its sizes allocates nothing."""
+    """Return all details of a model; on the meta device, counting its parameters allocates nothing."""
     presets = {}
     for preset, fields in entry.presets.items():
         with torch.device("meta"):
@@ -105,7 +106,7 @@ def _details(entry: ModelEntry) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """Lay the line of models out in columns."""
+    """Return the models as a table."""
     names, ideas = (max(len(row[key]) for row in rows) for key in ("name", "idea"))
     lines = [
         f"{row['year']}  {row['name']:{names}}  memory is {row['idea']:{ideas}}  "
@@ -119,7 +120,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _page(details: dict[str, Any]) -> str:
-    """Lay one model out in lines; sizes are those of float32."""
+    """Return the details of one model as text; sizes are those of float32."""
     lines = [
         f"{details['name']}: {details['class']} ({details['year']}): memory is {details['idea']}",
         f"paper    {details['paper']}" + (f", arXiv {details['arxiv']}" if details["arxiv"] else ""),
@@ -135,14 +136,14 @@ def _page(details: dict[str, Any]) -> str:
 
 
 def _state(sizes: dict[str, Any]) -> str:
-    """Say how much a model remembers, in constant size or by the token."""
+    """Return the size of a model's state, constant or per token."""
     if growth := sizes.get("state_bytes_per_token"):
         return f"{_bytes(growth)}/token"
     return _bytes(sizes["state_bytes"]) if "state_bytes" in sizes else "-"
 
 
 def _bytes(count: int) -> str:
-    """Return a size in the unit that leaves it at most four digits."""
+    """Return a size in a unit that leaves at most three digits before the point."""
     size = float(count)
     for unit in ("B", "kB", "MB"):
         if size < 1000:

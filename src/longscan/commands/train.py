@@ -1,4 +1,4 @@
-"""`longscan train`: text files in, a trained model directory out; stop and resume at any moment."""
+"""`longscan train`: train a language model or BERT on text files; stop and resume at any moment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["command"]
 
 
 def command(
-    data: Annotated[list[str] | None, typer.Argument(help="Text files or folders.")] = None,
+    data: Annotated[list[str] | None, typer.Argument(help="Text files or directories.")] = None,
     out: Out = None,
     resume_from: Resume = None,
     recipe: Recipe = None,
@@ -26,7 +26,7 @@ def command(
 
     DATA is .txt, .md or .jsonl in UTF-8, also .gz or .xz. The directory --out receives the tokenizer, the
     tokens, checkpoints, metrics.jsonl, loss.png and in the end model/, which `longscan generate --model` and
-    transformers load. Ctrl-C stops after the step in hand.
+    transformers load. Ctrl-C stops after the current step.
 
     Args:
         data: what to train on.
@@ -43,9 +43,9 @@ def command(
     run = run_of(model)
     result = run_command(run, out, resume_from, recipe, given)
     measured = f"{result.valid:.4f} {run.valid_unit} on held-out text" if result.valid is not None else ""
-    place = result.directory / "model"
-    masked = f'fill-mask {place} "the [MASK] of the day"'
-    finished(result, measured, masked if run is PretrainRun else f"generate --model {place}")
+    directory = result.directory / "model"
+    masked = f'fill-mask {directory} "the [MASK] of the day"'
+    finished(result, measured, masked if run is PretrainRun else f"generate --model {directory}")
 
 
 add_flags(command, TrainConfig)

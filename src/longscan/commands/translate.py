@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from longscan.checkpoints.load import load_translator
+from longscan.commands._options import Json, JsonLines, Threads
 from longscan.commands._run import Out, Recipe, Resume, finished, run_command
 from longscan.commands._settings import add_flags
 from longscan.core.files import atomic_write, utf8
@@ -32,10 +33,10 @@ def train(
 ) -> None:
     """Train a translator on sentence pairs, or resume a run.
 
-    --source and --target are files of one sentence a line, line n of one the translation of line n of the
-    other; or --source alone is a table of two tab-separated columns. Also .gz or .xz. The directory --out
-    receives the tokenizer, checkpoints, metrics.jsonl, loss.png and in the end model/, the mean of the last
-    checkpoints, for `longscan translate evaluate` and `text`. Ctrl-C stops after the step in hand.
+    --source and --target are files of one sentence per line, where line n of one translates line n of the
+    other; or --source alone is a table of two tab-separated columns. Both may be .gz or .xz. The directory
+    --out receives the tokenizer, checkpoints, metrics.jsonl, loss.png and in the end model/, the average of
+    the last checkpoints, for `longscan translate evaluate` and `text`. Ctrl-C stops after the current step.
 
     Args:
         out: the new run's directory.
@@ -57,23 +58,26 @@ add_flags(train, TranslateConfig)
 def evaluate(
     model: Annotated[str, typer.Argument(help="A translator's directory.")],
     source: Annotated[
-        Path, typer.Argument(help="Sentences, one a line; or, without REFERENCE, a table of two columns.")
+        Path,
+        typer.Argument(help="Source sentences, one per line; without REFERENCE, a table of two columns."),
     ],
-    reference: Annotated[Path | None, typer.Argument(help="Their translations by people.")] = None,
-    beam: Annotated[int, typer.Option(help="Hypotheses to follow; 1 = greedy.")] = 5,
-    length_penalty: Annotated[float, typer.Option(help="Exponent that favours long translations.")] = 0.6,
-    tokenize: Annotated[str, typer.Option(help="How BLEU finds words: 13a, zh, char, ...")] = "13a",
-    out: Annotated[Path | None, typer.Option(help="Write the translations into this file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; as torch likes if not given.")] = None,
+    reference: Annotated[Path | None, typer.Argument(help="Reference translations, line by line.")] = None,
+    beam: Annotated[int, typer.Option(help="Beam width; 1 = greedy.")] = 5,
+    length_penalty: Annotated[
+        float, typer.Option(help="Length penalty: above 0 favours long translations.")
+    ] = 0.6,
+    tokenize: Annotated[str, typer.Option(help="BLEU tokenizer of sacrebleu: 13a, zh, char, ...")] = "13a",
+    out: Annotated[Path | None, typer.Option(help="Write the translations to this file.")] = None,
+    as_json: Json = False,
+    threads: Threads = None,
 ) -> None:
-    """BLEU, chrF and perplexity, also by length of source.
+    """BLEU, chrF and perplexity of a translator, and BLEU by source length.
 
     Pairs with an empty side are left out. The numbers are sacrebleu's, with its signatures.
     `longscan plot bleu` draws the JSON of several translators.
 
     Raises:
-        UsageError: a number makes no sense.
+        UsageError: a flag has an invalid value.
         LongscanError: a file can't be read, or a sentence is too long for the model.
     """
     if tokenize not in TOKENIZERS:
@@ -110,19 +114,21 @@ def evaluate(
 def text(
     model: Annotated[str, typer.Argument(help="A translator's directory.")],
     sentences: Annotated[
-        list[str] | None, typer.Argument(help="What to translate; without, the lines of stdin.")
+        list[str] | None, typer.Argument(help="Sentences to translate; default: the lines of stdin.")
     ] = None,
-    beam: Annotated[int, typer.Option(help="Hypotheses to follow; 1 = greedy.")] = 5,
-    length_penalty: Annotated[float, typer.Option(help="Exponent that favours long translations.")] = 0.6,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a sentence.")] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; as torch likes if not given.")] = None,
+    beam: Annotated[int, typer.Option(help="Beam width; 1 = greedy.")] = 5,
+    length_penalty: Annotated[
+        float, typer.Option(help="Length penalty: above 0 favours long translations.")
+    ] = 0.6,
+    as_json: JsonLines = False,
+    threads: Threads = None,
 ) -> None:
-    """Translate sentences, lines of stdin, or what is typed.
+    """Translate sentences, the lines of stdin, or what is typed.
 
-    Each translation is a line; an empty line gives an empty one.
+    Prints one translation per line; an empty line gives an empty one.
 
     Raises:
-        UsageError: a number makes no sense.
+        UsageError: a flag has an invalid value.
         LongscanError: the model can't be read, or a sentence is too long for it.
     """
     _check_search(beam, length_penalty)
@@ -130,15 +136,15 @@ def text(
     network, tokenizer = load_translator(model)
 
     def answer(lines: list[str]) -> None:
-        found = translate(network, tokenizer, lines, beam_size=beam, length_penalty=length_penalty)
-        for line, each in zip(lines, found, strict=True):
+        translations = translate(network, tokenizer, lines, beam_size=beam, length_penalty=length_penalty)
+        for line, each in zip(lines, translations, strict=True):
             shown = {"source": line, "translation": each.text, "score": each.score}
             typer.echo(json.dumps(shown, ensure_ascii=False) if as_json else each.text)
 
     if sentences:
         answer(sentences)
-    elif _watched():
-        typer.echo(f"{describe(network)} · a sentence a line, Ctrl-D ends", err=True)
+    elif _interactive():
+        typer.echo(f"{describe(network)} · one sentence per line, Ctrl-D ends", err=True)
         while line := _prompt():
             answer([line.rstrip("\n")])
     else:
@@ -150,19 +156,19 @@ def text(
 commands = {"train": train, "evaluate": evaluate, "text": text}
 
 
-def _watched() -> bool:
-    """Tell whether somebody types."""
+def _interactive() -> bool:
+    """Whether the sentences are typed at a terminal."""
     return sys.stdin.isatty()
 
 
 def _prompt() -> str:
-    """Ask for a line; "" when there are no more."""
+    """Return the next typed line, "" at the end."""
     typer.echo("> ", nl=False, err=True)
     return sys.stdin.readline()
 
 
 def _check_search(beam: int, length_penalty: float) -> None:
-    """Refuse impossible numbers."""
+    """Raise UsageError if a number is out of range."""
     if beam < 1:
         raise UsageError(f"--beam: expected 1 or more, got {beam}.")
     if not 0 <= length_penalty < 100:

@@ -19,7 +19,7 @@ from longscan.models import Bert, BertConfig
 from longscan.tokenizers.wordpiece import Framed, WordPieceTokenizer
 
 __all__ = [
-    "MOST",
+    "MAX_PAIRED",
     "Guess",
     "answer",
     "capacity",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 
-MOST = 50  # texts of which every pair is printed
+MAX_PAIRED = 50  # texts of which every pair is printed
 
 
 def embed(found: LoadedBert, texts: Sequence[str], rows: int = 32) -> Tensor:

@@ -42,28 +42,28 @@ class RunConfig(Config):
 
     EPOCHS: ClassVar[float] = 4.0  # of a run that isn't told its length
 
-    steps: int | None = setting(None, "Optimizer steps; with --resume, more of them make a run longer.")
+    steps: int | None = setting(None, "Optimizer steps; with --resume, a larger number extends the run.")
     epochs: float | None = setting(None, "Passes over the data, instead of --steps.")
     schedule: Literal["cosine", "linear", "noam"] = setting(
-        "cosine", "Course of the learning rate; noam is the Transformer's: --lr is its factor."
+        "cosine", "Learning-rate schedule; noam is the Transformer's, with --lr as its factor."
     )
     lr: float = setting(3e-3, "Peak learning rate.")
-    ssm_lr: float = setting(1e-3, "Peak learning rate of A, B and dt in S4, S4D, LSSL and H3; at most --lr.")
-    min_lr: float | None = setting(None, "Rate at the end; --lr / 100 (cosine) or 0 (linear) without it.")
-    warmup: int = setting(200, "Steps to reach the peak, at most a tenth of the run but for noam.")
-    weight_decay: float = setting(0.1, "AdamW's decay of the matrices.")
-    beta1: float = setting(0.9, "AdamW's memory of the gradient.")
-    beta2: float = setting(0.95, "AdamW's memory of its square.")
-    eps: float = setting(1e-8, "AdamW's smallest divisor.")
-    clip: float = setting(1.0, "Largest norm of the gradient.")
-    seed: int = setting(0, "Start of all randomness.")
-    device: str = setting("cpu", "Where to compute, in torch's words.")
-    # another machine may have fewer threads: the result is then equal but for rounding
-    threads: int | None = setting(None, "Threads; sums, hence the last bits, depend on it.", harmless=True)
+    ssm_lr: float = setting(1e-3, "Peak learning rate of A, B and dt in S4, S4D, LSSL and H3, at most --lr.")
+    min_lr: float | None = setting(None, "Final learning rate; default: --lr / 100 (cosine) or 0 (linear).")
+    warmup: int = setting(200, "Warm-up steps, at most a tenth of the run except for noam.")
+    weight_decay: float = setting(0.1, "Weight decay of AdamW, on matrices only.")
+    beta1: float = setting(0.9, "AdamW beta1.")
+    beta2: float = setting(0.95, "AdamW beta2.")
+    eps: float = setting(1e-8, "AdamW epsilon.")
+    clip: float = setting(1.0, "Gradient clipping: the maximum norm.")
+    seed: int = setting(0, "Random seed.")
+    device: str = setting("cpu", "Device of the training, as torch names it.")
+    # harmless, as another machine may have fewer: the result differs by rounding only
+    threads: int | None = setting(None, "CPU threads; rounding depends on their number.", harmless=True)
 
     eval_every: int = setting(200, "Steps between validations; 0 = only at the end.", harmless=True)
     save_every: int = setting(200, "Steps between checkpoints.", harmless=True)
-    log_every: int = setting(10, "Steps between lines where no bar can be drawn.", harmless=True)
+    log_every: int = setting(10, "Steps between progress lines where stderr is no terminal.", harmless=True)
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, each by its name."""
@@ -131,10 +131,12 @@ class FreshConfig(RunConfig):
     KINDS: ClassVar[tuple[ModelKind, ...]]  # of the models it can train
 
     model: str = setting("mamba", "Architecture, see `longscan models`.")
-    preset: str = setting("tiny", "Size of the model; the next flags change it.")
-    d_model: int | None = setting(None, "Width.", size=True)
-    n_layers: int | None = setting(None, "Layers.", size=True)
-    option: tuple[str, ...] = setting((), "NAME=VALUE, any other field of the model's Config. Repeatable.")
+    preset: str = setting("tiny", "Model size; the next flags override it.")
+    d_model: int | None = setting(None, "Width of the model.", size=True)
+    n_layers: int | None = setting(None, "Number of layers.", size=True)
+    option: tuple[str, ...] = setting(
+        (), "NAME=VALUE: any other field of the model's Config, such as d_state=32. Repeatable."
+    )
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be."""
@@ -177,33 +179,33 @@ class TrainConfig(FreshConfig):
 
     KINDS = ("language", "masked")
 
-    data: tuple[str, ...] = setting((), "Text files or folders.", path=True, argument=True)
+    data: tuple[str, ...] = setting((), "Text files or directories.", path=True, argument=True)
     valid: tuple[str, ...] = setting(
-        (), "Held-out file; without it a part of DATA is held out. Repeatable.", path=True
+        (), "Validation file; default: hold out a part of DATA. Repeatable.", path=True
     )
-    valid_fraction: float = setting(0.05, "Part of DATA held out for validation.")
-    separator: str | None = setting(None, "What parts the documents of a plain-text file.")
+    valid_fraction: float = setting(0.05, "Fraction of DATA held out for validation.")
+    separator: str | None = setting(None, "String that separates the documents of a plain-text file.")
     tokenizer: str = setting(
-        "bpe", "'bpe' trains one (bert: WordPiece), 'bytes' needs none, else a model directory."
+        "bpe", "'bpe' trains one (bert: WordPiece), 'bytes' for none, or a model directory."
     )
-    vocab_size: int = setting(4096, "Tokens of the BPE to train.")
+    vocab_size: int = setting(4096, "Vocabulary size of the BPE to train.")
 
-    preset: str = setting("tiny-lm", "Size of the model; the next flags change it.")
-    n_heads: int | None = setting(None, "Heads of the attention.", size=True)
-    n_kv_heads: int | None = setting(None, "Heads of keys and values that those share.", size=True)
-    d_ff: int | None = setting(None, "Width inside the feed-forward layers.", size=True)
-    d_state: int | None = setting(None, "State per channel.", size=True)
+    preset: str = setting("tiny-lm", "Model size; the next flags override it.")
+    n_heads: int | None = setting(None, "Attention heads.", size=True)
+    n_kv_heads: int | None = setting(None, "Key and value heads, for grouped-query attention.", size=True)
+    d_ff: int | None = setting(None, "Hidden width of the feed-forward layers.", size=True)
+    d_state: int | None = setting(None, "State size per channel.", size=True)
     d_conv: int | None = setting(None, "Width of the convolution.", size=True)
     expand: int | None = setting(None, "Channels of the recurrence per channel of the model.", size=True)
 
-    seq_len: int = setting(512, "Tokens in a sequence.")
-    batch_size: int = setting(8, "Sequences in a forward pass.")
-    accumulate: int = setting(1, "Forward passes in a step.")
+    seq_len: int = setting(512, "Tokens per sequence.")
+    batch_size: int = setting(8, "Sequences per forward pass.")
+    accumulate: int = setting(1, "Forward passes per step (gradient accumulation).")
 
-    eval_windows: int = setting(32, "Sequences in a validation; all of them at the end.", harmless=True)
+    eval_windows: int = setting(32, "Sequences per validation; all of them at the end.", harmless=True)
     sample_every: int = setting(200, "Steps between samples of text; 0 = none.", harmless=True)
-    sample_prompt: str = setting("", "What the samples continue.", harmless=True)
-    sample_tokens: int = setting(64, "Length of a sample.", harmless=True)
+    sample_prompt: str = setting("", "Prompt of the samples.", harmless=True)
+    sample_tokens: int = setting(64, "Tokens per sample.", harmless=True)
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, each by its name."""

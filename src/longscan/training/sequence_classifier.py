@@ -41,20 +41,20 @@ class SequencesConfig(FreshConfig):
 
     data: tuple[str, ...] = setting((), "Labelled sequences.", path=True, argument=True)
     valid: tuple[str, ...] = setting(
-        (), "Held-out file; without it a part of DATA is held out. Repeatable.", path=True
+        (), "Validation file; default: hold out a part of DATA. Repeatable.", path=True
     )
-    valid_fraction: float = setting(0.1, "Part of DATA held out for validation.")
-    columns: str = setting("1,2", "Where label, text (and the other text of a pair) stand in a table.")
-    pattern: str | None = setting(None, "Regular expression whose group is the label in a sound's path.")
-    model: str = setting("mamba", "Whose blocks, see `longscan models`; or neural_ode.")
-    bidirectional: bool = setting(False, "Give each block a second mixer, which reads backwards.")
-    pooling: Literal["mean", "last"] = setting("mean", "What the head reads of a sequence.")
-    dropout: float = setting(0.1, "Share of what a block adds that is left out.")
+    valid_fraction: float = setting(0.1, "Fraction of DATA held out for validation.")
+    columns: str = setting("1,2", "Table columns of label, text and, for pairs, second text.")
+    pattern: str | None = setting(None, "Regular expression whose group is the label in a .wav file's path.")
+    model: str = setting("mamba", "Architecture of the blocks, see `longscan models`; or neural_ode.")
+    bidirectional: bool = setting(False, "Give each block a second mixer, for the reversed sequence.")
+    pooling: Literal["mean", "last"] = setting("mean", "Pooling over time before the head.")
+    dropout: float = setting(0.1, "Dropout probability of each block's output.")
 
-    seq_len: int | None = setting(None, "Samples of a sequence; longer ones are cut.")
-    batch_size: int = setting(32, "Sequences in a forward pass.")
-    accumulate: int = setting(1, "Forward passes in a step.")
-    weight_decay: float = setting(0.01, "AdamW's decay of the matrices.")
+    seq_len: int | None = setting(None, "Time steps per sequence, at most; longer ones are cut.")
+    batch_size: int = setting(32, "Sequences per forward pass.")
+    accumulate: int = setting(1, "Forward passes per step (gradient accumulation).")
+    weight_decay: float = setting(0.01, "Weight decay of AdamW, on matrices only.")
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, each by its name."""

@@ -46,22 +46,22 @@ class ClassifyConfig(RunConfig):
 
     data: tuple[str, ...] = setting((), "Files of labelled texts.", path=True, argument=True)
     valid: tuple[str, ...] = setting(
-        (), "Held-out file; without it a part of DATA is held out. Repeatable.", path=True
+        (), "Validation file; default: hold out a part of DATA. Repeatable.", path=True
     )
-    valid_fraction: float = setting(0.1, "Part of DATA held out for validation.")
-    columns: str = setting("1,2", "Where label, text (and the other text of a pair) stand in a table.")
+    valid_fraction: float = setting(0.1, "Fraction of DATA held out for validation.")
+    columns: str = setting("1,2", "Table columns of label, text and, for pairs, second text.")
     model: str = setting("", "Checkpoint to start from: a BERT's directory or hub id.")
 
-    seq_len: int = setting(128, "Tokens of a text; longer ones are cut.")
-    batch_size: int = setting(32, "Texts in a forward pass.")
-    accumulate: int = setting(1, "Forward passes in a step.")
+    seq_len: int = setting(128, "Tokens per text, at most; longer ones are cut.")
+    batch_size: int = setting(32, "Texts per forward pass.")
+    accumulate: int = setting(1, "Forward passes per step (gradient accumulation).")
 
-    schedule: Literal["cosine", "linear", "noam"] = setting("linear", "Course of the learning rate.")
+    schedule: Literal["cosine", "linear", "noam"] = setting("linear", "Learning-rate schedule.")
     lr: float = setting(5e-5, "Peak learning rate.")
-    warmup: int = setting(100, "Steps to reach the peak, at most a tenth of the run.")
-    weight_decay: float = setting(0.01, "AdamW's decay of the matrices.")
-    beta2: float = setting(0.999, "AdamW's memory of the gradient's square.")
-    eps: float = setting(1e-6, "AdamW's smallest divisor.")
+    warmup: int = setting(100, "Warm-up steps, at most a tenth of the run.")
+    weight_decay: float = setting(0.01, "Weight decay of AdamW, on matrices only.")
+    beta2: float = setting(0.999, "AdamW beta2.")
+    eps: float = setting(1e-6, "AdamW epsilon.")
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, each by its name."""

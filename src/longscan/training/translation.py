@@ -48,44 +48,48 @@ class TranslateConfig(FreshConfig):
     EPOCHS: ClassVar[float] = 20.0
 
     source: str = setting(
-        "", "Sentences, one a line; or, without --target, a table of two columns.", path=True
+        "", "Source sentences, one per line; without --target, a table of two columns.", path=True
     )
-    target: str | None = setting(None, "Their translations, line by line.", path=True)
+    target: str | None = setting(None, "Target sentences, line by line.", path=True)
     valid_source: str | None = setting(
-        None, "Held-out sentences; without them a part of the pairs is held out.", path=True
+        None, "Validation sentences; default: hold out a part of the pairs.", path=True
     )
-    valid_target: str | None = setting(None, "Their translations.", path=True)
-    tokenizer: str = setting("bpe", "'bpe' trains one on both sides, else a translator's directory.")
-    vocab_size: int = setting(8000, "Tokens of the BPE to train.")
-    max_len: int = setting(100, "Tokens in a sentence; longer pairs are dropped.")
+    valid_target: str | None = setting(None, "Reference translations of --valid-source.", path=True)
+    tokenizer: str = setting("bpe", "'bpe' trains one on both sides; or a translator's directory.")
+    vocab_size: int = setting(8000, "Vocabulary size of the BPE to train.")
+    max_len: int = setting(100, "Tokens per sentence, at most; longer pairs are dropped.")
     embeddings: str | None = setting(
-        None, "Word vectors (word2vec, GloVe) that the source embeddings start from.", path=True
+        None, "Word vectors (word2vec, GloVe) that initialise the source embeddings.", path=True
     )
-    target_embeddings: str | None = setting(None, "Likewise for the target embeddings.", path=True)
+    target_embeddings: str | None = setting(
+        None, "Word vectors that initialise the target embeddings.", path=True
+    )
 
     model: str = setting("transformer", "Architecture, see `longscan models`.")
-    preset: str = setting("multi30k", "Size of the model; the next flags change it.")
-    n_heads: int | None = setting(None, "Heads (transformer).", size=True)
-    d_ff: int | None = setting(None, "Width of the feed-forward layer (transformer).", size=True)
-    norm_first: bool | None = setting(None, "Normalise before each sublayer (transformer).", size=True)
+    preset: str = setting("multi30k", "Model size; the next flags override it.")
+    n_heads: int | None = setting(None, "Attention heads (transformer).", size=True)
+    d_ff: int | None = setting(None, "Hidden width of the feed-forward layers (transformer).", size=True)
+    norm_first: bool | None = setting(
+        None, "Pre-norm: normalise before each sublayer (transformer).", size=True
+    )
     d_embedding: int | None = setting(None, "Width of the embeddings (recurrent models).", size=True)
-    d_hidden: int | None = setting(None, "Width of the state (recurrent models).", size=True)
-    score: str | None = setting(None, "dot, general, concat or location (luong).", size=True)
-    where: str | None = setting(None, "global, local-m or local-p (luong).", size=True)
-    input_feeding: bool | None = setting(None, "Feed what was attended to back (luong).", size=True)
-    d_align: int | None = setting(None, "Width of the alignment (bahdanau).", size=True)
-    d_maxout: int | None = setting(None, "Width of the readout (bahdanau).", size=True)
-    dropout: float | None = setting(None, "Share of the numbers dropped in training.", size=True)
+    d_hidden: int | None = setting(None, "Width of the hidden state (recurrent models).", size=True)
+    score: str | None = setting(None, "Attention score: dot, general, concat or location (luong).", size=True)
+    where: str | None = setting(None, "Attention span: global, local-m or local-p (luong).", size=True)
+    input_feeding: bool | None = setting(None, "Feed the attentional state back in (luong).", size=True)
+    d_align: int | None = setting(None, "Width of the alignment model (bahdanau).", size=True)
+    d_maxout: int | None = setting(None, "Width of the maxout layer (bahdanau).", size=True)
+    dropout: float | None = setting(None, "Dropout probability.", size=True)
 
-    batch_tokens: int = setting(3000, "Tokens in a step, on the longer side, with padding.")
-    label_smoothing: float = setting(0.1, "Label smoothing: the probability all wrong tokens share.")
+    batch_tokens: int = setting(3000, "Tokens per step, padding included, on the longer side.")
+    label_smoothing: float = setting(0.1, "Label smoothing.")
     lr: float = setting(1e-3, "Peak learning rate.")
-    warmup: int = setting(400, "Steps to reach the peak, at most a tenth of the run but for noam.")
-    weight_decay: float = setting(0.0, "AdamW's decay of the matrices.")
-    beta2: float = setting(0.98, "AdamW's memory of the gradient's square.")
-    eps: float = setting(1e-9, "AdamW's smallest divisor.")
-    average: int = setting(5, "Checkpoints whose mean is exported.", harmless=True)
-    bleu_sentences: int = setting(200, "Held-out sentences to translate, greedily.", harmless=True)
+    warmup: int = setting(400, "Warm-up steps, at most a tenth of the run except for noam.")
+    weight_decay: float = setting(0.0, "Weight decay of AdamW, on matrices only.")
+    beta2: float = setting(0.98, "AdamW beta2.")
+    eps: float = setting(1e-9, "AdamW epsilon.")
+    average: int = setting(5, "Checkpoints to average for the exported model.", harmless=True)
+    bleu_sentences: int = setting(200, "Validation sentences to translate greedily for BLEU.", harmless=True)
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, each by its name."""
