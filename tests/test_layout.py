@@ -43,17 +43,14 @@ MAX_LEVELS = 10
 MAX_LINES = 350
 # longer ones, and why they are one idea
 LONG: dict[str, str] = {
+    "inference/engine": "one class: the slots, and how rows join, decode and leave",
     "models/transformer": "one paper: attention, layer and model are read together",
-    "commands/classify": "",
-    "core/files": "",
-    "inference/engine": "",
-    "inference/speculative": "",
     "models/bert": "one paper: the encoder, its two heads and the pre-training loss",
-    "models/hippo": "",
-    "models/llama": "one paper: attention with plan and cache, the block, the names in checkpoints",
+    "models/hippo": "one paper: the measures, the cell and its exact gradient",
+    "models/llama": "one paper: attention with plan and cache, and the block",
     "models/s4": "one paper: the decomposition, the kernel and the recurrence of one system",
     "ops/scan": "one op, in the five paragraphs of every op",
-    "training/run": "",
+    "training/run": "one class: how a run starts, stops and resumes",
 }
 # where results are printed and the process may end
 SHELL = ("commands", "cli")

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from longscan.errors import LongscanError, UsageError
     from longscan.evaluation.perplexity import Evaluation, evaluate
     from longscan.inference.bert import embed, fill_mask
+    from longscan.inference.drafters import DraftModel, PromptLookup
     from longscan.inference.engine import Engine
     from longscan.inference.generate import generate
     from longscan.inference.prefix_cache import PrefixCache
     from longscan.inference.request import Request
     from longscan.inference.sampling import SamplingConfig
     from longscan.inference.snapshots import Snapshots
-    from longscan.inference.speculative import DraftModel, PromptLookup
     from longscan.inference.translate import translate
     from longscan.models import State
     from longscan.tokenizers.base import Tokenizer
@@ -65,7 +65,7 @@ _HOME = {
     "inference.request": ("Request",),
     "inference.sampling": ("SamplingConfig",),
     "inference.snapshots": ("Snapshots",),
-    "inference.speculative": (
+    "inference.drafters": (
         "DraftModel",
         "PromptLookup",
     ),

@@ -164,7 +164,7 @@ def test_what_is_fresh_is_told(cli: Any, config: ClassifyConfig, bert: Path, tmp
         *("--steps", 1, "--seq-len", 8, "--batch-size", 4),
     )
     assert done.code == 0
-    assert "fresh      classifier: not in" in done.err
+    assert "new        classifier: not in" in done.err
     assert done.out.startswith("trained 1 step · accuracy ")
     assert "36 texts of 2 classes, 36 cut at 8 tokens, 4 held out" in done.err
     assert "longscan classify predict" in done.out
@@ -218,7 +218,7 @@ def test_pairs(cli: Any, bert: Path, tmp_path: Path) -> None:
     assert cli("classify", "predict", model, "--pairs", f"{GOOD}\t{BAD}").out.startswith(("yes\t", "no\t"))
     done = cli("classify", "predict", model, "--pairs", GOOD)
     assert (done.code, done.out) == (1, "")
-    assert "text 1: expected a pair parted by a tab" in done.err
+    assert "text 1: expected two texts separated by a tab, got 1" in done.err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="scikit-learn is not installed")
@@ -329,7 +329,7 @@ def test_misuse(cli: Any, whole: Path, bert: Path, tmp_path: Path) -> None:
         (2, "--seq-len: expected 3 to 32", ("predict", whole / "model", "film", "--seq-len", 33)),
         (2, "--device nowhere", ("train", data, *model, *out, "--device", "nowhere")),
         (1, "no run to resume", ("train", "--resume", tmp_path / "nowhere")),
-        (1, "is a run of another kind", ("train", "--resume", other_run(tmp_path))),
+        (1, "is a run of another verb", ("train", "--resume", other_run(tmp_path))),
     ):
         done = cli("classify", *arguments)
         assert (done.code, done.out) == (code, ""), words

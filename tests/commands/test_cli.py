@@ -259,7 +259,8 @@ def test_a_closed_pipe_is_quiet() -> None:
 
 def test_public_functions_stay_functions() -> None:
     done = python(
-        "import longscan.commands.convert, longscan.inference.generate, longscan.training.train\n"
+        "import longscan.checkpoints.save, longscan.commands.generate, longscan.commands.evaluate\n"
+        "import longscan.training.train\n"
         "names = ('convert', 'generate', 'evaluate', 'train')\n"
         "assert all(callable(getattr(longscan, name)) for name in names)\n"
         "for name in longscan.__all__: getattr(longscan, name)\n"

@@ -157,11 +157,11 @@ def test_a_row_writes_what_it_writes_alone(model: Mamba, sampling: dict[str, Any
 
 def test_more_prompts_than_slots_wait(model: Mamba, monkeypatch: pytest.MonkeyPatch) -> None:
     together = generate_batch(model, BYTES, PROMPTS, max_new_tokens=20, seed=7)
-    monkeypatch.setattr("longscan.inference.engine.MAX_SLOTS", 2)
+    monkeypatch.setattr("longscan.inference.generate.MAX_SLOTS", 2)
     assert generate_batch(model, BYTES, PROMPTS, max_new_tokens=20, seed=7) == together
 
 
-def test_reading_is_told(model: Mamba) -> None:
+def test_prefill_reports_progress(model: Mamba) -> None:
     seen: list[tuple[int, int]] = []
     prompts = [[1] * (CHUNK + 44), [2] * 10]
     config = SamplingConfig(max_new_tokens=1)
@@ -216,7 +216,7 @@ def test_ids_that_are_none_are_refused(model: Mamba, prompt: list[int], eos_id: 
 def test_what_does_not_belong_together_is_refused(model: Mamba) -> None:
     with pytest.raises(LongscanError, match="the tokenizer has 257 ids, the model 100"):
         generate(build(100), BYTES, "a")
-    with pytest.raises(UsageError, match="a tokenizer is needed"):
+    with pytest.raises(UsageError, match="the engine needs a tokenizer"):
         generate_ids(model, [[1]], SamplingConfig(stop=("x",)), eos_id=EOS)
 
 
@@ -294,15 +294,15 @@ def test_a_prompt_that_ends_inside_a_character_goes_on() -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--temperature", "-1"], "temperature: expected 0 (greedy) or more, got -1.0."),
+        (["--temperature", "-1"], "temperature: expected 0 or more, got -1.0."),
         (["--temperature", "nan"], "temperature: expected a finite number, got nan"),
         (["--top-p", "3"], "top_p: expected more than 0 and at most 1, got 3.0."),
-        (["--top-k", "-3"], "top_k: expected 0 (off) or more, got -3."),
-        (["--min-p", "1"], "min_p: expected at least 0 and less than 1, got 1.0."),
+        (["--top-k", "-3"], "top_k: expected 0 or more, got -3."),
+        (["--min-p", "1"], "min_p: expected at least 0 and below 1, got 1.0."),
         (["--max-new-tokens", "0"], "max_new_tokens: expected 1 or more, got 0."),
         (["--max-new-tokens", "many"], "Invalid value for '--max-new-tokens'"),
         (["--stop", ""], "stop: expected strings that are not empty"),
-        (["--threads", "0"], "threads: expected 1 or more, got 0."),
+        (["--threads", "0"], "threads: expected 1 to 1,024, got 0."),
     ],
 )
 def test_misuse_exits_with_2(cli: Cli, flags: list[str], words: str) -> None:
@@ -443,7 +443,7 @@ def test_a_text_goes_on_where_its_state_was_saved(cli: Cli, directory: Path, tmp
 def test_the_footer_says_how_to_go_on(cli: Cli, directory: Path, tmp_path: Path) -> None:
     path = tmp_path / "s"
     done = cli("generate", "a", "--model", directory, "--max-new-tokens", 2, "--save-state", path)
-    assert done.err.splitlines()[-1].endswith(f"go on with: longscan generate --load-state {path}")
+    assert done.err.splitlines()[-1].endswith(f"continue with: longscan generate --load-state {path}")
 
 
 def test_states_that_cannot_be_used(cli: Cli, directory: Path, tmp_path: Path, model: Mamba) -> None:
@@ -453,7 +453,7 @@ def test_states_that_cannot_be_used(cli: Cli, directory: Path, tmp_path: Path, m
     model.init_state(2).save(tmp_path / "s", model=model)
     assert "holds 2 states: expected one" in cli("generate", "a", *flags).err
     model.init_state(1).save(tmp_path / "s", model=model)
-    assert "holds no token that could be read next: give it a prompt" in cli("generate", *flags).err
+    assert "has no pending token to continue from: give a prompt" in cli("generate", *flags).err
     other = build(seed=1)
     other.init_state(1).save(tmp_path / "s", model=other)
     done = cli("generate", "a", *flags)
@@ -492,7 +492,7 @@ def test_ctrl_c_ends_a_text_between_two_tokens(
     assert (done.out[:-1] + rest.out).replace("\ufffd", "") == whole.replace("\ufffd", "")
 
 
-def test_ctrl_c_while_reading_saves_nothing(
+def test_ctrl_c_during_prefill_saves_nothing(
     cli: Cli, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = LanguageModel.prefill
@@ -504,7 +504,7 @@ def test_ctrl_c_while_reading_saves_nothing(
     monkeypatch.setattr(LanguageModel, "prefill", prefill)
     done = cli("generate", "a" * 1000, "--model", directory, "--save-state", tmp_path / "s")
     assert (done.code, done.out) == (1, "")
-    assert "stopped before the prompt was read" in done.err
+    assert "stopped before the prompt was processed" in done.err
     assert not (tmp_path / "s").exists()
 
 
@@ -560,7 +560,7 @@ def test_prompts_from_a_file(cli: Cli, directory: Path, tmp_path: Path) -> None:
     ("name", "content", "arguments", "code", "words"),
     [
         ("a.txt", "one", ["two"], 2, "PROMPT and --prompts: expected one of them, got both"),
-        ("a.txt", "\n \n", [], 1, "a.txt: expected a prompt a line, got none"),
+        ("a.txt", "\n \n", [], 1, "a.txt: expected one prompt per line, got none"),
         ("a.jsonl", '{"prompt": "a"}\n{"text": "b"}', [], 1, 'a.jsonl:2: expected {"prompt"'),
         ("a.jsonl", "no", [], 1, "a.jsonl:1: not JSON"),
         ("a.jsonl", '"no"', [], 1, "a.jsonl:1: expected"),

@@ -39,7 +39,7 @@ def test_a_wav_file(cli: Cli, tmp_path: Path) -> None:
     done = cli("remember", path, "--n", 8, "--n", 48, "--out", out)
     assert done.code == 0, done.err
     lines = done.out.splitlines()
-    assert lines[0] == f"{path} · 4,000 samples, 8,000 a second, 0.50 s"
+    assert lines[0] == f"{path} · 4,000 samples, 8,000 per second, 0.50 s"
     assert lines[1].startswith("legs N = 8")
     assert lines[2].startswith("legs N = 48")
     assert "× real time" in lines[2]
@@ -224,4 +224,4 @@ def test_a_loss_is_explained(cli: Cli, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     (line,) = done.err.splitlines()  # 256 are enough
     assert "% of the energy is lost. N = 32 resolves about 10 cycles" in line
-    assert "frequencies up to 40.7 Hz in 0.25 s: take a larger --n" in line
+    assert "frequencies up to 40.7 Hz in 0.25 s: use a larger --n" in line

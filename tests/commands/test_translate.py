@@ -195,8 +195,8 @@ def test_word_vectors_are_where_training_starts(settings: dict[str, Any], tmp_pa
     vectors.write_text("".join(f"{w} {' '.join(['0.25'] * 24)}\n" for w in ("one", "dog", "zeppelin")))
     begin(settings, tmp_path / "run", Say(), model="luong", embeddings=str(vectors), steps=1, lr=1e-9)
     said = next(line for line in lines if line.startswith("vectors"))
-    assert "start from" in said
-    assert "(GloVe)" in said
+    assert "initialised from" in said
+    assert "(GloVe, 3 words)" in said
     model, tokenizer = load_translator(tmp_path / "run/model")
     token = tokenizer.encode(" dog")
     assert len(token) == 1
@@ -292,7 +292,7 @@ def test_limits_of_the_model(whole: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(model, "max_positions", 4)
     with pytest.raises(LongscanError, match=r"a sentence of .* tokens .* longer than the 4 positions"):
         translate(model, tokenizer, ["dog", "one two red blue dog cat"])
-    with pytest.raises(LongscanError, match="put its own beside it"):
+    with pytest.raises(LongscanError, match="Use its own tokenizer"):
         translate(model, ByteTokenizer(), ["dog"])
 
 
@@ -333,7 +333,7 @@ def test_train_and_evaluate_and_text(
 
 def test_a_prompt_on_a_terminal(cli: Cli, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("longscan.commands.translate")
-    monkeypatch.setattr(module, "_watched", lambda: True)
+    monkeypatch.setattr(module, "_interactive", lambda: True)
     done = cli("translate", "text", whole / "model", stdin="one dog\n\nred")
     assert done.code == 0
     assert len(done.out.splitlines()) == 3

@@ -250,7 +250,7 @@ def test_bad_files_are_found_before_any_work(
 
 def test_misuse_exits_with_2(cli: Cli, directory: Path, files: Path) -> None:
     assert cli("evaluate", directory).code == 2
-    assert "threads: expected 1 or more, got -1." in cli("evaluate", directory, files, "--threads", -1).err
+    assert "threads: expected 1 to 1,024, got -1." in cli("evaluate", directory, files, "--threads", -1).err
     assert cli("evaluate", directory, files, "--separator", "").code == 2
 
 

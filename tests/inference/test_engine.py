@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longscan import ops
 from longscan.errors import LongscanError, UsageError
+from longscan.inference.drafters import PromptLookup
 from longscan.inference.engine import Engine
 from longscan.inference.generate import generate_ids
 from longscan.inference.prefill import CHUNK
@@ -20,7 +21,6 @@ from longscan.inference.prefix_cache import PrefixCache
 from longscan.inference.request import Request
 from longscan.inference.sampling import Event, SamplingConfig
 from longscan.inference.snapshots import Snapshots
-from longscan.inference.speculative import PromptLookup
 from longscan.models import LanguageModel, Mamba, MambaConfig, State
 from longscan.tokenizers.base import ByteTokenizer
 from small_models import NAMES, build
@@ -205,7 +205,7 @@ def test_a_text_that_fails_is_the_only_one(model: LanguageModel) -> None:
     assert (last.token, last.finish) == (-1, "error")
     assert "NaN or infinite logits" in str(last.error)
     assert tokens(events, number) == tokens(alone(model, good), 0)
-    with pytest.raises(LongscanError, match="was not kept"):
+    with pytest.raises(LongscanError, match="its state is not saved"):
         engine.saved(bad)
 
 
@@ -227,7 +227,7 @@ def test_what_belongs_to_another_model_is_refused(model: LanguageModel) -> None:
         Engine(model, prefix_cache=PrefixCache(build(seed=1)))
     with pytest.raises(LongscanError, match="the tokenizer has 257 ids, the model 100"):
         Engine(build(100), BYTES)
-    with pytest.raises(UsageError, match="a tokenizer is needed"):
+    with pytest.raises(UsageError, match="the engine needs a tokenizer"):
         Engine(model).submit(ask([1], stop=["x"]))
 
 

@@ -118,7 +118,7 @@ def test_boundaries_and_progress(model: LanguageModel) -> None:
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([], "nothing to read"),
+        ([], "no tokens to process"),
         ([1, VOCAB], f"token id: expected 0 to {VOCAB - 1}, got {VOCAB}"),
         ([-1], "got -1"),
         ([2**70], "token ids: expected whole numbers"),

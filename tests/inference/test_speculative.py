@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longscan.errors import LongscanError, UsageError
+from longscan.inference.drafters import Drafter, DraftModel, PromptLookup
 from longscan.inference.engine import Engine
 from longscan.inference.request import Request
+from longscan.inference.row import MAX_PENDING, RowProgress
 from longscan.inference.sampling import Event, SamplingConfig
-from longscan.inference.speculative import MAX_PENDING, Drafter, DraftModel, Pace, PromptLookup, Text
+from longscan.inference.speculative import Pace
 from longscan.models import LanguageModel
 from longscan.tokenizers.base import ByteTokenizer
 from small_models import NAMES, build
@@ -153,7 +155,7 @@ def test_drafts_rest_while_there_is_company(model: LanguageModel) -> None:
     engine = Engine(model, BYTES, drafter=oracle, slots=2)
     engine.submit(Request(ids=[1], config=config))
     events = [event for _ in range(4) for event in engine.step()]
-    assert len(engine._rows[0].text.pending) > 1  # some tokens are known and not read
+    assert len(engine._rows[0].progress.pending) > 1  # some tokens are pending
     engine.submit(Request(ids=[9], config=SamplingConfig(max_new_tokens=3)))
     calls = oracle.calls
     for _ in range(3):
@@ -204,7 +206,7 @@ def test_a_lookup_finds_the_last_match(ids: list[int], cuts: list[int], ngram: i
 
 
 def test_a_lookup_looks_at_the_end_of_a_long_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longscan.inference.speculative.WINDOW", 10)
+    monkeypatch.setattr("longscan.inference.drafters.WINDOW", 10)
     assert PromptLookup().propose([1, 2, 3, *[0] * 10, 1, 2], 3) == []
     assert PromptLookup().propose([1, 2, 3, *[0] * 5, 1, 2], 3) == [3, 0, 0]
 
@@ -291,7 +293,7 @@ def test_useless_drafts_are_given_up(model: LanguageModel) -> None:
 
 
 def test_good_drafts_are_noticed_without_reading_them(model: LanguageModel) -> None:
-    text = Text(pending=[1], ids=[1])
+    text = RowProgress(pending=[1], ids=[1])
     engine = Engine(model, drafter=Oracle([1, 2, 3, 4], k=3))
     speculator = engine._speculator
     assert speculator is not None

@@ -425,8 +425,8 @@ def test_the_second_ctrl_c_says_what_is_there_and_how_to_go_on(
     with pytest.raises(KeyboardInterrupt):
         train(config, run, display)
     assert display.lines[-1] == (
-        f"step 3: stopped at once. The last good checkpoint is {run}/checkpoints/step-000002. "
-        f"Continue with: longscan train --resume {run}"
+        f"step 3: stopped immediately. The last intact checkpoint is {run}/checkpoints/step-000002. "
+        f"Resume with: longscan train --resume {run}"
     )
     resume(run)
     assert_same(run, whole)
@@ -461,9 +461,9 @@ def test_a_finished_run_becomes_longer(
     assert rates(run)[:8] == rates(whole)
     now = [learning_rate(config, step, total) for step in range(8, total)]
     assert rates(run)[8:] == pytest.approx(now)
-    [line] = [line for line in display.lines if line.startswith("longer")]
+    [line] = [line for line in display.lines if line.startswith("extended")]
     assert line == (
-        f"longer     {total} steps instead of 8: the learning rate goes from {rates(whole)[-1]:.2g} "
+        f"extended   {total} steps instead of 8: the learning rate goes from {rates(whole)[-1]:.2g} "
         f"to {now[0]:.2g}, as in a run of {total} steps"
     )
     assert resume(run).total == total  # which it remembers
@@ -528,7 +528,7 @@ def test_a_damaged_checkpoint_is_passed_over(config: TrainConfig, whole: Path, t
     assert_same(run, whole)
     for state in run.glob("checkpoints/*/state.json"):
         state.write_text("{}")
-    with pytest.raises(LongscanError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(LongscanError, match=r"no checkpoint in .* is intact"):
         resume(run)
     assert len(list(run.glob("checkpoints/*"))) == 2  # nothing is thrown away
 
@@ -546,7 +546,7 @@ def test_a_full_disk(
 
     monkeypatch.setattr(module, "save_file", fail)
     with pytest.raises(
-        LongscanError, match=r"(?s)No space left.*last good checkpoint is .*step-000002.*--resume"
+        LongscanError, match=r"(?s)No space left.*last intact checkpoint is .*step-000002.*--resume"
     ):
         train(config, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000002"]
@@ -570,7 +570,7 @@ def test_what_is_not_finite_ends_the_run(
         return step(trainer)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
-    with pytest.raises(LongscanError, match=rf"(?s){what}.* step 6 .*last good .*step-000004.*lower --lr"):
+    with pytest.raises(LongscanError, match=rf"(?s){what}.* step 6 .*last intact .*step-000004.*lower --lr"):
         train(config, tmp_path / "run")
     assert metrics(tmp_path / "run")[-1]["step"] == 5
     weights = load_tensors(tmp_path / "run/checkpoints/step-000004/model.safetensors")
@@ -594,9 +594,7 @@ def test_a_run_of_another_verb_names_it(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, run)
     settings = json.loads((run / "train.json").read_text())
     (run / "train.json").write_text(json.dumps({**settings, "verb": "juggle"}))
-    with pytest.raises(
-        LongscanError, match=rf"another kind. Continue it with: longscan juggle --resume {run}"
-    ):
+    with pytest.raises(LongscanError, match=rf"another verb. Resume it with: longscan juggle --resume {run}"):
         resume(run)
 
 
@@ -648,7 +646,7 @@ def test_links_left_by_a_stranger_are_refused_in_a_new_run(config: TrainConfig, 
         train(config, tmp_path / "run")
     (tmp_path / "run/.lock").unlink()
     os.link(tmp_path / "precious", tmp_path / "run/.lock")
-    with pytest.raises(LongscanError, match="another file's name too"):
+    with pytest.raises(LongscanError, match="is not a regular file, or has several names"):
         train(config, tmp_path / "run")
     assert (tmp_path / "precious").read_text() == "x"
 

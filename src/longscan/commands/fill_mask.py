@@ -11,8 +11,8 @@ import typer
 from longscan.checkpoints.load import load_bert
 from longscan.commands._input import read_stdin
 from longscan.commands._options import BertArgument, JsonLines, Threads
+from longscan.core.checks import check_whole
 from longscan.core.runtime import use_threads
-from longscan.errors import UsageError
 from longscan.inference.bert import fill_mask
 
 __all__ = ["command"]
@@ -33,8 +33,7 @@ def command(
         UsageError: a text has no [MASK], or a flag has an impossible value.
         LongscanError: the model can't be read or has no masked-LM head, or a text is too long for it.
     """
-    if top_k < 1:
-        raise UsageError(f"--top-k: expected 1 or more, got {top_k}.")
+    check_whole("--top-k", top_k, 1)
     use_threads(threads)
     loaded = load_bert(model, "pretraining")
     loaded.need("cls.predictions.", "predict masked tokens")

@@ -32,11 +32,11 @@ from longscan.core.files import utf8
 from longscan.core.progress import Bar
 from longscan.core.runtime import use_threads
 from longscan.errors import LongscanError, UsageError
+from longscan.inference.drafters import Drafter, DraftModel, PromptLookup
 from longscan.inference.engine import MAX_SLOTS, Engine
 from longscan.inference.prefill import encode
 from longscan.inference.request import make_requests
 from longscan.inference.sampling import Event, Finish, SamplingConfig
-from longscan.inference.speculative import Drafter, DraftModel, PromptLookup
 from longscan.models import LanguageModel, State
 from longscan.models.common.state import SavedState
 from longscan.models.common.summary import describe

@@ -12,6 +12,7 @@ import typer
 
 from longscan import ops
 from longscan.commands._options import Json
+from longscan.core.checks import check_whole
 from longscan.core.config import brief, count, nearest
 from longscan.core.optional import installed, remedy
 from longscan.data.signals import TESTS, Signal, Trace, open_signal
@@ -29,7 +30,7 @@ MAX_N = 1024
 
 LOSS = 0.1  # fraction of the energy whose loss deserves a warning
 
-MAX_SAMPLES = 100_000_000  # of a test signal
+MAX_SAMPLES = 100_000_000  # of a test signal, which is held in memory
 
 
 def command(
@@ -115,14 +116,10 @@ def _check(sizes: list[int], measure: str, method: str, samples: int) -> None:
     if measure not in MEASURES:
         raise UsageError(f"--measure: there is no {measure!r}{nearest(measure, MEASURES)}")
     for size in sizes:
-        if not 1 <= size <= MAX_N:
-            raise UsageError(f"--n: expected 1 to {MAX_N:,} coefficients, got {size}.")
+        check_whole("--n", size, 1, MAX_N)
     if method not in get_args(ops.LegsMethod):
         raise UsageError(f"--method: expected one of {', '.join(get_args(ops.LegsMethod))}, got {method!r}.")
-    if not 1 <= samples <= MAX_SAMPLES:
-        raise UsageError(
-            f"--samples: expected 1 to {MAX_SAMPLES:,}, as a test signal is made in memory, got {samples:,}."
-        )
+    check_whole("--samples", samples, 1, MAX_SAMPLES)
 
 
 def _warn_of_loss(row: dict[str, Any], seconds: float) -> None:

@@ -13,6 +13,7 @@ from longscan.checkpoints.load import load_translator
 from longscan.commands._options import Json, JsonLines, Threads
 from longscan.commands._run import Out, Recipe, Resume, finished, run_command
 from longscan.commands._settings import add_flags
+from longscan.core.checks import check_range, check_whole
 from longscan.core.files import atomic_write, utf8
 from longscan.core.runtime import use_threads
 from longscan.data.sentence_pairs import read_pairs
@@ -169,7 +170,5 @@ def _prompt() -> str:
 
 def _check_search(beam: int, length_penalty: float) -> None:
     """Raise UsageError if a number is out of range."""
-    if beam < 1:
-        raise UsageError(f"--beam: expected 1 or more, got {beam}.")
-    if not 0 <= length_penalty < 100:
-        raise UsageError(f"--length-penalty: expected 0 or more, got {length_penalty}.")
+    check_whole("--beam", beam, 1)
+    check_range("--length-penalty", length_penalty, least=0, below=100)

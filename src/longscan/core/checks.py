@@ -1,7 +1,8 @@
-"""Checks of arguments that Python itself lets pass."""
+"""Checks of arguments: their types, and the range that a number must lie in."""
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -11,7 +12,7 @@ __all__ = ["check_range", "check_text", "check_texts", "check_whole"]
 
 
 def check_texts(name: str, texts: object) -> None:
-    """Refuse one text where several are expected: it would be taken for its characters.
+    """Raise unless an argument is several texts; a single one would be taken for a list of characters.
 
     Args:
         name: of the argument.
@@ -26,7 +27,7 @@ def check_texts(name: str, texts: object) -> None:
 
 
 def check_text(name: str, text: object) -> None:
-    """Refuse anything but one text.
+    """Raise unless an argument is one text.
 
     Args:
         name: of the argument.
@@ -40,12 +41,12 @@ def check_text(name: str, text: object) -> None:
 
 
 def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
-    """Refuse anything but a whole number within bounds.
+    """Raise unless an argument is a whole number in a range.
 
     Args:
         name: of the argument.
-        value: its value; numbers of NumPy are welcome.
-        least: the smallest one that makes sense.
+        value: its value; NumPy's integers count too.
+        least: the smallest valid number.
         most: the largest one; None for no bound.
 
     Raises:
@@ -62,44 +63,46 @@ def check_whole(name: str, value: Any, least: int, most: int | None = None) -> N
 
 def check_range(
     name: str,
-    value: float,
+    value: float | None,
     *,
-    least: float | None = None,
+    least: float = -math.inf,
+    above: float = -math.inf,
     most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
+    below: float = math.inf,
     error: type[LongscanError] = LongscanError,
 ) -> None:
-    """Refuse a number outside an interval, NaN included.
+    """Raise unless a number lies in a range; None is valid.
 
     Args:
         name: of the number.
-        value: the number.
-        least: the smallest allowed value; None for no bound, as in all that follow.
-        most: the largest allowed value.
-        above: the value has to be larger than this.
-        below: the value has to be smaller than this.
-        error: what to raise.
+        value: its value.
+        least: the smallest valid number.
+        above: a bound that the number must exceed.
+        most: the largest valid number; None for no bound.
+        below: a bound that the number must not reach.
+        error: what to raise: a `UsageError` for an argument.
 
     Raises:
-        LongscanError: the number is outside; `error`, if that is a subclass.
+        LongscanError: it is outside, or NaN; `error`, if that is a subclass.
     """
-    inside = (
-        (least is None or value >= least)
-        and (most is None or value <= most)
-        and (above is None or value > above)
-        and (below is None or value < below)
-        and value == value
-    )
-    if inside:
+    if value is None or (value >= least and above < value < below and (most is None or value <= most)):
         return
-    if most is not None and least is not None:
-        expected = f"{least:,} to {most:,}"
+    if least > -math.inf and most is not None:
+        expected = f"{_number(least)} to {_number(most)}"
+    elif least > -math.inf and below == math.inf:
+        expected = f"{_number(least)} or more"
     else:
-        bounds = [f"{least:,} or more"] if least is not None else []
-        bounds += [f"more than {above:,}"] if above is not None else []
-        bounds += [f"at most {most:,}"] if most is not None else []
-        bounds += [f"less than {below:,}"] if below is not None else []
-        expected = " and ".join(bounds)
-    shown = f"{value:,}" if isinstance(value, int) else repr(value)
-    raise error(f"{name}: expected {expected}, got {shown}.")
+        bounds = {"at least": least, "more than": above, "at most": most, "below": below}
+        expected = " and ".join(
+            f"{words} {_number(bound)}"
+            for words, bound in bounds.items()
+            if bound is not None and math.isfinite(bound)
+        )
+    raise error(f"{name}: expected {expected}, got {value!r}.")
+
+
+def _number(bound: float) -> str:
+    """Return a bound as text: "1,024", and "2**64 - 1" for the largest of 64 bits."""
+    if isinstance(bound, int) and bound > 2**53 and bound & (bound + 1) == 0:
+        return f"2**{bound.bit_length()} - 1"
+    return f"{bound:,}"

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that travel as JSON and refuse what they do not know."""
+"""Frozen dataclasses that are stored as JSON and reject unknown fields, and the wording of messages."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ class Config:
     """Base of every configuration: subclasses are `@dataclass(frozen=True, kw_only=True)` and add fields.
 
     Fields are bool, int, float, str, Literal, tuple, another Config, or a union of these. A subclass checks
-    the ranges of its values in `__post_init__`, after `super().__post_init__()`, which checks their types.
+    the ranges of its values with `check_range` in `__post_init__`, after `super().__post_init__()`, which
+    checks their types.
     """
 
     def __post_init__(self) -> None:
-        """Check the types, and convert where nothing is lost: a list to a tuple, an int to a float.
+        """Check the types, and convert without loss: a list to a tuple, an int to a float.
 
         Raises:
             LongscanError: a value has the wrong type.
@@ -37,9 +38,22 @@ class Config:
             if fitted is not value:
                 object.__setattr__(self, name, fitted)
 
+    def check_range(self, *names: str, **bounds: float) -> None:
+        """Raise unless each of some fields lies in a range; a field that is None is valid.
+
+        Args:
+            names: of the fields.
+            bounds: least, above, most and below, see `longscan.core.checks.check_range`.
+
+        Raises:
+            UsageError: a field is out of range.
+        """
+        for name in names:
+            check_range(name, getattr(self, name), **bounds)
+
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> Self:
-        """Build a configuration from plain values, as read from JSON.
+        """Return a configuration made of plain values, as read from JSON.
 
         Args:
             mapping: field name -> value. Fields with a default may be missing; lists stand for tuples,
@@ -63,7 +77,7 @@ class Config:
             if name not in mapping and field.default is MISSING and field.default_factory is MISSING
         ]
         if missing:
-            raise LongscanError(f"{cls.__name__} needs {', '.join(missing)}: add what is missing.")
+            raise LongscanError(f"{cls.__name__} needs {', '.join(missing)}: add them.")
         hints = _hints(cls)
         return cls(
             **{key: _check(f"{cls.__name__}.{key}", value, hints[key]) for key, value in mapping.items()}
@@ -85,7 +99,7 @@ class Config:
                 check_range(name, value, **(bounds or {"least": 1}))  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as values that JSON holds: `from_dict` of the result is an equal one."""
+        """Return the configuration as JSON values, from which `from_dict` makes an equal one."""
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self) if field.init}
 
     def replace(self, **changes: Any) -> Self:
@@ -105,11 +119,11 @@ class Config:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Finish a sentence about an unknown name with the known one it resembles, or with all of them.
+    """Return the end of a sentence about an unknown name: the most similar known one, or all of them.
 
     Args:
-        name: what was asked for.
-        known: what there is.
+        name: the unknown name.
+        known: the valid ones.
 
     Returns:
         "; did you mean ...?" or "; known: a, b, c.".
@@ -120,12 +134,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def count(n: int, noun: str, plural: str | None = None) -> str:
-    """Say how many of something there are.
+    """Return a number with its noun.
 
     Args:
-        n: how many.
-        noun: what one is called.
-        plural: what several are called; `noun` and an s if None.
+        n: the number.
+        noun: in the singular.
+        plural: the plural; `noun` and an s if None.
 
     Returns:
         "1 step", "2 steps", "1,000 steps".
@@ -134,17 +148,19 @@ def count(n: int, noun: str, plural: str | None = None) -> str:
 
 
 def brief(value: float, digits: int = 3) -> str:
-    """Return a number with a few significant digits, or all of those before the point: 99.5 is no 1e+02.
+    """Return a number with a few significant digits, but never in scientific notation if it is large.
 
     Args:
         value: the number.
-        digits: how many.
+        digits: significant ones.
     """
     short = f"{value:.{digits}g}"
     return f"{value:,.0f}" if "e+" in short else short
 
 
-_HINTS: dict[type[Any], dict[str, Any]] = {}  # reading annotations takes a hundred times as long as the check
+_HINTS: dict[
+    type[Any], dict[str, Any]
+] = {}  # cached: resolving annotations takes a hundred times as long as the check
 
 
 def _hints(cls: type[Any]) -> dict[str, Any]:
@@ -156,11 +172,11 @@ def _hints(cls: type[Any]) -> dict[str, Any]:
 
 
 class _MismatchError(Exception):
-    """A value does not fit a type; the caller knows which field to blame."""
+    """A value does not fit a type; the caller adds the field's name."""
 
 
 def _check(field: str, value: Any, hint: Any) -> Any:
-    """Return `value` as the type `hint` asks for, or blame `field`."""
+    """Return `value` converted to the type `hint`; the error names `field`."""
     try:
         return _fit(value, hint)
     except _MismatchError:
@@ -168,7 +184,7 @@ def _check(field: str, value: Any, hint: Any) -> Any:
 
 
 def _fit(value: Any, hint: Any) -> Any:
-    """Convert `value` to `hint` where nothing is lost; raise _MismatchError otherwise."""
+    """Return `value` converted to `hint` without loss; raise _MismatchError otherwise."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         for alternative in arguments:
@@ -195,10 +211,10 @@ def _fit(value: Any, hint: Any) -> Any:
 
 
 def _fit_scalar(value: Any, hint: Any) -> Any:
-    """The part of `_fit` that deals with bool, int, float, str and None."""
+    """Return the same for bool, int, float, str and None."""
     if type(value) is hint and hint is not float:
         return value
-    if isinstance(value, bool):  # Python counts it as a number
+    if isinstance(value, bool):  # a subclass of int
         raise _MismatchError
     if hint is int and isinstance(value, numbers.Integral):  # NumPy's too
         return int(value)
@@ -214,7 +230,7 @@ def _fit_scalar(value: Any, hint: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return a field's value as JSON would hold it."""
+    """Return a field's value as a JSON value."""
     if isinstance(value, Config):
         return value.to_dict()
     if isinstance(value, tuple):
@@ -223,7 +239,7 @@ def _plain(value: Any) -> Any:
 
 
 def _name(hint: Any) -> str:
-    """Name a type for a reader who may not write Python."""
+    """Return the name of a type for users who may not write Python."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_name(argument) for argument in arguments)
@@ -246,6 +262,6 @@ _PLAIN_NAMES: dict[Any, str] = {
 
 
 def _show(value: Any) -> str:
-    """Show a value and its type, shortened."""
+    """Return a value, shortened, and its type."""
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"

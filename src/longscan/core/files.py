@@ -1,20 +1,19 @@
-"""Files that are either the old version or the new one, never half of each."""
+"""Atomic writes, so that a file is the old version or the new one, never a mixture; JSON, TOML and UTF-8."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import glob
 import json
 import os
-import re
 import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from longscan.core.disk_errors import name_disk_error, writing
 from longscan.errors import LongscanError
 
 __all__ = [
@@ -35,7 +34,7 @@ MAX_TOML, MAX_TOML_LINE = 2**16, 2**12  # bytes
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
-    """Write a whole file so that a crash or a full disk leaves the previous one.
+    """Write a file atomically: a crash or a full disk leaves the previous one.
 
     Args:
         path: the file to create or replace; its directory must exist.
@@ -49,25 +48,8 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Make errors of the disk say which file could not be written and what helps.
-
-    Args:
-        path: what is written.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    try:
-        yield
-    except Exception as error:
-        _name_disk_error(error, Path(path))
-        raise
-
-
-@contextlib.contextmanager
 def atomic_file(path: str | Path, *, exclusive: bool = False) -> Iterator[Path]:
-    """Write a file, by whatever means, that appears under its name only when it is complete.
+    """Yield a path to write to; the file gets its final name only when it is complete.
 
     Args:
         path: the file to create or replace; its directory must exist.
@@ -75,13 +57,13 @@ def atomic_file(path: str | Path, *, exclusive: bool = False) -> Iterator[Path]:
             not, the last one to finish wins.
 
     Yields:
-        A name beside it, to be written to by the caller.
+        A temporary path beside it, for the caller to write to.
 
     Raises:
         LongscanError: another process is writing it, and `exclusive` is set.
-        OSError: the directory is missing or not writable, or the disk is full; what was there is intact.
+        OSError: the directory is missing or not writable, or the disk is full; the previous file is intact.
     """
-    path = Path(os.path.realpath(path))  # a link keeps pointing to the file instead of becoming it
+    path = Path(os.path.realpath(path))  # so that a link is kept and its target replaced
     with _only_writer(path) if exclusive else contextlib.nullcontext():
         yield from _replace(path)
 
@@ -97,32 +79,31 @@ def _replace(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        _name_disk_error(error, path, temporary)
+        name_disk_error(error, path, temporary)
         raise
     _sync(path.parent)
 
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path, *, marker: str | None = None) -> Iterator[Path]:
-    """Fill a directory that appears under its name only when it is complete.
+    """Yield a directory to fill; it gets its final name only when it is complete.
 
-    No portable call swaps two directories, so the old one is renamed aside first and put back if the second
-    rename fails. A power cut between the two renames leaves it aside as `.NAME.old`: `recover_directory`,
-    which this function calls first, brings it back. A second writer of the same target is refused while the
-    first one is at work.
+    No portable call swaps two directories, so the old one is first renamed to `.NAME.old`, and renamed back
+    if the second rename fails. After a power cut between the two, `recover_directory`, which this function
+    calls first, restores it. While one process writes a target, a second one gets an error.
 
     Args:
         path: the directory to create or replace; missing parents are created.
-        marker: if given, a directory that is in the way is replaced only if it is empty or holds a file of
-            this name, so that a mistyped path does not cost somebody a folder.
+        marker: if given, an existing directory is replaced only if it is empty or holds a file of this name,
+            so that a mistyped path deletes nothing.
 
     Yields:
-        An empty directory beside the target, to be filled by the caller.
+        An empty directory beside the target, for the caller to fill.
 
     Raises:
-        LongscanError: the target holds something other than what `marker` promises, or another process is
-            writing it.
-        OSError: the place is not writable, the disk is full, or `path` is a file; what was there is intact.
+        LongscanError: the target is not empty and has no `marker`, or another process is writing it.
+        OSError: the directory is not writable, the disk is full, or `path` is a file; the previous directory
+            is intact.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +112,7 @@ def atomic_directory(path: str | Path, *, marker: str | None = None) -> Iterator
 
 
 def _fill(path: Path, marker: str | None) -> Iterator[Path]:
-    """Do the work of `atomic_directory` as the only writer."""
+    """Do the work of `atomic_directory` while its lock is held."""
     recover_directory(path)
     if path.exists():
         names = os.listdir(path)
@@ -141,7 +122,7 @@ def _fill(path: Path, marker: str | None) -> Iterator[Path]:
                 "It would be replaced as a whole: choose another directory, or empty this one."
             )
     temporary = _aside(path, "new")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a process that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     try:
         temporary.mkdir()
         yield temporary
@@ -153,15 +134,15 @@ def _fill(path: Path, marker: str | None) -> Iterator[Path]:
         _swap(temporary, path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        _name_disk_error(error, path, temporary)
+        name_disk_error(error, path, temporary)
         raise
 
 
 def recover_directory(path: str | Path) -> None:
-    """Bring back the directory that an interrupted `atomic_directory` left aside, if there is one.
+    """Restore the directory that an interrupted `atomic_directory` renamed, if there is one.
 
     Args:
-        path: the directory as its users know it.
+        path: its final path.
     """
     path = Path(os.path.realpath(path))
     old = _aside(path, "old")
@@ -172,13 +153,13 @@ def recover_directory(path: str | Path) -> None:
 
 
 def find_directory(path: str | Path) -> Path:
-    """Say where a directory is: an interrupted `atomic_directory` may have left it aside.
+    """Return where a directory is: an interrupted `atomic_directory` may have renamed it.
 
     Args:
-        path: the directory as its users know it.
+        path: its final path.
 
     Returns:
-        The same, unless it is missing and its old version stands beside it.
+        The same path, or that of the old version if only that exists.
     """
     path = Path(path)
     old = _aside(path, "old") if path.name else path
@@ -190,14 +171,14 @@ def write_json(path: str | Path, value: Any) -> None:
 
     Args:
         path: the file to create or replace.
-        value: anything JSON can hold; NaN and infinities are refused because other readers refuse them.
+        value: any JSON value; NaN and infinities raise ValueError, as standard JSON excludes them.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     atomic_write(path, text.encode(errors="backslashreplace"))  # a file name that is not UTF-8 has surrogates
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON file whose top level is an object.
+    """Return the content of a JSON file whose top level is an object.
 
     Args:
         path: the file.
@@ -212,8 +193,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         value = json.loads(Path(path).read_bytes())
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}: {error.msg}"
-        raise LongscanError(f"{path} is not valid JSON ({place}). Was it cut short?") from error
+        position = f"line {error.lineno}, column {error.colno}: {error.msg}"
+        raise LongscanError(f"{path} is not valid JSON ({position}). Was it cut short?") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5,000 digits, 100,000 brackets
         raise LongscanError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(value, dict):
@@ -222,7 +203,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Read a TOML file of settings.
+    """Return the fields of a TOML file of settings.
 
     Args:
         path: the file.
@@ -231,7 +212,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         Its fields.
 
     Raises:
-        LongscanError: it is no TOML, or larger than settings are: tomllib takes a minute for a key of 50,000
+        LongscanError: it is no TOML, or too large for settings; tomllib takes a minute for a key of 50,000
             parts.
         OSError: it cannot be read.
     """
@@ -251,59 +232,15 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise LongscanError(f"{path}: its brackets are nested too deep.") from error
 
 
-_SPACE = "free some space, or choose a directory on another disk"
-
-_OTHER = "choose a directory that you can write to"
-
-_REMEDIES = {
-    **{errno.ENOSPC: _SPACE, errno.EDQUOT: _SPACE},
-    **{errno.EACCES: _OTHER, errno.EPERM: _OTHER, errno.EROFS: _OTHER},
-    errno.EFBIG: "choose a file system that takes files of this size",
-    errno.EIO: "the disk may be failing; choose another one",
-}
-
-# how torch, NumPy and safetensors say that the system took less than they gave it
-_SHORT = re.compile(
-    r"os error (?P<errno>\d+)|unexpected pos \d+|PytorchStreamWriter|file write failed|"
-    r"requested and \d+ written|(?P<full>No space left on device)"
-)
-
-
-def _name_disk_error(error: BaseException, path: Path, temporary: Path | None = None) -> None:
-    """Raise an OSError that names `path` and a remedy if `error` means that it could not be written.
-
-    Args:
-        error: any.
-        path: as its users know it.
-        temporary: the name it is written under.
-    """
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None:
-        found = _SHORT.search(str(error)) if isinstance(error, Exception) else None
-        if not found:
-            return
-        number = int(found["errno"] or 0) or (errno.ENOSPC if found["full"] else 0)
-    elif isinstance(error, OSError) and error.filename is not None:
-        name = Path(os.fsdecode(error.filename)) if not isinstance(error.filename, int) else path
-        ours = {path, temporary} & {name, *name.parents} if temporary else {path} & {name}
-        if not ours:
-            return  # what could not be read, say
-    elif number == errno.EPIPE:
-        return  # a reader of stdout has gone
-    reason = os.strerror(number) if number else f"it could not be written whole ({error}): is the disk full?"
-    remedy = _REMEDIES.get(number)
-    raise OSError(number or errno.EIO, f"{reason}; {remedy}" if remedy else reason, str(path)) from error
-
-
 @contextlib.contextmanager
 def _only_writer(path: Path) -> Iterator[None]:
-    """Hold a lock beside a target; the system drops it when its process ends, however it ends."""
+    """Hold a lock file beside a target; the system releases it when the process ends, even by a crash."""
     lock = _aside(path, "lock")
     while True:
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
-            _name_disk_error(error, path, lock)
+            name_disk_error(error, path, lock)
             raise
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -315,7 +252,7 @@ def _only_writer(path: Path) -> Iterator[None]:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
                 break
-        os.close(descriptor)  # its holder removed it in between: try again
+        os.close(descriptor)  # the last holder has removed the file meanwhile: try again
     try:
         yield
     finally:
@@ -324,7 +261,7 @@ def _only_writer(path: Path) -> Iterator[None]:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove what killed processes left while they wrote a file; those of running ones stay."""
+    """Remove the temporary files of killed processes, not those of running ones."""
     for other in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
         owner = other.name.removesuffix(".new").rpartition(".")[2]
         if owner.isascii() and owner.isdigit() and other.is_file() and not _runs(int(owner)):
@@ -343,28 +280,28 @@ def _runs(process: int) -> bool:
 
 
 def _open_up(path: Path) -> None:
-    """Give a file the rights that the umask leaves: some libraries write theirs for the owner alone."""
+    """Give a file the permissions of the umask: some libraries write theirs for the owner only."""
     if path.is_file() and not path.is_symlink():
         path.chmod(0o666 & ~_UMASK)
 
 
 def _umask() -> int:
-    """Read the umask, which the system tells only while setting it."""
+    """Return the umask, which can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
-_UMASK = _umask()  # once, as other threads would write with the wrong one meanwhile
+_UMASK = _umask()  # only once, as setting it affects files that other threads write
 
 
 def _aside(path: Path, suffix: str) -> Path:
-    """Return a hidden name beside `path`, hence on the same file system."""
+    """Return a hidden path beside `path`, hence on the same file system."""
     return path.with_name(f".{path.name}.{suffix}")
 
 
 def _swap(new: Path, target: Path) -> None:
-    """Put directory `new` at `target`, removing what was there only after the new one is in place."""
+    """Rename directory `new` to `target`, and remove the old one only afterwards."""
     old = _aside(target, "old")
     if target.exists():
         os.rename(target, old)
@@ -388,17 +325,17 @@ def _sync(path: Path) -> None:
 
 
 def utf8(data: bytes, what: str) -> str:
-    """Decode strictly.
+    """Return bytes decoded as strict UTF-8.
 
     Args:
-        data: bytes of text.
-        what: they are, for the message.
+        data: the bytes.
+        what: a name for them in the message.
 
     Returns:
         The text.
 
     Raises:
-        LongscanError: they are not UTF-8.
+        LongscanError: the bytes are not UTF-8.
     """
     try:
         return data.decode()

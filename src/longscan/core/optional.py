@@ -1,6 +1,6 @@
-"""Packages that longscan can do without, each imported where it is first needed.
+"""Optional packages, each imported where it is first needed.
 
-EXTRAS is the only list of them: what an error says to install, what `longscan doctor` reports.
+EXTRAS is the only list of them: install hints and `longscan doctor` use it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ EXTRAS = {
 
 
 def require(package: str, purpose: str, module: str | None = None) -> ModuleType:
-    """Import an optional package.
+    """Return the module of an optional package.
 
     Args:
         package: a key of EXTRAS.
-        purpose: what needs it, the beginning of a sentence in the plural: "figures".
-        module: a part of it, such as "matplotlib.figure"; the package itself if None.
+        purpose: what needs it, in the plural: "figures".
+        module: a submodule, such as "matplotlib.figure"; the package itself if None.
 
     Returns:
         The module.
@@ -56,7 +56,7 @@ def installed(package: str) -> bool:
 
 
 def remedy(package: str, purpose: str) -> str:
-    """Say what to install.
+    """Return the install hint of an optional package.
 
     Args:
         package: a key of EXTRAS.

@@ -1,4 +1,4 @@
-"""What long work shows: a progress bar for a single pass, a display with rate and time left for a run."""
+"""Progress of long work: a bar for a single pass, a display with rate and time left for a run."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ __all__ = ["Bar", "Display", "Snapshot", "Terminal", "duration"]
 
 
 class Bar:
-    """A progress bar on stderr: only on a terminal, only if the work takes a while, gone when it is done."""
+    """A progress bar on stderr, shown only on a terminal and only if the work takes a while."""
 
-    PATIENCE = 0.5  # seconds that need no bar
+    PATIENCE = 0.5  # seconds before the bar appears
 
     def __init__(self) -> None:
-        self._wanted, self._begin = sys.stderr.isatty(), time.perf_counter()
+        self._enabled, self._begin = sys.stderr.isatty(), time.perf_counter()
         self._bar: Any = None
 
-    def show(self, what: str, done: int, total: int | None, words: str = "") -> None:
-        """Show how far the work is.
+    def show(self, what: str, done: int, total: int | None, numbers: str = "") -> None:
+        """Show the progress.
 
         Args:
-            what: is going on.
+            what: the name of the work.
             done: in any unit.
-            total: in the same; None if nobody knows.
-            words: numbers to show beside the bar.
+            total: in the same unit; None if unknown.
+            numbers: text beside the bar.
         """
-        if not self._wanted or time.perf_counter() - self._begin < self.PATIENCE:
+        if not self._enabled or time.perf_counter() - self._begin < self.PATIENCE:
             return
         if self._bar is None:
             self._bar = _rich_bar()
-            self._bar.add_task(what, words="")
+            self._bar.add_task(what, numbers="")
             self._bar.start()
-        self._bar.update(self._bar.task_ids[0], completed=done, total=total, words=words)
+        self._bar.update(self._bar.task_ids[0], completed=done, total=total, numbers=numbers)
 
     def clear(self) -> None:
         """Remove the bar, so that something else can be printed."""
@@ -50,7 +50,7 @@ class Bar:
 
 
 def _rich_bar() -> Any:
-    """Build the bar; rich is imported only by those who look at one."""
+    """Return a new bar."""
     from rich import progress
     from rich.console import Console
 
@@ -58,11 +58,11 @@ def _rich_bar() -> Any:
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
         progress.TaskProgressColumn(),
-        progress.TextColumn("{task.fields[words]}"),
+        progress.TextColumn("{task.fields[numbers]}"),
         progress.TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
-        redirect_stdout=False,  # or what goes to stdout would end up on stderr
+        redirect_stdout=False,  # otherwise rich would send stdout to stderr
         redirect_stderr=False,
     )
 
@@ -72,61 +72,61 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """Where a run stands after a step; loss in the run's own unit."""
+    """The progress of a run after a step; the loss is in the run's own unit."""
 
     step: int
     total: int
     loss: float
     valid: str | None  # the last validation: "1.234 bits/byte"
     tokens_per_second: float
-    item: str = "tok"  # what the tokens are where they are no tokens: "texts"
+    item: str = "tok"  # the unit of the throughput: "texts"
     seconds_left: float
 
 
 class Display:
-    """Keeps silent: the default of a library. Subclasses speak."""
+    """Shows nothing, the default of a library; subclasses override its methods."""
 
     def line(self, text: str) -> None:
-        """Show a line that stays.
+        """Show a permanent line.
 
         Args:
             text: the line.
         """
 
     def prepare(self, done: int, total: int) -> None:
-        """Show how much text has become tokens.
+        """Show the progress of tokenisation.
 
         Args:
-            done: bytes.
-            total: of all text.
+            done: bytes of text tokenised so far.
+            total: bytes of all text.
         """
 
     def show(self, snapshot: Snapshot) -> None:
-        """Show how the training goes.
+        """Show the progress of the training.
 
         Args:
             snapshot: the run after a step.
         """
 
     def validated(self, valid: str | None) -> None:
-        """Show a validation beside the step it was made after.
+        """Show the result of a validation.
 
         Args:
-            valid: its result, as in a `Snapshot`.
+            valid: as in a `Snapshot`.
         """
 
     def close(self) -> None:
-        """Leave the screen in order."""
+        """Stop drawing."""
 
 
 class Terminal(Display):
-    """Writes to stderr: a bar if it is a terminal, else a line every few steps.
+    """Shows a bar on stderr if it is a terminal, else a line every few steps.
 
-    It falls silent when nobody reads any more: a run does not end because its terminal has gone.
+    When its terminal or pipe is closed it falls silent, so that the run goes on.
 
     Args:
         every: steps between the lines.
-        console: where to; stderr if None.
+        console: the console to print to; stderr if None.
     """
 
     def __init__(self, every: int, console: Console | None = None) -> None:
@@ -137,36 +137,35 @@ class Terminal(Display):
         self.preparation = Bar()
 
     def line(self, text: str) -> None:
-        """Show a line that stays, above the bar."""
-        safe = CONTROL.sub(
-            "\N{REPLACEMENT CHARACTER}", text
-        )  # a young model writes anything, also escape codes
-        with self._readers():
+        """Show a permanent line above the bar."""
+        # samples of an untrained model may contain escape codes
+        safe = CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+        with self._quiet_when_closed():
             self.preparation.clear()
             self.console.print(safe, markup=False, soft_wrap=True)
 
     def prepare(self, done: int, total: int) -> None:
-        """Show a bar if it takes a while."""
-        with self._readers():
+        """Show a bar if tokenisation takes a while."""
+        with self._quiet_when_closed():
             self.preparation.show("tokens", done, total, f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB")
 
     def show(self, snapshot: Snapshot) -> None:
-        """Redraw the bar, or write a line if it is time."""
+        """Redraw the bar, or print a line if it is due."""
         self.snapshot = snapshot
         if self.console.is_terminal:
-            with self._readers():
+            with self._quiet_when_closed():
                 self._draw(snapshot)
         elif snapshot.step % self.every == 0 or snapshot.step in (1, snapshot.total):
-            self.line(f"step {snapshot.step:,}/{snapshot.total:,}  {_words(snapshot)}")
+            self.line(f"step {snapshot.step:,}/{snapshot.total:,}  {_numbers(snapshot)}")
 
     def validated(self, valid: str | None) -> None:
-        """Redraw the bar with the validation; a line says it already."""
+        """Redraw the bar with the validation; without a bar a line has shown it already."""
         if self.snapshot is not None and self.bar is not None:
             self.show(replace(self.snapshot, valid=valid))
 
     def close(self) -> None:
         """Stop redrawing the bar."""
-        with self._readers():
+        with self._quiet_when_closed():
             self.preparation.clear()
             if self.bar is not None:
                 self.bar.stop()
@@ -176,24 +175,24 @@ class Terminal(Display):
         """Draw the bar."""
         if self.bar is None:
             self.bar = Progress(*_columns(), console=self.console, refresh_per_second=4)
-            self.bar.add_task("train", total=snapshot.total, words="")
+            self.bar.add_task("train", total=snapshot.total, numbers="")
             self.bar.start()
-        self.bar.update(self.bar.task_ids[0], completed=snapshot.step, words=_words(snapshot))
+        self.bar.update(self.bar.task_ids[0], completed=snapshot.step, numbers=_numbers(snapshot))
 
     @contextlib.contextmanager
-    def _readers(self) -> Iterator[None]:
-        """Write to whoever reads; to nobody, without a word, once they have gone."""
+    def _quiet_when_closed(self) -> Iterator[None]:
+        """Silence the console once its terminal or pipe is closed."""
         try:
             yield
-        except OSError:  # EIO of a terminal that was closed, EPIPE of a pipe
+        except OSError:  # EIO of a closed terminal, EPIPE of a closed pipe
             self.console.quiet = True
 
 
 def duration(seconds: float) -> str:
-    """Say how long something takes, to the precision a reader wants.
+    """Return a duration, rounded for readers.
 
     Args:
-        seconds: the time.
+        seconds: the duration.
 
     Returns:
         "42 s", "7 min", "3 h 05 min".
@@ -205,17 +204,17 @@ def duration(seconds: float) -> str:
 
 
 def _columns() -> list[ProgressColumn]:
-    """The parts of the bar's line."""
+    """Return the columns of the bar."""
     return [
         TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
         BarColumn(bar_width=None),
         TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[words]}"),
+        TextColumn("{task.fields[numbers]}"),
     ]
 
 
-def _words(snapshot: Snapshot) -> str:
-    """The numbers of a snapshot."""
+def _numbers(snapshot: Snapshot) -> str:
+    """Return the loss, validation, throughput and time left as text."""
     parts = [f"loss {snapshot.loss:.3f}"]
     if snapshot.valid is not None:
         parts.append(f"valid {snapshot.valid}")

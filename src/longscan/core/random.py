@@ -1,9 +1,9 @@
 """Data order: a function of the seed and the epoch, on one documented random stream.
 
 The stream of (seed, number) is the sequence of 64-bit words that the counter-based generator Philox 4x64-10
-(Salmon et al. 2011) gives for the key (seed, number), from counter 1 on. NumPy promises these raw words for
-every version; it does not promise what `Generator.permutation` or `uniform` make of them, so that is defined
-here. Numbers from 0 on are epochs, those from STEPS on are steps, and HELD_OUT is the division of the data.
+(Salmon et al. 2011) yields for the key (seed, number), from counter 1 on. NumPy guarantees these raw words
+across versions, but not the results of `Generator.permutation` or `uniform`, so those are defined here.
+Numbers from 0 are epochs, those from STEPS are steps, and HELD_OUT is for the train-validation split.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from longscan.errors import UsageError
+from longscan.core.checks import check_range
 
 __all__ = ["HELD_OUT", "STEPS", "VERSION", "EpochOrder", "RandomStream"]
 
-VERSION = 2  # of the orders that changed with this module: sentence pairs, masked pairs
+VERSION = 2  # of the data order; 2 changed sentence pairs and masked pairs
 STEPS = 2**63
 HELD_OUT = 2**64 - 1
 
@@ -27,19 +27,18 @@ T = TypeVar("T")
 
 
 class RandomStream:
-    """Random numbers that are the same with every version of NumPy and Python.
+    """A stream of random numbers that is the same with every version of NumPy and Python.
 
     Args:
         seed: of the run, 0 to 2**64 - 1.
-        number: which of its streams: an epoch, STEPS + a step, or HELD_OUT.
+        number: of the stream: an epoch, STEPS + a step, or HELD_OUT.
 
     Raises:
         UsageError: the seed is out of range.
     """
 
     def __init__(self, seed: int, number: int) -> None:
-        if not 0 <= seed < 2**64:
-            raise UsageError(f"seed: expected 0 to 2**64 - 1, got {seed}.")
+        check_range("seed", seed, least=0, most=2**64 - 1)
         self._bits = np.random.Philox(key=np.array([seed, number], dtype=np.uint64))
 
     def raw(self, count: int) -> npt.NDArray[np.uint64]:
@@ -47,11 +46,11 @@ class RandomStream:
         return self._bits.random_raw(count)
 
     def permutation(self, count: int) -> npt.NDArray[np.int64]:
-        """Return 0 to count - 1 in random order, (count,): the order that sorts as many words."""
+        """Return 0 to count - 1 in random order, (count,): the argsort of as many words."""
         return self.raw(count).argsort(kind="stable")
 
     def uniform(self, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
-        """Return numbers from [0, 1) in this shape: the upper 53 bits of a word each."""
+        """Return numbers from [0, 1) in this shape: the upper 53 bits of one word each."""
         raw = self.raw(math.prod(shape)) >> np.uint64(11)
         return raw.reshape(shape).astype(np.float64) * 2.0**-53
 
@@ -64,25 +63,25 @@ class RandomStream:
         return int(self.random() * limit)
 
     def heads(self, coins: int) -> int:
-        """Return how many of so many coins show heads: the bits of as many words as hold them."""
+        """Return the number of heads among `coins` fair coins: the set bits of as few words as hold them."""
         words = self.raw(-(-coins // 64)).astype("<u8").tobytes()
         return (int.from_bytes(words, "little") & ((1 << coins) - 1)).bit_count()
 
 
 class EpochOrder(Generic[T]):
-    """The order of each epoch, computed when it is asked for.
+    """The data order of each epoch, computed on demand.
 
     Args:
         seed: of the run.
-        make: from the stream of an epoch to its order.
+        make: returns the order of an epoch, given its random stream.
     """
 
     def __init__(self, seed: int, make: Callable[[RandomStream], T]) -> None:
         self._seed, self._make = seed, make
-        self._orders: dict[int, T] = {}  # of the last two epochs: a batch may span both
+        self._orders: dict[int, T] = {}  # of the last two epochs, as a batch may span both
 
     def __getitem__(self, epoch: int) -> T:
-        """Return the order of an epoch, from 0: a function of nothing but the seed and the epoch."""
+        """Return the order of an epoch, from 0: a function of the seed and the epoch alone."""
         if epoch not in self._orders:
             order = self._make(RandomStream(self._seed, epoch))
             self._orders = {key: value for key, value in self._orders.items() if key == epoch - 1}

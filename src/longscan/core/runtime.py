@@ -1,4 +1,4 @@
-"""The process: its CPU threads, and signals that stop a run in good order."""
+"""The process: its CPU threads, and the signals that stop a run."""
 
 from __future__ import annotations
 
@@ -9,35 +9,32 @@ from typing import Self
 
 import torch
 
-from longscan.errors import UsageError
+from longscan.core.checks import check_whole
 
-__all__ = ["Signals", "use_threads"]
+__all__ = ["StopSignals", "use_threads"]
 
 
-MAX_THREADS = 1024  # torch's pool crashes the process when it cannot start as many as it is told
+MAX_THREADS = 1024  # torch's thread pool crashes the process when it cannot start all threads
 
 
 def use_threads(threads: int | None) -> None:
     """Set the number of CPU threads.
 
     Args:
-        threads: how many; None leaves the choice to torch.
+        threads: their number; None leaves the choice to torch.
 
     Raises:
-        UsageError: less than 1, or more than any machine has.
+        UsageError: the number is out of range.
     """
     if threads is not None:
-        if threads < 1:
-            raise UsageError(f"threads: expected 1 or more, got {threads}.")
-        if threads > MAX_THREADS:
-            raise UsageError(f"threads: expected at most {MAX_THREADS:,}, got {threads:,}.")
+        check_whole("threads", threads, 1, MAX_THREADS)
         torch.set_num_threads(threads)
 
 
-class Signals:
-    """Catches SIGINT, SIGTERM and SIGHUP while a run goes on; a second SIGINT is a KeyboardInterrupt.
+class StopSignals:
+    """Records SIGINT, SIGTERM or SIGHUP while it is entered; a second SIGINT raises KeyboardInterrupt.
 
-    What the process was started to ignore, as nohup does with SIGHUP, it goes on ignoring.
+    Signals that the process ignores, such as SIGHUP under nohup, stay ignored.
     """
 
     CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -46,7 +43,7 @@ class Signals:
         self.received: signal.Signals | None = None
 
     def __enter__(self) -> Self:
-        # Python allows handlers in the main thread only; elsewhere signals are the caller's affair.
+        # Python allows handlers in the main thread only; elsewhere the caller handles signals
         main = threading.current_thread() is threading.main_thread()
         self._before = {
             number: signal.signal(number, self._handle)

@@ -1,4 +1,4 @@
-"""Tables of text: columns as wide as their widest cell."""
+"""Text tables whose columns are as wide as their widest cell."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ __all__ = ["lay_out"]
 
 
 def lay_out(rows: Iterable[Sequence[str]], align: str = "<") -> list[str]:
-    """Lay rows out in columns, two blanks apart.
+    """Return rows laid out in columns, two spaces apart.
 
     Args:
-        rows: cells of text, as many in each; the first row is mostly the headings.
-        align: "<" (left) or ">" (right) for each column; the last one stands for all that follow.
+        rows: of cells, equally many in each; the first row usually holds the headings.
+        align: "<" (left) or ">" (right) for each column; the last one also applies to all further columns.
 
     Returns:
-        A line for each row, without trailing blanks.
+        One line for each row, without trailing spaces.
     """
     table = [list(row) for row in rows]
     widths = [max(map(_width, column)) for column in zip(*table, strict=True)]
@@ -25,11 +25,11 @@ def lay_out(rows: Iterable[Sequence[str]], align: str = "<") -> list[str]:
 
 
 def _pad(cell: str, width: int, side: str) -> str:
-    """Fill a cell with blanks on the other side."""
+    """Return a cell padded with spaces on the other side."""
     blanks = " " * (width - _width(cell))
     return cell + blanks if side == "<" else blanks + cell
 
 
 def _width(text: str) -> int:
-    """Return the columns that a terminal gives a text: two for a Chinese character."""
+    """Return the width of a text in a terminal, where a Chinese character takes two columns."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)

@@ -1,4 +1,4 @@
-"""How good translations are: BLEU and chrF as sacrebleu computes them, with the signatures it asks for."""
+"""BLEU and chrF of translations, computed by sacrebleu, with its signatures."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from longscan.core.optional import require
 
 __all__ = ["BUCKETS", "TOKENIZERS", "by_length", "score"]
 
-TOKENIZERS = ("13a", "zh", "char", "intl", "none")  # of sacrebleu's, those that need nothing else
-BUCKETS = (5, 10, 15, 20, 25, 30)  # the last source words of each bucket; what is longer makes one more
+TOKENIZERS = ("13a", "zh", "char", "intl", "none")  # those of sacrebleu without further packages
+BUCKETS = (5, 10, 15, 20, 25, 30)  # the largest number of source words of each bucket; one more for the rest
 
 
 def score(hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "13a") -> dict[str, Any]:
-    """Score translations of a whole text.
+    """Return the corpus scores of translations.
 
     BLEU: Papineni et al. 2002. chrF: Popović 2015. Signatures: Post 2018 (arXiv:1804.08771).
 
     Args:
         hypotheses: the translations.
-        references: those of people, one for each.
-        tokenize: how BLEU finds words, one of TOKENIZERS.
+        references: the reference translations, one for each.
+        tokenize: the tokenizer of BLEU, one of TOKENIZERS.
 
     Returns:
-        bleu, chrf: from 0 to 100; bleu_signature, chrf_signature: what was computed, for others to repeat.
+        bleu, chrf: from 0 to 100; bleu_signature, chrf_signature: how to reproduce them.
 
     Raises:
         LongscanError: sacrebleu is not installed.
@@ -43,12 +43,12 @@ def score(hypotheses: Sequence[str], references: Sequence[str], tokenize: str = 
 def by_length(
     sources: Sequence[str], hypotheses: Sequence[str], references: Sequence[str], tokenize: str = "13a"
 ) -> list[dict[str, Any]]:
-    """Score translations of short and long sentences apart, as Bahdanau et al. do in figure 2.
+    """Return BLEU by source length, as in figure 2 of Bahdanau et al.
 
     Args:
-        sources: the sentences; their length is in words between spaces.
+        sources: the sentences; their length is the number of words between spaces.
         hypotheses: the translations.
-        references: those of people.
+        references: the reference translations.
         tokenize: see `score`.
 
     Returns:
@@ -72,5 +72,5 @@ def by_length(
 
 
 def _buckets() -> Iterator[tuple[int, int | None]]:
-    """Yield the first and the last length of each."""
+    """Yield the smallest and the largest length of each bucket."""
     yield from zip((0, *(last + 1 for last in BUCKETS)), (*BUCKETS, None), strict=True)

@@ -1,4 +1,4 @@
-"""Accuracy, macro-F1 and losses of classifiers, and the TF-IDF baseline beside them."""
+"""Accuracy, macro-F1 and losses of classifiers, and a TF-IDF baseline."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ __all__ = ["Scores", "accuracy", "measure", "score", "tfidf"]
 
 
 def tfidf(train: Sequence[Example], test: Sequence[Example], labels: Sequence[str]) -> list[int]:
-    """Classify with what there was before: word and word-pair counts, and a linear model of them.
+    """Return the predictions of the classical baseline: TF-IDF of words and bigrams, and logistic regression.
 
     Args:
-        train: what to learn from; five of its folds choose how much to regularise.
-        test: what to classify.
+        train: the training examples; 5-fold cross-validation chooses the regularisation.
+        test: the examples to classify.
         labels: the classes.
 
     Returns:
-        The numbers of the classes.
+        The indices of the classes.
 
     Raises:
         LongscanError: scikit-learn is not installed, or a label is not among `labels`.
@@ -48,21 +48,21 @@ def tfidf(train: Sequence[Example], test: Sequence[Example], labels: Sequence[st
 
 
 def measure(model: SequenceModel, data: Sequences, rows: int = 32) -> dict[str, float]:
-    """Measure a model on labelled sequences.
+    """Return the metrics of a model on labelled sequences.
 
     Args:
-        model: of the same labels.
+        model: with the same labels.
         data: the sequences.
-        rows: read at a time.
+        rows: batch size.
 
     Returns:
-        loss, and of classes accuracy and macro_f1, of numbers the root mean square of the error.
+        loss; for classes also accuracy and macro_f1, for regression the root mean squared error, rmse.
     """
-    found, truth = answers(model, data, rows), torch.from_numpy(data.truth)
-    loss = model.loss(found, truth).item()
+    predictions, truth = answers(model, data, rows), torch.from_numpy(data.truth)
+    loss = model.loss(predictions, truth).item()
     if not model.config.labels:
         return {"loss": loss, "rmse": loss**0.5}
-    scores = score(data.truth.tolist(), found.argmax(1).tolist())
+    scores = score(data.truth.tolist(), predictions.argmax(1).tolist())
     return {"loss": loss, "accuracy": scores.accuracy, "macro_f1": scores.macro_f1}
 
 
@@ -70,9 +70,9 @@ class Scores(NamedTuple):
     """How well texts were classified.
 
     Attributes:
-        accuracy: share of right answers.
-        macro_f1: mean F1 over the classes that occur, in truth or among the answers.
-        classes: number of the class -> precision, recall, F1, and how many there are.
+        accuracy: fraction of correct predictions.
+        macro_f1: mean F1 over the classes that occur among labels or predictions.
+        classes: index of the class -> precision, recall, F1, and number of examples.
     """
 
     accuracy: float
@@ -81,38 +81,38 @@ class Scores(NamedTuple):
 
 
 def score(truth: Sequence[int], answers: Sequence[int]) -> Scores:
-    """Score answers.
+    """Return the scores of predictions.
 
     Args:
-        truth: numbers of classes, at least one.
-        answers: what the classifier says.
+        truth: indices of the true classes, at least one.
+        answers: indices of the predicted classes.
 
     Returns:
-        The scores; what would be 0 / 0 is 0.
+        The scores; 0 / 0 counts as 0.
     """
     right = Counter(a for a, b in zip(truth, answers, strict=True) if a == b)
-    there, said = Counter(truth), Counter(answers)
+    true, predicted = Counter(truth), Counter(answers)
     classes = {}
-    for number in sorted({*there, *said}):
-        precision = right[number] / said[number] if said[number] else 0.0
-        recall = right[number] / there[number] if there[number] else 0.0
-        f1 = 2 * right[number] / (there[number] + said[number])
-        classes[number] = (precision, recall, f1, there[number])
+    for number in sorted({*true, *predicted}):
+        precision = right[number] / predicted[number] if predicted[number] else 0.0
+        recall = right[number] / true[number] if true[number] else 0.0
+        f1 = 2 * right[number] / (true[number] + predicted[number])
+        classes[number] = (precision, recall, f1, true[number])
     mean = sum(f1 for _, _, f1, _ in classes.values()) / len(classes)
     return Scores(right.total() / len(truth), mean, classes)
 
 
 @torch.inference_mode()
 def accuracy(model: LanguageModel, examples: Examples, chunk_size: int = 4096) -> float:
-    """Measure how many answers are right.
+    """Return the accuracy of a language model on a synthetic task.
 
     Args:
-        model: in any mode, which it keeps.
-        examples: sequences of any length, read in memory that does not grow with it but for attention.
-        chunk_size: tokens read at a time.
+        model: in any mode, which does not change.
+        examples: sequences of any length, processed in memory that grows only with a KV cache.
+        chunk_size: tokens per pass.
 
     Returns:
-        The share of targets at which the most likely token is the right one.
+        The fraction of targets at which the most likely token is correct.
     """
     training, vocab_size = model.training, model.config.vocab_size
     model.eval()
@@ -120,9 +120,9 @@ def accuracy(model: LanguageModel, examples: Examples, chunk_size: int = 4096) -
     for start in range(0, examples.ids.shape[1], chunk_size):
         ids, targets = (part[:, start : start + chunk_size].to(model.device) for part in examples)
         hidden, state = model.backbone(ids, state)
-        asked = targets != IGNORED
-        if bool(asked.any()):
-            said = model.head(hidden[asked])[:, :vocab_size].argmax(1)
-            right += int((said == targets[asked]).sum())
+        counted = targets != IGNORED
+        if bool(counted.any()):
+            predicted = model.head(hidden[counted])[:, :vocab_size].argmax(1)
+            right += int((predicted == targets[counted]).sum())
     model.train(training)
     return right / int((examples.targets != IGNORED).sum())

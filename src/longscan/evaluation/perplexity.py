@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte: long documents in a stream, in constant memory."""
+"""Perplexity and bits per byte of documents of any length, streamed in constant memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from longscan.core.checks import check_texts, check_whole
 from longscan.data.documents import Piece
 from longscan.errors import LongscanError
+from longscan.inference.prefill import CHUNK
 from longscan.inference.sampling import check_fit
 from longscan.models import LanguageModel, State
 from longscan.tokenizers.base import Tokenizer
@@ -20,7 +21,7 @@ from longscan.tokenizers.base import Tokenizer
 __all__ = ["Evaluation", "Source", "evaluate", "follow"]
 
 
-BLOCK = 4096  # tokens of a piece that are prepared at a time
+BLOCK = 4096  # tokens of a piece per block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +29,11 @@ class Evaluation:
     """How well a text was predicted.
 
     Attributes:
-        nats: -log p of all tokens together.
-        tokens: how many were predicted.
+        nats: the sum of -log p over all tokens.
+        tokens: the number predicted.
         bytes: of the text in UTF-8.
-        documents: how many.
-        seconds: what it took.
+        documents: their number.
+        seconds: the duration.
     """
 
     nats: float
@@ -43,26 +44,26 @@ class Evaluation:
 
     @property
     def nats_per_token(self) -> float:
-        """The mean loss."""
+        """The mean cross-entropy per token."""
         return self.nats / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """The e to the mean loss per token: comparable only between models with the same tokenizer."""
+        """The exponential of the mean cross-entropy: comparable only between models of the same tokenizer."""
         return math.exp(self.nats_per_token) if self.nats_per_token < 709 else math.inf
 
     @property
     def bits_per_byte(self) -> float:
-        """What the text would take if the model compressed it: comparable between all models."""
+        """The cross-entropy per byte of text, in bits: comparable between all models."""
         return self.nats / (math.log(2) * self.bytes)
 
     @property
     def tokens_per_second(self) -> float:
-        """The speed."""
+        """The throughput."""
         return self.tokens / self.seconds
 
     def __add__(self, other: Evaluation) -> Evaluation:
-        """Take two texts together."""
+        """Return the evaluation of two texts together."""
         return Evaluation(
             nats=self.nats + other.nats,
             tokens=self.tokens + other.tokens,
@@ -72,7 +73,7 @@ class Evaluation:
         )
 
     def to_dict(self) -> dict[str, float]:
-        """Return the numbers as JSON holds them."""
+        """Return the numbers as JSON values."""
         return {
             "bits_per_byte": self.bits_per_byte,
             "perplexity": self.perplexity,
@@ -91,21 +92,19 @@ def evaluate(
     tokenizer: Tokenizer,
     documents: Iterable[str | Piece],
     *,
-    chunk_size: int = 1024,
+    chunk_size: int = 2 * CHUNK,
     progress: Callable[[Evaluation], None] | None = None,
 ) -> Evaluation:
-    """Measure how well a model predicts documents.
+    """Return how well a model predicts documents.
 
     Args:
-        model: what is measured.
+        model: any language model.
         tokenizer: the one it was trained with.
-        documents: whole documents, or the pieces that `documents.iter_pieces` reads from files, which are
+        documents: whole documents, or the pieces of files that `documents.iter_pieces` yields, which are
             never in memory as a whole.
-        chunk_size: tokens read at a time; it sets speed and memory, not the result.
+        chunk_size: tokens per pass; it affects speed and memory, the result only by rounding. No state is
+            stored, so the default can be larger and faster than a prefill chunk.
         progress: called after each chunk with the numbers so far; the bytes are an estimate.
-
-    Returns:
-        The numbers.
 
     Raises:
         LongscanError: the tokenizer is not the model's, there is no text, or the loss is not finite.
@@ -134,25 +133,25 @@ def evaluate(
 def follow(
     model: LanguageModel, blocks: Iterable[Tensor], chunk_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Let a model read documents.
+    """Yield the hidden states of documents and the targets.
 
     Args:
-        model: what reads.
+        model: any language model.
         blocks: see `Source.blocks`.
-        chunk_size: tokens read at a time.
+        chunk_size: tokens per pass.
 
     Yields:
-        hidden (1, tokens, d_model), to be turned into logits by `model.head`, and the targets (1, tokens).
+        hidden (1, tokens, d_model), the input of `model.head`, and the targets (1, tokens).
     """
     device = model.device
     state: State | None = None
-    current = 0  # the document that the state is in the middle of
+    current = 0  # the document that the state belongs to
     if model.max_positions is not None:
         blocks = _windows(blocks, model.max_positions)
     for chunk in _chunks(blocks, chunk_size):
         ids, targets, numbers = chunk.to(device).unsqueeze(1)  # (1, chunk_size) each
         first, last = int(numbers[0, 0]), int(numbers[0, -1])
-        # the state does not know that a document ended exactly where the last chunk did
+        # numbers alone do not show that a document ended exactly where the last chunk did
         before = state if first == current else None
         hidden, state = model.backbone(ids, before, numbers if first != last else None)
         current = last
@@ -160,7 +159,7 @@ def follow(
 
 
 class Source:
-    """Turns documents into blocks of tokens, and counts.
+    """Turns documents into blocks of tokens, and counts them.
 
     Args:
         tokenizer: that of the model.
@@ -172,7 +171,7 @@ class Source:
         self._tokens = self._bytes = self._complete = 0
 
     def blocks(self) -> Iterator[Tensor]:
-        """Yield (3, tokens): what is read, what is to be predicted, the number of the document (from 1)."""
+        """Yield (3, tokens): the input ids, the targets, and the number of the document (from 1)."""
         start = list(self._tokenizer.start)
         number, previous = 1, start
         for document in self._documents:
@@ -180,29 +179,29 @@ class Source:
             ids = self._tokenizer.encode(text)
             self._bytes += len(text.encode())
             if ids:
-                self._tokens += len(previous) - 1 + len(ids)  # only the very first token is not predicted
-                read = torch.tensor([*previous, *ids])  # (previous + tokens,)
+                self._tokens += len(previous) - 1 + len(ids)  # all are predicted except the very first
+                tokens = torch.tensor([*previous, *ids])  # (previous + tokens,)
                 previous = ids[-1:]
                 del ids
-                for begin in range(0, len(read) - 1, BLOCK):
-                    part = read[begin : begin + BLOCK + 1]  # (at most BLOCK + 1,)
+                for begin in range(0, len(tokens) - 1, BLOCK):
+                    part = tokens[begin : begin + BLOCK + 1]  # (at most BLOCK + 1,)
                     yield torch.stack([part[:-1], part[1:], torch.full_like(part[1:], number)])
             if ends:
                 number, previous = number + 1, start
                 self._complete += 1
 
     def evaluation(self, nats: float, tokens: int, seconds: float) -> Evaluation:
-        """Return the numbers after some of the tokens.
+        """Return the evaluation of the tokens so far.
 
         Args:
-            nats: of these tokens together.
-            tokens: how many.
-            seconds: what they took.
+            nats: their sum of -log p.
+            tokens: their number.
+            seconds: the duration.
         """
         return Evaluation(
             nats=nats,
             tokens=tokens,
-            bytes=-(-self._bytes * tokens // self._tokens),  # an estimate until all tokens are read
+            bytes=-(-self._bytes * tokens // self._tokens),  # an estimate until the last token
             documents=self._complete,
             seconds=seconds,
         )
@@ -210,27 +209,27 @@ class Source:
 
 def _windows(blocks: Iterable[Tensor], size: int) -> Iterator[Tensor]:
     """Number the windows of `size` tokens in blocks (3, any) instead of the documents."""
-    document = number = place = 0
+    document = number = position = 0
     for block in blocks:
-        if (found := int(block[2, 0])) != document:
-            document, number, place = found, number + -(-place // size), 0
-        windows = torch.arange(place, place + block.shape[1]) // size
-        place += block.shape[1]
+        if (current := int(block[2, 0])) != document:
+            document, number, position = current, number + -(-position // size), 0
+        windows = torch.arange(position, position + block.shape[1]) // size
+        position += block.shape[1]
         yield torch.cat([block[:2], number + 1 + windows[None]])
 
 
 def _chunks(blocks: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    """Cut blocks (3, any) anew into chunks (3, size); the last may be shorter."""
-    waiting: list[Tensor] = []
+    """Yield blocks (3, any) recut into chunks (3, size); the last may be shorter."""
+    buffer: list[Tensor] = []
     length = 0
     for block in blocks:
-        waiting.append(block)
+        buffer.append(block)
         length += block.shape[1]
         if length >= size:
-            joined = torch.cat(waiting, 1)
+            joined = torch.cat(buffer, 1)
             length %= size
             for begin in range(0, joined.shape[1] - length, size):
                 yield joined[:, begin : begin + size]
-            waiting = [joined[:, joined.shape[1] - length :].clone()]  # a view would keep all of it alive
+            buffer = [joined[:, joined.shape[1] - length :].clone()]  # a view would retain all of its memory
     if length:
-        yield torch.cat(waiting, 1)
+        yield torch.cat(buffer, 1)

@@ -25,27 +25,27 @@ def measure(
     length_penalty: float,
     tokenize: str,
 ) -> dict[str, Any]:
-    """Measure a translator on sentence pairs.
+    """Return the metrics of a translator on sentence pairs.
 
     Args:
         model: in evaluation mode.
         tokenizer: the model's.
-        pairs: sentences and their translations by people.
+        pairs: sentences and their reference translations.
         beam_size: see `translate`.
         length_penalty: see `translate`.
         tokenize: see `bleu.score`.
 
     Returns:
-        What `bleu.score` gives, sentences, perplexity of the people's translations, by_length, seconds of
-        translating, sentences_per_second, and the translations.
+        The scores of `bleu.score`, sentences, perplexity of the references, by_length, seconds of the
+        translation, sentences_per_second, and the translations.
 
     Raises:
         LongscanError: as `translate`.
     """
     begin = time.perf_counter()
-    found = translate(model, tokenizer, pairs.source, beam_size=beam_size, length_penalty=length_penalty)
+    results = translate(model, tokenizer, pairs.source, beam_size=beam_size, length_penalty=length_penalty)
     seconds = time.perf_counter() - begin
-    hypotheses = [each.text for each in found]
+    hypotheses = [each.text for each in results]
     ids, _ = IdPairs.encode(pairs, tokenizer, model.max_positions or 2**31)
     return {
         "sentences": len(hypotheses),
@@ -60,12 +60,12 @@ def measure(
 
 @torch.inference_mode()
 def mean_loss(model: Translator, pairs: IdPairs, batch_tokens: int = BATCH_TOKENS) -> float:
-    """Return the mean nats of a target token.
+    """Return the mean cross-entropy per target token, in nats.
 
     Args:
         model: in evaluation mode.
-        pairs: all of which count.
-        batch_tokens: of a forward pass.
+        pairs: the sentence pairs.
+        batch_tokens: per forward pass.
     """
     total = 0.0
     for batch in pairs.in_order(batch_tokens):

@@ -1,1 +1,1 @@
-"""Models at work: generate, translate, classify, embed, remember."""
+"""Inference: generate, translate, classify, embed, remember."""

@@ -1,8 +1,8 @@
-"""Beam search: the most probable sentence a translator can be found to write.
+"""Beam search: an approximation of the most probable translation.
 
-A beam keeps the `beam_size` best beginnings of each sentence. A beginning that goes on with eos_id is
-finished and waits; the others go on. Of the finished ones the best by log p / ((5 + length) / 6)^alpha is
-taken, where eos_id counts too (Wu et al., 2016, arXiv 1609.08144, section 7; Vaswani et al., section 6.1).
+A beam holds the `beam_size` best prefixes of each sentence. A prefix followed by eos_id is finished; the
+others are extended. The result is the finished one with the best log p / ((5 + length) / 6)^alpha, where
+eos_id counts too (Wu et al., 2016, arXiv 1609.08144, section 7; Vaswani et al., section 6.1).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longscan.core.checks import check_whole
+from longscan.core.checks import check_range, check_whole
 from longscan.errors import LongscanError
 from longscan.models import DecoderState, Translator
 
-EXTRA = 50  # tokens a translation may have more than its source, Vaswani et al., section 6.1
+EXTRA = 50  # tokens by which a translation may exceed its source, Vaswani et al., section 6.1
 
 
 class Hypothesis(NamedTuple):
-    """A sentence that was found.
+    """A finished translation.
 
     Attributes:
         ids: its tokens, without bos_id and eos_id.
@@ -41,20 +41,17 @@ def translate_ids(
     max_len: int | None = None,
     length_penalty: float = 0.6,
 ) -> list[Hypothesis]:
-    """Translate sentences together; each gets what it would get alone.
+    """Return the best hypothesis of each sentence, independent of the others in the batch.
 
-    A sentence is done when as many hypotheses are finished as the beam is wide, or when none that goes on can
-    become better than the best that is finished.
+    A sentence is done when `beam_size` hypotheses are finished, or when no prefix can become better than the
+    best finished hypothesis.
 
     Args:
-        model: in evaluation mode, so that nothing is dropped.
+        model: in evaluation mode, without dropout.
         source: (batch, src_len) int64: tokens, eos_id, then pad_id.
-        beam_size: beginnings kept of each sentence; 1 is greedy search.
-        max_len: tokens of a translation at most; 50 more than the source has if None.
-        length_penalty: alpha; 0 prefers short sentences, 1 the mean probability of a token.
-
-    Returns:
-        The best hypothesis of each sentence.
+        beam_size: beam width; 1 is greedy search.
+        max_len: tokens of a translation, at most; None for 50 more than the source has.
+        length_penalty: alpha; 0 favours short sentences, 1 compares log p per token.
 
     Raises:
         LongscanError: a number is out of range, the model is in training mode, or its logits are NaN.
@@ -62,10 +59,9 @@ def translate_ids(
     check_whole("beam_size", beam_size, 1)
     if max_len is not None:
         check_whole("max_len", max_len, 1)
-    if not 0 <= length_penalty < math.inf:
-        raise LongscanError(f"length_penalty: expected 0 or more, got {length_penalty}.")
+    check_range("length_penalty", length_penalty, least=0, below=math.inf)
     if model.training:
-        raise LongscanError("the model is in training mode and would drop numbers: call model.eval() first.")
+        raise LongscanError("the model is in training mode, with dropout: call model.eval() first.")
     lengths = (source != model.config.pad_id).sum(1) - 1  # without eos_id
     limits = lengths + EXTRA if max_len is None else torch.full_like(lengths, max_len)
     return _Search(model, source, limits, beam_size, length_penalty).run()
@@ -73,13 +69,13 @@ def translate_ids(
 
 @dataclasses.dataclass
 class _Beams:
-    """The sentences that are not done, `width` beginnings of each.
+    """The sentences that are not done, with `width` prefixes of each.
 
     Attributes:
-        sentences: (n,) which of the batch.
+        sentences: (n,) their indices in the batch.
         tokens: (n, width, length) after bos_id.
-        scores: (n, width) log p; -inf where there are fewer beginnings.
-        state: what the model remembers, n * width rows.
+        scores: (n, width) log p; -inf where there are fewer prefixes.
+        state: of the decoder, n * width rows.
     """
 
     sentences: Tensor
@@ -118,62 +114,62 @@ class _Search:
             raise LongscanError(
                 "the model's logits are NaN: its weights are damaged. Load or train it again."
             )
-        return [max(found, key=lambda hypothesis: hypothesis.score) for found in self.finished]
+        return [max(hypotheses, key=lambda each: each.score) for hypotheses in self.finished]
 
     def penalty(self, length: Tensor | int) -> Tensor:
-        """Compute the length penalty of so many tokens, eos_id included."""
+        """Return the length penalty of a length, eos_id included."""
         return ((5 + torch.as_tensor(length, dtype=torch.float64)) / 6) ** self.alpha
 
     def _log_p(self, logits: Tensor, beams: _Beams) -> Tensor:
-        """Turn logits (n * width, vocab_size) into scores of the next tokens, (n, width, vocab_size)."""
+        """Return log p of the next tokens (n, width, vocab_size) from logits (n * width, vocab_size)."""
         config = self.model.config
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         log_p[:, [config.pad_id, config.bos_id]] = -torch.inf
         log_p = log_p.view(*beams.scores.shape, -1)
         full = self.limits[beams.sentences] <= beams.tokens.shape[2]
-        if bool(full.any()):  # nothing but the end is left
+        if bool(full.any()):  # only eos_id is allowed
             tokens = torch.arange(log_p.shape[-1], device=log_p.device)
             log_p.masked_fill_(full.view(-1, 1, 1) & (tokens != config.eos_id), -torch.inf)
         return log_p
 
     def _extend(self, beams: _Beams, log_p: Tensor) -> None:
-        """Take the best ways to go on, put away what is finished and drop what is done."""
+        """Extend the best prefixes, collect finished hypotheses and drop sentences that are done."""
         n, width, vocab_size = log_p.shape
-        # twice as many as go on: at most beam_size of them end here, so that enough are left
+        # twice beam_size candidates: at most beam_size of them end here, so enough are left
         each = min(2 * self.beam_size, vocab_size)
-        log_p, ways = log_p.topk(each)  # (n, width, each): no beginning has more among the best of all
+        log_p, next_ids = log_p.topk(each)  # (n, width, each): no prefix has more among the best of all
         k = min(2 * self.beam_size, width * each)
         scores, flat = (beams.scores.unsqueeze(2) + log_p).flatten(1).topk(k)  # (n, k)
-        parents, tokens = flat // each, ways.flatten(1).gather(1, flat)
+        parents, tokens = flat // each, next_ids.flatten(1).gather(1, flat)
         ends = tokens == self.model.config.eos_id
-        self._put_away(beams, parents, torch.where(ends, scores, -torch.inf)[:, : self.beam_size])
+        self._finish(beams, parents, torch.where(ends, scores, -torch.inf)[:, : self.beam_size])
 
-        scores, best = torch.where(ends, -torch.inf, scores).topk(min(self.beam_size, k))  # those that go on
+        scores, best = torch.where(ends, -torch.inf, scores).topk(min(self.beam_size, k))  # the unfinished
         parents, tokens = parents.gather(1, best), tokens.gather(1, best)
-        stay = self._going_on(beams, scores)
+        stay = self._unfinished(beams, scores)
         rows = (torch.arange(n, device=flat.device).unsqueeze(1) * width + parents)[stay].flatten()
         before = beams.tokens[stay.unsqueeze(1), parents[stay]]  # (n that stay, width, length)
         beams.tokens = torch.cat((before, tokens[stay].unsqueeze(2)), 2)
         beams.scores, beams.sentences = scores[stay], beams.sentences[stay]
         beams.state = beams.state.branch(rows, None if len(stay) == n else stay)
 
-    def _put_away(self, beams: _Beams, parents: Tensor, scores: Tensor) -> None:
-        """Keep the hypotheses that end here: scores (n, at most beam_size), -inf where none does."""
+    def _finish(self, beams: _Beams, parents: Tensor, scores: Tensor) -> None:
+        """Collect the hypotheses that end here: scores (n, at most beam_size), -inf where none does."""
         length = beams.tokens.shape[2] + 1
         values = (scores / self.penalty(length)).tolist()
         for i, j in (scores > -torch.inf).nonzero().tolist():
             ids = beams.tokens[i, parents[i, j]].tolist()
             self.finished[int(beams.sentences[i])].append(Hypothesis(ids, values[i][j]))
 
-    def _going_on(self, beams: _Beams, scores: Tensor) -> Tensor:
-        """Return which of the n sentences are not done, given the scores (n, width) of what would go on."""
-        found = [self.finished[i] for i in beams.sentences.tolist()]
-        # log p only falls, and no length divides it by more than the longest
-        hopes = (scores.amax(1) / self.penalty(self.limits[beams.sentences] + 1)).tolist()
+    def _unfinished(self, beams: _Beams, scores: Tensor) -> Tensor:
+        """Return which of the n sentences are not done, given the scores (n, width) of their prefixes."""
+        finished = [self.finished[i] for i in beams.sentences.tolist()]
+        # log p only falls, and the longest length has the largest penalty
+        bounds = (scores.amax(1) / self.penalty(self.limits[beams.sentences] + 1)).tolist()
         stay = [
             i
-            for i, (hypotheses, hope) in enumerate(zip(found, hopes, strict=True))
+            for i, (hypotheses, bound) in enumerate(zip(finished, bounds, strict=True))
             if len(hypotheses) < self.beam_size
-            and hope > max((hypothesis.score for hypothesis in hypotheses), default=-float("inf"))
+            and bound > max((hypothesis.score for hypothesis in hypotheses), default=-float("inf"))
         ]
         return torch.tensor(stay, dtype=torch.long, device=scores.device)

@@ -1,4 +1,4 @@
-"""A BERT at work: class probabilities, masked-token predictions, sentence embeddings."""
+"""Inference with a BERT: class probabilities, masked-token predictions, sentence embeddings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from longscan.tokenizers.wordpiece import Framed, WordPieceTokenizer
 
 __all__ = [
     "MAX_PAIRED",
-    "Guess",
+    "Prediction",
     "answer",
     "capacity",
     "embed",
@@ -31,66 +31,66 @@ __all__ = [
 ]
 
 
-MAX_PAIRED = 50  # texts of which every pair is printed
+MAX_PAIRED = 50  # texts, at most, whose pairs are all printed
 
 
-def embed(found: LoadedBert, texts: Sequence[str], rows: int = 32) -> Tensor:
-    """Turn texts into vectors: the mean over their tokens, or [CLS] if the model says so, scaled to length 1.
+def embed(bert: LoadedBert, texts: Sequence[str], rows: int = 32) -> Tensor:
+    """Return sentence embeddings: the mean over tokens, or [CLS] if the model is made so, scaled to length 1.
 
     Args:
-        found: a BERT, best one that was trained for it, such as all-MiniLM-L6-v2.
-        texts: what is too long for the model is cut.
-        rows: read at a time.
+        bert: preferably one trained for sentence embeddings, such as all-MiniLM-L6-v2.
+        texts: those that are too long for the model are cut.
+        rows: batch size.
 
     Returns:
-        (n_texts, d_model) float32: products are cosines.
+        (n_texts, d_model) float32, whose dot products are cosine similarities.
 
     Raises:
-        LongscanError: the model asks for another pooling.
+        LongscanError: the model uses another pooling.
     """
     check_texts("texts", texts)
     check_whole("rows", rows, 1)
-    return sentence_vectors(found, found.tokenizer.frame_batch(texts, room=capacity(found)), rows)
+    return sentence_vectors(bert, bert.tokenizer.frame_batch(texts, room=capacity(bert)), rows)
 
 
 @torch.inference_mode()
-def sentence_vectors(found: LoadedBert, framed: Sequence[Framed], rows: int = 32) -> Tensor:
-    """Do it for texts in tokens."""
-    model, tokenizer, first = found.model, found.tokenizer, read_pooling(found.directory) == "cls"
+def sentence_vectors(bert: LoadedBert, framed: Sequence[Framed], rows: int = 32) -> Tensor:
+    """Return the same for tokenised texts."""
+    model, tokenizer, use_cls = bert.model, bert.tokenizer, read_pooling(bert.directory) == "cls"
     vectors = torch.empty(len(framed), model.config.d_model)
     for batch in by_length(framed, rows):
         ids, types = (part.to(model.device) for part in tokenizer.collate([framed[n] for n in batch]))
         mask = (ids != tokenizer.pad_id)[:, :, None]  # (batch, seq_len, 1)
         hidden = model(ids, types).hidden
-        pooled = hidden[:, 0] if first else (hidden * mask).sum(1) / mask.sum(1)
+        pooled = hidden[:, 0] if use_cls else (hidden * mask).sum(1) / mask.sum(1)
         vectors[batch] = F.normalize(pooled, dim=-1).float().cpu()
     return vectors
 
 
-def capacity(found: LoadedBert) -> int:
-    """Return the most tokens of a text: what sentence-transformers or the tokenizer say, or all positions."""
-    limits = found.directory / "sentence_bert_config.json"
+def capacity(bert: LoadedBert) -> int:
+    """Return the most tokens of a text: the limit in its sentence-transformers files, or all positions."""
+    limits = bert.directory / "sentence_bert_config.json"
     limit = read_json(limits).get("max_seq_length") if limits.is_file() else None
-    tokenizer = found.directory / "tokenizer_config.json"
+    tokenizer = bert.directory / "tokenizer_config.json"
     if limit is None and limits.is_file() and tokenizer.is_file():
         limit = read_json(tokenizer).get("model_max_length")
-    room = found.model.config.max_positions
-    return min(room, limit) if isinstance(limit, int) and limit > 2 else room
+    positions = bert.model.config.max_positions
+    return min(positions, limit) if isinstance(limit, int) and limit > 2 else positions
 
 
 @torch.inference_mode()
 def predict(model: Bert, tokenizer: WordPieceTokenizer, framed: Sequence[Framed], rows: int = 32) -> Tensor:
-    """Classify texts.
+    """Return the predictions of a classifier.
 
     Args:
         model: a classifier, in evaluation mode.
-        tokenizer: its own.
-        framed: the texts.
-        rows: read at a time.
+        tokenizer: the model's.
+        framed: the tokenised texts.
+        rows: batch size.
 
     Returns:
-        (n_texts, n_labels): log p of each class; where the model's outputs are none of one choice, the log p
-        that each label applies, or the numbers themselves: see `BertConfig.score`.
+        (n_texts, n_labels): log p of each class; or of a multi-label model the log p that each label applies;
+        or of a regression the numbers themselves: see `BertConfig.score`.
     """
     functions = {"softmax": lambda x: x.log_softmax(-1), "sigmoid": F.logsigmoid, "none": lambda x: x}
     final: Callable[[Tensor], Tensor] = functions[model.config.score]
@@ -102,7 +102,7 @@ def predict(model: Bert, tokenizer: WordPieceTokenizer, framed: Sequence[Framed]
 
 
 def several(config: BertConfig) -> bool:
-    """Whether a classifier has labels that do not exclude each other.
+    """Whether a classifier is multi-label.
 
     Args:
         config: of the classifier.
@@ -111,11 +111,11 @@ def several(config: BertConfig) -> bool:
 
 
 def answer(config: BertConfig, scores: Mapping[str, float]) -> dict[str, Any]:
-    """Return what a classifier says of a text, for programs.
+    """Return the prediction of a classifier for a text as JSON values.
 
     Args:
         config: of the classifier.
-        scores: of each of its outputs.
+        scores: the value of each output.
     """
     if config.score == "softmax":
         return {"label": max(scores, key=lambda name: scores[name]), "probabilities": scores}
@@ -125,24 +125,24 @@ def answer(config: BertConfig, scores: Mapping[str, float]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Guess:
-    """An entry of the vocabulary, such as "cat" or "##s", and how likely it is at a place."""
+class Prediction:
+    """A token, such as "cat" or "##s", and its probability at a masked position."""
 
     token: str
     probability: float
 
 
 @torch.inference_mode()
-def fill_mask(found: LoadedBert, text: str, top_k: int = 5) -> list[list[Guess]]:
-    """Guess the hidden words of a text.
+def fill_mask(bert: LoadedBert, text: str, top_k: int = 5) -> list[list[Prediction]]:
+    """Return the predictions for the masked tokens of a text.
 
     Args:
-        found: a BERT with its masked-word head.
-        text: with [MASK] once or more; each is guessed by itself.
-        top_k: guesses for each.
+        bert: with its masked-LM head.
+        text: with one [MASK] or more, each predicted independently.
+        top_k: predictions for each.
 
     Returns:
-        The likeliest first, for each [MASK] in order.
+        For each [MASK] in order its predictions, most likely first.
 
     Raises:
         UsageError: there is no [MASK] in the text.
@@ -150,25 +150,25 @@ def fill_mask(found: LoadedBert, text: str, top_k: int = 5) -> list[list[Guess]]
     """
     check_text("text", text)
     check_whole("top_k", top_k, 1)
-    found.need("cls.predictions.", "guess words")
-    model, tokenizer = found.model, found.tokenizer
-    words = tokenizer.encode_masked(text)
-    if tokenizer.mask_id not in words:
+    bert.need("cls.predictions.", "predict masked tokens")
+    model, tokenizer = bert.model, bert.tokenizer
+    tokens = tokenizer.encode_masked(text)
+    if tokenizer.mask_id not in tokens:
         raise UsageError(
-            f"no {tokenizer.mask_token} in the text: put it where a word is to be found, "
+            f"no {tokenizer.mask_token} in the text: put it where a word is to be predicted, "
             f'as in "the {tokenizer.mask_token} sat on the mat".'
         )
-    framed = tokenizer.frame(words, room=model.config.max_positions)
+    framed = tokenizer.frame(tokens, room=model.config.max_positions)
     if framed.cut:
         raise LongscanError(
             f"the text has {len(framed.ids) + framed.cut:,} tokens, the model {model.config.max_positions:,} "
-            "positions: give less of it."
+            "positions: shorten it."
         )
     ids = torch.tensor([framed.ids], device=model.device)
-    places = ids[0] == tokenizer.mask_id
-    logits = model.words(model(ids).hidden[0, places])[:, : tokenizer.vocab_size]  # (n_masks, vocab_size)
+    masked = ids[0] == tokenizer.mask_id
+    logits = model.words(model(ids).hidden[0, masked])[:, : tokenizer.vocab_size]  # (n_masks, vocab_size)
     best = logits.softmax(-1).topk(min(top_k, tokenizer.vocab_size))
     return [
-        [Guess(tokenizer.token(token), share) for token, share in zip(tokens, shares, strict=True)]
-        for tokens, shares in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        [Prediction(tokenizer.token(token), p) for token, p in zip(tokens, probabilities, strict=True)]
+        for tokens, probabilities in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]

@@ -1,10 +1,10 @@
-"""The slot table: texts that are written together, join and leave, and do not notice each other.
+"""Continuous batching: texts decode together, join and leave at any step, and do not affect each other.
 
-One state has a row for every slot; the rows in use stand at its front, so that a step is one call on a view
-of them, and a row that leaves is overwritten by the last. A prompt is read alone, then its state is copied
-into a free row. What a row writes is bit for bit what it writes alone: `reading.read` cuts a prompt at the
-same places in any company, `step` computes rows independently, and a row draws with its own generator. (The
-native decoder does. Without it torch multiplies, and rounds rows of a batch a little differently.)
+One state has a row for every slot. The rows in use come first, so that a step is one call on a view of them,
+and the last row replaces one that leaves. A prompt is prefilled alone, then its state is copied into a free
+row. A row generates bit-exactly what it generates alone: `prefill.read` always cuts a prompt into the same
+chunks, `step` computes rows independently, and each row samples with its own generator. (This holds for the
+native decoder. Without it torch rounds the rows of a batch slightly differently.)
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from torch import Tensor
 
 from longscan.core.checks import check_whole
 from longscan.errors import LongscanError, UsageError
-from longscan.inference.prefill import CHUNK, Progress, read
+from longscan.inference.drafters import Drafter
+from longscan.inference.prefill import Progress
 from longscan.inference.prefix_cache import PrefixCache
 from longscan.inference.request import Request, tokens_of
+from longscan.inference.row import Row
 from longscan.inference.sampling import (
     CONTEXT,
     Event,
-    Finish,
     Sampler,
     TextWriter,
     check_fit,
     to_array,
 )
-from longscan.inference.speculative import MAX_PENDING, Drafter, Speculator, Text
+from longscan.inference.speculative import Speculator
 from longscan.models import LanguageModel, State
 from longscan.models.common.state import SavedState
 from longscan.tokenizers.base import Tokenizer
@@ -41,9 +42,9 @@ from longscan.tokenizers.base import Tokenizer
 __all__ = ["MAX_SLOTS", "Engine"]
 
 
-LOOK = 64  # rounds after which the engine looks whether somebody changed the model meanwhile
+CHECK_EVERY = 64  # steps between checks whether somebody has changed the model meanwhile
 
-MAX_SLOTS = 32  # of generate_ids; more rows at a time gain little more
+MAX_SLOTS = 32  # of generate_ids; a larger batch adds little throughput
 
 
 P = ParamSpec("P")
@@ -51,38 +52,20 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class _Row:
-    """A request on its way through the engine."""
-
-    def __init__(self, number: int, request: Request, ids: np.ndarray) -> None:
-        self.number, self.request, self.ids = number, request, ids  # pending ones included
-        self.state: State | None = request.state  # while the prompt is read
-        self.ends = request.ends
-        self.done = 0  # tokens of the prompt that are read
-        self.left = request.config.max_new_tokens
-        self.logits: np.ndarray | None = None  # (padded_vocab_size,) what to draw the next token from
-        self.text = Text()
-        self.finish: Finish | None = None
-
-    sampler: Sampler
-    writer: TextWriter
-    keep: Callable[[int, State], None] | None = None  # for the prefix cache
-
-
 def _alone(
     method: Callable[Concatenate[Engine, P], R],
 ) -> Callable[Concatenate[Engine, P], R]:
-    """Let a method of the engine run in one thread at a time, and refuse a second one."""
+    """Return a method that raises if another thread is inside the engine."""
 
     @functools.wraps(method)
     def guarded(engine: Engine, /, *args: P.args, **kwargs: P.kwargs) -> R:
         mine = threading.get_ident()
-        if engine._owner == mine:  # called back from within, by `progress` for one
+        if engine._owner == mine:  # a call from within, by `progress` for example
             return method(engine, *args, **kwargs)
         if not engine._lock.acquire(blocking=False):
             raise LongscanError(
-                "this Engine is at work in another thread and is not thread-safe: expected one thread at a "
-                "time. Let one thread call step and the others hand their requests to it."
+                "this Engine is in use by another thread and is not thread-safe: expected one thread at a "
+                "time. Let one thread call step, and pass it the requests of the others."
             )
         engine._owner = mine
         try:
@@ -97,23 +80,22 @@ def _alone(
 class Engine:
     """Continues many texts with one model.
 
-    Not thread-safe: one thread at a time, the others submit through it. A call that comes while another
-    thread is inside one is refused; between calls the engine may change hands.
+    Not thread-safe: a call raises while another thread is inside one. Different threads may take turns.
 
     Args:
-        model: any causal model: its state is its own affair.
-        tokenizer: writes the text of the events and finds stop strings; without one there is no text.
-        slots: texts that are written at a time; others wait.
-        prefix_cache: where states of prompts are found and kept.
-        drafter: guesses tokens while there is just one text; the text is the same with and without.
-        read_tokens: of prompts that a step reads at most, about, so that running texts do not stall; None
-            lets it read all prompts that have a slot, so that they begin together.
-        max_tokens: that a text may have, prompt and new ones together; None for no bound.
-        progress: called while prompts are read, with the tokens read so far and those submitted so far.
+        model: any causal model.
+        tokenizer: decodes the events' text and finds stop strings; without one there is no text.
+        slots: texts that decode at a time; others wait.
+        prefix_cache: looks up and stores the states of prompts.
+        drafter: proposes draft tokens while there is only one text, which is the same with and without.
+        read_tokens: prompt tokens that a step prefills, about, so that running texts do not stall; None for
+            all prompts that have a slot, so that they start together.
+        max_tokens: of a text, prompt and new ones together; None for no bound.
+        progress: called during prefill with the prompt tokens prefilled and submitted so far.
 
     Raises:
         LongscanError: the tokenizer, the cache or the drafter is not for this model.
-        UsageError: a number makes no sense.
+        UsageError: a number is out of range.
     """
 
     def __init__(
@@ -138,50 +120,49 @@ class Engine:
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self._cache, self._read_tokens, self._max_tokens = prefix_cache, read_tokens, max_tokens
         self._speculator = Speculator(model, drafter) if drafter else None
-        self._progress, self._read, self._submitted = progress, 0, 0
+        self._progress, self._prefilled, self._submitted = progress, 0, 0
         self._vocab_size = min([model.config.vocab_size, *([tokenizer.vocab_size] if tokenizer else [])])
         self._device = model.device
         self._number = self._rounds = 0
-        self._waiting: deque[_Row] = deque()  # the first of them may be partly read
-        self._rows: list[_Row] = []  # row i has slot i
+        self._waiting: deque[Row] = deque()  # the first of them may be partly prefilled
+        self._rows: list[Row] = []  # row i has slot i
         self._state: State | None = None
-        self._grows = False  # whether the state needs room for each token
-        self._heads: list[tuple[State, Tensor]] = []  # views of the first 1, 2, ... rows, and their next ids
+        self._grows = False  # whether the state grows with each token
+        self._views: list[tuple[State, Tensor]] = []  # of the first 1, 2, ... rows, and their next ids
         self._ids = torch.zeros(slots, dtype=torch.int64)
-        self._next = self._ids.numpy()  # the same memory; writing a number takes 0.1 µs this way
-        self._kept: dict[int, SavedState] = {}
-        self._owner = 0  # the thread that is inside a call
+        self._next = self._ids.numpy()  # the same memory, but assigning a number takes only 0.1 µs
+        self._saved: dict[int, SavedState] = {}
+        self._owner = 0  # the thread inside a call
         self._lock = threading.Lock()
 
     @property
     def running(self) -> int:
-        """How many texts are being written."""
+        """The number of texts that are decoding."""
         return len(self._rows)
 
     @property
     def waiting(self) -> int:
-        """How many wait for a slot or for the end of their prompt."""
+        """The number of texts that wait for a slot or for the end of their prefill."""
         return len(self._waiting)
 
     @property
     def drafted(self) -> int:
-        """Tokens that were drafted and checked so far."""
+        """The number of draft tokens verified so far."""
         return self._speculator.drafted if self._speculator else 0
 
     @property
     def accepted(self) -> int:
-        """How many of them came true."""
+        """The number of draft tokens accepted so far."""
         return self._speculator.accepted if self._speculator else 0
 
     @_alone
     def submit(self, request: Request) -> int:
-        """Put a request in line; one that is impossible is refused here and touches no other.
+        """Return the number of a new request, from 0: the `row` of its events.
+
+        An invalid one raises here and affects no other.
 
         Args:
-            request: what to write.
-
-        Returns:
-            Its number, counted from 0: the `row` of its events.
+            request: what to generate.
 
         Raises:
             LongscanError: it has no tokens or too many, an id is not of this model, or the state is not.
@@ -189,8 +170,8 @@ class Engine:
         """
         ids = tokens_of(request, self.model, self._max_tokens)
         if request.config.stop and self.tokenizer is None:
-            raise UsageError("stop: stop strings are text, a tokenizer is needed to find them.")
-        row = _Row(self._number, request, ids)
+            raise UsageError("stop: stop strings are text, so the engine needs a tokenizer to find them.")
+        row = Row(self._number, request, ids)
         row.sampler = Sampler(request.config, self._vocab_size, ids)
         row.writer = TextWriter(self.tokenizer, ids[-CONTEXT:].tolist(), request.config.stop)
         self._number, self._submitted = self._number + 1, self._submitted + len(ids)
@@ -199,18 +180,18 @@ class Engine:
 
     @_alone
     def cancel(self, number: int) -> bool:
-        """Drop a request, wherever it is; it has no more events.
+        """Drop a request, which then has no more events.
 
         Args:
             number: what `submit` returned.
 
         Returns:
-            Whether it was still waiting or running.
+            Whether it was waiting or running.
         """
         for row in self._waiting:
             if row.number == number:
                 self._submitted -= len(row.ids)
-                self._read -= row.done
+                self._prefilled -= row.done
                 self._waiting.remove(row)
                 return True
         for slot, row in enumerate(self._rows):
@@ -222,36 +203,35 @@ class Engine:
 
     @_alone
     def saved(self, number: int) -> SavedState:
-        """Copy the state of a text, to go on from later: see `Request`.
+        """Return a copy of the state of a text, to continue from later: see `Request`.
 
         Args:
-            number: of a request that is running, or has ended and wanted to be kept; that one is given away.
+            number: of a request that is running, or has ended and has `keep`; the latter only once.
 
         Returns:
-            The state; how many tokens it has read; and those after them up to the last one written, which
-            have to be read next.
+            The state; the number of tokens it includes; and the pending tokens after them.
 
         Raises:
             LongscanError: there is no such text.
         """
-        if number in self._kept:
-            return self._kept.pop(number)
+        if number in self._saved:
+            return self._saved.pop(number)
         for slot, row in enumerate(self._rows):
             if row.number == number and row.logits is None:
                 return self._copy(slot)
-        raise LongscanError(f"request {number} is not running, and was not kept: see Request.keep.")
+        raise LongscanError(f"request {number} is not running, and its state is not saved: see Request.keep.")
 
     def run(self) -> Iterator[Event]:
-        """Yield events until nothing is left to do; requests may be submitted and cancelled meanwhile."""
+        """Yield events until all requests have ended; more may be submitted or cancelled meanwhile."""
         while self._rows or self._waiting:
             yield from self.step()
 
     @_alone
     def step(self) -> list[Event]:
-        """Write one token of every running text, or a few of a single one, and let others join.
+        """Decode one token of every running text, or several of a single one, and let others join.
 
         Returns:
-            An event for each token; rows in no particular order. None while a long prompt is being read.
+            An event for each token, rows in no particular order; [] while a long prompt is prefilled.
         """
         events: list[Event] = []
         if self._rows and all(row.logits is None for row in self._rows):  # else a step was interrupted
@@ -270,30 +250,30 @@ class Engine:
         return events
 
     def _decode(self) -> None:
-        """Read the last token of each row."""
+        """Compute the logits after the last token of each row."""
         self._settle()
         if self._grows:
             self._reserve(1)
-        state, ids = self._heads[len(self._rows) - 1]
-        unchanged = bool(self._rounds % LOOK)
+        state, ids = self._views[len(self._rows) - 1]
+        assume_unchanged = bool(self._rounds % CHECK_EVERY)
         self._rounds += 1
         logits, _ = self.model.step(
-            ids if ids.device == self._device else ids.to(self._device), state, unchanged
+            ids if ids.device == self._device else ids.to(self._device), state, assume_unchanged
         )
         for row, values in zip(self._rows, to_array(logits), strict=True):
             row.logits = values
-            row.text.position += 1
+            row.progress.position += 1
 
-    def _draw(self, slot: int, row: _Row, logits: np.ndarray, events: list[Event]) -> None:
+    def _draw(self, slot: int, row: Row, logits: np.ndarray, events: list[Event]) -> None:
         """Draw the next token of a row from logits (padded_vocab_size,)."""
-        token = self._write(row, logits, events)
-        row.logits, row.text.pending = None, [token]
+        token = self._draw_token(row, logits, events)
+        row.logits, row.progress.pending = None, [token]
         self._next[slot] = token
         if self._speculator:
-            row.text.ids.append(token)
+            row.progress.ids.append(token)
 
-    def _write(self, row: _Row, logits: np.ndarray, events: list[Event]) -> int:
-        """Draw a token and tell; -1 if that is impossible."""
+    def _draw_token(self, row: Row, logits: np.ndarray, events: list[Event]) -> int:
+        """Return the next token of a row and append its event; -1 if the logits are invalid."""
         try:
             token = row.sampler.draw(logits)
         except LongscanError as error:
@@ -306,119 +286,88 @@ class Engine:
         return token
 
     def _speculate(self, speculator: Speculator, events: list[Event]) -> None:
-        """Write a few tokens of the only row."""
+        """Decode a few tokens of the only row, with drafts."""
         row = self._rows[0]
 
         def draw(logits: np.ndarray) -> tuple[int, bool]:
-            token = self._write(row, logits, events)
+            token = self._draw_token(row, logits, events)
             return token, row.finish is not None
 
         if self._grows:
-            self._reserve(speculator.most)
-        speculator.round(self._heads[0][0], row.text, row.left, draw)
-        self._next[0] = row.text.pending[-1]
+            self._reserve(speculator.max_tokens)
+        speculator.round(self._views[0][0], row.progress, row.left, draw)
+        self._next[0] = row.progress.pending[-1]
         if row.finish is not None:
             self._leave(0)
 
     def _settle(self) -> None:
-        """Go on without drafts."""
+        """Complete the state, so that rows can decode without drafts."""
         if self._speculator and self._rows:
             for slot, row in enumerate(self._rows):
-                if len(row.text.pending) > 1:
+                if len(row.progress.pending) > 1:
                     assert slot == 0
-                    self._speculator.settle(self._heads[0][0], row.text)
+                    self._speculator.settle(self._views[0][0], row.progress)
             self._speculator.moved()
 
     def _admit(self, events: list[Event]) -> None:
-        """Read prompts for the free slots, within the bounds of a step."""
+        """Prefill prompts for the free slots, within the budget of a step."""
         budget = self._read_tokens
         while self._waiting and len(self._rows) < self.slots and (budget is None or budget > 0):
             row = self._waiting[0]
             before = row.done
             try:
-                logits = self._read_prompt(row, budget)
+                logits = row.prefill(self.model, budget, self._cache, self._show_progress(before))
             except LongscanError as error:
                 self._waiting.popleft()
                 events.append(Event(row.number, -1, "", "error", error))
                 continue
+            finally:
+                self._prefilled += row.done - before
             budget = None if budget is None else budget - (row.done - before)
             if row.done == len(row.ids):
                 self._waiting.popleft()
                 self._join(row, logits)
 
-    def _read_prompt(self, row: _Row, budget: int | None) -> Tensor:
-        """Read a part of a prompt, or all that is left; return the logits (padded_vocab_size,) after it."""
-        ids, start, n_pending = row.ids, row.request.position, len(row.request.pending)
-        if row.done < n_pending:
-            logits = self._read_pending(row)
-            if n_pending == len(ids):
-                return logits
-        if self._cache and not row.done and row.request.state is None:
-            row.done, row.state, row.keep = self._cache.begin(ids)
-            self._read += row.done
-        begin = row.done
-        end = len(ids)
-        if budget is not None:  # cut where reading.read cuts, or the bits would be others
-            end = min(end, max(1, (start + begin + budget) // CHUNK) * CHUNK - start)
-            end = end if end > begin else min(len(ids), begin + CHUNK - (start + begin) % CHUNK)
+    def _show_progress(self, before: int) -> Callable[[int], None] | None:
+        """Return what to call during the prefill of a row whose first `before` tokens are counted already."""
+        progress, prefilled = self._progress, self._prefilled - before
+        return progress and (lambda done: progress(prefilled + done, self._submitted))
 
-        def shown(done: int, _: int) -> None:
-            if self._progress:
-                self._progress(self._read + done, self._submitted)
-
-        logits, row.state = read(
-            self.model, ids[begin:end], row.state, start + begin, progress=shown, boundary=row.keep
-        )
-        row.done = end
-        self._read += end - begin
-        return logits
-
-    def _read_pending(self, row: _Row) -> Tensor:
-        """Read the tokens that a saved text waits for; return the logits (padded_vocab_size,) after them."""
-        state, n_pending = row.request.state, len(row.request.pending)
-        row.state = self.model.init_state(1) if state is None else state.clone()
-        for begin in range(0, n_pending, MAX_PENDING):
-            part = row.ids[begin : min(begin + MAX_PENDING, n_pending)]
-            logits, _ = self.model.advance(torch.from_numpy(part)[None].to(self._device), row.state)
-        row.done = n_pending
-        self._read += n_pending
-        return logits[0, -1]
-
-    def _join(self, row: _Row, logits: Tensor) -> None:
-        """Give a row that has read its prompt a slot."""
+    def _join(self, row: Row, logits: Tensor) -> None:
+        """Give a prefilled row a slot."""
         assert row.state is not None
         self._settle()
         if self._state is None:
             self._state = self.model.init_state(self.slots)
             self._grows = bool(self._state.growth)
-            self._look()
+            self._make_views()
         layers = list(self._state.layers)
         self._state.copy_row_(len(self._rows), row.state, 0)
         if self._grows and self._state.layers[0] is not layers[0]:
-            self._look()
-        row.state, row.keep = None, None
+            self._make_views()
+        row.release()
         row.logits = to_array(logits)
-        row.text.position = row.request.position + len(row.ids)
+        row.progress.position = row.request.position + len(row.ids)
         if self._speculator:
-            row.text.ids = row.ids.tolist()
+            row.progress.ids = row.ids.tolist()
         self._rows.append(row)
 
     def _reserve(self, n: int) -> None:
-        """Make room for n tokens in the rows that are in use."""
+        """Reserve capacity for n more tokens in the rows in use."""
         assert self._state is not None
         if self._state.reserve(n, len(self._rows)):
-            self._look()
+            self._make_views()
 
-    def _look(self) -> None:
-        """Make the views of the first rows."""
+    def _make_views(self) -> None:
+        """Make the views of the first 1, 2, ... rows."""
         assert self._state is not None
-        self._heads = [(self._state.rows(n), self._ids[:n]) for n in range(1, self.slots + 1)]
+        self._views = [(self._state.rows(n), self._ids[:n]) for n in range(1, self.slots + 1)]
 
     def _leave(self, slot: int) -> None:
-        """Free a slot; the last row moves there."""
+        """Free a slot, into which the last row moves."""
         row, last = self._rows[slot], self._rows[-1]
         if row.request.keep and row.finish not in (None, "error"):
-            self._kept[row.number] = self._copy(slot)
+            self._saved[row.number] = self._copy(slot)
         if row is not last:
             assert self._state is not None
             self._state.copy_row_(slot, self._state, len(self._rows) - 1)
@@ -429,8 +378,8 @@ class Engine:
             self._speculator.moved()
 
     def _copy(self, slot: int) -> SavedState:
-        """Copy where a row stands."""
+        """Return a copy of a row's state."""
         assert self._state is not None
-        text = self._rows[slot].text
+        progress = self._rows[slot].progress
         row = self._state.map(lambda tensor: tensor[slot : slot + 1])
-        return SavedState(row.clone(), text.position, list(text.pending))
+        return SavedState(row.clone(), progress.position, list(progress.pending))

@@ -1,4 +1,4 @@
-"""Generate text: pieces for one prompt, whole texts for many, ids for who needs them."""
+"""Generation: the text of one prompt in pieces, or the token ids of several prompts."""
 
 from __future__ import annotations
 
@@ -28,22 +28,21 @@ def generate_ids(
     tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Event]:
-    """Continue several sequences in one batch; each row ends by itself and then costs nothing more.
+    """Return the events of several prompts, generated in one batch that finished rows leave.
 
     Args:
-        model: any causal model: it reads by `prefill` and `step`, and its state is its own affair.
-        prompts: the ids of each row; an empty one begins after the first `eos_id`.
-        config: how to choose tokens and when to stop.
-        eos_id: the token that ends a row, or several; None if nothing does.
-        tokenizer: writes the text of the events and looks for stop strings; without one there is no text.
-        progress: called while prompts are read, with the tokens read and those of all prompts.
+        model: any causal model.
+        prompts: the ids of each row; an empty one starts with the first `eos_id`.
+        config: the sampling settings.
+        eos_id: the token that ends a row, or several; None for none.
+        tokenizer: decodes the events' text and finds stop strings; without one there is no text.
+        progress: called during prefill with the tokens processed so far and those of all prompts.
 
     Returns:
-        An iterator of events: for each token, the rows that are still running. At most MAX_SLOTS run at a
-        time; the others follow.
+        An iterator of events, one for each token. At most MAX_SLOTS rows run at a time; the others follow.
 
     Raises:
-        LongscanError: an id, the tokenizer or an empty prompt is not for this model.
+        LongscanError: an id or the tokenizer is not for this model, or a prompt is empty without `eos_id`.
         UsageError: stop strings without a tokenizer.
     """
     slots = max(1, min(len(prompts), MAX_SLOTS))
@@ -54,7 +53,7 @@ def generate_ids(
 
 
 def drain(engine: Engine) -> Iterator[Event]:
-    """Run an engine to its end.
+    """Yield the events of an engine until it is idle.
 
     Raises:
         LongscanError: a text ended with an error.
@@ -66,19 +65,19 @@ def drain(engine: Engine) -> Iterator[Event]:
 
 
 def generate(model: LanguageModel, tokenizer: Tokenizer, prompt: str, **sampling: Any) -> Iterator[str]:
-    """Continue a text, piece by piece.
+    """Return the continuation of a text, piece by piece.
 
     Args:
-        model: what writes.
+        model: any causal model.
         tokenizer: the one it was trained with.
-        prompt: where to begin; nothing begins a new document.
+        prompt: the text; an empty one starts a new document.
         sampling: fields of `SamplingConfig`.
 
     Returns:
         An iterator of the new text, without the prompt.
 
     Raises:
-        LongscanError: the model and the tokenizer or the fields do not fit.
+        LongscanError: the tokenizer is not for this model, or a field is unknown.
     """
     config = SamplingConfig.from_dict(sampling)
     check_text("prompt", prompt)

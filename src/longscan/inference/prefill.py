@@ -1,8 +1,8 @@
-"""Reading a text of any length into a state, in constant memory and always cut at the same places.
+"""Prefill: process a prompt of any length in constant memory, always cut into the same chunks.
 
-A matrix product of 100 rows need not give the bits of the same rows in a product of 256. Every reader here
-cuts at the multiples of CHUNK, counted from the start of the text, so that whoever goes on from a state that
-was stored at such a place computes exactly what reading everything at once gives.
+A matrix product of 100 rows need not round like the same rows in a product of 256. All prefill here cuts at
+the multiples of CHUNK, counted from the start of the text. So resuming from a state that was stored at such
+a position is bit-exact: the result is that of prefilling everything at once.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from longscan.core.checks import check_texts
 from longscan.data.documents import split
 from longscan.errors import LongscanError
 from longscan.models import LanguageModel, State
+from longscan.models.common.language_model import CHUNK
 from longscan.tokenizers.base import Tokenizer
 
 __all__ = ["CHUNK", "Ids", "Progress", "as_tensor", "encode", "read"]
 
-CHUNK = 512  # tokens read at a time: at 130m, 256 cost 9 to 18 % of the speed of 1,024, 512 3 to 8 %
-WHOLE = 2**20  # characters up to which texts are encoded together, on all cores
+WHOLE = 2**20  # characters up to which texts are encoded in one batch, on all cores
 
-Ids = Sequence[int] | np.ndarray | Tensor  # one text; a list, an array (of a mapped file, say) or a tensor
-Progress = Callable[[int, int], None]  # called with the tokens read so far and those of the whole work
+Ids = Sequence[int] | np.ndarray | Tensor  # one text: a list, an array (of a mapped file, say) or a tensor
+Progress = Callable[[int, int], None]  # called with the tokens processed so far and their total
 
 
 def read(
@@ -37,29 +37,29 @@ def read(
     progress: Progress | None = None,
     boundary: Callable[[int, State], None] | None = None,
 ) -> tuple[Tensor, State]:
-    """Read one text.
+    """Prefill one text.
 
     Args:
-        model: whatever reads by `prefill`.
-        ids: (seq_len,) token ids, taken in pieces: a mapped file is never in memory as a whole.
-        state: of one row, after the tokens before; left as it is. The start of a text if None.
-        position: how many tokens came before. Where it is a multiple of CHUNK, the result is bit for bit
-            that of reading them and `ids` at once.
+        model: any causal model.
+        ids: (seq_len,) token ids, processed in chunks: a mapped file is never in memory as a whole.
+        state: of one row, after the tokens before, not modified; None at the start of a text.
+        position: the number of tokens before. If it is a multiple of CHUNK, the result is bit-exactly that
+            of prefilling them and `ids` at once.
         progress: called after each chunk.
-        boundary: called at each multiple of CHUNK with the position and the state there, which is the
-            reader's: clone it to keep it.
+        boundary: called at each multiple of CHUNK with the position and the state there, which the next
+            chunk may overwrite: clone it to store it.
 
     Returns:
         logits: (padded_vocab_size,) after the last token.
-        state: after it; shares no memory with what was given.
+        state: after it; shares no memory with the one given.
 
     Raises:
-        LongscanError: there are no tokens, or one is not of this model.
-        ValueError: the state has not one row, or the position is negative.
+        LongscanError: there are no tokens, or an id is not in the vocabulary.
+        ValueError: the state has more than one row, or the position is negative.
     """
     total, done = len(ids), 0
     if not total:
-        raise LongscanError("nothing to read: expected at least one token.")
+        raise LongscanError("no tokens to process: expected at least one.")
     if position < 0 or (state is not None and state.batch_size != 1):
         rows = 1 if state is None else state.batch_size
         raise ValueError(
@@ -81,16 +81,16 @@ def read(
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], *, begins: bool = True) -> list[np.ndarray]:
-    """Turn prompts of any length into ids, 8 bytes each.
+    """Return the ids of prompts of any length, 8 bytes each.
 
-    A tokenizer takes some 500 bytes of memory for each token of what it works on, so a text of more than two
-    million characters comes to it in pieces, cut before white space. Byte-level BPE gives the same tokens for
-    the pieces as for the whole; a tokenizer that joins words may differ by a token per piece.
+    A tokenizer needs some 500 bytes of memory per token while it works, so long texts are tokenised in
+    pieces, cut before white space. Byte-level BPE gives the same tokens for the pieces as for the whole; a
+    tokenizer that merges across words may differ by a token per piece.
 
     Args:
         tokenizer: any.
-        texts: any.
-        begins: whether they begin a text, with the special tokens that the tokenizer puts there.
+        texts: the prompts.
+        begins: whether they start a text, with the special tokens that the tokenizer puts there.
 
     Returns:
         (seq_len,) int64 for each text.
@@ -99,8 +99,8 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], *, begins: bool = True) -
     prefix = np.array(tokenizer.prefix if begins else (), np.int64)
     ids: list[list[np.ndarray]] = [[prefix] for _ in texts]
     short = [index for index, text in enumerate(texts) if len(text) <= WHOLE]
-    for index, found in zip(short, tokenizer.encode_batch([texts[index] for index in short]), strict=True):
-        ids[index].append(np.array(found, np.int64))
+    for index, encoded in zip(short, tokenizer.encode_batch([texts[index] for index in short]), strict=True):
+        ids[index].append(np.array(encoded, np.int64))
     for index, text in enumerate(texts):
         if len(text) > WHOLE:
             ids[index] += [np.array(tokenizer.encode(piece), np.int64) for piece in split(text)]
@@ -118,7 +118,7 @@ def as_tensor(ids: Ids) -> Tensor:
     """
     try:
         tensor = torch.as_tensor(ids) if len(ids) else torch.empty(0, dtype=torch.int64)
-    except (ValueError, TypeError, RuntimeError) as error:  # beyond 64 bits, words, rows of unequal length
+    except (ValueError, TypeError, RuntimeError) as error:  # beyond 64 bits, text, rows of unequal length
         raise LongscanError(f"token ids: expected whole numbers ({error}).") from error
     if tensor.dim() != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         kind = str(tensor.dtype).removeprefix("torch.")
@@ -127,7 +127,7 @@ def as_tensor(ids: Ids) -> Tensor:
 
 
 def _check(ids: Tensor, vocab_size: int) -> None:
-    """Insist on ids of the vocabulary: an embedding is looked up without asking."""
+    """Raise unless all ids are in the vocabulary, as the embedding does not check them."""
     low, high = (int(value) for value in ids.aminmax())
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high

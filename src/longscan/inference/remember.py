@@ -15,15 +15,15 @@ __all__ = ["Remembered", "remember"]
 
 @dataclass(frozen=True)
 class Remembered:
-    """What became of a signal.
+    """A compressed signal and its reconstruction.
 
     Attributes:
         memory: after the last sample.
-        seconds: the time it took to take the signal in, reading it included.
-        samples: how many of them can be told.
-        energy: mean square of these.
-        error: mean square of what is told wrongly.
-        trace: what is told.
+        seconds: the duration of the compression, loading the signal included.
+        samples: the number of samples that are reconstructed.
+        energy: mean square of these samples.
+        error: mean squared error of the reconstruction.
+        trace: the reconstruction.
     """
 
     memory: Memory
@@ -35,14 +35,11 @@ class Remembered:
 
 
 def remember(signal: Signal, memory: Memory) -> Remembered:
-    """Compress a signal, then tell it, piece by piece: memory does not grow with its length.
+    """Return a signal compressed and reconstructed, piece by piece: memory use does not grow with its length.
 
     Args:
         signal: of at least one sample.
         memory: an empty one of one channel.
-
-    Returns:
-        The coefficients, the error and what it took.
 
     Raises:
         LongscanError: the signal can't be read or is not finite.
@@ -53,9 +50,9 @@ def remember(signal: Signal, memory: Memory) -> Remembered:
     seconds, oldest = time.perf_counter() - start, memory.oldest
     trace, energy, error = Trace.empty(signal.length, signal.rate), 0.0, 0.0
     for begin, samples in signal.pieces(start=oldest):
-        told = memory.reconstruct(torch.arange(begin, begin + len(samples)))[0]
+        reconstruction = memory.reconstruct(torch.arange(begin, begin + len(samples)))[0]
         energy += float(samples.double().square().sum())
-        error += float((told - samples).square().sum())
-        trace.add(begin, told, signal.length)
+        error += float((reconstruction - samples).square().sum())
+        trace.add(begin, reconstruction, signal.length)
     count = signal.length - oldest
     return Remembered(memory, seconds, count, energy / count, error / count, trace)

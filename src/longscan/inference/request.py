@@ -1,4 +1,4 @@
-"""What an engine is asked to write, and whether that is possible."""
+"""Requests to an engine, and their validation."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Request:
 
     Attributes:
         ids: (seq_len,) the prompt, or what follows the tokens of `state` and `pending`.
-        config: how to choose tokens and when to stop.
-        eos_id: the token that ends the text, or several; None if nothing does.
-        state: of one row, to go on from; it is left as it is. The start of a text if None.
-        position: how many tokens that state has read.
-        pending: the tokens after them, of `SavedState.pending`: read as the engine reads what it has
-            written, so that the text goes on to the last bit as if it had not been saved.
-        keep: whether `Engine.saved` can still be asked when the text has ended.
+        config: the sampling settings.
+        eos_id: the token that ends the text, or several; None for none.
+        state: of one row, to continue from, not modified; None at the start of a text.
+        position: the number of tokens that the state includes.
+        pending: the tokens after them, as in `SavedState.pending`: the engine decodes them step by step, so
+            that the text continues bit-exactly as if it had not been saved.
+        keep: whether `Engine.saved` still has the state when the text has ended.
     """
 
     ids: Ids
@@ -60,17 +60,17 @@ def make_requests(
     before: SavedState | None = None,
     keep: bool = False,
 ) -> Iterator[Request]:
-    """Turn prompts that share their settings into requests, row i with seed + i.
+    """Yield requests for prompts that share their settings, row i with seed + i.
 
     Args:
-        prompts: the ids of each; an empty one begins after the first `eos_id`.
-        config: how to choose tokens and when to stop.
-        eos_id: the token that ends a text, or several; None if nothing does.
-        before: what all prompts continue; nothing if None.
+        prompts: the ids of each; an empty one starts with the first `eos_id`.
+        config: the sampling settings.
+        eos_id: the token that ends a text, or several; None for none.
+        before: the state that all prompts continue, or None.
         keep: see `Request`.
 
     Raises:
-        LongscanError: a prompt is empty and there is nothing it could begin with.
+        LongscanError: a prompt is empty, and there is no eos_id to start with.
     """
     seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
     for row, ids in enumerate(prompts):
@@ -82,22 +82,22 @@ def make_requests(
         elif not len(ids):
             if not request.ends:
                 raise LongscanError(
-                    "a prompt is empty and no eos_id says how a text begins: give it a token."
+                    "a prompt is empty, and without an eos_id there is no token to start with: add a token."
                 )
             request = replace(request, ids=request.ends[:1])
         yield request
 
 
 def tokens_of(request: Request, model: LanguageModel, max_tokens: int | None = None) -> np.ndarray:
-    """Check a request before anything is done for it.
+    """Return the tokens to prefill for a request, after validating it.
 
     Args:
         request: any.
-        model: the one that is to write.
-        max_tokens: that a text may have, prompt and new ones together; None for no bound.
+        model: the engine's.
+        max_tokens: of a text, prompt and new ones together; None for no bound.
 
     Returns:
-        (n,) int64, the tokens to read, pending ones first.
+        (n,) int64, pending ones first.
 
     Raises:
         LongscanError: it has no tokens or too many, an id is not of the model, or the state is not.
@@ -105,7 +105,7 @@ def tokens_of(request: Request, model: LanguageModel, max_tokens: int | None = N
     size = model.config.vocab_size
     ids = np.concatenate([_array(request.pending), _array(request.ids)])
     if not len(ids):
-        raise LongscanError("a request has no tokens: expected at least one to read.")
+        raise LongscanError("a request has no tokens: expected at least one.")
     wrong = ids[(ids < 0) | (ids >= size)]
     if len(wrong):
         raise LongscanError(f"token id: expected 0 to {size - 1:,}, got {wrong[0]:,}.")
@@ -126,7 +126,7 @@ def tokens_of(request: Request, model: LanguageModel, max_tokens: int | None = N
 
 
 def _check_state(state: State, model: LanguageModel) -> None:
-    """Insist that a state is one row of this model's."""
+    """Raise unless a state is one row of this model's."""
     like, mine = _layout(model.init_state(0)), _layout(state)
     if like != mine:
         expected, got = (f"{len(tensors)} tensors, {tensors[:2]} ..." for tensors in (like, mine))
@@ -138,13 +138,13 @@ def _check_state(state: State, model: LanguageModel) -> None:
 
 
 def _layout(state: State) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Describe the tensors of a state but for its rows and how many tokens it holds."""
+    """Return the tensors of a state: names, shapes and types, apart from rows and tokens."""
     state = State([layer.front(0) if isinstance(layer, GrowableState) else layer for layer in state.layers])
     return [(name, tuple(tensor.shape[1:]), tensor.dtype) for name, tensor in state.named_tensors()]
 
 
 def _array(ids: Ids) -> np.ndarray:
-    """Copy token ids (seq_len,) into an array, 8 bytes each."""
+    """Return a copy of token ids (seq_len,) as an int64 array."""
     try:
         values = ids.cpu().numpy() if isinstance(ids, Tensor) else np.asarray(ids)
     except ValueError:  # lists of different lengths

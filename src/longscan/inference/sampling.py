@@ -1,8 +1,8 @@
-"""Drawing the next token of a text, and turning tokens into the text that may be shown.
+"""Sampling the next token of a text, and decoding tokens into the text that is safe to show.
 
-A row of a batch has its own settings, its own generator of random numbers and thresholds over its own
-probabilities, so what it draws does not depend on its neighbours. It takes exactly one random number for each
-token, whatever the settings: that is what lets drafts be checked without changing the text.
+A row of a batch has its own settings, random generator and thresholds, so its samples do not depend on the
+other rows. It draws exactly one random number for each token, whatever the settings: so speculative decoding
+does not change the text.
 """
 
 from __future__ import annotations
@@ -34,11 +34,12 @@ __all__ = [
 
 Finish: TypeAlias = Literal["eos", "stop", "length", "error"]
 
-# tokens with this share of the likeliest one's probability are looked at, then more if they do not suffice
-LOOKS = (1e-2, 1e-4, 1e-6, 0.0)
-BLOCK = 256  # weights that are added up together before the one that is drawn is searched for
-CONTEXT = 8  # tokens of a prompt that may decide how the first new one is written
-COLDEST = 1e-30  # below, dividing by the temperature would leave the range of float32; it is greedy anyway
+# fractions of the largest probability: only tokens above the first are considered, then more if they
+# do not suffice
+THRESHOLDS = (1e-2, 1e-4, 1e-6, 0.0)
+BLOCK = 256  # weights per partial sum, when the sampled one is searched for
+CONTEXT = 8  # tokens of a prompt that may affect the text of the first new one
+MIN_TEMPERATURE = 1e-30  # below it, the division would overflow float32; sampling is greedy anyway
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +48,15 @@ class SamplingConfig(Config):
 
     Attributes:
         max_new_tokens: for each row.
-        temperature: 0 takes the likeliest token; below 1 sharpens, above 1 flattens the distribution.
-        top_k: keep the k likeliest tokens (and those that tie with the last of them); 0 keeps all.
-        top_p: keep the likeliest tokens that together have at least this probability; 1 keeps all.
-        min_p: keep tokens with at least this share of the likeliest one's probability; 0 keeps all.
+        temperature: 0 takes the most likely token; below 1 sharpens, above 1 flattens the distribution.
+        top_k: sample from the k most likely tokens (and ties with the last of them); 0 is off.
+        top_p: sample from the most likely tokens of at least this total probability; 1 is off.
+        min_p: drop tokens below this fraction of the largest probability; 0 is off.
         repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely (CTRL,
             Keskar et al. 2019, arXiv:1909.05858, section 4.1).
-        stop: strings that end a text; they are not part of it.
-        seed: of the random numbers; None draws a seed from torch's global generator. Where several texts
-            share their settings, row i draws with seed + i.
+        stop: strings that end a text, without being part of it.
+        seed: of the random numbers; None draws one from torch's global generator. If several texts share
+            their settings, row i uses seed + i.
 
     Raises:
         UsageError: a value is out of range.
@@ -71,21 +72,16 @@ class SamplingConfig(Config):
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the types and the ranges."""
+        """Raise UsageError if a value is out of range."""
         super().__post_init__()
-        rules = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
-            "temperature": (self.temperature >= 0, "0 (greedy) or more"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
-            "top_p": (0 < self.top_p <= 1, "more than 0 and at most 1"),
-            "min_p": (0 <= self.min_p < 1, "at least 0 and less than 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "more than 0"),
-            "stop": (all(self.stop), "strings that are not empty"),
-            "seed": (self.seed is None or 0 <= self.seed < 2**64, "0 to 2**64 - 1"),
-        }
-        for name, (fits, expected) in rules.items():
-            if not fits:
-                raise UsageError(f"{name}: expected {expected}, got {getattr(self, name)!r}.")
+        self.check_range("max_new_tokens", least=1)
+        self.check_range("temperature", "top_k", least=0)
+        self.check_range("top_p", above=0, most=1)
+        self.check_range("min_p", least=0, below=1)
+        self.check_range("repetition_penalty", above=0)
+        self.check_range("seed", least=0, most=2**64 - 1)
+        if not all(self.stop):
+            raise UsageError(f"stop: expected strings that are not empty, got {self.stop!r}.")
 
 
 class Event(NamedTuple):
@@ -93,11 +89,11 @@ class Event(NamedTuple):
 
     Attributes:
         row: which prompt or request it continues.
-        token: its id; -1 if there is none because of an error.
-        text: what is certain of the text now: never part of a stop string, never half a character.
+        token: its id; -1 after an error.
+        text: the text that is complete now: never part of a stop string or of a character.
         finish: why the text ends here: the end-of-text token, a stop string, max_new_tokens, an error; or
             None.
-        error: what went wrong with this text, and with this one only.
+        error: the error of this text, which affects no other.
     """
 
     row: int
@@ -108,7 +104,7 @@ class Event(NamedTuple):
 
 
 def check_fit(model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Insist that the model knows all ids of the tokenizer.
+    """Raise unless a model has embeddings for all ids of a tokenizer.
 
     Args:
         model: any.
@@ -125,7 +121,7 @@ def check_fit(model: LanguageModel, tokenizer: Tokenizer) -> None:
 
 
 def to_array(logits: Tensor) -> np.ndarray:
-    """Show logits as a float32 array, without a copy if they are float32 on the CPU.
+    """Return logits as a float32 array, without a copy if they are float32 on the CPU.
 
     Args:
         logits: of any shape and type, on any device.
@@ -136,13 +132,13 @@ def to_array(logits: Tensor) -> np.ndarray:
 
 
 class Sampler:
-    """Draws the tokens of one text, one after another.
+    """Samples the tokens of one text.
 
-    NumPy does it: on one row of 50,000 numbers its passes take 2 µs where torch's operators take 30 to 70.
+    It uses NumPy, whose passes over a row of 50,000 numbers take 2 µs where torch's operators take 30 to 70.
 
     Args:
-        config: how.
-        vocab_size: ids from here on name no token and are never drawn.
+        config: the sampling settings.
+        vocab_size: of the tokenizer; larger ids are padding and never sampled.
         prompt: the ids so far, for the repetition penalty.
     """
 
@@ -158,13 +154,10 @@ class Sampler:
             self._seen[ids[ids < vocab_size]] = True
 
     def draw(self, logits: np.ndarray) -> int:
-        """Draw the next token.
+        """Return the id of the next token.
 
         Args:
-            logits: (padded_vocab_size,) float32, left as they are.
-
-        Returns:
-            Its id.
+            logits: (padded_vocab_size,) float32, not modified.
 
         Raises:
             LongscanError: the logits are not numbers.
@@ -182,18 +175,18 @@ class Sampler:
         if not self._greedy:
             u = float(torch.rand((), generator=self._generator, dtype=torch.float64))
             ids, weights = candidates(logits, self._config)
-            place = _invert(weights, u)
-            token = place if ids is None else int(ids[place])
+            index = _invert(weights, u)
+            token = index if ids is None else int(ids[index])
         if self._seen is not None:
             self._seen[token] = True
         return token
 
 
 def candidates(logits: np.ndarray, config: SamplingConfig) -> tuple[np.ndarray | None, np.ndarray]:
-    """Find the tokens that may be drawn: temperature, then top-k, top-p and min-p.
+    """Return the tokens to sample from: temperature, then top-k, top-p and min-p.
 
-    Only thresholds are searched for, so tokens that tie at one stay together. Mostly some hundred of the
-    likeliest tokens decide; more are looked at until they certainly do.
+    Only thresholds are computed, so tokens that tie at one stay together. Usually a few hundred of the most
+    likely tokens suffice for that; otherwise more are considered.
 
     Args:
         logits: (vocab_size,) float32, finite at their largest.
@@ -201,56 +194,56 @@ def candidates(logits: np.ndarray, config: SamplingConfig) -> tuple[np.ndarray |
 
     Returns:
         ids: (n,) ascending, or None for all.
-        weights: (n,) in proportion to their probabilities; the largest is 1.
+        weights: (n,) proportional to their probabilities; the largest is 1.
     """
-    with np.errstate(over="ignore"):  # -inf is right
-        weights = np.exp((logits - logits.max()) / np.float32(max(config.temperature, COLDEST)))
+    with np.errstate(over="ignore"):  # -inf is correct
+        weights = np.exp((logits - logits.max()) / np.float32(max(config.temperature, MIN_TEMPERATURE)))
     top_k = config.top_k if config.top_k < len(logits) else 0
     if not top_k and config.top_p == 1:
         if not config.min_p:
             return None, weights
         ids = (weights >= config.min_p).nonzero()[0]
         return ids, weights[ids]
-    for look in LOOKS:
-        ids = (weights >= look).nonzero()[0]
-        kept = weights[ids]
+    for threshold in THRESHOLDS:
+        ids = (weights >= threshold).nonzero()[0]
+        likely = weights[ids]
         if len(ids) < top_k:
             continue
-        least = np.partition(kept, -top_k)[-top_k] if top_k else np.float32(0)
+        least = np.partition(likely, -top_k)[-top_k] if top_k else np.float32(0)
         if config.top_p < 1:
-            total = float((kept[kept >= least] if top_k else weights).sum())
-            bound = _nucleus(kept[kept >= least], config.top_p * total)
-            if bound is None and look and not top_k:
+            total = float((likely[likely >= least] if top_k else weights).sum())
+            bound = _nucleus(likely[likely >= least], config.top_p * total)
+            if bound is None and threshold and not top_k:
                 continue
             least = max(least, bound or least)
         break
-    chosen = kept >= max(least, np.float32(config.min_p))
-    return ids[chosen], kept[chosen]
+    chosen = likely >= max(least, np.float32(config.min_p))
+    return ids[chosen], likely[chosen]
 
 
 def _nucleus(weights: np.ndarray, mass: float) -> np.float32 | None:
-    """Return the least of the largest weights that reach a mass, or None (Holtzman et al. 2019)."""
+    """Return the smallest of the largest weights that reach a mass, or None (Holtzman et al. 2019)."""
     ordered = np.sort(weights)[::-1]
     n = int(ordered.cumsum(dtype=np.float64).searchsorted(mass))
     return np.float32(ordered[n]) if n < len(ordered) else None
 
 
 def _invert(weights: np.ndarray, u: float) -> int:
-    """Invert the distribution function of weights (n,) at a random number 0 <= u < 1."""
-    # in float64, or the tail of a large vocabulary would be lost; and in blocks, as adding one by one is slow
+    """Return the index at which the distribution function of weights (n,) reaches 0 <= u < 1."""
+    # in float64, or the tail of a large vocabulary would be lost; in blocks, as one cumulative sum is slow
     below = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64).cumsum()
-    # u has 53 bits, so u * total < total: what has no weight is out of reach, also at the end
+    # u has 53 bits, so u * total < total: an index without weight is never reached, even at the end
     target = u * below[-1]
     block = int(below.searchsorted(target, side="right"))
     part = weights[block * BLOCK : (block + 1) * BLOCK].cumsum(dtype=np.float64)
-    place = int(part.searchsorted(target - (below[block - 1] if block else 0.0), side="right"))
-    if place == len(part):  # the sum of the block, rounded otherwise, was a little larger
-        place = int(part.searchsorted(part[-1]))
-    return block * BLOCK + place
+    index = int(part.searchsorted(target - (below[block - 1] if block else 0.0), side="right"))
+    if index == len(part):  # the sum of the block was rounded to a little more
+        index = int(part.searchsorted(part[-1]))
+    return block * BLOCK + index
 
 
 def _penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
-    """Copy logits (vocab_size,), less likely where seen: towards 0 above it, away from 0 below it."""
+    """Return logits (vocab_size,) with those of seen ids divided by the penalty, or multiplied below 0."""
     logits, ids = logits.copy(), seen.nonzero()[0]
     values = logits[ids]
     with np.errstate(over="ignore"):
@@ -259,12 +252,12 @@ def _penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarra
 
 
 class TextWriter:
-    """Turns the tokens of a row into text, and ends it before a stop string.
+    """Decodes the tokens of a row into text, which ends before a stop string.
 
-    What may become a stop string is held back, so the text that is out never has to be taken back.
+    A possible start of a stop string is held back, so that no text has to be retracted.
 
     Args:
-        tokenizer: knows the tokens; without one there is no text.
+        tokenizer: decodes the tokens; without one there is no text.
         prompt: the ids before the first new one.
         stop: strings that end the text.
     """
@@ -277,15 +270,12 @@ class TextWriter:
                 self._stream.push(token)  # in some vocabularies a space depends on the token before it
 
     def push(self, token: int, *, is_eos: bool, is_last: bool) -> tuple[str, Finish | None]:
-        """Take the next token.
+        """Return the new text after a token, and why the row ends here, or None.
 
         Args:
             token: its id.
-            is_eos: whether it ends the text, and is none itself.
-            is_last: whether no other may follow.
-
-        Returns:
-            The text that is certain now, and why the row ends here, if it does.
+            is_eos: whether it is an end-of-text token, which has no text.
+            is_last: whether it is the last token allowed.
         """
         text = ""
         if self._stream:
@@ -299,12 +289,12 @@ class TextWriter:
         return text, None
 
     def _release(self, text: str) -> tuple[str, bool]:
-        """Return the text before the first stop string; without one, hold back what may begin one."""
-        # the one that is complete first counts, so it does not matter in which pieces the text arrives
-        found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self._stop if stop in text]
-        if found:
-            return text[: min(found)[1]], True
-        begun = [n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
-        cut = len(text) - max(begun, default=0)
+        """Return the text before the first stop string; without one, hold back a possible start of one."""
+        # the first to be complete counts, so the result does not depend on how the text is split
+        complete = [(text.index(stop) + len(stop), text.index(stop)) for stop in self._stop if stop in text]
+        if complete:
+            return text[: min(complete)[1]], True
+        started = [n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        cut = len(text) - max(started, default=0)
         self._held = text[cut:]
         return text[:cut], False

@@ -1,4 +1,4 @@
-"""Class probabilities or values of whole sequences, also at another sampling rate."""
+"""Class probabilities or values of whole sequences, at any sampling rate."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ __all__ = ["answers", "to_rate"]
 
 @torch.inference_mode()
 def answers(model: SequenceModel, data: Sequences, rows: int = 32) -> Tensor:
-    """Tell what sequences are.
+    """Return the predictions for sequences.
 
     Args:
-        model: in any mode, which it keeps.
+        model: in any mode, which does not change.
         data: the sequences.
-        rows: read at a time.
+        rows: batch size.
 
     Returns:
-        (n, n_outputs): log p of the classes, or the numbers.
+        (n, n_outputs): log p of the classes, or the predicted values.
     """
     training = model.training
     model.eval()
-    found = torch.empty(len(data), model.config.n_outputs)
-    order = np.argsort(data.lengths, kind="stable").tolist()  # about equal lengths: little padding
+    predictions = torch.empty(len(data), model.config.n_outputs)
+    order = np.argsort(data.lengths, kind="stable").tolist()  # batches of similar lengths need little padding
     for start in range(0, len(order), rows):
         numbers = order[start : start + rows]
         x, lengths, _, times = data.batch(numbers)
         times = None if times is None else times.to(model.device)
         outputs = model(x.to(model.device), lengths.to(model.device), times).float().cpu()
-        found[numbers] = outputs.log_softmax(-1) if model.config.labels else outputs
+        predictions[numbers] = outputs.log_softmax(-1) if model.config.labels else outputs
     model.train(training)
-    return found
+    return predictions
 
 
 def to_rate(model: SequenceModel, rate: float | None) -> None:
-    """Make a model read signals of another rate than it was trained on, by longer or shorter time steps.
+    """Adapt a model to signals of another sampling rate, by rescaling its time steps.
 
     Args:
-        model: changed in place, unless the rates are equal or one is unknown.
+        model: modified in place, unless the rates are equal or one is unknown.
         rate: samples per second.
 
     Raises:
-        LongscanError: its body knows no time.
+        LongscanError: its blocks have no time steps.
     """
     trained = model.config.rate
     if rate and trained and rate != trained:

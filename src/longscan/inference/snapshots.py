@@ -1,7 +1,7 @@
-"""A text one can go back in: snapshots of the state every few tokens, and replaying from the nearest.
+"""A text that can be rewound: snapshots of the state every few tokens, and replay from the nearest one.
 
-Going back is exact, bit for bit: what was read as a prompt is read again in the same chunks, what was taken
-token by token is taken token by token, because these two ways of computing differ in the last bits.
+Rewinding is bit-exact: prefilled tokens are prefilled again in the same chunks, and decoded tokens step by
+step, because the two ways of computing round differently.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ __all__ = ["Snapshots"]
 
 @dataclass
 class _Stretch:
-    """Tokens that came in one way: by one `read`, or by steps."""
+    """Tokens that were processed in one way: by one `read`, or by steps."""
 
     begin: int
     steps: bool
-    ids: array[int]  # 8 bytes a token, however long the text
+    ids: array[int]  # 8 bytes per token
 
     @property
     def end(self) -> int:
-        """The position after it."""
+        """The position after the last token."""
         return self.begin + len(self.ids)
 
 
@@ -39,15 +39,15 @@ class Snapshots:
     """One text and the states along it.
 
     Args:
-        model: what reads.
-        every: tokens between snapshots, about; while reading they are at multiples of CHUNK.
-        max_bytes: of all snapshots together; above it they thin out, most where the text is oldest, so that
-            going back n tokens costs in proportion to n. None keeps all.
-        state: of one row, to begin with; the start of a text if None. It is left as it is.
-        position: how many tokens that state has read; the text cannot go back behind it.
+        model: any causal model.
+        every: tokens between snapshots, about; during prefill they are at multiples of CHUNK.
+        max_bytes: of all snapshots together; above it some are dropped, mostly old ones, so that the cost of
+            going back n tokens stays proportional to n. None retains all.
+        state: of one row, to start with, not modified; None at the start of a text.
+        position: the number of tokens that the state includes, and the first one to go back to.
 
     Raises:
-        UsageError: a number makes no sense.
+        UsageError: a number is out of range.
     """
 
     def __init__(
@@ -69,29 +69,29 @@ class Snapshots:
         self._first = self._state.clone()
         self._logits: Tensor | None = None
         self._stretches: list[_Stretch] = []
-        self._places: list[int] = []  # positions of the snapshots, ascending
+        self._positions: list[int] = []  # of the snapshots, ascending
         self._states: list[State] = []
         self._nbytes = 0
 
     @property
     def position(self) -> int:
-        """How many tokens have been read."""
+        """The number of tokens so far."""
         return self._position
 
     @property
     def logits(self) -> Tensor | None:
-        """What follows, (padded_vocab_size,); None where nothing has been read yet."""
+        """The logits after the last token, (padded_vocab_size,); None before the first."""
         return self._logits
 
     @property
     def state(self) -> State:
-        """The state here, to look at or to clone: steps on it would not be known here."""
+        """The current state; clone it before you advance it."""
         return self._state
 
     @property
     def places(self) -> tuple[int, ...]:
         """The positions of the snapshots, ascending."""
-        return tuple(self._places)
+        return tuple(self._positions)
 
     @property
     def nbytes(self) -> int:
@@ -99,31 +99,31 @@ class Snapshots:
         return self._nbytes
 
     def read(self, ids: Ids, progress: Progress | None = None) -> Tensor:
-        """Read a prompt, or a part of one.
+        """Prefill a prompt, or a part of one.
 
         Args:
             ids: (seq_len,) token ids.
-            progress: see `reading.read`.
+            progress: see `prefill.read`.
 
         Returns:
             (padded_vocab_size,) the logits after it.
 
         Raises:
-            LongscanError: as `reading.read`; nothing has changed then.
+            LongscanError: as `prefill.read`; then nothing has changed.
         """
         try:
             logits, state = read(
-                self._model, ids, self._state, self._position, progress=progress, boundary=self._keep
+                self._model, ids, self._state, self._position, progress=progress, boundary=self._add
             )
         except BaseException:
-            self._forget(self._position)
+            self._drop_after(self._position)
             raise
         self._stretches.append(_Stretch(self._position, False, _array(ids)))
         self._logits, self._state, self._position = logits, state, self._position + len(ids)
         return logits
 
     def step(self, token: int) -> Tensor:
-        """Take one token, as generating does.
+        """Decode one token, as generation does.
 
         Args:
             token: its id.
@@ -132,7 +132,7 @@ class Snapshots:
             (padded_vocab_size,) the logits after it.
 
         Raises:
-            LongscanError: the token is not of this model.
+            LongscanError: the token is not in the vocabulary.
         """
         size = self._model.config.vocab_size
         if not 0 <= token < size:
@@ -141,42 +141,44 @@ class Snapshots:
             self._stretches.append(_Stretch(self._position, True, array("q")))
         self._stretches[-1].ids.append(token)
         self._step(token)
-        self._keep(self._position, self._state)
+        self._add(self._position, self._state)
         assert self._logits is not None
         return self._logits
 
     def back(self, position: int) -> Tensor | None:
-        """Go back: afterwards everything is as if the text had ended there.
+        """Go back, as if the text had ended at a position.
 
         Args:
-            position: at most the present one.
+            position: at most the current one.
 
         Returns:
             The logits there, see `logits`.
 
         Raises:
-            LongscanError: the text was never there.
+            LongscanError: the position is out of range.
         """
         if not self._start <= position <= self._position:
             raise LongscanError(
                 f"position: expected {self._start:,} to {self._position:,}, got {position:,}: "
-                "one can go back to where the text has been."
+                "the text can only go back."
             )
         if position == self._position:
             return self._logits
         self._truncate(position)
-        nearest = bisect.bisect_left(self._places, position)  # strictly before: replaying gives the logits
-        begin, state = (
-            (self._places[nearest - 1], self._states[nearest - 1]) if nearest else (self._start, self._first)
-        )
-        self._position, self._state, self._logits = begin, state.clone(), None
+        # strictly before the position, as the replay computes the logits
+        nearest = bisect.bisect_left(self._positions, position) - 1
+        if nearest >= 0:
+            self._position, self._state = self._positions[nearest], self._states[nearest].clone()
+        else:
+            self._position, self._state = self._start, self._first.clone()
+        self._logits = None
         for stretch in self._stretches:
             if stretch.end > self._position:
                 self._replay(stretch)
         return self._logits
 
     def _replay(self, stretch: _Stretch) -> None:
-        """Read again what lies behind the present position, in the way it was read."""
+        """Process a stretch from the current position on, in the same way as before."""
         ids = stretch.ids[self._position - stretch.begin :]
         if stretch.steps:
             for token in ids:
@@ -186,49 +188,47 @@ class Snapshots:
             self._position = stretch.end
 
     def _step(self, token: int) -> None:
-        """Take one token."""
+        """Decode one token."""
         ids = torch.tensor([token], device=self._model.device)
         logits, self._state = self._model.step(ids, self._state)
         self._logits, self._position = logits[0], self._position + 1
 
     def _truncate(self, position: int) -> None:
-        """Forget the tokens and the snapshots after a position."""
+        """Drop the tokens and the snapshots after a position."""
         self._stretches = [stretch for stretch in self._stretches if stretch.begin < position]
         if self._stretches:
             last = self._stretches[-1]
             del last.ids[position - last.begin :]
-        self._forget(position)
+        self._drop_after(position)
 
-    def _forget(self, position: int) -> None:
+    def _drop_after(self, position: int) -> None:
         """Drop the snapshots after a position."""
-        n = bisect.bisect_right(self._places, position)
+        n = bisect.bisect_right(self._positions, position)
         self._nbytes -= sum(state.nbytes for state in self._states[n:])
-        del self._places[n:], self._states[n:]
+        del self._positions[n:], self._states[n:]
 
-    def _keep(self, position: int, state: State) -> None:
-        """Take a snapshot if it is time."""
-        if position - (self._places[-1] if self._places else self._start) < self._every:
+    def _add(self, position: int, state: State) -> None:
+        """Take a snapshot if one is due."""
+        if position - (self._positions[-1] if self._positions else self._start) < self._every:
             return
-        self._places.append(position)
+        self._positions.append(position)
         self._states.append(state.clone())
         self._nbytes += self._states[-1].nbytes
         while self._max_bytes is not None and self.nbytes > self._max_bytes:
             self._drop()
 
     def _drop(self) -> None:
-        """Drop the snapshot that is missed least: its gap is smallest for how far back it lies."""
-        places, now = self._places, self._places[-1] + self._every
-        before = [self._start, *places]
-        behind = [*places[1:], now]
-        gaps = zip(before, places, behind, strict=False)
-        costs = [(after - left) / (now - place) for left, place, after in gaps]
+        """Drop the snapshot whose gap is smallest relative to its distance from the end."""
+        positions, end = self._positions, self._positions[-1] + self._every
+        gaps = zip([self._start, *positions], positions, [*positions[1:], end], strict=False)
+        costs = [(after - before) / (end - position) for before, position, after in gaps]
         index = costs.index(min(costs))
         self._nbytes -= self._states[index].nbytes
-        del self._places[index], self._states[index]
+        del self._positions[index], self._states[index]
 
 
 def _array(ids: Ids) -> array[int]:
-    """Copy tokens into 8 bytes each."""
+    """Return a copy of token ids, 8 bytes each."""
     copy = array("q")
     copy.frombytes(as_tensor(ids).numpy().tobytes())
     return copy

@@ -15,16 +15,16 @@ from longscan.tokenizers.base import Tokenizer
 __all__ = ["BATCH_TOKENS", "Translation", "describe", "translate"]
 
 
-BATCH = 64  # sentences at a time
+BATCH = 64  # sentences
 
-BATCH_TOKENS = 4096  # of a forward pass
+BATCH_TOKENS = 4096  # per forward pass
 
 
 class Translation(NamedTuple):
-    """A sentence in the other language."""
+    """A translated sentence."""
 
     text: str
-    score: float  # log probability over the length penalty
+    score: float  # log p, divided by the length penalty
 
 
 def translate(
@@ -35,13 +35,13 @@ def translate(
     beam_size: int = 5,
     length_penalty: float = 0.6,
 ) -> list[Translation]:
-    """Translate sentences; the others of a call never change a translation.
+    """Return the translations of sentences, each independent of the others.
 
     Args:
         model: in evaluation mode.
         tokenizer: the model's.
         sentences: any number; an empty one gives an empty one.
-        beam_size: hypotheses to follow; 1 = greedy.
+        beam_size: beam width; 1 = greedy.
         length_penalty: see `translate_ids`.
 
     Returns:
@@ -52,7 +52,7 @@ def translate(
     """
     check_texts("sentences", sentences)
     _check_tokenizer(model, tokenizer)
-    found = [Translation("", 0.0)] * len(sentences)
+    translations = [Translation("", 0.0)] * len(sentences)
     encoded = tokenizer.encode_batch([sentence.strip() for sentence in sentences])
     order = sorted((i for i, ids in enumerate(encoded) if ids), key=lambda i: len(encoded[i]))
     limit = model.max_positions
@@ -63,28 +63,28 @@ def translate(
         source = rows([encoded[i] for i in chosen], bos=False).to(model.device)
         hypotheses = translate_ids(model, source, beam_size=beam_size, length_penalty=length_penalty)
         for i, hypothesis in zip(chosen, hypotheses, strict=True):
-            found[i] = Translation(tokenizer.decode(hypothesis.ids), hypothesis.score)
-    return found
+            translations[i] = Translation(tokenizer.decode(hypothesis.ids), hypothesis.score)
+    return translations
 
 
 def describe(model: Translator) -> str:
-    """Say in a few words what translates."""
+    """Return the class and the size of a translator as text."""
     return f"{type(model).__name__}, {model.num_parameters() / 1e6:.2f} M parameters"
 
 
 def _check_tokenizer(model: Translator, tokenizer: Tokenizer) -> None:
-    """Insist that they belong together."""
+    """Raise unless a tokenizer is that of the model."""
     config = model.config
     ours = (tokenizer.vocab_size, tokenizer.eos_id)
     if ours != (config.vocab_size, config.eos_id) or config.eos_id != EOS:
         raise LongscanError(
             f"the tokenizer has {tokenizer.vocab_size:,} ids and ends texts with {tokenizer.eos_id}, the "
-            f"model was trained with {config.vocab_size:,} and {config.eos_id}: put its own beside it."
+            f"model was trained with {config.vocab_size:,} and {config.eos_id}. Use its own tokenizer."
         )
 
 
 def _check_length(sentence: str, length: int, limit: int) -> None:
-    """Refuse a sentence that has no room in the model."""
+    """Raise if a sentence is too long for the model."""
     if length > limit:
         raise LongscanError(
             f"a sentence of {length:,} tokens ({sentence[:40]!r}...) is longer than the {limit:,} positions "

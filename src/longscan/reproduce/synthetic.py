@@ -15,7 +15,7 @@ from longscan import ops
 from longscan.checkpoints.load import load
 from longscan.core.config import count
 from longscan.core.random import EpochOrder
-from longscan.core.runtime import Signals
+from longscan.core.runtime import StopSignals
 from longscan.data import synthetic as synthetics
 from longscan.data.synthetic import IGNORED, Examples, distinct
 from longscan.evaluation.classification import accuracy
@@ -116,7 +116,7 @@ class SyntheticRun(Run[SyntheticConfig]):
         """The sequences: they follow from the settings."""
         return str(self.test.ids.sum().item())
 
-    def report(self, signals: Signals) -> None:
+    def report(self, signals: StopSignals) -> None:
         """Validate if it is due, and stop early if the accuracy says so."""
         super().report(signals)
         enough, here = self.config.enough, self.trainer.step_number
@@ -126,7 +126,7 @@ class SyntheticRun(Run[SyntheticConfig]):
                 self.trainer.total = here
 
     @torch.inference_mode()
-    def validate(self, signals: Signals, *, last: bool) -> dict[str, Any] | None:
+    def validate(self, signals: StopSignals, *, last: bool) -> dict[str, Any] | None:
         """Return loss and accuracy of the test answers."""
         right = accuracy(self.model, self.test)
         self.say(f"accuracy {right:.1%}")

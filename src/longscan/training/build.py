@@ -1,4 +1,4 @@
-"""Build what a run's settings ask for: the tokenizer, the token files, the model."""
+"""Build a run's tokenizer, token files and model from its settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from longscan.training.config import FreshConfig, TrainConfig
 __all__ = ["check_device", "make_model", "make_tokenizer", "make_tokens", "model_settings"]
 
 
-# how tokenizers are called, read and learnt
+# the name of a kind of tokenizer, and how to load and to train one
 _Kind: TypeAlias = tuple[str, Callable[[str | Path], Tokenizer], Callable[[Iterable[str], int], Tokenizer]]
 
 _BPE: _Kind = "BPE", load_tokenizer, train_bpe
@@ -32,49 +32,51 @@ _BPE: _Kind = "BPE", load_tokenizer, train_bpe
 _WORDPIECE: _Kind = "WordPiece", load_wordpiece, train_wordpiece
 
 
-def make_tokenizer(config: TrainConfig, place: Path, tell: Callable[[str], None]) -> Tokenizer:
-    """Return the run's tokenizer: the one it has, or else the one its settings ask for.
+def make_tokenizer(config: TrainConfig, directory: Path, notify: Callable[[str], None]) -> Tokenizer:
+    """Return the run's tokenizer, made from its settings if it is not saved yet.
 
     Args:
         config: the settings.
-        place: where the run keeps it.
-        tell: receives a line about a new one.
+        directory: where the run saves it.
+        notify: receives a line about a new tokenizer.
 
     Returns:
-        The tokenizer, saved.
+        The tokenizer, which is now saved.
 
     Raises:
         LongscanError: there is no such tokenizer, or no text to train one on.
     """
     masked = MODELS[config.model].kind == "masked"
     name, load, learn = _WORDPIECE if masked else _BPE
-    if place.is_dir():
-        return load(place)
+    if directory.is_dir():
+        return load(directory)
     started = time.perf_counter()
     if config.tokenizer == "bpe":
-        tokenizer = learn(training_text(config.data, **_division(config)), config.vocab_size)
+        tokenizer = learn(training_text(config.data, **_split(config)), config.vocab_size)
         seconds = time.perf_counter() - started
-        tell(f"tokenizer  {name} of {tokenizer.vocab_size:,} tokens, trained in {duration(seconds)}")
+        notify(f"tokenizer  {name} of {tokenizer.vocab_size:,} tokens, trained in {duration(seconds)}")
     else:
         if masked and config.tokenizer == "bytes":
-            raise UsageError(f"--tokenizer: {config.model} needs WordPiece, which hides words, not bytes.")
+            raise UsageError(
+                f"--tokenizer: expected WordPiece for {config.model}, which masks words, got bytes."
+            )
         tokenizer = ByteTokenizer() if config.tokenizer == "bytes" else load(config.tokenizer)
-        tell(f"tokenizer  {config.tokenizer}, {tokenizer.vocab_size:,} tokens")
-    with atomic_directory(place) as temporary:
+        notify(f"tokenizer  {config.tokenizer}, {tokenizer.vocab_size:,} tokens")
+    with atomic_directory(directory) as temporary:
         tokenizer.save(temporary)
     return tokenizer
 
 
 def make_tokens(
-    config: TrainConfig, tokenizer: Tokenizer, place: Path, progress: Callable[[int, int], None]
+    config: TrainConfig, tokenizer: Tokenizer, directory: Path, progress: Callable[[int, int], None]
 ) -> TokenFiles:
-    """Return the run's tokens; once they are there the text is not read again and may be gone.
+    """Return the run's tokens; once they are saved, the text is no longer needed.
 
     Args:
         config: the settings.
         tokenizer: the run's.
-        place: where the run keeps them.
-        progress: called with the bytes of text done and their total.
+        directory: where the run saves them.
+        progress: called with the bytes of text tokenised so far and their total.
 
     Returns:
         The token files.
@@ -82,9 +84,9 @@ def make_tokens(
     Raises:
         LongscanError: the text cannot be read.
     """
-    if place.is_dir():
-        return TokenFiles.open(place)
-    return prepare(config.data, tokenizer, place, progress=progress, **_division(config))
+    if directory.is_dir():
+        return TokenFiles.open(directory)
+    return prepare(config.data, tokenizer, directory, progress=progress, **_split(config))
 
 
 def model_settings(config: FreshConfig, vocab_size: int) -> Config:
@@ -92,13 +94,13 @@ def model_settings(config: FreshConfig, vocab_size: int) -> Config:
 
     Args:
         config: the settings.
-        vocab_size: tokens of the tokenizer.
+        vocab_size: of the tokenizer.
 
     Returns:
-        The preset, changed by the settings.
+        The preset with the sizes of the settings.
 
     Raises:
-        UsageError: there is no such model, preset or device, or the sizes are impossible.
+        UsageError: there is no such model, preset or device, or a size is invalid.
     """
     choice = config.choice
     if config.model not in choice:
@@ -122,48 +124,48 @@ def model_settings(config: FreshConfig, vocab_size: int) -> Config:
 
 
 def check_device(device: str) -> None:
-    """Insist that there is such a device.
+    """Raise unless a device exists.
 
     Args:
-        device: in torch's words.
+        device: as torch names it.
 
     Raises:
         UsageError: there is none.
     """
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+    except (RuntimeError, AssertionError) as error:  # the latter if torch was built without its support
         raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
 
 
 def make_model(config: FreshConfig, vocab_size: int) -> Model:
-    """Build the model with fresh weights drawn from the run's seed.
+    """Return a new model, initialised with the run's seed.
 
     Args:
         config: the settings.
-        vocab_size: tokens of the tokenizer.
+        vocab_size: of the tokenizer.
 
     Returns:
         The model, on the run's device.
 
     Raises:
         UsageError: as `model_settings`.
-        LongscanError: there is no memory for a model of that size.
+        LongscanError: the model does not fit into memory.
     """
     settings = model_settings(config, vocab_size)
     generator = torch.Generator().manual_seed(config.seed)
     try:
         return MODELS[config.model].cls(settings, generator=generator).to(config.device)
-    except RuntimeError as error:  # torch's word for a lack of memory, on any device
+    except RuntimeError as error:  # torch's error for a lack of memory, on any device
         if "allocate" not in str(error) and "memory" not in str(error):
             raise
         numbers = {name: value for name, value in settings.to_dict().items() if type(value) is int}
         sizes = ", ".join(f"{name} {value:,}" for name, value in numbers.items() if name != "vocab_size")
-        raise LongscanError(f"no memory for a model of {sizes}. Choose a smaller one.") from error
+        raise LongscanError(f"not enough memory for a model of {sizes}. Choose a smaller one.") from error
 
 
-def _division(config: TrainConfig) -> dict[str, Any]:
-    """How the text is divided, in the words of data.py."""
+def _split(config: TrainConfig) -> dict[str, Any]:
+    """Return how to split the text, as arguments of the data room."""
     return {
         "valid_paths": config.valid or None,
         "valid_fraction": config.valid_fraction,

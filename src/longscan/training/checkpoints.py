@@ -1,4 +1,4 @@
-"""Checkpoints of a run: atomic, checked on reading, the newest few retained."""
+"""Checkpoints of a run: atomic, verified on loading, the newest few retained."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ __all__ = ["Checkpoints"]
 
 
 class OtherFormatError(LongscanError):
-    """A checkpoint is of another version."""
+    """A checkpoint has the format of another version."""
 
 
 class Checkpoints:
-    """The directory of a run's checkpoints: complete or absent, checked by hash, the newest few kept.
+    """The directory of a run's checkpoints: complete, verified by hash, only the newest few retained.
 
     Args:
         root: the directory; created with the first checkpoint.
-        keep: how many to keep.
+        keep: how many to retain.
     """
 
     FILES = ("model.safetensors", "optimizer.safetensors")
-    FORMAT = 2  # 1 kept torch's random state, which said nothing before the first checkpoint
+    FORMAT = 2  # 1 stored torch's random state, which says nothing before the first checkpoint
 
     def __init__(self, root: Path, keep: int = 2) -> None:
         self.root, self.keep = root, keep
 
     def save(self, trainer: Trainer, extra: dict[str, Any]) -> Path:
-        """Write a checkpoint of the present step and drop the oldest.
+        """Save a checkpoint of the current step and delete the oldest.
 
         Args:
             trainer: what to save.
-            extra: JSON values to be found again in the state.
+            extra: further JSON values of the state.
 
         Returns:
             The checkpoint's directory.
@@ -59,16 +59,16 @@ class Checkpoints:
         return target
 
     def newest(self, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-        """Return the newest checkpoint that is whole.
+        """Return the newest checkpoint that is intact.
 
         Args:
-            warn: receives a line for each checkpoint that had to be passed over.
+            warn: receives a line for each damaged checkpoint.
 
         Returns:
             Its directory and its state, or None if the run has none yet.
 
         Raises:
-            LongscanError: there are some, but none is whole, or one is of another version of longscan.
+            LongscanError: all of them are damaged, or one is from another version of longscan.
         """
         for directory in self.directories():
             try:
@@ -77,13 +77,13 @@ class Checkpoints:
                     raise OtherFormatError(
                         f"{directory}: expected a checkpoint of format {self.FORMAT}, got "
                         f"{state['format']!r}, which another version of longscan wrote. "
-                        "Finish the run with that version, or start anew."
+                        "Finish the run with that version, or start a new one."
                     )
                 for name in self.FILES:
                     if _sha256(directory / name) != state["sha256"][name]:
                         raise LongscanError(f"{name} is damaged (its hash is not the recorded one).")
                 if state["step"] != self.step_of(directory):
-                    raise LongscanError("it records another step than its name says.")
+                    raise LongscanError("its state and its name disagree about the step.")
             except OtherFormatError:
                 raise
             except (OSError, LongscanError, KeyError, TypeError) as error:
@@ -92,15 +92,17 @@ class Checkpoints:
             return directory, state
         if self.directories():
             raise LongscanError(
-                f"no checkpoint in {self.root} is whole. Delete that folder to begin the run again."
+                f"no checkpoint in {self.root} is intact. Delete that directory to start the run again."
             )
         return None
 
     def sweep(self, step: int) -> None:
-        """Remove what a killed process left half-written or half-removed, and what lies after a step.
+        """Remove incomplete checkpoints of a killed process, and those after a step.
+
+        Only the process that holds the lock may call this.
 
         Args:
-            step: the last one to keep, from which the run goes on. Only for the process that holds the lock.
+            step: the last one to retain, from which the run resumes.
         """
         later = [path for path in self.directories() if self.step_of(path) > step]
         for path in [*self.root.glob(".step-*"), *later]:
@@ -113,14 +115,14 @@ class Checkpoints:
         return int(directory.name.removeprefix("step-"))
 
     def _prune(self) -> None:
-        """Drop the oldest."""
+        """Delete the oldest."""
         for old in self.directories()[self.keep :]:
             shutil.rmtree(old, ignore_errors=True)
 
     def directories(self) -> list[Path]:
-        """Return those there are, newest first."""
-        found = [path for path in self.root.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
-        return sorted(found, key=self.step_of, reverse=True)
+        """Return the directories of all checkpoints, newest first."""
+        paths = [path for path in self.root.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+        return sorted(paths, key=self.step_of, reverse=True)
 
 
 def _sha256(path: Path) -> str:

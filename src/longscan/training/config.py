@@ -23,24 +23,23 @@ def setting(default: Any, help: str, **traits: bool) -> Any:
     """Declare a field of a RunConfig.
 
     Args:
-        default: its value if nobody says otherwise.
+        default: its default value.
         help: its line in `--help`.
-        traits: `harmless`: it may change between the halves of an interrupted run, because it doesn't change
-            the weights; `path`: it names files; `size`: it is a field of the model's Config; `argument`: it
-            is no flag.
+        traits: `harmless`: it may change when a run is resumed, as it doesn't affect the weights; `path`: it
+            names files; `size`: it is a field of the model's Config; `argument`: it is no flag.
     """
     return field(default=default, metadata={"help": help, **traits})
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
-    """What every training run is told: a field is a flag and a key of a recipe file. Subclasses add theirs.
+    """The settings of every training run: a field is a flag and a key of a recipe file. Subclasses add more.
 
     Raises:
-        UsageError: a value cannot work.
+        UsageError: a value is out of range.
     """
 
-    EPOCHS: ClassVar[float] = 4.0  # of a run that isn't told its length
+    EPOCHS: ClassVar[float] = 4.0  # of a run without --steps and --epochs
 
     steps: int | None = setting(None, "Optimizer steps; with --resume, a larger number extends the run.")
     epochs: float | None = setting(None, "Passes over the data, instead of --steps.")
@@ -66,33 +65,16 @@ class RunConfig(Config):
     log_every: int = setting(10, "Steps between progress lines where stderr is no terminal.", harmless=True)
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work, each by its name."""
+        """Raise UsageError if a value is out of range."""
         super().__post_init__()
-        self.check_least(1, "steps", "threads", "save_every", "log_every")
-        self.check_least(0, "warmup", "seed", "eval_every", "weight_decay", "min_lr")
-        for name in ("lr", "ssm_lr", "epochs", "clip", "eps"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UsageError(f"{name}: expected more than 0, got {value}.")
-        self.check_fractions("beta1", "beta2")
+        self.check_range("steps", "threads", "save_every", "log_every", least=1)
+        self.check_range("warmup", "seed", "eval_every", "weight_decay", "min_lr", least=0)
+        self.check_range("lr", "ssm_lr", "epochs", "clip", "eps", above=0)
+        self.check_range("beta1", "beta2", least=0, below=1)
         if self.final_lr > self.lr:
             raise UsageError(f"min_lr: expected at most lr = {self.lr:g}, got {self.min_lr:g}.")
         if self.steps is not None and self.epochs is not None:
             raise UsageError("steps: give either steps or epochs, got both.")
-
-    def check_least(self, least: int, *names: str) -> None:
-        """Refuse fields that are set and below a bound."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UsageError(f"{name}: expected {least} or more, got {value}.")
-
-    def check_fractions(self, *names: str) -> None:
-        """Refuse fields that are set and outside [0, 1)."""
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise UsageError(f"{name}: expected at least 0 and below 1, got {value}.")
 
     @property
     def final_lr(self) -> float:
@@ -103,15 +85,15 @@ class RunConfig(Config):
         """Return the length of the run in optimizer steps.
 
         Args:
-            items: in one pass over the data: sequences, or batches.
-            per_step: of them in a step.
+            items: sequences, or batches, in one epoch.
+            per_step: items per step.
         """
         if self.steps is not None:
             return self.steps
         return math.ceil((self.epochs or self.EPOCHS) * items / per_step)
 
     def changed(self, other: RunConfig) -> list[str]:
-        """Return the names of the fields that differ from `other` and would change the weights."""
+        """Return the names of the fields that differ from `other` and affect the weights."""
         return [
             entry.name
             for entry in fields(self)
@@ -119,14 +101,14 @@ class RunConfig(Config):
         ]
 
     def absolute(self) -> Self:
-        """Return the configuration with every path absolute, so that it holds in any working directory."""
+        """Return the configuration with absolute paths, which stay valid in any working directory."""
         paths = [entry.name for entry in fields(self) if entry.metadata.get("path")]
         return self.replace(**{name: _absolute(getattr(self, name)) for name in paths})
 
 
 @dataclass(frozen=True, kw_only=True)
 class FreshConfig(RunConfig):
-    """A run that begins with a new model: its name, preset and sizes."""
+    """The settings of a run that starts with a new model: its name, preset and sizes."""
 
     KINDS: ClassVar[tuple[ModelKind, ...]]  # of the models it can train
 
@@ -139,43 +121,43 @@ class FreshConfig(RunConfig):
     )
 
     def __post_init__(self) -> None:
-        """Refuse sizes that cannot be."""
+        """Raise UsageError if a size is less than 1."""
         super().__post_init__()
-        self.check_least(1, *(name for name, value in self.sizes.items() if type(value) is int))
+        self.check_range(*(name for name, value in self.sizes.items() if type(value) is int), least=1)
 
     @property
     def choice(self) -> Mapping[str, ModelEntry | Body]:
-        """The models it can train, by name."""
+        """The models that can be trained, by name."""
         return {name: entry for name, entry in MODELS.items() if entry.kind in self.KINDS}
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """The fields of the model's Config that have a flag and are given."""
+        """The fields of the model's Config that are given by flags of their own."""
         names = [entry.name for entry in fields(self) if entry.metadata.get("size")]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def options(self) -> dict[str, Any]:
-        """The fields of the model's Config that are given as text.
+        """The fields of the model's Config that are given as NAME=VALUE.
 
         Raises:
-            UsageError: a text is something else.
+            UsageError: one has another form.
         """
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for option in self.option:
             name, equals, value = option.partition("=")
             if not equals or not name:
                 raise UsageError(f"option: expected NAME=VALUE such as d_state=16, got {option!r}.")
             try:
-                found[name] = json.loads(value)
+                values[name] = json.loads(value)
             except ValueError:
-                found[name] = value
-        return found
+                values[name] = value
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(FreshConfig):
-    """Everything that decides what `longscan train` computes."""
+    """The settings of `longscan train`."""
 
     KINDS = ("language", "masked")
 
@@ -208,16 +190,16 @@ class TrainConfig(FreshConfig):
     sample_tokens: int = setting(64, "Tokens per sample.", harmless=True)
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work, each by its name."""
+        """Raise UsageError if a value is out of range."""
         super().__post_init__()
-        self.check_least(2, "seq_len", "vocab_size")
-        self.check_least(1, "batch_size", "accumulate", "eval_windows", "sample_tokens")
-        self.check_least(0, "sample_every")
-        self.check_fractions("valid_fraction")
+        self.check_range("seq_len", "vocab_size", least=2)
+        self.check_range("batch_size", "accumulate", "eval_windows", "sample_tokens", least=1)
+        self.check_range("sample_every", least=0)
+        self.check_range("valid_fraction", least=0, below=1)
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step sees."""
+        """Tokens in one optimizer step."""
         return self.seq_len * self.batch_size * self.accumulate
 
 
@@ -235,19 +217,19 @@ def read_recipe(path: Path | None, flags: Mapping[str, Any], kind: type[C]) -> C
 def read_recipe(
     path: Path | None, flags: Mapping[str, Any], kind: type[RunConfig] = TrainConfig
 ) -> RunConfig:
-    """Join a recipe file and the flags given beside it; flags win.
+    """Return the settings of a recipe file and of flags, which override it.
 
     Args:
         path: a TOML file of fields, or None.
         flags: field -> value.
-        kind: whose fields they are.
+        kind: the class of the settings.
 
     Returns:
         The settings.
 
     Raises:
-        UsageError: a flag has an impossible value.
-        LongscanError: the file is no TOML or has a field that is unknown or impossible.
+        UsageError: a flag has an invalid value.
+        LongscanError: the file is no TOML or has an unknown field or an invalid value.
         OSError: it cannot be read.
     """
     recipe: dict[str, Any] = {}
@@ -267,7 +249,7 @@ def read_recipe(
 
 
 def _absolute(value: str | tuple[str, ...] | None) -> str | list[str] | None:
-    """Return a path, or several, from the root."""
+    """Return a path, or several, as absolute ones."""
     if isinstance(value, str):
         return os.path.abspath(value) if value else value
     return None if value is None else [os.path.abspath(path) for path in value]

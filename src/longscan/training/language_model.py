@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longscan.core.config import count
-from longscan.core.runtime import Signals
+from longscan.core.runtime import StopSignals
 from longscan.data.token_files import TokenDataset, windows
 from longscan.errors import UsageError
 from longscan.inference.generate import generate
@@ -31,22 +31,22 @@ class LanguageRun(Run[TrainConfig]):
     tokenizer: Tokenizer
 
     def prepare(self) -> tuple[Model, int, int]:
-        """Make tokenizer, tokens and model."""
+        """Return the model, after making the tokenizer and the tokens."""
         config = self.config
         if not config.data:
             raise UsageError("nothing to train on: name text files or folders.")
-        model_settings(config, config.vocab_size)  # a wrong flag is better known before the text is read
+        model_settings(config, config.vocab_size)  # check the flags before the text is read
         self.tokenizer = make_tokenizer(config, self.directory / "tokenizer", self.display.line)
         self.tokens = make_tokens(config, self.tokenizer, self.directory / "data", self.display.prepare)
         rows = config.batch_size * config.accumulate
         self.dataset = TokenDataset(self.tokens.train.path, config.seq_len, rows, config.seed)
         if self.tokens.valid:
-            next(windows(self.tokens.valid.path, config.seq_len))  # too short? better known now than later
+            next(windows(self.tokens.valid.path, config.seq_len))  # raise now if it is too short
         self.model = cast(LanguageModel, make_model(config, self.tokenizer.vocab_size))
         return self.model, self.dataset.windows_per_epoch, rows
 
     def describe(self) -> tuple[str, str]:
-        """Return what is trained on, and what a step takes of it."""
+        """Return the size of the training data, and of a step."""
         train, valid = self.tokens.train, self.tokens.valid
         held_out = f"{valid.tokens:,} held out" if valid else "none held out: no validation"
         data = f"{count(train.tokens, 'token')} of {_megabytes(train.bytes)}, {held_out}"
@@ -55,8 +55,8 @@ class LanguageRun(Run[TrainConfig]):
     def batch(self, step: int) -> list[tuple[Tensor, int]]:
         """Return the ids of a step in parts (batch_size, seq_len + 1).
 
-        Where documents are few, as in one long novel, the model would hardly ever see how a text begins, yet
-        generating without a prompt asks just that. So there one window in 16 opens with the end-of-text id.
+        Where documents are few, as in one long novel, the model would hardly ever see the start of a text,
+        which it needs to generate without a prompt. There one window in 16 starts with the end-of-text id.
         """
         ids = self.dataset.batch(step)
         if self.tokens.train.documents < self.dataset.windows_per_epoch / 16:
@@ -77,7 +77,7 @@ class LanguageRun(Run[TrainConfig]):
         return self.tokens.valid is not None
 
     @torch.inference_mode()
-    def validate(self, signals: Signals, *, last: bool) -> dict[str, Any] | None:
+    def validate(self, signals: StopSignals, *, last: bool) -> dict[str, Any] | None:
         """Measure the loss on held-out windows in nats per token, and in bits per byte."""
         assert self.tokens.valid is not None
         config, total, n = self.config, 0.0, 0
@@ -91,8 +91,8 @@ class LanguageRun(Run[TrainConfig]):
         loss = total / n
         return {"valid_loss": loss, "valid_bits_per_byte": self.tokens.valid.bits_per_byte(loss)}
 
-    def report(self, signals: Signals) -> None:
-        """Validate, then write a sample."""
+    def report(self, signals: StopSignals) -> None:
+        """Validate, then generate a sample."""
         super().report(signals)
         every = self.config.sample_every
         if every and not signals.received and self.due("sample", every, always=self.trainer.done):
@@ -101,7 +101,7 @@ class LanguageRun(Run[TrainConfig]):
             self.say(text)
 
     def _sample(self) -> str:
-        """Continue the sample prompt."""
+        """Return the sample prompt, continued."""
         config = self.config
         pieces = generate(
             self.model,
@@ -115,5 +115,5 @@ class LanguageRun(Run[TrainConfig]):
 
 
 def _megabytes(n_bytes: int) -> str:
-    """Return a size in a unit that leaves something of it."""
+    """Return a size in MB, or in kB if it is small."""
     return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 1e5 else f"{n_bytes / 1e3:,.1f} kB"

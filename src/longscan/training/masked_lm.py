@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longscan.core.config import count
-from longscan.core.runtime import Signals
+from longscan.core.runtime import StopSignals
 from longscan.data.masked_pairs import PairDataset
 from longscan.data.token_files import open_tokens
 from longscan.errors import UsageError
@@ -29,29 +29,29 @@ __all__ = ["PretrainRun"]
 
 
 class PretrainRun(Run[TrainConfig]):
-    """Trains a BERT on running text, whose sentences and documents it needs to know apart."""
+    """Pre-trains a BERT on running text, divided into documents and sentences."""
 
     verb = "train"
     settings = TrainConfig
-    valid_key, valid_unit = "valid_loss", "nats/word + next sentence"
-    item = "masked words"
+    valid_key, valid_unit = "valid_loss", "nats/masked token + next sentence"
+    item = "masked tokens"
     unit = "nats, masked LM + next sentence"
     score = "accuracy"
     scores: Mapping[str, str] = {
-        "valid_word_accuracy": "masked words",
+        "valid_word_accuracy": "masked tokens",
         "valid_next_accuracy": "next sentence",
     }
     trained_on = ("data/meta.json",)
     tokenizer: WordPieceTokenizer
 
     def prepare(self) -> tuple[Model, int, int]:
-        """Make vocabulary, sentences and model."""
+        """Return the model, after making the vocabulary and the sentences."""
         config = self.config
         if not config.data:
             raise UsageError("nothing to train on: name text files or folders.")
-        model_settings(config, config.vocab_size)  # a wrong flag is better known before the text is read
-        place = self.directory / "tokenizer"
-        self.tokenizer = cast(WordPieceTokenizer, make_tokenizer(config, place, self.display.line))
+        model_settings(config, config.vocab_size)  # check the flags before the text is read
+        directory = self.directory / "tokenizer"
+        self.tokenizer = cast(WordPieceTokenizer, make_tokenizer(config, directory, self.display.line))
         self.model = cast(Bert, make_model(config, self.tokenizer.vocab_size))
         sizes = self.model.config
         if config.seq_len > sizes.max_positions:
@@ -75,7 +75,7 @@ class PretrainRun(Run[TrainConfig]):
         return self.model, self.dataset.pairs_per_epoch, rows
 
     def describe(self) -> tuple[str, str]:
-        """Return what is trained on, and what a step takes of it."""
+        """Return the size of the training data, and of a step."""
         train, valid = self.tokens.train, self.tokens.valid
         held_out = f"{valid.tokens:,} held out" if valid else "none held out: no validation"
         data = f"{count(train.tokens, 'token')} in {count(train.documents, 'document')}, {held_out}"
@@ -87,14 +87,14 @@ class PretrainRun(Run[TrainConfig]):
         return data, f"{pairs} of {tokens}"
 
     def batch(self, step: int) -> list[tuple[PretrainingBatch, tuple[int, int]]]:
-        """Return the pairs of a step in parts, and how many masked words and pairs there are in each."""
+        """Return the pairs of a step in parts, and the number of masked tokens and pairs in each."""
         whole = self.dataset.batch(step)
         pieces = zip(*(torch.split(tensor, self.config.batch_size) for tensor in whole), strict=True)
         parts = [PretrainingBatch(*piece) for piece in pieces]
         return [(part, (int((part.labels != IGNORE).sum()), len(part.ids))) for part in parts]
 
     def loss(self, model: Bert, part: PretrainingBatch) -> Tensor:
-        """Return the mean losses (2,) of the masked words and of the next sentences."""
+        """Return the mean losses (2,) of masked tokens and next sentences."""
         device = self.config.device
         return torch.stack(model.losses(PretrainingBatch(*(tensor.to(device) for tensor in part))))
 
@@ -103,25 +103,25 @@ class PretrainRun(Run[TrainConfig]):
         """Whether text is held out."""
         return self.held_out is not None
 
-    def validate(self, signals: Signals, *, last: bool) -> dict[str, Any] | None:
-        """Measure loss and accuracy of both tasks on held-out pairs, beside what guessing gives."""
+    def validate(self, signals: StopSignals, *, last: bool) -> dict[str, Any] | None:
+        """Return loss and accuracy of both tasks on held-out pairs, and the majority baselines."""
         assert self.held_out is not None
         batches = self.held_out.walk(None if last else self.config.eval_windows)
-        found = measure(self.model, batches, self._usual, signals)
-        if found is not None:
+        metrics = measure(self.model, batches, self._most_frequent, signals)
+        if metrics is not None:
             self.say(
-                f"words {found['valid_word_accuracy']:.1%} (the most frequent one: "
-                f"{found['valid_word_baseline']:.1%}), next sentence {found['valid_next_accuracy']:.1%} "
-                f"(the most frequent answer: {found['valid_next_baseline']:.1%})"
+                f"masked tokens {metrics['valid_word_accuracy']:.1%} (the most frequent one: "
+                f"{metrics['valid_word_baseline']:.1%}), next sentence {metrics['valid_next_accuracy']:.1%} "
+                f"(the most frequent answer: {metrics['valid_next_baseline']:.1%})"
             )
-        return found
+        return metrics
 
     @cached_property
-    def _usual(self) -> int:
-        """The most frequent word of the training text."""
+    def _most_frequent(self) -> int:
+        """The most frequent token of the training text."""
         counts = np.zeros(self.tokenizer.vocab_size, np.int64)
         ids = open_tokens(self.tokens.train.path)
-        for start in range(0, len(ids), 2**24):  # bincount makes int64 of them
+        for start in range(0, len(ids), 2**24):  # in blocks, as bincount converts to int64
             counts += np.bincount(ids[start : start + 2**24], minlength=len(counts))
         counts[[self.tokenizer.sep_id, self.tokenizer.cls_id]] = 0
         return int(counts.argmax())

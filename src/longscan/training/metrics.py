@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line per step, without gaps after a resume."""
+"""metrics.jsonl: one line per record, without gaps or repetitions after a resume."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Metrics"]
 
 
 class Metrics:
-    """`metrics.jsonl`: one JSON object a line, each with its `step`, in the order of steps.
+    """`metrics.jsonl`: one JSON object per line, each with its `step`, in the order of steps.
 
     Args:
         path: the file; created when missing.
@@ -26,10 +26,10 @@ class Metrics:
         self._newest: dict[str, tuple[int, Any]] = {}  # key -> its last step and value
 
     def rewind(self, step: int) -> None:
-        """Read the file, drop what came after a step, and open it for more.
+        """Load the file, drop the records after a step, and open it for appending.
 
         Args:
-            step: the last one to keep; a line that a killed process left half-written is dropped too.
+            step: the last one to retain; an incomplete line of a killed process is dropped too.
         """
         for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
             try:
@@ -38,13 +38,13 @@ class Metrics:
                     break
             except (ValueError, TypeError, KeyError):
                 break
-            self._keep(record)
+            self._add(record)
         atomic_write(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
         number = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._file = open(number, "a", encoding="utf-8")  # noqa: SIM115 - `close` closes it
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record; it survives the death of this process from here on.
+        """Append a record; from here on it survives the death of this process.
 
         Args:
             record: JSON values, among them `step`.
@@ -52,29 +52,29 @@ class Metrics:
         with writing(self.path):
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
-        self._keep(record)
+        self._add(record)
 
     def sync(self) -> None:
-        """Make what is written survive a power cut as well."""
+        """Flush to the disk, so that the records survive a power cut as well."""
         with writing(self.path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        with contextlib.suppress(OSError):  # a disk that is full says so a second time
+        with contextlib.suppress(OSError):  # a full disk has already been reported
             self._file.close()
 
     def has(self, step: int, key: str) -> bool:
-        """Tell whether the present step has a record with a key.
+        """Whether the current step has a record with a key.
 
         Args:
-            step: the present step.
+            step: the current step.
             key: of the record.
         """
         return self._newest.get(key, (-1, None))[0] == step
 
     def latest(self, prefix: str) -> dict[str, float]:
-        """Return the newest value of every key that begins with a prefix and has numbers.
+        """Return the newest value of every numeric key with a prefix.
 
         Args:
             prefix: of the keys.
@@ -90,7 +90,7 @@ class Metrics:
         """
         return self._newest.get(key, (-1, None))[1]
 
-    def _keep(self, record: dict[str, Any]) -> None:
-        """Remember a record that is in the file."""
+    def _add(self, record: dict[str, Any]) -> None:
+        """Add a record that is in the file to those in memory."""
         self.records.append(record)
         self._newest.update({key: (record["step"], value) for key, value in record.items()})

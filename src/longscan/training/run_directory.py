@@ -1,4 +1,4 @@
-"""The directory of a training run: its settings, and a lock for one process at a time."""
+"""The directory of a training run: its settings, and its lock."""
 
 from __future__ import annotations
 
@@ -13,32 +13,42 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from longscan.core.files import read_json, write_json, writing
-from longscan.errors import LongscanError
+from longscan.errors import LongscanError, UsageError
+from longscan.training.config import RunConfig
 
-__all__ = ["SETTINGS", "empty", "lock", "read_earlier", "read_settings", "refuse_content", "write_settings"]
+__all__ = [
+    "SETTINGS",
+    "empty",
+    "lock",
+    "read_earlier",
+    "read_settings",
+    "refuse_changes",
+    "refuse_content",
+    "write_settings",
+]
 
 
-SETTINGS = "train.json"  # the resolved configuration; it also marks a directory as a run's
+SETTINGS = "train.json"  # the resolved configuration; its presence marks the directory of a run
 
-VERB = "verb"  # a key in it: what resumes the run
+VERB = "verb"  # a key in it: the verb that resumes the run
 
-EARLIER = "earlier"  # another: [step, total], until which step the run was to have how many in all
+EARLIER = "earlier"  # another: [step, total] pairs, up to which step the run had which length
 
 LOCK = ".lock"
 
 
 @contextlib.contextmanager
 def lock(directory: Path) -> Iterator[None]:
-    """Hold a run's directory for this process; the system lets go when the process ends, however it does.
+    """Lock a run's directory for this process; the system releases it when the process ends, even by a crash.
 
-    What processes killed in the middle of writing left behind is removed.
+    Also removes temporary files of killed processes.
 
     Args:
         directory: the run's.
 
     Raises:
-        LongscanError: another process holds it; the message says which. Or there are links in it, through
-            which a run would write elsewhere.
+        LongscanError: another process has locked it, or it contains links, through which a run would write
+            elsewhere.
         OSError: the directory is not writable.
     """
     _refuse_links(directory)
@@ -55,13 +65,13 @@ def lock(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[TextIO]:
-    """Open and lock the file, the one that has this name once it is locked."""
+    """Yield the lock file, opened and locked, and still the one at this path."""
     while True:
         number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         with open(number, "r+", encoding="utf-8", errors="replace") as file:
             status = os.fstat(number)
             if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-                raise LongscanError(f"{path} is another file's name too, or no file. Remove it.")
+                raise LongscanError(f"{path} is not a regular file, or has several names. Remove it.")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -74,13 +84,13 @@ def _locked(path: Path) -> Iterator[TextIO]:
                 current = os.path.samestat(os.fstat(number), os.lstat(path))
             except FileNotFoundError:
                 current = False
-            if current:  # else a start that failed has removed it in the meantime
+            if current:  # else a failed start has removed the file meanwhile
                 yield file
                 return
 
 
 def _refuse_links(directory: Path) -> None:
-    """Insist that what a run writes stays in its directory."""
+    """Raise if a link in a run's directory points elsewhere, where the run would then write."""
     for path in (*directory.glob("*"), *directory.glob("checkpoints/*")):
         if path.is_symlink():
             raise LongscanError(
@@ -90,11 +100,11 @@ def _refuse_links(directory: Path) -> None:
 
 
 def empty(directory: Path, *, remove: bool) -> None:
-    """Take back what the preparation of a failed run wrote into its directory, which was empty before.
+    """Delete what the preparation of a failed run wrote into its directory, which was empty before.
 
     Args:
         directory: the run's, locked.
-        remove: whether to remove it too.
+        remove: whether to remove the directory too.
     """
     for path in directory.iterdir():
         if path.name == LOCK:
@@ -103,20 +113,20 @@ def empty(directory: Path, *, remove: bool) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    (directory / LOCK).unlink(missing_ok=True)  # last: from here on another run may begin here
+    (directory / LOCK).unlink(missing_ok=True)  # last, as from here on another run may start here
     if remove:
         with contextlib.suppress(OSError):
             directory.rmdir()
 
 
 def refuse_content(directory: Path) -> None:
-    """Insist that a new run's directory is new or empty.
+    """Raise unless the directory of a new run is new or empty.
 
     Args:
-        directory: where the run is to be.
+        directory: of the new run.
 
     Raises:
-        LongscanError: there is something in it, which is never overwritten.
+        LongscanError: it holds files, which are never overwritten.
     """
     try:
         names = sorted(set(os.listdir(directory)) - {LOCK})
@@ -125,14 +135,14 @@ def refuse_content(directory: Path) -> None:
     except OSError as error:
         raise LongscanError(f"{directory}: {error.strerror}. Choose another directory.") from error
     if SETTINGS in names:
-        with lock(directory):  # says so if the run is going on
+        with lock(directory):  # raises if the run is still in progress
             pass
         raise LongscanError(
-            f"{directory} already holds a run. Continue it with: "
+            f"{directory} already holds a run. Resume it with: "
             f"longscan {_verb(directory)} --resume {directory}\n"
             "Or choose another directory: nothing is overwritten."
         )
-    if not all(fnmatch(name, f".{SETTINGS}.*.new") for name in names):  # those of a run killed at its start
+    if not all(fnmatch(name, f".{SETTINGS}.*.new") for name in names):  # of a run killed at its start
         raise LongscanError(
             f"{directory} is not empty (it holds {', '.join(names[:3])}{', ...' if names[3:] else ''}). "
             "Choose a new directory: nothing is overwritten."
@@ -144,7 +154,7 @@ def read_settings(directory: Path, verb: str) -> dict[str, Any]:
 
     Args:
         directory: the run's.
-        verb: what it has to be a run of.
+        verb: the verb that it must be a run of.
 
     Returns:
         The fields of its configuration.
@@ -158,20 +168,41 @@ def read_settings(directory: Path, verb: str) -> dict[str, Any]:
         )
     if (actual := _verb(directory)) != verb:
         raise LongscanError(
-            f"{directory} is a run of another kind. Continue it with: longscan {actual} --resume {directory}"
+            f"{directory} is a run of another verb. Resume it with: longscan {actual} --resume {directory}"
         )
     fields = read_json(directory / SETTINGS)
     return {name: value for name, value in fields.items() if name not in (VERB, EARLIER)}
 
 
+def refuse_changes(config: RunConfig, stored: RunConfig, source: Path, *, longer: bool) -> None:
+    """Raise unless a run is resumed with the settings that it started with.
+
+    Args:
+        config: the settings now.
+        stored: those it started with.
+        source: the file or directory that holds them.
+        longer: whether the length of the run may differ.
+
+    Raises:
+        UsageError: a setting differs.
+    """
+    changed = [name for name in config.changed(stored) if not (longer and name in ("steps", "epochs"))]
+    if changed:
+        name = changed[0]
+        raise UsageError(
+            f"{name} cannot change in the middle of a run: {source} was made with {getattr(stored, name)!r}, "
+            f"got {getattr(config, name)!r}. Leave it out, or start a new run."
+        )
+
+
 def read_earlier(directory: Path) -> list[tuple[int, int]]:
-    """Return until which step a run was to have how many in all, if it was made longer.
+    """Return the earlier lengths of a run that was extended: pairs of the last step and the total then.
 
     Args:
         directory: the run's.
 
     Raises:
-        LongscanError: its settings say something else there.
+        LongscanError: its settings hold something else there.
     """
     pairs = read_json(directory / SETTINGS).get(EARLIER, [])
     if isinstance(pairs, list) and all(map(_is_length, pairs)):
@@ -180,7 +211,7 @@ def read_earlier(directory: Path) -> list[tuple[int, int]]:
 
 
 def _is_length(pair: Any) -> bool:
-    """Tell whether a JSON value is a step and the length of a run that it lies in."""
+    """Whether a JSON value is a pair of a step and a total no smaller."""
     numbers = isinstance(pair, list) and [type(number) for number in pair] == [int, int]
     return numbers and 0 < pair[0] <= pair[1]
 
@@ -188,18 +219,18 @@ def _is_length(pair: Any) -> bool:
 def write_settings(
     directory: Path, verb: str, settings: dict[str, Any], earlier: Sequence[tuple[int, int]] = ()
 ) -> None:
-    """Write what `read_settings` and `read_earlier` read.
+    """Write the settings of a run, for `read_settings` and `read_earlier`.
 
     Args:
         directory: the run's.
-        verb: what resumes the run.
+        verb: the verb that resumes the run.
         settings: the fields of its configuration.
-        earlier: until which step it was to have how many in all.
+        earlier: see `read_earlier`.
     """
     lengths = {EARLIER: [list(pair) for pair in earlier]} if earlier else {}
     write_json(directory / SETTINGS, {VERB: verb, **lengths, **settings})
 
 
 def _verb(directory: Path) -> str:
-    """Return what resumes the run in a directory."""
+    """Return the verb that resumes the run in a directory."""
     return str(read_json(directory / SETTINGS).get(VERB, "train"))

@@ -19,7 +19,7 @@ def learning_rate(config: RunConfig, step: int, total: int, d_model: int = 1) ->
         config: the run.
         step: steps done so far, from 0.
         total: steps in the run.
-        d_model: width of the model; only noam asks.
+        d_model: width of the model; only noam needs it.
 
     Returns:
         The rate for the step after `step`.
@@ -36,9 +36,9 @@ def learning_rate(config: RunConfig, step: int, total: int, d_model: int = 1) ->
 
 
 def slow_rate(config: RunConfig, rate: float) -> float:
-    """Return the rate of A, B and dt: as their papers train them, by the same schedule up to min(ssm_lr, lr).
+    """Return the learning rate of A, B and dt: the same schedule with the peak min(ssm_lr, lr).
 
-    S4's appendix and official code give them min(0.001, lr) and no weight decay (Gu et al. 2021).
+    S4's appendix and official code use min(0.001, lr) and no weight decay for them (Gu et al. 2021).
 
     Args:
         config: the run.

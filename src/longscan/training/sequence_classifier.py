@@ -1,4 +1,4 @@
-"""Train a classifier, or a regression, of whole sequences on the blocks of any language model."""
+"""The sequence task: classification or regression with the blocks of any language model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from longscan.checkpoints.save import save
 from longscan.core.config import count
 from longscan.core.files import atomic_directory
 from longscan.core.random import EpochOrder
-from longscan.core.runtime import Signals
+from longscan.core.runtime import StopSignals
 from longscan.data.batching import shuffled
 from longscan.data.labeled_sequences import BYTES, is_sequence_file, read_sequences
 from longscan.errors import LongscanError, UsageError
@@ -35,7 +35,7 @@ FILES = (".npz", ".npy", ".tsv", ".csv", ".txt", ".jsonl", ".ndjson", ".wav", ".
 
 @dataclass(frozen=True, kw_only=True)
 class SequencesConfig(FreshConfig):
-    """Everything that decides what `longscan classify train --model NAME` computes."""
+    """The settings of `longscan classify train --model NAME`."""
 
     EPOCHS: ClassVar[float] = 20.0
 
@@ -57,19 +57,19 @@ class SequencesConfig(FreshConfig):
     weight_decay: float = setting(0.01, "Weight decay of AdamW, on matrices only.")
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work, each by its name."""
+        """Raise UsageError if a value is out of range."""
         super().__post_init__()
-        self.check_least(1, "batch_size", "accumulate", "seq_len")
-        self.check_fractions("valid_fraction", "dropout")
+        self.check_range("batch_size", "accumulate", "seq_len", least=1)
+        self.check_range("valid_fraction", "dropout", least=0, below=1)
 
     @property
     def choice(self) -> Mapping[str, ModelEntry | Body]:
-        """The models whose blocks it can train, by name."""
+        """The models whose blocks can be trained, by name."""
         return BODIES
 
 
 class _Part(NamedTuple):
-    """What a forward pass reads."""
+    """The input of a forward pass."""
 
     x: Tensor  # (batch, seq_len, d_input) or (batch, seq_len)
     lengths: Tensor  # (batch,)
@@ -78,7 +78,7 @@ class _Part(NamedTuple):
 
 
 class SequencesRun(Run[SequencesConfig]):
-    """Trains a model to tell what a sequence is."""
+    """Trains a classifier or a regression of sequences."""
 
     verb = "classify train"
     settings = SequencesConfig
@@ -89,12 +89,12 @@ class SequencesRun(Run[SequencesConfig]):
     model: SequenceModel
 
     def prepare(self) -> tuple[Model, int, int]:
-        """Read the sequences, or what the run made of them before, and make the model."""
+        """Return the model, after reading the sequences or those that the run has saved."""
         config = self.config
-        place = self.directory / "data"
-        if not place.is_dir():
-            self._prepare(place)
-        self.train, self.valid = (read_sequences([place / f"{name}.npz"]) for name in ("train", "valid"))
+        data = self.directory / "data"
+        if not data.is_dir():
+            self._prepare(data)
+        self.train, self.valid = (read_sequences([data / f"{name}.npz"]) for name in ("train", "valid"))
         self.rows = config.batch_size * config.accumulate
         self.plans = EpochOrder(config.seed, partial(shuffled, self.train.lengths.tolist(), self.rows))
         self.model = SequenceModel(self._configure(), torch.Generator().manual_seed(config.seed))
@@ -110,7 +110,7 @@ class SequencesRun(Run[SequencesConfig]):
         return -(-len(self.train) // self.rows)
 
     def describe(self) -> tuple[str, str]:
-        """Return what is trained on, and what a step takes of it."""
+        """Return the size of the training data, and of a step."""
         train, config = self.train, self.model.config
         labels = len(config.labels)
         kind = count(labels, "class", "classes") if labels else count(config.n_outputs, "number")
@@ -124,13 +124,13 @@ class SequencesRun(Run[SequencesConfig]):
 
     def batch(self, step: int) -> list[tuple[_Part, int]]:
         """Return the sequences of a step in parts."""
-        epoch, place = divmod(step, self._steps)
-        chosen, size = self.plans[epoch][place], self.config.batch_size
+        epoch, index = divmod(step, self._steps)
+        chosen, size = self.plans[epoch][index], self.config.batch_size
         some = [chosen[start : start + size] for start in range(0, len(chosen), size)]
         return [(_Part(*self.train.batch(numbers)), len(numbers)) for numbers in some]
 
     def loss(self, model: SequenceModel, part: _Part) -> Tensor:
-        """Return the mean nats of a sequence's class, or the mean square of the error."""
+        """Return the mean cross-entropy of the classes, or the mean squared error."""
         device = self.config.device
         times = None if part.times is None else part.times.to(device)
         return model.loss(model(part.x.to(device), part.lengths.to(device), times), part.truth.to(device))
@@ -144,17 +144,17 @@ class SequencesRun(Run[SequencesConfig]):
         """Whether sequences are held out."""
         return len(self.valid) > 0
 
-    def validate(self, signals: Signals, *, last: bool) -> dict[str, Any] | None:
-        """Measure the loss, and the accuracy or the error, on what is held out."""
-        found = measure(self.model, self.valid, self.config.batch_size)
-        self.say(" · ".join(f"{name} {value:.4f}" for name, value in found.items()))
-        return {f"valid_{name}": value for name, value in found.items()}
+    def validate(self, signals: StopSignals, *, last: bool) -> dict[str, Any] | None:
+        """Return the loss, and the accuracy or the error, on the held-out sequences."""
+        metrics = measure(self.model, self.valid, self.config.batch_size)
+        self.say(" · ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        return {f"valid_{name}": value for name, value in metrics.items()}
 
     def _configure(self) -> SequenceConfig:
-        """Say what model the run trains."""
+        """Return the configuration of the model."""
         config, train = self.config, self.train
         largest = 0 if train.d_input else max(int(some.values.max(initial=0)) for some in (train, self.valid))
-        # texts may hold bytes that these don't; what is known of signals is no vocabulary at all
+        # other texts may hold bytes that these don't; signals have no vocabulary at all
         body = model_settings(config, max(BYTES, largest + 1) if not train.d_input else 1)
         assert isinstance(body, LanguageModelConfig)
         values = train.values.astype(np.float64)
@@ -173,12 +173,12 @@ class SequencesRun(Run[SequencesConfig]):
             dropout=config.dropout,
         )
 
-    def _prepare(self, place: Path) -> None:
-        """Read and divide the sequences."""
+    def _prepare(self, directory: Path) -> None:
+        """Read, split and save the sequences."""
         config = self.config
         if not config.data:
             raise UsageError("nothing to train on: name files of labelled sequences.")
-        model_settings(config, BYTES)  # a wrong flag is better known before the data are read
+        model_settings(config, BYTES)  # check the flags before the data are read
         how: dict[str, Any] = {"pattern": config.pattern, "columns": config.columns}
         train = read_sequences(config.data, **how)
         if config.valid:
@@ -187,7 +187,7 @@ class SequencesRun(Run[SequencesConfig]):
             train, valid = train.divide(config.valid_fraction)
         if not train.labels and (train.truth == train.truth.round()).all():
             self.display.line(
-                "numbers    y holds whole floats, taken as numbers: for classes save y.astype(int)"
+                "regression y holds floats, so they are values to predict: for classes save y.astype(int)"
             )
         if len(train.labels) == 1:
             raise LongscanError(
@@ -202,20 +202,20 @@ class SequencesRun(Run[SequencesConfig]):
         if config.seq_len and (cut := int((train.lengths > config.seq_len).sum())):
             cut_at = count(config.seq_len, "step")
             self.display.line(f"cut        {count(cut, 'sequence')} at {cut_at}")
-        with atomic_directory(place) as temporary:
+        with atomic_directory(directory) as temporary:
             train.cut(config.seq_len).save(temporary / "train.npz")
             valid.cut(config.seq_len).save(temporary / "valid.npz")
 
 
 def check_bert(model: str, data: object) -> None:
-    """Refuse what is no BERT, and files that none reads: it is the model then that doesn't fit.
+    """Raise if a model is no BERT, or if the data are sequences, which a BERT can't process.
 
     Args:
         model: of the run, by name or directory.
         data: the files to train on, if it is a list.
 
     Raises:
-        UsageError: it is another model of ours, or a file holds sequences.
+        UsageError: the model is another one of longscan, or a file holds sequences.
     """
     expected = f"the directory or hub id of a BERT for texts, or for sequences one of {', '.join(BODIES)}"
     if model in MODELS and not Path(model).exists():

@@ -1,4 +1,4 @@
-"""Fine-tune a BERT as a classifier of labelled texts."""
+"""The text-classification task: fine-tune a BERT on labelled texts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from longscan.checkpoints.save import save
 from longscan.core.config import count
 from longscan.core.files import atomic_directory
 from longscan.core.random import EpochOrder
-from longscan.core.runtime import Signals
+from longscan.core.runtime import StopSignals
 from longscan.data.batching import shuffled
 from longscan.data.labeled_texts import (
     divide,
@@ -40,7 +40,7 @@ __all__ = ["ClassifyConfig", "ClassifyRun"]
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyConfig(RunConfig):
-    """Everything that decides what `longscan classify train` computes; rates as in the BERT paper, A.3."""
+    """The settings of `longscan classify train --model BERT`; defaults as in the BERT paper, A.3."""
 
     EPOCHS: ClassVar[float] = 3.0
 
@@ -64,16 +64,16 @@ class ClassifyConfig(RunConfig):
     eps: float = setting(1e-6, "AdamW epsilon.")
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work, each by its name."""
+        """Raise UsageError if a value is out of range."""
         super().__post_init__()
-        self.check_least(8, "seq_len")
-        self.check_least(1, "batch_size", "accumulate")
-        self.check_fractions("valid_fraction")
+        self.check_range("seq_len", least=8)
+        self.check_range("batch_size", "accumulate", least=1)
+        self.check_range("valid_fraction", least=0, below=1)
         parse_columns(self.columns)
 
 
 class _Part(NamedTuple):
-    """What a forward pass reads."""
+    """The input of a forward pass."""
 
     ids: Tensor  # (batch, seq_len)
     types: Tensor  # likewise
@@ -81,7 +81,7 @@ class _Part(NamedTuple):
 
 
 class ClassifyRun(Run[ClassifyConfig]):
-    """Fine-tunes a BERT: tell the class of a text, or of a pair of texts."""
+    """Fine-tunes a BERT to classify texts or pairs of texts."""
 
     verb = "classify train"
     settings = ClassifyConfig
@@ -92,38 +92,38 @@ class ClassifyRun(Run[ClassifyConfig]):
     tokenizer: WordPieceTokenizer
 
     def prepare(self) -> tuple[Model, int, int]:
-        """Read examples and checkpoint, or what the run made of them before."""
+        """Return the model, after reading the examples and the checkpoint or those that the run has saved."""
         config = self.config
         if not config.data:
             raise UsageError("nothing to train on: name files of labelled texts.")
         if not config.model:
             raise UsageError("--model: expected the checkpoint to start from, a BERT's directory or hub id.")
         check_device(config.device)
-        place = self.directory / "data"
-        if not place.is_dir():
-            self._prepare(place)
-        found = load_bert(self.directory / "start")
-        self.model, self.tokenizer = found.model.to(config.device), found.tokenizer
-        self.train, self.valid = (self._encode(place / f"{name}.jsonl") for name in ("train", "valid"))
+        data = self.directory / "data"
+        if not data.is_dir():
+            self._prepare(data)
+        loaded = load_bert(self.directory / "start")
+        self.model, self.tokenizer = loaded.model.to(config.device), loaded.tokenizer
+        self.train, self.valid = (self._encode(data / f"{name}.jsonl") for name in ("train", "valid"))
         self.rows = config.batch_size * config.accumulate
         lengths = [len(one.ids) for one in self.train[0]]
         self.plans = EpochOrder(config.seed, partial(shuffled, lengths, self.rows))
         return self.model, -(-len(self.train[1]) // self.rows), 1
 
     def describe(self) -> tuple[str, str]:
-        """Return what is trained on, and what a step takes of it."""
+        """Return the size of the training data, and of a step."""
         framed, _ = self.train
         cut = sum(one.cut > 0 for one in framed)
-        words = f", {cut:,} cut at {self.config.seq_len} tokens" if cut else ""
+        remark = f", {cut:,} cut at {self.config.seq_len} tokens" if cut else ""
         classes = count(len(self.model.config.labels), "class", "classes")
-        data = f"{count(len(framed), 'text')} of {classes}{words}, {len(self.valid[1]):,} held out"
+        data = f"{count(len(framed), 'text')} of {classes}{remark}, {len(self.valid[1]):,} held out"
         return data, count(self.rows, "text")
 
     def batch(self, step: int) -> list[tuple[_Part, int]]:
         """Return the texts of a step in parts."""
         framed, numbers = self.train
-        epoch, place = divmod(step, -(-len(framed) // self.rows))
-        chosen, parts = self.plans[epoch][place], []
+        epoch, index = divmod(step, -(-len(framed) // self.rows))
+        chosen, parts = self.plans[epoch][index], []
         for start in range(0, len(chosen), self.config.batch_size):
             some = chosen[start : start + self.config.batch_size]
             ids, types = self.tokenizer.collate([framed[number] for number in some])
@@ -132,7 +132,7 @@ class ClassifyRun(Run[ClassifyConfig]):
         return parts
 
     def loss(self, model: Bert, part: _Part) -> Tensor:
-        """Return the mean nats of a text's class."""
+        """Return the mean cross-entropy of the classes."""
         ids, types, labels = (tensor.to(self.config.device) for tensor in part)
         return F.cross_entropy(model.classify(model(ids, types).pooled), labels)
 
@@ -141,28 +141,28 @@ class ClassifyRun(Run[ClassifyConfig]):
         """Whether examples are held out."""
         return bool(self.valid[1])
 
-    def validate(self, signals: Signals, *, last: bool) -> dict[str, Any] | None:
-        """Measure loss, accuracy and F1 on what is held out."""
+    def validate(self, signals: StopSignals, *, last: bool) -> dict[str, Any] | None:
+        """Return loss, accuracy and F1 on the held-out texts."""
         framed, truth = self.valid
         scores = predict(self.model, self.tokenizer, framed, self.config.batch_size)
-        found = score(truth, scores.argmax(1).tolist())
-        self.say(f"accuracy {found.accuracy:.1%}, macro-F1 {found.macro_f1:.3f}")
+        result = score(truth, scores.argmax(1).tolist())
+        self.say(f"accuracy {result.accuracy:.1%}, macro-F1 {result.macro_f1:.3f}")
         return {
             "valid_loss": F.nll_loss(scores, torch.tensor(truth)).item(),
-            "valid_accuracy": found.accuracy,
-            "valid_macro_f1": found.macro_f1,
+            "valid_accuracy": result.accuracy,
+            "valid_macro_f1": result.macro_f1,
         }
 
     def _encode(self, path: Path) -> tuple[list[Framed], list[int]]:
-        """Frame the examples of a file and number their labels."""
+        """Return the examples of a file as token ids, and the indices of their labels."""
         if not path.stat().st_size:
             return [], []
         examples = read_examples([path])
         framed = frame_examples(self.tokenizer, examples, self.config.seq_len)
         return framed, number_labels(examples, self.model.config.labels)
 
-    def _prepare(self, place: Path) -> None:
-        """Divide the examples and put a new head on the checkpoint."""
+    def _prepare(self, directory: Path) -> None:
+        """Split and save the examples; save the checkpoint with a new head."""
         config = self.config
         train = read_examples(config.data, config.columns)
         if config.valid:
@@ -176,19 +176,19 @@ class ClassifyRun(Run[ClassifyConfig]):
         number_labels(valid, labels)
         if valid and (valid[0].pair is None) != (train[0].pair is None):
             raise LongscanError(
-                f"{valid[0].where}: expected pairs there as in the training data, or nowhere."
+                f"{valid[0].where}: expected pairs in both training and validation data, or in neither."
             )
         generator = torch.Generator().manual_seed(config.seed)
-        found = load_bert(config.model, "classifier", labels=labels, generator=generator)
-        positions = found.model.config.max_positions
+        loaded = load_bert(config.model, "classifier", labels=labels, generator=generator)
+        positions = loaded.model.config.max_positions
         if config.seq_len > positions:
             raise UsageError(f"--seq-len: expected at most the {positions} positions of {config.model}.")
-        if found.fresh:
-            parts = ", ".join(part.rstrip(".") for part in found.fresh)
-            self.display.line(f"fresh      {parts}: not in {config.model}, learnt from the examples alone")
-        save(found.model, self.directory / "start", found.tokenizer)
-        with atomic_directory(place) as temporary:
+        if loaded.fresh:
+            parts = ", ".join(part.rstrip(".") for part in loaded.fresh)
+            self.display.line(f"new        {parts}: not in {config.model}, so trained from scratch")
+        save(loaded.model, self.directory / "start", loaded.tokenizer)
+        with atomic_directory(directory) as temporary:
             for name, examples in (("train", train), ("valid", valid)):
                 lines = [json.dumps(example._asdict(), ensure_ascii=False) + "\n" for example in examples]
-                text = "".join(lines).encode(errors="backslashreplace")  # names of files need not be UTF-8
+                text = "".join(lines).encode(errors="backslashreplace")  # file names need not be UTF-8
                 (temporary / f"{name}.jsonl").write_bytes(text)

@@ -43,11 +43,11 @@ def resume(
     *,
     figures: bool = True,
 ) -> RunResult:
-    """Continue a run from its newest complete checkpoint, bit for bit; see `Run.resume`.
+    """Continue a run from its newest complete checkpoint, bit-exactly; see `Run.resume`.
 
     Args:
         out: the run's directory.
-        changes: settings to change: those that cannot change the weights, and more steps or epochs.
+        changes: settings to change: those that don't affect the weights, and more steps or epochs.
         display: receives progress; silent if None.
         figures: whether loss.png is drawn.
 
@@ -61,11 +61,11 @@ def resume(
 
 
 def run_of(model: str) -> type[Run[TrainConfig]]:
-    """Return the run that trains a model of this name; an unknown one is refused there."""
+    """Return the kind of run that trains a model of this name; it rejects unknown ones."""
     return PretrainRun if model in MODELS and MODELS[model].kind == "masked" else LanguageRun
 
 
 def model_in(directory: Path) -> str:
-    """Return what a run trains; whether it is one is for the run to say."""
-    there = (directory / SETTINGS).is_file()
-    return str(read_settings(directory, "train").get("model")) if there else TrainConfig.model
+    """Return the model of a run; if there is none, which the run reports later, the default one."""
+    exists = (directory / SETTINGS).is_file()
+    return str(read_settings(directory, "train").get("model")) if exists else TrainConfig.model

@@ -1,7 +1,7 @@
-"""The engine under every training: optimizer steps, and checkpoints from which a run goes on bit for bit.
+"""Optimizer steps, and checkpoints from which a run resumes bit-exactly.
 
 Everything random is a function of the seed and the step number, so a checkpoint is the weights, the moments
-of AdamW and one integer. Nothing is pickled: tensors in safetensors, the rest in JSON.
+of AdamW and one integer. Nothing is pickled: tensors are stored in safetensors, the rest in JSON.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ __all__ = ["DivergedError", "StepReport", "Trainer", "step_seed"]
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Return the seed of all that a step draws, such as dropout: it depends on nothing that came before.
+    """Return the seed of a step's random numbers, such as dropout, independent of all earlier steps.
 
     Args:
         seed: the run's.
         step: steps done so far, from 0.
 
     Returns:
-        63 bits that no two steps or runs are likely to share.
+        63 bits that two steps or runs are unlikely to share.
     """
     return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:8], "big") >> 1
 
 
 def _groups(model: Model, weight_decay: float) -> list[dict[str, Any]]:
-    """Sort parameters for AdamW as `Model.param_groups`, those apart that learn slowly; they do not decay."""
-    apart = {id(parameter) for parameter in model.slow()}
+    """Return the parameter groups of AdamW: those of the model, and the slow ones, without weight decay."""
+    slow_ids = {id(parameter) for parameter in model.slow()}
     groups = [{**group, "slow": False} for group in model.param_groups(weight_decay)]
-    slow = [p for group in groups for p in group["params"] if id(p) in apart]
+    slow = [p for group in groups for p in group["params"] if id(p) in slow_ids]
     for group in groups:
-        group["params"] = [p for p in group["params"] if id(p) not in apart]
+        group["params"] = [p for p in group["params"] if id(p) not in slow_ids]
     return [*groups, {"params": slow, "weight_decay": 0.0, "slow": True}] if slow else groups
 
 
@@ -55,7 +55,7 @@ class DivergedError(LongscanError):
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step was like; `loss` in nats per token, `tokens` predicted in it."""
+    """The metrics of one optimizer step; `loss` in nats per token, `tokens` the number predicted."""
 
     step: int
     tokens: int
@@ -65,17 +65,16 @@ class StepReport:
 
 
 class Trainer:
-    """A model, its optimizer and the number of steps done: all that changes while training.
+    """A model, its optimizer and the number of steps done: all that changes during training.
 
     Args:
         model: the model; its parameters are updated in place.
         config: the run.
         total: steps in the whole run, for the learning rate.
-        batch: step number -> the parts of its batch and how many tokens each predicts; the same parts
-            whenever it is asked.
-        loss: model, part -> the mean loss of a token; a step descends the mean over the tokens of all parts.
-            A loss that is a sum of means over different things is the vector of its terms, and `batch` then
-            says of each part how many things each term means, the tokens first.
+        batch: step number -> the parts of its batch and how many tokens each predicts; deterministic.
+        loss: model, part -> the mean loss per token; a step minimises the mean over the tokens of all parts.
+            A loss that is a sum of means over different items is the vector of its terms; `batch` then
+            returns the number of items of each term for each part, tokens first.
 
     Raises:
         UsageError: the schedule is noam and the model has no d_model.
@@ -94,7 +93,7 @@ class Trainer:
         if config.schedule == "noam" and self.d_model is None:
             raise UsageError("--schedule noam: expected a model with a d_model, this one has none.")
         self.step_number = 0  # steps done
-        self.earlier: list[tuple[int, int]] = []  # until which step the run was to have how many in all
+        self.earlier: list[tuple[int, int]] = []  # see `read_earlier`
         self.optimizer = torch.optim.AdamW(
             _groups(model, config.weight_decay),
             lr=config.lr,
@@ -105,14 +104,14 @@ class Trainer:
 
     @property
     def done(self) -> bool:
-        """Whether the last step is behind."""
+        """Whether the last step is done."""
         return self.step_number >= self.total
 
     def step(self) -> StepReport:
         """Do one optimizer step.
 
         Returns:
-            What happened.
+            Its metrics.
 
         Raises:
             DivergedError: the loss or the gradient is not finite; the weights are those before the step.
@@ -141,7 +140,7 @@ class Trainer:
         return StepReport(self.step_number, int(totals[0]), mean, rate, norm)
 
     def save(self, directory: Path) -> None:
-        """Write weights and optimizer into an existing directory.
+        """Save weights and optimizer to an existing directory.
 
         Args:
             directory: receives `model.safetensors` and `optimizer.safetensors`.
@@ -159,11 +158,11 @@ class Trainer:
         save_file(moments, directory / "optimizer.safetensors")
 
     def load(self, directory: Path, step: int) -> None:
-        """Take over what `save` wrote.
+        """Load what `save` wrote.
 
         Args:
             directory: a directory filled by `save`.
-            step: the number of steps done when it was.
+            step: the number of steps done then.
 
         Raises:
             LongscanError: the tensors are not those of this model.

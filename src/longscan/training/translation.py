@@ -18,7 +18,7 @@ from longscan.checkpoints.save import save
 from longscan.core.config import count
 from longscan.core.files import atomic_directory, read_json, write_json
 from longscan.core.random import HELD_OUT, RandomStream
-from longscan.core.runtime import Signals
+from longscan.core.runtime import StopSignals
 from longscan.data.sentence_pairs import EOS, SPECIAL, Batch, Batches, IdPairs, TextPairs, read_pairs
 from longscan.data.word_vectors import read_vectors
 from longscan.errors import LongscanError, UsageError
@@ -35,14 +35,14 @@ from longscan.training.run import Run
 __all__ = ["BLOCK", "TranslateConfig", "TranslateRun"]
 
 
-BLOCK = 512  # lines of stdin translated before the first appears
+BLOCK = 512  # lines of stdin that are translated together
 
-VALID_SHARE, VALID_MOST = 0.05, 1000  # of the pairs are held out if no files are
+VALID_FRACTION, MAX_VALID = 0.05, 1000  # of the pairs are held out if there are no validation files
 
 
 @dataclass(frozen=True, kw_only=True)
 class TranslateConfig(FreshConfig):
-    """Everything that decides what `longscan translate train` computes."""
+    """The settings of `longscan translate train`."""
 
     KINDS = ("translation",)
     EPOCHS: ClassVar[float] = 20.0
@@ -92,18 +92,18 @@ class TranslateConfig(FreshConfig):
     bleu_sentences: int = setting(200, "Validation sentences to translate greedily for BLEU.", harmless=True)
 
     def __post_init__(self) -> None:
-        """Refuse values that cannot work, each by its name."""
+        """Raise UsageError if a value is out of range."""
         super().__post_init__()
-        self.check_least(2, "max_len")
-        self.check_least(1, "batch_tokens", "average")
-        self.check_least(0, "bleu_sentences")
-        self.check_fractions("label_smoothing", "dropout")
+        self.check_range("max_len", least=2)
+        self.check_range("batch_tokens", "average", least=1)
+        self.check_range("bleu_sentences", least=0)
+        self.check_range("label_smoothing", "dropout", least=0, below=1)
         if self.valid_target is not None and self.valid_source is None:
-            raise UsageError("valid_source: expected one beside valid_target, got none.")
+            raise UsageError("valid_source: expected a file to go with valid_target, got none.")
 
 
 class TranslateRun(Run[TranslateConfig]):
-    """Trains a translator: predict the next word of the target sentence, given the source."""
+    """Trains a translator: predict the next token of the target sentence, given the source."""
 
     verb = "translate train"
     settings = TranslateConfig
@@ -113,19 +113,19 @@ class TranslateRun(Run[TranslateConfig]):
     tokenizer: Tokenizer
 
     def prepare(self) -> tuple[Model, int, int]:
-        """Make tokenizer, pairs and model."""
+        """Return the model, after making the tokenizer and the pairs."""
         config = self.config
         if not config.source:
             raise UsageError("nothing to train on: expected --source FILE and --target FILE.")
-        model_settings(config, config.vocab_size)  # a wrong flag is better known before the text is read
-        place = self.directory / "data"
-        if not place.is_dir():
-            self._prepare_data(place)
+        model_settings(config, config.vocab_size)  # check the flags before the text is read
+        data = self.directory / "data"
+        if not data.is_dir():
+            self._prepare_data(data)
         self.tokenizer = load_tokenizer(self.directory / "tokenizer")
         self.pairs, self.valid = (
-            IdPairs(**load_file(place / f"{name}.safetensors")) for name in ("train", "valid")
+            IdPairs(**load_file(data / f"{name}.safetensors")) for name in ("train", "valid")
         )
-        self.text = TextPairs(**read_json(place / "valid.json"))
+        self.text = TextPairs(**read_json(data / "valid.json"))
         self.batches = Batches(self.pairs, config.batch_tokens, config.seed)
         self.model = cast(Translator, make_model(config, self.tokenizer.vocab_size))
         if self.model.max_positions is not None and config.max_len > self.model.max_positions:
@@ -134,13 +134,13 @@ class TranslateRun(Run[TranslateConfig]):
                 f"got {config.max_len:,}."
             )
         for side in ("source", "target"):
-            if (file := place / f"{side}_embeddings.safetensors").is_file():
+            if (file := data / f"{side}_embeddings.safetensors").is_file():
                 known = load_weights(file)
                 self.model.load_vectors(known["ids"], known["vectors"], cast(Any, side))
         return self.model, len(self.batches), 1
 
     def describe(self) -> tuple[str, str]:
-        """Return what is trained on, and what a step takes of it."""
+        """Return the size of the training data, and of a step."""
         tokens = int(self.pairs.target_lengths.sum())
         held_out = f"{count(len(self.valid), 'pair')} held out"
         data = f"{count(len(self.pairs), 'pair')}, {count(tokens, 'target token')}, {held_out}"
@@ -157,7 +157,7 @@ class TranslateRun(Run[TranslateConfig]):
         return model.loss(source, target, self.config.label_smoothing)
 
     def export(self, directory: Path) -> None:
-        """Write the mean of the last checkpoints."""
+        """Save the average of the last checkpoints."""
         paths = self.checkpoints.directories()[: self.config.average]
         model = copy.deepcopy(self.model)
         with torch.no_grad():
@@ -175,65 +175,65 @@ class TranslateRun(Run[TranslateConfig]):
         return max(2, self.config.average)
 
     @torch.inference_mode()
-    def validate(self, signals: Signals, *, last: bool) -> dict[str, Any] | None:
-        """Measure perplexity on all held-out pairs, BLEU on some, all of them at the end."""
+    def validate(self, signals: StopSignals, *, last: bool) -> dict[str, Any] | None:
+        """Return the perplexity on all held-out pairs, and BLEU on some of them, at the end on all."""
         if signals.received:
             return None
         loss = mean_loss(self.model, self.valid, self.config.batch_tokens)
-        found: dict[str, Any] = {"valid_loss": loss, "valid_perplexity": math.exp(min(loss, 700.0))}
+        metrics: dict[str, Any] = {"valid_loss": loss, "valid_perplexity": math.exp(min(loss, 700.0))}
         n = len(self.text.source) if last and self.config.bleu_sentences else self.config.bleu_sentences
         if n:
             sources, references = self.text.source[:n], self.text.target[:n]
             hypotheses = [each.text for each in translate(self.model, self.tokenizer, sources, beam_size=1)]
             shown = self.trainer.step_number % len(sources)
-            found["sample"] = {"source": sources[shown], "translation": hypotheses[shown]}
+            metrics["sample"] = {"source": sources[shown], "translation": hypotheses[shown]}
             self.say(f"{sources[shown]}\n  → {hypotheses[shown]}\n  = {references[shown]}")
             try:
-                found["valid_bleu"] = score(hypotheses, references)["bleu"]
+                metrics["valid_bleu"] = score(hypotheses, references)["bleu"]
                 held_out = count(len(sources), "held-out sentence")
-                self.say(f"greedy BLEU {found['valid_bleu']:.2f} on {held_out}")
+                self.say(f"greedy BLEU {metrics['valid_bleu']:.2f} on {held_out}")
             except LongscanError as error:
                 self.display.line(str(error))
-        return found
+        return metrics
 
-    def _prepare_data(self, place: Path) -> None:
-        """Read the text, find the tokenizer, write the ids."""
-        config, tell = self.config, self.display.line
+    def _prepare_data(self, directory: Path) -> None:
+        """Read and split the text, make the tokenizer, save the ids."""
+        config, notify = self.config, self.display.line
         text = read_pairs(config.source, config.target)
-        tell(f"pairs      {text}")
+        notify(f"pairs      {text}")
         if config.valid_source is not None:
             valid = read_pairs(config.valid_source, config.valid_target)
         else:
             order = RandomStream(config.seed, HELD_OUT).permutation(len(text.source)).tolist()
-            n_valid = min(VALID_MOST, int(VALID_SHARE * len(order)))
+            n_valid = min(MAX_VALID, int(VALID_FRACTION * len(order)))
             if not n_valid:
                 raise LongscanError(
-                    f"{config.source}: too few pairs to hold some out ({len(order)}). Name others with "
-                    "--valid-source and --valid-target."
+                    f"{config.source}: too few pairs to hold some out ({len(order)}). Name validation files "
+                    "with --valid-source and --valid-target."
                 )
             text, valid = text.select(sorted(order[n_valid:])), text.select(sorted(order[:n_valid]))
         tokenizer = self._make_tokenizer(text)
-        with atomic_directory(place) as temporary:
+        with atomic_directory(directory) as temporary:
             for name, side in (("train", text), ("valid", valid)):
-                ids, kept = IdPairs.encode(side, tokenizer, config.max_len)
+                ids, rest = IdPairs.encode(side, tokenizer, config.max_len)
                 if not len(ids):
                     raise LongscanError(
                         f"no pair to {name} on is shorter than --max-len {config.max_len}: raise it."
                     )
-                if long := len(side.source) - len(kept.source):
-                    tell(f"{name}      {count(long, 'pair')} of more than {config.max_len} tokens dropped")
+                if long := len(side.source) - len(rest.source):
+                    notify(f"{name}      {count(long, 'pair')} of more than {config.max_len} tokens dropped")
                 save_file(ids.arrays(), temporary / f"{name}.safetensors")
                 if name == "valid":
-                    write_json(temporary / "valid.json", kept._asdict())
+                    write_json(temporary / "valid.json", rest._asdict())
             for name, path in (("source", config.embeddings), ("target", config.target_embeddings)):
                 if path is not None:
                     save_file(self._known(tokenizer, path), temporary / f"{name}_embeddings.safetensors")
 
     def _make_tokenizer(self, text: TextPairs) -> Tokenizer:
-        """Return the tokenizer that the settings ask for, saved."""
-        place, name = self.directory / "tokenizer", self.config.tokenizer
-        if place.is_dir():
-            return load_tokenizer(place)
+        """Return the run's tokenizer, made from its settings if it is not saved yet."""
+        directory, name = self.directory / "tokenizer", self.config.tokenizer
+        if directory.is_dir():
+            return load_tokenizer(directory)
         if name == "bpe":
             tokenizer: Tokenizer = train_bpe((*text.source, *text.target), self.config.vocab_size, SPECIAL)
         else:
@@ -244,28 +244,31 @@ class TranslateRun(Run[TranslateConfig]):
                     f"but it ends texts with {tokenizer.eos_id}."
                 )
         self.display.line(f"tokenizer  {name} of {tokenizer.vocab_size:,} tokens")
-        with atomic_directory(place) as temporary:
+        with atomic_directory(directory) as temporary:
             tokenizer.save(temporary)
         return tokenizer
 
     def _known(self, tokenizer: Tokenizer, path: str) -> dict[str, Any]:
-        """Find the tokens that are words of a vector file; say how many are not."""
+        """Return the ids and vectors of the tokens that are words of a vector file."""
         words = {
             token: tokenizer.decode([token]).strip() for token in range(len(SPECIAL), tokenizer.vocab_size)
         }
-        asked = {form for word in words.values() for form in (word, word.lower()) if form}
-        vectors = read_vectors(path, asked)
+        forms = {form for word in words.values() for form in (word, word.lower()) if form}
+        vectors = read_vectors(path, forms)
         row = {word: index for index, word in enumerate(vectors.words)}
-        found = {t: row.get(word, row.get(word.lower())) for t, word in words.items()}
-        ids = [token for token, index in found.items() if index is not None]
+        indices = {t: row.get(word, row.get(word.lower())) for t, word in words.items()}
+        ids = [token for token, index in indices.items() if index is not None]
         missing = [
-            words[token].strip() for token, index in found.items() if index is None and words[token].isalpha()
+            words[token].strip()
+            for token, index in indices.items()
+            if index is None and words[token].isalpha()
         ]
         if not ids:
             raise LongscanError(f"{path}: none of its {vectors.total:,} words is a token of this vocabulary.")
         self.display.line(
-            f"vectors    {count(len(ids), 'token')} start from {path} ({vectors.format}); out of its "
-            f"{vectors.total:,} words are {len(words) - len(ids):,} tokens, such as {', '.join(missing[-3:])}"
+            f"vectors    {count(len(ids), 'token')} initialised from {path} ({vectors.format}, "
+            f"{vectors.total:,} words); {len(words) - len(ids):,} tokens are not in it, such as "
+            f"{', '.join(missing[-3:])}"
         )
-        rows = np.array([found[token] for token in ids])
+        rows = np.array([indices[token] for token in ids])
         return {"ids": np.array(ids, np.int64), "vectors": vectors.vectors[rows]}

@@ -1,0 +1,109 @@
+"""What a kind of training run trains on what: the base class of `Run` that every task fills in."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor
+
+from longscan.checkpoints.save import save
+from longscan.core.progress import Display
+from longscan.core.random import VERSION
+from longscan.core.runtime import StopSignals
+from longscan.models import Model
+from longscan.tokenizers.base import Tokenizer
+from longscan.training.config import RunConfig
+from longscan.training.trainer import Trainer
+
+__all__ = ["Task"]
+
+C = TypeVar("C", bound=RunConfig)
+
+
+class Task(ABC, Generic[C]):
+    """Data, model, loss and validation of a training run.
+
+    A subclass names its settings and its verb. All random numbers of its `batch` and `loss` are a function of
+    the seed and the step: `batch` takes care of that itself, and for `loss` the trainer seeds torch at every
+    step.
+    """
+
+    directory: Path  # the run's
+    config: C
+    display: Display
+    trainer: Trainer
+
+    verb: ClassVar[str]  # the verb that resumes the run: "train"
+    settings: type[C]
+    valid_key: ClassVar[str] = "valid_loss"  # the metric that progress shows
+    valid_unit: str = "nats/token"
+    unit: str = "nats per token"  # of the losses
+    item: ClassVar[str] = "tok"  # the unit of the throughput
+    score: str = ""  # the label of the second axes of loss.png, and
+    scores: Mapping[str, str] = {}  # the metrics on them, each with a name
+    trained_on: ClassVar[tuple[str, ...]] = ()  # files in the run's directory, which the fingerprint covers
+    tokenizer: Tokenizer | None = None  # exported with the model
+
+    @abstractmethod
+    def prepare(self) -> tuple[Model, int, int]:
+        """Return the new model, after making or loading the data and the tokenizer.
+
+        Returns:
+            The model, on its device; the items per epoch; and the items per step.
+        """
+
+    @abstractmethod
+    def describe(self) -> tuple[str, str]:
+        """Return the size of the training data, and of a step: "5 texts, 1 held out" and "2 texts"."""
+
+    @abstractmethod
+    def batch(self, step: int) -> Sequence[tuple[Any, int | tuple[int, ...]]]:
+        """Return the parts of a step, and the number of items in each term of their loss; see `Trainer`."""
+
+    @abstractmethod
+    def loss(self, model: Any, part: Any) -> Tensor:
+        """Return the mean loss of a part's tokens, a scalar; or the vector of its terms."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the training data: a run resumes only with the same data."""
+        digest = hashlib.sha256(f"order {VERSION}".encode())
+        for name in self.trained_on:
+            with open(self.directory / name, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def export(self, directory: Path) -> None:
+        """Save the model of the last step, not of the best validation."""
+        save(self.trainer.model, directory, self.tokenizer)
+
+    @property
+    def kept(self) -> int:
+        """The number of checkpoints to retain."""
+        return 2
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is held-out data."""
+        return True
+
+    @abstractmethod
+    def validate(self, signals: StopSignals, *, last: bool) -> dict[str, Any] | None:
+        """Return the metrics of the model on held-out data.
+
+        Args:
+            signals: to be checked now and then.
+            last: whether the training is over: then on all of the data, else on a part.
+
+        Returns:
+            The metrics, `valid_key` among them; None if a signal arrived.
+        """
+
+    def say(self, text: str) -> None:
+        """Show a line that starts with the step."""
+        self.display.line(f"step {self.trainer.step_number:,}: {text}")
