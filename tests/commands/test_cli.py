@@ -310,3 +310,10 @@ def test_doctor_notices_a_wrong_kernel(cli: Cli, monkeypatch: pytest.MonkeyPatch
     done = cli("doctor")
     assert done.code == 1
     assert "FAILED: causal_conv1d (error" in done.out
+
+
+def test_set_is_another_name_of_option(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text\n" * 20)
+    for flag in ("--option", "--set"):
+        done = cli("train", tmp_path / "a.txt", "--out", tmp_path / "run", flag, "d_wrong=1")
+        assert (done.code, "has no field 'd_wrong'" in done.err) == (2, True)

@@ -487,7 +487,7 @@ def test_misuse(cli: Cli, whole: Path, data: Path, tmp_path: Path) -> None:
         (2, "option: expected NAME=VALUE", ("train", data, "--model", "s4d", "--option", "d_state", *out)),
         (2, "has no field 'size'", ("train", data, "--model", "s4d", "--option", "size=3", *out)),
         (2, "s4d has no preset 'huge'", ("train", data, "--model", "s4d", "--preset", "huge", *out)),
-        (2, "--d-model: only the blocks of a language model", ("train", data, "--d-model", 4, *out)),
+        (2, "--d-model: only for the blocks of a language model", ("train", data, "--d-model", 4, *out)),
         (1, "expected two classes or more", ("train", tmp_path / "one.tsv", "--model", "s4d", *out)),
         (
             1,
@@ -619,7 +619,7 @@ def test_whole_floats_are_numbers_and_a_word_says_so(cli: Cli, tmp_path: Path) -
     path = write_npz(tmp_path / "a.npz", x=np.zeros((20, 3, 1)), y=np.arange(20.0) % 2)
     done = cli("classify", "train", path, "--model", "s4d", "--steps", 1, "--out", tmp_path / "run")
     assert done.code == 0, done.err
-    assert "y holds whole floats, taken as numbers: for classes save y.astype(int)" in done.err
+    assert "y holds whole floats, taken as values: for classes save y.astype(int)" in done.err
 
 
 def test_sounds_without_a_label_are_refused(data: Path, tmp_path: Path) -> None:

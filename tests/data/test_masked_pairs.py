@@ -337,7 +337,7 @@ def test_misuse(cli: Any, corpus: Path, tmp_path: Path) -> None:
     flags = ["--model", "bert", "--preset", "tiny", "--out", tmp_path / "run"]
     for extra, words in (
         (["--seq-len", 65], "expected at most 64, the positions of the model"),
-        (["--tokenizer", "bytes"], "needs WordPiece"),
+        (["--tokenizer", "bytes"], "expected WordPiece"),
         (["--d-state", 4], "d_state"),
         (["--n-heads", 3], "divisor of d_model"),
     ):

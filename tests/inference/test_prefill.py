@@ -334,12 +334,12 @@ def test_snapshots_thin_out_towards_the_past(constant: Mamba) -> None:
     for token in text(1000):
         snapshots.step(token)
     assert snapshots.nbytes <= 12 * size
-    places = snapshots.places
-    assert len(places) == 12
+    positions = snapshots.positions
+    assert len(positions) == 12
     for back in (1, 10, 100, 500, 900):
         position = 1000 - back
-        nearest = max((place for place in places if place < position), default=0)
-        assert position - nearest <= max(4, 1.5 * back), places
+        nearest = max((each for each in positions if each < position), default=0)
+        assert position - nearest <= max(4, 1.5 * back), positions
 
 
 def test_a_failed_read_changes_nothing(model: LanguageModel) -> None:
@@ -348,7 +348,7 @@ def test_a_failed_read_changes_nothing(model: LanguageModel) -> None:
     for bad in (lambda: snapshots.read([*text(2 * CHUNK), VOCAB]), lambda: snapshots.step(VOCAB)):
         with pytest.raises(LongscanError, match="token id"):
             bad()
-        assert (snapshots.position, snapshots.places) == (CHUNK, (CHUNK,))
+        assert (snapshots.position, snapshots.positions) == (CHUNK, (CHUNK,))
         assert torch.equal(snapshots.logits, logits)
     with pytest.raises(UsageError, match="every: expected 1 or more, got 0"):
         Snapshots(model, every=0)

@@ -34,7 +34,9 @@ def add_flags(command: Callable[..., None], kind: type[RunConfig]) -> None:
         if entry.metadata.get("argument"):
             continue
         default = "" if entry.default in (None, (), "") else f" [{entry.default}]"
-        option = typer.Option(help=entry.metadata["help"] + default, show_default=False)
+        alias = entry.metadata["alias"]
+        names = (f"--{entry.name.replace('_', '-')}", alias) if alias else ()
+        option = typer.Option(*names, help=entry.metadata["help"] + default, show_default=False)
         several = typing.get_origin(hints[entry.name]) is tuple
         hint: Any = list[str] if several else hints[entry.name]
         annotation = Annotated[hint | None, option]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -55,7 +57,7 @@ def command(
     after an end-of-text token.
 
     Raises:
-        UsageError: a flag has an impossible value.
+        UsageError: a flag has an invalid value.
         LongscanError: the model or a file can't be read.
     """
     use_threads(threads)
@@ -65,36 +67,32 @@ def command(
     network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name)
     if not quiet:
         typer.echo(describe(model, network) + "\n", err=True)
-    bar, parts = Bar(), []
-    done: Evaluation | None = None
-    if per_file and not as_json:
+    table = per_file and not as_json
+    if table:
         typer.echo(ROW.format("bits/byte", "perplexity", "tokens", "bytes", "file"))
+    bar, parts = Bar(), list[Evaluation]()
     try:
         for group in groups:
-            part = evaluate(
-                network,
-                tokenizer,
-                iter_pieces(group, separator=separator),
-                progress=partial(_show, bar, total, done),
-            )
-            parts.append(part)
-            done = part if done is None else done + part
-            if per_file and not as_json:
+            progress = partial(_show, bar, total, _sum(parts) if parts else None)
+            pieces = iter_pieces(group, separator=separator)
+            parts.append(evaluate(network, tokenizer, pieces, progress=progress))
+            if table:
                 bar.clear()
-                typer.echo(_row(part, str(group[0])))
+                typer.echo(_row(parts[-1], str(group[0])))
     finally:
         bar.clear()
-    assert done is not None  # find_files returns at least one
+    result = _sum(parts)
     if as_json:
-        files_report = [
-            {"file": str(path), **part.to_dict()} for path, part in zip(paths, parts, strict=False)
-        ]
-        report = {"model": model, **done.to_dict(), **({"files": files_report} if per_file else {})}
+        each = [{"file": str(path), **part.to_dict()} for path, part in zip(paths, parts, strict=False)]
+        report = {"model": model, **result.to_dict(), **({"files": each} if per_file else {})}
         typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
-    elif per_file:
-        typer.echo(_row(done, "total"))
     else:
-        typer.echo(_sentence(done))
+        typer.echo(_row(result, "total") if table else _sentence(result))
+
+
+def _sum(parts: list[Evaluation]) -> Evaluation:
+    """Return the evaluation of all files together, at least one."""
+    return functools.reduce(operator.add, parts)
 
 
 ROW = "{:>9}  {:>10}  {:>13}  {:>13}  {}"

@@ -89,7 +89,7 @@ class Snapshots:
         return self._state
 
     @property
-    def places(self) -> tuple[int, ...]:
+    def positions(self) -> tuple[int, ...]:
         """The positions of the snapshots, ascending."""
         return tuple(self._positions)
 

@@ -19,16 +19,17 @@ from longscan.models.sequence_classifier import Body
 __all__ = ["FreshConfig", "RunConfig", "TrainConfig", "read_recipe", "setting"]
 
 
-def setting(default: Any, help: str, **traits: bool) -> Any:
+def setting(default: Any, help: str, alias: str | None = None, **traits: bool) -> Any:
     """Declare a field of a RunConfig.
 
     Args:
         default: its default value.
         help: its line in `--help`.
+        alias: a second name of its flag.
         traits: `harmless`: it may change when a run is resumed, as it doesn't affect the weights; `path`: it
             names files; `size`: it is a field of the model's Config; `argument`: it is no flag.
     """
-    return field(default=default, metadata={"help": help, **traits})
+    return field(default=default, metadata={"help": help, "alias": alias, **traits})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,9 @@ class FreshConfig(RunConfig):
     d_model: int | None = setting(None, "Width of the model.", size=True)
     n_layers: int | None = setting(None, "Number of layers.", size=True)
     option: tuple[str, ...] = setting(
-        (), "NAME=VALUE: any other field of the model's Config, such as d_state=32. Repeatable."
+        (),
+        "NAME=VALUE: any field of the model's Config, such as d_state=32. Repeatable.",
+        alias="--set",
     )
 
     def __post_init__(self) -> None:

@@ -99,7 +99,7 @@ class Run(Task[C]):
         self.trainer = Trainer(model, config, total, self.batch, self.loss)
         self.trainer.earlier = read_earlier(directory)
         self.metrics = Metrics(directory / "metrics.jsonl")
-        self.checkpoints = Checkpoints(directory / "checkpoints", self.kept)
+        self.checkpoints = Checkpoints(directory / "checkpoints", self.n_checkpoints)
         self.saved: Path | None = None  # the last good checkpoint
         self.seconds = 0.0  # spent in training steps, over all processes
         self.recent: deque[tuple[float, int]] = deque(maxlen=20)  # seconds and tokens of the last steps

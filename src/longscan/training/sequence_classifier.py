@@ -187,7 +187,7 @@ class SequencesRun(Run[SequencesConfig]):
             train, valid = train.divide(config.valid_fraction)
         if not train.labels and (train.truth == train.truth.round()).all():
             self.display.line(
-                "regression y holds floats, so they are values to predict: for classes save y.astype(int)"
+                "regression y holds whole floats, taken as values: for classes save y.astype(int)"
             )
         if len(train.labels) == 1:
             raise LongscanError(

@@ -83,7 +83,7 @@ class Task(ABC, Generic[C]):
         save(self.trainer.model, directory, self.tokenizer)
 
     @property
-    def kept(self) -> int:
+    def n_checkpoints(self) -> int:
         """The number of checkpoints to retain."""
         return 2
 

@@ -170,7 +170,7 @@ class TranslateRun(Run[TranslateConfig]):
         save(model, directory, self.tokenizer)
 
     @property
-    def kept(self) -> int:
+    def n_checkpoints(self) -> int:
         """As many checkpoints as are averaged."""
         return max(2, self.config.average)
 
