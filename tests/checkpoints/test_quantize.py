@@ -372,7 +372,7 @@ def test_command(cli: Any, plain: Path, tmp_path: Path, kind: Kind) -> None:
     out = tmp_path / f"plain-{kind}"
     assert done.code == 0, done.err
     before, after = ((path / "model.safetensors").stat().st_size for path in (plain, out))
-    words = (f"{out} · {kind} · ", f"{after:,} bytes, was {before:,}", "bits a weight · with tokenizer")
+    words = (f"{out} · {kind} · ", f"{after:,} bytes, was {before:,}", "bits per weight · with tokenizer")
     assert all(word in done.out for word in words)
     assert f"longscan generate --model {out}" in done.err
     done = cli("generate", "--model", out, "Hello", "--max-new-tokens", 3, "--seed", 0)

@@ -424,7 +424,7 @@ def test_a_synthetic_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest
         SyntheticRun.begin(config, tmp_path / name)
         with monkeypatch.context() as patch:
             patch.setattr(SyntheticRun, "_step", interrupted)
-            with pytest.raises(LongscanError, match="continue with: the same command"):
+            with pytest.raises(LongscanError, match="resume with: the same command"):
                 SyntheticRun.begin(config, tmp_path / f"{name}-stopped")
         SyntheticRun.resume(tmp_path / f"{name}-stopped")
         whole, again = (tmp_path / place / "model/model.safetensors" for place in (name, f"{name}-stopped"))

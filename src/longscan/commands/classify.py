@@ -72,7 +72,7 @@ def train(
         settings: one flag for each field of ClassifyConfig and SequencesConfig.
 
     Raises:
-        UsageError: flags that contradict each other or have impossible values.
+        UsageError: flags that contradict each other or have invalid values.
     """
     models = settings.pop("model") or []
     if len(models) > 1:

@@ -30,7 +30,7 @@ def command(
     """Predict the tokens behind [MASK], most likely first.
 
     Raises:
-        UsageError: a text has no [MASK], or a flag has an impossible value.
+        UsageError: a text has no [MASK], or a flag has an invalid value.
         LongscanError: the model can't be read or has no masked-LM head, or a text is too long for it.
     """
     check_whole("--top-k", top_k, 1)

@@ -36,7 +36,7 @@ def command(
         settings: one flag for each field of TrainConfig.
 
     Raises:
-        UsageError: flags that contradict each other or have impossible values.
+        UsageError: flags that contradict each other or have invalid values.
     """
     given = {name: value for name, value in {"data": data, **settings}.items() if value not in (None, [])}
     model = model_in(resume_from) if resume_from else read_recipe(recipe, given).model

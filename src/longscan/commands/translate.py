@@ -46,7 +46,7 @@ def train(
         settings: one flag for each field of TranslateConfig.
 
     Raises:
-        UsageError: flags that contradict each other or have impossible values.
+        UsageError: flags that contradict each other or have invalid values.
     """
     result = run_command(TranslateRun, out, resume_from, recipe, settings)
     measured = f"perplexity {result.valid:.2f} on held-out pairs"

@@ -48,7 +48,7 @@ class PretrainRun(Run[TrainConfig]):
         """Return the model, after making the vocabulary and the sentences."""
         config = self.config
         if not config.data:
-            raise UsageError("nothing to train on: name text files or folders.")
+            raise UsageError("nothing to train on: name text files or directories.")
         model_settings(config, config.vocab_size)  # check the flags before the text is read
         directory = self.directory / "tokenizer"
         self.tokenizer = cast(WordPieceTokenizer, make_tokenizer(config, directory, self.display.line))

@@ -182,7 +182,10 @@ class ClassifyRun(Run[ClassifyConfig]):
         loaded = load_bert(config.model, "classifier", labels=labels, generator=generator)
         positions = loaded.model.config.max_positions
         if config.seq_len > positions:
-            raise UsageError(f"--seq-len: expected at most the {positions} positions of {config.model}.")
+            raise UsageError(
+                f"--seq-len: expected at most the {positions} positions of {config.model}, "
+                f"got {config.seq_len}."
+            )
         if loaded.fresh:
             parts = ", ".join(part.rstrip(".") for part in loaded.fresh)
             self.display.line(f"new        {parts}: not in {config.model}, so trained from scratch")
