@@ -47,9 +47,9 @@ class Sizes(Config):
 
 
 def test_a_config_names_its_field() -> None:
-    Sizes().check_range("width", "depth", least=1)
+    Sizes().check("width", "depth", least=1)
     with pytest.raises(UsageError, match=r"^depth: expected 1 or more, got 0"):
-        Sizes(depth=0).check_range("width", "depth", least=1)
+        Sizes(depth=0).check("width", "depth", least=1)
 
 
 @pytest.mark.parametrize("value", [1.0, "1", None, True])

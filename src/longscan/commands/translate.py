@@ -171,4 +171,4 @@ def _prompt() -> str:
 def _check_search(beam: int, length_penalty: float) -> None:
     """Raise UsageError if a number is out of range."""
     check_whole("--beam", beam, 1)
-    check_range("--length-penalty", length_penalty, least=0, below=100)
+    check_range("--length-penalty", length_penalty, least=0, below=100, error=UsageError)

@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, Self
 
 from longscan.core.checks import check_range
-from longscan.errors import LongscanError
+from longscan.errors import LongscanError, UsageError
 
 __all__ = ["Config", "brief", "count", "nearest"]
 
@@ -37,19 +37,6 @@ class Config:
             fitted = _check(f"{type(self).__name__}.{name}", value, hint)
             if fitted is not value:
                 object.__setattr__(self, name, fitted)
-
-    def check_range(self, *names: str, **bounds: float) -> None:
-        """Raise unless each of some fields lies in a range; a field that is None is valid.
-
-        Args:
-            names: of the fields.
-            bounds: least, above, most and below, see `longscan.core.checks.check_range`.
-
-        Raises:
-            UsageError: a field is out of range.
-        """
-        for name in names:
-            check_range(name, getattr(self, name), **bounds)
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> Self:
@@ -91,12 +78,10 @@ class Config:
             bounds: least, most, above or below; see `check_range`. At least 1 if there are none.
 
         Raises:
-            LongscanError: a value is out of range.
+            UsageError: a value is out of range.
         """
         for name in names:
-            value = getattr(self, name)
-            if value is not None:
-                check_range(name, value, **(bounds or {"least": 1}))  # type: ignore[arg-type]
+            check_range(name, getattr(self, name), error=UsageError, **(bounds or {"least": 1}))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON values, from which `from_dict` makes an equal one."""

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from longscan.core.checks import check_range
+from longscan.errors import UsageError
 
 __all__ = ["HELD_OUT", "STEPS", "VERSION", "EpochOrder", "RandomStream"]
 
@@ -38,7 +39,7 @@ class RandomStream:
     """
 
     def __init__(self, seed: int, number: int) -> None:
-        check_range("seed", seed, least=0, most=2**64 - 1)
+        check_range("seed", seed, least=0, most=2**64 - 1, error=UsageError)
         self._bits = np.random.Philox(key=np.array([seed, number], dtype=np.uint64))
 
     def raw(self, count: int) -> npt.NDArray[np.uint64]:

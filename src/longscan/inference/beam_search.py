@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longscan.core.checks import check_range, check_whole
-from longscan.errors import LongscanError
+from longscan.errors import LongscanError, UsageError
 from longscan.models import DecoderState, Translator
 
 EXTRA = 50  # tokens by which a translation may exceed its source, Vaswani et al., section 6.1
@@ -59,7 +59,7 @@ def translate_ids(
     check_whole("beam_size", beam_size, 1)
     if max_len is not None:
         check_whole("max_len", max_len, 1)
-    check_range("length_penalty", length_penalty, least=0, below=math.inf)
+    check_range("length_penalty", length_penalty, least=0, below=math.inf, error=UsageError)
     if model.training:
         raise LongscanError("the model is in training mode, with dropout: call model.eval() first.")
     lengths = (source != model.config.pad_id).sum(1) - 1  # without eos_id

@@ -74,12 +74,12 @@ class SamplingConfig(Config):
     def __post_init__(self) -> None:
         """Raise UsageError if a value is out of range."""
         super().__post_init__()
-        self.check_range("max_new_tokens", least=1)
-        self.check_range("temperature", "top_k", least=0)
-        self.check_range("top_p", above=0, most=1)
-        self.check_range("min_p", least=0, below=1)
-        self.check_range("repetition_penalty", above=0)
-        self.check_range("seed", least=0, most=2**64 - 1)
+        self.check("max_new_tokens", least=1)
+        self.check("temperature", "top_k", least=0)
+        self.check("top_p", above=0, most=1)
+        self.check("min_p", least=0, below=1)
+        self.check("repetition_penalty", above=0)
+        self.check("seed", least=0, most=2**64 - 1)
         if not all(self.stop):
             raise UsageError(f"stop: expected strings that are not empty, got {self.stop!r}.")
 

@@ -68,10 +68,10 @@ class RunConfig(Config):
     def __post_init__(self) -> None:
         """Raise UsageError if a value is out of range."""
         super().__post_init__()
-        self.check_range("steps", "threads", "save_every", "log_every", least=1)
-        self.check_range("warmup", "seed", "eval_every", "weight_decay", "min_lr", least=0)
-        self.check_range("lr", "ssm_lr", "epochs", "clip", "eps", above=0)
-        self.check_range("beta1", "beta2", least=0, below=1)
+        self.check("steps", "threads", "save_every", "log_every", least=1)
+        self.check("warmup", "seed", "eval_every", "weight_decay", "min_lr", least=0)
+        self.check("lr", "ssm_lr", "epochs", "clip", "eps", above=0)
+        self.check("beta1", "beta2", least=0, below=1)
         if self.final_lr > self.lr:
             raise UsageError(f"min_lr: expected at most lr = {self.lr:g}, got {self.min_lr:g}.")
         if self.steps is not None and self.epochs is not None:
@@ -126,7 +126,7 @@ class FreshConfig(RunConfig):
     def __post_init__(self) -> None:
         """Raise UsageError if a size is less than 1."""
         super().__post_init__()
-        self.check_range(*(name for name, value in self.sizes.items() if type(value) is int), least=1)
+        self.check(*(name for name, value in self.sizes.items() if type(value) is int), least=1)
 
     @property
     def choice(self) -> Mapping[str, ModelEntry | Body]:
@@ -195,10 +195,10 @@ class TrainConfig(FreshConfig):
     def __post_init__(self) -> None:
         """Raise UsageError if a value is out of range."""
         super().__post_init__()
-        self.check_range("seq_len", "vocab_size", least=2)
-        self.check_range("batch_size", "accumulate", "eval_windows", "sample_tokens", least=1)
-        self.check_range("sample_every", least=0)
-        self.check_range("valid_fraction", least=0, below=1)
+        self.check("seq_len", "vocab_size", least=2)
+        self.check("batch_size", "accumulate", "eval_windows", "sample_tokens", least=1)
+        self.check("sample_every", least=0)
+        self.check("valid_fraction", least=0, below=1)
 
     @property
     def tokens_per_step(self) -> int:

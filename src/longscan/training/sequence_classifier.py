@@ -59,8 +59,8 @@ class SequencesConfig(FreshConfig):
     def __post_init__(self) -> None:
         """Raise UsageError if a value is out of range."""
         super().__post_init__()
-        self.check_range("batch_size", "accumulate", "seq_len", least=1)
-        self.check_range("valid_fraction", "dropout", least=0, below=1)
+        self.check("batch_size", "accumulate", "seq_len", least=1)
+        self.check("valid_fraction", "dropout", least=0, below=1)
 
     @property
     def choice(self) -> Mapping[str, ModelEntry | Body]:

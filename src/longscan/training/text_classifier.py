@@ -66,9 +66,9 @@ class ClassifyConfig(RunConfig):
     def __post_init__(self) -> None:
         """Raise UsageError if a value is out of range."""
         super().__post_init__()
-        self.check_range("seq_len", least=8)
-        self.check_range("batch_size", "accumulate", least=1)
-        self.check_range("valid_fraction", least=0, below=1)
+        self.check("seq_len", least=8)
+        self.check("batch_size", "accumulate", least=1)
+        self.check("valid_fraction", least=0, below=1)
         parse_columns(self.columns)
 
 

@@ -94,10 +94,10 @@ class TranslateConfig(FreshConfig):
     def __post_init__(self) -> None:
         """Raise UsageError if a value is out of range."""
         super().__post_init__()
-        self.check_range("max_len", least=2)
-        self.check_range("batch_tokens", "average", least=1)
-        self.check_range("bleu_sentences", least=0)
-        self.check_range("label_smoothing", "dropout", least=0, below=1)
+        self.check("max_len", least=2)
+        self.check("batch_tokens", "average", least=1)
+        self.check("bleu_sentences", least=0)
+        self.check("label_smoothing", "dropout", least=0, below=1)
         if self.valid_target is not None and self.valid_source is None:
             raise UsageError("valid_source: expected a file to go with valid_target, got none.")
 
