@@ -175,6 +175,7 @@ def hippo_config(pick: Callable[..., Any]) -> HippoConfig:
         d_state=pick(2, 6),
         measure=pick("legs", "legs", "legt", "lagt", "fourier"),
         window=pick(8.0, 20.5),
+        order=pick("hidden-first", "memory-first"),
         tie_embeddings=pick(True, False),
     )
 

@@ -305,39 +305,94 @@ def mixer(**fields: Any) -> HippoMixer:
     return HippoMixer(HippoConfig(**{**sizes, **fields}), seeded()).double()
 
 
+ORDERS = ("hidden-first", "memory-first")
+
+
+def steps_of(measure: str, seen: int, length: int) -> list[tuple[Tensor, Tensor]]:
+    """A_bar and B_bar (4, 4), (4,) of each token after `seen` ones, written out with dense matrices."""
+    A, B = transition(measure, 4)
+    eye, steps = torch.eye(4, dtype=torch.float64), []
+    for k in range(seen + 1, seen + length + 1):
+        if measure == "legs":
+            left = eye - A / (2 * k)
+            steps.append((torch.linalg.solve(left, eye + A / (2 * k)), torch.linalg.solve(left, B / k)))
+        else:
+            A_bar = torch.matrix_exp(A * SPANS[measure](4) / 10.0)
+            steps.append((A_bar, torch.linalg.solve(A, (A_bar - eye) @ B)))
+    return steps
+
+
+def literal(
+    cell: HippoMixer, order: str, measure: str, x: Tensor, h: Tensor, c: Tensor, seen: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One row of the cell, equation by equation: x (length, 5), h (3,), c (2, 4) -> outputs, h, c."""
+    W_f, W_x, b = cell.memory_weight, cell.in_proj.weight, cell.in_proj.bias
+    outputs = []
+
+    def gated(past: Tensor, x_part: Tensor, h: Tensor) -> Tensor:
+        g = torch.sigmoid(x_part[:3] + cell.state_weight[:3] @ past)
+        v = torch.tanh(x_part[3:] + cell.state_weight[3:] @ past)
+        return (1 - g) * h + g * v
+
+    for token, (A_bar, B_bar) in zip(x, steps_of(measure, seen, len(x)), strict=True):
+        from_x = W_x @ token + b
+        if order == "hidden-first":  # the paper's appendix
+            h = gated(torch.cat([h, c.flatten()]), from_x, h)
+            f = W_f @ h + cell.memory_bias
+            c = torch.stack([A_bar @ c[i] + B_bar * f[i] for i in range(2)])
+        else:  # hippo-code's MemoryCell
+            f = from_x[:2] + W_f @ h
+            c = torch.stack([A_bar @ c[i] + B_bar * f[i] for i in range(2)])
+            h = gated(c.flatten(), from_x[2:], h)
+        outputs.append(cell.out_proj.weight @ h)
+    return torch.stack(outputs), h, c
+
+
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("measure", ["legs", "lagt"])
-def test_the_cell_is_the_equations(measure: str) -> None:
-    """Written out with dense matrices, of rows that have read different numbers of tokens."""
-    cell, x, seen = mixer(measure=measure, window=10.0), draw(2, 6, 5), [0, 70]
-    h, c = draw(2, 3, seed=1), draw(2, 2, 4, seed=2)
+def test_the_cell_is_the_equations(measure: str, order: Any) -> None:
+    """Outputs, state and every gradient, of rows that have read different numbers of tokens."""
+    cell, seen = mixer(measure=measure, window=10.0, order=order), [0, 70]
     with torch.no_grad():
-        got, state = cell(x, HippoState(h, c, torch.tensor(seen)), None)
-        A, B = transition(measure, 4)
-        for t in range(6):
-            product = cell.in_proj(x[:, t]) + torch.cat([h, c.flatten(1)], 1) @ cell.state_weight.mT
-            f, g, v = product[:, :2], product[:, 2:5].sigmoid(), product[:, 5:].tanh()
-            h = (1 - g) * h + g * v
-            new = []
-            for row in range(2):
-                if measure == "legs":
-                    k = seen[row] + t + 1
-                    left = torch.eye(4).double() - A / (2 * k)
-                    A_bar = torch.linalg.solve(left, torch.eye(4).double() + A / (2 * k))
-                    B_bar = torch.linalg.solve(left, B / k)
-                else:
-                    dt = SPANS[measure](4) / 10.0
-                    A_bar = torch.matrix_exp(A * dt)
-                    B_bar = torch.linalg.solve(A, (A_bar - torch.eye(4)) @ B)
-                new.append(c[row] @ A_bar.mT + f[row][:, None] * B_bar)
-            c = torch.stack(new)
-            assert difference(got[:, t], cell.out_proj(h)) < 1e-12
-    assert difference(state.c, c) < 1e-12
+        cell.in_proj.bias.copy_(draw(*cell.in_proj.bias.shape, seed=3))
+        if order == "hidden-first":
+            cell.memory_bias.copy_(draw(2, seed=4))
+    x, h, c = draw(2, 6, 5), draw(2, 3, seed=1), draw(2, 2, 4, seed=2)
+    leaves = [*(tensor.requires_grad_() for tensor in (x, h, c)), *cell.parameters()]
+    got, state = cell(x, HippoState(h, c, torch.tensor(seen)), None)
+    rows = [literal(cell, order, measure, x[i], h[i], c[i], seen[i]) for i in range(2)]
+    wanted = [torch.stack(tensors) for tensors in zip(*rows, strict=True)]
+    found = [got, state.h, state.c]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert difference(ours.detach(), theirs.detach()) < 1e-12
     assert state.length.tolist() == [6, 76]
+    weights = [draw(*tensor.shape, seed=5 + i) for i, tensor in enumerate(found)]
+    ours, theirs = (
+        torch.autograd.grad([(a * b).sum() for a, b in zip(outputs, weights, strict=True)], leaves)
+        for outputs in (found, wanted)
+    )
+    for mine, right in zip(ours, theirs, strict=True):
+        assert difference(mine, right) < 1e-11
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_steps_of_the_cell_are_the_whole(order: Any) -> None:
+    cell, x = mixer(order=order), draw(2, 6, 5)
+    with torch.no_grad():
+        whole, after = cell(x, None, None)
+        state = cell.init_state(2)
+        steps = torch.stack([cell.step(x[:, t], state) for t in range(6)], 1)
+    assert difference(steps, whole) < 1e-13
+    assert difference(state.h, after.h) < 1e-13
+    assert difference(state.c, after.c) < 1e-13
+    assert torch.equal(state.length, after.length)
+
+
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("measure", ["legs", "legt"])
-def test_the_cells_own_way_back_is_right(measure: str) -> None:
-    cell, x = mixer(measure=measure), draw(2, 5, 5).requires_grad_()
+def test_the_cells_own_way_back_is_right(measure: str, order: Any) -> None:
+    """Also twice over, and of rows that end before the others."""
+    cell, x = mixer(measure=measure, order=order), draw(2, 5, 5).requires_grad_()
     h, c = draw(2, 3, seed=1).requires_grad_(), draw(2, 2, 4, seed=2).requires_grad_()
 
     def read(x: Tensor, h: Tensor, c: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
@@ -345,6 +400,17 @@ def test_the_cells_own_way_back_is_right(measure: str) -> None:
         return y, state.h, state.c
 
     assert torch.autograd.gradcheck(read, (x, h, c, *cell.parameters()))
+    assert torch.autograd.gradgradcheck(read, (x, h, c, *cell.parameters()))
+
+
+def test_the_paper_reads_f_from_the_new_h_and_the_code_from_the_old() -> None:
+    """What is remembered of a first token shows the order."""
+    for order in ORDERS:
+        cell, x = mixer(order=order), draw(1, 1, 5)
+        _, state = cell(x, None, None)
+        f = cell.memory_weight @ state.h[0] if order == "hidden-first" else cell.in_proj(x)[0, 0, :2]
+        _, B_bar = steps_of("legs", 0, 1)[0]
+        assert difference(state.c[0].detach(), (f[:, None] * B_bar).detach()) < 1e-12
 
 
 def test_a_gate_is_a_memory_of_one_number() -> None:
@@ -376,8 +442,9 @@ def test_legs_knows_no_time_and_windows_do() -> None:
         ({"d_memory": 0}, "d_memory"),
         ({"d_hidden": 0}, "d_hidden"),
         ({"window": 0.5}, "window"),
+        ({"order": "h-first"}, "order"),
     ],
-    ids=["measure", "odd", "memory", "hidden", "window"],
+    ids=["measure", "odd", "memory", "hidden", "window", "order"],
 )
 def test_misuse(change: dict[str, Any], words: str) -> None:
     with pytest.raises(LongscanError, match=words):

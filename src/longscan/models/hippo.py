@@ -9,19 +9,28 @@ Changed: what is remembered is no feature that has to be learnt but the best app
 the coefficients of its projection on N functions under a measure that says what of the past counts. They
 follow the signal by a linear equation, c' = A c + B f, whose A and B are known in closed form.
 
-Deviations from the paper and its code: the order within a cell. Here f, gate and update all read
-[x; h; c] of the token before and are computed together. In the paper's appendix h is updated first, from
-[x; c], and f = W_f h reads the new one; the official MemoryCell writes f into the memory first, and gate and
-update read [x; c] with the new c. All measures but "legs" hold each sample (zero-order hold). To stand in a
-stack the cell is a residual block with a norm before and a projection behind. What the coefficients of a
-signal are worth by themselves, without a cell, is in memory.py.
+Paper and official code differ in the order within a cell; both are here. In the paper h is updated first and
+what is remembered is read from the new h. In the code (MemoryCell of hippo-code) the memory is updated first,
+and gate and update see the new c instead of the old h.
 
-The cell, for a token x (section 3.2 and appendix):
+Deviations from both: all measures but "legs" hold each sample (zero-order hold); "legs" starts from c = 0,
+where the code starts from the first sample. Weights start from uniform numbers, biases from zero. To stand
+in a stack the cell is a residual block with a norm before and a projection behind. What the coefficients of
+a signal are worth by themselves, without a cell, is in hippo_memory.py.
 
-    f = W_f [x; h; c]                                     what is remembered, d_memory signals
+The cell, for a token x (section 3.2 and appendix), order "hidden-first":
+
     g = sigmoid(W_g [x; h; c])      v = tanh(W_v [x; h; c])
     h = (1 - g) h + g v                                   the gate of a GRU; itself a memory of order N = 1
+    f = W_f h                                             what is remembered, d_memory signals
     c = A_bar c + B_bar f                                 of each signal, N coefficients
+
+and order "memory-first", that of the code:
+
+    f = W_f [x; h]
+    c = A_bar c + B_bar f
+    g = sigmoid(W_g [x; c])         v = tanh(W_v [x; c])
+    h = (1 - g) h + g v
 
 Glossary: f = signal; c = coefficients, N = n = d_state of them; t or k = samples so far; A, B = transition,
 A_bar, B_bar = discretised; theta = window; h = hidden; g = gate; tau = the update v.
@@ -31,7 +40,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -195,6 +204,7 @@ class HippoConfig(LanguageModelConfig):
     d_state: int = 64  # N
     measure: str = "legs"
     window: float = 256.0  # theta, in tokens; "legs" has none
+    order: Literal["hidden-first", "memory-first"] = "hidden-first"  # the paper's, or that of its code
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -241,18 +251,36 @@ class HippoMixer(SectionMixer[HippoState]):
         generator: randomness of the start; torch's global one if None.
     """
 
+    memory_bias: nn.Parameter | None  # of f; where f reads x it is in that of in_proj
+
     def __init__(self, config: HippoConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.measure, self.dt = config.measure, SPANS[config.measure](config.d_state) / config.window
-        self.d_state, self.widths = config.d_state, (config.d_memory, config.width, config.width)
-        self.in_proj = linear(config.d_model, sum(self.widths), True, generator)
-        d_past = config.width + config.d_memory * config.d_state  # of [h; c]
-        self.state_weight = nn.Parameter(torch.empty(sum(self.widths), d_past))
+        self.d_memory, self.d_state, self.width = config.d_memory, config.d_state, config.width
+        self.memory_first = config.order == "memory-first"
+        d_in = 2 * self.width + self.d_memory * self.memory_first  # of what reads x
+        d_past = self.d_memory * self.d_state + self.width * (not self.memory_first)  # of [c] or [h; c]
+        self.in_proj = linear(config.d_model, d_in, True, generator)
+        self.state_weight = nn.Parameter(torch.empty(2 * self.width, d_past))
+        self.memory_weight = nn.Parameter(torch.empty(self.d_memory, self.width))
+        bias = None if self.memory_first else nn.Parameter(torch.empty(self.d_memory))
+        self.register_parameter("memory_bias", bias)
         self.out_proj = linear(config.width, config.d_model, False, generator)
         if not self.out_proj.weight.is_meta:
-            nn.init.uniform_(self.state_weight, -(d_past**-0.5), d_past**-0.5, generator=generator)
+            for weight in (self.state_weight, self.memory_weight):
+                bound = weight.shape[1] ** -0.5
+                nn.init.uniform_(weight, -bound, bound, generator=generator)
+            if self.memory_bias is not None:
+                nn.init.zeros_(self.memory_bias)
             with torch.no_grad():
                 self.out_proj.weight /= math.sqrt(config.n_layers)
+
+    def _inputs(self, x: Tensor) -> Tensor:
+        """Return what x (..., d_model) and the biases add to f, gate and update, side by side."""
+        inputs = cast(Tensor, self.in_proj(x))
+        if self.memory_bias is None:
+            return inputs
+        return torch.cat([self.memory_bias.to(inputs).expand(*inputs.shape[:-1], -1), inputs], -1)
 
     @exact
     def mix(self, x: Tensor, state: HippoState | None, length: Tensor | None) -> tuple[Tensor, HippoState]:
@@ -261,7 +289,7 @@ class HippoMixer(SectionMixer[HippoState]):
         starts, row = torch.unique(start, return_inverse=True)
         steps = [self._transition(starts + t, row, c) for t in range(x.shape[1])]
         run: Any = _cells if composed() else _Cells.apply
-        said, h, c = run(self.in_proj(x), h, c, self.state_weight, steps, length)
+        said, h, c = run(self._inputs(x), h, c, self.state_weight, self.memory_weight, steps, length)
         read = x.shape[1] if length is None else length
         return cast(Tensor, self.out_proj(said)), HippoState(h, c, start + read)
 
@@ -278,15 +306,15 @@ class HippoMixer(SectionMixer[HippoState]):
     def init_state(self, batch_size: int) -> HippoState:
         """Return zeros; see `Mixer.init_state`. The memory is float32 at least."""
         zeros, wide = self.state_weight.new_zeros, torch.promote_types(self.state_weight.dtype, torch.float32)
-        c = zeros(batch_size, self.widths[0], self.d_state, dtype=wide)
-        return HippoState(zeros(batch_size, self.widths[1]), c, zeros(batch_size, dtype=torch.int64))
+        c = zeros(batch_size, self.d_memory, self.d_state, dtype=wide)
+        return HippoState(zeros(batch_size, self.width), c, zeros(batch_size, dtype=torch.int64))
 
     @exact
     def step(self, x: Tensor, state: HippoState, plan: None = None, /) -> Tensor:
         """Take in one token per row; see `Mixer.step`."""
         seen, row = torch.unique(state.length, return_inverse=True)
         step = self._transition(seen, row, state.c)
-        h, c, _ = _cell(self.in_proj(x), state.h, state.c, self.state_weight, step)
+        h, c, _ = _cell(self._inputs(x), state.h, state.c, self.state_weight, self.memory_weight, step)
         state.h.copy_(h)
         state.c.copy_(c)
         state.length.add_(1)
@@ -301,88 +329,128 @@ Step: TypeAlias = tuple[Tensor, Tensor]  # A_bar (rows or 1, n, n) and B_bar (ro
 
 
 def _cell(
-    inputs: Tensor, h: Tensor, c: Tensor, weight: Tensor, step: Step
+    inputs: Tensor, h: Tensor, c: Tensor, weight: Tensor, memory_weight: Tensor, step: Step
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Take in one token of each row: h and c after it, and what the way back needs."""
-    A_bar, B_bar = step
-    past = torch.cat([h, c.flatten(1).to(h)], 1)
-    f, gate, update = torch.split(torch.addmm(inputs, past, weight.mT), _widths(h, c), 1)
+    """Take in one token of each row: h and c after it, and what the way back needs.
+
+    Args:
+        inputs: (rows, d_memory + 2 d_hidden) what x and the biases add to f, gate and update.
+        h: (rows, d_hidden).
+        c: (rows, d_memory, d_state).
+        weight: (2 d_hidden, d_past) of gate and update; its width tells the order, see `_reads_h`.
+        memory_weight: (d_memory, d_hidden) of f.
+        step: the discrete equation of c.
+    """
+    (A_bar, B_bar), d_memory = step, c.shape[1]
+
+    def remember(h: Tensor) -> Tensor:
+        f = torch.addmm(inputs[:, :d_memory], h, memory_weight.mT)
+        return c @ A_bar.mT + f.to(c)[..., None] * B_bar[:, None]
+
+    if _reads_h(weight, c):
+        past = torch.cat([h, c.flatten(1).to(h)], 1)
+    else:
+        c = remember(h)
+        past = c.flatten(1).to(h)
+    gate, update = torch.addmm(inputs[:, d_memory:], past, weight.mT).chunk(2, 1)
     gate, update = gate.sigmoid(), update.tanh()
-    return (
-        torch.lerp(h, update, gate),
-        c @ A_bar.mT + f.to(c)[..., None] * B_bar[:, None],
-        (past, gate, update),
-    )
+    h = torch.lerp(h, update, gate)
+    return h, remember(h) if _reads_h(weight, c) else c, (past, gate, update)
 
 
-def _widths(h: Tensor, c: Tensor) -> list[int]:
-    """Widths of f, of the gate and of the update."""
-    return [c.shape[1], h.shape[1], h.shape[1]]
+def _reads_h(weight: Tensor, c: Tensor) -> bool:
+    """Whether gate and update read [h; c] from before the token: h is then updated first."""
+    return weight.shape[1] > c[0].numel()
 
 
 def _cells(
-    inputs: Tensor, h: Tensor, c: Tensor, weight: Tensor, steps: list[Step], length: Tensor | None
+    inputs: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    memory_weight: Tensor,
+    steps: list[Step],
+    length: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute what `_Cells` does, as torch differentiates it however often."""
-    said = []
+    said, h, c, _ = _run(inputs, h, c, weight, memory_weight, steps, length)
+    return said, h, c
+
+
+def _run(
+    inputs: Tensor,
+    h: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    memory_weight: Tensor,
+    steps: list[Step],
+    length: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, ...]]]:
+    """Take in a cell's tokens one by one: h after each (rows, seq_len, d_hidden), h, c, what `_cell` kept."""
+    said, kept = [], []
     for t, step in enumerate(steps):
-        new_h, new_c, _ = _cell(inputs[:, t], h, c, weight, step)
+        new_h, new_c, used = _cell(inputs[:, t], h, c, weight, memory_weight, step)
         if length is not None:
             new_h, new_c = (torch.where(over(t < length, x), x, y) for x, y in ((new_h, h), (new_c, c)))
         h, c = new_h, new_c
         said.append(h)
-    return torch.stack(said, 1), h, c
+        kept.append(used)
+    return torch.stack(said, 1), h, c, kept
 
 
 class _Cells(torch.autograd.Function):
-    """A cell after the other; the weight's gradient is one product instead of one for each token."""
+    """A cell after the other; a weight's gradient is one product instead of one for each token."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, inputs, h, c, weight, steps, length
+        ctx, inputs, h, c, weight, memory_weight, steps, length
     ):
         """Read inputs (rows, seq_len, widths): h after each token (rows, seq_len, d_hidden), h and c."""
-        start = inputs, h, c
-        said, kept = [], []
-        for t, step in enumerate(steps):
-            new_h, new_c, used = _cell(inputs[:, t], h, c, weight, step)
-            if length is not None:
-                new_h, new_c = (torch.where(over(t < length, x), x, y) for x, y in ((new_h, h), (new_c, c)))
-            h, c = new_h, new_c
-            said.append(h)
-            kept.append(used)
-        ctx.steps, ctx.shape = steps, c.shape
+        said, new_h, new_c, kept = _run(inputs, h, c, weight, memory_weight, steps, length)
+        ctx.steps = steps
         stacked = (torch.stack(tensors) for tensors in zip(*kept, strict=True))
-        ctx.save_for_backward(*start, weight, length, *stacked)
-        return torch.stack(said, 1), h, c
+        ctx.save_for_backward(inputs, h, c, weight, memory_weight, length, said, *stacked)
+        return said, new_h, new_c
 
     @staticmethod
     def backward(ctx, dsaid, dh, dc):  # type: ignore[no-untyped-def]
         """Go back from the last token to the first."""
-        *start, weight, length, pasts, gates, updates = ctx.saved_tensors
+        inputs, h, c, weight, memory_weight, length, said, pasts, gates, updates = ctx.saved_tensors
         if torch.is_grad_enabled():
             run = functools.partial(_cells, steps=ctx.steps, length=length)
-            of = gradients(run, (*start, weight), (dsaid, dh, dc))
-            return *(of.get(place) for place in range(4)), None, None
-        width, dtype = dh.shape[1], dh.dtype
-        products = pasts.new_empty(len(pasts), len(dh), len(weight))  # gradients of W [x; h; c]
+            of = gradients(run, (inputs, h, c, weight, memory_weight), (dsaid, dh, dc))
+            return *(of.get(place) for place in range(5)), None, None
+        hidden_first, width, d_memory = _reads_h(weight, c), h.shape[1], c.shape[1]
+        before = torch.cat([h[:, None], said[:, :-1]], 1)
+        products = inputs.new_empty(len(pasts), len(h), inputs.shape[2])  # gradients of f, gate and update
         for t in reversed(range(len(pasts))):
             (A_bar, B_bar), gate, update = ctx.steps[t], gates[t], updates[t]
             dh = dh + dsaid[:, t]
-            df = (dc * B_bar[:, None]).sum(-1).to(dtype)
-            dgate = dh * (update - pasts[t, :, :width]) * gate * (1 - gate)
-            dproduct = torch.cat([df, dgate, dh * gate * (1 - update * update)], 1)
+            after = dh, dc
+            if hidden_first:
+                df = (dc * B_bar[:, None]).sum(-1).to(dh)
+                dh, dc = dh + df @ memory_weight, dc @ A_bar
+            rise = dh * gate
+            dgates = torch.cat([rise * (1 - gate) * (update - before[:, t]), rise * (1 - update * update)], 1)
+            dh, dpast = dh - rise, dgates @ weight
+            if hidden_first:
+                dh = dh + dpast[:, :width]
+            dc = dc + dpast[:, -c[0].numel() :].view(c.shape).to(dc)
+            if not hidden_first:
+                df = (dc * B_bar[:, None]).sum(-1).to(dh)
+                dh, dc = dh + df @ memory_weight, dc @ A_bar
+            product = torch.cat([df, dgates], 1)
             if length is not None:
-                dproduct = dproduct * over(t < length, dproduct)
-            products[t] = dproduct
-            dpast = dproduct @ weight
-            new_h = dh * (1 - gate) + dpast[:, :width]
-            new_c = dc @ A_bar + dpast[:, width:].view(ctx.shape).to(dc)
-            if length is not None:
-                new_h, new_c = (torch.where(over(t < length, x), x, y) for x, y in ((new_h, dh), (new_c, dc)))
-            dh, dc = new_h, new_c
-        dweight = products.flatten(0, 1).mT @ pasts.flatten(0, 1)
-        return products.transpose(0, 1), dh, dc, dweight, None, None
+                product, dh, dc = (
+                    torch.where(over(t < length, x), x, y)
+                    for x, y in ((product, 0), (dh, after[0]), (dc, after[1]))
+                )
+            products[t] = product
+        sources = said if hidden_first else before
+        df, dgates = products[..., :d_memory], products[..., d_memory:]
+        dweight = dgates.flatten(0, 1).mT @ pasts.flatten(0, 1)
+        dmemory_weight = df.flatten(0, 1).mT @ sources.transpose(0, 1).flatten(0, 1)
+        return products.transpose(0, 1), dh, dc, dweight, dmemory_weight, None, None
 
 
 _STEPS = 64  # of "legs" are made at a time
