@@ -20,7 +20,7 @@ SANITIZED_PYTEST = import sys; \
 	sys.meta_path = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]; \
 	sys.path.insert(0, "$(SANITIZED)/src"); import pytest; from longscan import ops; \
 	assert "sanitize" in str(ops.native_info().path), ops.native_info(); sys.exit(pytest.main(sys.argv[1:]))
-KERNEL_TESTS := tests/ops
+KERNEL_TESTS := tests/ops tests/models/test_hippo.py
 PROMPT ?= It was a bright morning, and the Captain
 
 help: ## list the targets
@@ -44,7 +44,7 @@ sanitize: $(VENV)/dev.done ## test the kernels under the address and undefined-b
 	@command -v cmake >/dev/null || [ -x $(BIN)/cmake ] || $(PIP) cmake
 	@PATH="$$PATH:$(abspath $(BIN))"; \
 	cmake -S . -B $(SANITIZED) -DLONGSCAN_SANITIZE=ON -DLIBRARY_HOME=$(CURDIR)/$(SANITIZED)/_lib >/dev/null; \
-	cmake --build $(SANITIZED) -j$$(nproc)
+	cmake --build $(SANITIZED) -j$$(nproc) >/dev/null
 	@rm -rf $(SANITIZED)/src; cp -r src $(SANITIZED)/src
 	@rm -rf $(SANITIZED)/src/longscan/_lib; cp -r $(SANITIZED)/_lib $(SANITIZED)/src/longscan/_lib
 	@LD_PRELOAD="$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libubsan.so)" \
