@@ -246,3 +246,83 @@ def test_nothing_leaks_from_another_sequence(backend: str, name: str, value: flo
             assert all(not x[seq_idx < 0].any() for x in (y, *gradients))
         for clean, spoilt in zip(*results, strict=True):
             torch.testing.assert_close(spoilt, clean, rtol=1e-4, atol=1e-4)
+
+
+# what comes later
+
+
+CAUSAL: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
+    **{name: case for name, case in LEAKS.items() if name != "scan-constant"},
+    "long-conv": (ops.long_conv, lambda: long_conv_inputs(2, 70, 6, 70, True)),
+}
+
+
+@pytest.mark.parametrize("value", SPOILT, ids=str)
+@pytest.mark.parametrize("name", CAUSAL)
+def test_nothing_leaks_back_in_time(backend: str, name: str, value: float) -> None:
+    """A token that is not finite leaves those before it, and the other row, as they were."""
+    op, make = CAUSAL[name]
+    inputs = {k: x for k, x in make().items() if k not in ("seq_idx", "back")}
+    where = torch.zeros_like(next(x for x in inputs.values() if x.dim() == 3)[..., 0], dtype=torch.bool)
+    where[0, 37] = True
+    clean, spoilt = (op(**values) for values in (inputs, spoil(inputs, where, value)))
+    clean, spoilt = (y[0] if isinstance(y, tuple) else y for y in (clean, spoilt))
+    torch.testing.assert_close(spoilt[0, :37], clean[0, :37], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(spoilt[1], clean[1], rtol=1e-4, atol=1e-4)
+    assert not spoilt[0, 37].isfinite().any()
+
+
+def test_two_ways_know_no_earlier() -> None:
+    """With a filter for later steps NaN is in all of its channel and row, and nowhere else."""
+    inputs = long_conv_inputs(2, 70, 6, 70, True)
+    inputs["u"][0, 37, 2] = float("nan")
+    bad = ops.long_conv(**inputs).isnan()
+    assert bad[0, :, 2].all()
+    assert int(bad.sum()) == 70
+
+
+@pytest.mark.parametrize("name", [name for name, entry in MODELS.items() if entry.kind == "language"])
+def test_no_model_lets_a_spoilt_token_back_or_across(name: str) -> None:
+    """A token whose embedding is NaN, in a plain row and in a packed one."""
+    model: Any = built(name).eval()
+    ids = torch.randint(1, model.config.vocab_size, (2, 80), generator=generator())
+    packed = torch.tensor([0] * 30 + [1] * 44 + [-1] * 6).expand(2, -1)
+    for seq_idx, place, good in (
+        (None, 50, slice(0, 50)),
+        (packed, 50, slice(0, 50)),
+        (packed, 10, slice(30, 74)),
+        (packed, 77, slice(0, 74)),
+    ):
+        spoilt = ids.clone()
+        spoilt[0, place] = 0
+        with torch.no_grad():
+            clean = model(spoilt, seq_idx=seq_idx)
+            kept = model.backbone.embedding.weight[0].clone()
+            model.backbone.embedding.weight[0] = float("nan")
+            got = model(spoilt, seq_idx=seq_idx)
+            model.backbone.embedding.weight[0] = kept
+        clean, got = (x if isinstance(x, Tensor) else x.logits for x in (clean, got))
+        for a, b in ((got[0, good], clean[0, good]), (got[1], clean[1])):  # tied, logit 0 itself is NaN
+            torch.testing.assert_close(a[..., 1:], b[..., 1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", SPOILT, ids=str)
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+@pytest.mark.parametrize("learning", [False, True], ids=["plain", "learning"])
+def test_attention_keeps_what_a_query_may_not_see(learning: bool, part: str, value: float) -> None:
+    g = generator()
+    inputs = {
+        name: torch.randn(2, 24, heads, 8, generator=g) for name, heads in (("q", 4), ("k", 2), ("v", 2))
+    }
+    spoilt = {name: x.clone().requires_grad_(learning) for name, x in inputs.items()}
+    with torch.no_grad():
+        spoilt[part][0, 9] = value
+    segment = torch.arange(24) // 8
+    same = (segment[:, None] == segment)[None, None]
+    for mask, reached in ((None, slice(9, 24)), (same, slice(9, 16))):
+        clean = ops.attention(**inputs, mask=mask, causal=True)
+        got = ops.attention(**spoilt, mask=mask, causal=True).detach()
+        touched = torch.zeros(2, 24, dtype=torch.bool)
+        touched[0, slice(9, 10) if part == "q" else reached] = True
+        assert not got[touched].isfinite().any()
+        torch.testing.assert_close(got[~touched], clean[~touched])

@@ -36,6 +36,7 @@ from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import linear
 from longscan.models.common.mixer import Block, LanguageModelConfig
 from longscan.models.common.packing import SectionMixer, Sections, warn_beyond
+from longscan.ops._chunks import causal_parts
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257, "d_attention": 32},
@@ -143,8 +144,12 @@ class GatedAttention(SectionMixer[KV]):
         distance = position[..., None] - torch.arange(k.shape[1], device=k.device)  # (rows, seq_len, k_len)
         bias = self.bias(k.shape[1])[distance.clamp(min=0)]
         scores = q @ k[:, :, 0].to(q.dtype).transpose(1, 2) / self.config.max_positions + bias.to(q.dtype)
-        weights = scores.relu().square() * (distance >= 0)
-        return cast(Tensor, self.out_proj(u * (weights @ v[:, :, 0].to(weights.dtype))))
+        weights = scores.relu().square().masked_fill(distance < 0, 0)
+        finite, after = causal_parts(v[:, :, 0].to(weights.dtype), 1)
+        y = weights @ finite
+        if after is not None:
+            y = y + after.gather(1, position[..., None].expand_as(y))
+        return cast(Tensor, self.out_proj(u * y))
 
     def bias(self, n: int) -> Tensor:
         """Return b(0), ..., b(n - 1), in at least float32, which distant positions need to be distinct."""

@@ -36,6 +36,7 @@ from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
 from longscan.models.common.packing import SectionMixer
 from longscan.models.transformer import sinusoid_angles
 from longscan.ops._autocast import exact
+from longscan.ops._chunks import causal_parts
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257, "n_heads": 4},
@@ -105,7 +106,9 @@ def accumulate(q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> tuple[Tensor, Ten
     after = kv[:, None] + sums.cumsum(1)
     before = torch.cat([kv[:, None], after[:, :-1]], 1)  # (batch, chunks, n_heads, d_k, d_v)
     scores = torch.einsum("bnihd,bnjhd->bnhij", q, k).tril()
-    y = torch.einsum("bnhij,bnjhe->bnihe", scores, v) + torch.einsum("bnihd,bnhde->bnihe", q, before)
+    finite, later = causal_parts(v, 2)
+    y = torch.einsum("bnhij,bnjhe->bnihe", scores, finite) + torch.einsum("bnihd,bnhde->bnihe", q, before)
+    y = y if later is None else y + later
     return y.flatten(1, 2)[:, :seq_len], after[:, -1]
 
 

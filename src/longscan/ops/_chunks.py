@@ -6,7 +6,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longscan.ops._derivatives import composed
 from longscan.ops._segments import segments
+
+
+def causal_parts(u: Tensor, dim: int) -> tuple[Tensor, Tensor | None]:
+    """Split off what is not finite, which a product with zeros would carry to earlier steps: 0 · NaN is NaN.
+
+    Args:
+        u: any shape.
+        dim: of time.
+
+    Returns:
+        finite: u with 0 for NaN and infinity.
+        after: u's shape, to be added to the product: NaN from the first such value on, 0 before it. None if
+            all is finite, as far as that may be asked.
+    """
+    traced = composed() or torch.compiler.is_compiling() or u.is_meta
+    if not traced and bool(u.detach().sum().isfinite()):  # one pass, where the other way takes four
+        return u, None
+    return torch.nan_to_num(u, 0.0, 0.0, 0.0), (u.detach() * 0).cumsum(dim)
 
 
 class Chunks(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longscan.ops._autocast import exact
-from longscan.ops._chunks import Chunks
+from longscan.ops._chunks import Chunks, causal_parts
 
 CHUNK = 64  # tokens at most: y then costs about as much from inside a chunk as from the state before it
 
@@ -107,7 +107,9 @@ def forward(
     state = None if state is None else state.contiguous()
     chunks, tables = _cut(u, a, c, seq_idx)
     before, final = _states(u, tables, chunks, state)
-    y = torch.einsum("cts,bjsc->bjtc", _toeplitz(tables.K), chunks.take(u, chunks.left))
+    finite, after = causal_parts(chunks.take(u, chunks.left), 2)
+    y = torch.einsum("cts,bjsc->bjtc", _toeplitz(tables.K), finite)
+    y = y if after is None else y + after
     y = y + torch.einsum("ctm,bjcm->bjtc", tables.out, _real(before))
     return chunks.give(y, chunks.left).contiguous(), torch.view_as_real(final.contiguous())
 

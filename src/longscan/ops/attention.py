@@ -95,7 +95,8 @@ def attention(
         dropout: dropout probability of the weights; the caller passes 0 in evaluation.
 
     Returns:
-        (batch, q_len, n_heads, d_v); zeros for a query whose keys are all masked.
+        (batch, q_len, n_heads, d_v); zeros for a query whose keys are all masked. A key or value that is not
+        finite makes those queries NaN that may attend to it, and no others.
 
     Raises:
         ValueError: shapes do not fit.
@@ -105,6 +106,32 @@ def attention(
         k, v = k.to(q.dtype), v.to(q.dtype)
     if composed():
         return attention_ref(q, k, v, mask=mask, causal=causal, scale=scale, dropout=dropout)[0]
+    out = _fused(q, k, v, mask, causal, scale, dropout, group)
+    if (mask is None and not causal) or torch.compiler.is_compiling() or out.is_meta:
+        return out
+    if bool(out.detach().sum().isfinite()):
+        return out
+    # a weight of zero carries NaN to queries that may not look at it: 0 · NaN is NaN
+    sound = [x.isfinite().all(-1) for x in (k, v)]
+    k, v = (torch.nan_to_num(x, 0.0, 0.0, 0.0) for x in (k, v))
+    out = _fused(q, k, v, mask, causal, scale, dropout, group)
+    bad = ~(sound[0] & sound[1]).transpose(1, 2).repeat_interleave(group, 1)[:, :, None]
+    allowed = _combine(mask, causal, q, k)
+    seen = (bad if allowed is None else bad & allowed).any(-1)  # (batch, n_heads, q_len or 1)
+    return out.masked_fill(seen.transpose(1, 2)[..., None], torch.nan)
+
+
+def _fused(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    dropout: float,
+    group: int,
+) -> Tensor:
+    """Run torch's kernel; see `attention`."""
     square = causal and mask is None and q.shape[1] == k.shape[1]
     mask = None if square else _combine(mask, causal, q, k)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, n_heads, q_len, d_head)

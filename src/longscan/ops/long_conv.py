@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longscan.ops._chunks import causal_parts
 from longscan.ops._derivatives import composed, register_second
 
 # --- 1. the equation ----------------------------------------------------------------------------------------
@@ -47,7 +48,8 @@ def long_conv(u: Tensor, kernel: Tensor, D: Tensor | None = None, back: Tensor |
         back: (channels, k_len) for later steps; the first column is the tap of the next one.
 
     Returns:
-        y: (batch, seq_len, channels) in u's dtype; computed in float32, or in float64 for float64.
+        y: (batch, seq_len, channels) in u's dtype; computed in float32, or in float64 for float64. NaN or
+            infinity in u makes its channel of the row NaN from there on, all of it if there is `back`.
 
     Raises:
         ValueError: shapes do not fit.
@@ -138,9 +140,10 @@ def _spectrum(kernel: Tensor, D: Tensor | None, back: Tensor | None, seq_len: in
 def _forward(u: Tensor, kernel: Tensor, D: Tensor | None, back: Tensor | None) -> Tensor:
     seq_len = u.shape[1]
     n = _transform_length(2 * seq_len - 1)
-    spectrum = torch.fft.rfft(u.transpose(1, 2), n=n) * _spectrum(kernel, D, back, seq_len, n)
-    y: Tensor = torch.fft.irfft(spectrum, n=n)
-    return y[..., :seq_len].transpose(1, 2).contiguous()
+    finite, after = (u, None) if back is not None else causal_parts(u, 1)
+    spectrum = torch.fft.rfft(finite.transpose(1, 2), n=n) * _spectrum(kernel, D, back, seq_len, n)
+    y: Tensor = torch.fft.irfft(spectrum, n=n)[..., :seq_len].transpose(1, 2)
+    return y.contiguous() if after is None else y + after
 
 
 def _backward(

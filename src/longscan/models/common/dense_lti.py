@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longscan.models.common.lti import System
-from longscan.ops._chunks import Chunks
+from longscan.ops._chunks import Chunks, causal_parts
 from longscan.ops._derivatives import composed
 
 __all__ = ["DenseSystem", "Tables", "chunked"]
@@ -114,7 +114,9 @@ def chunked(tables: Tables, u: Tensor, state: Tensor | None, seq_idx: Tensor | N
         x = torch.where(chunks.fresh[:, index, None, None], 0, x)
         before.append(x)
         x = _after(x, tables.powers, chunks.lengths[:, index]) + entering[:, index]
-    y = torch.einsum("cmts,bjsc->bjtcm", toeplitz, chunks.take(u, chunks.left))
+    finite, after = causal_parts(chunks.take(u, chunks.left), 2)
+    y = torch.einsum("cmts,bjsc->bjtcm", toeplitz, finite)
+    y = y if after is None else y + after[..., None]
     y = y + torch.einsum("ctmn,bjcn->bjtcm", tables.out, torch.stack(before, 1))
     return chunks.give(y.flatten(3), chunks.left), x
 

@@ -64,7 +64,7 @@ class Sections(NamedTuple):
     def take(self, x: Tensor) -> Tensor:
         """Return x (batch, seq_len, ...) as (n, longest, ...), with zeros in padding."""
         inside = self.inside.view(*self.inside.shape, *(1 for _ in x.shape[2:]))
-        return x.flatten(0, 1)[self.position] * inside
+        return torch.where(inside, x.flatten(0, 1)[self.position], 0)
 
     def give(self, y: Tensor) -> Tensor:
         """Return y (n, longest, ...) as (batch, seq_len, ...), with zeros in padding."""
