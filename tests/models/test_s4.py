@@ -1,6 +1,7 @@
 """S4, S4D and LSSL: kernels against dense oracles, other lengths, other rates, the start, bad input."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from longscan.models.common import state_space as ssm
 from longscan.models.common.lti import System
 from longscan.models.hippo import transition
 from longscan.models.lssl import DenseSSM
-from longscan.models.s4 import DPLR, nplr
+from longscan.models.s4 import DPLR, clipped, nplr
 from longscan.models.s4d import DiagonalSSM, spectrum
 from longscan.ops import long_conv
 
@@ -274,3 +275,19 @@ def test_b_starts_as_in_the_official_code() -> None:
     )
     ratio = torch.view_as_complex(legs) / torch.view_as_complex(lin)
     assert torch.allclose(ratio, wanted.expand(3, -1), rtol=1e-4)
+
+
+def test_the_first_b_is_that_of_the_official_code() -> None:
+    """There of negative frequencies and clipped at 2, in an eigenbasis whose vectors may differ in sign."""
+    for n in (4, 16, 64):
+        A, B = transition("legs", n)
+        P = B / math.sqrt(2)
+        frequency, V = torch.linalg.eigh(-1j * (A + torch.outer(P, P)))
+        frequency, V = frequency[: n // 2].flip(0), V[:, : n // 2].flip(1)
+        B_there, P_there = (V.conj().mT @ x.to(V.dtype) for x in (B, P))
+        B_there = torch.complex(B_there.real, B_there.imag.clamp(-2, 2))
+        form = nplr("legs", n)
+        assert (form.Lambda.imag + frequency).abs().max() < 1e-9 * n * n
+        ours, theirs = clipped(form.B) * form.P[0].conj(), (B_there * P_there.conj()).conj()
+        assert (ours - theirs).abs().max() < 1e-9
+        assert clipped(form.B).imag.abs().max() <= 2

@@ -925,3 +925,35 @@ def test_state_spaces_learn_at_a_rate_of_their_own(name: str, schedule: str) -> 
     assert [group["weight_decay"] for group in groups] == [0.0]
     slower = TrainConfig(lr=1e-4)
     assert slow_rate(slower, 1e-4) == 1e-4
+
+
+@pytest.mark.parametrize("name", ["s4d", "h3"])
+def test_what_learns_slowly_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """Resumed half way, weights, both groups' moments and their rates are those of the whole run."""
+    entry = MODELS[name]
+    config = TrainConfig(lr=1e-2, warmup=2, weight_decay=0.1)
+
+    def trainer() -> Trainer:
+        model = entry.cls(entry.config.from_dict(entry.presets["tiny"]), torch.Generator().manual_seed(0))
+
+        def batch(step: int) -> list[tuple[torch.Tensor, int]]:
+            generator = torch.Generator().manual_seed(step)
+            return [(torch.randint(0, 256, (2, 12), generator=generator), 22)]
+
+        return Trainer(model, config, 6, batch, lambda m, x: m(x, labels=x).loss)
+
+    whole, first, second = trainer(), trainer(), trainer()
+    for _ in range(3):
+        whole.step()
+        first.step()
+    first.save(tmp_path)
+    second.load(tmp_path, 3)
+    reports = [(whole.step(), second.step()) for _ in range(3)]
+    assert all(a == b for a, b in reports)
+    for ours, theirs in zip(second.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert [g["lr"] for g in second.optimizer.param_groups] == [g["lr"] for g in whole.optimizer.param_groups]
+    assert any(group["slow"] for group in second.optimizer.param_groups)
+    for mine, other in zip(second.model.slow(), whole.model.slow(), strict=True):
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(second.optimizer.state[mine][key], whole.optimizer.state[other][key])
