@@ -91,7 +91,7 @@ def test_distinct() -> None:
     assert len(examples.ids) == 1
     examples = distinct(lambda n, draw: induction(n, draw, vocab_size=3, length=4), 20, seeded())
     assert len({tuple(ids) for ids in examples.ids.tolist()}) == 20
-    with pytest.raises(UsageError, match="expected 30 different sequences"):
+    with pytest.raises(UsageError, match="expected 30 distinct sequences"):
         distinct(lambda n, draw: induction(n, draw, vocab_size=2, length=3), 30, seeded())
 
 

@@ -161,7 +161,11 @@ class LanguageModel(Model):
 
     @torch.no_grad()
     def prefill(
-        self, ids: Tensor, state: State | None = None, seq_idx: Tensor | None = None, chunk_size: int = 2 * CHUNK
+        self,
+        ids: Tensor,
+        state: State | None = None,
+        seq_idx: Tensor | None = None,
+        chunk_size: int = 2 * CHUNK,
     ) -> tuple[Tensor, State]:
         """Return the logits after a prompt, and the state; chunks keep the activation memory constant.
 
