@@ -28,7 +28,7 @@ from longscan.errors import UsageError
 )
 def test_a_number_out_of_range(value: float, bounds: dict[str, float], expected: str) -> None:
     with pytest.raises(UsageError) as error:
-        check_range("x", value, **bounds)
+        check_range("x", value, error=UsageError, **bounds)
     assert str(error.value) == f"x: expected {expected}."
 
 

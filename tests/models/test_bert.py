@@ -107,8 +107,8 @@ def test_the_numbers_of_transformers(head: str, activation: str, dtype: torch.dt
     elif head == "classifier":
         assert_close(model.classify(output.pooled), theirs.logits)
     else:
-        assert_close(model.words(output.hidden[mask]), theirs.prediction_logits[mask])
-        assert_close(model.follows(output.pooled), theirs.seq_relationship_logits)
+        assert_close(model.mlm_logits(output.hidden[mask]), theirs.prediction_logits[mask])
+        assert_close(model.nsp_logits(output.pooled), theirs.seq_relationship_logits)
 
 
 def test_the_losses_and_gradients_of_transformers() -> None:
@@ -204,7 +204,7 @@ def test_what_a_forward_pass_refuses() -> None:
     with pytest.raises(ValueError, match="non-empty"):
         model(torch.ones(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match="'pretraining', got 'none'"):
-        model.words(torch.zeros(1, 24))
+        model.mlm_logits(torch.zeros(1, 24))
     with pytest.raises(ValueError, match="'classifier', got 'none'"):
         model.classify(torch.zeros(1, 24))
 

@@ -212,7 +212,7 @@ def test_a_config_travels_as_json() -> None:
         ({"mean": [0.0] * 3, "std": [0.0] * 3}, "std: expected a positive number"),
         ({"rate": -1.0}, "rate: expected more than 0"),
         ({"gap": 0.0}, "gap: expected more than 0"),
-        ({"dropout": 1.0}, "dropout: expected 0 or more and less than 1"),
+        ({"dropout": 1.0}, "dropout: expected at least 0 and below 1"),
         ({"pooling": "first"}, "pooling: expected one of 'mean', 'last'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -216,7 +216,7 @@ def test_word_vectors_are_read_as_they_are(name: str) -> None:
         ("seq2seq", {"d_hidden": 0}, "d_hidden: expected 1 or more, got 0"),
         ("bahdanau", {"eos_id": 1}, "three different ids below vocab_size"),
         ("bahdanau", {"pad_id": 64}, "three different ids below vocab_size"),
-        ("luong", {"dropout": 1.0}, "dropout: expected 0 or more and less than 1"),
+        ("luong", {"dropout": 1.0}, "dropout: expected at least 0 and below 1"),
         ("luong", {"window": 0}, "window: expected 1 or more, got 0"),
         ("luong", {"score": "mlp"}, "one of 'dot', 'general', 'concat', 'location'"),
         ("transformer", {"n_heads": 5}, "d_model: expected an even multiple of n_heads"),

@@ -80,10 +80,10 @@ def test_frames() -> None:
     assert TRAINED.frame(storm, captain) == ([2, *storm, 3, *captain, 3], [0, 0, 0, 1, 1], 0)
     assert TRAINED.frame([]) == ([2, 3], [0, 0], 0)
     assert TRAINED.frame([], []) == ([2, 3, 3], [0, 0, 1], 0)
-    assert TRAINED.frame([7, 8, 9, 10], room=4) == ([2, 7, 8, 3], [0] * 4, 2)
-    assert TRAINED.frame([7, 8, 9, 10], [11], room=6) == ([2, 7, 8, 3, 11, 3], [0, 0, 0, 0, 1, 1], 2)
+    assert TRAINED.frame([7, 8, 9, 10], max_length=4) == ([2, 7, 8, 3], [0] * 4, 2)
+    assert TRAINED.frame([7, 8, 9, 10], [11], max_length=6) == ([2, 7, 8, 3, 11, 3], [0, 0, 0, 0, 1, 1], 2)
     with pytest.raises(ValueError, match="at least 3 ids, got 2"):
-        TRAINED.frame([7], [8], room=2)
+        TRAINED.frame([7], [8], max_length=2)
     ids, types = TRAINED.collate(TRAINED.frame_batch(["storm", ""], ["captain", ""]))
     assert torch.equal(ids, torch.tensor([[2, *storm, 3, *captain, 3], [2, 3, 3, 0, 0]]))
     assert torch.equal(types, torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 0, 0]]))

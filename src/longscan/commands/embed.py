@@ -58,7 +58,7 @@ def command(
     if not given:
         raise UsageError("no text given.")
     loaded = load_bert(model, "none")
-    framed = loaded.tokenizer.frame_batch(given, room=capacity(loaded))
+    framed = loaded.tokenizer.frame_batch(given, max_length=capacity(loaded))
     warn_of_cut(framed)
     vectors = sentence_vectors(loaded, framed)
     if out is not None:

@@ -41,8 +41,8 @@ def measure(
         masked = batch.labels != IGNORE
         targets = batch.labels[masked]
         for first, logits, labels in (
-            (0, model.words(output.hidden[masked]), targets),
-            (3, model.follows(output.pooled), batch.is_random),
+            (0, model.mlm_logits(output.hidden[masked]), targets),
+            (3, model.nsp_logits(output.pooled), batch.is_random),
         ):
             sums[first] += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
             sums[first + 1] += (logits.argmax(-1) == labels).sum().item()

@@ -50,7 +50,7 @@ def embed(bert: LoadedBert, texts: Sequence[str], rows: int = 32) -> Tensor:
     """
     check_texts("texts", texts)
     check_whole("rows", rows, 1)
-    return sentence_vectors(bert, bert.tokenizer.frame_batch(texts, room=capacity(bert)), rows)
+    return sentence_vectors(bert, bert.tokenizer.frame_batch(texts, max_length=capacity(bert)), rows)
 
 
 @torch.inference_mode()
@@ -158,7 +158,7 @@ def fill_mask(bert: LoadedBert, text: str, top_k: int = 5) -> list[list[Predicti
             f"no {tokenizer.mask_token} in the text: put it where a word is to be predicted, "
             f'as in "the {tokenizer.mask_token} sat on the mat".'
         )
-    framed = tokenizer.frame(tokens, room=model.config.max_positions)
+    framed = tokenizer.frame(tokens, max_length=model.config.max_positions)
     if framed.cut:
         raise LongscanError(
             f"the text has {len(framed.ids) + framed.cut:,} tokens, the model {model.config.max_positions:,} "
@@ -166,7 +166,9 @@ def fill_mask(bert: LoadedBert, text: str, top_k: int = 5) -> list[list[Predicti
         )
     ids = torch.tensor([framed.ids], device=model.device)
     masked = ids[0] == tokenizer.mask_id
-    logits = model.words(model(ids).hidden[0, masked])[:, : tokenizer.vocab_size]  # (n_masks, vocab_size)
+    logits = model.mlm_logits(model(ids).hidden[0, masked])[
+        :, : tokenizer.vocab_size
+    ]  # (n_masks, vocab_size)
     best = logits.softmax(-1).topk(min(top_k, tokenizer.vocab_size))
     return [
         [Prediction(tokenizer.token(token), p) for token, p in zip(tokens, probabilities, strict=True)]

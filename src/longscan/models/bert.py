@@ -339,7 +339,7 @@ class Bert(Model):
             x, seen[f"encoder.{number}"] = layer(x, allowed, return_weights)
         return BertOutput(x, self.bert.pooler(x[:, 0]), seen if return_weights else None)
 
-    def words(self, hidden: Tensor) -> Tensor:
+    def mlm_logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (..., vocab_size) of masked language modelling.
 
         Args:
@@ -351,7 +351,7 @@ class Bert(Model):
         self._need("pretraining")
         return cast(Tensor, self.cls["predictions"](hidden, self.bert.embeddings.word_embeddings))
 
-    def follows(self, pooled: Tensor) -> Tensor:
+    def nsp_logits(self, pooled: Tensor) -> Tensor:
         """Return the logits (batch, 2) of next-sentence prediction: the text follows, or is a random one.
 
         Args:
@@ -387,9 +387,9 @@ class Bert(Model):
         """
         output = self(batch.ids, batch.types)
         masked = batch.labels != IGNORE
-        logits = self.words(output.hidden[masked])  # (n_masked, vocab_size)
+        logits = self.mlm_logits(output.hidden[masked])  # (n_masked, vocab_size)
         words = F.cross_entropy(logits, batch.labels[masked], reduction="sum") / masked.sum().clamp(min=1)
-        return words, F.cross_entropy(self.follows(output.pooled), batch.is_random)
+        return words, F.cross_entropy(self.nsp_logits(output.pooled), batch.is_random)
 
     def _need(self, head: str) -> None:
         """Raise ValueError unless the model has this head."""

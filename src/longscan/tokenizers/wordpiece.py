@@ -81,20 +81,22 @@ class WordPieceTokenizer(BPETokenizer):
         super().__init__(tokenizer, eos_id=self.sep_id)
         self.prefix = ()  # `frame` puts it there
 
-    def frame(self, first: Sequence[int], second: Sequence[int] | None = None, room: int = 512) -> Framed:
+    def frame(
+        self, first: Sequence[int], second: Sequence[int] | None = None, max_length: int = 512
+    ) -> Framed:
         """Return a text or a pair with [CLS] and [SEP], truncated at the end of the longer one.
 
         Args:
             first: ids of the text.
             second: ids of the other text of a pair.
-            room: the most ids, special tokens included.
+            max_length: the most ids, special tokens included.
 
         Raises:
-            ValueError: room is too small for the special tokens.
+            ValueError: max_length is too small for the special tokens.
         """
-        left = room - (2 if second is None else 3)
+        left = max_length - (2 if second is None else 3)
         if left < 0:
-            raise ValueError(f"room: expected at least {room - left} ids, got {room}")
+            raise ValueError(f"max_length: expected at least {max_length - left} ids, got {max_length}")
         n_first, n_second = fit(len(first), len(second or ()), left)
         head = [self.cls_id, *first[:n_first], self.sep_id]
         tail = [] if second is None else [*second[:n_second], self.sep_id]
@@ -102,18 +104,18 @@ class WordPieceTokenizer(BPETokenizer):
         return Framed(head + tail, [0] * len(head) + [1] * len(tail), cut)
 
     def frame_batch(
-        self, texts: Sequence[str], pairs: Sequence[str] | None = None, room: int = 512
+        self, texts: Sequence[str], pairs: Sequence[str] | None = None, max_length: int = 512
     ) -> list[Framed]:
         """Return several texts or pairs encoded and framed; see `frame`.
 
         Args:
             texts: any Unicode.
             pairs: the other text of each.
-            room: the most ids, special tokens included.
+            max_length: the most ids, special tokens included.
         """
         first = self.encode_batch(texts)
         second = [None] * len(texts) if pairs is None else self.encode_batch(pairs)
-        return [self.frame(a, b, room) for a, b in zip(first, second, strict=True)]
+        return [self.frame(a, b, max_length) for a, b in zip(first, second, strict=True)]
 
     def collate(self, framed: Sequence[Framed]) -> tuple[Tensor, Tensor]:
         """Return a batch, padded to the longest.
@@ -168,15 +170,15 @@ class WordPieceTokenizer(BPETokenizer):
         atomic_write(directory / "vocab.txt", "".join(f"{token}\n" for token, _ in vocab))
 
 
-def fit(n_first: int, n_second: int, room: int) -> tuple[int, int]:
+def fit(n_first: int, n_second: int, max_length: int) -> tuple[int, int]:
     """Return the lengths of a truncated pair: the longer text loses a token until both fit.
 
     Args:
         n_first: tokens of the first; of two equally long texts the second is truncated.
         n_second: tokens of the second.
-        room: the most tokens of both.
+        max_length: the most tokens of both.
     """
-    excess = max(0, n_first + n_second - room)
+    excess = max(0, n_first + n_second - max_length)
     level = min(excess, abs(n_first - n_second))  # until they are equal
     if n_first > n_second:
         n_first -= level
