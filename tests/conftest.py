@@ -63,13 +63,21 @@ class Done:
     err: str
 
 
+class Typed(io.TextIOWrapper):
+    """Standard input that is typed at a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     """Run the command line in this process: cli("generate", "Hello", "--seed", 0, stdin="") -> Done."""
 
-    def run(*argv: object, stdin: str | bytes = "") -> Done:
+    def run(*argv: object, stdin: str | bytes = "", terminal: bool = False) -> Done:
         data = stdin.encode() if isinstance(stdin, str) else stdin
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        kind = Typed if terminal else io.TextIOWrapper
+        monkeypatch.setattr(sys, "stdin", kind(io.BytesIO(data), encoding="utf-8"))
         capsys.readouterr()
         code = main([str(argument) for argument in argv])
         captured = capsys.readouterr()

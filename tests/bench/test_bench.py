@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import time
-import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,17 +133,16 @@ def test_threads_reach_the_worker(jobs: Path) -> None:
     assert found["a"].details == {"threads": "3"}
 
 
-def clock(monkeypatch: pytest.MonkeyPatch, module: Any, *ticks: float) -> None:
-    """Let a module see a clock that shows these times, and then goes on in steps of the last one."""
-    shown = itertools.chain(ticks, itertools.count(2 * ticks[-1], ticks[-1]))
-    monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: next(shown)))
+def clock(*ticks: float) -> Callable[[], float]:
+    """A clock that shows these times, and then goes on in steps of the last one."""
+    return itertools.chain(ticks, itertools.count(2 * ticks[-1], ticks[-1])).__next__
 
 
-def test_a_turn_of_something_short_is_a_median(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock(monkeypatch, worker, 0.001)
+def test_a_turn_of_something_short_is_a_median() -> None:
+    ticks = clock(0.001)
     seconds = itertools.chain([9.0, 1.0, 5.0], itertools.repeat(2.0))
-    assert worker.turn(lambda: {"seconds": next(seconds)}, 0.05)["seconds"] == 2.0
-    assert worker.turn(lambda: {"seconds": 7.0}, 0.002) == {"seconds": 7.0}  # no time for more
+    assert worker.turn(lambda: {"seconds": next(seconds)}, 0.05, ticks)["seconds"] == 2.0
+    assert worker.turn(lambda: {"seconds": 7.0}, 0.002, ticks) == {"seconds": 7.0}  # no time for more
 
 
 # --- the contenders, in this process ------------------------------------------------------------------------
@@ -341,11 +339,11 @@ def test_a_process_is_timed_to_its_first_output() -> None:
         ours.first_output(["-c", "raise SystemExit(1)"])()
 
 
-def test_extrapolation_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extrapolation_adds_up() -> None:
     pytest.importorskip("transformers")
     model = {"d_model": 16, "n_layers": 50, "vocab_size": 32}
-    run = peers.train_transformers(model, batch=1, seq_len=8, one_layer=True)
-    clock(monkeypatch, peers, 100.0, 101.0, 104.0)  # 1 s without layers, 3 s with one
+    ticks = clock(100.0, 101.0, 104.0)  # 1 s without layers, 3 s with one
+    run = peers.train_transformers(model, batch=1, seq_len=8, one_layer=True, clock=ticks)
     assert run() == {"seconds": 1.0 + 50 * 2.0, "extrapolated": True}
 
 

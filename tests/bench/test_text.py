@@ -20,6 +20,7 @@ from longscan.bench.contenders import ngram
 from longscan.bench.contenders.ngram import NGram
 from longscan.bench.report import Report
 from longscan.bench.suites import text
+from longscan.data.documents import Corpus
 from longscan.evaluation.perplexity import evaluate
 from longscan.models import Mamba, MambaConfig
 from longscan.tokenizers.base import ByteTokenizer
@@ -218,14 +219,12 @@ def test_the_table(cli: Any, folder: Path) -> None:
     assert "text: 5-gram" in done.err
 
 
-def test_what_xz_cannot_look_back_on_is_not_measured(
-    cli: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(text, "XZ_WINDOW", 100)
-    done = cli("bench", "text", *flags(folder), "--model", folder / "model", "--json")
-    (suite,) = json.loads(done.out)["suites"]
-    assert [row["contender"] for row in suite["rows"]][2:] == [text.ALONE]
-    assert any("larger than its window" in note for note in suite["notes"])
+def test_what_xz_cannot_look_back_on_is_not_measured(folder: Path, model: Mamba) -> None:
+    texts = folder / "texts"
+    corpus = Corpus([texts / "a.txt", texts / "b.txt"], texts / "test.txt")
+    report = text.run("small", model, BYTES, corpus, xz_window=100)
+    assert [row["contender"] for row in report.rows][2:] == [text.ALONE]
+    assert any("larger than its window" in note for note in report.notes)
 
 
 def test_a_separator_parts_the_documents(cli: Any, folder: Path) -> None:

@@ -137,9 +137,8 @@ def test_model_does_not_depend_on_the_file(model: Mamba, saved: Path) -> None:
     assert_same(again, model)
 
 
-def test_shards(model: Mamba, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longscan.checkpoints.save.SHARD_SIZE", "8KB")
-    save(model, tmp_path / "a")
+def test_shards(model: Mamba, tmp_path: Path) -> None:
+    save(model, tmp_path / "a", max_shard_size="8KB")
     shards = sorted(path.name for path in (tmp_path / "a").glob("*.safetensors"))
     assert len(shards) > 2
     assert_same(load(tmp_path / "a")[0], model)

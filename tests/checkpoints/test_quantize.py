@@ -197,9 +197,8 @@ def test_files_may_mix_formats(int4: Path, plain: Path) -> None:
     assert "quantised already (int4)" in refusal(int4, precision="int8")
 
 
-def test_shards(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longscan.checkpoints.save.SHARD_SIZE", "8KB")
-    written = quantize(plain, tmp_path / "b", "int4")
+def test_shards(plain: Path, tmp_path: Path) -> None:
+    written = quantize(plain, tmp_path / "b", "int4", max_shard_size="8KB")
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 2
     assert load(tmp_path / "b")[0].fingerprint() == written.fingerprint()
 

@@ -31,6 +31,7 @@ from longscan.models import Bert, BertConfig, Mamba, MambaConfig
 from longscan.tokenizers.base import ByteTokenizer
 from longscan.tokenizers.wordpiece import train_wordpiece
 from longscan.training.text_classifier import ClassifyConfig, ClassifyRun
+from stand_ins import PowerCut
 
 GOOD, BAD = "a fine warm lovely film", "a poor cold dreadful film"
 ROWS = [("good", f"{GOOD} number {n}") for n in range(20)] + [("bad", f"{BAD} number {n}") for n in range(20)]
@@ -111,19 +112,11 @@ def test_transformers_says_the_same(whole: Path) -> None:
 
 @pytest.mark.parametrize("after", [2, 4, 9])
 def test_a_stopped_run_goes_on_bit_for_bit(
-    after: int, config: ClassifyConfig, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    after: int, config: ClassifyConfig, whole: Path, tmp_path: Path
 ) -> None:
-    done = ClassifyRun._step
-
-    def interrupted(self: ClassifyRun) -> None:
-        if self.trainer.step_number == after:
-            raise OSError("the power is gone")
-        done(self)
-
-    monkeypatch.setattr(ClassifyRun, "_step", interrupted)
-    with pytest.raises(LongscanError, match="classify train --resume"):
-        ClassifyRun.begin(config.replace(data=(str(table(tmp_path / "gone.tsv")),)), tmp_path / "run")
-    monkeypatch.undo()
+    data = (str(table(tmp_path / "gone.tsv")),)
+    with pytest.raises(LongscanError, match=r"the power is gone(?s:.*)classify train --resume"):
+        ClassifyRun.begin(config.replace(data=data), tmp_path / "run", PowerCut(after))
     (tmp_path / "gone.tsv").unlink()  # the run has its own copy
     assert ClassifyRun.resume(tmp_path / "run").step == 24
     weights = "model/model.safetensors"

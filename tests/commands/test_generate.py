@@ -25,6 +25,7 @@ from longscan.models.s4d import S4DConfig
 from longscan.models.sequence_classifier import SequenceConfig, SequenceModel
 from longscan.tokenizers.base import ByteTokenizer, Tokenizer
 from longscan.tokenizers.bpe import train_bpe
+from stand_ins import watched
 
 Cli = Callable[..., Any]
 BYTES = ByteTokenizer()
@@ -32,13 +33,14 @@ EOS = BYTES.eos_id
 
 
 def generate_batch(
-    model: LanguageModel, tokenizer: Tokenizer, prompts: list[str], **sampling: Any
+    model: LanguageModel, tokenizer: Tokenizer, prompts: list[str], slots: int = 32, **sampling: Any
 ) -> list[str]:
     """Continue several texts at once."""
     texts = [""] * len(prompts)
     config = SamplingConfig.from_dict(sampling)
     ids = encode(tokenizer, prompts)
-    for event in generate_ids(model, ids, config, eos_id=tokenizer.eos_id, tokenizer=tokenizer):
+    ends = tokenizer.eos_id
+    for event in generate_ids(model, ids, config, eos_id=ends, tokenizer=tokenizer, slots=slots):
         texts[event.row] += event.text
     return texts
 
@@ -155,10 +157,9 @@ def test_a_row_writes_what_it_writes_alone(model: Mamba, sampling: dict[str, Any
     assert len(set(alone)) == len(alone)
 
 
-def test_more_prompts_than_slots_wait(model: Mamba, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_prompts_than_slots_wait(model: Mamba) -> None:
     together = generate_batch(model, BYTES, PROMPTS, max_new_tokens=20, seed=7)
-    monkeypatch.setattr("longscan.inference.generate.MAX_SLOTS", 2)
-    assert generate_batch(model, BYTES, PROMPTS, max_new_tokens=20, seed=7) == together
+    assert generate_batch(model, BYTES, PROMPTS, slots=2, max_new_tokens=20, seed=7) == together
 
 
 def test_prefill_reports_progress(model: Mamba) -> None:
@@ -406,21 +407,12 @@ def test_models_that_cannot_write(cli: Cli, tmp_path: Path) -> None:
     assert "error: the model computed NaN or infinite logits" in done.err
 
 
-def test_a_giant_prompt_is_tokenized_in_pieces(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longscan.data.documents.PIECE", 100)
-    monkeypatch.setattr("longscan.inference.prefill.WHOLE", 200)
+def test_a_giant_prompt_is_tokenized_in_pieces(bpe: Tokenizer) -> None:
     texts = ["the cat sat on the mat.\n" * 30, "", "a café"]
     whole = bpe.encode_batch(texts)
-    longest: list[int] = []
-    usual = bpe.encode_batch
-
-    def encode_batch(texts: list[str]) -> list[list[int]]:
-        longest.append(max(map(len, texts)))
-        return usual(texts)
-
-    monkeypatch.setattr(bpe, "encode_batch", encode_batch)
-    assert [list(ids) for ids in encode(bpe, texts)] == whole
-    assert max(longest) <= 200
+    spy, lengths = watched(bpe)
+    assert [list(ids) for ids in encode(spy, texts, piece_size=100)] == whole
+    assert max(lengths) <= 200
 
 
 # --- states and drafts at the command line

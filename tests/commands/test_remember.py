@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import wave
 from collections.abc import Callable
 from pathlib import Path
@@ -65,16 +66,15 @@ def test_a_window(cli: Cli, tmp_path: Path, measure: str) -> None:
     assert row["mse"] < 0.05 * row["energy"]
 
 
-def test_the_error_is_that_of_what_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_is_that_of_what_is_told() -> None:
     """However the signal is cut into pieces; and there is never more than a piece of it in memory."""
     signal, asked = make_signal("noise", 3000, 10.0), []
-    monkeypatch.setattr("longscan.data.signals._PIECE", 128)
 
     def read(begin: int, end: int) -> Any:
         asked.append(end - begin)
         return signal.read(begin, end)
 
-    found = remember(Signal("it", 10.0, 3000, read), Memory(32))
+    found = remember(Signal("it", 10.0, 3000, read, piece_size=128), Memory(32))
     f = signal.piece(0, 3000).double()
     told = found.memory.reconstruct(torch.arange(3000))[0]
     assert found.error == pytest.approx(float((told - f).square().mean()), rel=1e-9)
@@ -133,7 +133,7 @@ def test_silence_is_remembered(cli: Cli, tmp_path: Path) -> None:
 def test_without_matplotlib_there_is_no_figure(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("longscan.commands.remember.installed", lambda _: False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = cli("remember", "steps", "--out", tmp_path / "a.png")
     assert done.code == 0
     assert "figures need matplotlib: pip install 'longscan[plot]'" in done.out

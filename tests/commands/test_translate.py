@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from longscan.models import MODELS
 from longscan.tokenizers.base import ByteTokenizer
 from longscan.training.config import read_recipe
 from longscan.training.translation import TranslateConfig, TranslateRun
+from stand_ins import instead
 
 Cli = Callable[..., Any]
 
@@ -287,11 +287,10 @@ def test_neighbours_do_not_change_a_translation(whole: Path) -> None:
     assert [each.score for each in together] == pytest.approx([each.score for each in alone], rel=1e-4)
 
 
-def test_limits_of_the_model(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_of_the_model(whole: Path) -> None:
     model, tokenizer = load_translator(whole / "model")
-    monkeypatch.setattr(model, "max_positions", 4)
     with pytest.raises(LongscanError, match=r"a sentence of .* tokens .* longer than the 4 positions"):
-        translate(model, tokenizer, ["dog", "one two red blue dog cat"])
+        translate(instead(model, max_positions=4), tokenizer, ["dog", "one two red blue dog cat"])
     with pytest.raises(LongscanError, match="Use its own tokenizer"):
         translate(model, ByteTokenizer(), ["dog"])
 
@@ -331,10 +330,8 @@ def test_train_and_evaluate_and_text(
     assert cli("translate", "text", run / "model", stdin="\n").out == "\n"
 
 
-def test_a_prompt_on_a_terminal(cli: Cli, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("longscan.commands.translate")
-    monkeypatch.setattr(module, "_interactive", lambda: True)
-    done = cli("translate", "text", whole / "model", stdin="one dog\n\nred")
+def test_a_prompt_on_a_terminal(cli: Cli, whole: Path) -> None:
+    done = cli("translate", "text", whole / "model", stdin="one dog\n\nred", terminal=True)
     assert done.code == 0
     assert len(done.out.splitlines()) == 3
     assert done.err.count("> ") == 4  # the last one is left with Ctrl-D

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -191,9 +192,8 @@ def test_what_is_no_number_is_found(tmp_path: Path) -> None:
         list(open_signal(tmp_path / "a.csv", channel=1).pieces())
 
 
-def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longscan.data.signals._PIECE", 64)
-    signal = make_signal("chirp", 1000, 100.0)
+def test_pieces_are_the_whole() -> None:
+    signal = replace(make_signal("chirp", 1000, 100.0), piece_size=64)
     starts, pieces = zip(*signal.pieces(), strict=True)
     assert starts == tuple(range(0, 1000, 64))
     assert torch.equal(torch.cat(pieces), signal.piece(0, 1000))

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longscan.data import documents
-from longscan.data.documents import Corpus, find_files, iter_documents, iter_pieces, training_text
+from longscan.data.documents import Corpus, find_files, iter_documents, iter_pieces, split, training_text
 from longscan.data.token_files import Split, TokenDataset, TokenFiles, open_tokens, prepare, windows
 from longscan.errors import LongscanError, UsageError
 from longscan.tokenizers.base import ByteTokenizer
@@ -103,16 +103,14 @@ def test_every_format_gives_its_documents(tmp_path: Path) -> None:
     ],
 )
 def test_bad_files_are_named_with_the_place(
-    name: str, content: bytes | str, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, content: bytes | str, message: str | None, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(documents, "PIECE", 16)
-    monkeypatch.setattr("longscan.data.text_files.BLOCK", 16)
     (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
     if message is None:
-        assert list(iter_documents(tmp_path)) == [content]
+        assert list(iter_documents(tmp_path, piece_size=16)) == [content]
         return
     with pytest.raises(LongscanError, match=message):
-        list(iter_documents(tmp_path / name))
+        list(iter_documents(tmp_path / name, piece_size=16))
 
 
 def test_an_empty_separator_is_refused(tmp_path: Path) -> None:
@@ -133,19 +131,16 @@ def test_pieces_are_small_and_add_up_to_the_documents(
     words: list[str], size: int, separator: str | None
 ) -> None:
     text = "".join(words)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE", 12)
-        pieces = list(documents._cut([text[i : i + size] for i in range(0, len(text), size)], separator))
+    pieces = list(documents._cut([text[i : i + size] for i in range(0, len(text), size)], separator, 12))
     found = "".join(piece.text + "|" * piece.ends for piece in pieces).split("|")[:-1]
     assert found == [part for part in (text.split(separator) if separator else [text]) if part.strip()]
     assert all(0 < len(piece.text) <= 2 * 12 + size for piece in pieces)
 
 
-def test_pieces_give_the_tokens_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_give_the_tokens_of_the_whole() -> None:
     text = "The storm, it's   said:\n\n\nwas 12 days  \n off.\r\n\tAnd 海上 \n\n then " * 20
     tokenizer = train_bpe([text], 300)
-    monkeypatch.setattr(documents, "PIECE", 40)
-    pieces = [piece.text for piece in documents._cut([text], None)]
+    pieces = list(split(text, 40))
     assert len(pieces) > 20
     assert [token for ids in tokenizer.encode_batch(pieces) for token in ids] == tokenizer.encode(text)
 
@@ -165,14 +160,10 @@ def split_text(corpus: Corpus) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("piece", [7, 64, 2**20])
-def test_the_end_of_a_single_document_is_held_out(
-    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(documents, "PIECE", piece)
-    monkeypatch.setattr("longscan.data.text_files.BLOCK", piece)
+def test_the_end_of_a_single_document_is_held_out(piece: int, tmp_path: Path) -> None:
     text = "".join(f"line {number} 海\n" for number in range(100))
     (tmp_path / "a.txt").write_text(text)
-    splits = split_text(Corpus(tmp_path, valid_fraction=0.1))
+    splits = split_text(Corpus(tmp_path, valid_fraction=0.1, piece_size=piece))
     (train,), (valid,) = splits["train"], splits["valid"]
     assert train + valid == text
     assert 0.1 <= len(valid) / len(text) < 0.11

@@ -72,16 +72,12 @@ def test_pieces_are_the_document(model: Mamba, cut: int) -> None:
     assert result.documents == 2
 
 
-def test_byte_level_bpe_gives_the_same_tokens_for_the_pieces_of_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_byte_level_bpe_gives_the_same_tokens_for_the_pieces_of_a_file(tmp_path: Path) -> None:
     tokenizer = train_bpe([TEXT], 320)
     model = build(tokenizer.vocab_size)
     text = TEXT + "\n\n   indented\r\n\n" + TEXT
     (tmp_path / "a.txt").write_bytes(text.encode())
-    monkeypatch.setattr("longscan.data.documents.PIECE", 50)
-    monkeypatch.setattr("longscan.data.text_files.BLOCK", 50)
-    pieces = list(iter_pieces(tmp_path / "a.txt"))
+    pieces = list(iter_pieces(tmp_path / "a.txt", piece_size=50))
     assert len(pieces) > 5
     whole, parts = evaluate(model, tokenizer, [text]), evaluate(model, tokenizer, pieces)
     assert (

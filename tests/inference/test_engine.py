@@ -24,6 +24,7 @@ from longscan.inference.snapshots import Snapshots
 from longscan.models import LanguageModel, Mamba, MambaConfig, State
 from longscan.tokenizers.base import ByteTokenizer
 from small_models import NAMES, build
+from stand_ins import instead
 
 BYTES = ByteTokenizer()
 EOS = BYTES.eos_id
@@ -251,23 +252,23 @@ def test_cancelled_requests_are_silent(model: LanguageModel, when: str) -> None:
         assert mine == tokens(alone(model, ask([seed], seed=seed, eos_id=None, max_new_tokens=9)), 0)
 
 
-def test_a_step_that_was_interrupted_can_be_taken_again(
-    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_was_interrupted_can_be_taken_again(model: LanguageModel) -> None:
     wishes = [ask([1], eos_id=None, max_new_tokens=9), ask(text(20), eos_id=None, max_new_tokens=9)]
-    engine = Engine(model, BYTES)
+    interrupts = list[KeyboardInterrupt]()
+
+    def prefill(*args: Any) -> Any:
+        if interrupts:
+            raise interrupts.pop()
+        return model.prefill(*args)
+
+    engine = Engine(instead(model, prefill=prefill), BYTES)
     engine.submit(wishes[0])
     events = engine.step()
     engine.submit(wishes[1])
-    usual = LanguageModel.prefill
-
-    def interrupted(*args: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(LanguageModel, "prefill", interrupted)
+    interrupts.append(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         engine.step()
-    monkeypatch.setattr(LanguageModel, "prefill", usual)
+    assert not interrupts
     events += engine.run()
     for number, wish in enumerate(wishes):
         assert tokens(events, number) == tokens(alone(model, wish), 0)
@@ -351,17 +352,15 @@ def test_an_error_ends_generate_ids() -> None:
 
 
 @each_model
-def test_the_state_stays_where_it_is(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_state_stays_where_it_is(model: LanguageModel) -> None:
     """No step allocates states or gathers rows: every call gets a view of the same memory."""
     places: set[int] = set()
-    usual = LanguageModel.step
 
-    def step(self: LanguageModel, ids: Tensor, state: State, unchanged: bool = False) -> Any:
+    def step(ids: Tensor, state: State, unchanged: bool = False) -> Any:
         places.add(state.layers[0][0].data_ptr())
-        return usual(self, ids, state)
+        return model.step(ids, state, unchanged)
 
-    monkeypatch.setattr(LanguageModel, "step", step)
-    engine = Engine(model, BYTES, slots=3)
+    engine = Engine(instead(model, step=step), BYTES, slots=3)
     for request in requests(6):
         engine.submit(request)
     list(engine.run())

@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from longscan.checkpoints.hub import ASSETS
-from longscan.data import documents
 from longscan.data.documents import split
 from longscan.errors import LongscanError, UsageError
-from longscan.inference import prefill as reading
 from longscan.inference.prefill import CHUNK, encode, read
 from longscan.inference.prefix_cache import PrefixCache
 from longscan.inference.snapshots import Snapshots
 from longscan.models import LanguageModel, Llama, LlamaConfig, Mamba, MambaConfig, State
 from longscan.models.common.quantization import quantize_model
 from longscan.tokenizers.bpe import load_tokenizer
+from stand_ins import instead, watched
 
 VOCAB = 61
 
@@ -144,45 +143,38 @@ def test_a_state_of_several_rows_cannot_read_one_text(model: LanguageModel) -> N
         read(model, [1], None, -1)
 
 
-def test_a_long_text_is_encoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_is_encoded_in_pieces() -> None:
     tokenizer = load_tokenizer(ASSETS / "longscan-tiny-en")
     long = "It was a bright morning;\n\n  the Captain   had not\nspoken. " * 40
     texts = ["", long, "short", "   ", "x" * 900, " \n" * 400, long[:-1] + "\n"]
     expected = [tokenizer.encode(text) for text in texts]
     assert [ids.tolist() for ids in encode(tokenizer, texts)] == expected
-    monkeypatch.setattr(documents, "PIECE", 100)
-    monkeypatch.setattr(reading, "WHOLE", 200)
-    assert "".join(split(long)) == long
-    assert max(map(len, split(long))) <= 200
-    longest = list[int]()
-    batch = tokenizer.encode_batch
-    monkeypatch.setattr(
-        tokenizer, "encode_batch", lambda texts: (longest.extend(map(len, texts)), batch(texts))[1]
-    )
-    assert [ids.tolist() for ids in encode(tokenizer, texts[:4])] == expected[:4]
-    assert [ids.tolist() for ids in encode(tokenizer, texts[6:])] == expected[6:]
-    assert max(longest) <= 200
+    assert "".join(split(long, 100)) == long
+    assert max(map(len, split(long, 100))) <= 200
+    spy, lengths = watched(tokenizer)
+    assert [ids.tolist() for ids in encode(spy, texts[:4], piece_size=100)] == expected[:4]
+    assert [ids.tolist() for ids in encode(spy, texts[6:], piece_size=100)] == expected[6:]
+    assert max(lengths) <= 200
     for text in texts[4:6]:  # nowhere to cut: any tokens of the text will do
-        ids = encode(tokenizer, [text])[0]
+        ids = encode(tokenizer, [text], piece_size=100)[0]
         assert tokenizer.decode(ids.tolist()) == text
-    assert all(ids.dtype == np.int64 for ids in encode(tokenizer, texts))
+    assert all(ids.dtype == np.int64 for ids in encode(tokenizer, texts, piece_size=100))
 
 
 # the prefix cache
 
 
-def test_the_cache_changes_nothing_but_the_work(
-    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_changes_nothing_but_the_work(model: LanguageModel) -> None:
     first = text(3 * CHUNK + 40)
     second = first[: 2 * CHUNK + 10] + text(CHUNK, seed=1)
     expected = [read(model, ids) for ids in (first, second, first)]
-    cache, told = PrefixCache(model), list[tuple[int, int]]()
-    lengths = []
-    prefill = model.prefill
-    monkeypatch.setattr(
-        model, "prefill", lambda ids, state: (lengths.append(ids.shape[1]), prefill(ids, state))[1]
-    )
+    lengths, told = list[int](), list[tuple[int, int]]()
+
+    def prefill(ids: Tensor, state: State) -> tuple[Tensor, State]:
+        lengths.append(ids.shape[1])
+        return model.prefill(ids, state)
+
+    cache = PrefixCache(instead(model, prefill=prefill))
     for ids, (logits, state) in zip((first, second, first), expected, strict=True):
         found = cache.read(ids, lambda done, total: told.append((done, total)))
         assert torch.equal(found[0], logits)

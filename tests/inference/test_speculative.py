@@ -205,10 +205,9 @@ def test_a_lookup_finds_the_last_match(ids: list[int], cuts: list[int], ngram: i
     assert lookup.propose([1, 2, 3, 1, 2], k) == last_match([1, 2, 3, 1, 2], ngram, k)  # another text
 
 
-def test_a_lookup_looks_at_the_end_of_a_long_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longscan.inference.drafters.WINDOW", 10)
-    assert PromptLookup().propose([1, 2, 3, *[0] * 10, 1, 2], 3) == []
-    assert PromptLookup().propose([1, 2, 3, *[0] * 5, 1, 2], 3) == [3, 0, 0]
+def test_a_lookup_looks_at_the_end_of_a_long_prompt() -> None:
+    assert PromptLookup(window=10).propose([1, 2, 3, *[0] * 10, 1, 2], 3) == []
+    assert PromptLookup(window=10).propose([1, 2, 3, *[0] * 5, 1, 2], 3) == [3, 0, 0]
 
 
 def greedy(model: LanguageModel, ids: list[int], n: int) -> list[int]:

@@ -28,7 +28,7 @@ from longscan.errors import LongscanError
 from longscan.models import Bert, BertConfig
 from longscan.reproduce import accuracy_table as accuracies
 from longscan.reproduce import bert, multi30k
-from longscan.reproduce.bleu_table import summary
+from longscan.reproduce.bleu_table import QUICK_SENTENCES, summary
 from longscan.reproduce.experiment import Plan
 from longscan.reproduce.synthetic import SyntheticConfig, SyntheticRun
 from longscan.tokenizers.wordpiece import train_wordpiece
@@ -64,7 +64,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models: it is about what happens around them."""
-    monkeypatch.setattr(importlib.import_module("longscan.reproduce.bleu_table"), "QUICK_SENTENCES", 4)
     monkeypatch.delitem(multi30k.SYSTEMS, "seq2seq")
     monkeypatch.delitem(multi30k.SYSTEMS, "bahdanau")
     monkeypatch.setitem(multi30k.SHARED, "preset", "tiny")
@@ -87,7 +86,7 @@ def test_multi30k(cli: Cli, data: Path, tmp_path: Path) -> None:
     assert report["reduced"]
     assert report["published"]["transformer"].startswith("36.52")
     for name, (found,) in report["runs"].items():
-        assert sum(row["sentences"] for row in found["by_length"]) == found["sentences"] == 4
+        assert sum(row["sentences"] for row in found["by_length"]) == found["sentences"] == QUICK_SENTENCES
         assert {"source", "reference", "translation"} == set(found["samples"][0])
         assert report["systems"][name]["bleu_range"] == [found["bleu"], found["bleu"]]
 

@@ -38,8 +38,9 @@ from longscan.training.run_directory import empty, lock
 from longscan.training.schedule import learning_rate, slow_rate
 from longscan.training.train import resume as resume_with_figures
 from longscan.training.train import train as train_with_figures
-from longscan.training.trainer import StepReport, Trainer
+from longscan.training.trainer import Trainer
 from longscan.training.translation import TranslateConfig, TranslateRun
+from stand_ins import instead
 
 TINY: dict[str, Any] = {
     "tokenizer": "bytes",
@@ -556,22 +557,18 @@ def test_a_full_disk(
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_finite_ends_the_run(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
-) -> None:
-    step = Trainer.step
+def test_what_is_not_finite_ends_the_run(config: TrainConfig, tmp_path: Path, what: str) -> None:
+    class Poisoned(LanguageRun):
+        def loss(self, model: Any, part: torch.Tensor) -> torch.Tensor:
+            weight = model.backbone.norm_f.weight
+            if self.trainer.step_number == 5 and what == "loss":
+                weight.data.fill_(math.nan)
+            elif self.trainer.step_number == 5:
+                weight.register_hook(lambda gradient: gradient * math.inf)
+            return super().loss(model, part)
 
-    def poisoned(trainer: Trainer) -> StepReport:
-        weight = trainer.model.backbone.norm_f.weight
-        if trainer.step_number == 5 and what == "loss":
-            weight.data.fill_(math.nan)
-        elif trainer.step_number == 5:
-            weight.register_hook(lambda gradient: gradient * math.inf)
-        return step(trainer)
-
-    monkeypatch.setattr(Trainer, "step", poisoned)
     with pytest.raises(LongscanError, match=rf"(?s){what}.* step 6 .*last intact .*step-000004.*lower --lr"):
-        train(config, tmp_path / "run")
+        Poisoned.begin(config, tmp_path / "run", figures=False)
     assert metrics(tmp_path / "run")[-1]["step"] == 5
     weights = load_tensors(tmp_path / "run/checkpoints/step-000004/model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
@@ -695,18 +692,19 @@ def test_command(cli: Callable[..., Any], text: Path, whole: Path, tmp_path: Pat
 def test_command_stops_and_goes_on(
     cli: Callable[..., Any], text: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Stopping(Terminal):
-        def show(self, snapshot: Snapshot) -> None:
-            if snapshot.step == 5:
-                interrupt(signal.SIGINT)()
+    stderr = sys.stderr
 
-    module = importlib.import_module("longscan.commands._run")
-    monkeypatch.setattr(module, "Terminal", Stopping)
+    def write(text: str) -> int:
+        if "step 5/8" in text:
+            interrupt(signal.SIGINT)()
+        return stderr.write(text)
+
     run = tmp_path / "run"
-    done = cli("train", text, "--out", run, *FLAGS)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", instead(stderr, write=write))
+        done = cli("train", text, "--out", run, *FLAGS, "--log-every", 1)
     assert done.code == 130
     assert done.err.endswith(f"stopped after step 5; continue with: longscan train --resume {run}\n")
-    monkeypatch.setattr(module, "Terminal", Terminal)
     assert cli("train", "--resume", run).code == 0
     assert_same(run, whole)
 

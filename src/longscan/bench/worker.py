@@ -26,30 +26,32 @@ from typing import Any, TextIO
 
 from longscan.ops import keep_memory
 
-__all__ = ["Run", "extra_memory", "main", "peak_memory", "resident_memory", "settle", "turn"]
+__all__ = ["Clock", "Run", "extra_memory", "main", "peak_memory", "resident_memory", "settle", "turn"]
 
 Run = Callable[[], dict[str, Any] | None]
+Clock = Callable[[], float]
 
 
-def turn(run: Run, budget: float) -> dict[str, Any]:
+def turn(run: Run, budget: float, clock: Clock = time.perf_counter) -> dict[str, Any]:
     """Return the time of one run, or the median of as many as fit if they are short.
 
     Args:
         run: what to measure.
         budget: seconds to spend.
+        clock: shows seconds.
 
     Returns:
         "seconds" and the details of the run.
     """
-    begin = time.perf_counter()
-    first = _timed(run)
-    if 3 * (time.perf_counter() - begin) > budget:
+    begin = clock()
+    first = _timed(run, clock)
+    if 3 * (clock() - begin) > budget:
         return first
     # the first of many short runs only wakes threads and caches
     rest: list[dict[str, Any]] = []
-    end = time.perf_counter() + budget
-    while not rest or time.perf_counter() < end:
-        rest.append(_timed(run))
+    end = clock() + budget
+    while not rest or clock() < end:
+        rest.append(_timed(run, clock))
     return rest[0] | {"seconds": statistics.median(one["seconds"] for one in rest)}
 
 
@@ -104,11 +106,11 @@ def _reply(stream: TextIO, values: dict[str, Any]) -> None:
     stream.write(json.dumps(values | {"peak_bytes": peak_memory()}) + "\n")
 
 
-def _timed(run: Run) -> dict[str, Any]:
+def _timed(run: Run, clock: Clock) -> dict[str, Any]:
     """Run once under the clock."""
-    begin = time.perf_counter()
+    begin = clock()
     details = run() or {}
-    return {"seconds": time.perf_counter() - begin} | details
+    return {"seconds": clock() - begin} | details
 
 
 def _reset_peak() -> None:

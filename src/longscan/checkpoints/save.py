@@ -38,7 +38,7 @@ __all__ = ["Layout", "check_new", "convert", "quantize", "save"]
 
 Layout: TypeAlias = Literal["hf", "official"]
 
-SHARD_SIZE = "5GB"
+MAX_SHARD_SIZE = "5GB"
 
 
 def save(
@@ -47,6 +47,7 @@ def save(
     tokenizer: Tokenizer | None = None,
     *,
     dtype: torch.dtype | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
     """Save a model directory, whole or not at all, in its published layout if it has one.
 
@@ -55,13 +56,14 @@ def save(
         directory: created, or replaced if it is a model directory.
         tokenizer: saved beside the model.
         dtype: of the weights in the file; None keeps the model's. The recurrence stays float32 at least.
+        max_shard_size: of a weight file, such as "5GB"; larger models are saved in several.
 
     Raises:
         LongscanError: the directory holds something else, or could not be written; or there is a dtype for a
             quantised model.
         OSError: likewise.
     """
-    _write(model, Path(directory), tokenizer, "hf", dtype)
+    _write(model, Path(directory), tokenizer, "hf", dtype, max_shard_size)
 
 
 def convert(
@@ -128,6 +130,7 @@ def _write(
     tokenizer: Tokenizer | None,
     layout: Layout,
     dtype: torch.dtype | None,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
     """Write a model directory in either layout."""
     config, kind = model.config, kind_of(model)
@@ -160,17 +163,17 @@ def _write(
                     ends = tokenizer.special_ids if tokenizer else dict.fromkeys(IDS)
                     write_json(new / "generation_config.json", ends)
                     fields |= ends
-                _write_safetensors(published, new)
+                _write_safetensors(published, new, max_shard_size)
             write_json(new / "config.json", fields)
         if tokenizer:
             tokenizer.save(new)
 
 
-def _write_safetensors(tensors: Mapping[str, Tensor], directory: Path) -> None:
+def _write_safetensors(tensors: Mapping[str, Tensor], directory: Path, max_shard_size: str) -> None:
     """Save tensors, in shards if they are large."""
     from huggingface_hub import save_torch_state_dict
 
-    save_torch_state_dict(dict(tensors), directory, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
+    save_torch_state_dict(dict(tensors), directory, max_shard_size=max_shard_size, metadata={"format": "pt"})
 
 
 def quantize(
@@ -180,6 +183,7 @@ def quantize(
     *,
     revision: str | None = None,
     offline: bool = False,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> LanguageModel:
     """Quantise the matrices of a model and save it, whole or not at all.
 
@@ -189,6 +193,7 @@ def quantize(
         kind: "bf16", "int8" or "int4".
         revision: see `load`.
         offline: see `load`.
+        max_shard_size: see `save`.
 
     Returns:
         The model that was written.
@@ -207,5 +212,6 @@ def quantize(
         quantize_model(model, kind)
     except LongscanError as error:
         raise LongscanError(f"{source}: {error}") from error
-    save(model, check_new(destination), tokenizer)  # again: another run may have written it meanwhile
+    check_new(destination)  # again: another run may have written it meanwhile
+    save(model, destination, tokenizer, max_shard_size=max_shard_size)
     return model

@@ -144,7 +144,7 @@ def text(
 
     if sentences:
         answer(sentences)
-    elif _interactive():
+    elif sys.stdin.isatty():
         typer.echo(f"{describe(network)} · one sentence per line, Ctrl-D ends", err=True)
         while line := _prompt():
             answer([line.rstrip("\n")])
@@ -155,11 +155,6 @@ def text(
 
 
 commands = {"train": train, "evaluate": evaluate, "text": text}
-
-
-def _interactive() -> bool:
-    """Whether the sentences are typed at a terminal."""
-    return sys.stdin.isatty()
 
 
 def _prompt() -> str:

@@ -31,7 +31,7 @@ __all__ = [
     "training_text",
 ]
 
-PIECE = 2**20  # characters; a longer document comes in several pieces
+PIECE_SIZE = 2**20  # characters; a document longer than two comes in several pieces
 JSONL = (".jsonl", ".json-lines", ".ndjson")
 SUFFIXES = (".txt", ".md", ".text", *JSONL)
 
@@ -81,7 +81,9 @@ def find_files(paths: Paths) -> list[Path]:
     return files
 
 
-def iter_pieces(paths: Paths, *, separator: str | None = None, field: str = "text") -> Iterator[Piece]:
+def iter_pieces(
+    paths: Paths, *, separator: str | None = None, field: str = "text", piece_size: int = PIECE_SIZE
+) -> Iterator[Piece]:
     """Yield documents in pieces of bounded size, for texts larger than the memory.
 
     A text file is one document unless `separator` divides it; each line of a .jsonl file is one. Long
@@ -93,6 +95,7 @@ def iter_pieces(paths: Paths, *, separator: str | None = None, field: str = "tex
         paths: files and folders, see `find_files`.
         separator: what stands between the documents of a text file; it belongs to neither.
         field: where the objects of .jsonl lines hold their text.
+        piece_size: characters of a piece, about, and bytes read at a time.
 
     Yields:
         The pieces in order.
@@ -105,7 +108,7 @@ def iter_pieces(paths: Paths, *, separator: str | None = None, field: str = "tex
         raise UsageError("separator: expected the text that stands between documents, got nothing.")
     files, empty = find_files(paths), True
     for file in files:
-        for piece in _pieces(file, separator, field):
+        for piece in _pieces(file, separator, field, piece_size):
             empty = False
             yield piece
     if empty:
@@ -113,10 +116,12 @@ def iter_pieces(paths: Paths, *, separator: str | None = None, field: str = "tex
         raise LongscanError(f"no text in {names}: empty, or only white space.")
 
 
-def iter_documents(paths: Paths, *, separator: str | None = None, field: str = "text") -> Iterator[str]:
+def iter_documents(
+    paths: Paths, *, separator: str | None = None, field: str = "text", piece_size: int = PIECE_SIZE
+) -> Iterator[str]:
     """Yield whole documents, one in memory at a time; arguments and errors as `iter_pieces`."""
     parts = []
-    for text, ends in iter_pieces(paths, separator=separator, field=field):
+    for text, ends in iter_pieces(paths, separator=separator, field=field, piece_size=piece_size):
         parts.append(text)
         if ends:
             yield "".join(parts)
@@ -131,6 +136,7 @@ class Corpus:
         valid_paths: validation files; those also found under `paths` are not trained on.
         valid_fraction: without validation files, the fraction of the text to hold out; may be 0.
         separator: what stands between the documents of a text file; None makes each file one document.
+        piece_size: see `iter_pieces`.
 
     Raises:
         LongscanError: no text there, or none left to train on.
@@ -143,6 +149,7 @@ class Corpus:
         valid_paths: Paths | None = None,
         valid_fraction: float = 0.05,
         separator: str | None = None,
+        piece_size: int = PIECE_SIZE,
     ) -> None:
         if not 0 <= valid_fraction < 1:
             raise UsageError(f"valid_fraction: expected at least 0 and below 1, got {valid_fraction}.")
@@ -152,7 +159,7 @@ class Corpus:
         if not self.train:
             raise LongscanError("no text left to train on: every file is held out for validation.")
         self.valid_fraction = 0.0 if self.valid else valid_fraction
-        self.separator = separator
+        self.separator, self.piece_size = separator, piece_size
 
     @cached_property
     def sizes(self) -> list[array[int]]:
@@ -163,7 +170,7 @@ class Corpus:
         sizes = []
         for files in (self.train, self.valid):
             sizes.append(array("q", [0]))
-            for text, ends in iter_pieces(files, separator=self.separator) if files else ():
+            for text, ends in self._pieces(files):
                 sizes[-1][-1] += len(text.encode())
                 if ends:
                     sizes[-1].append(0)
@@ -189,7 +196,7 @@ class Corpus:
             held.add(number)
             left -= sizes[number]
         number = done = 0
-        for piece in iter_pieces(self.train, separator=self.separator):
+        for piece in self._pieces(self.train):
             size = len(piece.text.encode())
             cut = sizes[number] - left  # where the held-out end begins, in the document that is torn
             if number in held or (number == torn and done > cut):
@@ -201,8 +208,13 @@ class Corpus:
             else:
                 yield "train", piece
             number, done = (number + 1, 0) if piece.ends else (number, done + size)
-        for piece in iter_pieces(self.valid, separator=self.separator) if self.valid else ():
+        for piece in self._pieces(self.valid):
             yield "valid", piece
+
+    def _pieces(self, files: list[Path]) -> Iterator[Piece]:
+        """Yield the pieces of files, of which there may be none."""
+        if files:
+            yield from iter_pieces(files, separator=self.separator, piece_size=self.piece_size)
 
 
 def training_text(
@@ -227,30 +239,31 @@ def training_text(
     yield from (piece.text for name, piece in corpus.pieces() if name == "train")
 
 
-def _pieces(file: Path, separator: str | None, field: str) -> Iterator[Piece]:
+def _pieces(file: Path, separator: str | None, field: str, size: int) -> Iterator[Piece]:
     if text_kind(file) in JSONL:
-        for text in _jsonl(file, field):
-            yield from _cut([text], None)
+        for text in _jsonl(file, field, size):
+            yield from _cut([text], None, size)
     else:
-        yield from _cut(read_text(file), separator)
+        yield from _cut(read_text(file, size), separator, size)
 
 
-def split(text: str) -> Iterator[str]:
+def split(text: str, piece_size: int = PIECE_SIZE) -> Iterator[str]:
     """Yield a long text in pieces, cut at word boundaries as by `iter_pieces`.
 
     Args:
-        text: of any length; up to two million characters are one piece.
+        text: of any length; up to twice the piece size it is one piece.
+        piece_size: characters of a piece, about.
 
     Yields:
         Its pieces, which together are the text.
     """
-    if len(text) <= 2 * PIECE:
+    if len(text) <= 2 * piece_size:
         yield text
     else:
-        yield from (piece.text for piece in _cut([text], None))
+        yield from (piece.text for piece in _cut([text], None, piece_size))
 
 
-def _cut(chunks: Iterable[str], separator: str | None) -> Iterator[Piece]:
+def _cut(chunks: Iterable[str], separator: str | None, size: int) -> Iterator[Piece]:
     """Yield the documents of a stream of text, long ones in pieces."""
     buffer, opened = "", False
     for chunk in chunks:
@@ -262,8 +275,8 @@ def _cut(chunks: Iterable[str], separator: str | None) -> Iterator[Piece]:
                     yield Piece(text, ends=True)
                 opened = False
         start = 0
-        while len(buffer) - start > 2 * PIECE:  # keep a piece, which may hold half of a separator
-            end = _break(buffer, start, start + PIECE)
+        while len(buffer) - start > 2 * size:  # keep a piece, which may hold half of a separator
+            end = _break(buffer, start, start + size)
             yield Piece(buffer[start:end], ends=False)
             start, opened = end, True
         buffer = buffer[start:]
@@ -280,9 +293,9 @@ def _break(text: str, start: int, end: int) -> int:
     return end
 
 
-def _jsonl(path: Path, field: str) -> Iterator[str]:
+def _jsonl(path: Path, field: str, block_size: int) -> Iterator[str]:
     """Yield the text of each line."""
-    for number, line in enumerate(iter_lines(path), 1):
+    for number, line in enumerate(iter_lines(path, block_size), 1):
         if not line.strip():
             continue
         try:

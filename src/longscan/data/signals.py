@@ -70,8 +70,6 @@ HEADERS, MISSING = 2, ("", "na", "n/a", "nan", "null", "none")  # lines above th
 
 MAX_LINE = 1 << 22  # characters of a line of a table
 
-_PIECE = 1 << 18  # samples read at a time when a whole signal is looked at
-
 
 @dataclass(frozen=True)
 class Signal:
@@ -82,12 +80,14 @@ class Signal:
         rate: samples per second.
         length: samples.
         read: from (begin, end) to those samples, float32.
+        piece_size: samples in memory at a time when the whole signal is read.
     """
 
     name: str
     rate: float
     length: int
     read: Callable[[int, int], Array]
+    piece_size: int = 1 << 18
 
     def piece(self, begin: int, end: int) -> Tensor:
         """Return samples begin to end, (end - begin,) float32.
@@ -111,8 +111,8 @@ class Signal:
         Args:
             start: the first sample.
         """
-        for begin in range(start, self.length, _PIECE):
-            yield begin, self.piece(begin, min(begin + _PIECE, self.length))
+        for begin in range(start, self.length, self.piece_size):
+            yield begin, self.piece(begin, min(begin + self.piece_size, self.length))
 
 
 def open_signal(

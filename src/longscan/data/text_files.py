@@ -38,14 +38,15 @@ def open_binary(path: Path) -> IO[bytes]:
     return opener(path, "rb")
 
 
-def read_text(path: Path) -> Iterator[str]:
+def read_text(path: Path, block_size: int = BLOCK) -> Iterator[str]:
     """Yield the text of a file block by block, decompressed and strictly decoded, without byte order mark.
 
     Args:
         path: the file, also .gz or .xz.
+        block_size: bytes read at a time.
 
     Yields:
-        Text, about a megabyte at a time.
+        Text, a block at a time.
 
     Raises:
         LongscanError: not UTF-8, or a damaged compressed file; the message says where.
@@ -56,7 +57,7 @@ def read_text(path: Path) -> Iterator[str]:
     try:
         with open_binary(path) as file:
             while True:
-                block = file.read(BLOCK)
+                block = file.read(block_size)
                 if b"\0" in block:
                     raise _not_text(path, offset + block.index(0), 0, "text has no NUL bytes")
                 waiting = len(decoder.getstate()[0])
@@ -82,11 +83,12 @@ def _not_text(path: Path, offset: int, byte: int, reason: str) -> LongscanError:
     )
 
 
-def iter_lines(path: Path) -> Iterator[str]:
+def iter_lines(path: Path, block_size: int = BLOCK) -> Iterator[str]:
     r"""Yield the lines of a file.
 
     Args:
         path: see `read_text`; lines end with "\n" and nothing else.
+        block_size: see `read_text`.
 
     Yields:
         The lines without their ends; the last one is the text after the last "\n", possibly empty.
@@ -97,7 +99,7 @@ def iter_lines(path: Path) -> Iterator[str]:
     """
     parts: list[str] = []
     number, size = 1, 0
-    for chunk in read_text(path):
+    for chunk in read_text(path, block_size):
         first, *others = chunk.split("\n")
         parts.append(first)
         size += len(first)

@@ -18,7 +18,6 @@ from longscan.models import LanguageModel
 
 __all__ = ["DraftModel", "Drafter", "PromptLookup", "to_ids"]
 
-WINDOW = 1 << 16  # tokens at the end of a prompt that a lookup searches
 TAIL = 16  # tokens by which a drafter recognises a text
 
 
@@ -65,15 +64,17 @@ class PromptLookup:
     Args:
         ngram: the longest n-gram to look up; the shortest is 2.
         k: tokens per draft, at most.
+        window: tokens at the end of a prompt that are searched.
 
     Raises:
         UsageError: a number is out of range.
     """
 
-    def __init__(self, ngram: int = 3, k: int = 8) -> None:
+    def __init__(self, ngram: int = 3, k: int = 8, window: int = 1 << 16) -> None:
         check_whole("ngram", ngram, 2)
         check_whole("k", k, 1)
-        self.ngram, self.k = ngram, k
+        check_whole("window", window, 1)
+        self.ngram, self.k, self.window = ngram, k, window
         self._known = _Known()
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> the index after its last occurrence
 
@@ -81,7 +82,7 @@ class PromptLookup:
         """Return a draft; see `Drafter`."""
         begin = self._known.length
         if not begin or not self._known.continues(ids):
-            begin, self._after = max(0, len(ids) - WINDOW), {}
+            begin, self._after = max(0, len(ids) - self.window), {}
         for n in range(2, self.ngram + 1):
             for end in range(max(n, begin), len(ids)):
                 self._after[tuple(ids[end - n : end])] = end

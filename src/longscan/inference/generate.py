@@ -26,6 +26,7 @@ def generate_ids(
     *,
     eos_id: int | Sequence[int] | None,
     tokenizer: Tokenizer | None = None,
+    slots: int = MAX_SLOTS,
     progress: Progress | None = None,
 ) -> Iterator[Event]:
     """Return the events of several prompts, generated in one batch that finished rows leave.
@@ -36,17 +37,18 @@ def generate_ids(
         config: the sampling settings.
         eos_id: the token that ends a row, or several; None for none.
         tokenizer: decodes the events' text and finds stop strings; without one there is no text.
+        slots: rows that decode at a time, at most; the others follow.
         progress: called during prefill with the tokens processed so far and those of all prompts.
 
     Returns:
-        An iterator of events, one for each token. At most MAX_SLOTS rows run at a time; the others follow.
+        An iterator of events, one for each token.
 
     Raises:
         LongscanError: an id or the tokenizer is not for this model, or a prompt is empty without `eos_id`.
         UsageError: stop strings without a tokenizer.
     """
-    slots = max(1, min(len(prompts), MAX_SLOTS))
-    engine = Engine(model, tokenizer, slots=slots, progress=progress)
+    rows = max(1, min(len(prompts), slots))
+    engine = Engine(model, tokenizer, slots=rows, progress=progress)
     for request in make_requests(prompts, config, eos_id):
         engine.submit(request)
     return drain(engine)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longscan.core.checks import check_texts
-from longscan.data.documents import split
+from longscan.data.documents import PIECE_SIZE, split
 from longscan.errors import LongscanError
 from longscan.models import LanguageModel, State
 from longscan.models.common.language_model import CHUNK
@@ -22,7 +22,6 @@ from longscan.tokenizers.base import Tokenizer
 
 __all__ = ["CHUNK", "Ids", "Progress", "as_tensor", "encode", "read"]
 
-WHOLE = 2**20  # characters up to which texts are encoded in one batch, on all cores
 
 Ids = Sequence[int] | np.ndarray | Tensor  # one text: a list, an array (of a mapped file, say) or a tensor
 Progress = Callable[[int, int], None]  # called with the tokens processed so far and their total
@@ -80,7 +79,9 @@ def read(
     return logits[0], state
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str], *, begins: bool = True) -> list[np.ndarray]:
+def encode(
+    tokenizer: Tokenizer, texts: Sequence[str], *, begins: bool = True, piece_size: int = PIECE_SIZE
+) -> list[np.ndarray]:
     """Return the ids of prompts of any length, 8 bytes each.
 
     A tokenizer needs some 500 bytes of memory per token while it works, so long texts are tokenised in
@@ -91,6 +92,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], *, begins: bool = True) -
         tokenizer: any.
         texts: the prompts.
         begins: whether they start a text, with the special tokens that the tokenizer puts there.
+        piece_size: characters up to which texts are encoded in one batch, on all cores, and of the pieces.
 
     Returns:
         (seq_len,) int64 for each text.
@@ -98,12 +100,13 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], *, begins: bool = True) -
     check_texts("texts", texts)
     prefix = np.array(tokenizer.prefix if begins else (), np.int64)
     ids: list[list[np.ndarray]] = [[prefix] for _ in texts]
-    short = [index for index, text in enumerate(texts) if len(text) <= WHOLE]
+    short = [index for index, text in enumerate(texts) if len(text) <= piece_size]
     for index, encoded in zip(short, tokenizer.encode_batch([texts[index] for index in short]), strict=True):
         ids[index].append(np.array(encoded, np.int64))
     for index, text in enumerate(texts):
-        if len(text) > WHOLE:
-            ids[index] += [np.array(tokenizer.encode(piece), np.int64) for piece in split(text)]
+        if len(text) > piece_size:
+            pieces = split(text, piece_size)
+            ids[index] += [np.array(tokenizer.encode(piece), np.int64) for piece in pieces]
     return [np.concatenate(parts) for parts in ids]
 
 

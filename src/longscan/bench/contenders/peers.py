@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longscan.bench.contenders import workloads
-from longscan.bench.worker import Run
+from longscan.bench.worker import Clock, Run
 
 __all__ = [
     "Transformer",
@@ -236,7 +236,12 @@ def train_mambapy(model: dict[str, Any], batch: int, seq_len: int) -> Run:
 
 
 def train_transformers(
-    model: dict[str, Any], batch: int, seq_len: int, use_mambapy: bool = False, one_layer: bool = False
+    model: dict[str, Any],
+    batch: int,
+    seq_len: int,
+    use_mambapy: bool = False,
+    one_layer: bool = False,
+    clock: Clock = time.perf_counter,
 ) -> Run:
     """Prepare a training step of transformers' Mamba, or Llama.
 
@@ -253,10 +258,10 @@ def train_transformers(
     none, one = step_of(0), step_of(1)
 
     def extrapolated() -> dict[str, Any]:
-        marks = [time.perf_counter()]
+        marks = [clock()]
         for step in (none, one):
             step()
-            marks.append(time.perf_counter())
+            marks.append(clock())
         without = marks[1] - marks[0]
         return {"seconds": without + n_layers * (marks[2] - marks[1] - without), "extrapolated": True}
 

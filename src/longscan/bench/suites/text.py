@@ -63,6 +63,7 @@ def run(
     corpus: Corpus,
     notify: Notify = lambda line: None,
     progress: Progress | None = None,
+    xz_window: int = XZ_WINDOW,
 ) -> Report:
     """Return a report of predictions of the held-out text of a corpus.
 
@@ -73,6 +74,7 @@ def run(
         corpus: the training text of the n-gram model, and the held-out files.
         notify: receives a line before each contender's run.
         progress: called as the model's evaluation advances.
+        xz_window: bytes that xz looks back on; it is not run on both texts if they are larger.
 
     Raises:
         LongscanError: the text cannot be read, or the model and the tokenizer do not fit.
@@ -88,7 +90,7 @@ def run(
     assert (measured.tokens, measured.bytes) == (counted.tokens, counted.bytes)
     for contender, result in ((name, measured), (COUNTING, counted)):
         _add(report, contender, result.bits_per_byte, result.perplexity, result.seconds)
-    _compress(report, corpus, notify)
+    _compress(report, corpus, notify, xz_window)
     train = {"train_tokens": n_tokens, "train_bytes": sum(corpus.sizes[0])}
     for row in report.rows:
         row |= {"tokens": measured.tokens, "bytes": measured.bytes} | train
@@ -152,7 +154,7 @@ def _count(tokenizer: Tokenizer, corpus: Corpus) -> tuple[Evaluation, int]:
     return result, int((train != tokenizer.eos_id).sum())
 
 
-def _compress(report: Report, corpus: Corpus, notify: Notify) -> None:
+def _compress(report: Report, corpus: Corpus, notify: Notify, window: int) -> None:
     """Add the rows of xz on the held-out text, alone and after the training text."""
     texts = {"train": bytearray(), "valid": bytearray()}
     for split, piece in corpus.pieces():
@@ -161,13 +163,15 @@ def _compress(report: Report, corpus: Corpus, notify: Notify) -> None:
     notify(f"text: {ALONE}")
     size, seconds = _xz(test)
     _add(report, ALONE, 8 * size / len(test), None, seconds)
-    if len(train) + len(test) <= XZ_WINDOW:
+    if len(train) + len(test) <= window:
         notify(f"text: {AFTER}")
         before, first = _xz(train)
         after, second = _xz(train + test)
         _add(report, AFTER, 8 * (after - before) / len(test), None, first + second)
     else:
-        report.notes.append(f"{AFTER}: not run, both together are larger than its window of 64 MiB.")
+        report.notes.append(
+            f"{AFTER}: not run, both together are larger than its window of {window / 2**20:g} MiB."
+        )
 
 
 def _xz(data: bytearray) -> tuple[int, float]:
