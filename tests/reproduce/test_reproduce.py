@@ -35,6 +35,7 @@ from longscan.tokenizers.wordpiece import train_wordpiece
 from longscan.training.config import TrainConfig, read_recipe
 from longscan.training.sequence_classifier import SequencesRun
 from longscan.training.translation import TranslateConfig
+from stand_ins import PowerCut
 
 Cli = Callable[..., Any]
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -400,14 +401,7 @@ def test_what_a_measure_says_of_seeds() -> None:
     assert row.split() == ["x", "99.5", "91.0", "(90.0-92.0)", "-", "2", "7", "1.0"]
 
 
-def test_a_synthetic_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = SyntheticRun._step
-
-    def interrupted(self: SyntheticRun) -> None:
-        if self.trainer.step_number == 5:
-            raise OSError("the power is gone")
-        step(self)
-
+def test_a_synthetic_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     fields = {
         "model": "mamba",
         "d_model": 8,
@@ -421,10 +415,8 @@ def test_a_synthetic_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest
             {**fields, **more, "steps": 8, "batch_size": 8, "test_examples": 10}
         )
         SyntheticRun.begin(config, tmp_path / name)
-        with monkeypatch.context() as patch:
-            patch.setattr(SyntheticRun, "_step", interrupted)
-            with pytest.raises(LongscanError, match="resume with: the same command"):
-                SyntheticRun.begin(config, tmp_path / f"{name}-stopped")
+        with pytest.raises(LongscanError, match=r"the power is gone(?s:.*)resume with: the same command"):
+            SyntheticRun.begin(config, tmp_path / f"{name}-stopped", PowerCut(5))
         SyntheticRun.resume(tmp_path / f"{name}-stopped")
         whole, again = (tmp_path / place / "model/model.safetensors" for place in (name, f"{name}-stopped"))
         assert whole.read_bytes() == again.read_bytes()
