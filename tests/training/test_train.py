@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,23 +21,18 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file as load_tensors
-from safetensors.torch import save as save_tensors
 
 from longscan.checkpoints.load import load
-from longscan.core.progress import Display, Snapshot, Terminal, duration
+from longscan.core.progress import Display, Snapshot, Terminal
 from longscan.errors import LongscanError, UsageError
-from longscan.models import MODELS, Mamba, MambaConfig
-from longscan.plotting.training import plot_losses
 from longscan.tokenizers.base import ByteTokenizer
-from longscan.training.build import make_model
-from longscan.training.config import TrainConfig, read_recipe
+from longscan.training.config import TrainConfig
 from longscan.training.language_model import LanguageRun
 from longscan.training.metrics import Metrics
 from longscan.training.run_directory import empty, lock
-from longscan.training.schedule import learning_rate, slow_rate
+from longscan.training.schedule import learning_rate
 from longscan.training.train import resume as resume_with_figures
 from longscan.training.train import train as train_with_figures
-from longscan.training.trainer import Trainer
 from longscan.training.translation import TranslateConfig, TranslateRun
 from stand_ins import instead
 
@@ -196,99 +190,6 @@ def test_few_documents_teach_how_a_text_begins(config: TrainConfig, whole: Path)
     run.metrics.close()
     seen = [part[:, 0] for step in range(8) for part, _ in run.batch(step)]
     assert (torch.cat(seen) == 256).nonzero()[:, 0].tolist() == [0, 16]
-
-
-# Schedule and settings
-
-
-def test_learning_rate() -> None:
-    config = TrainConfig(lr=1.0, min_lr=0.1, warmup=10)
-    rates = [learning_rate(config, step, 110) for step in range(110)]
-    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[59] == pytest.approx(0.55)  # half-way down
-    assert rates[-1] == pytest.approx(0.1)
-    assert learning_rate(config, 0, 5) == pytest.approx(
-        0.1 + 0.45 * (1 + math.cos(math.pi / 5))
-    )  # no warm-up
-
-
-def test_linear_falls_to_nothing() -> None:
-    config = TrainConfig(lr=1.0, warmup=10, schedule="linear")
-    rates = [learning_rate(config, step, 110) for step in range(110)]
-    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
-    assert rates[10:] == pytest.approx([1 - (step + 1) / 100 for step in range(100)])
-
-
-def test_noam_peaks_where_the_paper_says() -> None:
-    config = TrainConfig(lr=1.0, warmup=4000, schedule="noam")
-    rates = [learning_rate(config, step, 10_000, d_model=512) for step in range(10_000)]
-    assert max(rates) == rates[3999] == pytest.approx(6.99e-4, rel=1e-3)  # d_model^-1/2 warmup^-1/2
-    assert rates[0] == pytest.approx(512**-0.5 * 4000**-1.5)
-    assert rates[8099] == pytest.approx(512**-0.5 / 90)
-
-
-def test_epochs_become_steps() -> None:
-    assert TrainConfig(epochs=1.5, batch_size=4, accumulate=2).total_steps(100, 8) == 19
-    assert TrainConfig(batch_size=4).total_steps(100, 4) == 100  # four epochs unless said otherwise
-
-
-@pytest.mark.parametrize(
-    "path", sorted(Path(__file__).parents[2].glob("recipes/*.toml")), ids=lambda path: path.name
-)
-def test_recipes_are_valid(path: Path) -> None:
-    model = tomllib.loads(path.read_text())["model"]
-    kind = TranslateConfig if MODELS[model].kind == "translation" else TrainConfig
-    config = read_recipe(path, {"seed": 3}, kind)
-    assert config.seed == 3
-    assert config.steps or config.epochs
-    assert set(tomllib.loads(path.read_text())) <= set(config.to_dict())
-    assert make_model(config, 257).num_parameters() > 1e6
-
-
-def test_flags_win_over_the_recipe(tmp_path: Path) -> None:
-    (tmp_path / "a.toml").write_text('steps = 5\nlr = 1\nmodel = "mamba"')
-    config = read_recipe(tmp_path / "a.toml", {"epochs": 2.0, "lr": 0.5})
-    assert (config.steps, config.epochs, config.lr) == (None, 2.0, 0.5)
-
-
-@pytest.mark.parametrize(
-    ("content", "word"),
-    [
-        ("lr = 'fast'", "lr"),
-        ("learnin_rate = 1", "learnin_rate"),
-        ("lr = ", "Invalid value"),
-        ("lr = -1", "lr"),
-    ],
-)
-def test_a_bad_recipe_names_the_file_and_the_fault(tmp_path: Path, content: str, word: str) -> None:
-    (tmp_path / "bad.toml").write_text(content)
-    with pytest.raises(LongscanError, match=rf"bad\.toml: .*{word}"):
-        read_recipe(tmp_path / "bad.toml", {})
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"lr": 0.0},
-        {"lr": 1e-3, "min_lr": 1e-2},
-        {"steps": 0},
-        {"steps": 3, "epochs": 1.0},
-        {"epochs": -1.0},
-        {"seq_len": 0},
-        {"batch_size": 0},
-        {"beta2": 1.0},
-        {"valid_fraction": 1.0},
-        {"clip": 0.0},
-        {"save_every": 0},
-        {"threads": 0},
-        {"n_layers": 0},
-    ],
-    ids=lambda flags: "-".join(flags),
-)
-def test_impossible_settings_are_misuse(flags: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=r"^--[a-z0-9-]+: "):
-        read_recipe(None, flags)
 
 
 # Whatever happens
@@ -771,99 +672,6 @@ def test_misuse(
 # What the user sees
 
 
-def test_plain_lines_where_nobody_watches() -> None:
-    stream = io.StringIO()
-    terminal = Terminal(10, Console(file=stream))
-    for step in range(1, 21):
-        valid = "1.500 bits/byte" if step > 10 else None
-        terminal.show(
-            Snapshot(
-                step=step,
-                total=20,
-                loss=2.0,
-                valid=valid,
-                tokens_per_second=1234.5,
-                seconds_left=400.0,
-            )
-        )
-    terminal.close()
-    assert stream.getvalue().splitlines() == [
-        "step 1/20  loss 2.000  1,234 tok/s  7 min left",
-        "step 10/20  loss 2.000  1,234 tok/s  7 min left",
-        "step 20/20  loss 2.000  valid 1.500 bits/byte  1,234 tok/s  7 min left",
-    ]
-
-
-def test_a_bar_on_a_terminal() -> None:
-    stream = io.StringIO()
-    terminal = Terminal(10, Console(file=stream, force_terminal=True, width=120, highlight=False))
-    snapshot = Snapshot(
-        step=5, total=20, loss=2.0, valid="1.500 bits/byte", tokens_per_second=99.0, seconds_left=9000.0
-    )
-    terminal.show(snapshot)
-    terminal.line("a [line] in\n\x1b[2Jbetween")
-    terminal.close()
-    shown = stream.getvalue()
-    assert "step 5/20" in shown
-    assert "25 %" in shown
-    assert "loss 2.000  valid 1.500 bits/byte  99 tok/s  2 h 30 min left" in shown
-    assert "a [line] in" in shown
-    assert "\N{REPLACEMENT CHARACTER}[2Jbetween" in shown
-
-
-def test_the_bar_ends_with_the_last_validation() -> None:
-    stream = io.StringIO()
-    terminal = Terminal(10, Console(file=stream, force_terminal=True, width=120, highlight=False))
-    terminal.show(
-        Snapshot(
-            step=20,
-            total=20,
-            loss=2.0,
-            valid="1.5 nats/text",
-            tokens_per_second=9.0,
-            seconds_left=0.0,
-            item="texts",
-        )
-    )
-    terminal.validated("1.25 nats/text")
-    terminal.close()
-    *_, last = stream.getvalue().split("step 20/20")
-    assert "valid 1.25 nats/text  9 texts/s" in last
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.2, "0 s"), (99.4, "99 s"), (100, "2 min"), (5900, "98 min"), (11100, "3 h 05 min")],
-)
-def test_duration(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
-
-
-@pytest.mark.parametrize("suffix", [".png", ".svg"])
-@pytest.mark.parametrize("n_valid", [0, 3])
-def test_plot_losses(tmp_path: Path, suffix: str, n_valid: int) -> None:
-    pytest.importorskip("matplotlib")
-    records: list[dict[str, Any]] = [{"step": step, "loss": 5 / step} for step in range(1, 200)]
-    records += [{"step": step, "valid_loss": 3 / step, "right": 0.5} for step in range(1, n_valid + 1)]
-    plot_losses(records, tmp_path / f"loss{suffix}", "nats per text", "accuracy", {"right": "accuracy"})
-    content = (tmp_path / f"loss{suffix}").read_bytes()
-    assert content.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
-    assert len(content) > 5000
-
-
-def test_the_panels_say_what_they_measure(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    records: list[dict[str, Any]] = [{"step": step, "loss": 1.0} for step in range(1, 6)]
-    records += [{"step": 5, "valid_loss": 0.9, "valid_accuracy": 0.75}]
-    plot_losses(records, tmp_path / "a.svg", "nats per text", "accuracy", {"valid_accuracy": "accuracy"})
-    drawn = (tmp_path / "a.svg").read_text()
-    assert ">loss (nats per text)<" in drawn
-    assert ">validation accuracy<" in drawn
-    assert ">lowest validation loss 0.900 at step 5<" in drawn
-    assert "nats per token" not in drawn
-    assert ">2.5<" not in drawn
-
-
 def test_without_matplotlib_there_is_one_word(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -874,84 +682,3 @@ def test_without_matplotlib_there_is_one_word(
         "no loss.png: figures need matplotlib: pip install 'longscan[plot]'"
     ]
     assert not (tmp_path / "run/loss.png").exists()
-
-
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        b"not safetensors",
-        save_tensors({"x": torch.zeros(1)}),
-        save_tensors({"random_state": torch.zeros(3)}),
-        save_tensors({"random_state": torch.get_rng_state(), "embedding.exp_avg": torch.zeros(2)}),
-    ],
-    ids=["damaged", "no-random-state", "no-state", "other-moments"],
-)
-def test_a_forged_checkpoint_is_an_error(optimizer: bytes, config: TrainConfig, tmp_path: Path) -> None:
-    model = Mamba(MambaConfig(d_model=8, n_layers=1, vocab_size=16))
-    trainer = Trainer(model, config, 1, lambda _: [], lambda *_: torch.zeros(()))
-    (tmp_path / "model.safetensors").write_bytes(save_tensors(dict(model.named_parameters())))
-    (tmp_path / "optimizer.safetensors").write_bytes(optimizer)
-    with pytest.raises(LongscanError, match=str(tmp_path)):
-        trainer.load(tmp_path, 1)
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "noam"])
-@pytest.mark.parametrize("name", ["s4", "s4d", "lssl", "h3", "mamba"])
-def test_state_spaces_learn_at_a_rate_of_their_own(name: str, schedule: str) -> None:
-    """A, B and dt at min(ssm_lr, lr) at the peak and without decay, as S4's official code trains them."""
-    entry = MODELS[name]
-    model = entry.cls(entry.config.from_dict(entry.presets["tiny"]), torch.Generator().manual_seed(0))
-    config = TrainConfig(lr=1e-2, warmup=1, schedule=schedule, weight_decay=0.5)
-    ids = torch.arange(12).view(1, 12)
-    trainer = Trainer(model, config, 4, lambda step: [(ids, 11)], lambda m, x: m(x, labels=x).loss)
-    rate = trainer.step().lr
-    names = {id(parameter): key for key, parameter in model.named_parameters()}
-    apart = {
-        names[id(p)].rpartition(".")[2]: group["lr"]
-        for group in trainer.optimizer.param_groups
-        for p in group["params"]
-        if group["lr"] != rate
-    }
-    expected = {"s4": {"P", "B", "A_imag"}, "s4d": {"A_imag"}, "h3": {"A_imag"}, "lssl": {"A", "B"}}
-    if name == "mamba":
-        assert not apart
-        return
-    assert set(apart) >= {"log_dt", *expected[name]}
-    assert not {"C", "D", "weight"} & set(apart)
-    assert all(lr == pytest.approx(rate / 10 if schedule != "noam" else 1e-3) for lr in apart.values())
-    groups = [group for group in trainer.optimizer.param_groups if group["slow"]]
-    assert [group["weight_decay"] for group in groups] == [0.0]
-    slower = TrainConfig(lr=1e-4)
-    assert slow_rate(slower, 1e-4) == 1e-4
-
-
-@pytest.mark.parametrize("name", ["s4d", "h3"])
-def test_what_learns_slowly_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
-    """Resumed half way, weights, both groups' moments and their rates are those of the whole run."""
-    entry = MODELS[name]
-    config = TrainConfig(lr=1e-2, warmup=2, weight_decay=0.1)
-
-    def trainer() -> Trainer:
-        model = entry.cls(entry.config.from_dict(entry.presets["tiny"]), torch.Generator().manual_seed(0))
-
-        def batch(step: int) -> list[tuple[torch.Tensor, int]]:
-            generator = torch.Generator().manual_seed(step)
-            return [(torch.randint(0, 256, (2, 12), generator=generator), 22)]
-
-        return Trainer(model, config, 6, batch, lambda m, x: m(x, labels=x).loss)
-
-    whole, first, second = trainer(), trainer(), trainer()
-    for _ in range(3):
-        whole.step()
-        first.step()
-    first.save(tmp_path)
-    second.load(tmp_path, 3)
-    reports = [(whole.step(), second.step()) for _ in range(3)]
-    assert all(a == b for a, b in reports)
-    for ours, theirs in zip(second.model.parameters(), whole.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-    assert [g["lr"] for g in second.optimizer.param_groups] == [g["lr"] for g in whole.optimizer.param_groups]
-    assert any(group["slow"] for group in second.optimizer.param_groups)
-    for mine, other in zip(second.model.slow(), whole.model.slow(), strict=True):
-        for key in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(second.optimizer.state[mine][key], whole.optimizer.state[other][key])

@@ -1,0 +1,96 @@
+"""One step: its learning rates, and what it saves and loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save as save_tensors
+
+from longscan.errors import LongscanError
+from longscan.models import MODELS, Mamba, MambaConfig
+from longscan.training.config import TrainConfig
+from longscan.training.schedule import slow_rate
+from longscan.training.trainer import Trainer
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        b"not safetensors",
+        save_tensors({"x": torch.zeros(1)}),
+        save_tensors({"random_state": torch.zeros(3)}),
+        save_tensors({"random_state": torch.get_rng_state(), "embedding.exp_avg": torch.zeros(2)}),
+    ],
+    ids=["damaged", "no-random-state", "no-state", "other-moments"],
+)
+def test_a_forged_checkpoint_is_an_error(optimizer: bytes, tmp_path: Path) -> None:
+    model = Mamba(MambaConfig(d_model=8, n_layers=1, vocab_size=16))
+    trainer = Trainer(model, TrainConfig(), 1, lambda _: [], lambda *_: torch.zeros(()))
+    (tmp_path / "model.safetensors").write_bytes(save_tensors(dict(model.named_parameters())))
+    (tmp_path / "optimizer.safetensors").write_bytes(optimizer)
+    with pytest.raises(LongscanError, match=str(tmp_path)):
+        trainer.load(tmp_path, 1)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "noam"])
+@pytest.mark.parametrize("name", ["s4", "s4d", "lssl", "h3", "mamba"])
+def test_state_spaces_learn_at_a_rate_of_their_own(name: str, schedule: str) -> None:
+    """A, B and dt at min(ssm_lr, lr) at the peak and without decay, as S4's official code trains them."""
+    entry = MODELS[name]
+    model = entry.cls(entry.config.from_dict(entry.presets["tiny"]), torch.Generator().manual_seed(0))
+    config = TrainConfig(lr=1e-2, warmup=1, schedule=schedule, weight_decay=0.5)
+    ids = torch.arange(12).view(1, 12)
+    trainer = Trainer(model, config, 4, lambda step: [(ids, 11)], lambda m, x: m(x, labels=x).loss)
+    rate = trainer.step().lr
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    apart = {
+        names[id(p)].rpartition(".")[2]: group["lr"]
+        for group in trainer.optimizer.param_groups
+        for p in group["params"]
+        if group["lr"] != rate
+    }
+    expected = {"s4": {"P", "B", "A_imag"}, "s4d": {"A_imag"}, "h3": {"A_imag"}, "lssl": {"A", "B"}}
+    if name == "mamba":
+        assert not apart
+        return
+    assert set(apart) >= {"log_dt", *expected[name]}
+    assert not {"C", "D", "weight"} & set(apart)
+    assert all(lr == pytest.approx(rate / 10 if schedule != "noam" else 1e-3) for lr in apart.values())
+    groups = [group for group in trainer.optimizer.param_groups if group["slow"]]
+    assert [group["weight_decay"] for group in groups] == [0.0]
+    slower = TrainConfig(lr=1e-4)
+    assert slow_rate(slower, 1e-4) == 1e-4
+
+
+@pytest.mark.parametrize("name", ["s4d", "h3"])
+def test_what_learns_slowly_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """Resumed half way, weights, both groups' moments and their rates are those of the whole run."""
+    entry = MODELS[name]
+    config = TrainConfig(lr=1e-2, warmup=2, weight_decay=0.1)
+
+    def trainer() -> Trainer:
+        model = entry.cls(entry.config.from_dict(entry.presets["tiny"]), torch.Generator().manual_seed(0))
+
+        def batch(step: int) -> list[tuple[torch.Tensor, int]]:
+            generator = torch.Generator().manual_seed(step)
+            return [(torch.randint(0, 256, (2, 12), generator=generator), 22)]
+
+        return Trainer(model, config, 6, batch, lambda m, x: m(x, labels=x).loss)
+
+    whole, first, second = trainer(), trainer(), trainer()
+    for _ in range(3):
+        whole.step()
+        first.step()
+    first.save(tmp_path)
+    second.load(tmp_path, 3)
+    reports = [(whole.step(), second.step()) for _ in range(3)]
+    assert all(a == b for a, b in reports)
+    for ours, theirs in zip(second.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert [g["lr"] for g in second.optimizer.param_groups] == [g["lr"] for g in whole.optimizer.param_groups]
+    assert any(group["slow"] for group in second.optimizer.param_groups)
+    for mine, other in zip(second.model.slow(), whole.model.slow(), strict=True):
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(second.optimizer.state[mine][key], whole.optimizer.state[other][key])
