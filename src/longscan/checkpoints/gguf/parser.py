@@ -226,7 +226,7 @@ class _Parser:
         return TensorInfo(type_name, tuple(reversed(dims)), begin, n_bytes)
 
     def check_places(self, tensors: dict[str, TensorInfo]) -> None:
-        """Insist that the tensors lie inside the file and beside each other."""
+        """Raise unless the tensors lie inside the file, side by side."""
         end = 0
         for name, info in sorted(tensors.items(), key=lambda item: item[1].begin):
             if info.begin < end:
