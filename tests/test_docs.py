@@ -18,7 +18,8 @@ import longscan
 from longscan import cli as frame
 from longscan.checkpoints.load import load
 from longscan.commands.generate import command as generate_command
-from longscan.models import LINEAGE, Mamba, MambaConfig
+from longscan.models import LINEAGE, Mamba, MambaConfig, sequence_classifier
+from longscan.models.common import dense_lti, lti, mixer, packing
 from longscan.tokenizers.base import ByteTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -271,3 +272,22 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (names["state"].batch_size, names["fork"].batch_size) == (1, 3)
     assert names["loss"].requires_grad
     assert names["h0"].grad.abs().max() > 0
+
+
+# the guide
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_paths_of_code_and_tests_exist(document: str) -> None:
+    paths = re.findall(r"(?<![\w/.])(?:src/|tests/|csrc/|docs/|recipes/|\.ci/)[\w./-]*\w", read(document))
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_the_classes_of_the_guide_have_these_methods() -> None:
+    common = (mixer, packing, lti, dense_lti, sequence_classifier)
+    rows = re.findall(r"^\| (`.*?) \| .*? \| (.*?) \| .*? \|$", read("CONTRIBUTING.md"), re.MULTILINE)
+    assert len(rows) == 6
+    for names, methods in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            [cls] = {vars(module)[name] for module in common if name in vars(module)}
+            assert [method for method in re.findall(r"`(\w+)`", methods) if not hasattr(cls, method)] == []
