@@ -429,11 +429,15 @@ def test_an_ode_from_the_command_line(cli: Cli, data: Path, uneven: Path, tmp_pa
 def test_texts_and_numbers(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("".join(f"{n % 2}\t{'xy'[n % 2] * 5}\n" for n in range(20)))
     flags = ("--model", "mamba", "--d-model", 4, "--steps", 1, "--threads", 1)
-    assert cli("classify", "train", tmp_path / "a.tsv", *flags, "--out", tmp_path / "texts").code == 0
+    done = cli("classify", "train", tmp_path / "a.tsv", *flags, "--out", tmp_path / "texts")
+    assert done.out.endswith(f'try: longscan classify predict {tmp_path / "texts" / "model"} "..."\n')
+    assert re.search(r"^step 1: accuracy [\d.]+%, macro-F1 [\d.]+$", done.err, re.MULTILINE)
     assert load(tmp_path / "texts" / "model", "sequence").config.body_config.vocab_size == BYTES
     x = np.random.default_rng(0).random((20, 6, 2), np.float32)
     path = write_npz(tmp_path / "a.npz", x=x, y=x.sum((1, 2)))
-    assert cli("classify", "train", path, *flags, "--out", tmp_path / "numbers").code == 0
+    done = cli("classify", "train", path, *flags, "--out", tmp_path / "numbers")
+    assert done.out.endswith(f"try: longscan classify predict {tmp_path / 'numbers' / 'model'} FILE\n")
+    assert re.search(r"^step 1: root mean square error [\d.]+$", done.err, re.MULTILINE)
     done = cli("classify", "evaluate", tmp_path / "numbers" / "model", path)
     assert done.out.startswith("root mean square error ")
     lines = cli("classify", "predict", tmp_path / "numbers" / "model", path).out.splitlines()

@@ -36,7 +36,9 @@ Revision: TypeAlias = Annotated[str | None, typer.Option(help="Branch, tag or co
 Offline: TypeAlias = Annotated[bool, typer.Option("--offline", help="Use only the hub's local cache.")]
 PrecisionOption: TypeAlias = Annotated[
     Precision | None,
-    typer.Option("--precision", help="Of the weights in memory; default: float32, or as quantised."),
+    typer.Option(
+        "--precision", help="Precision of the weights in memory; default: float32, or as quantised."
+    ),
 ]
 TokenizerName: TypeAlias = Annotated[
     str | None,

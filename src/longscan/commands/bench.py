@@ -46,7 +46,8 @@ def command(
     suites: Annotated[
         list[str] | None,
         typer.Argument(
-            help="ops, train, generate, translate, shipped, stream; default: all. Or text or quality."
+            metavar="SUITES",
+            help="ops, train, generate, translate, shipped, stream; default: all. Or text or quality.",
         ),
     ] = None,
     as_json: AsJson = False,

@@ -24,6 +24,8 @@ from longscan.core.config import count
 from longscan.core.files import read_toml
 from longscan.core.runtime import use_threads
 from longscan.core.text_table import lay_out
+from longscan.data.archives import has_suffix
+from longscan.data.labeled_sequences import is_sequence_file
 from longscan.data.labeled_texts import (
     frame_examples,
     number_labels,
@@ -42,7 +44,10 @@ __all__ = ["commands", "train"]
 
 
 def train(
-    data: Annotated[list[str] | None, typer.Argument(help="Files of labelled texts.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="DATA", help="Labelled texts or sequences: files, or directories of .wav."),
+    ] = None,
     out: Out = None,
     resume_from: Resume = None,
     recipe: Recipe = None,
@@ -93,7 +98,9 @@ def train(
     if not sequences:
         check_bert(model, data or earlier.get("data"))
     result = run_command(run, out, resume_from, recipe, given)
-    what, rest = ("sequences", "FILE") if sequences else ("texts", '"..."')
+    files = data or earlier.get("data") or ()
+    is_text = not sequences or not any(is_sequence_file(path) or has_suffix(path, ".csv") for path in files)
+    what, rest = "sequences" if sequences else "texts", '"..."' if is_text else "FILE"
     measured = ""
     if "valid_accuracy" in result.scores:
         measured = f"accuracy {result.scores['valid_accuracy']:.1%} on held-out {what}"
@@ -108,7 +115,7 @@ class _Flags(ClassifyConfig, SequencesConfig):
 
 
 add_flags(train, _Flags)
-allow_several(train, "model", " Repeat it to compare models of sequences.")
+allow_several(train, "model", " For sequences, a name such as mamba; repeat it to compare several.")
 
 
 def _settings(directory: Path) -> dict[str, Any]:
@@ -208,7 +215,9 @@ def predict_texts(
     model: ModelArgument,
     texts: Annotated[
         list[str] | None,
-        typer.Argument(help="Texts; default: the lines of stdin. For a model of sequences, files."),
+        typer.Argument(
+            metavar="TEXTS", help="Texts; default: the lines of stdin. For a model of sequences, files."
+        ),
     ] = None,
     pairs: Annotated[
         bool, typer.Option("--pairs", help="Classify pairs of texts, separated by a tab.")

@@ -29,11 +29,13 @@ def command(
     ] = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Of the weights; default: that of SRC. Also undoes `quantize`."),
+        typer.Option(help="Precision of the weights; default: that of SRC. Also undoes `quantize`."),
     ] = None,
     gguf_type: Annotated[
         GGUFType | None,
-        typer.Option(case_sensitive=False, help="Of the matrices in a .gguf file; default: nearest to SRC."),
+        typer.Option(
+            case_sensitive=False, help="Type of the matrices in a .gguf file; default: nearest to SRC."
+        ),
     ] = None,
     tokenizer: Annotated[
         str | None,

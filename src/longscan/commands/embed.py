@@ -25,7 +25,9 @@ __all__ = ["command"]
 
 def command(
     model: BertArgument,
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts; default: the lines of stdin.")] = None,
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXTS", help="Texts; default: the lines of stdin.")
+    ] = None,
     file: Annotated[Path | None, typer.Option(help="Read texts from this file, one per line.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the vectors to this .npy file, one row per text.")

@@ -21,7 +21,8 @@ __all__ = ["command"]
 def command(
     model: BertArgument,
     texts: Annotated[
-        list[str] | None, typer.Argument(help="Texts with [MASK]; default: the lines of stdin.")
+        list[str] | None,
+        typer.Argument(metavar="TEXTS", help="Texts with [MASK]; default: the lines of stdin."),
     ] = None,
     top_k: Annotated[int, typer.Option(help="Predictions for each [MASK].")] = 5,
     as_json: JsonLines = False,

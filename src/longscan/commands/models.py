@@ -49,7 +49,7 @@ MODELS = {entry.name: entry for entry in sorted([*LINEAGE, ASIDE], key=lambda en
 
 def command(
     name: Annotated[
-        str | None, typer.Argument(help="The model to describe; default: list all of them.")
+        str | None, typer.Argument(metavar="NAME", help="The model to describe; default: list all of them.")
     ] = None,
     as_json: Json = False,
 ) -> None:

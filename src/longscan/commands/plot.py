@@ -29,8 +29,8 @@ __all__ = ["commands"]
 
 
 def alignment(
-    model: Annotated[str, typer.Argument(help="A translator's directory.")],
-    sentence: Annotated[str, typer.Argument(help="What to translate.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A translator's directory.")],
+    sentence: Annotated[str, typer.Argument(metavar="SENTENCE", help="Sentence to translate.")],
     target: Annotated[str | None, typer.Option(help="Its translation; default: the model's own.")] = None,
     layer: Annotated[int | None, typer.Option(help="Layer of a Transformer; default: the last.")] = None,
     pieces: Annotated[bool, typer.Option("--pieces", help="Show tokens instead of words.")] = False,
@@ -52,8 +52,8 @@ def alignment(
 
 
 def attention(
-    model: Annotated[str, typer.Argument(help="A translator's directory.")],
-    sentence: Annotated[str, typer.Argument(help="What to translate.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A translator's directory.")],
+    sentence: Annotated[str, typer.Argument(metavar="SENTENCE", help="Sentence to translate.")],
     target: Annotated[str | None, typer.Option(help="Its translation; default: the model's own.")] = None,
     part: Annotated[
         Literal["encoder", "decoder", "cross"],
@@ -97,7 +97,12 @@ def positions(
 
 
 def bleu(
-    files: Annotated[list[Path], typer.Argument(help="What `translate evaluate --json` printed.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILES", help="Output of `translate evaluate --json`, one file per translator."
+        ),
+    ],
     out: FigureOut = Path("bleu.png"),
 ) -> None:
     """BLEU against the length of the source, by file.
@@ -167,7 +172,9 @@ def basis_command(
 
 
 def kernel(
-    model: Annotated[str, typer.Argument(help="A directory, or the name of a model for random weights.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A directory, or the name of a model for random weights.")
+    ],
     length: Annotated[int, typer.Option(help="Steps.")] = 512,
     layer: Annotated[int, typer.Option(help="From 0; the last is -1.")] = 0,
     channels: Annotated[int, typer.Option(help="Channels to draw, from the first.")] = 4,

@@ -42,7 +42,7 @@ def command(
     ] = None,
     measure: Annotated[str, typer.Option(help=f"HiPPO measure: {', '.join(MEASURES)}.")] = "legs",
     window: Annotated[
-        float | None, typer.Option(help="Time scale of the other measures than legs, in seconds.")
+        float | None, typer.Option(help="Time scale of any measure but legs, in seconds.")
     ] = None,
     method: Annotated[str, typer.Option(help="Discretisation of legs: bilinear, zoh, ...")] = "bilinear",
     rate: Annotated[

@@ -40,7 +40,9 @@ EXPERIMENTS = {
 
 
 def command(
-    name: Annotated[str | None, typer.Argument(help="The experiment; without it they are listed.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="The experiment; without it they are listed.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Directory of its data.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Checkpoint to fine-tune, for movie-snippets: a directory or hub id.")

@@ -16,7 +16,9 @@ __all__ = ["command"]
 
 
 def command(
-    data: Annotated[list[str] | None, typer.Argument(help="Text files or directories.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Argument(metavar="DATA", help="Text files or directories.")
+    ] = None,
     out: Out = None,
     resume_from: Resume = None,
     recipe: Recipe = None,

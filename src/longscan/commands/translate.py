@@ -57,12 +57,17 @@ add_flags(train, TranslateConfig)
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A translator's directory.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A translator's directory.")],
     source: Annotated[
         Path,
-        typer.Argument(help="Source sentences, one per line; without REFERENCE, a table of two columns."),
+        typer.Argument(
+            metavar="SOURCE",
+            help="Source sentences, one per line; without REFERENCE, a table of two columns.",
+        ),
     ],
-    reference: Annotated[Path | None, typer.Argument(help="Reference translations, line by line.")] = None,
+    reference: Annotated[
+        Path | None, typer.Argument(metavar="REFERENCE", help="Reference translations, line by line.")
+    ] = None,
     beam: Annotated[int, typer.Option(help="Beam width; 1 = greedy.")] = 5,
     length_penalty: Annotated[
         float, typer.Option(help="Length penalty: above 0 favours long translations.")
@@ -113,9 +118,10 @@ def evaluate(
 
 
 def text(
-    model: Annotated[str, typer.Argument(help="A translator's directory.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A translator's directory.")],
     sentences: Annotated[
-        list[str] | None, typer.Argument(help="Sentences to translate; default: the lines of stdin.")
+        list[str] | None,
+        typer.Argument(metavar="SENTENCES", help="Sentences to translate; default: the lines of stdin."),
     ] = None,
     beam: Annotated[int, typer.Option(help="Beam width; 1 = greedy.")] = 5,
     length_penalty: Annotated[
@@ -124,7 +130,7 @@ def text(
     as_json: JsonLines = False,
     threads: Threads = None,
 ) -> None:
-    """Translate sentences, the lines of stdin, or what is typed.
+    """Translate sentences, the lines of stdin, or those typed at the prompt.
 
     Prints one translation per line; an empty line gives an empty one.
 

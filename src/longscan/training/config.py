@@ -119,7 +119,7 @@ class FreshConfig(RunConfig):
     n_layers: int | None = setting(None, "Number of layers.", size=True)
     option: tuple[str, ...] = setting(
         (),
-        "NAME=VALUE: any field of the model's Config, such as d_state=32. Repeatable.",
+        "NAME=VALUE: any field of the model's Config, such as d_state=32 or d_ff=256. Repeatable.",
         alias="--set",
     )
 

@@ -147,7 +147,10 @@ class SequencesRun(Run[SequencesConfig]):
     def validate(self, signals: StopSignals, *, last: bool) -> dict[str, Any] | None:
         """Return the loss, and the accuracy or the error, on the held-out sequences."""
         metrics = measure(self.model, self.valid, self.config.batch_size)
-        self.say(" · ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        if self.train.labels:
+            self.say(f"accuracy {metrics['accuracy']:.1%}, macro-F1 {metrics['macro_f1']:.3f}")
+        else:
+            self.say(f"root mean square error {metrics['rmse']:.4g}")
         return {f"valid_{name}": value for name, value in metrics.items()}
 
     def _configure(self) -> SequenceConfig:

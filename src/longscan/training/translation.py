@@ -243,7 +243,7 @@ class TranslateRun(Run[TranslateConfig]):
                     f"{name} is no translator's tokenizer: expected {', '.join(SPECIAL)} as the first ids, "
                     f"but it ends texts with {tokenizer.eos_id}."
                 )
-        self.display.line(f"tokenizer  {name} of {tokenizer.vocab_size:,} tokens")
+        self.display.line(f"tokenizer  {'BPE' if name == 'bpe' else name} of {tokenizer.vocab_size:,} tokens")
         with atomic_directory(directory) as temporary:
             tokenizer.save(temporary)
         return tokenizer
