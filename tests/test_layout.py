@@ -47,7 +47,6 @@ LONG: dict[str, str] = {
     "models/transformer": "one paper: attention, layer and model are read together",
     "models/bert": "one paper: the encoder, its two heads and the pre-training loss",
     "models/hippo": "one paper: the measures, the cell and its exact gradient",
-    "models/llama": "one paper: attention with plan and cache, and the block",
     "models/s4": "one paper: the decomposition, the kernel and the recurrence of one system",
     "ops/scan": "one op, in the five paragraphs of every op",
     "training/run": "one class: how a run starts, stops and resumes",
