@@ -123,6 +123,8 @@ def test_replace_checks_and_leaves_the_original() -> None:
 
 def test_nearest() -> None:
     assert nearest("mmba", ["mamba", "s4"]) == "; did you mean 'mamba'?"
+    assert nearest("beta", ["beta1", "lr"]) == "; did you mean 'beta1'?"
+    assert nearest("mamba2", ["mamba", "s4"]) == "; known: mamba, s4."  # another model
     assert nearest("xyz", ["s4", "mamba"]) == "; known: mamba, s4."
 
 

@@ -18,6 +18,7 @@ from longscan import save
 from longscan.data.documents import Piece, iter_pieces
 from longscan.errors import LongscanError, UsageError
 from longscan.evaluation.perplexity import Evaluation, evaluate
+from longscan.inference.generate import generate
 from longscan.models import Llama, LlamaConfig, Mamba, MambaConfig
 from longscan.tokenizers.base import ByteTokenizer
 from longscan.tokenizers.bpe import train_bpe
@@ -36,6 +37,12 @@ def build(vocab_size: int = 257) -> Mamba:
 @pytest.fixture(scope="module")
 def model() -> Mamba:
     return build()
+
+
+@pytest.mark.parametrize("use", [evaluate, generate], ids=["evaluate", "generate"])
+def test_no_tokenizer_is_an_error_with_a_remedy(use: Callable[..., Any], model: Mamba) -> None:
+    with pytest.raises(UsageError, match=r"expected a Tokenizer, got None.*load\(name, tokenizer="):
+        use(model, None, TEXT if use is generate else DOCUMENTS)
 
 
 @pytest.fixture(scope="module")

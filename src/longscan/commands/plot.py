@@ -31,7 +31,9 @@ __all__ = ["commands"]
 def alignment(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A translator's directory.")],
     sentence: Annotated[str, typer.Argument(metavar="SENTENCE", help="Sentence to translate.")],
-    target: Annotated[str | None, typer.Option(help="Its translation; default: the model's own.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Translation of SENTENCE; default: the model's own.")
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="Layer of a Transformer; default: the last.")] = None,
     pieces: Annotated[bool, typer.Option("--pieces", help="Show tokens instead of words.")] = False,
     out: FigureOut = Path("alignment.png"),
@@ -54,7 +56,9 @@ def alignment(
 def attention(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A translator's directory.")],
     sentence: Annotated[str, typer.Argument(metavar="SENTENCE", help="Sentence to translate.")],
-    target: Annotated[str | None, typer.Option(help="Its translation; default: the model's own.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Translation of SENTENCE; default: the model's own.")
+    ] = None,
     part: Annotated[
         Literal["encoder", "decoder", "cross"],
         typer.Option(help="Self-attention of encoder or decoder, or cross-attention."),
@@ -79,7 +83,7 @@ def attention(
 
 def positions(
     d_model: Annotated[int, typer.Option(help="Width of the encodings.")] = 128,
-    length: Annotated[int, typer.Option(help="Positions.")] = 100,
+    length: Annotated[int, typer.Option(help="Number of positions.")] = 100,
     out: FigureOut = Path("positions.png"),
 ) -> None:
     """The sinusoidal position encodings.
@@ -150,7 +154,7 @@ def basis_command(
     measure: Annotated[
         list[str] | None, typer.Option(help=f"HiPPO measure: {', '.join(MEASURES)}; repeatable.")
     ] = None,
-    n: Annotated[int, typer.Option(help="Coefficients.")] = 64,
+    n: Annotated[int, typer.Option(help="Number of coefficients.")] = 64,
     shown: Annotated[int, typer.Option(help="Coefficients to draw.")] = 5,
     out: FigureOut = Path("basis.png"),
 ) -> None:
@@ -175,8 +179,8 @@ def kernel(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A directory, or the name of a model for random weights.")
     ],
-    length: Annotated[int, typer.Option(help="Steps.")] = 512,
-    layer: Annotated[int, typer.Option(help="From 0; the last is -1.")] = 0,
+    length: Annotated[int, typer.Option(help="Length of the kernels, in steps.")] = 512,
+    layer: Annotated[int, typer.Option(help="Layer, from 0; the last is -1.")] = 0,
     channels: Annotated[int, typer.Option(help="Channels to draw, from the first.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of random weights.")] = 0,
     out: FigureOut = Path("kernel.png"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -106,6 +107,8 @@ class Config:
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the end of a sentence about an unknown name: the most similar known one, or all of them.
 
+    A name that differs in its digits alone is no typing error: mamba2 and llama3 are other models.
+
     Args:
         name: the unknown name.
         known: the valid ones.
@@ -114,7 +117,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
         "; did you mean ...?" or "; known: a, b, c.".
     """
     names = sorted(known)
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+    letters = re.sub(r"\d", "", str(name))
+    choice = [each for each in names if letters == name or re.sub(r"\d", "", each) != letters]
+    close = difflib.get_close_matches(str(name), choice, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}."
 
 

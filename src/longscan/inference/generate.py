@@ -12,6 +12,7 @@ from longscan.inference.request import make_requests
 from longscan.inference.sampling import (
     Event,
     SamplingConfig,
+    check_fit,
 )
 from longscan.models import LanguageModel
 from longscan.tokenizers.base import Tokenizer
@@ -79,10 +80,12 @@ def generate(model: LanguageModel, tokenizer: Tokenizer, prompt: str, **sampling
         An iterator of the new text, without the prompt.
 
     Raises:
+        UsageError: there is no tokenizer.
         LongscanError: the tokenizer is not for this model, or a field is unknown.
     """
     config = SamplingConfig.from_dict(sampling)
     check_text("prompt", prompt)
+    check_fit(model, tokenizer)
     prompts = encode(tokenizer, [prompt])
     events = generate_ids(model, prompts, config, eos_id=tokenizer.eos_ids, tokenizer=tokenizer)
     return (event.text for event in events if event.text)

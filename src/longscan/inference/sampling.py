@@ -103,16 +103,22 @@ class Event(NamedTuple):
     error: LongscanError | None = None
 
 
-def check_fit(model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Raise unless a model has embeddings for all ids of a tokenizer.
+def check_fit(model: LanguageModel, tokenizer: Tokenizer | None) -> None:
+    """Raise unless there is a tokenizer, and a model has embeddings for all of its ids.
 
     Args:
         model: any.
-        tokenizer: any.
+        tokenizer: any; None is what `load` returns for a checkpoint without one.
 
     Raises:
+        UsageError: there is none.
         LongscanError: they do not belong together.
     """
+    if tokenizer is None:
+        raise UsageError(
+            "tokenizer: expected a Tokenizer, got None, as `load` returns for a checkpoint without one. "
+            "Name the one that the model was trained with: load(name, tokenizer=...)."
+        )
     if tokenizer.vocab_size > model.config.vocab_size:
         raise LongscanError(
             f"the tokenizer has {tokenizer.vocab_size:,} ids, the model {model.config.vocab_size:,}: "

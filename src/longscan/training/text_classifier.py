@@ -97,7 +97,10 @@ class ClassifyRun(Run[ClassifyConfig]):
         if not config.data:
             raise UsageError("nothing to train on: name files of labelled texts.")
         if not config.model:
-            raise UsageError("--model: expected the checkpoint to start from, a BERT's directory or hub id.")
+            raise UsageError(
+                "--model: expected a BERT's directory or hub id for texts, or for sequences the name of a "
+                "language model such as mamba; got none."
+            )
         check_device(config.device)
         data = self.directory / "data"
         if not data.is_dir():
