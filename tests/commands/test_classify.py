@@ -312,7 +312,7 @@ def test_labels_unseen_in_training(cli: Any, whole: Path, bert: Path, tmp_path: 
 def test_misuse(cli: Any, whole: Path, bert: Path, tmp_path: Path) -> None:
     data, model, out = table(tmp_path / "data.tsv"), ("--model", bert), ("--out", tmp_path / "run")
     for code, words, arguments in (
-        (2, "--model: expected the checkpoint", ("train", data, *out)),
+        (2, "--model: expected a BERT's directory or hub id for texts, or", ("train", data, *out)),
         (2, "nothing to train on", ("train", *model, *out)),
         (2, "at most the 32 positions", ("train", data, *model, *out)),
         (2, "--columns", ("train", data, *model, *out, "--columns", "1")),

@@ -107,7 +107,7 @@ class Config:
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the end of a sentence about an unknown name: the most similar known one, or all of them.
 
-    A name that differs in its digits alone is no typing error: mamba2 and llama3 are other models.
+    A name that differs only in the number at its end is no typing error: mamba2 is another model than mamba.
 
     Args:
         name: the unknown name.
@@ -117,8 +117,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
         "; did you mean ...?" or "; known: a, b, c.".
     """
     names = sorted(known)
-    letters = re.sub(r"\d", "", str(name))
-    choice = [each for each in names if letters == name or re.sub(r"\d", "", each) != letters]
+    stem = re.sub(r"\d+$", "", str(name))
+    choice = [each for each in names if stem == name or re.sub(r"\d+$", "", each) != stem]
     close = difflib.get_close_matches(str(name), choice, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}."
 
