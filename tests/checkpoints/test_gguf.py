@@ -459,3 +459,20 @@ def test_weights_that_are_not_finite(tmp_path: Path, kind: GGUFType, value: floa
     with pytest.raises(LongscanError, match="expected finite numbers, got NaN or infinity"):
         save_gguf(model, tmp_path / "model.gguf", None, kind)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("kind", "value"), [("Q8_0", 1e7), ("Q4_0", 1e6), ("F16", 1e5)])
+def test_weights_beyond_a_type(tmp_path: Path, kind: GGUFType, value: float) -> None:
+    model = make()
+    with torch.no_grad():
+        model.get_parameter("backbone.layers.1.mixer.in_proj.weight")[3, 5] = value
+    with pytest.raises(LongscanError, match=r"in_proj.weight: expected numbers up to [\d,]+"):
+        save_gguf(model, tmp_path / "model.gguf", None, kind)
+
+
+def test_a_recurrence_that_no_file_can_hold(tmp_path: Path) -> None:
+    model = make()
+    with torch.no_grad():
+        model.get_parameter("backbone.layers.1.mixer.A_log")[0, 0] = 100.0  # A = -exp(100)
+    with pytest.raises(LongscanError, match="A_log: expected finite numbers"):
+        save_gguf(model, tmp_path / "model.gguf", None, "F32")

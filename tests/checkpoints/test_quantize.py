@@ -256,6 +256,27 @@ def test_weights_that_are_not_finite(plain: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("name", ["A_log", "conv1d.weight"])
+def test_what_stays_float32_is_finite_too(plain: Path, tmp_path: Path, name: str) -> None:
+    name = IN_PROJ.replace("in_proj", name)
+    rewrite(plain, lambda tensors: tensors[name][0].fill_(math.nan))
+    with pytest.raises(LongscanError, match=f"{name}: expected finite numbers"):
+        quantize(plain, tmp_path / "b", "int8")
+
+
+def test_numbers_beyond_float16(plain: Path, tmp_path: Path) -> None:
+    rewrite(plain, lambda tensors: tensors[f"{IN_PROJ}.weight"][0].fill_(7e4))
+    for act in (
+        lambda: load(plain, dtype=torch.float16),
+        lambda: convert(plain, tmp_path / "b", dtype=torch.float16),
+        lambda: save(load(plain)[0], tmp_path / "b", dtype=torch.float16),
+        lambda: convert(plain, tmp_path / "b.gguf", gguf_type="F16"),
+    ):
+        with pytest.raises(LongscanError, match=rf"{IN_PROJ}.weight: expected numbers up to 65,504"):
+            act()
+    assert convert(plain, tmp_path / "b", dtype=torch.bfloat16).num_parameters()
+
+
 def test_places_without_room_for_it(int4: Path, tmp_path: Path) -> None:
     with pytest.raises(LongscanError, match="the official layout has no place for that"):
         convert(int4, tmp_path / "b", layout="official")

@@ -57,6 +57,8 @@ def test_what_does_not_fit_is_refused() -> None:
         ops.quantize(torch.zeros(2, 40), "int4")
     with pytest.raises(ValueError, match="finite"):
         ops.quantize(torch.tensor([[float("nan")]]), "int8")
+    with pytest.raises(ValueError, match="int4 expects numbers up to 524,032, got 6e\\+05"):
+        ops.quantize(torch.full((1, 32), 6e5), "int4")  # a scale of infinity would make a block of zeros
     with pytest.raises(ValueError, match="n_out, n_in"):
         ops.quantize(torch.zeros(4), "bf16")
 

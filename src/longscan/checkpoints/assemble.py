@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longscan.checkpoints.source import Weights
-from longscan.checkpoints.weights import check_widths, dtype_name, refuse
+from longscan.checkpoints.weights import check_widths, dtype_name, narrowed, refuse
 from longscan.core.config import Config
 from longscan.errors import LongscanError
 from longscan.models import Model
@@ -54,10 +54,11 @@ def assemble(
             raise LongscanError(f"{path}: {error}") from error
     expected = model.state_dict()
     _check_fit(path, expected, tensors, types=kind is not None)
-    model.load_state_dict(
-        {name: tensors[name].to(like.dtype, copy=mapped).contiguous() for name, like in expected.items()},
-        assign=True,
-    )
+    try:
+        fitted = {name: narrowed(name, tensors[name], x.dtype, copy=mapped) for name, x in expected.items()}
+    except LongscanError as error:
+        raise LongscanError(f"{path}: {error}") from error
+    model.load_state_dict({name: tensor.contiguous() for name, tensor in fitted.items()}, assign=True)
     if kind_of(model) != kind:
         raise LongscanError(
             f"{path}: config.json says {kind}, the weights are {precision(model)}. Fetch both again."

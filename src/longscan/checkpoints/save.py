@@ -14,7 +14,7 @@ from longscan.checkpoints.formats import FORMATS, OFFICIAL, config_fields, name_
 from longscan.checkpoints.formats.base import TIED_HEAD
 from longscan.checkpoints.gguf.model import GGUFType, save_gguf
 from longscan.checkpoints.load import load
-from longscan.checkpoints.weights import dtype_name
+from longscan.checkpoints.weights import dtype_name, narrowed
 from longscan.core.files import atomic_directory, write_json, writing
 from longscan.errors import LongscanError, UsageError
 from longscan.models import (
@@ -140,7 +140,7 @@ def _write(
     if kind is None:
         dtype = dtype or model.dtype
         like = blank_model(directory, type(model), config, dtype).state_dict()
-        tensors = {name: tensor.to(like[name].dtype) for name, tensor in tensors.items()}
+        tensors = {name: narrowed(name, tensor, like[name].dtype) for name, tensor in tensors.items()}
     elif dtype or layout == "official":
         place = f"a file of {dtype_name(dtype)}" if dtype else "the official layout"
         raise LongscanError(

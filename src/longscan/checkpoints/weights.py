@@ -21,7 +21,7 @@ from torch import Tensor
 from longscan.core.files import read_json
 from longscan.errors import LongscanError
 
-__all__ = ["check_widths", "dtype_name", "find_weights", "read_weights", "refuse", "some"]
+__all__ = ["check_widths", "dtype_name", "find_weights", "narrowed", "read_weights", "refuse", "some"]
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 MAX_HEADER = 100_000_000  # bytes; what the safetensors library itself accepts
@@ -155,6 +155,26 @@ def dtype_name(dtype: torch.dtype) -> str:
         dtype: any.
     """
     return str(dtype).removeprefix("torch.")
+
+
+def narrowed(name: str, tensor: Tensor, dtype: torch.dtype, *, copy: bool = False) -> Tensor:
+    """Return a tensor in another type, with no number lost to infinity.
+
+    Args:
+        name: of the tensor, for the message.
+        tensor: any shape.
+        dtype: of the result.
+        copy: whether the result has memory of its own in any case.
+
+    Raises:
+        LongscanError: a finite number is infinite in that type.
+    """
+    cast = tensor.to(dtype, copy=copy)
+    if dtype == torch.float16 != tensor.dtype and bool((cast.isinf() & tensor.isfinite()).any()):
+        raise LongscanError(
+            f"{name}: expected numbers up to 65,504, the largest of float16, got more. Use bfloat16 or float32."
+        )
+    return cast
 
 
 def _shards(index: Path, suffix: str) -> list[Path]:

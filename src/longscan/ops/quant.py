@@ -24,6 +24,7 @@ Kind: TypeAlias = Literal["bf16", "int8", "int4"]
 BLOCK = 32  # weights that share a scale
 FEW_ROWS = 16  # up to here the kernel streams the weights once; above, they are dequantised for a product
 LARGEST = 127.0
+MAX_INT4 = 8 * 65504  # a scale is float16
 # the scales that int4 tries per block, relative to the one that represents the extreme weight exactly
 SHRINKS = (1.0, 0.94, 0.88, 0.82, 1.06)
 STORED: dict[Kind, torch.dtype] = {"bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}
@@ -57,6 +58,8 @@ def quantize(weight: Tensor, kind: Kind) -> tuple[Tensor, Tensor | None]:
         return (weight / _nonzero(scale)).round_().clamp_(-LARGEST, LARGEST).to(torch.int8), scale
     if weight.shape[1] % BLOCK:
         raise ValueError(f"weight: int4 expects n_in in multiples of {BLOCK}, got {weight.shape[1]}")
+    if weight.numel() and weight.abs().max() > MAX_INT4:
+        raise ValueError(f"weight: int4 expects numbers up to {MAX_INT4:,}, got {weight.abs().max():.3g}")
     pieces = [_nibbles(piece) for piece in torch.split(weight, max(1, 2**20 // weight.shape[1]))]
     return pack_int4(torch.cat([p[0] for p in pieces])), torch.cat([p[1] for p in pieces])
 

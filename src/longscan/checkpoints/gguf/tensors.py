@@ -15,10 +15,11 @@ from torch import Tensor
 
 from longscan import ops
 from longscan.checkpoints.gguf.parser import TensorInfo
+from longscan.checkpoints.weights import narrowed
 from longscan.core.optional import require
 from longscan.errors import LongscanError
 from longscan.models.common.quantization import DELICATE
-from longscan.ops.quant import BLOCK
+from longscan.ops.quant import BLOCK, MAX_INT4
 
 __all__ = [
     "FILE_TYPES",
@@ -41,6 +42,7 @@ Shape: TypeAlias = "tuple[int, ...]"
 FILE_TYPES: dict[GGUFType, int] = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # of llama.cpp
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BLOCKS = {"Q8_0": 34, "Q4_0": 18}  # bytes of a block: the types that are formats of ops/quant.py too
+MAX_Q8 = 127 * 65504  # a scale is float16
 STORED = (*BLOCKS, "BF16")  # matrices of these types stay as they are
 READ = (
     *PLAIN,
@@ -139,15 +141,19 @@ def encode(name: str, tensor: Tensor, scale: Tensor | None, kind: GGUFType) -> n
         LongscanError: its numbers are not finite.
     """
     tensor, scale = tensor.detach().cpu(), None if scale is None else scale.cpu()
+    values = tensor.float() if scale is None else ops.dequantize(tensor, scale)
+    if name.endswith("A_log"):
+        values = values.double().exp().neg().float()
+    if (kind in BLOCKS or name.endswith("A_log")) and not values.isfinite().all():
+        raise LongscanError(f"{name}: expected finite numbers, got NaN or infinity: it can't be {kind}.")
+    if kind in BLOCKS and values.abs().max() > (largest := MAX_INT4 if kind == "Q4_0" else MAX_Q8):
+        raise LongscanError(
+            f"{name}: expected numbers up to {largest:,} in {kind}, got {values.abs().max():.3g}. Use F32."
+        )
     if kind in BLOCKS and (blocks := _blocks(tensor, scale, kind)) is not None:
         return blocks.numpy()
-    values = tensor.float() if scale is None else ops.dequantize(tensor, scale)
-    if kind in BLOCKS and not values.isfinite().all():
-        raise LongscanError(f"{name}: expected finite numbers, got NaN or infinity: it can't be {kind}.")
-    if name.endswith("A_log"):
-        values = values.double().exp().neg()
     if kind in PLAIN:
-        return values.to(PLAIN[kind]).contiguous().flatten().view(torch.uint8).numpy()
+        return narrowed(name, values, PLAIN[kind]).contiguous().flatten().view(torch.uint8).numpy()
     try:
         if kind == "Q8_0":
             gguf = package()

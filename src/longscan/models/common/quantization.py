@@ -91,6 +91,9 @@ def quantize_model(model: Model, kind: ops.Kind) -> None:
             f"the model is quantised already ({precision(model)}), and rounding twice loses more. "
             "Start from the original weights."
         )
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise LongscanError(f"{name}: expected finite numbers, got NaN or infinity.")
     for name, module in _matrices(model):
         try:
             q, scale = ops.quantize(cast(Tensor, module.weight), _kind_of(name, module, kind))
