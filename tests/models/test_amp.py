@@ -78,3 +78,26 @@ def test_decoding(name: str, dtype: torch.dtype) -> None:
     if name not in STATELESS:
         kinds = {t.dtype for layer in state.layers for t in layer if t.is_floating_point()}
         assert kinds == {torch.float32}
+
+
+@halves
+@pytest.mark.parametrize("name", [name for name, entry in MODELS.items() if entry.kind == "translation"])
+def test_translators(name: str, dtype: torch.dtype) -> None:
+    model = build(name)
+    g = torch.Generator().manual_seed(1)
+    source, target = (torch.randint(4, model.config.vocab_size, (2, n), generator=g) for n in (6, 7))
+    for smoothing in (0.0, 0.1):
+        exact = model.loss(source, target, smoothing)
+        model.zero_grad()
+        with torch.autocast("cpu", dtype):
+            loss = model.loss(source, target, smoothing)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        assert abs(float(loss.detach() - exact.detach())) < HALVES[dtype]
+        assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+    with torch.no_grad():
+        logits = model(source, target).logits
+        with torch.autocast("cpu", dtype):
+            state = model.start(source)
+            got = torch.stack([model.step(ids, state)[0] for ids in target.unbind(1)], 1)
+    assert float((got.float() - logits).norm()) <= 0.05 * float(logits.norm()) + 1e-3

@@ -172,7 +172,7 @@ def narrowed(name: str, tensor: Tensor, dtype: torch.dtype, *, copy: bool = Fals
     cast = tensor.to(dtype, copy=copy)
     if dtype == torch.float16 != tensor.dtype and bool((cast.isinf() & tensor.isfinite()).any()):
         raise LongscanError(
-            f"{name}: expected numbers up to 65,504, the largest of float16, got more. Use bfloat16 or float32."
+            f"{name}: expected numbers up to 65,504, float16's largest, got more. Use bfloat16 or float32."
         )
     return cast
 

@@ -99,6 +99,7 @@ def linear_loss(
     Returns:
         () at least float32; 0 if there is no target.
     """
+    hidden = hidden.to(torch.promote_types(hidden.dtype, weight.dtype))  # under autocast it may be narrower
     arguments = hidden, weight, targets, vocab_size, label_smoothing
     if composed():
         return _loss_of_logits(*arguments)
