@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -696,6 +697,42 @@ def test_a_sparse_file_in_a_tar_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(1024))
     with pytest.raises(LongscanError, match=r"is a sparse file. Pack the tar without --sparse"):
         read_sequences([tmp_path / "a.tar"])
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE], ids=["hard", "symbolic"])
+def test_a_link_in_a_tar_is_no_missing_sound(data: Path, tmp_path: Path, kind: bytes) -> None:
+    path = write_tar(tmp_path / "a.tar", data, "")
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo("low/another.wav")
+        info.type, info.linkname = kind, "low/0.wav"
+        tar.addfile(info)
+    with pytest.raises(LongscanError, match=r"another.wav is a link to low/0.wav. Pack .* --dereference"):
+        read_sequences([path])
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE], ids=["gnu", "pax"])
+def test_a_tar_whose_header_claims_much(tmp_path: Path, kind: bytes) -> None:
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = kind, 2**30
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(2**12))
+    with pytest.raises(LongscanError, match=r"a header claims 1,073,741,824 bytes"):
+        read_sequences([tmp_path / "a.tar"])
+
+
+def test_a_label_is_utf8(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "d")
+    os.rename(tmp_path / "d" / "low", os.fsencode(tmp_path / "d") + b"/\xff")
+    with pytest.raises(LongscanError, match=r"label of .* is not UTF-8: byte 0xFF"):
+        read_sequences([tmp_path / "d"])
+
+
+def test_images_whose_channels_come_first(tmp_path: Path) -> None:
+    x = np.zeros((5, 3, 8, 8), np.uint8)
+    np.savez(tmp_path / "a.npz", x=x, y=np.arange(5))
+    with pytest.raises(LongscanError, match=r"If the channels come first: x.transpose\(0, 2, 3, 1\)"):
+        read_sequences([tmp_path / "a.npz"])
+    np.savez(tmp_path / "a.npz", x=x.transpose(0, 2, 3, 1), y=np.arange(5))
+    assert read_sequences([tmp_path / "a.npz"]).values.shape == (5 * 64, 3)
 
 
 def test_hidden_files_are_left_out_and_suffixes_have_any_case(data: Path, tmp_path: Path) -> None:

@@ -69,12 +69,13 @@ def test_padding_changes_nothing(body: str, pooling: str, bidirectional: bool) -
             assert (together[row] - alone[0]).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("value", [7.0, float("nan")])
 @torch.no_grad()
-def test_what_lies_behind_the_end_is_not_read() -> None:
+def test_what_lies_behind_the_end_is_not_read(value: float) -> None:
     model = build(bidirectional=True)
     x, lengths = signal(2, 9, 3), torch.tensor([4, 9])
     changed = x.clone()
-    changed[0, 4:] = 7.0
+    changed[0, 4:] = value
     assert torch.equal(model(x, lengths)[0], model(changed, lengths)[0])
     assert not torch.equal(model(x)[0], model(changed)[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -145,11 +146,6 @@ def _without(tensors: Mapping[str, Tensor], *parts: str) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(parts)}
 
 
-def _text(path: Path) -> str:
-    """Return the text of a file of names."""
-    return path.read_bytes().decode(errors="replace")
-
-
 def read_pooling(directory: Path) -> Literal["mean", "cls"]:
     """Return how sentence-transformers makes one vector of a text with the model of a directory.
 
@@ -163,23 +159,16 @@ def read_pooling(directory: Path) -> Literal["mean", "cls"]:
     Raises:
         LongscanError: the vectors are made in another way.
     """
-    steps = directory / "modules.json"
-    if steps.is_file():
-        kinds = [kind.rpartition(".")[2] for kind in re.findall(r'"type":\s*"([^"]*)"', _text(steps))]
-        if other := [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]:
-            raise LongscanError(
-                f"{steps}: expected Transformer, Pooling, Normalize, got {', '.join(other)}, too."
-            )
+    path = _pooling_file(directory)
     for name, field, expected in (
         ("sentence_bert_config.json", "do_lower_case", (False, None)),
         ("config_sentence_transformers.json", "default_prompt_name", (None,)),
     ):
-        path = directory / name
-        value = read_json(path).get(field) if path.is_file() else None
+        file = directory / name
+        value = read_json(file).get(field) if file.is_file() else None
         if value not in expected:
-            raise LongscanError(f"{path}: {field}: expected {expected[0]!r}, got {value!r}: not done here.")
-    path = directory / "1_Pooling" / "config.json"
-    raw = read_json(path) if path.is_file() else {}
+            raise LongscanError(f"{file}: {field}: expected {expected[0]!r}, got {value!r}: not done here.")
+    raw = read_json(path) if path else {}
     known = ("word_embedding_dimension", "embedding_dimension", "include_prompt", "pooling_mode")
     if unknown := [name for name in raw if name not in known and not name.startswith("pooling_mode_")]:
         raise LongscanError(
@@ -196,3 +185,24 @@ def read_pooling(directory: Path) -> Literal["mean", "cls"]:
     raise LongscanError(
         f"{path}: expected pooling_mode_mean_tokens or cls, got {', '.join(modes) or 'neither'}."
     )
+
+
+def _pooling_file(directory: Path) -> Path | None:
+    """Return the description of the pooling, where modules.json says it is; None if there is none."""
+    steps = directory / "modules.json"
+    if not steps.is_file():
+        path = directory / "1_Pooling" / "config.json"
+        return path if path.is_file() else None
+    try:
+        modules = json.loads(steps.read_bytes())
+        kinds = [module["type"].rpartition(".")[2] for module in modules]
+        paths = [module.get("path", "") for module in modules]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise LongscanError(f"{steps}: expected a list of modules, each with type and path.") from error
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise LongscanError(f"{steps}: expected Transformer, Pooling, Normalize, got {', '.join(kinds)}.")
+    if paths[0] != "" or not re.fullmatch(r"\w[\w.-]*", str(paths[1])):
+        raise LongscanError(f"{steps}: expected the paths '' and '1_Pooling' or the like, got {paths[:2]}.")
+    if not (path := directory / paths[1] / "config.json").is_file():
+        raise LongscanError(f"{path} is missing: it says how {steps} makes one vector of a text. Fetch it.")
+    return path

@@ -25,6 +25,7 @@ __all__ = ["check_expansion", "foreign", "has_suffix", "is_hidden", "iter_tar", 
 
 FREE, RATIO = 2**26, 100  # bytes that any file may expand to; beyond that, the largest expansion ratio
 BLOCK = 2**20  # bytes read at a time
+HEADERS = b"LKxgX"  # types of the members of a tar that describe others
 COMPRESSIONS: dict[bytes, Callable[..., IO[bytes]]] = {
     b"\x1f\x8b": cast(Any, gzip.open),
     b"\xfd7zXZ\x00": cast(Any, lzma.open),
@@ -96,7 +97,17 @@ def foreign(path: Path | str, what: str) -> Iterator[None]:
 
 
 class _Member(tarfile.TarInfo):
-    """A member that rejects a damaged header, which tarfile would take for the end of the archive."""
+    """A member that rejects a damaged header, which tarfile would take for the end of the archive.
+
+    It rejects long headers of names and the like as well, which tarfile reads as a whole.
+    """
+
+    @classmethod
+    def frombuf(cls, *args: Any, **kwargs: Any) -> Any:
+        member = super().frombuf(*args, **kwargs)
+        if member.type in HEADERS and member.size > BLOCK:
+            raise tarfile.ReadError(f"a header claims {member.size:,} bytes")
+        return member
 
     @classmethod
     def fromtarfile(cls, tarfile_: Any) -> Any:
@@ -119,8 +130,8 @@ def iter_tar(path: Path, include: Callable[[str], bool]) -> Iterator[tuple[str, 
         Names and contents.
 
     Raises:
-        LongscanError: it is no tar, is damaged or cut short anywhere up to its checksum, has sparse files,
-            or claims too much.
+        LongscanError: it is no tar, is damaged or cut short anywhere up to its checksum, has sparse files
+            or links, or claims too much.
         OSError: it can't be read.
     """
     with open(path, "rb") as file:
@@ -133,7 +144,14 @@ def iter_tar(path: Path, include: Callable[[str], bool]) -> Iterator[tuple[str, 
         tarfile.open(fileobj=stream, mode="r|", tarinfo=_Member) as tar,
     ):
         for member in tar:
-            if not member.isfile() or is_hidden(member.name) or not include(member.name):
+            if is_hidden(member.name) or not include(member.name):
+                continue
+            if member.issym() or member.islnk():
+                raise LongscanError(
+                    f"{path}: {member.name} is a link to {member.linkname}. "
+                    "Pack the tar with --dereference --hard-dereference."
+                )
+            if not member.isfile():
                 continue
             if member.issparse():
                 raise LongscanError(f"{path}: {member.name} is a sparse file. Pack the tar without --sparse.")

@@ -12,6 +12,7 @@ from longscan.errors import LongscanError
 __all__ = ["parse_labels", "parse_lengths", "parse_steps", "parse_times"]
 
 Array = npt.NDArray[np.generic]
+MAX_CHANNELS = 4  # of images: red, green, blue, alpha
 VOCAB = 2**20  # tokens that a file may have: the embedding gets a row for each
 
 
@@ -21,7 +22,7 @@ def parse_steps(path: Path, x: npt.NDArray[np.generic]) -> npt.NDArray[np.float3
     Args:
         path: of the file, for messages.
         x: (n, seq_len, d_input) or (n, seq_len) floats, (n, seq_len) tokens, or bytes of
-            images (n, height, width).
+            images (n, height, width) or (n, height, width, channels).
 
     Returns:
         (n, seq_len, d_input) float32 or (n, seq_len) int64.
@@ -32,6 +33,11 @@ def parse_steps(path: Path, x: npt.NDArray[np.generic]) -> npt.NDArray[np.float3
     if 0 in x.shape or x.ndim < 2 or x.dtype.kind not in "fiu":
         raise LongscanError(f"{path}: expected numbers x (n, seq_len, ...), got {x.dtype} {x.shape}.")
     if x.dtype == np.uint8 and x.ndim in (3, 4):  # images: pixel by pixel
+        if x.shape[3:] > (MAX_CHANNELS,):
+            raise LongscanError(
+                f"{path}: expected images (n, height, width, channels) of up to {MAX_CHANNELS} channels, got "
+                f"{x.shape}. If the channels come first: x.transpose(0, 2, 3, 1)."
+            )
         return x.reshape(len(x), x.shape[1] * x.shape[2], -1).astype(np.float32) / np.float32(255)
     if x.ndim == 2 and x.dtype.kind in "iu":
         low, high = int(x.min()), int(x.max())

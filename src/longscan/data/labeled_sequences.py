@@ -12,6 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from longscan.core.config import count
+from longscan.core.files import utf8
 from longscan.data.archives import has_suffix, is_hidden, iter_tar, read_npz
 from longscan.data.labeled_arrays import parse_labels, parse_lengths, parse_steps, parse_times
 from longscan.data.labeled_texts import read_examples
@@ -279,4 +280,6 @@ def _labels(path: Path, names: Sequence[str], expression: re.Pattern[str] | None
         if found is None or not found[1]:
             raise LongscanError(f"{path}: {name} has no label: it does not match {expression.pattern!r}.")
         labels.append(found[1])
+    for name, label in zip(names, labels, strict=True):
+        utf8(label.encode(errors="surrogateescape"), f"{path}: the label of {name!r}")
     return labels

@@ -57,7 +57,7 @@ def embed(bert: LoadedBert, texts: Sequence[str], rows: int = 32) -> Tensor:
 def sentence_vectors(bert: LoadedBert, framed: Sequence[Framed], rows: int = 32) -> Tensor:
     """Return the same for tokenised texts."""
     model, tokenizer, use_cls = bert.model, bert.tokenizer, read_pooling(bert.directory) == "cls"
-    vectors = torch.empty(len(framed), model.config.d_model)
+    vectors = torch.empty(len(framed), model.config.d_model, dtype=torch.float32)
     for batch in by_length(framed, rows):
         ids, types = (part.to(model.device) for part in tokenizer.collate([framed[n] for n in batch]))
         mask = (ids != tokenizer.pad_id)[:, :, None]  # (batch, seq_len, 1)
@@ -94,7 +94,7 @@ def predict(model: Bert, tokenizer: WordPieceTokenizer, framed: Sequence[Framed]
     """
     functions = {"softmax": lambda x: x.log_softmax(-1), "sigmoid": F.logsigmoid, "none": lambda x: x}
     final: Callable[[Tensor], Tensor] = functions[model.config.score]
-    scores = torch.empty(len(framed), len(model.config.labels))
+    scores = torch.empty(len(framed), len(model.config.labels), dtype=torch.float32)
     for batch in by_length(framed, rows):
         ids, types = (part.to(model.device) for part in tokenizer.collate([framed[n] for n in batch]))
         scores[batch] = final(model.classify(model(ids, types).pooled)).float().cpu()

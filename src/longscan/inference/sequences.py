@@ -27,7 +27,7 @@ def answers(model: SequenceModel, data: Sequences, rows: int = 32) -> Tensor:
     """
     training = model.training
     model.eval()
-    predictions = torch.empty(len(data), model.config.n_outputs)
+    predictions = torch.empty(len(data), model.config.n_outputs, dtype=torch.float32)
     order = np.argsort(data.lengths, kind="stable").tolist()  # batches of similar lengths need little padding
     for start in range(0, len(order), rows):
         numbers = order[start : start + rows]

@@ -100,7 +100,7 @@ class SequenceConfig(Config):
         """
         if isinstance(mapping, Mapping) and isinstance(mapping.get("body_config"), Mapping):
             name = mapping.get("body")
-            if name not in BODIES:
+            if not isinstance(name, str) or name not in BODIES:
                 raise LongscanError(f"body: no language model called {name!r}{nearest(str(name), BODIES)}")
             config = BODIES[name].config.from_dict(mapping["body_config"])
             mapping = {**mapping, "body_config": config}
@@ -220,6 +220,8 @@ class SequenceModel(Model):
         time = torch.arange(x.shape[1], device=x.device)
         ends = torch.full((len(x),), x.shape[1], device=x.device) if lengths is None else lengths
         ends = ends[:, None]  # (batch, 1)
+        if x.is_floating_point():  # NaN there would not stay there
+            x = x.masked_fill((time >= ends)[:, :, None], 0)
         order = torch.where(time < ends, ends - 1 - time, time) if self.config.bidirectional else None
         clock = self._clock(times, ends, x.shape[1])
         hidden = self._hidden(x, order, clock)  # (batch, seq_len, d_model)
@@ -264,7 +266,7 @@ class SequenceModel(Model):
         step = 1 / (self.config.rate or 1)
         unit = self.config.gap or step
         position = torch.minimum(torch.arange(seq_len, device=ends.device), ends - 1)  # (batch, seq_len)
-        return position * (step / unit) if times is None else times.gather(1, position) / unit
+        return position.float() * (step / unit) if times is None else times.gather(1, position) / unit
 
     def _hidden(self, x: Tensor, order: Tensor | None, clock: Tensor) -> Tensor:
         """Return the final hidden states, (batch, seq_len, d_model)."""
