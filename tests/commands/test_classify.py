@@ -490,9 +490,33 @@ def test_both_spellings_of_a_pooling(pooling: dict[str, Any], expected: str, tmp
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     kinds = ("Transformer", "Pooling", "Normalize")
-    modules = [{"idx": n, "type": f"sentence_transformers.models.{kind}"} for n, kind in enumerate(kinds)]
-    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    steps = [{"idx": n, "type": f"sentence_transformers.models.{kind}"} for n, kind in enumerate(kinds)]
+    (tmp_path / "modules.json").write_text(json.dumps(steps))
     assert read_pooling(tmp_path) == expected
+
+
+def modules(*paths: str) -> str:
+    kinds = ("Transformer", "Pooling", "Normalize")
+    named = zip(kinds, paths, strict=False)
+    return json.dumps(
+        [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in named]
+    )
+
+
+def test_the_pooling_is_where_modules_json_says(tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text(modules("", "2_Pooling", "3_Normalize"))
+    with pytest.raises(LongscanError, match=r"2_Pooling/config.json is missing"):
+        read_pooling(tmp_path)
+    (tmp_path / "2_Pooling").mkdir()
+    (tmp_path / "2_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    assert read_pooling(tmp_path) == "cls"
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", "[[]", modules(""), modules("0_T", "1_P"), modules("", "..")])
+def test_other_lists_of_modules(text: str, tmp_path: Path) -> None:
+    (tmp_path / "modules.json").write_text(text)
+    with pytest.raises(LongscanError, match=r"modules.json: expected"):
+        read_pooling(tmp_path)
 
 
 @pytest.mark.parametrize(

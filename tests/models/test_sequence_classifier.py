@@ -205,6 +205,7 @@ def test_a_config_travels_as_json() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
+        ({"body": ["mamba"]}, "no language model called ['mamba']"),
         ({"body": "bert"}, "no language model called 'bert'"),
         ({"body_config": {"d_model": 4}}, "MambaConfig needs n_layers"),
         ({"labels": ["a"]}, "labels: expected 2 names, got 1"),

@@ -305,6 +305,17 @@ HOSTILE: dict[str, dict[str, Any]] = {
             "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}] * 8,
         }
     },
+    "bytes-of-bytes": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 14}},
+    "bytes-of-pieces": {
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}] * 14,
+        }
+    },
+    "empty-suffix": {"decoder": {"type": "BPEDecoder", "suffix": ""}},
+    "empty-delimiter": {
+        "decoder": {"type": "CTC", "pad_token": "a", "word_delimiter_token": "", "cleanup": True}
+    },
     "expression": {"decoder": {"type": "Replace", "pattern": {"Regex": "x*"}, "content": "y" * 1000}},
     "fixed-length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
     "strip": {"decoder": {"type": "Strip", "content": "a", "start": 10, "stop": 2**40}},

@@ -150,8 +150,8 @@ def read_pooling(directory: Path) -> Literal["mean", "cls"]:
     """Return how sentence-transformers makes one vector of a text with the model of a directory.
 
     Args:
-        directory: its modules.json lists the steps, 1_Pooling/config.json describes the second; without these
-            files it is the mean.
+        directory: its modules.json lists the steps, a config.json describes the second; without these files
+            it is the mean.
 
     Returns:
         "mean" over all tokens, or "cls" for the first token alone.
@@ -196,13 +196,15 @@ def _pooling_file(directory: Path) -> Path | None:
     try:
         modules = json.loads(steps.read_bytes())
         kinds = [module["type"].rpartition(".")[2] for module in modules]
-        paths = [module.get("path", "") for module in modules]
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise LongscanError(f"{steps}: expected a list of modules, each with type and path.") from error
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise LongscanError(f"{steps}: expected Transformer, Pooling, Normalize, got {', '.join(kinds)}.")
-    if paths[0] != "" or not re.fullmatch(r"\w[\w.-]*", str(paths[1])):
-        raise LongscanError(f"{steps}: expected the paths '' and '1_Pooling' or the like, got {paths[:2]}.")
-    if not (path := directory / paths[1] / "config.json").is_file():
+    root, pooling = (
+        str(module.get("path", usual)) for module, usual in zip(modules[:2], ("", "1_Pooling"), strict=True)
+    )
+    if root != "" or not re.fullmatch(r"\w[\w.-]*", pooling):
+        raise LongscanError(f"{steps}: expected the paths '' and '1_Pooling', got {root!r} and {pooling!r}.")
+    if not (path := directory / pooling / "config.json").is_file():
         raise LongscanError(f"{path} is missing: it says how {steps} makes one vector of a text. Fetch it.")
     return path

@@ -147,6 +147,10 @@ def _growth(step: Mapping[str, Any], part: str) -> int:
         single = step.get("single")
         if isinstance(single, list) and len(single) > MAX_TEMPLATE:
             raise LongscanError(f"{part}: expected at most {MAX_TEMPLATE} special tokens, got {len(single)}.")
+    if kind in ("BPEDecoder", "CTC") and "" in (step.get("suffix"), step.get("word_delimiter_token")):
+        raise LongscanError(f"{part}: {kind} puts a space for every empty text. Fetch the file again.")
+    if kind == "ByteLevel" and part in ("normalizer", "pre_tokenizer"):
+        return 2  # a letter for each byte, and such letters are of two bytes
     if kind == "Prepend":
         return 1 + len(str(step.get("prepend", "")))
     if kind == "Replace":
