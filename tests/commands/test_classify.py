@@ -495,6 +495,12 @@ def test_both_spellings_of_a_pooling(pooling: dict[str, Any], expected: str, tmp
     assert read_pooling(tmp_path) == expected
 
 
+@pytest.mark.parametrize("header", ["label\ttext", "Label\ttext\r", '"label"\t"text"', "\ufefflabel\ttext"])
+def test_a_header_is_no_example(header: str, tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_bytes(f"{header}\npos\tgood\n".encode())
+    assert [example[:2] for example in read_examples([tmp_path / "a.tsv"])] == [("pos", "good")]
+
+
 def modules(*paths: str) -> str:
     kinds = ("Transformer", "Pooling", "Normalize")
     named = zip(kinds, paths, strict=False)

@@ -165,7 +165,7 @@ def _table(path: Path, indices: tuple[int, ...]) -> Iterator[Example]:
                     f"{path}:{number}: expected at least {max(indices) + 1} columns separated by tabs, got "
                     f"{width}. Give the columns of label and text with --columns."
                 )
-            if row[indices[0]].strip().lower() == "label":
+            if row[indices[0]].strip(' "').lower() == "label":
                 continue
         if len(row) != width:
             raise LongscanError(
