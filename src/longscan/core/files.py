@@ -8,7 +8,6 @@ import glob
 import json
 import os
 import shutil
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -224,6 +223,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
             f"{path}: expected settings of at most {MAX_TOML:,} bytes in lines of at most {MAX_TOML_LINE:,}. "
             "Break a long list into lines."
         )
+    import tomllib  # which most commands have no use for
+
     try:
         return tomllib.loads(raw.decode())
     except ValueError as error:  # tomllib's and Unicode's

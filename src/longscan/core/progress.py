@@ -8,10 +8,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+if TYPE_CHECKING:  # rich takes a tenth of a second to import, and most commands need no display
+    from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
 
 __all__ = ["Bar", "Display", "Snapshot", "Terminal", "duration"]
 
@@ -130,6 +131,8 @@ class Terminal(Display):
     """
 
     def __init__(self, every: int, console: Console | None = None) -> None:
+        from rich.console import Console
+
         self.every = every
         self.console = console or Console(stderr=True, highlight=False)
         self.bar: Progress | None = None
@@ -174,6 +177,8 @@ class Terminal(Display):
     def _draw(self, snapshot: Snapshot) -> None:
         """Draw the bar."""
         if self.bar is None:
+            from rich.progress import Progress
+
             self.bar = Progress(*_columns(), console=self.console, refresh_per_second=4)
             self.bar.add_task("train", total=snapshot.total, numbers="")
             self.bar.start()
@@ -205,6 +210,8 @@ def duration(seconds: float) -> str:
 
 def _columns() -> list[ProgressColumn]:
     """Return the columns of the bar."""
+    from rich.progress import BarColumn, TextColumn
+
     return [
         TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
         BarColumn(bar_width=None),
