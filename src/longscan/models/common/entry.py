@@ -11,7 +11,7 @@ from longscan.models.common.model import Model
 
 __all__ = ["LANGUAGE", "ModelEntry", "ModelKind"]
 
-ModelKind: TypeAlias = Literal["translation", "masked", "language"]
+ModelKind: TypeAlias = Literal["translation", "masked", "language", "image"]
 LANGUAGE = ("train", "generate", "evaluate", "classify")  # the verbs of all language models
 
 
@@ -21,7 +21,7 @@ class ModelEntry:
 
     Attributes:
         name: what commands and checkpoints call it.
-        kind: what it is for: one sequence into another, words back under a mask, the next word.
+        kind: what it is for: translation, masked words, the next word, or images and videos.
         year: of the paper.
         paper: its title.
         arxiv: its number there.
