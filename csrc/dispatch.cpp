@@ -63,7 +63,8 @@ LS_EXPORT void ls_set_parallel_for(ls_parallel_for function) { pool = function; 
 
 static bool bad(const ls_scan *a) {
   return a->batch < 1 || a->seq_len < 1 || a->d_inner < 1 || a->d_state < 1 || a->d_state > LS_MAX_STATE ||
-         a->n_groups < 1 || a->d_inner % a->n_groups;
+         a->n_groups < 1 || a->d_inner % a->n_groups ||
+         (a->path && (a->seq_idx || a->B.stride_time < 0 || a->C.stride_time < 0));
 }
 static bool bad(const ls_conv *a) {
   return a->batch < 1 || a->seq_len < 1 || a->d_inner < 1 || a->d_conv < 1 || a->d_conv > LS_MAX_CONV;

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-enum { LS_ABI_VERSION = 3, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_ORDER = 4096, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
+enum { LS_ABI_VERSION = 4, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_ORDER = 4096, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
 enum { LS_ACTIVATIONS = 256 };  // activations that share a scale when they are rounded to 16 bits
 
 // torch's thread pool: run task(begin, end, context) over pieces of [begin, end). Null means one thread.
@@ -38,6 +38,9 @@ typedef struct {
   const float *dfinal;
   float *du, *ddt, *dA, *dB, *dC, *dD, *dz, *ddt_bias, *dinitial_state;
   float *workspace;  // ls_scan_workspace(...) floats
+  // scans along paths, one a group; see src/longscan/ops/path_scan.py. Without seq_idx; B and C vary in time.
+  const int32_t *path;  // (n_groups, seq_len) the position of each step, a permutation; null: t itself
+  int64_t shared;       // whether u and dy have the d_inner / n_groups channels of one group: bits 1 and 2
 } ls_scan;
 
 // Causal depthwise convolution; see src/longscan/ops/conv.py.

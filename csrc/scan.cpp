@@ -20,6 +20,8 @@ constexpr float LN2 = 0.693147180559945309f;
 // Where a unit works.
 struct Unit {
   int64_t b, group, first, channels, index;  // batch row, B/C group, first channel, channel count, unit of this row
+  int64_t first_u, first_dy;                 // the first channel in u and in dy
+  const int32_t *path;                       // of the group, or null
   int64_t boundary;                          // first float of this unit inside a row of the boundaries
   int blocks;
   Unit(const ls_scan *a, int64_t i) {
@@ -31,6 +33,9 @@ struct Unit {
     const int64_t inside = index % units * size;
     first = group * per_group + inside;
     channels = per_group - inside < size ? per_group - inside : size;
+    first_u = a->shared & 1 ? inside : first;
+    first_dy = a->shared & 2 ? inside : first;
+    path = a->path ? a->path + group * a->seq_len : nullptr;
     blocks = (int)ls_ceil(channels, W);
     boundary = (group * ls_ceil(per_group, LS_LANE_PAD) * LS_LANE_PAD + inside) * a->d_state;
   }
@@ -104,19 +109,29 @@ void read_flags(Flags *flags, const int32_t *seq_idx, int steps, int32_t *last) 
   }
 }
 
+// What a sequence is: all steps in order, several packed sequences, or a path over positions.
+enum { PLAIN, PACKED, PATH };
+
+// The row of step t.
+template <int MODE>
+LS_INLINE int64_t row_of(const int32_t *path, int64_t t) {
+  return MODE == PATH ? path[t] : t;
+}
+
 struct Tile {
   vec dt[T], x[T], y[T];  // step size, dt * u, output so far
 };
 
 // Load one block of one tile: dt after bias and softplus, x = dt u, y = D u.
+template <int MODE>
 LS_INLINE void load_tile(Tile *tile, const ls_scan *a, const Unit &unit, int64_t t0, int steps, int k, vec D, vec bias) {
   const int n = (int)(unit.channels - (int64_t)k * W);
-  const int64_t c = unit.first + (int64_t)k * W;
-  const float *u = a->u.data + unit.b * a->u.stride_batch + t0 * a->u.stride_time + c;
-  const float *dt = a->dt.data + unit.b * a->dt.stride_batch + t0 * a->dt.stride_time + c;
+  const float *u = a->u.data + unit.b * a->u.stride_batch + unit.first_u + (int64_t)k * W;
+  const float *dt = a->dt.data + unit.b * a->dt.stride_batch + unit.first + (int64_t)k * W;
   for (int t = 0; t < steps; ++t) {
-    const vec ut = load_n(u + t * a->u.stride_time, n);
-    vec d = load_n(dt + t * a->dt.stride_time, n) + bias;
+    const int64_t row = row_of<MODE>(unit.path, t0 + t);
+    const vec ut = load_n(u + row * a->u.stride_time, n);
+    vec d = load_n(dt + row * a->dt.stride_time, n) + bias;
     if (a->dt_softplus) d = softplus(d);
     tile->dt[t] = d;
     tile->x[t] = d * ut;
@@ -128,12 +143,15 @@ LS_INLINE void load_tile(Tile *tile, const ls_scan *a, const Unit &unit, int64_t
 // are asked for, a step at a time.
 struct Ahead {
   const float *rows[6];
+  const int32_t *path[6];
   int64_t stride[6];
   int count = 0, steps[6];
   // Block k of the tile at t0, which may lie outside the sequence.
   void add(const ls_scan *a, const ls_rows &m, const Unit &unit, int64_t t0, int k) {
     if (!m.data || t0 < 0 || t0 >= a->seq_len) return;
-    rows[count] = m.data + unit.b * m.stride_batch + t0 * m.stride_time + unit.first + (int64_t)k * W;
+    const int64_t first = &m == &a->u ? unit.first_u : &m == &a->dy ? unit.first_dy : unit.first;
+    rows[count] = m.data + unit.b * m.stride_batch + (unit.path ? 0 : t0 * m.stride_time) + first + (int64_t)k * W;
+    path[count] = unit.path ? unit.path + t0 : nullptr;
     stride[count] = m.stride_time;
     steps[count++] = (int)(a->seq_len - t0 < T ? a->seq_len - t0 : T);
   }
@@ -141,35 +159,38 @@ struct Ahead {
     const ls_rows m = {contiguous, a->seq_len * a->d_inner, a->d_inner};
     add(a, m, unit, t0, k);
   }
+  template <int MODE>
   inline __attribute__((always_inline)) void step(int t) const {
     for (int i = 0; i < count; ++i)
-      if (t < steps[i]) __builtin_prefetch(rows[i] + t * stride[i]);
+      if (t < steps[i]) __builtin_prefetch(rows[i] + row_of<MODE>(path[i], t) * stride[i]);
   }
 };
 
-template <int N, bool SEQ, bool BC, bool CC>
-LS_INLINE void run_forward(Tile *tile, const Ahead *ahead, const Flags *flags, int steps, const vec *A, vec *h, const Matrix &B,
+template <int N, int MODE, bool BC, bool CC>
+LS_INLINE void run_forward(Tile *tile, const Ahead *ahead, const Flags *flags, const int32_t *path, int steps, const vec *A, vec *h, const Matrix &B,
                            const Matrix &C, const float *b_row, const float *c_row, int64_t offset) {
   vec An[N], hn[N];
   for (int i = 0; i < N; ++i) An[i] = A[i], hn[i] = h[i];
-  for (int t = 0; t < steps; ++t, b_row += B.stride, c_row += C.stride) {
-    if (SEQ && flags->start[t])
+  for (int t = 0; t < steps; ++t) {
+    const int64_t row = row_of<MODE>(path, t);
+    const float *b = b_row + row * B.stride, *c = c_row + row * C.stride;
+    if (MODE == PACKED && flags->start[t])
       for (int i = 0; i < N; ++i) hn[i] = vec{};
-    if (ahead) ahead->step(t);
-    if (SEQ && flags->padding[t]) continue;
+    if (ahead) ahead->step<MODE>(t);
+    if (MODE == PACKED && flags->padding[t]) continue;
     const vec dt = tile->dt[t], x = tile->x[t];
     vec y = tile->y[t];
     vec a[N];
     for (int i = 0; i < N; ++i) a[i] = dt * An[i];
     exp2_many<N>(a, a);
-    for (int i = 0; i < N; ++i) hn[i] = a[i] * hn[i] + entry<BC>(b_row, B.packed + offset, i) * x;
-    for (int i = 0; i < N; ++i) y += entry<CC>(c_row, C.packed + offset, i) * hn[i];
+    for (int i = 0; i < N; ++i) hn[i] = a[i] * hn[i] + entry<BC>(b, B.packed + offset, i) * x;
+    for (int i = 0; i < N; ++i) y += entry<CC>(c, C.packed + offset, i) * hn[i];
     tile->y[t] = y;
   }
   for (int i = 0; i < N; ++i) h[i] = hn[i];
 }
 
-template <bool SEQ, bool BC, bool CC>
+template <int MODE, bool BC, bool CC>
 void forward_unit(const ls_scan *a, int64_t index) {
   const Unit unit(a, index);
   const int64_t N = a->d_state;
@@ -191,15 +212,17 @@ void forward_unit(const ls_scan *a, int64_t index) {
   const int64_t boundary_row = padded_channels(a) * N;
   for (int64_t t0 = 0; t0 < a->seq_len; t0 += T) {
     const int steps = (int)(a->seq_len - t0 < T ? a->seq_len - t0 : T);
-    if (SEQ) read_flags(&flags, a->seq_idx + unit.b * a->seq_len + t0, steps, &last);
+    if (MODE == PACKED) read_flags(&flags, a->seq_idx + unit.b * a->seq_len + t0, steps, &last);
     if (a->boundaries) {
       float *keep = a->boundaries + (t0 / T * a->batch + unit.b) * boundary_row + unit.boundary;
       for (int64_t i = 0; i < states; ++i) store(keep + i * W, h[i]);
     }
-    const float *b_row = B.rows + t0 * B.stride, *c_row = C.rows + t0 * C.stride;
+    const int64_t base = MODE == PATH ? 0 : t0;  // of the rows
+    const int32_t *path = MODE == PATH ? unit.path + t0 : nullptr;
+    const float *b_row = B.rows + base * B.stride, *c_row = C.rows + base * C.stride;
     for (int k = 0; k < unit.blocks; ++k) {
       Tile tile;
-      load_tile(&tile, a, unit, t0, steps, k, D[k], bias[k]);
+      load_tile<MODE>(&tile, a, unit, t0, steps, k, D[k], bias[k]);
       const bool last_block = k + 1 == unit.blocks;
       const int64_t next_t0 = last_block ? t0 + T : t0;
       const int next_k = last_block ? 0 : k + 1;
@@ -208,28 +231,29 @@ void forward_unit(const ls_scan *a, int64_t index) {
       ahead.add(a, a->dt, unit, next_t0, next_k);
       ahead.add(a, a->z, unit, next_t0, next_k);
       ahead.add(a, a->y, unit, next_t0, next_k);
-      if (SEQ)
+      if (MODE == PACKED)
         for (int t = 0; t < steps; ++t)
           if (flags.padding[t]) tile.dt[t] = tile.x[t] = vec{};
       int64_t n = 0;
       for (; n + NF <= N; n += NF)
-        run_forward<NF, SEQ, BC, CC>(&tile, n ? nullptr : &ahead, &flags, steps, A + k * N + n, h + k * N + n, B, C, b_row + n, c_row + n,
+        run_forward<NF, MODE, BC, CC>(&tile, n ? nullptr : &ahead, &flags, path, steps, A + k * N + n, h + k * N + n, B, C, b_row + n, c_row + n,
                                      k * N + n);
       for (; n < N; ++n)
-        run_forward<1, SEQ, BC, CC>(&tile, nullptr, &flags, steps, A + k * N + n, h + k * N + n, B, C, b_row + n, c_row + n,
+        run_forward<1, MODE, BC, CC>(&tile, nullptr, &flags, path, steps, A + k * N + n, h + k * N + n, B, C, b_row + n, c_row + n,
                                     k * N + n);
       const int lanes = (int)(unit.channels - (int64_t)k * W);
       const int64_t c = unit.first + (int64_t)k * W;
-      float *y = a->y + (unit.b * a->seq_len + t0) * a->d_inner + c;
-      const float *z = a->z.data ? a->z.data + unit.b * a->z.stride_batch + t0 * a->z.stride_time + c : nullptr;
+      float *y = a->y + (unit.b * a->seq_len + base) * a->d_inner + c;
+      const float *z = a->z.data ? a->z.data + unit.b * a->z.stride_batch + base * a->z.stride_time + c : nullptr;
       for (int t = 0; t < steps; ++t) {
+        const int64_t row = row_of<MODE>(path, t);
         vec out = tile.y[t];
         if (z) {
-          const vec zt = load_n(z + t * a->z.stride_time, lanes);
+          const vec zt = load_n(z + row * a->z.stride_time, lanes);
           out = out * (zt * sigmoid(zt));
         }
-        if (SEQ && flags.padding[t]) out = vec{};
-        store_n(y + t * a->d_inner, out, lanes);
+        if (MODE == PACKED && flags.padding[t]) out = vec{};
+        store_n(y + row * a->d_inner, out, lanes);
       }
     }
   }
@@ -249,17 +273,18 @@ struct Scratch {
   vec h[(T + 1) * NB], a[T * NB], dB[T * NB], dC[T * NB];
 };
 
-template <int N, bool SEQ, bool BC, bool CC>
-LS_INLINE void run_backward(Adjoint *w, const Ahead *ahead, Scratch *s, const Flags *flags, int steps, bool gated, const vec *A, const vec *h0, vec *g,
+template <int N, int MODE, bool BC, bool CC>
+LS_INLINE void run_backward(Adjoint *w, const Ahead *ahead, Scratch *s, const Flags *flags, const int32_t *path, int steps, bool gated, const vec *A, const vec *h0, vec *g,
                             vec *dA, vec *dBc, vec *dCc, const Matrix &B, const Matrix &C, const float *b_row,
                             const float *c_row, int64_t offset) {
   {
     vec An[N], hn[N];
     for (int i = 0; i < N; ++i) An[i] = A[i], s->h[i] = hn[i] = h0[i];
-    const float *b = b_row, *c = c_row;
-    for (int t = 0; t < steps; ++t, b += B.stride, c += C.stride) {
-      if (ahead) ahead->step(t);
-      if (SEQ && flags->padding[t]) {
+    for (int t = 0; t < steps; ++t) {
+      const int64_t row = row_of<MODE>(path, t);
+      const float *b = b_row + row * B.stride, *c = c_row + row * C.stride;
+      if (ahead) ahead->step<MODE>(t);
+      if (MODE == PACKED && flags->padding[t]) {
         for (int i = 0; i < N; ++i) s->h[(t + 1) * N + i] = hn[i];
         continue;
       }
@@ -267,7 +292,7 @@ LS_INLINE void run_backward(Adjoint *w, const Ahead *ahead, Scratch *s, const Fl
       vec y = w->tile.y[t], a[N];
       for (int i = 0; i < N; ++i) a[i] = dt * An[i];
       exp2_many<N>(a, a);
-      if (SEQ && flags->start[t])
+      if (MODE == PACKED && flags->start[t])
         for (int i = 0; i < N; ++i) a[i] = hn[i] = vec{};
       for (int i = 0; i < N; ++i) hn[i] = a[i] * hn[i] + entry<BC>(b, B.packed + offset, i) * x;
       for (int i = 0; i < N; ++i) s->a[t * N + i] = a[i], s->h[(t + 1) * N + i] = hn[i];
@@ -279,8 +304,9 @@ LS_INLINE void run_backward(Adjoint *w, const Ahead *ahead, Scratch *s, const Fl
   vec An[N], gn[N], dAn[N], after[N];  // after: the state after step t, which is the one before step t + 1
   for (int i = 0; i < N; ++i) An[i] = A[i], gn[i] = g[i], dAn[i] = dA[i], after[i] = s->h[steps * N + i];
   for (int t = steps - 1; t >= 0; --t) {
-    if (SEQ && flags->padding[t]) continue;
-    const float *b = b_row + t * B.stride, *c = c_row + t * C.stride;
+    if (MODE == PACKED && flags->padding[t]) continue;
+    const int64_t row = row_of<MODE>(path, t);
+    const float *b = b_row + row * B.stride, *c = c_row + row * C.stride;
     const vec dt = w->tile.dt[t], x = w->tile.x[t], dy = w->dy[t];
     vec gB = w->gB[t], decay = w->decay[t];
     for (int i = 0; i < N; ++i) {
@@ -295,7 +321,7 @@ LS_INLINE void run_backward(Adjoint *w, const Ahead *ahead, Scratch *s, const Fl
         s->dB[t * N + i] += gi * x;
       gB += gi * entry<BC>(b, B.packed + offset, i);
       after[i] = s->h[t * N + i];
-      if (SEQ && flags->start[t]) {
+      if (MODE == PACKED && flags->start[t]) {
         gn[i] = vec{};
         continue;
       }
@@ -335,7 +361,7 @@ struct Partial {
   }
 };
 
-template <bool SEQ, bool BC, bool CC>
+template <int MODE, bool BC, bool CC>
 void backward_unit(const ls_scan *a, int64_t index) {
   const Unit unit(a, index);
   const Partial partial(a);
@@ -365,7 +391,7 @@ void backward_unit(const ls_scan *a, int64_t index) {
   for (int64_t t0 = (a->seq_len - 1) / T * T; t0 >= 0; t0 -= T) {
     const int steps = (int)(a->seq_len - t0 < T ? a->seq_len - t0 : T);
     Flags flags;
-    if (SEQ) {
+    if (MODE == PACKED) {
       int32_t last = -1;
       for (int64_t t = t0 - 1; t >= 0 && last < 0; --t) last = seq_idx[t];
       read_flags(&flags, seq_idx + t0, steps, &last);
@@ -375,17 +401,19 @@ void backward_unit(const ls_scan *a, int64_t index) {
 
     for (int k = 0; k < unit.blocks; ++k) {
       Adjoint &w = work[k];
-      load_tile(&w.tile, a, unit, t0, steps, k, D[k], bias[k]);
+      load_tile<MODE>(&w.tile, a, unit, t0, steps, k, D[k], bias[k]);
       const int lanes = (int)(unit.channels - (int64_t)k * W);
       const int64_t c = unit.first + (int64_t)k * W;
+      const int64_t c_u = unit.first_u + (int64_t)k * W, c_dy = unit.first_dy + (int64_t)k * W;
       for (int t = 0; t < steps; ++t) {
-        w.u[t] = load_n(a->u.data + unit.b * a->u.stride_batch + (t0 + t) * a->u.stride_time + c, lanes);
-        vec dy = load_n(a->dy.data + unit.b * a->dy.stride_batch + (t0 + t) * a->dy.stride_time + c, lanes);
+        const int64_t row = row_of<MODE>(unit.path, t0 + t);
+        w.u[t] = load_n(a->u.data + unit.b * a->u.stride_batch + row * a->u.stride_time + c_u, lanes);
+        vec dy = load_n(a->dy.data + unit.b * a->dy.stride_batch + row * a->dy.stride_time + c_dy, lanes);
         if (a->z.data) {
-          const vec z = load_n(a->z.data + unit.b * a->z.stride_batch + (t0 + t) * a->z.stride_time + c, lanes);
+          const vec z = load_n(a->z.data + unit.b * a->z.stride_batch + row * a->z.stride_time + c, lanes);
           dy = dy * (z * sigmoid(z));
         }
-        if (SEQ && flags.padding[t]) w.tile.dt[t] = w.tile.x[t] = w.u[t] = dy = vec{};
+        if (MODE == PACKED && flags.padding[t]) w.tile.dt[t] = w.tile.x[t] = w.u[t] = dy = vec{};
         w.dy[t] = dy;
         w.gB[t] = w.decay[t] = vec{};
       }
@@ -396,7 +424,9 @@ void backward_unit(const ls_scan *a, int64_t index) {
       ahead[k].add(a, a->ddt, unit, t0, k);
     }
 
-    const float *b_row = B.rows + t0 * B.stride, *c_row = C.rows + t0 * C.stride;
+    const int64_t base = MODE == PATH ? 0 : t0;  // of the rows
+    const int32_t *path = MODE == PATH ? unit.path + t0 : nullptr;
+    const float *b_row = B.rows + base * B.stride, *c_row = C.rows + base * C.stride;
     float *dB_row = partial.dB + ((unit.b * (unit_count(a) / a->batch) + unit.index) * a->seq_len + t0) * N;
     float *dC_row = partial.dC + ((unit.b * (unit_count(a) / a->batch) + unit.index) * a->seq_len + t0) * N;
     int64_t n = 0;
@@ -405,7 +435,7 @@ void backward_unit(const ls_scan *a, int64_t index) {
       memset(scratch.dC, 0, sizeof scratch.dC);
       for (int k = 0; k < unit.blocks; ++k) {
         const int64_t i = k * N + n;
-        run_backward<NB, SEQ, BC, CC>(&work[k], n ? nullptr : &ahead[k], &scratch, &flags, steps, a->z.data != nullptr, A + i, h0 + i, g + i, dA + i, dBc + i, dCc + i,
+        run_backward<NB, MODE, BC, CC>(&work[k], n ? nullptr : &ahead[k], &scratch, &flags, path, steps, a->z.data != nullptr, A + i, h0 + i, g + i, dA + i, dBc + i, dCc + i,
                                       B, C, b_row + n, c_row + n, i);
       }
       if (!BC) reduce<NB>(dB_row + n, N, scratch.dB, steps);
@@ -416,7 +446,7 @@ void backward_unit(const ls_scan *a, int64_t index) {
       memset(scratch.dC, 0, sizeof(vec) * T);
       for (int k = 0; k < unit.blocks; ++k) {
         const int64_t i = k * N + n;
-        run_backward<1, SEQ, BC, CC>(&work[k], nullptr, &scratch, &flags, steps, a->z.data != nullptr, A + i, h0 + i, g + i, dA + i, dBc + i, dCc + i,
+        run_backward<1, MODE, BC, CC>(&work[k], nullptr, &scratch, &flags, path, steps, a->z.data != nullptr, A + i, h0 + i, g + i, dA + i, dBc + i, dCc + i,
                                      B, C, b_row + n, c_row + n, i);
       }
       if (!BC) reduce<1>(dB_row + n, N, scratch.dB, steps);
@@ -428,22 +458,22 @@ void backward_unit(const ls_scan *a, int64_t index) {
       const int lanes = (int)(unit.channels - (int64_t)k * W);
       const int64_t c = unit.first + (int64_t)k * W;
       for (int t = 0; t < steps; ++t) {
-        const int64_t out = (unit.b * a->seq_len + t0 + t) * a->d_inner + c;
+        const int64_t row = row_of<MODE>(unit.path, t0 + t), out = (unit.b * a->seq_len + row) * a->d_inner + c;
         store_n(a->du + out, w.gB[t] * w.tile.dt[t] + D[k] * w.dy[t], lanes);
         dD[k] += w.dy[t] * w.u[t];
         vec ddt = w.gB[t] * w.u[t] + w.decay[t] * splat(LN2);
         if (a->dt_softplus)
-          ddt = ddt * sigmoid(load_n(a->dt.data + unit.b * a->dt.stride_batch + (t0 + t) * a->dt.stride_time + c, lanes) +
+          ddt = ddt * sigmoid(load_n(a->dt.data + unit.b * a->dt.stride_batch + row * a->dt.stride_time + c, lanes) +
                               bias[k]);
-        if (SEQ && flags.padding[t]) ddt = vec{};
+        if (MODE == PACKED && flags.padding[t]) ddt = vec{};
         dbias[k] += ddt;
         store_n(a->ddt + out, ddt, lanes);
         if (a->z.data) {
-          const vec z = load_n(a->z.data + unit.b * a->z.stride_batch + (t0 + t) * a->z.stride_time + c, lanes);
-          const vec dy = load_n(a->dy.data + unit.b * a->dy.stride_batch + (t0 + t) * a->dy.stride_time + c, lanes);
+          const vec z = load_n(a->z.data + unit.b * a->z.stride_batch + row * a->z.stride_time + c, lanes);
+          const vec dy = load_n(a->dy.data + unit.b * a->dy.stride_batch + row * a->dy.stride_time + c, lanes);
           const vec gate = sigmoid(z);
           vec dz = dy * w.tile.y[t] * gate * (splat(1.0f) + z * (splat(1.0f) - gate));
-          if (SEQ && flags.padding[t]) dz = vec{};
+          if (MODE == PACKED && flags.padding[t]) dz = vec{};
           store_n(a->dz + out, dz, lanes);
         }
       }
@@ -485,8 +515,10 @@ struct Reduction {
     const int64_t t0 = i % pieces * piece, group = i / pieces % a->n_groups, b = i / pieces / a->n_groups;
     const int64_t N = a->d_state, end = t0 + piece < a->seq_len ? t0 + piece : a->seq_len;
     const float *first = from + ((b * a->n_groups + group) * units * a->seq_len) * N;
-    for (int64_t t = t0; t < end; ++t)
-      add_up(to + ((b * a->seq_len + t) * a->n_groups + group) * N, first + t * N, units, a->seq_len * N, N);
+    for (int64_t t = t0; t < end; ++t) {
+      const int64_t row = a->path ? a->path[group * a->seq_len + t] : t;
+      add_up(to + ((b * a->seq_len + row) * a->n_groups + group) * N, first + t * N, units, a->seq_len * N, N);
+    }
   }
   void channels(int64_t i) const {
     const int64_t N = a->d_state, c = i * 64, n = c + 64 < a->d_inner ? 64 : a->d_inner - c, E = a->d_inner;
@@ -510,23 +542,23 @@ void reduce_task(int64_t begin, int64_t end, void *context) {
   }
 }
 
-template <bool SEQ, bool BC, bool CC, bool BACKWARD>
+template <int MODE, bool BC, bool CC, bool BACKWARD>
 void task(int64_t begin, int64_t end, void *context) {
   for (int64_t i = begin; i < end; ++i)
     if (BACKWARD)
-      backward_unit<SEQ, BC, CC>((const ls_scan *)context, i);
+      backward_unit<MODE, BC, CC>((const ls_scan *)context, i);
     else
-      forward_unit<SEQ, BC, CC>((const ls_scan *)context, i);
+      forward_unit<MODE, BC, CC>((const ls_scan *)context, i);
 }
 
 template <bool BACKWARD>
 void run(const ls_scan *a) {
-  static const ls_task tasks[8] = {
-      task<false, false, false, BACKWARD>, task<false, false, true, BACKWARD>, task<false, true, false, BACKWARD>,
-      task<false, true, true, BACKWARD>,   task<true, false, false, BACKWARD>, task<true, false, true, BACKWARD>,
-      task<true, true, false, BACKWARD>,   task<true, true, true, BACKWARD>};
+  static const ls_task tasks[9] = {
+      task<PLAIN, false, false, BACKWARD>,  task<PLAIN, false, true, BACKWARD>,  task<PLAIN, true, false, BACKWARD>,
+      task<PLAIN, true, true, BACKWARD>,    task<PACKED, false, false, BACKWARD>, task<PACKED, false, true, BACKWARD>,
+      task<PACKED, true, false, BACKWARD>,  task<PACKED, true, true, BACKWARD>,  task<PATH, false, false, BACKWARD>};
   const int variant = (a->seq_idx != nullptr) * 4 + (a->B.stride_time < 0) * 2 + (a->C.stride_time < 0);
-  ls_run(unit_count(a), tasks[variant], (void *)a);
+  ls_run(unit_count(a), tasks[a->path ? 8 : variant], (void *)a);
 }
 
 }  // namespace

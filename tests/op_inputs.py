@@ -46,6 +46,24 @@ def scan_inputs(
     return inputs
 
 
+def path_inputs(sizes: tuple[int, int, int, int, int], shared: bool, extras: bool) -> dict[str, Any]:
+    """Inputs of path_scan for (batch, n, n_paths, d_inner, d_state), with random paths."""
+    batch, n, n_paths, d_inner, d_state = sizes
+    g = torch.Generator().manual_seed(sum(sizes))
+    u = (batch, n, d_inner) if shared else (batch, n, n_paths, d_inner)
+    matrix = (batch, n, n_paths, d_state)
+    return {
+        "u": tensor(g, *u),
+        "dt": tensor(g, batch, n, n_paths, d_inner),
+        "A": -tensor(g, n_paths, d_inner, d_state).abs() - 0.05,
+        "B": tensor(g, *matrix),
+        "C": tensor(g, *matrix),
+        "D": tensor(g, n_paths, d_inner) if extras else None,
+        "dt_bias": tensor(g, n_paths, d_inner) - 1 if extras else None,
+        "paths": torch.stack([torch.randperm(n, generator=g) for _ in range(n_paths)]),
+    }
+
+
 def conv_inputs(
     sizes: tuple[int, int, int, int], extras: bool, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from longscan.ops.dropout import dropout
 from longscan.ops.legs import LegsMethod, legs_matrices, legs_scan, legs_scan_ref
 from longscan.ops.linear import linear, linear_ref, multiplication, multiply
 from longscan.ops.long_conv import long_conv, long_conv_ref
+from longscan.ops.path_scan import path_scan, path_scan_ref
 from longscan.ops.quant import (
     Kind,
     dequantize,
@@ -68,6 +69,8 @@ __all__ = [
     "native_probe",
     "native_read_probe",
     "pack_int4",
+    "path_scan",
+    "path_scan_ref",
     "quant_linear",
     "quantize",
     "release_memory",

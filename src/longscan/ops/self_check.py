@@ -43,11 +43,15 @@ def run_checks() -> Iterator[tuple[str, Tensor, Tensor]]:
 
     log_ratio = torch.complex(-random(d_inner, 5).abs(), random(d_inner, 5))
     diagonal = (x, log_ratio, waves(d_inner, 5), random(batch, d_inner, 5, 2))
+    paths = torch.stack([torch.arange(seq_len), torch.arange(seq_len - 1, -1, -1)])
+    along = (random(batch, seq_len, 2, d_state) for _ in range(2))
+    two = (random(batch, seq_len, 2, d_inner), torch.stack([A, A]), *along, torch.stack([D, D]))
     points = torch.linspace(0.0, 5.0, 300, dtype=torch.float64)
     legs = (random(batch, 300), random(batch, 11))
 
     for name, op, reference, arguments in (
         ("selective_scan", ops.selective_scan, ops.selective_scan_ref, scan),
+        ("path_scan", ops.path_scan, ops.path_scan_ref, (x, *two, None, paths)),
         ("causal_conv1d", ops.causal_conv1d, ops.causal_conv1d_ref, conv),
         ("diagonal_ssm", ops.diagonal_ssm, ops.diagonal_ssm_ref, diagonal),
         ("vandermonde", ops.vandermonde, ops.vandermonde_ref, (waves(d_inner, 5), log_ratio, 300)),
