@@ -10,7 +10,7 @@ from typing import Any
 from longscan.bench.machine import OthersLoad, installed, machine, versions
 from longscan.bench.measure import Settings
 from longscan.bench.report import Report
-from longscan.bench.suites import generate, ops, shipped, stream, train, translate
+from longscan.bench.suites import generate, ops, shipped, stream, train, translate, vision
 from longscan.core.optional import EXTRAS
 
 __all__ = ["SUITES", "about", "heading", "install_peers", "missing_peers", "run"]
@@ -22,6 +22,7 @@ SUITES = {
     "translate": translate.run,
     "shipped": shipped.run,
     "stream": stream.run,
+    "vision": vision.run,
 }
 PEERS = ("mambapy", "transformers", "llama-cpp-python")
 BUSY = 0.03  # share of the machine that others may take unnoted
