@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
 from longscan.checkpoints.formats import bert, llama, mamba, official, sequence_classifier
-from longscan.checkpoints.formats.base import QUANTIZATION, Format
+from longscan.checkpoints.formats.base import QUANTIZATION, BareFormat, Format
 from longscan.checkpoints.formats.own import own
 from longscan.checkpoints.formats.sequence_classifier import MODEL_TYPE as SEQUENCE
 from longscan.core.config import Config, nearest
@@ -23,8 +23,10 @@ from longscan.models.sequence_classifier import SequenceModel
 from longscan.ops import Kind
 
 __all__ = [
+    "BARE",
     "FORMATS",
     "OFFICIAL",
+    "BareFormat",
     "Format",
     "StoredKind",
     "config_fields",
@@ -49,6 +51,8 @@ FORMATS: dict[str, Format] = {
     SEQUENCE: sequence_classifier.FORMAT,
 }
 OFFICIAL = official.FORMAT
+#: models whose authors publish a file of tensors alone
+BARE: tuple[BareFormat, ...] = ()
 
 
 def find_format(raw: Mapping[str, Any]) -> tuple[str, Format]:

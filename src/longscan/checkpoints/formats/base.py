@@ -22,6 +22,7 @@ __all__ = [
     "IDLE",
     "QUANTIZATION",
     "TIED_HEAD",
+    "BareFormat",
     "Copy",
     "Format",
     "build",
@@ -122,6 +123,32 @@ class Format:
         if repeated and not _same(rest.pop(copy.name), rest[copy.original]):
             raise LongscanError(copy.refusal.format(name=copy.name))
         return rest
+
+
+def _as_is(name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor that has our shape already."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class BareFormat:
+    """How one model stands in a file of tensors alone, without config.json.
+
+    The names come without the prefixes of wrappers, such as `module.`.
+
+    Attributes:
+        name: of the model, in MODELS.
+        matches: whether the tensors, by their names, are of this model.
+        infer: the Config, of the tensors by our names and in our shapes.
+        ours: our name of a tensor, of theirs; None: it says nothing and is left out.
+        arrange: a tensor in our shape, of our name and the tensor.
+    """
+
+    name: str
+    matches: Callable[[Mapping[str, Tensor]], bool]
+    infer: Callable[[Mapping[str, Tensor]], Config]
+    ours: Callable[[str], str | None] = str
+    arrange: Callable[[str, Tensor], Tensor] = _as_is
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
