@@ -94,6 +94,13 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "attention", (*(bound(f, causal=True) for f in both), heads)
     mask = torch.rand(2, 1, 6, 6, generator=g) < 0.6
     yield "attention-mask", (*(bound(f, mask=mask) for f in both), heads)
+    pattern = ops.scan_pattern((3, 2))
+    both = ops.cross_scan, ops.cross_scan_ref
+    yield "cross-scan", (*(bound(f, pattern) for f in both), (real(g, 2, 3, 2, 4),))
+    both = ops.cross_merge, ops.cross_merge_ref
+    yield "cross-merge", (*(bound(f, pattern) for f in both), (real(g, 2, 6, 4, 4),))
+    both = ops.cross_reorder, ops.cross_reorder_ref
+    yield "cross-reorder", (*(bound(f, pattern) for f in both), (real(g, 2, 3, 2, 4, 4),))
 
 
 # torch's own, of what its forward mode and its vmap do inside

@@ -12,6 +12,17 @@ from longscan.ops._native import (
 from longscan.ops.attention import attention, attention_ref, masked_softmax
 from longscan.ops.cauchy import cauchy, cauchy_ref
 from longscan.ops.conv import causal_conv1d, causal_conv1d_ref, causal_conv1d_step
+from longscan.ops.cross_scan import (
+    ScanMode,
+    ScanPattern,
+    cross_merge,
+    cross_merge_ref,
+    cross_reorder,
+    cross_reorder_ref,
+    cross_scan,
+    cross_scan_ref,
+    scan_pattern,
+)
 from longscan.ops.decode import MambaBlock, MambaStack, Matrix, decodes
 from longscan.ops.diagonal import diagonal_ssm, diagonal_ssm_ref, diagonal_ssm_step
 from longscan.ops.dropout import dropout
@@ -38,6 +49,8 @@ __all__ = [
     "MambaStack",
     "Matrix",
     "NativeInfo",
+    "ScanMode",
+    "ScanPattern",
     "attention",
     "attention_ref",
     "backend",
@@ -46,6 +59,12 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_ref",
     "causal_conv1d_step",
+    "cross_merge",
+    "cross_merge_ref",
+    "cross_reorder",
+    "cross_reorder_ref",
+    "cross_scan",
+    "cross_scan_ref",
     "decodes",
     "dequantize",
     "dequantize_ref",
@@ -74,6 +93,7 @@ __all__ = [
     "quant_linear",
     "quantize",
     "release_memory",
+    "scan_pattern",
     "selective_scan",
     "selective_scan_ref",
     "selective_scan_step",
