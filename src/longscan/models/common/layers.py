@@ -28,6 +28,29 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
 
 
+class Recurrent(nn.Module):
+    """A module with a recurrence, which stays float32 at least.
+
+    Attributes:
+        recurrence: names of the parameters that set the time scales: at least float32, no weight decay.
+    """
+
+    recurrence: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the module; under `.bfloat16()` and `.half()` the recurrence stays float32."""
+        wide = [self.get_parameter(name) for name in self.recurrence]
+
+        def careful(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.itemsize < 4 and any(tensor is p or tensor is p.grad for p in wide):
+                return tensor.to(moved.device, torch.float32)
+            return moved
+
+        super()._apply(careful, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
 class Linear(nn.Linear):
     """torch's Linear through `ops.linear`, which picks the fastest multiplication on this processor."""
 

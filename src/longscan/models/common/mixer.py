@@ -1,15 +1,14 @@
 """The mixer, which is the part of a block that moves information along time, and the block around it."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any, Generic, Self, TypeVar, cast
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar, cast
 
-import torch
 from torch import Tensor, nn
 
 from longscan.core.config import Config
 from longscan.errors import LongscanError
-from longscan.models.common.layers import RMSNorm
+from longscan.models.common.layers import Recurrent, RMSNorm
 
 StateT = TypeVar("StateT", bound=tuple[Tensor, ...])
 
@@ -52,15 +51,13 @@ class LanguageModelConfig(Config):
         return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
 
 
-class Mixer(nn.Module, Generic[StateT]):
+class Mixer(Recurrent, Generic[StateT]):
     """The part of a block that moves information along time: what most papers here replace.
 
     Attributes:
-        recurrence: names of the parameters that set the time scales: at least float32, no weight decay.
-        slow: those of them whose learning rate is at most `ssm_lr`, as in the papers.
+        slow: parameters of the recurrence whose learning rate is at most `ssm_lr`, as in the papers.
     """
 
-    recurrence: tuple[str, ...] = ()
     slow: tuple[str, ...] = ()
 
     def plan(self, ids: Tensor, state: StateT | None, seq_idx: Tensor | None) -> Any:
@@ -124,19 +121,6 @@ class Mixer(nn.Module, Generic[StateT]):
         raise LongscanError(
             f"{kind} has no time step to rescale: resample the signal to the rate it was trained on."
         )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or cast the module; under `.bfloat16()` and `.half()` the recurrence stays float32."""
-        wide = [self.get_parameter(name) for name in self.recurrence]
-
-        def careful(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if moved.itemsize < 4 and any(tensor is p or tensor is p.grad for p in wide):
-                return tensor.to(moved.device, torch.float32)
-            return moved
-
-        super()._apply(careful, recurse)  # type: ignore[no-untyped-call]
-        return self
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longscan.core.config import Config
 from longscan.errors import LongscanError
-from longscan.models.common.layers import Linear, blank
+from longscan.models.common.layers import Linear, Recurrent, blank
 from longscan.models.common.model import Model
 
 __all__ = [
@@ -120,8 +120,8 @@ class VisionModel(Model, ABC):
     gradient_checkpointing = False
 
     @property
-    def classifier(self) -> nn.Linear:
-        """The head."""
+    def head_layer(self) -> nn.Linear:
+        """The head, wherever it stands in the model."""
         return cast(nn.Linear, self.get_submodule(self.head_name))
 
     @abstractmethod
@@ -161,7 +161,7 @@ class VisionModel(Model, ABC):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (batch, n_classes) of images; see `forward_features`."""
-        return cast(Tensor, self.classifier(self.pool(self.forward_features(images))))
+        return cast(Tensor, self.head_layer(self.pool(self.forward_features(images))))
 
     def reset_classifier(
         self, n_classes: int, labels: tuple[str, ...] = (), generator: torch.Generator | None = None
@@ -177,9 +177,14 @@ class VisionModel(Model, ABC):
             LongscanError: the numbers do not fit.
         """
         self.config = self.config.replace(n_classes=n_classes, labels=labels)
-        head = blank(Linear, self.d_features, n_classes).to(self.classifier.weight)
+        head = blank(Linear, self.d_features, n_classes).to(self.head_layer.weight)
         init_linear(head, generator)
         self.set_submodule(self.head_name, head)
+
+    def no_decay_parameters(self) -> Iterable[nn.Parameter]:
+        """Return the parameters of the recurrences, which set their time scales."""
+        modules = [module for module in self.modules() if isinstance(module, Recurrent)]
+        return (module.get_parameter(name) for module in modules for name in module.recurrence)
 
     def run(self, block: Callable[..., Any], *inputs: Any) -> Any:
         """Return block(*inputs), recomputed in the backward pass with gradient checkpointing.
