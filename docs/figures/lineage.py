@@ -39,6 +39,7 @@ MODELS = {
     "s4d": ("S4D", "a diagonal A", 4, 3, STATE_SPACE),
     "h3": ("H3", "compares tokens", 6, 2, STATE_SPACE),
     "mamba": ("Mamba", "a state that selects", 7, 1.5, STATE_SPACE),
+    "vmamba": ("VMamba", "scanned four ways", 8, 1.5, STATE_SPACE),
     "hyena": ("Hyena", "a long implicit filter", 7, 3, CONVOLUTION),
     "cnn": ("CNN", "a dilated window", 2, 1.5, CONVOLUTION),
 }
@@ -66,7 +67,7 @@ def arrow(ax: Axes, parent: str, child: str) -> None:
 
 def draw() -> Figure:
     """Return the figure."""
-    figure = Figure(figsize=(13, 4.5), facecolor=PAPER)
+    figure = Figure(figsize=(14.6, 4.5), facecolor=PAPER)
     ax = figure.add_axes((0.005, 0.02, 0.99, 0.96))
     for entry in LINEAGE:
         label, memory, _, _, colour = MODELS[entry.name]
@@ -97,7 +98,7 @@ def draw() -> Figure:
         ax.text(-0.58, y, kind, va="center", size=9.5, color=INK)
     title = "What does a sequence model remember of the past?"
     ax.text(1.3, Y * 1.12, title, size=14, weight="bold", color=INK, va="center")
-    ax.set_xlim(-1.05, 7 * X + 1.05)
+    ax.set_xlim(-1.05, 8 * X + 1.05)
     ax.set_ylim(-3.5 * Y, 1.55 * Y)
     ax.axis("off")
     return figure

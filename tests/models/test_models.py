@@ -19,6 +19,7 @@ VERBS = {
     "translation": {"translate"},
     "masked": {"train", "classify", "fill-mask", "embed"},
     "language": {"train", "generate", "evaluate", "classify", "remember"},
+    "image": {"classify"},
 }
 PUBLISHED = {
     "130m": 129_135_360,

@@ -127,11 +127,12 @@ def _page(details: dict[str, Any]) -> str:
         f"parents  {', '.join(details['parents']) or 'none'}",
         f"verbs    {', '.join(details['verbs'])}",
         f"file     {details['file']}",
-        "preset      parameters  weights  state per text",
     ]
+    width = max(7, *map(len, details["presets"]))
+    lines.append(f"{'preset':{width}}  {'parameters':>13}  weights  state per text")
     for name, sizes in details["presets"].items():
         weights = _bytes(4 * sizes["parameters"])
-        lines.append(f"{name:7}  {sizes['parameters']:>13,}  {weights:>7}  {_state(sizes):>14}")
+        lines.append(f"{name:{width}}  {sizes['parameters']:>13,}  {weights:>7}  {_state(sizes):>14}")
     return "\n".join(lines)
 
 

@@ -30,6 +30,7 @@ from longscan.models.s4 import S4, S4Config
 from longscan.models.s4d import S4D, S4DConfig
 from longscan.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from longscan.models.transformer import Transformer, TransformerConfig
+from longscan.models.vmamba import VMamba, VMambaConfig
 
 __all__ = [
     "CNN",
@@ -82,5 +83,7 @@ __all__ = [
     "Translator",
     "TranslatorConfig",
     "TranslatorOutput",
+    "VMamba",
+    "VMambaConfig",
     "entry_of",
 ]

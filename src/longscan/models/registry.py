@@ -24,6 +24,7 @@ from longscan.models import (
     s4d,
     seq2seq,
     transformer,
+    vmamba,
 )
 from longscan.models.common.entry import ModelEntry
 from longscan.models.common.model import Model
@@ -48,6 +49,7 @@ LINEAGE: tuple[ModelEntry, ...] = (
     hyena.ENTRY,
     llama.ENTRY,
     mamba.ENTRY,
+    vmamba.ENTRY,
 )
 
 MODELS: dict[str, ModelEntry] = {entry.name: entry for entry in LINEAGE}

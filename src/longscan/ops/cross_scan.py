@@ -158,7 +158,7 @@ def cross_scan_ref(x: Tensor, pattern: ScanPattern) -> Tensor:
 def cross_merge_ref(y: Tensor, pattern: ScanPattern) -> Tensor:
     """Return the result of :func:`cross_merge`: the equation as written."""
     at = torch.arange(y.shape[2], device=y.device)
-    return y[:, pattern.inverse.T, at].sum(2).unflatten(1, pattern.shape)
+    return y[:, pattern.inverse.T, at].sum(2).view(len(y), *pattern.shape, y.shape[-1])
 
 
 def cross_reorder_ref(x: Tensor, pattern: ScanPattern) -> Tensor:
@@ -210,7 +210,7 @@ def cross_merge(y: Tensor, pattern: ScanPattern) -> Tensor:
     if composed():
         return cross_merge_ref(y, pattern)
     merged: Tensor = torch.ops.longscan.cross_merge(y, pattern.order, pattern.inverse)
-    return merged.unflatten(1, pattern.shape)
+    return merged.view(len(y), *pattern.shape, y.shape[-1])
 
 
 def cross_reorder(x: Tensor, pattern: ScanPattern) -> Tensor:
