@@ -156,7 +156,8 @@ class VisionModel(Model, ABC):
             images: see `forward_features`.
 
         Returns:
-            (batch, channels, height, width) each, finest first.
+            (batch, channels, height, width) each, finest first; of videos
+            (batch, channels, n_frames, height, width).
         """
 
     def forward(self, images: Tensor) -> Tensor:
