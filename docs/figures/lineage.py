@@ -39,7 +39,8 @@ MODELS = {
     "s4d": ("S4D", "a diagonal A", 4, 3, STATE_SPACE),
     "h3": ("H3", "compares tokens", 6, 2, STATE_SPACE),
     "mamba": ("Mamba", "a state that selects", 7, 1.5, STATE_SPACE),
-    "vmamba": ("VMamba", "scanned four ways", 8, 1.5, STATE_SPACE),
+    "vim": ("Vim", "both ends of an image", 8, 2, STATE_SPACE),
+    "vmamba": ("VMamba", "scanned four ways", 8, 1, STATE_SPACE),
     "hyena": ("Hyena", "a long implicit filter", 7, 3, CONVOLUTION),
     "cnn": ("CNN", "a dilated window", 2, 1.5, CONVOLUTION),
 }
@@ -67,7 +68,7 @@ def arrow(ax: Axes, parent: str, child: str) -> None:
 
 def draw() -> Figure:
     """Return the figure."""
-    figure = Figure(figsize=(14.6, 4.5), facecolor=PAPER)
+    figure = Figure(figsize=(14.7, 4.5), facecolor=PAPER)
     ax = figure.add_axes((0.005, 0.02, 0.99, 0.96))
     for entry in LINEAGE:
         label, memory, _, _, colour = MODELS[entry.name]

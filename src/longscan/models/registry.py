@@ -24,6 +24,7 @@ from longscan.models import (
     s4d,
     seq2seq,
     transformer,
+    vim,
     vmamba,
 )
 from longscan.models.common.entry import ModelEntry
@@ -49,6 +50,7 @@ LINEAGE: tuple[ModelEntry, ...] = (
     hyena.ENTRY,
     llama.ENTRY,
     mamba.ENTRY,
+    vim.ENTRY,
     vmamba.ENTRY,
 )
 
