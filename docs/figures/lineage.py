@@ -40,6 +40,7 @@ MODELS = {
     "h3": ("H3", "compares tokens", 6, 2, STATE_SPACE),
     "mamba": ("Mamba", "a state that selects", 7, 1.5, STATE_SPACE),
     "vim": ("Vim", "both ends of an image", 8, 2, STATE_SPACE),
+    "videomamba": ("VideoMamba", "all frames at once", 9, 2, STATE_SPACE),
     "vmamba": ("VMamba", "scanned four ways", 8, 1, STATE_SPACE),
     "hyena": ("Hyena", "a long implicit filter", 7, 3, CONVOLUTION),
     "cnn": ("CNN", "a dilated window", 2, 1.5, CONVOLUTION),
@@ -68,7 +69,7 @@ def arrow(ax: Axes, parent: str, child: str) -> None:
 
 def draw() -> Figure:
     """Return the figure."""
-    figure = Figure(figsize=(14.7, 4.5), facecolor=PAPER)
+    figure = Figure(figsize=(16.4, 4.5), facecolor=PAPER)
     ax = figure.add_axes((0.005, 0.02, 0.99, 0.96))
     for entry in LINEAGE:
         label, memory, _, _, colour = MODELS[entry.name]
@@ -99,7 +100,7 @@ def draw() -> Figure:
         ax.text(-0.58, y, kind, va="center", size=9.5, color=INK)
     title = "What does a sequence model remember of the past?"
     ax.text(1.3, Y * 1.12, title, size=14, weight="bold", color=INK, va="center")
-    ax.set_xlim(-1.05, 8 * X + 1.05)
+    ax.set_xlim(-1.05, 9 * X + 1.05)
     ax.set_ylim(-3.5 * Y, 1.55 * Y)
     ax.axis("off")
     return figure

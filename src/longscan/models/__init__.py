@@ -30,6 +30,7 @@ from longscan.models.s4 import S4, S4Config
 from longscan.models.s4d import S4D, S4DConfig
 from longscan.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from longscan.models.transformer import Transformer, TransformerConfig
+from longscan.models.videomamba import VideoMamba, VideoMambaConfig
 from longscan.models.vim import Vim, VimConfig
 from longscan.models.vmamba import VMamba, VMambaConfig
 
@@ -84,6 +85,8 @@ __all__ = [
     "Translator",
     "TranslatorConfig",
     "TranslatorOutput",
+    "VideoMamba",
+    "VideoMambaConfig",
     "Vim",
     "VimConfig",
     "VMamba",

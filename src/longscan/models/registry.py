@@ -24,6 +24,7 @@ from longscan.models import (
     s4d,
     seq2seq,
     transformer,
+    videomamba,
     vim,
     vmamba,
 )
@@ -52,6 +53,7 @@ LINEAGE: tuple[ModelEntry, ...] = (
     mamba.ENTRY,
     vim.ENTRY,
     vmamba.ENTRY,
+    videomamba.ENTRY,
 )
 
 MODELS: dict[str, ModelEntry] = {entry.name: entry for entry in LINEAGE}
