@@ -41,6 +41,7 @@ typedef struct {
   // scans along paths, one a group; see src/longscan/ops/path_scan.py. Without seq_idx; B and C vary in time.
   const int32_t *path;  // (n_groups, seq_len) the position of each step, a permutation; null: t itself
   int64_t shared;       // whether u and dy have the d_inner / n_groups channels of one group: bits 1 and 2
+  int64_t dt_stride_group;  // between the channels of two groups of dt
 } ls_scan;
 
 // Causal depthwise convolution; see src/longscan/ops/conv.py.

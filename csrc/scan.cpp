@@ -20,7 +20,7 @@ constexpr float LN2 = 0.693147180559945309f;
 // Where a unit works.
 struct Unit {
   int64_t b, group, first, channels, index;  // batch row, B/C group, first channel, channel count, unit of this row
-  int64_t first_u, first_dy;                 // the first channel in u and in dy
+  int64_t first_u, first_dy, first_dt;       // the first channel in u, in dy and in dt
   const int32_t *path;                       // of the group, or null
   int64_t boundary;                          // first float of this unit inside a row of the boundaries
   int blocks;
@@ -35,6 +35,7 @@ struct Unit {
     channels = per_group - inside < size ? per_group - inside : size;
     first_u = a->shared & 1 ? inside : first;
     first_dy = a->shared & 2 ? inside : first;
+    first_dt = a->path ? group * a->dt_stride_group + inside : first;
     path = a->path ? a->path + group * a->seq_len : nullptr;
     blocks = (int)ls_ceil(channels, W);
     boundary = (group * ls_ceil(per_group, LS_LANE_PAD) * LS_LANE_PAD + inside) * a->d_state;
@@ -127,7 +128,7 @@ template <int MODE>
 LS_INLINE void load_tile(Tile *tile, const ls_scan *a, const Unit &unit, int64_t t0, int steps, int k, vec D, vec bias) {
   const int n = (int)(unit.channels - (int64_t)k * W);
   const float *u = a->u.data + unit.b * a->u.stride_batch + unit.first_u + (int64_t)k * W;
-  const float *dt = a->dt.data + unit.b * a->dt.stride_batch + unit.first + (int64_t)k * W;
+  const float *dt = a->dt.data + unit.b * a->dt.stride_batch + unit.first_dt + (int64_t)k * W;
   for (int t = 0; t < steps; ++t) {
     const int64_t row = row_of<MODE>(unit.path, t0 + t);
     const vec ut = load_n(u + row * a->u.stride_time, n);
@@ -149,7 +150,10 @@ struct Ahead {
   // Block k of the tile at t0, which may lie outside the sequence.
   void add(const ls_scan *a, const ls_rows &m, const Unit &unit, int64_t t0, int k) {
     if (!m.data || t0 < 0 || t0 >= a->seq_len) return;
-    const int64_t first = &m == &a->u ? unit.first_u : &m == &a->dy ? unit.first_dy : unit.first;
+    const int64_t first = &m == &a->u    ? unit.first_u
+                          : &m == &a->dy ? unit.first_dy
+                          : &m == &a->dt ? unit.first_dt
+                                         : unit.first;
     rows[count] = m.data + unit.b * m.stride_batch + (unit.path ? 0 : t0 * m.stride_time) + first + (int64_t)k * W;
     path[count] = unit.path ? unit.path + t0 : nullptr;
     stride[count] = m.stride_time;
@@ -463,7 +467,7 @@ void backward_unit(const ls_scan *a, int64_t index) {
         dD[k] += w.dy[t] * w.u[t];
         vec ddt = w.gB[t] * w.u[t] + w.decay[t] * splat(LN2);
         if (a->dt_softplus)
-          ddt = ddt * sigmoid(load_n(a->dt.data + unit.b * a->dt.stride_batch + row * a->dt.stride_time + c, lanes) +
+          ddt = ddt * sigmoid(load_n(a->dt.data + unit.b * a->dt.stride_batch + row * a->dt.stride_time + unit.first_dt + (int64_t)k * W, lanes) +
                               bias[k]);
         if (MODE == PACKED && flags.padding[t]) ddt = vec{};
         dbias[k] += ddt;

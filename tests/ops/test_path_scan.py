@@ -23,7 +23,7 @@ SIZES = {
 def run(op: Any, inputs: dict[str, Any]) -> list[Tensor]:
     """The output, and the gradients of a loss that weighs all of it."""
     leaves = {
-        name: x.clone().requires_grad_()
+        name: x.detach().requires_grad_()
         for name, x in inputs.items()
         if isinstance(x, Tensor) and x.is_floating_point()
     }
@@ -68,6 +68,18 @@ def test_one_straight_path_is_the_selective_scan(backend: str) -> None:
         True,
     )
     torch.testing.assert_close(ops.path_scan(**inputs), y, rtol=1e-6, atol=1e-6)
+
+
+def test_strides_do_not_matter() -> None:
+    inputs = path_inputs((2, 45, 3, 9, 2), True, True)
+    strided = {
+        "u": inputs["u"].repeat_interleave(2, 2)[..., ::2],
+        "dt": inputs["dt"].permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+        **{name: torch.cat([inputs[name], inputs[name]], 3)[..., 2:] for name in ("B", "C")},
+    }
+    assert not any(x.is_contiguous() for x in strided.values())
+    ours, expected = run(ops.path_scan, {**inputs, **strided}), run(ops.path_scan, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 def test_moving_positions_and_paths_together_changes_nothing(backend: str) -> None:

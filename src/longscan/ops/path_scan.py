@@ -227,21 +227,21 @@ def _refuse(*tensors: Tensor | None) -> None:
 
 
 def _layout(tensors: Any) -> list[Any]:
-    """Return the op's seven tensor inputs in the kernel's layout: the paths' channels side by side."""
+    """Return the op's seven tensor inputs in the kernel's layout: what varies may keep its strides."""
     u, dt, A, B, C, D, dt_bias = tensors
-    rows = [x if x.dim() == 3 else x.flatten(2) for x in (u, dt, B, C)]
-    u, dt, B, C = (_native.rows(x) for x in rows)
+    u = _native.rows(u if u.dim() == 3 else u.flatten(2))
+    dt, B, C = (_native.rows(x) for x in (dt, B, C))
     return [u, dt, A.contiguous(), B, C, _native.dense(D), _native.dense(dt_bias)]
 
 
-def _fields(layout: list[Any], shape: Any, rest: tuple[Tensor | None, ...]) -> list[int]:
+def _fields(layout: list[Any], rest: tuple[Tensor | None, ...]) -> list[int]:
     """Return the C struct `ls_scan` from its first field up to `boundaries`."""
     u, dt, A, B, C, D, dt_bias = layout
-    batch, n, n_paths, d_inner = shape
-    d_state = A.shape[2]
-    sizes = (batch, n, n_paths * d_inner, d_state, n_paths, 1)
+    batch, n, n_paths, d_inner = dt.shape
+    sizes = (batch, n, n_paths * d_inner, A.shape[2], n_paths, 1)
     operands = (t for x in (u, dt, None, B, C) for t in _native.row_fields(x))
-    return [*sizes, *operands, d_state, d_state, *(_native.pointer(t) for t in (A, D, dt_bias, *rest))]
+    pointers = (_native.pointer(t) for t in (A, D, dt_bias, *rest))
+    return [*sizes, *operands, B.stride(2), C.stride(2), *pointers]
 
 
 def _forward(*inputs):  # type: ignore[no-untyped-def]
@@ -252,8 +252,8 @@ def _forward(*inputs):  # type: ignore[no-untyped-def]
     layout, paths = _layout(tensors), paths.contiguous()
     y, final_state = u.new_empty(dt.shape), u.new_empty(len(u), *A.shape)
     rest = (None, None, y, final_state, boundaries if keep else None)
-    fields = _fields(layout, dt.shape, rest)
-    _native.call("ls_scan_forward", [*fields, *[0] * 14, paths.data_ptr(), int(u.dim() == 3)])
+    last = (paths.data_ptr(), int(u.dim() == 3), layout[1].stride(2))
+    _native.call("ls_scan_forward", [*_fields(layout, rest), *[0] * 14, *last])
     return y.sum(2), boundaries
 
 
@@ -267,11 +267,11 @@ def _backward(*inputs):  # type: ignore[no-untyped-def]
         dt.new_empty(0 if t is None else t.shape) for t in (dt, *tensors[1:])
     )
     workspace = u.new_empty(_native.scan_workspace(batch, n, n_paths * d_inner, A.shape[2], n_paths))
-    fields = _fields(layout, dt.shape, (None, None, None, None, boundaries))
+    fields = _fields(layout, (None, None, None, None, boundaries))
     out = (None, du, ddt, dA, dB, dC, dD, None, ddt_bias, None, workspace)
-    shared = int(u.dim() == 3) + 2
+    last = (paths.data_ptr(), int(u.dim() == 3) + 2, layout[1].stride(2))
     pointers = [_native.pointer(t) for t in out]
-    _native.call("ls_scan_backward", [*fields, *_native.row_fields(dy), *pointers, paths.data_ptr(), shared])
+    _native.call("ls_scan_backward", [*fields, *_native.row_fields(dy), *pointers, *last])
     return (du.sum(2) if u.dim() == 3 else du), ddt, dA, dB, dC, dD, ddt_bias
 
 

@@ -342,7 +342,7 @@ def _run_forward(
     u, dt, A, B, C, D, z, dt_bias, initial_state = layout
     y: Tensor = u.new_empty(u.shape)
     rest = (D, dt_bias, initial_state, seq_idx, y, final_state, boundaries)
-    _native.call("ls_scan_forward", _fields(u, dt, A, B, C, z, dt_softplus, rest) + [0] * 16)
+    _native.call("ls_scan_forward", _fields(u, dt, A, B, C, z, dt_softplus, rest) + [0] * 17)
     return y
 
 
@@ -360,7 +360,7 @@ def _backward(*inputs):  # type: ignore[no-untyped-def]
     dinitial = None if initial_state is None else dinitial_state
     out = (dfinal, du, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial, workspace)
     fields = [*_fields(u, dt, A, B, C, z, dt_softplus, rest), *_native.row_fields(dy)]
-    _native.call("ls_scan_backward", fields + [_native.pointer(t) for t in out] + [0, 0])
+    _native.call("ls_scan_backward", fields + [_native.pointer(t) for t in out] + [0, 0, 0])
     return tuple(gradients)
 
 
