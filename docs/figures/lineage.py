@@ -39,7 +39,7 @@ MODELS = {
     "s4d": ("S4D", "a diagonal A", 4, 3, STATE_SPACE),
     "h3": ("H3", "compares tokens", 6, 2, STATE_SPACE),
     "mamba": ("Mamba", "a state that selects", 7, 1.5, STATE_SPACE),
-    "vim": ("Vim", "both ends of an image", 8, 2, STATE_SPACE),
+    "vim": ("Vim", "from both ends", 8, 2, STATE_SPACE),
     "videomamba": ("VideoMamba", "all frames at once", 9, 2, STATE_SPACE),
     "vmamba": ("VMamba", "scanned four ways", 8, 1, STATE_SPACE),
     "hyena": ("Hyena", "a long implicit filter", 7, 3, CONVOLUTION),

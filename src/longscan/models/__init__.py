@@ -85,11 +85,11 @@ __all__ = [
     "Translator",
     "TranslatorConfig",
     "TranslatorOutput",
+    "VMamba",
+    "VMambaConfig",
     "VideoMamba",
     "VideoMambaConfig",
     "Vim",
     "VimConfig",
-    "VMamba",
-    "VMambaConfig",
     "entry_of",
 ]

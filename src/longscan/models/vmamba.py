@@ -194,15 +194,15 @@ class SS2D(Recurrent):
         """Return the sum of the four scans of x (batch, height, width, d_inner), in at least float32."""
         pattern = ops.scan_pattern(x.shape[1:3], self.scan, repeat=self.repeat, device=x.device)
         # a projection of each pixel commutes with the order of the pixels: one product serves all directions
+        x = x.flatten(1, 2)  # (batch, n_positions, d_inner)
         projected = ops.linear(x, self.x_proj_weight.flatten(0, 1))
-        projected = projected.view(*x.shape[:3], N_DIRECTIONS, sum(self.widths))
-        dt, B, C = torch.split(ops.cross_reorder(projected, pattern), self.widths, dim=-1)
-        dt = torch.einsum("blkr,kdr->blkd", dt, self.dt_projs_weight).flatten(2)
-        u = ops.cross_scan(x, pattern).flatten(2)
-        u = u.to(torch.promote_types(u.dtype, torch.float32))  # and so is y: four terms add up
-        bias = self.dt_projs_bias.flatten()
-        y, _ = ops.selective_scan(u, dt, -torch.exp(self.A_logs), B, C, self.Ds, None, bias, True)
-        return ops.cross_merge(y.view(*y.shape[:2], N_DIRECTIONS, x.shape[-1]), pattern)
+        projected = projected.view(*x.shape[:2], N_DIRECTIONS, sum(self.widths))
+        dt, B, C = torch.split(projected, self.widths, dim=-1)
+        dt = torch.einsum("blkr,kdr->blkd", dt, self.dt_projs_weight)
+        A, D = -torch.exp(self.A_logs).view(*dt.shape[2:], -1), self.Ds.view(dt.shape[2:])
+        u = x.to(torch.promote_types(x.dtype, torch.float32))  # and so is y: four terms add up
+        y = ops.path_scan(u, dt, A, B, C, D, self.dt_projs_bias, pattern.order)
+        return y.view(len(y), *pattern.shape, -1)
 
 
 class MLP(nn.Module):

@@ -80,11 +80,12 @@ def path_scan(
     """
     _check(u, dt, A, B, C, D, dt_bias, paths)
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
-    tensors = [None if t is None else t.to(dtype) for t in (u, dt, A, B, C, D, dt_bias)]
+    tensors: Any = [None if t is None else t.to(dtype) for t in (u, dt, A, B, C, D, dt_bias)]
     if not torch.compiler.is_compiling():  # where no values are known
         _check_permutations(paths.long())
     if composed() or not _use_native(*tensors):  # the gathered scan is an op with its own gradients
-        return _gathered(*tensors, paths)[0].to(u.dtype)
+        (gathered,) = _gathered(*[*tensors, paths])
+        return gathered.to(u.dtype)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, _ = torch.ops.longscan.path_scan(*tensors, paths.to(torch.int32), keep)
     out: Tensor = y.to(u.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -38,7 +39,7 @@ def transformers(config: str, fields: dict[str, Any], pixels: int, batch: int) -
         pixels: see `classify`.
         batch: see `classify`.
     """
-    import transformers as library
+    library: Any = importlib.import_module("transformers")
 
     described = getattr(library, config)(**fields, num_labels=1000)
     model = library.AutoModelForImageClassification.from_config(described)
@@ -81,7 +82,7 @@ def loops(scans: list[list[int]]) -> Run:
     Args:
         scans: (layers, batch, positions, paths, channels, state) of each stage; one layer is run.
     """
-    stages = []
+    stages: list[tuple[int, Any]] = []
     for n_layers, batch, n, n_paths, d_inner, d_state in scans:
         along = (torch.randn(batch, n, n_paths, d_state) for _ in range(2))
         inputs = (torch.randn(batch, n, d_inner), torch.randn(batch, n, n_paths, d_inner))

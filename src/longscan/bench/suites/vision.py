@@ -30,6 +30,20 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     SWIN: ("SwinConfig", {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}),
     CONVNEXT: ("ConvNextConfig", {"depths": [3, 3, 9, 3], "hidden_sizes": [96, 192, 384, 768]}),
 }
+QUICK_PEERS: dict[str, tuple[str, dict[str, Any]]] = {
+    VIT: (
+        "ViTConfig",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "patch_size": 4,
+        },
+    ),
+    SWIN: ("SwinConfig", {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}),
+    CONVNEXT: ("ConvNextConfig", {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 32, 64]}),
+}
 LAYERS, LOOP = "{}: its linear layers and convolutions alone", "{}: its scans alone, torch loop"
 
 
@@ -41,11 +55,11 @@ def run(settings: Settings, quick: bool) -> Report:
         quick: tiny models and images, to see that it works.
     """
     report = Report(suite="vision")
-    presets, cases = (QUICK_PRESETS, QUICK_CASES) if quick else (PRESETS, CASES)
+    models = (QUICK_PRESETS, QUICK_PEERS) if quick else (PRESETS, PEERS)
     seconds: dict[str, list[tuple[int, float]]] = {}
-    for pixels, batch in cases:
+    for pixels, batch in QUICK_CASES if quick else CASES:
         case = f"{pixels} × {pixels}, batch {batch}"
-        results = compare(case, _contenders(presets, pixels, batch), settings)
+        results = compare(case, _contenders(*models, pixels, batch), settings)
         report.add(case, results.values(), batch, "images/s", pixels=pixels, batch=batch)
         report.ratios += _ratios(case, results, quick)
         for name, result in results.items():
@@ -66,7 +80,9 @@ def run(settings: Settings, quick: bool) -> Report:
     return report
 
 
-def _contenders(presets: dict[str, tuple[str, str]], pixels: int, batch: int) -> list[Contender]:
+def _contenders(
+    presets: dict[str, tuple[str, str]], peers: dict[str, tuple[str, dict[str, Any]]], pixels: int, batch: int
+) -> list[Contender]:
     """Return the contenders of a case."""
     home, size = "longscan.bench.contenders.vision", {"pixels": pixels, "batch": batch}
     contenders = []
@@ -82,7 +98,7 @@ def _contenders(presets: dict[str, tuple[str, str]], pixels: int, batch: int) ->
                 name=LOOP.format(name), job=f"{home}:loops", arguments=scans, peer=True, patience=5.0
             )
             contenders.append(loop)
-    for name, (config, fields) in PEERS.items():
+    for name, (config, fields) in peers.items():
         sized = fields | ({} if name == CONVNEXT else {"image_size": pixels})
         contenders.append(
             Contender(
