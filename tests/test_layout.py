@@ -29,7 +29,7 @@ ROOMS = (
 COMMON = (
     *("layers", "model", "entry", "losses", "state_file", "growable", "state", "native_decode", "mixer"),
     *("packing", "backbone", "language_model", "state_space", "lti", "dense_lti", "quantization"),
-    *("encoder_decoder", "summary", "patches", "vision", "patch_tokens"),
+    *("encoder_decoder", "summary", "hippo_measures", "vision", "patch_tokens"),
 )
 PARENTS = {
     **{entry.name: entry.parents for entry in LINEAGE},
@@ -46,7 +46,6 @@ LONG: dict[str, str] = {
     "inference/engine": "one class: the slots, and how rows join, decode and leave",
     "models/transformer": "one paper: attention, layer and model are read together",
     "models/bert": "one paper: the encoder, its two heads and the pre-training loss",
-    "models/hippo": "one paper: the measures, the cell and its exact gradient",
     "models/s4": "one paper: the decomposition, the kernel and the recurrence of one system",
     "ops/scan": "one op, in the five paragraphs of every op",
     "training/run": "one class: how a run starts, stops and resumes",

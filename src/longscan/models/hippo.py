@@ -1,29 +1,27 @@
 """HiPPO: Recurrent Memory with Optimal Polynomial Projections.
 
-Albert Gu, Tri Dao, Stefano Ermon, Atri Rudra, Christopher Ré, 2020, arXiv 2008.07669. The Fourier measures
-are of How to Train Your HiPPO, Gu, Johnson, Timalsina, Rudra and Ré, 2022, arXiv 2206.12037.
+Albert Gu, Tri Dao, Stefano Ermon, Atri Rudra, Christopher Ré, 2020, arXiv 2008.07669.
 
 Parent: the gated recurrent network (LSTM, GRU), and the Legendre Memory Unit, here the measure "lmu".
-Kept: a cell that reads token by token, with gates.
-Changed: what is remembered is no feature that has to be learnt but the best approximation of the whole past:
-the coefficients of its projection on N functions under a measure that says what of the past counts. They
-follow the signal by a linear equation, c' = A c + B f, whose A and B are known in closed form.
+Kept: a gated recurrent cell.
+Changed: the memory is not a learned feature but the optimal approximation of the whole past: the coefficients
+of its projection onto N functions, under a measure that weights the past. The measures and the equations of
+their coefficients are in common/hippo_measures.py; compression without a cell is in hippo_memory.py.
 
-Paper and official code differ in the order within a cell; both are here. In the paper h is updated first and
-what is remembered is read from the new h. In the code (MemoryCell of hippo-code) the memory is updated first,
-and gate and update see the new c instead of the old h.
+The paper and the official code differ in the order within a cell; both are here. In the paper h is updated
+first and the remembered signal f is computed from the new h. In the code (MemoryCell of hippo-code) c is
+updated first, and gate and update see the new c instead of the old h.
 
-Deviations from both: all measures but "legs" hold each sample (zero-order hold); "legs" starts from c = 0,
-where the code starts from the first sample. Weights start from uniform numbers, biases from zero. To stand
-in a stack the cell is a residual block with a norm before and a projection behind. What the coefficients of
-a signal are worth by themselves, without a cell, is in hippo_memory.py.
+Deviations from both: all measures but "legs" are discretised by zero-order hold; "legs" starts from c = 0,
+where the code starts from the first sample. Weights are initialised uniformly, biases to zero. Each cell is
+the mixer of a residual block, with a norm before it and a projection after it.
 
 The cell, for a token x (section 3.2 and appendix), order "hidden-first":
 
     g = sigmoid(W_g [x; h; c])      v = tanh(W_v [x; h; c])
-    h = (1 - g) h + g v                                   the gate of a GRU; itself a memory of order N = 1
-    f = W_f h                                             what is remembered, d_memory signals
-    c = A_bar c + B_bar f                                 of each signal, N coefficients
+    h = (1 - g) h + g v                                   the gate of a GRU; itself HiPPO with N = 1
+    f = W_f h                                             the d_memory signals to remember
+    c = A_bar c + B_bar f                                 N coefficients of each signal
 
 and order "memory-first", that of the code:
 
@@ -37,20 +35,16 @@ A_bar, B_bar = discretised; theta = window; h = hidden; g = gate; tau = the upda
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from longscan import ops
 from longscan.core.config import nearest
 from longscan.errors import LongscanError
 from longscan.models.common.entry import LANGUAGE, ModelEntry
+from longscan.models.common.hippo_measures import MEASURES, SPANS, held, transition, transitions
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import linear
 from longscan.models.common.mixer import Block, LanguageModelConfig
@@ -59,148 +53,24 @@ from longscan.models.common.state import over
 from longscan.ops._autocast import exact
 from longscan.ops._derivatives import composed, gradients
 
+__all__ = ["MEASURES", "SPANS", "HippoConfig", "HippoMixer", "HippoRNN", "HippoState", "held", "transition"]
+
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"d_model": 64, "n_layers": 2, "vocab_size": 257, "d_state": 16},
     "tiny-lm": {"d_model": 256, "n_layers": 3, "vocab_size": 4096, "d_hidden": 384, "d_memory": 8},
 }
 
-# --- the matrices -------------------------------------------------------------------------------------------
-
-
-def transition(measure: str, n: int) -> tuple[Tensor, Tensor]:
-    """Return the equation c' = A c + B f by which coefficients of the past follow the signal f.
-
-    For "legs" it is c' = (A c + B f) / t. Windows are of length 1, that of "fourier" of length 2; for another
-    one, divide A and B by its ratio to that.
-
-    Args:
-        measure: a key of MEASURES.
-        n: how many coefficients; even for the Fourier measures.
-
-    Returns:
-        A: (n, n) float64, stable.
-        B: (n,) float64.
-
-    Raises:
-        LongscanError: there is no such measure, or it has no such n.
-    """
-    if measure not in MEASURES:
-        raise LongscanError(f"no measure called {measure!r}{nearest(measure, MEASURES)}")
-    if n < 1:
-        raise LongscanError(f"n: expected at least 1 coefficient, got {n}.")
-    return MEASURES[measure](n)
-
-
-def _degrees(n: int) -> tuple[Tensor, Tensor]:
-    """Return the degrees 0, 1, ... and the norms sqrt(2 degree + 1) of Legendre's polynomials, each (n,)."""
-    degree = torch.arange(n, dtype=torch.float64)
-    return degree, (2 * degree + 1).sqrt()
-
-
-def _legt(n: int) -> tuple[Tensor, Tensor]:
-    """A window, each moment in it counting the same."""
-    degree, norm = _degrees(n)
-    lag = degree[:, None] - degree  # of the row behind the column
-    sign = torch.where(lag < 0, 1 - 2 * (lag % 2), 1.0)
-    return -torch.outer(norm, norm) * sign, norm
-
-
-def _lmu(n: int) -> tuple[Tensor, Tensor]:
-    """The same window in the scaling of the Legendre Memory Unit (Voelker et al. 2019)."""
-    A, B = _legt(n)
-    degree, norm = _degrees(n)
-    scale = norm * (1 - 2 * (degree % 2))
-    return scale[:, None] * A / scale, scale * B
-
-
-def _lagt(n: int) -> tuple[Tensor, Tensor]:
-    """A past that fades: orthonormal functions."""
-    ones = torch.ones(n, n, dtype=torch.float64)
-    return torch.eye(n, dtype=torch.float64) / 2 - ones.tril(), ones[0]
-
-
-def _tlagt(n: int) -> tuple[Tensor, Tensor]:
-    """A past that fades: polynomials under an exponential weight, the form the paper prints."""
-    ones = torch.ones(n, n, dtype=torch.float64)
-    return -ones.tril(), ones[0]
-
-
-def _waves(n: int) -> tuple[Tensor, Tensor]:
-    """Rotations by 0, 1, 2, ... per unit of angle, a pair of coefficients each: R (n, n) and B (n,)."""
-    if n % 2:
-        raise LongscanError(f"n: expected an even number, for pairs of cosine and sine, got {n}.")
-    turns = torch.zeros(n - 1, dtype=torch.float64)
-    turns[::2] = torch.arange(n // 2)
-    B = torch.zeros(n, dtype=torch.float64)
-    B[::2], B[0] = math.sqrt(2), 1  # the constant is its own norm; its sine, entry 1, stays zero
-    return torch.diag(turns, -1) - torch.diag(turns, 1), B
-
-
-def _fourier(n: int) -> tuple[Tensor, Tensor]:
-    """A window of length 2 as a Fourier series."""
-    R, B = _waves(n)
-    return math.pi * R - torch.outer(B, B), B
-
-
-def _foud(n: int) -> tuple[Tensor, Tensor]:
-    """A past that fades, folded into a Fourier series of period 1."""
-    R, B = _waves(n)
-    return 2 * math.pi * R - torch.eye(n, dtype=torch.float64) / 2, B
-
-
-#: what of the past counts, and how much; "legs" is the whole past, each moment counting the same
-MEASURES: dict[str, Callable[[int], tuple[Tensor, Tensor]]] = {
-    "legs": ops.legs_matrices,
-    "legt": _legt,
-    "lmu": _lmu,
-    "lagt": _lagt,
-    "tlagt": _tlagt,
-    "fourier": _fourier,
-    "foud": _foud,
-}
-
-#: how far n functions look back, in the measure's own time: its window, or where a fading past is still told
-SPANS: dict[str, Callable[[int], float]] = {
-    "legs": lambda n: 1.0,
-    "legt": lambda n: 1.0,
-    "lmu": lambda n: 1.0,
-    "lagt": lambda n: 2.0 * n,
-    "tlagt": lambda n: 8.0,
-    "fourier": lambda n: 2.0,
-    "foud": lambda n: 1.0,
-}
-
-
-@functools.lru_cache(maxsize=32)
-def held(measure: str, n: int, dt: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the step of a measure other than "legs": A_bar (n, n) and B_bar (n,), zero-order hold.
-
-    Args:
-        measure: a key of MEASURES.
-        n: how many coefficients.
-        dt: how long a sample lasts, in the measure's own time.
-    """
-    with torch.device("cpu"):
-        A, B = transition(measure, n)
-        both = torch.zeros(n + 1, n + 1, dtype=torch.float64)  # A may be singular: hold f as one more state
-    both[:n, :n], both[:n, n] = A * dt, B * dt
-    step = torch.matrix_exp(both).numpy()
-    return step[:n, :n], step[:n, n]
-
-
-# --- the cell -----------------------------------------------------------------------------------------------
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HippoConfig(LanguageModelConfig):
-    """The sizes of a stack of HiPPO cells.
+    """The configuration of a stack of HiPPO cells.
 
     Raises:
         LongscanError: a value is out of range.
     """
 
     d_hidden: int | None = None  # of h; None is d_model
-    d_memory: int = 1  # signals that are remembered
+    d_memory: int = 1  # number of remembered signals
     d_state: int = 64  # N
     measure: str = "legs"
     window: float = 256.0  # theta, in tokens; "legs" has none
@@ -219,21 +89,21 @@ class HippoConfig(LanguageModelConfig):
                 f"{nearest(self.measure, MEASURES)}"
             )
         if self.measure in ("fourier", "foud") and self.d_state % 2:
-            raise LongscanError(f"d_state: expected an even number for waves, got {self.d_state}.")
+            raise LongscanError(f"d_state: expected an even number for a Fourier series, got {self.d_state}.")
         if not self.window >= 1:
             raise LongscanError(f"window: expected at least 1 token, got {self.window}.")
 
     @property
     def width(self) -> int:
-        """Width of h: d_hidden, or the default it stands for."""
+        """Width of h: d_hidden, or d_model if that is None."""
         return self.d_model if self.d_hidden is None else self.d_hidden
 
 
 class HippoState(NamedTuple):
-    """What one layer remembers.
+    """The state of one layer.
 
     Attributes:
-        h: (batch, d_hidden) the gated feature.
+        h: (batch, d_hidden) the hidden state.
         c: (batch, d_memory, d_state) the coefficients.
         length: (batch,) int64, tokens so far.
     """
@@ -244,21 +114,21 @@ class HippoState(NamedTuple):
 
 
 class HippoMixer(SectionMixer[HippoState]):
-    """The gated cell with a memory of what it chose to remember.
+    """The gated cell and its memory.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: for the initial weights; torch's global one if None.
     """
 
-    memory_bias: nn.Parameter | None  # of f; where f reads x it is in that of in_proj
+    memory_bias: nn.Parameter | None  # of f, if in_proj, which has a bias of its own, doesn't compute it
 
     def __init__(self, config: HippoConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.measure, self.dt = config.measure, SPANS[config.measure](config.d_state) / config.window
         self.d_memory, self.d_state, self.width = config.d_memory, config.d_state, config.width
         self.memory_first = config.order == "memory-first"
-        d_in = 2 * self.width + self.d_memory * self.memory_first  # of what reads x
+        d_in = 2 * self.width + self.d_memory * self.memory_first  # of what depends on x
         d_past = self.d_memory * self.d_state + self.width * (not self.memory_first)  # of [c] or [h; c]
         self.in_proj = linear(config.d_model, d_in, True, generator)
         self.state_weight = nn.Parameter(torch.empty(2 * self.width, d_past))
@@ -276,7 +146,7 @@ class HippoMixer(SectionMixer[HippoState]):
                 self.out_proj.weight /= math.sqrt(config.n_layers)
 
     def _inputs(self, x: Tensor) -> Tensor:
-        """Return what x (..., d_model) and the biases add to f, gate and update, side by side."""
+        """Return the terms of f, gate and update due to x (..., d_model) and the biases, concatenated."""
         inputs = cast(Tensor, self.in_proj(x))
         if self.memory_bias is None:
             return inputs
@@ -288,30 +158,26 @@ class HippoMixer(SectionMixer[HippoState]):
         h, c, start = self.init_state(len(x)) if state is None else state
         starts, row = torch.unique(start, return_inverse=True)
         steps = [self._transition(starts + t, row, c) for t in range(x.shape[1])]
-        run: Any = _cells if composed() else _Cells.apply
-        said, h, c = run(self._inputs(x), h, c, self.state_weight, self.memory_weight, steps, length)
+        run: Any = _run if composed() else _Cells.apply
+        hs, h, c, *_ = run(self._inputs(x), h, c, self.state_weight, self.memory_weight, steps, length)
         read = x.shape[1] if length is None else length
-        return cast(Tensor, self.out_proj(said)), HippoState(h, c, start + read)
+        return cast(Tensor, self.out_proj(hs)), HippoState(h, c, start + read)
 
     def _transition(self, seen: Tensor, row: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return A_bar (rows or 1, n, n) and B_bar (rows or 1, n) if row i saw seen[row[i]] tokens."""
-        if self.measure == "legs":
-            steps = [_legs_step(self.d_state, k) for k in seen.tolist()]
-            A_bar, B_bar = (np.stack(matrices) for matrices in zip(*steps, strict=True))
-        else:
-            A_bar, B_bar = (matrix[None] for matrix in held(self.measure, self.d_state, self.dt))
+        """Return A_bar (rows or 1, n, n) and B_bar (rows or 1, n) of row i after seen[row[i]] tokens."""
+        A_bar, B_bar = transitions(self.measure, self.d_state, self.dt, seen.tolist())
         pair = torch.from_numpy(A_bar).to(like), torch.from_numpy(B_bar).to(like)
         return pair if len(A_bar) == 1 else (pair[0][row], pair[1][row])
 
     def init_state(self, batch_size: int) -> HippoState:
-        """Return zeros; see `Mixer.init_state`. The memory is float32 at least."""
+        """Return zeros; see `Mixer.init_state`. c is float32 at least."""
         zeros, wide = self.state_weight.new_zeros, torch.promote_types(self.state_weight.dtype, torch.float32)
         c = zeros(batch_size, self.d_memory, self.d_state, dtype=wide)
         return HippoState(zeros(batch_size, self.width), c, zeros(batch_size, dtype=torch.int64))
 
     @exact
     def step(self, x: Tensor, state: HippoState, plan: None = None, /) -> Tensor:
-        """Take in one token per row; see `Mixer.step`."""
+        """Process one token per row; see `Mixer.step`."""
         seen, row = torch.unique(state.length, return_inverse=True)
         step = self._transition(seen, row, state.c)
         h, c, _ = _cell(self._inputs(x), state.h, state.c, self.state_weight, self.memory_weight, step)
@@ -321,7 +187,7 @@ class HippoMixer(SectionMixer[HippoState]):
         return cast(Tensor, self.out_proj(h))
 
     def rescale_time(self, factor: float) -> None:
-        """Make every time step longer; "legs" knows no step and needs no change. See `Mixer.rescale_time`."""
+        """Scale the time step; "legs" has none and doesn't change. See `Mixer.rescale_time`."""
         self.dt *= factor
 
 
@@ -331,15 +197,15 @@ Step: TypeAlias = tuple[Tensor, Tensor]  # A_bar (rows or 1, n, n) and B_bar (ro
 def _cell(
     inputs: Tensor, h: Tensor, c: Tensor, weight: Tensor, memory_weight: Tensor, step: Step
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-    """Take in one token of each row: h and c after it, and what the way back needs.
+    """Process one token of each row: h and c after it, and what the backward pass needs.
 
     Args:
-        inputs: (rows, d_memory + 2 d_hidden) what x and the biases add to f, gate and update.
+        inputs: (rows, d_memory + 2 d_hidden) terms of f, gate and update due to x and the biases.
         h: (rows, d_hidden).
         c: (rows, d_memory, d_state).
-        weight: (2 d_hidden, d_past) of gate and update; its width tells the order, see `_reads_h`.
+        weight: (2 d_hidden, d_past) of gate and update; its width depends on the order, see `_reads_h`.
         memory_weight: (d_memory, d_hidden) of f.
-        step: the discrete equation of c.
+        step: A_bar and B_bar.
     """
     (A_bar, B_bar), d_memory = step, c.shape[1]
 
@@ -359,22 +225,8 @@ def _cell(
 
 
 def _reads_h(weight: Tensor, c: Tensor) -> bool:
-    """Whether gate and update read [h; c] from before the token: h is then updated first."""
+    """Whether gate and update are computed from [h; c] before the token, that is, h is updated first."""
     return weight.shape[1] > c[0].numel()
-
-
-def _cells(
-    inputs: Tensor,
-    h: Tensor,
-    c: Tensor,
-    weight: Tensor,
-    memory_weight: Tensor,
-    steps: list[Step],
-    length: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute what `_Cells` does, as torch differentiates it however often."""
-    said, h, c, _ = _run(inputs, h, c, weight, memory_weight, steps, length)
-    return said, h, c
 
 
 def _run(
@@ -386,46 +238,46 @@ def _run(
     steps: list[Step],
     length: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, ...]]]:
-    """Take in a cell's tokens one by one: h after each (rows, seq_len, d_hidden), h, c, what `_cell` kept."""
-    said, kept = [], []
+    """Process tokens one by one: h after each (rows, seq_len, d_hidden), last h and c, what `_cell` saved."""
+    hs, saved = [], []
     for t, step in enumerate(steps):
         new_h, new_c, used = _cell(inputs[:, t], h, c, weight, memory_weight, step)
         if length is not None:
             new_h, new_c = (torch.where(over(t < length, x), x, y) for x, y in ((new_h, h), (new_c, c)))
         h, c = new_h, new_c
-        said.append(h)
-        kept.append(used)
-    return torch.stack(said, 1), h, c, kept
+        hs.append(h)
+        saved.append(used)
+    return torch.stack(hs, 1), h, c, saved
 
 
 class _Cells(torch.autograd.Function):
-    """A cell after the other; a weight's gradient is one product instead of one for each token."""
+    """The recurrence; a weight's gradient is one matrix product instead of one for each token."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
         ctx, inputs, h, c, weight, memory_weight, steps, length
     ):
-        """Read inputs (rows, seq_len, widths): h after each token (rows, seq_len, d_hidden), h and c."""
-        said, new_h, new_c, kept = _run(inputs, h, c, weight, memory_weight, steps, length)
+        """Process inputs (rows, seq_len, widths): h after each token (rows, seq_len, d_hidden), h and c."""
+        hs, new_h, new_c, saved = _run(inputs, h, c, weight, memory_weight, steps, length)
         ctx.steps = steps
-        stacked = (torch.stack(tensors) for tensors in zip(*kept, strict=True))
-        ctx.save_for_backward(inputs, h, c, weight, memory_weight, length, said, *stacked)
-        return said, new_h, new_c
+        stacked = (torch.stack(tensors) for tensors in zip(*saved, strict=True))
+        ctx.save_for_backward(inputs, h, c, weight, memory_weight, length, hs, *stacked)
+        return hs, new_h, new_c
 
     @staticmethod
-    def backward(ctx, dsaid, dh, dc):  # type: ignore[no-untyped-def]
-        """Go back from the last token to the first."""
-        inputs, h, c, weight, memory_weight, length, said, pasts, gates, updates = ctx.saved_tensors
+    def backward(ctx, dhs, dh, dc):  # type: ignore[no-untyped-def]
+        """Backpropagate through time."""
+        inputs, h, c, weight, memory_weight, length, hs, pasts, gates, updates = ctx.saved_tensors
         if torch.is_grad_enabled():
-            run = functools.partial(_cells, steps=ctx.steps, length=length)
-            of = gradients(run, (inputs, h, c, weight, memory_weight), (dsaid, dh, dc))
-            return *(of.get(place) for place in range(5)), None, None
+            args = inputs, h, c, weight, memory_weight, ctx.steps, length
+            of = gradients(lambda *args: _run(*args)[:3], args, (dhs, dh, dc))
+            return *(of.get(index) for index in range(5)), None, None
         hidden_first, width, d_memory = _reads_h(weight, c), h.shape[1], c.shape[1]
-        before = torch.cat([h[:, None], said[:, :-1]], 1)
+        before = torch.cat([h[:, None], hs[:, :-1]], 1)
         products = inputs.new_empty(len(pasts), len(h), inputs.shape[2])  # gradients of f, gate and update
         for t in reversed(range(len(pasts))):
             (A_bar, B_bar), gate, update = ctx.steps[t], gates[t], updates[t]
-            dh = dh + dsaid[:, t]
+            dh = dh + dhs[:, t]
             after = dh, dc
             if hidden_first:
                 df = (dc * B_bar[:, None]).sum(-1).to(dh)
@@ -446,40 +298,19 @@ class _Cells(torch.autograd.Function):
                     for x, y in ((product, 0), (dh, after[0]), (dc, after[1]))
                 )
             products[t] = product
-        sources = said if hidden_first else before
+        sources = hs if hidden_first else before
         df, dgates = products[..., :d_memory], products[..., d_memory:]
         dweight = dgates.flatten(0, 1).mT @ pasts.flatten(0, 1)
         dmemory_weight = df.flatten(0, 1).mT @ sources.transpose(0, 1).flatten(0, 1)
         return products.transpose(0, 1), dh, dc, dweight, dmemory_weight, None, None
 
 
-_STEPS = 64  # of "legs" are made at a time
-
-
-def _legs_step(n: int, seen: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return A_bar (n, n) and B_bar (n,) of the sample after `seen` ones."""
-    A_bar, B_bar = _legs_steps(n, seen // _STEPS)
-    return A_bar[seen % _STEPS], B_bar[seen % _STEPS]
-
-
-@functools.lru_cache(maxsize=64)
-def _legs_steps(n: int, block: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the steps of a block of samples, by the bilinear rule."""
-    with torch.device("cpu"):
-        A, B = (matrix.numpy() for matrix in ops.legs_matrices(n))
-    k = np.arange(block * _STEPS + 1, (block + 1) * _STEPS + 1)[:, None, None]
-    both = np.linalg.solve(
-        np.eye(n) - A / (2 * k), np.concatenate([np.eye(n) + A / (2 * k), B[:, None] / k], 2)
-    )
-    return both[..., :n], both[..., n]
-
-
 class HippoRNN(LanguageModel):
     """A language model of HiPPO cells.
 
     Args:
-        config: the sizes.
-        generator: randomness of the start; torch's global one if None.
+        config: the configuration.
+        generator: for the initial weights; torch's global one if None.
     """
 
     config: HippoConfig
