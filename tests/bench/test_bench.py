@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 import longscan
-from longscan.bench import measure, report, runner, worker
+from longscan.bench import figure, report, runner, worker
 from longscan.bench.contenders import ceilings, llama, peers, workloads
 from longscan.bench.contenders import longscan as ours
 from longscan.bench.measure import Contender, Measurement, Settings, compare, faster
-from longscan.bench.suites import generate, ops, shipped, stream, train
+from longscan.bench.suites import generate, ops, stream, train
 from longscan.models import Mamba, MambaConfig
 
-SUITES = ("ops", "train", "generate", "shipped", "stream")
 JOBS = """
 import os
 
@@ -171,51 +170,44 @@ def run_here(
     return found
 
 
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every suite runs in this process, and what processes it starts find longscan."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(longscan.__file__).parent.parent))
-    monkeypatch.setattr(ceilings, "READ_PROBE", 2**20)
-    monkeypatch.setattr(shipped, "QUICK_FAR", 200)
-    for suite in SUITES:
-        monkeypatch.setattr(importlib.import_module(f"longscan.bench.suites.{suite}"), "compare", run_here)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sizes this small only wait for a second
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module")
+def reports() -> Iterator[list[report.Report]]:
+    """The quick report of every suite, measured in this process, where no peer is installed."""
+    settings = Settings(compare=run_here, installed=lambda _: False)
+    with pytest.MonkeyPatch.context() as patch:
+        # for the processes that a suite starts to time them
+        patch.setenv("PYTHONPATH", str(Path(longscan.__file__).parent.parent))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # sizes this small only wait for a second
+        yield [runner.run(suite, settings, quick=True) for suite in runner.SUITES]
+        torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def bare(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No peer is installed."""
-    for module in (measure, runner, generate):
-        monkeypatch.setattr(module, "installed", lambda _: False)
-
-
-def outputs(monkeypatch: pytest.MonkeyPatch, job: str, arguments: dict[str, Any]) -> Tensor:
-    """What the op of a contender computes, instead of how long it takes."""
-    monkeypatch.setattr(workloads, "differentiable", lambda op, inputs, backward: lambda: op(*inputs))
-    return prepare(f"longscan.bench.contenders.{job}", arguments)()
+def output(job: str, arguments: dict[str, Any]) -> Tensor:
+    """What the op of a contender computes, after a run with its gradients."""
+    run: workloads.OpRun = prepare(f"longscan.bench.contenders.{job}", arguments | {"backward": True})
+    run()
+    return run.op(*run.inputs).detach()
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-def test_loops_compute_the_scan(monkeypatch: pytest.MonkeyPatch, at_once: bool) -> None:
-    sizes: dict[str, Any] = {"sizes": [2, 19, 5, 3], "backward": False}
-    ours = outputs(monkeypatch, "longscan:scan", sizes)
-    torch.testing.assert_close(outputs(monkeypatch, "peers:scan_loop", sizes | {"at_once": at_once}), ours)
+def test_loops_compute_the_scan(at_once: bool) -> None:
+    sizes: dict[str, Any] = {"sizes": [2, 19, 5, 3]}
+    ours = output("longscan:scan", sizes)
+    torch.testing.assert_close(output("peers:scan_loop", sizes | {"at_once": at_once}), ours)
 
 
-def test_mambapy_computes_the_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mambapy_computes_the_scan() -> None:
     pytest.importorskip("mambapy")
-    sizes: dict[str, Any] = {"sizes": [2, 16, 5, 3], "backward": False}
-    ours = outputs(monkeypatch, "longscan:scan", sizes)
-    torch.testing.assert_close(outputs(monkeypatch, "peers:scan_mambapy", sizes), ours, rtol=1e-4, atol=1e-4)
+    sizes: dict[str, Any] = {"sizes": [2, 16, 5, 3]}
+    ours = output("longscan:scan", sizes)
+    torch.testing.assert_close(output("peers:scan_mambapy", sizes), ours, rtol=1e-4, atol=1e-4)
 
 
-def test_torch_computes_the_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: dict[str, Any] = {"sizes": [2, 19, 5], "d_conv": 4, "backward": False}
-    ours = outputs(monkeypatch, "longscan:conv", sizes)
-    torch.testing.assert_close(outputs(monkeypatch, "peers:conv_torch", sizes), ours)
+def test_torch_computes_the_convolution() -> None:
+    sizes: dict[str, Any] = {"sizes": [2, 19, 5], "d_conv": 4}
+    ours = output("longscan:conv", sizes)
+    torch.testing.assert_close(output("peers:conv_torch", sizes), ours)
 
 
 def test_training_learns() -> None:
@@ -350,9 +342,12 @@ def test_extrapolation_adds_up() -> None:
 # --- the command --------------------------------------------------------------------------------------------
 
 
-def test_ops_for_real_as_json(cli: Any) -> None:
-    done = cli("bench", "ops", "--quick", "--json", "--no-peers", "--repeats", 1, "--threads", 1)
+def test_ops_for_real_as_json(cli: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    flags = ("--json", "--no-peers", "--repeats", 1, "--threads", 1, "--figure", tmp_path / "ops.png")
+    done = cli("bench", "ops", "--quick", *flags)
     assert done.code == 0, done.err
+    assert (tmp_path / "ops.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads(done.out)
     assert found["machine"]["threads"] == 1
     assert {"torch", "longscan", "python"} <= set(found["versions"])
@@ -384,22 +379,25 @@ def test_ops_for_real_as_json(cli: Any) -> None:
         ("cauchy", "cauchy_torch", [1, 51, 8, 4]),
     ],
 )
-def test_peers_compute_the_same(
-    job: str, theirs: str, sizes: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def output(op: Any, inputs: Any, backward: bool, shape: Any = None) -> torch.Tensor:
-        y: torch.Tensor = op(*inputs)
-        assert tuple(y.shape) == tuple(inputs[0].shape if shape is None else shape)
-        return y
-
-    monkeypatch.setattr(workloads, "differentiable", output)
-    expected, y = (getattr(module, name)(sizes, False) for module, name in ((ours, job), (peers, theirs)))
+def test_peers_compute_the_same(job: str, theirs: str, sizes: list[int]) -> None:
+    expected, y = (output(name, {"sizes": sizes}) for name in (f"longscan:{job}", f"peers:{theirs}"))
     assert (y - expected).abs().max() < 2e-6 * expected.abs().max()
 
 
-def test_everything_prints_without_peers(cli: Any, here: None, bare: None) -> None:
-    done = cli("bench", "--quick", "--threads", 1)
-    assert done.code == 0, done.err
+def test_without_the_backward_pass_no_gradient_is_computed() -> None:
+    x = torch.ones(3, requires_grad=True)
+    outputs: list[Tensor] = []
+
+    def double(x: Tensor) -> Tensor:
+        outputs.append(2 * x)
+        return outputs[-1]
+
+    workloads.differentiable(double, (x,), backward=False)()
+    assert [y.requires_grad for y in outputs] == [False]
+
+
+def test_everything_prints_without_peers(reports: list[report.Report]) -> None:
+    text = "\n".join(found.text() for found in reports)
     for title in (
         "selective_scan forward",
         "causal_conv1d",
@@ -408,25 +406,39 @@ def test_everything_prints_without_peers(cli: Any, here: None, bare: None) -> No
         "decode, by batch size",
         "seconds from the start of the process",
         "decoding after a prompt",
+        "training a translator",
         "evaluate: 20,000 tokens",
     ):
-        assert title in done.out
-    assert "longscan" in done.out
-    assert (
-        "not installed: mambapy, transformers, llama-cpp-python; to compare with them: "
-        "pip install 'longscan[peers,llama]'" in done.out
-    )
-    assert "\x1b" not in done.out
+        assert title in text
+    assert "longscan" in text
+    assert "\x1b" not in text
 
 
-def test_figure(cli: Any, here: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(ours, "first_output", lambda argv: lambda: {"seconds": 1.0})
-    path = tmp_path / "bench.png"
-    done = cli("bench", *SUITES, "--quick", "--no-peers", "--figure", path, "--json")
+def test_a_suite_for_real_as_text(cli: Any) -> None:
+    done = cli("bench", "stream", "--quick", "--repeats", 1, "--threads", 1)
     assert done.code == 0, done.err
+    assert "medians (lowest–highest)" in done.out
+    assert "evaluate: 20,000 tokens" in done.out
+    absent = runner.missing_peers(Settings())
+    assert ("not installed" in done.out) == bool(absent)
+    assert not absent or runner.install_peers(absent) in done.out
+
+
+def test_peers_that_are_not_installed() -> None:
+    absent = runner.missing_peers(Settings(installed=lambda package: package == "transformers"))
+    assert absent == ["mambapy", "llama-cpp-python"]
+    assert runner.missing_peers(Settings(installed=lambda _: False, peers=False)) == []
+    assert runner.install_peers(runner.missing_peers(Settings(installed=lambda _: False))) == (
+        "not installed: mambapy, transformers, llama-cpp-python; to compare with them: "
+        "pip install 'longscan[peers,llama]'"
+    )
+
+
+def test_figure(reports: list[report.Report], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "bench.png"
+    figure.draw(reports, runner.heading(runner.about(Settings(), quick=True)), path)
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert [suite["suite"] for suite in json.loads(done.out)["suites"]] == list(SUITES)
 
 
 @pytest.mark.parametrize(
@@ -454,13 +466,12 @@ def measurement(name: str, *seconds: float, **more: Any) -> Measurement:
     return Measurement(name=name, seconds=seconds, peak_bytes=10**9, **more)
 
 
-def test_goals_stand_beside_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_goals_stand_beside_ratios() -> None:
     def fake(title: str, contenders: Sequence[Contender], settings: Settings) -> dict[str, Measurement]:
         slow = {train.MAMBAPY: 20.0, train.HF_MAMBAPY: 25.0, train.HF: 200.0}
         return {c.name: measurement(c.name, slow.get(c.name, 1.0)) for c in contenders}
 
-    monkeypatch.setattr(train, "compare", fake)
-    found = train.run(Settings(), quick=False)
+    found = train.run(Settings(compare=fake), quick=False)
     ratios = {ratio.what: ratio for ratio in found.ratios}
     assert ratios["512: faster than mambapy"].measured == 20.0
     assert ratios["512: faster than the faster path of transformers"].measured == 25.0
@@ -473,7 +484,7 @@ def test_goals_stand_beside_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [row for row in found.rows if row["contender"] == train.HF and row["seq_len"] > 512]
 
 
-def test_generation_beside_its_goals(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_generation_beside_its_goals() -> None:
     slow = {"llama.cpp f32": 3.0, "llama.cpp q4_0": 2.0, "llama.cpp q4_K": 1.8, generate.HF: 10.0}
     slow |= {"longscan int4": 0.5, "longscan int8 × 8": 2.0, generate.UPDATES: 0.2}
     products = {"float32": 0.5, "bf16": 0.4, "int8": 0.3, "int4": 0.3}
@@ -487,12 +498,11 @@ def test_generation_beside_its_goals(monkeypatch: pytest.MonkeyPatch, tmp_path: 
             details["excerpt"] = [1.0, 3.0]
         return {c.name: measurement(c.name, slow.get(c.name, 1.0), details=dict(details)) for c in contenders}
 
-    monkeypatch.setattr(generate, "compare", fake)
-    monkeypatch.setattr(generate, "installed", lambda _: True)
-    monkeypatch.setattr(
-        llama, "export", lambda model, folder: {name: folder / name for name in llama.FORMATS}
-    )
-    found = generate.run(Settings(), quick=False)
+    def export(model: dict[str, Any], folder: Path) -> dict[str, Path]:
+        return {name: folder / name for name in llama.FORMATS}
+
+    settings = Settings(compare=fake, installed=lambda _: True)
+    found = generate.run(settings, quick=False, export=export)
     ratios = {ratio.what: ratio for ratio in found.ratios}
 
     def shown(what: str) -> tuple[float, str]:
@@ -513,7 +523,7 @@ def test_generation_beside_its_goals(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     checked = [row for row in found.rows if row["case"] == "decode 1" and "Llama" not in row["contender"]]
     assert {row["logits_error"] for row in checked} == {0.0}
     assert "excerpt" not in json.dumps(found.as_dict(), allow_nan=False)
-    larger = generate.run(Settings(), quick=False, shape="370m")
+    larger = generate.run(settings, quick=False, shape="370m", export=export)
     assert {r.what: r.goal for r in larger.ratios}["decode 1: int8 over llama.cpp q8_0"] == "≥ 1.26 ×"
 
 

@@ -53,6 +53,8 @@ class Settings:
         threads: for every contender.
         peers: whether peers run.
         notify: receives a line before each contender's first run.
+        installed: whether a package can be used here.
+        compare: what measures contenders; see the function of this name.
     """
 
     repeats: int = 5
@@ -60,6 +62,8 @@ class Settings:
     threads: int = 1
     peers: bool = True
     notify: Callable[[str], None] = lambda line: None
+    installed: Callable[[str], bool] = installed
+    compare: Callable[..., dict[str, Measurement]] = field(default_factory=lambda: compare)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +128,9 @@ def compare(
         Contender's name -> measurement, in the order given; without peers that are excluded or not installed.
     """
     runners = [
-        _Runner(c) for c in contenders if (settings.peers or not c.peer) and all(map(installed, c.packages))
+        _Runner(c)
+        for c in contenders
+        if (settings.peers or not c.peer) and all(map(settings.installed, c.packages))
     ]
     try:
         for runner in runners:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from longscan.bench.machine import OthersLoad, installed, machine, versions
+from longscan.bench.machine import OthersLoad, machine, versions
 from longscan.bench.measure import Settings
 from longscan.bench.report import Report
 from longscan.bench.suites import generate, ops, shipped, stream, train, translate, vision
@@ -86,9 +86,13 @@ def heading(about: dict[str, Any]) -> str:
     return "\n".join([" · ".join(parts), " · ".join(packages), how])
 
 
-def missing_peers() -> list[str]:
-    """Return the peers that are not installed."""
-    return [package for package in PEERS if not installed(package)]
+def missing_peers(settings: Settings) -> list[str]:
+    """Return the peers that are not installed; none if peers are excluded.
+
+    Args:
+        settings: of the benchmark.
+    """
+    return [package for package in PEERS if settings.peers and not settings.installed(package)]
 
 
 def install_peers(packages: Sequence[str]) -> str:

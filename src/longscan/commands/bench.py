@@ -159,7 +159,7 @@ def _compare(
             reports.append(runner.run(suite, settings, quick, shape))
             if not as_json:
                 typer.echo("\n" + reports[-1].text())
-    absent = runner.missing_peers() if settings.peers else []
+    absent = runner.missing_peers(settings)
     if as_json:
         _print_json(about | {"missing_peers": absent}, reports)
     elif absent:

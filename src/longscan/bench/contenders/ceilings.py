@@ -25,7 +25,6 @@ TYPES: dict[str, tuple[torch.dtype, ...]] = {
     "int8": (torch.float32, torch.bfloat16, torch.int8),
     "int4": (torch.float32, torch.bfloat16, torch.int8),
 }
-READ_PROBE = 2**29  # bytes: far more than any cache
 
 
 def exp_fma(n_states: int) -> Run:
@@ -99,18 +98,19 @@ def _as(x: Tensor, kind: torch.dtype) -> Tensor:
     return (x * 32).round().clamp(-127, 127).to(kind) if kind == torch.int8 else x.to(kind)
 
 
-def read_memory(n_bytes: float) -> Run:
+def read_memory(n_bytes: float, probe: int) -> Run:
     """Prepare reading uncached memory with all threads, at full bandwidth.
 
     Args:
         n_bytes: the work has to read.
+        probe: bytes that are read to measure the bandwidth.
 
     Returns:
         What to measure.
     """
 
     def run() -> dict[str, Any]:
-        rate = ops.native_read_probe(READ_PROBE)
+        rate = ops.native_read_probe(probe)
         if rate is None:
             raise RuntimeError(f"no native library: {ops.native_info().reason}")
         return {"seconds": n_bytes / rate}

@@ -40,14 +40,14 @@ __all__ = [
 CHUNK = 1024  # tokens of a very long prompt processed at a time
 
 
-def scan(sizes: list[int], backward: bool) -> Run:
+def scan(sizes: list[int], backward: bool) -> workloads.OpRun:
     """Prepare the selective scan; sizes are (batch, seq_len, d_inner, d_state)."""
     return workloads.differentiable(
         lambda *x: ops.selective_scan(*x)[0], workloads.scan_inputs(*sizes), backward
     )
 
 
-def conv(sizes: list[int], d_conv: int, backward: bool) -> Run:
+def conv(sizes: list[int], d_conv: int, backward: bool) -> workloads.OpRun:
     """Prepare the causal convolution with SiLU; sizes are (batch, seq_len, d_inner)."""
 
     def op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def conv(sizes: list[int], d_conv: int, backward: bool) -> Run:
     return workloads.differentiable(op, workloads.conv_inputs(sizes, d_conv), backward)
 
 
-def diagonal(sizes: list[int], backward: bool) -> Run:
+def diagonal(sizes: list[int], backward: bool) -> workloads.OpRun:
     """Prepare the recurrence of S4D; sizes are (batch, seq_len, channels, n)."""
     *shape, n = sizes
     C, z = workloads.poles(shape[-1], n)
@@ -64,7 +64,7 @@ def diagonal(sizes: list[int], backward: bool) -> Run:
     return workloads.differentiable(lambda *x: ops.diagonal_ssm(*x)[0], inputs, backward)
 
 
-def vandermonde(sizes: list[int], backward: bool) -> Run:
+def vandermonde(sizes: list[int], backward: bool) -> workloads.OpRun:
     """Prepare the kernel of S4D; sizes are (1, length, channels, n)."""
     _, length, channels, n = sizes
     inputs = workloads.poles(channels, n)
@@ -73,7 +73,7 @@ def vandermonde(sizes: list[int], backward: bool) -> Run:
     )
 
 
-def cauchy(sizes: list[int], backward: bool) -> Run:
+def cauchy(sizes: list[int], backward: bool) -> workloads.OpRun:
     """Prepare one of the sums in S4's kernel at half of the roots of unity; sizes are as in `vandermonde`."""
     _, length, channels, n = sizes
     v, lam = workloads.poles(channels, n)

@@ -37,7 +37,7 @@ __all__ = [
 # --- ops ----------------------------------------------------------------------------------------------------
 
 
-def scan_loop(sizes: list[int], backward: bool, at_once: bool) -> Run:
+def scan_loop(sizes: list[int], backward: bool, at_once: bool) -> workloads.OpRun:
     """Prepare the scan as a loop over time, exp(dt A) of all steps at once or step by step.
 
     Time is split with unbind: indexing would make its backward pass quadratic in seq_len.
@@ -65,7 +65,7 @@ def scan_loop(sizes: list[int], backward: bool, at_once: bool) -> Run:
     return workloads.differentiable(op, workloads.scan_inputs(*sizes), backward)
 
 
-def scan_mambapy(sizes: list[int], backward: bool) -> Run:
+def scan_mambapy(sizes: list[int], backward: bool) -> workloads.OpRun:
     """Prepare the scan around mambapy's pscan, with the discretisation of mambapy."""
     from mambapy.pscan import pscan
 
@@ -78,7 +78,7 @@ def scan_mambapy(sizes: list[int], backward: bool) -> Run:
     return workloads.differentiable(op, workloads.scan_inputs(*sizes), backward)
 
 
-def conv_torch(sizes: list[int], d_conv: int, backward: bool) -> Run:
+def conv_torch(sizes: list[int], d_conv: int, backward: bool) -> workloads.OpRun:
     """Prepare the causal convolution with torch's conv1d and silu."""
 
     def op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def conv_torch(sizes: list[int], d_conv: int, backward: bool) -> Run:
     return workloads.differentiable(op, workloads.conv_inputs(sizes, d_conv), backward)
 
 
-def diagonal_loop(sizes: list[int], backward: bool) -> Run:
+def diagonal_loop(sizes: list[int], backward: bool) -> workloads.OpRun:
     """Prepare the recurrence of S4D as a loop over time."""
 
     def op(u: Tensor, z: Tensor, C: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def diagonal_loop(sizes: list[int], backward: bool) -> Run:
     return workloads.differentiable(op, (workloads.signal(sizes[:3]), z, C), backward)
 
 
-def diagonal_fft(sizes: list[int], backward: bool) -> Run:
+def diagonal_fft(sizes: list[int], backward: bool) -> workloads.OpRun:
     """Prepare the same as a convolution: the kernel from its matrix, then Fourier transforms."""
 
     def op(u: Tensor, z: Tensor, C: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def diagonal_fft(sizes: list[int], backward: bool) -> Run:
     return workloads.differentiable(op, (workloads.signal(sizes[:3]), z, C), backward)
 
 
-def vandermonde_torch(sizes: list[int], backward: bool) -> Run:
+def vandermonde_torch(sizes: list[int], backward: bool) -> workloads.OpRun:
     """Prepare the kernel of S4D as a product with its whole matrix."""
     _, length, channels, n = sizes
     inputs = workloads.poles(channels, n)
@@ -131,7 +131,7 @@ def _vandermonde(C: Tensor, z: Tensor, length: int) -> Tensor:
     return 2 * torch.einsum("cn,cnl->cl", C, (z[..., None] * torch.arange(length)).exp()).real
 
 
-def cauchy_torch(sizes: list[int], backward: bool) -> Run:
+def cauchy_torch(sizes: list[int], backward: bool) -> workloads.OpRun:
     """Prepare a sum over poles and their conjugates with the whole matrices in memory, in complex64."""
     _, length, channels, n = sizes
     t = 2j * torch.tan(torch.pi * torch.arange((length + 1) // 2) / length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from longscan.bench.worker import Run
 
 __all__ = [
+    "OpRun",
     "conv_inputs",
     "decoding",
     "differentiable",
@@ -83,12 +85,35 @@ def signal(sizes: Sequence[int]) -> Tensor:
     return torch.randn(tuple(sizes), generator=torch.Generator().manual_seed(1))
 
 
+@dataclass(frozen=True)
+class OpRun:
+    """An op and its inputs; a call runs it.
+
+    Attributes:
+        op: from the inputs to one output.
+        inputs: its arguments.
+        dy: the gradient of the output; None without the backward pass.
+    """
+
+    op: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+    dy: Tensor | None
+
+    def __call__(self) -> None:
+        """Run forward, and backward if there is a gradient."""
+        if self.dy is not None:
+            torch.autograd.grad(self.op(*self.inputs), self.inputs, self.dy)
+            return
+        with torch.no_grad():
+            self.op(*self.inputs)
+
+
 def differentiable(
     op: Callable[..., Tensor],
     inputs: tuple[Tensor, ...],
     backward: bool,
     shape: Sequence[int] | None = None,
-) -> Run:
+) -> OpRun:
     """Prepare an op, with or without the gradients of all its inputs.
 
     Args:
@@ -101,22 +126,10 @@ def differentiable(
         What to measure.
     """
     if not backward:
-
-        def forward() -> None:
-            with torch.no_grad():
-                op(*inputs)
-
-        return forward
-
-    leaves = [tensor.requires_grad_() for tensor in inputs]
-    dy = torch.randn(
-        inputs[0].shape if shape is None else tuple(shape), generator=torch.Generator().manual_seed(1)
-    )
-
-    def both() -> None:
-        torch.autograd.grad(op(*leaves), leaves, dy)
-
-    return both
+        return OpRun(op, inputs, None)
+    sizes = inputs[0].shape if shape is None else tuple(shape)
+    dy = torch.randn(sizes, generator=torch.Generator().manual_seed(1))
+    return OpRun(op, tuple(tensor.requires_grad_() for tensor in inputs), dy)
 
 
 def random_ids(batch: int, seq_len: int, vocab_size: int) -> Tensor:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from longscan.bench.contenders import llama
-from longscan.bench.machine import installed
-from longscan.bench.measure import Measurement, Settings, compare, faster
+from longscan.bench.measure import Measurement, Settings, faster
 from longscan.bench.report import Ratio, Report, rate, rate_table, table
 from longscan.bench.suites.generate_contenders import (
     HF,
@@ -39,6 +38,8 @@ from longscan.bench.suites.train import describe, matrix_parameters
 
 __all__ = ["SHAPES", "distance", "run"]
 
+Export: TypeAlias = Callable[[dict[str, Any], Path], Mapping[str, Path]]
+
 # our precision -> formats of llama.cpp, of which the fastest counts, and the goal over them (0: none)
 PREFILL: dict[str, tuple[tuple[str, ...], float]] = {
     "float32": (("f32",), 2.2),
@@ -56,17 +57,18 @@ SHARES = {"float32": 90, "bf16": 90, "int8": 70, "int4": 70}  # percent of the m
 GROWTH = {8: 4, 32: 8}  # batch size -> throughput over that of one sequence, in int8
 
 
-def run(settings: Settings, quick: bool, shape: str = "130m") -> Report:
+def run(settings: Settings, quick: bool, shape: str = "130m", export: Export = llama.export) -> Report:
     """Return a report of prefill and decode.
 
     Args:
         settings: of the benchmark.
         quick: a small model and a short prompt, to see that it works.
         shape: of SHAPES.
+        export: writes a model's files for llama.cpp into a folder and returns format -> file.
     """
     report = Report(suite="generate")
     sizes = QUICK if quick else SHAPES[shape]
-    with _files(sizes, settings) as files:
+    with _files(sizes, settings, export) as files:
         for seq_len in sizes.prompts:
             _prefill(report, sizes, seq_len, files, settings)
         _decode(report, sizes, files, settings)
@@ -89,14 +91,14 @@ def run(settings: Settings, quick: bool, shape: str = "130m") -> Report:
 
 
 @contextmanager
-def _files(sizes: Sizes, settings: Settings) -> Iterator[Mapping[str, Path]]:
+def _files(sizes: Sizes, settings: Settings, export: Export) -> Iterator[Mapping[str, Path]]:
     """Yield temporary files for llama.cpp, format -> file; none if it does not run."""
-    if not (settings.peers and installed(llama.PACKAGE) and installed("gguf")):
+    if not (settings.peers and settings.installed(llama.PACKAGE) and settings.installed("gguf")):
         yield {}
         return
     settings.notify("generate: writing the weights for llama.cpp")
     with tempfile.TemporaryDirectory(prefix="longscan-bench-") as folder:
-        yield llama.export(sizes.model, Path(folder))
+        yield export(sizes.model, Path(folder))
 
 
 def _prefill(
@@ -104,7 +106,7 @@ def _prefill(
 ) -> None:
     """Add the rows and ratios of prefill."""
     case = f"prefill {seq_len}"
-    results = compare(case, prefill_contenders(sizes, seq_len, files), settings)
+    results = settings.compare(case, prefill_contenders(sizes, seq_len, files), settings)
     report.add(case, results.values(), seq_len, "tokens/s")
     ratios = [
         (f"float32 over {HF}", faster(results, "longscan float32", HF), 5.0),
@@ -124,7 +126,7 @@ def _prefill(
 
 def _decode(report: Report, sizes: Sizes, files: Mapping[str, Path], settings: Settings) -> None:
     """Add the rows and ratios of decode, by batch size."""
-    n_tokens, results = sizes.n_tokens, compare("decode", decode_contenders(sizes, files), settings)
+    n_tokens, results = sizes.n_tokens, settings.compare("decode", decode_contenders(sizes, files), settings)
     excerpts = {name: m.details.pop("excerpt", None) for name, m in results.items()}
     excerpts[LLAMA_OURS] = None  # another model: there is nothing to compare
     for name, m in results.items():

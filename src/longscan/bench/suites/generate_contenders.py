@@ -41,6 +41,7 @@ class Sizes:
         batches: batch sizes of decode, beside 1.
         n_tokens: decoded per sequence.
         slack: the factor of every goal.
+        probe: bytes read to measure the memory bandwidth: far more than any cache holds.
     """
 
     model: dict[str, int]
@@ -49,6 +50,7 @@ class Sizes:
     batches: tuple[int, ...] = (8, 32)
     n_tokens: int = 64
     slack: float = 1.0
+    probe: int = 2**29
 
 
 LLAMA: dict[str, Any] = {"model": "llama", "max_positions": 4096}
@@ -72,6 +74,7 @@ QUICK = Sizes(
     prompts=(32,),
     batches=(2,),
     n_tokens=8,
+    probe=2**20,
 )
 D_STATE = 16
 
@@ -135,7 +138,9 @@ def decode_contenders(sizes: Sizes, files: Mapping[str, Path]) -> list[Contender
         _transformers("decode", here),
         *_llamas("decode", here, sizes),
         Contender(
-            name=READING, job="longscan.bench.contenders.ceilings:read_memory", arguments={"n_bytes": weights}
+            name=READING,
+            job="longscan.bench.contenders.ceilings:read_memory",
+            arguments={"n_bytes": weights, "probe": sizes.probe},
         ),
         Contender(
             name=LOOP,

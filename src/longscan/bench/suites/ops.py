@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from longscan.bench.measure import Contender, Measurement, Settings, compare, faster
+from longscan.bench.measure import Contender, Measurement, Settings, faster
 from longscan.bench.report import Ratio, Report, spread, table
 
 __all__ = ["run"]
@@ -93,7 +93,7 @@ def _scan(
     if backward:  # of a forward pass only
         contenders = [c for c in contenders if c.name != CEILING]
     case = f"selective_scan {'forward + backward' if backward else 'forward'} {shape}"
-    results = compare(case, contenders, settings, memory=True)
+    results = settings.compare(case, contenders, settings, memory=True)
     _add(report, case, results, states, shape, backward)
     return results
 
@@ -112,7 +112,7 @@ def _conv(report: Report, shape: tuple[int, ...], backward: bool, settings: Sett
         ),
     ]
     case = f"causal_conv1d {'forward + backward' if backward else 'forward'} {shape} d_conv={D_CONV}"
-    results = compare(case, contenders, settings, memory=True)
+    results = settings.compare(case, contenders, settings, memory=True)
     _add(report, case, results, math.prod(shape), shape, backward)
     report.ratios.append(Ratio(what=f"{case}: faster than {TORCH}", measured=faster(results, OURS, TORCH)))
 
@@ -133,7 +133,7 @@ def _space(report: Report, job: str, shape: tuple[int, ...], backward: bool, set
         for other, theirs in others.items()
     ]
     case = f"{name} {'forward + backward' if backward else 'forward'} {shape}"
-    results = compare(case, contenders, settings, memory=True)
+    results = settings.compare(case, contenders, settings, memory=True)
     _add(report, case, results, math.prod(shape), shape, backward)
     goal = "≥ 5 ×" if job == "vandermonde" else ""
     ratio = faster(results, OURS, *others)

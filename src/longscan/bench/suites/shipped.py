@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from longscan.bench.measure import Contender, Measurement, Settings, compare, faster
+from longscan.bench.measure import Contender, Measurement, Settings, faster
 from longscan.bench.report import Ratio, Report, rate, rate_table, spread, table
 
 __all__ = ["run"]
 
 NAME, TOKENS, PROMPT = "longscan-tiny-en", 200, 16
-NEAR, FAR, QUICK_FAR = 100, 1_000_000, 2_000
+NEAR, FAR, QUICK_FAR = 100, 1_000_000, 200
 PRECISIONS = ("float32", "bf16", "int8", "int4")
 START, DECODE, POSITION = "start to first output", f"decode {TOKENS}", f"decode {TOKENS} after"
 FIRST, TORCH, PYTHON = "longscan generate, 1 token", "import torch", "python"
@@ -26,7 +26,7 @@ def run(settings: Settings, quick: bool) -> Report:
     report = Report(suite="shipped")
     _start(report, settings)
     contenders = [_contender(f"longscan {p}", "generate", PROMPT, precision=p) for p in PRECISIONS]
-    report.add(DECODE, compare(DECODE, contenders, settings).values(), TOKENS, "tokens/s")
+    report.add(DECODE, settings.compare(DECODE, contenders, settings).values(), TOKENS, "tokens/s")
     _positions(report, QUICK_FAR if quick else FAR, settings)
     starts, decoded, far = (
         [row for row in report.rows if row["case"] == case] for case in (START, DECODE, POSITION)
@@ -59,7 +59,7 @@ def _start(report: Report, settings: Settings) -> None:
         Contender(name=name, job="longscan.bench.contenders.longscan:first_output", arguments={"argv": line})
         for name, line in argv.items()
     ]
-    results = compare(START, contenders, settings)
+    results = settings.compare(START, contenders, settings)
     report.add(START, results.values(), 1, "starts/s")
     report.ratios += [
         Ratio(what="seconds to the first token", measured=results[FIRST].median, goal="< 1.5 s", unit="s"),
@@ -76,7 +76,7 @@ def _positions(report: Report, far: int, settings: Settings) -> None:
     settings.notify(f"shipped: prefill of {far:,} tokens")
     names = {position: f"{position:,} tokens" for position in (NEAR, far)}
     contenders = [_contender(name, "decode_far", position) for position, name in names.items()]
-    results = compare(POSITION, contenders, settings)
+    results = settings.compare(POSITION, contenders, settings)
     report.add(POSITION, results.values(), TOKENS, "tokens/s")
     near, after = (results[name] for name in names.values())
     report.ratios += [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from longscan.bench.measure import Contender, Measurement, Settings, compare
+from longscan.bench.measure import Contender, Measurement, Settings
 from longscan.bench.report import Ratio, Report, table
 from longscan.bench.suites.train import LLAMA, QUICK_SHAPE, SHAPE, describe
 
@@ -41,7 +41,7 @@ def run(settings: Settings, quick: bool) -> Report:
             patience=0.0,  # the first run is the only one: it warms up by itself
         )
         constant = fields is model
-        _add(report, case, compare(case, [contender], settings)[OURS], total, constant)
+        _add(report, case, settings.compare(case, [contender], settings)[OURS], total, constant)
     report.notes.append(f"One text, one run of each, random weights; {describe(model)}.")
     return report
 

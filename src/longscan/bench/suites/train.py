@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from longscan.bench.measure import Contender, Measurement, Settings, compare, faster
+from longscan.bench.measure import Contender, Measurement, Settings, faster
 from longscan.bench.report import Ratio, Report, rate, rate_table
 
 __all__ = ["LLAMA", "LSTM", "SHAPE", "TRANSFORMER", "describe", "matrices", "matrix_parameters", "run"]
@@ -48,7 +48,7 @@ def run(settings: Settings, quick: bool) -> Report:
     base = 0.0  # our tokens per second at 512, or the longest length below
     for seq_len in lengths:
         batch = max(1, least // seq_len)
-        results = compare(f"train {seq_len}", _contenders(model, batch, seq_len), settings)
+        results = settings.compare(f"train {seq_len}", _contenders(model, batch, seq_len), settings)
         report.add(f"{seq_len}", results.values(), batch * seq_len, "tokens/s", seq_len=seq_len, batch=batch)
         report.ratios += _ratios(seq_len, results)
         ours = batch * seq_len / results[OURS].median

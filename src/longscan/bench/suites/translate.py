@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from longscan.bench.measure import Contender, Settings, compare, faster
+from longscan.bench.measure import Contender, Settings, faster
 from longscan.bench.report import Ratio, Report, rate, rate_table
 from longscan.models import MODELS
 
@@ -33,7 +33,7 @@ def run(settings: Settings, quick: bool) -> Report:
     """
     report = Report(suite="translate")
     n_pairs = QUICK_PAIRS if quick else PAIRS
-    results = compare("training", _contenders("train", quick, n=n_pairs), settings)
+    results = settings.compare("training", _contenders("train", quick, n=n_pairs), settings)
     report.add("training", results.values(), n_pairs * TARGET_TOKENS, "tokens/s")
     goal = "≥ 1 ×"
     for peer in (TORCH, MARIAN):
@@ -44,7 +44,7 @@ def run(settings: Settings, quick: bool) -> Report:
     for beam_size in BEAMS:
         case = "greedy" if beam_size == 1 else f"beam of {beam_size}"
         contenders = _contenders("translate", quick, n=n, beam_size=beam_size, n_tokens=n_tokens)
-        results = compare(case, contenders, settings)
+        results = settings.compare(case, contenders, settings)
         report.add(case, results.values(), n, "sentences/s", beam_size=beam_size)
         what = f"{case}: faster than {MARIAN}"
         report.ratios.append(Ratio(what=what, measured=faster(results, OURS, MARIAN), goal=goal))
@@ -80,7 +80,7 @@ def _decode(report: Report, settings: Settings, quick: bool) -> list[dict[str, A
             if cached or length <= UNCACHED
         ]
         case = f"{length} tokens"
-        results = compare(case, contenders, settings)
+        results = settings.compare(case, contenders, settings)
         report.add(case, results.values(), N_DECODED * length, "tokens/s")
         seconds[length] = {name: measured.median for name, measured in results.items()}
         if len(results) == 2:
