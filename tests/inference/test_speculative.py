@@ -16,7 +16,7 @@ from longscan.inference.engine import Engine
 from longscan.inference.request import Request
 from longscan.inference.row import MAX_PENDING, RowProgress
 from longscan.inference.sampling import Event, SamplingConfig
-from longscan.inference.speculative import Pace
+from longscan.inference.speculative import Pace, Speculator
 from longscan.models import LanguageModel
 from longscan.tokenizers.base import ByteTokenizer
 from small_models import NAMES, build
@@ -55,18 +55,23 @@ class Babbler:
         return [[7] * 9, [], [-1], [256, 5_000, 1], [int(ids[-1])] * k][len(ids) % 5]
 
 
-@pytest.fixture
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draft whether or not it pays."""
+class Eager(Pace):
+    """Drafts whether or not it pays."""
 
-    def drafts(self: Pace, pending: int, limit: int) -> int:
+    def drafts(self, pending: int, limit: int) -> int:
         return limit if pending <= MAX_PENDING else 0
 
-    monkeypatch.setattr(Pace, "drafts", drafts)
+
+def eager(model: LanguageModel, drafter: Any) -> Speculator:
+    return Speculator(model, drafter, Eager())
 
 
 def write(
-    model: LanguageModel, prompt: Sequence[int], drafter: Drafter | None, slots: int = 1, **sampling: Any
+    model: LanguageModel,
+    prompt: Sequence[int],
+    drafter: Drafter | Speculator | None,
+    slots: int = 1,
+    **sampling: Any,
 ) -> tuple[list[Event], Engine]:
     config = SamplingConfig.from_dict({"seed": 1, "max_new_tokens": 60, **sampling})
     engine = Engine(model, BYTES, slots=slots, drafter=drafter)
@@ -94,7 +99,6 @@ WHO = ["right", "errs", "wrong", "babbler", "lookup", "same-model", "other-model
     ],
     indirect=["model"],
 )
-@pytest.mark.usefixtures("eager")
 def test_the_text_is_the_same_with_drafts(model: LanguageModel, sampling: dict[str, Any], who: str) -> None:
     prompt = [*range(40), *range(20)]
     plain, _ = write(model, prompt, None, **sampling)
@@ -108,7 +112,7 @@ def test_the_text_is_the_same_with_drafts(model: LanguageModel, sampling: dict[s
         "same-model": DraftModel(model),
         "other-model": DraftModel(build(sharpness=4)),
     }[who]
-    drafted, engine = write(model, prompt, drafter, **sampling)
+    drafted, engine = write(model, prompt, eager(model, drafter), **sampling)
     assert drafted == plain
     if who == "right":
         assert engine.drafted == engine.accepted == len(plain) - 1 - (len(plain) - 1 + 6) // 7
@@ -119,7 +123,6 @@ def test_the_text_is_the_same_with_drafts(model: LanguageModel, sampling: dict[s
         assert engine.accepted == engine.drafted
 
 
-@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("wrong", [(), range(0, 200, 3)], ids=["right", "errs"])
 def test_a_text_ends_inside_a_draft(model: LanguageModel, wrong: Sequence[int]) -> None:
     plain, _ = write(model, [1], None, max_new_tokens=200, temperature=1.0)
@@ -128,7 +131,10 @@ def test_a_text_ends_inside_a_draft(model: LanguageModel, wrong: Sequence[int]) 
     for fields, config in (({"eos_id": eos}, {}), ({}, {"stop": [stop]}), ({}, {"max_new_tokens": 25})):
         settings_ = SamplingConfig.from_dict({"seed": 1, "temperature": 1.0, "max_new_tokens": 200, **config})
         request = Request(ids=[1], config=settings_, keep=True, **fields)
-        without, drafted = Engine(model, BYTES), Engine(model, BYTES, drafter=Oracle(text, wrong))
+        without, drafted = (
+            Engine(model, BYTES),
+            Engine(model, BYTES, drafter=eager(model, Oracle(text, wrong))),
+        )
         for engine in (without, drafted):
             engine.submit(request)
         events = list(without.run())
@@ -146,13 +152,12 @@ def test_a_text_ends_inside_a_draft(model: LanguageModel, wrong: Sequence[int]) 
 
 
 @each_model
-@pytest.mark.usefixtures("eager")
 def test_drafts_rest_while_there_is_company(model: LanguageModel) -> None:
     plain, _ = write(model, [1], None, temperature=0)
     text = [1] + [event.token for event in plain]
     oracle = Oracle(text, wrong=range(3, 200, 5))
     config = SamplingConfig(temperature=0, max_new_tokens=60)
-    engine = Engine(model, BYTES, drafter=oracle, slots=2)
+    engine = Engine(model, BYTES, drafter=eager(model, oracle), slots=2)
     engine.submit(Request(ids=[1], config=config))
     events = [event for _ in range(4) for event in engine.step()]
     assert len(engine._rows[0].progress.pending) > 1  # some tokens are pending
@@ -233,6 +238,8 @@ def test_a_draft_model_writes_what_it_finds_likeliest(model: LanguageModel) -> N
 def test_a_draft_model_of_another_vocabulary_is_refused(model: LanguageModel) -> None:
     with pytest.raises(LongscanError, match="the draft model has 300 ids, the model 257"):
         Engine(model, drafter=DraftModel(build(300)))
+    with pytest.raises(LongscanError, match="decodes with another model"):
+        Engine(model, drafter=Speculator(build(), PromptLookup()))
 
 
 @pytest.mark.parametrize(

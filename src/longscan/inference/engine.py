@@ -87,7 +87,8 @@ class Engine:
         tokenizer: decodes the events' text and finds stop strings; without one there is no text.
         slots: texts that decode at a time; others wait.
         prefix_cache: looks up and stores the states of prompts.
-        drafter: proposes draft tokens while there is only one text, which is the same with and without.
+        drafter: proposes draft tokens while there is only one text, which is the same with and without; a
+            Speculator of this model brings its own pace.
         read_tokens: prompt tokens that a step prefills, about, so that running texts do not stall; None for
             all prompts that have a slot, so that they start together.
         max_tokens: of a text, prompt and new ones together; None for no bound.
@@ -105,7 +106,7 @@ class Engine:
         *,
         slots: int = 8,
         prefix_cache: PrefixCache | None = None,
-        drafter: Drafter | None = None,
+        drafter: Drafter | Speculator | None = None,
         read_tokens: int | None = None,
         max_tokens: int | None = None,
         progress: Progress | None = None,
@@ -119,7 +120,11 @@ class Engine:
             raise LongscanError("the prefix cache holds the states of another model: make one for this one.")
         self.model, self.tokenizer, self.slots = model, tokenizer, slots
         self._cache, self._read_tokens, self._max_tokens = prefix_cache, read_tokens, max_tokens
-        self._speculator = Speculator(model, drafter) if drafter else None
+        if isinstance(drafter, Speculator) and drafter.model is not model:
+            raise LongscanError("the Speculator decodes with another model: make one for this one.")
+        if drafter is not None and not isinstance(drafter, Speculator):
+            drafter = Speculator(model, drafter)
+        self._speculator = drafter
         self._progress, self._prefilled, self._submitted = progress, 0, 0
         self._vocab_size = min([model.config.vocab_size, *([tokenizer.vocab_size] if tokenizer else [])])
         self._device = model.device

@@ -113,6 +113,7 @@ class Speculator:
     Args:
         model: the target model.
         drafter: proposes the drafts.
+        pace: chooses their lengths; a new `Pace` if None.
 
     Raises:
         LongscanError: they do not belong together.
@@ -123,11 +124,11 @@ class Speculator:
         1024,
     )  # tokens between two probes of a slow drafter, at first and at most
 
-    def __init__(self, model: LanguageModel, drafter: Drafter) -> None:
+    def __init__(self, model: LanguageModel, drafter: Drafter, pace: Pace | None = None) -> None:
         if isinstance(drafter, DraftModel):
             drafter.check(model)
-        self._model, self._drafter = model, drafter
-        self._pace = Pace()
+        self.model, self._drafter = model, drafter
+        self._pace = Pace() if pace is None else pace
         self._mark: list[Tensor] = []
         self._ahead = True  # whether the state has advanced since the mark
         self._shadow: list[int] = []  # a probe: a draft that is only compared with the tokens to come
@@ -160,9 +161,9 @@ class Speculator:
             self._mark = state.mark(self._mark)
         fed, new = [*row.pending, *drafts], list[int]()
         if len(fed) == 1:
-            logits = self._model.step(to_ids(fed, self._model), state)[0]
+            logits = self.model.step(to_ids(fed, self.model), state)[0]
         else:
-            logits = self._model.advance(to_ids([fed], self._model), state)[0][0]
+            logits = self.model.advance(to_ids([fed], self.model), state)[0][0]
         table = to_array(logits)  # (1 or len(fed), padded_vocab_size)
         self._pace.measured(len(fed), time.perf_counter() - begin)
         self._ahead, right = True, not drafts
@@ -190,7 +191,7 @@ class Speculator:
         """Decode all pending tokens but the last, so that the row can continue without drafts."""
         ids = row.pending[:-1]
         if ids:
-            self._model.advance(to_ids([ids], self._model), state)
+            self.model.advance(to_ids([ids], self.model), state)
             row.position, row.pending = row.position + len(ids), row.pending[-1:]
         self.moved()
 
@@ -203,7 +204,7 @@ class Speculator:
             return []
         begin = time.perf_counter()
         drafts = self._drafter.propose(row.ids, k or limit)[: k or limit]
-        size = self._model.config.vocab_size
+        size = self.model.config.vocab_size
         bad = next((i for i, token in enumerate(drafts) if not 0 <= token < size), len(drafts))
         drafts = drafts[:bad]
         if drafts:
