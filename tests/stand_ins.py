@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, Literal
 
 from longscan.core.progress import Display, Snapshot
 from longscan.tokenizers.base import Tokenizer
@@ -32,6 +37,41 @@ def watched(tokenizer: Tokenizer) -> tuple[Any, list[int]]:
         return tokenizer.encode_batch(texts)
 
     return instead(tokenizer, encode_batch=encode_batch, encode=lambda text: encode_batch([text])[0]), lengths
+
+
+@contextmanager
+def ctrl_c(
+    name: Literal["stdout", "stderr"], text: str = "", *, at: int = 1, times: int = 1, terminal: bool = False
+) -> Iterator[None]:
+    """Press Ctrl-C once a command has written something to a stream: SIGINT, to this process.
+
+    Args:
+        name: of the stream.
+        text: what is written; anything if empty.
+        at: the how-manieth write of that text.
+        times: how often to press.
+        terminal: whether the stream is a terminal.
+    """
+    stream, seen = getattr(sys, name), 0
+
+    def write(written: str) -> int:
+        nonlocal seen
+        n: int = stream.write(written)
+        seen += text in written
+        if text in written and seen == at:
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+        return n
+
+    changed = {"write": write, **({"isatty": lambda: True} if terminal else {})}
+    redirect = redirect_stdout if name == "stdout" else redirect_stderr
+    # the tests themselves may have been started to ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with redirect(instead(stream, **changed)):
+            yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class PowerCut(Display):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ from longscan.models.s4d import S4DConfig
 from longscan.models.sequence_classifier import SequenceConfig, SequenceModel
 from longscan.tokenizers.base import ByteTokenizer, Tokenizer
 from longscan.tokenizers.bpe import train_bpe
-from stand_ins import watched
+from stand_ins import ctrl_c, watched
 
 Cli = Callable[..., Any]
 BYTES = ByteTokenizer()
@@ -369,25 +369,33 @@ def test_a_stop_string_at_the_command_line(cli: Cli, directory: Path) -> None:
     assert "· stop string ·" in done.err
 
 
-@pytest.mark.parametrize("prompts", [["a"], ["a", "b"]], ids=["one", "two"])
-def test_interrupted_text_stays(
-    cli: Cli, directory: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags = ["--model", directory, "--seed", 4, "-q"]
-    short = cli("generate", *prompts, *flags, "--max-new-tokens", 5).out
-    calls = iter(range(100))
-    usual = LanguageModel.step
+def tokens_before_the_stop(done: Any) -> int:
+    stopped = re.search(r"▏ stopped · (\d+) tokens", done.err)
+    assert stopped is not None, done.err
+    return int(stopped[1])
 
-    def step(*args: Any) -> Any:
-        if next(calls) == 4:
-            raise KeyboardInterrupt
-        return usual(*args)
 
-    monkeypatch.setattr(LanguageModel, "step", step)
-    done = cli("generate", *prompts, "--model", directory, "--seed", 4)
+def test_interrupted_text_stays(cli: Cli, directory: Path) -> None:
+    flags = ["--model", directory, "--seed", 4]
+    with ctrl_c("stdout", at=5, times=2):  # the second one does not wait for the token
+        done = cli("generate", "a", *flags)
     assert done.code == 130
+    tokens = tokens_before_the_stop(done)
+    assert 5 <= tokens < 100
+    assert done.out == cli("generate", "a", *flags, "-q", "--max-new-tokens", tokens).out
+
+
+def test_interrupted_texts_stay(cli: Cli, directory: Path) -> None:
+    flags = ["--model", directory, "--seed", 4]
+    text = cli("generate", "a", *flags, "-q", "--max-new-tokens", 40).out
+    flags += ["--stop", text[4:6]]  # ends the first text, which is then printed
+    with ctrl_c("stdout", "── 1 of 2 ──"):
+        done = cli("generate", "a", "b", *flags)
+    assert done.code == 130
+    tokens = tokens_before_the_stop(done)
+    short = cli("generate", "a", "b", *flags, "-q", "--max-new-tokens", tokens // 2).out
     assert done.out.replace("\ufffd", "") == short.replace("\ufffd", "")
-    assert f"▏ stopped · {5 * len(prompts)} tokens" in done.err
+    assert "── 2 of 2 ──" in done.out
 
 
 def test_models_that_cannot_write(cli: Cli, tmp_path: Path) -> None:
@@ -463,38 +471,22 @@ def test_states_that_cannot_be_saved(cli: Cli, directory: Path, tmp_path: Path) 
         assert "expected a file in a directory that exists" in done.err
 
 
-def test_ctrl_c_ends_a_text_between_two_tokens(
-    cli: Cli, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags = ["--model", directory, "--temperature", 0, "-q"]
-    whole = cli("generate", "a", *flags, "--max-new-tokens", 30).out
-    calls, usual = iter(range(100)), LanguageModel.step
-
-    def step(*args: Any) -> Any:
-        if next(calls) == 4:
-            signal.raise_signal(signal.SIGINT)
-        return usual(*args)
-
-    monkeypatch.setattr(LanguageModel, "step", step)
+def test_ctrl_c_ends_a_text_between_two_tokens(cli: Cli, directory: Path, tmp_path: Path) -> None:
+    flags = ["--model", directory, "--temperature", 0]
+    whole = cli("generate", "a", *flags, "-q", "--max-new-tokens", 30).out
     path = tmp_path / "s"
-    done = cli("generate", "a", *flags, "--save-state", path)
+    with ctrl_c("stdout", at=4):
+        done = cli("generate", "a", *flags, "--save-state", path)
     assert done.code == 130
-    monkeypatch.undo()
-    rest = cli("generate", *flags, "--max-new-tokens", 24, "--load-state", path)
+    left = 30 - tokens_before_the_stop(done)
+    rest = cli("generate", *flags, "-q", "--max-new-tokens", left, "--load-state", path)
     assert (done.out[:-1] + rest.out).replace("\ufffd", "") == whole.replace("\ufffd", "")
 
 
-def test_ctrl_c_during_prefill_saves_nothing(
-    cli: Cli, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usual = LanguageModel.prefill
-
-    def prefill(*args: Any) -> Any:
-        signal.raise_signal(signal.SIGINT)
-        return usual(*args)
-
-    monkeypatch.setattr(LanguageModel, "prefill", prefill)
-    done = cli("generate", "a" * 1000, "--model", directory, "--save-state", tmp_path / "s")
+def test_ctrl_c_during_prefill_saves_nothing(cli: Cli, directory: Path, tmp_path: Path) -> None:
+    flags = ["--model", directory, "--save-state", tmp_path / "s"]
+    with ctrl_c("stderr", "prefill", terminal=True):
+        done = cli("generate", *flags, stdin="a" * 3_000_000)  # a bar appears after half a second
     assert (done.code, done.out) == (1, "")
     assert "stopped before the prompt was processed" in done.err
     assert not (tmp_path / "s").exists()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from longscan.training.sequence_classifier import SequencesRun
+from stand_ins import ctrl_c
 
 Cli = Callable[..., Any]
 SIZES = ("--steps", 3, "--d-model", 8, "--n-layers", 1, "--threads", 1, "--eval-every", 0)
@@ -48,23 +46,13 @@ def test_one_table_and_one_figure(cli: Cli, data: Path, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in times} == times  # nothing was trained or measured again
 
 
-def test_the_same_command_resumes(
-    cli: Cli, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_command_resumes(cli: Cli, data: Path, tmp_path: Path) -> None:
     whole = cli(*command(data, tmp_path / "whole"))
-    step, before = SequencesRun._step, signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def interrupted(self: SequencesRun) -> None:
-        step(self)
-        if self.directory.name == "lstm" and self.trainer.step_number == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SequencesRun, "_step", interrupted)
+    with ctrl_c("stderr", "step 1/3", at=2):  # of the second model
         done = cli(*command(data, tmp_path / "stopped"))
-    signal.signal(signal.SIGINT, before)  # the tests themselves may have been started to ignore it
     assert (done.code, done.out) == (130, "")
-    assert done.err.endswith("stopped after step 2; the same command resumes\n")
+    assert (tmp_path / "stopped/lstm").exists()
+    assert done.err.endswith("stopped after step 1; the same command resumes\n")
     again = cli(*command(data, tmp_path / "stopped"))
     assert again.code == 0, again.err
     assert again.out == whole.out

@@ -8,8 +8,6 @@ import importlib.util
 import io
 import json
 import lzma
-import os
-import signal
 import sys
 import tarfile
 import wave
@@ -33,9 +31,8 @@ from longscan.reproduce.experiment import Plan
 from longscan.reproduce.synthetic import SyntheticConfig, SyntheticRun
 from longscan.tokenizers.wordpiece import train_wordpiece
 from longscan.training.config import TrainConfig, read_recipe
-from longscan.training.sequence_classifier import SequencesRun
 from longscan.training.translation import TranslateConfig
-from stand_ins import PowerCut
+from stand_ins import PowerCut, ctrl_c
 
 Cli = Callable[..., Any]
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -434,23 +431,14 @@ def test_a_synthetic_run_ends_when_it_has_learnt_enough(tmp_path: Path) -> None:
 
 
 def test_a_signal_stops_an_experiment_with_its_code(
-    cli: Cli, sequences: Path, tmp_path: Path, tiny: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+    cli: Cli, sequences: Path, tmp_path: Path, tiny: Callable[[str], Any]
 ) -> None:
     tiny("vowels")
     arguments = ("reproduce", "vowels", "--data", sequences, "--out", tmp_path, "--quick", "--threads", 1)
-    step, before = SequencesRun._step, signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def interrupted(self: SequencesRun) -> None:
-        step(self)
-        if self.trainer.step_number == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SequencesRun, "_step", interrupted)
+    with ctrl_c("stderr", "step 1/"):
         done = cli(*arguments)
-    signal.signal(signal.SIGINT, before)  # the tests themselves may have been started to ignore it
     assert (done.code, done.out) == (130, "")
-    assert done.err.endswith("stopped after step 2; the same command resumes\n")
+    assert done.err.endswith("stopped after step 1; the same command resumes\n")
     assert cli(*arguments).code == 0
 
 

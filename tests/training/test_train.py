@@ -34,7 +34,7 @@ from longscan.training.schedule import learning_rate
 from longscan.training.train import resume as resume_with_figures
 from longscan.training.train import train as train_with_figures
 from longscan.training.translation import TranslateConfig, TranslateRun
-from stand_ins import instead
+from stand_ins import ctrl_c
 
 TINY: dict[str, Any] = {
     "tokenizer": "bytes",
@@ -590,19 +590,9 @@ def test_command(cli: Callable[..., Any], text: Path, whole: Path, tmp_path: Pat
     assert_same(tmp_path / "run", whole)
 
 
-def test_command_stops_and_goes_on(
-    cli: Callable[..., Any], text: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stderr = sys.stderr
-
-    def write(text: str) -> int:
-        if "step 5/8" in text:
-            interrupt(signal.SIGINT)()
-        return stderr.write(text)
-
+def test_command_stops_and_goes_on(cli: Callable[..., Any], text: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", instead(stderr, write=write))
+    with ctrl_c("stderr", "step 5/8"):
         done = cli("train", text, "--out", run, *FLAGS, "--log-every", 1)
     assert done.code == 130
     assert done.err.endswith(f"stopped after step 5; continue with: longscan train --resume {run}\n")
