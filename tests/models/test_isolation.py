@@ -181,6 +181,23 @@ def test_models_ignore_the_default_type(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_models_are_built_in_any_default_type(name: str) -> None:
+    entry = MODELS[name]
+    config = entry.config.from_dict(entry.presets["tiny"])
+    with default(torch.bfloat16):
+        model = entry.cls(config, generator())
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_orthogonal_matrices_are_rounded_last() -> None:
+    entry = MODELS["bahdanau"]
+    with default(torch.bfloat16):
+        model: Any = entry.cls(entry.config.from_dict(entry.presets["tiny"]), generator())
+    matrix = model.decoder.candidate.weight.float()
+    assert (matrix @ matrix.mT - torch.eye(len(matrix))).abs().max() < 0.02
+
+
 # packed rows
 
 

@@ -203,7 +203,9 @@ class Bahdanau(Translator):
         for cell in (self.forwards, self.backwards, self.decoder):
             n = cell.candidate.weight.shape[0]
             for matrix in (cell.gates.weight[:n], cell.gates.weight[n:], cell.candidate.weight):
-                nn.init.orthogonal_(matrix, generator=generator)
+                # torch has no QR decomposition of half-precision numbers
+                wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+                matrix.copy_(nn.init.orthogonal_(wide, generator=generator))
 
     def encode(self, source: Tensor, weights: dict[str, Tensor] | None = None) -> DecoderState:
         """Return the initial decoder state, encoding in both directions; see `Translator.encode`."""
