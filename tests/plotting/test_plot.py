@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -137,6 +138,19 @@ def test_weights_are_drawn_as_they_are(tmp_path: Path, monkeypatch: pytest.Monke
     weights = torch.tensor([[0.75, 0.25], [0.5, 0.5], [0.0, 1.0]])
     plot_weights({"cross": weights}, ["a", "b"], ["x", "y", "z"], tmp_path / "w.png")
     assert drawn[0].tolist() == weights.tolist()
+
+
+@pytest.mark.parametrize("n_panels", [1, 8])
+@pytest.mark.parametrize("letter", ["x", "W"])
+def test_very_long_words_are_cut(tmp_path: Path, n_panels: int, letter: str) -> None:
+    word, path = letter * 300, tmp_path / "w.svg"
+    panels = {f"head {number}": torch.rand(3, 2) for number in range(n_panels)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of a layout that collapses
+        plot_weights(panels, ["a", word], ["b", word, "c"], path)
+    shown = words_in(path)
+    assert letter * 23 + "…" in shown
+    assert word not in shown
 
 
 def report(bleu: float) -> dict[str, Any]:

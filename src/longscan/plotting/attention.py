@@ -26,6 +26,7 @@ from longscan.tokenizers.words import group
 __all__ = ["Sides", "plot_positions", "plot_weights", "word_weights"]
 
 Sides = tuple[list[str], list[str]]  # the words of keys and queries
+LABEL = 24  # characters of a word on an axis, at most
 
 
 def word_weights(
@@ -68,7 +69,7 @@ def plot_weights(
 
     Args:
         panels: a title and the weights (n_target, n_source) of each panel.
-        source: the keys: the words attended to.
+        source: the keys: the words attended to. Very long words are cut.
         target: the queries: the words that attend.
         path: the file to write.
         title: of the figure.
@@ -78,7 +79,10 @@ def plot_weights(
     """
     columns = min(len(panels), 4)
     lines = -(-len(panels) // columns)
-    width, height = 1.2 + 0.32 * len(source), 1.2 + 0.26 * len(target)
+    source, target = ([_shorten(word) for word in side] for side in (source, target))
+    # the words of each axis stand beside the other one
+    beside, below = (0.08 * max(0, max(map(len, side), default=0) - 8) for side in (target, source))
+    width, height = 1.2 + 0.32 * len(source) + beside, 1.2 + 0.26 * len(target) + below
     figure = new_figure(max(4.0, columns * width + 0.8), max(2.5, lines * height + 0.4))
     axes = figure.subplots(lines, columns, squeeze=False)
     figure.suptitle(title, fontsize="medium")
@@ -97,6 +101,11 @@ def plot_weights(
             ax.set_ylabel("queries")
     figure.colorbar(image, ax=axes, label="attention weight", shrink=0.8)
     save_figure(figure, path)
+
+
+def _shorten(word: str) -> str:
+    """Return a word, cut if it is too long to label an axis."""
+    return word if len(word) <= LABEL else word[: LABEL - 1] + "…"
 
 
 def plot_positions(d_model: int, length: int, path: Path) -> None:
