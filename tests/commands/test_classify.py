@@ -463,6 +463,13 @@ def test_embed_misuse(cli: Any, bert: Path, tmp_path: Path) -> None:
         assert words in done.err
 
 
+@pytest.mark.parametrize("verb", ["embed", "fill-mask"])
+def test_a_model_of_the_hub_is_not_fetched_offline(cli: Any, verb: str) -> None:
+    done = cli(verb, "nobody/nothing", "[MASK]", "film", "--revision", "v1", "--offline")
+    assert (done.code, done.out) == (1, "")
+    assert "the hub is not asked (offline)" in done.err
+
+
 def test_files_of_sentence_transformers_are_minded(cli: Any, bert: Path, tmp_path: Path) -> None:
     found = load_bert(bert)
     save(found.model, tmp_path / "model", found.tokenizer)

@@ -330,6 +330,15 @@ def test_train_and_evaluate_and_text(
     assert cli("translate", "text", run / "model", stdin="\n").out == "\n"
 
 
+def test_no_translator_has_a_learning_rate_of_state_spaces(cli: Cli, files: Path, tmp_path: Path) -> None:
+    assert "--ssm-lr" in cli("train", "--help").out
+    assert "--ssm-lr" not in cli("translate", "train", "--help").out
+    flags = ("--source", files / "valid.en", "--target", files / "valid.de", "--out", tmp_path / "run")
+    done = cli("translate", "train", *flags, "--ssm-lr", "0.001")
+    assert (done.code, done.out) == (2, "")
+    assert "No such option: --ssm-lr" in done.err
+
+
 def test_a_prompt_on_a_terminal(cli: Cli, whole: Path) -> None:
     done = cli("translate", "text", whole / "model", stdin="one dog\n\nred", terminal=True)
     assert done.code == 0

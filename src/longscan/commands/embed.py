@@ -12,7 +12,7 @@ import typer
 
 from longscan.checkpoints.load import load_bert
 from longscan.commands._input import read_stdin, warn_of_cut
-from longscan.commands._options import BertArgument, JsonLines, Threads
+from longscan.commands._options import BertArgument, JsonLines, Offline, Revision, Threads
 from longscan.core.config import count
 from longscan.core.files import atomic_file
 from longscan.core.runtime import use_threads
@@ -34,6 +34,8 @@ def command(
     ] = None,
     as_json: JsonLines = False,
     threads: Threads = None,
+    revision: Revision = None,
+    offline: Offline = False,
 ) -> None:
     """Turn texts into vectors: print their cosine similarities, or write the vectors with --out.
 
@@ -59,7 +61,7 @@ def command(
         )
     if not given:
         raise UsageError("no text given.")
-    loaded = load_bert(model, "none")
+    loaded = load_bert(model, "none", revision=revision, offline=offline)
     framed = loaded.tokenizer.frame_batch(given, max_length=capacity(loaded))
     warn_of_cut(framed)
     vectors = sentence_vectors(loaded, framed)

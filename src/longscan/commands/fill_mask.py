@@ -10,7 +10,7 @@ import typer
 
 from longscan.checkpoints.load import load_bert
 from longscan.commands._input import read_stdin
-from longscan.commands._options import BertArgument, JsonLines, Threads
+from longscan.commands._options import BertArgument, JsonLines, Offline, Revision, Threads
 from longscan.core.checks import check_whole
 from longscan.core.runtime import use_threads
 from longscan.inference.bert import fill_mask
@@ -27,6 +27,8 @@ def command(
     top_k: Annotated[int, typer.Option(help="Predictions for each [MASK].")] = 5,
     as_json: JsonLines = False,
     threads: Threads = None,
+    revision: Revision = None,
+    offline: Offline = False,
 ) -> None:
     """Predict the tokens behind [MASK], most likely first.
 
@@ -36,7 +38,7 @@ def command(
     """
     check_whole("--top-k", top_k, 1)
     use_threads(threads)
-    loaded = load_bert(model, "pretraining")
+    loaded = load_bert(model, "pretraining", revision=revision, offline=offline)
     loaded.need("cls.predictions.", "predict masked tokens")
     for text in texts or read_stdin():
         predictions = fill_mask(loaded, text, top_k)

@@ -84,6 +84,7 @@ class TranslateConfig(FreshConfig):
     batch_tokens: int = setting(3000, "Tokens per step, padding included, on the longer side.")
     label_smoothing: float = setting(0.1, "Label smoothing.")
     lr: float = setting(1e-3, "Peak learning rate.")
+    ssm_lr: float = setting(1e-3, "Of no translator: none has A, B and dt.", argument=True)
     warmup: int = setting(400, "Warm-up steps, at most a tenth of the run except for noam.")
     weight_decay: float = setting(0.0, "Weight decay of AdamW, on matrices only.")
     beta2: float = setting(0.98, "AdamW beta2.")
