@@ -144,7 +144,7 @@ class PairDataset:
         return [pairs[index] for index in stream.permutation(len(pairs)).tolist()]
 
     def _pair_up(self, document: tuple[int, int], stream: RandomStream) -> list[_Pair]:
-        """Return the pairs of a document; sentences that a random text replaced begin the next pair."""
+        """Return the pairs of a document; sentences that a random text replaced start the next pair."""
         pairs = []
         at, end = document
         while at < end:
@@ -190,8 +190,8 @@ class PairDataset:
     def _trim(self, a: tuple[int, int], b: tuple[int, int], is_random: bool, stream: RandomStream) -> _Pair:
         """Return a pair truncated to `seq_len`, dropping the longer text's tokens at either end."""
         lengths = self._count(*a), self._count(*b)
-        kept = fit(*lengths, self.seq_len - 3)
-        excess = [length - keep for length, keep in zip(lengths, kept, strict=True)]
+        limits = fit(*lengths, self.seq_len - 3)
+        excess = [length - limit for length, limit in zip(lengths, limits, strict=True)]
         front = [stream.heads(count) for count in excess]  # a coin for each
         return _Pair(
             _Stretch(*a, front[0], excess[0] - front[0]),

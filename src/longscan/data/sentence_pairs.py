@@ -96,12 +96,12 @@ def read_pairs(source: str | Path, target: str | Path | None = None) -> TextPair
         found = list(zip(lines, others, strict=True))
     else:
         found = _read_table(Path(source))
-    kept = [(first.strip(), second.strip()) for first, second in found if first.strip() and second.strip()]
-    if not kept:
+    pairs = [(first.strip(), second.strip()) for first, second in found if first.strip() and second.strip()]
+    if not pairs:
         where = source if target is None else f"{source} and {target}"
         what = f"all {len(found):,} have an empty side" if found else "empty"
         raise LongscanError(f"no sentence pairs in {where}: {what}.")
-    return TextPairs([pair[0] for pair in kept], [pair[1] for pair in kept], len(found) - len(kept))
+    return TextPairs([pair[0] for pair in pairs], [pair[1] for pair in pairs], len(found) - len(pairs))
 
 
 def read_lines(path: str | Path) -> list[str]:
@@ -169,15 +169,15 @@ class IdPairs:
             max_len: tokens that a sentence may have, its end included; longer pairs are dropped.
 
         Returns:
-            The pairs as ids, and what was kept as text.
+            The pairs as ids, and as text.
         """
         sides = [tokenizer.encode_batch(side) for side in (pairs.source, pairs.target)]
-        kept = [i for i, pair in enumerate(zip(*sides, strict=True)) if max(map(len, pair)) < max_len]
+        chosen = [i for i, pair in enumerate(zip(*sides, strict=True)) if max(map(len, pair)) < max_len]
         arrays: list[Any] = []
         for side in sides:
-            arrays.append(np.fromiter(chain.from_iterable(side[i] for i in kept), np.int32))
-            arrays.append(np.cumsum([len(side[i]) for i in kept], dtype=np.int64))
-        return cls(*arrays), pairs.select(kept)
+            arrays.append(np.fromiter(chain.from_iterable(side[i] for i in chosen), np.int32))
+            arrays.append(np.cumsum([len(side[i]) for i in chosen], dtype=np.int64))
+        return cls(*arrays), pairs.select(chosen)
 
     def __len__(self) -> int:
         return len(self.source_ends)

@@ -1,9 +1,10 @@
-"""A bank of diagonal state spaces: one input, n complex states in conjugate pairs, one output per channel.
+"""A bank of diagonal state spaces: a channel has one input, n complex states and one output.
 
     h_l = exp(z) h_{l-1} + u_l,    y_l = 2 Re sum_n C_n h_{l,n}
 
-with z the logarithm of the discretised state matrix and B folded into C. Gu et al., 2022 (arXiv 2206.11893),
-section 3: the recurrent view of S4D; its convolutional view is `vandermonde`.
+z is the logarithm of the discretised state matrix, and B is absorbed into C. Each state stands for a
+conjugate pair. Gu et al., 2022 (arXiv 2206.11893), section 3: the recurrent view of S4D; `vandermonde` is the
+kernel of its convolutional view.
 """
 
 from typing import Any
@@ -21,7 +22,7 @@ from longscan.ops._segments import check_seq_idx
 def diagonal_ssm_ref(
     u: Tensor, z: Tensor, C: Tensor, state: Tensor | None = None, seq_idx: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`diagonal_ssm` token by token: the definition, slow and plain."""
+    """Compute :func:`diagonal_ssm` token by token: the definition, slow."""
     batch, seq_len, _ = u.shape
     start = z.new_zeros(batch, *z.shape) if state is None else torch.view_as_complex(state.contiguous())
     rows, finals = [], []
@@ -47,19 +48,19 @@ def diagonal_ssm_ref(
 def diagonal_ssm(
     u: Tensor, z: Tensor, C: Tensor, state: Tensor | None = None, seq_idx: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Run each channel through its own diagonal system.
+    """Apply a diagonal state space to each channel.
 
     Args:
         u: (batch, seq_len, channels), any float type.
-        z: (channels, n) complex, the logarithm of what the state is multiplied by each step.
+        z: (channels, n) complex, the logarithm of the discretised state matrix.
         C: (channels, n) complex, one of each conjugate pair.
-        state: (batch, channels, n, 2), real and imaginary part before the first token; zeros if None.
-        seq_idx: (batch, seq_len) int32 or int64 for packed rows: a new value starts from zero again. Negative
-            values are padding: the state stays as it is and y is 0.
+        state: (batch, channels, n, 2), real and imaginary part of the initial state; zeros if None.
+        seq_idx: (batch, seq_len) int32 or int64 for packed rows: a new value resets the state to zero.
+            Negative values are padding: the state does not change and y is 0.
 
     Returns:
         y: (batch, seq_len, channels) of u's type.
-        state: (batch, channels, n, 2) after the last token; float32 (float64 for float64 inputs).
+        state: (batch, channels, n, 2), the final state; float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: shapes do not fit.
@@ -69,7 +70,7 @@ def diagonal_ssm(
     seq_idx = check_seq_idx(seq_idx, batch, seq_len)
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     wide = torch.complex128 if dtype == torch.float64 else torch.complex64
-    a = z.to(torch.complex128).exp()  # in float32 its phase would already be off
+    a = z.to(torch.complex128).exp()  # in float32 the phase would lose its accuracy
     a_pairs, c_pairs = (torch.view_as_real(M.to(wide).resolve_conj()) for M in (a, C))
     before = None if state is None else state.to(dtype)
     if composed():
@@ -81,7 +82,7 @@ def diagonal_ssm(
 
 
 def diagonal_ssm_step(state: Tensor, u: Tensor, z: Tensor, C: Tensor) -> Tensor:
-    """Take in one token, in place; for decoding, without gradients.
+    """Process one token and update the state in place: for decoding, without gradients.
 
     Args:
         state: (batch, channels, n, 2), overwritten.
@@ -118,7 +119,7 @@ def _check(u: Tensor, z: Tensor, C: Tensor, state: Tensor | None) -> tuple[int, 
 
 _lib: Any = torch.library.Library("longscan", "FRAGMENT")  # type: ignore[no-untyped-call]
 _INPUTS = "Tensor u, Tensor a, Tensor c, Tensor? state, Tensor? seq_idx"
-# boundaries: the state before every time tile, from which the backward pass recomputes, as the kernel has it.
+# boundaries: the state before every time tile, in the kernel's layout; the backward pass recomputes from it
 _lib.define(f"diagonal_ssm({_INPUTS}, bool keep) -> (Tensor y, Tensor final_state, Tensor boundaries)")
 _lib.define(
     f"diagonal_ssm_backward({_INPUTS}, Tensor boundaries, Tensor dy, Tensor? dfinal) -> "
@@ -164,7 +165,7 @@ register_second("longscan::diagonal_ssm_backward", _lib, _diagonal_chunked.forwa
 # --- 5. the native kernel -----------------------------------------------------------------------------------
 
 MAX_NATIVE_STATE = 256
-TILE, UNIT = 32, 64  # steps and channels whose states the kernel keeps together
+TILE, UNIT = 32, 64  # steps of a time tile, channels of a unit
 
 
 def _use_native(a: Tensor, *tensors: Tensor | None) -> bool:
@@ -172,7 +173,7 @@ def _use_native(a: Tensor, *tensors: Tensor | None) -> bool:
 
 
 def _boundaries(u: Tensor, a: Tensor) -> int:
-    """Numbers in the boundaries: for each tile, row and unit of channels (n, 2, UNIT)."""
+    """Return the size of the boundaries: (n, 2, UNIT) for each tile, row and unit of channels."""
     return -(-u.shape[1] // TILE) * u.shape[0] * -(-u.shape[2] // UNIT) * UNIT * a.shape[1] * 2
 
 
@@ -186,7 +187,7 @@ def _forward(u, a, c, state, seq_idx, keep):  # type: ignore[no-untyped-def]
         unused = u.new_zeros(_boundaries(u, a) if keep else 0)
         return *_diagonal_chunked.forward(u, a, c, state, seq_idx), unused
     final_state = u.new_empty(u.shape[0], *a.shape)
-    # the kernel leaves the channels that fill a unit
+    # the kernel leaves the padding of the last unit uninitialised
     make = u.new_zeros if u.shape[2] % UNIT else u.new_empty
     boundaries = make(_boundaries(u, a) if keep else 0)
     return _run_forward(u, a, c, state, seq_idx, final_state, boundaries), final_state, boundaries
@@ -204,8 +205,8 @@ def _run_forward(
     """Run the kernel; final_state may be the state itself."""
     u, a, c, state = _native.rows(u), a.contiguous(), c.contiguous(), _native.dense(state)
     y = u.new_empty(u.shape)
-    kept = boundaries if boundaries is not None and boundaries.numel() else None
-    rest = (c, state, seq_idx, y, final_state, kept)
+    boundaries = boundaries if boundaries is not None and boundaries.numel() else None
+    rest = (c, state, seq_idx, y, final_state, boundaries)
     _native.call("ls_diagonal_forward", _fields(u, a, rest) + [0] * 9)
     return y
 

@@ -47,7 +47,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0,),
     "is_encoder_decoder": (False,),
 }
-ROTATION = "rope_parameters"  # where transformers 5 keeps rope_theta
+ROTATION = "rope_parameters"  # where transformers 5 stores rope_theta
 SCALING = "rope_scaling"  # where older ones say how positions are stretched
 
 # Hugging Face's beginnings of names -> ours
@@ -135,7 +135,7 @@ def _replaced(config: LlamaConfig, name: str) -> LlamaConfig | None:
 
 
 def _ours(name: str) -> str | None:
-    """Return our name of a tensor. Old files hold the rotations' frequencies, which the Config tells."""
+    """Return our name of a tensor; None for the rotary frequencies in old files, which the Config gives."""
     return None if name.endswith(".rotary_emb.inv_freq") else _translate(name, LAYERS, OUTER, INNER)
 
 

@@ -44,7 +44,7 @@ SIZES = {
     "time_step_rank": "ssm.time_step_rank",
 }
 EPSILON = "attention.layer_norm_rms_epsilon"
-VOCAB_SIZE = "longscan.vocab_size"  # rows that stand for tokens, also where no tokenizer tells
+VOCAB_SIZE = "longscan.vocab_size"  # rows of the embedding that are tokens; needed if there is no tokenizer
 
 
 def gguf_name(name: str) -> str:
