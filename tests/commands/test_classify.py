@@ -1,25 +1,20 @@
-"""Classifying and embedding texts: the run, the verbs, the scores, and what may be wrong with the data."""
+"""Classifying texts: the run, the verbs, and what may be wrong with the data."""
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from longscan.checkpoints.bert import read_pooling
 from longscan.checkpoints.load import load, load_bert
 from longscan.checkpoints.save import save
-from longscan.core.random import RandomStream
-from longscan.data.batching import by_length, shuffled
-from longscan.data.labeled_texts import divide, parse_columns, read_examples
+from longscan.data.labeled_texts import read_examples
 from longscan.errors import LongscanError, UsageError
 from longscan.evaluation.bleu import score as bleu_score
 from longscan.evaluation.classification import score, tfidf
@@ -345,210 +340,6 @@ def test_a_checkpoint_of_another_width(cli: Any, whole: Path, tmp_path: Path) ->
     done = cli("classify", "predict", tmp_path / "wide", "film")
     assert (done.code, done.out) == (1, "")
     assert "of another shape" in done.err
-
-
-# its parts
-
-
-def test_tables_and_json_lines(tmp_path: Path) -> None:
-    plain = read_examples([table(tmp_path / "a.tsv", [("label", "text"), ("x", "one"), ("y", 'a "quote')])])
-    assert [(e.label, e.text, e.pair) for e in plain] == [("x", "one", None), ("y", 'a "quote', None)]
-    assert plain[0].where == f"{tmp_path / 'a.tsv'}:2"
-    wide = read_examples([table(tmp_path / "b.tsv", [("train", "x", "3.5", "one")])], columns="2,4")
-    assert [(e.label, e.text) for e in wide] == [("x", "one")]
-    with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
-        file.write('{"label": 1, "text": "with\\ttab"}\n\n{"label": "2", "text": "b"}\n')
-    assert [(e.label, e.text) for e in read_examples([tmp_path / "c.jsonl.gz"])] == [
-        ("1", "with\ttab"),
-        ("2", "b"),
-    ]
-    (tmp_path / "d.jsonl").write_text(
-        '{"label": "1", "text": "a"}\n{"label": "1", "text": "a", "pair": "b"}\n'
-    )
-    with pytest.raises(LongscanError, match=r"d\.jsonl:2: expected all examples to have a pair"):
-        read_examples([tmp_path / "d.jsonl"])
-
-
-@pytest.mark.parametrize("columns", ["", "1", "0,1", "1,1", "a,b", "1,2,3,4", "1,-2"])
-def test_impossible_columns(columns: str) -> None:
-    with pytest.raises(UsageError, match="columns: expected"):
-        parse_columns(columns)
-
-
-def test_every_class_is_held_out_alike(tmp_path: Path) -> None:
-    examples = read_examples([table(tmp_path / "a.tsv")])
-    kept, held = divide(examples, 0.25)
-    assert sorted(e.label for e in held) == ["bad"] * 5 + ["good"] * 5
-    assert sorted([*kept, *held]) == sorted(examples)
-    assert divide(examples, 0.25) == (kept, held)
-    assert divide(examples, 0.0) == (examples, [])
-
-
-def test_batches_hold_every_example_once_and_are_of_like_length() -> None:
-    lengths = np.random.default_rng(0).integers(1, 60, 1000).tolist()
-    batches = shuffled(lengths, 8, RandomStream(0, 3))
-    assert sorted(n for batch in batches for n in batch) == list(range(1000))
-    assert len(batches) == 125
-    spread = [max(lengths[n] for n in batch) - min(lengths[n] for n in batch) for batch in batches]
-    assert np.mean(spread) < 10
-    assert batches == shuffled(lengths, 8, RandomStream(0, 3))
-    assert batches != shuffled(lengths, 8, RandomStream(0, 4))
-    assert batches != shuffled(lengths, 8, RandomStream(1, 3))
-    assert [len(batch) for batch in shuffled(lengths[:3], 2, RandomStream(0, 0))] in ([2, 1], [1, 2])
-
-
-def test_scores() -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
-    draw = np.random.default_rng(0)
-    for _ in range(20):
-        truth, answers = draw.integers(0, 4, (2, 12)).tolist()
-        found = score(truth, answers)
-        assert found.accuracy == pytest.approx(metrics.accuracy_score(truth, answers))
-        assert found.macro_f1 == pytest.approx(
-            metrics.f1_score(truth, answers, average="macro", zero_division=0)
-        )
-
-
-def test_scores_by_hand() -> None:
-    found = score([0, 0, 1, 2], [0, 1, 1, 1])
-    assert found.accuracy == 0.5
-    assert found.classes == {
-        0: (1.0, 0.5, pytest.approx(2 / 3), 2),
-        1: (pytest.approx(1 / 3), 1.0, 0.5, 1),
-        2: (0.0, 0.0, 0.0, 1),
-    }
-    assert found.macro_f1 == pytest.approx((2 / 3 + 0.5) / 3)
-
-
-# vectors
-
-
-def test_embedding_is_the_mean_over_tokens(bert: Path) -> None:
-    found = load_bert(bert, "none")
-    texts = [GOOD, "film", BAD]
-    framed, vectors = found.tokenizer.frame_batch(texts), embed(found, texts, rows=2)
-    for one, vector in zip(framed, vectors, strict=True):
-        mean = found.model(torch.tensor([one.ids])).hidden[0].mean(0)
-        assert (vector - mean / mean.norm()).abs().max() < 1e-6
-    assert torch.allclose(vectors.norm(dim=1), torch.ones(3))
-    assert [len(batch) for batch in by_length(framed, 2)] == [2, 1]
-
-
-def test_embed(cli: Any, bert: Path, tmp_path: Path) -> None:
-    lines = [line.split("\t") for line in cli("embed", bert, GOOD, BAD, GOOD).out.splitlines()]
-    assert [(float(cosine), a, b) for cosine, a, b in lines[:1]] == [(1.0, GOOD, GOOD)]
-    assert len(lines) == 3
-    (tmp_path / "texts.txt").write_text(f"{GOOD}\n{BAD}\n")
-    done = cli("embed", bert, "--file", tmp_path / "texts.txt", "--out", tmp_path / "vectors.npy")
-    assert (done.code, done.out) == (0, f"2 vectors of 16 numbers in {tmp_path / 'vectors.npy'}\n")
-    vectors = np.load(tmp_path / "vectors.npy")
-    shown = [
-        json.loads(line) for line in cli("embed", bert, "--json", stdin=f"{GOOD}\n{BAD}").out.splitlines()
-    ]
-    assert np.allclose([row["vector"] for row in shown], vectors)
-    assert [row["text"] for row in shown] == [GOOD, BAD]
-
-
-def test_embed_misuse(cli: Any, bert: Path, tmp_path: Path) -> None:
-    for code, words, arguments in (
-        (2, "2 to 50 texts to compare, got 1", (bert, "film")),
-        (2, "no text given", (bert, "--json")),
-        (2, "ends in .npy", (bert, "film", "--out", tmp_path / "a.txt")),
-        (2, "not both", (bert, "film", "--file", tmp_path / "a.txt")),
-        (1, "text 2 is empty", (bert, "film", " ")),
-        (1, "a.txt", (bert, "--file", tmp_path / "a.txt")),
-    ):
-        done = cli("embed", *arguments)
-        assert (done.code, done.out) == (code, ""), words
-        assert words in done.err
-
-
-@pytest.mark.parametrize("verb", ["embed", "fill-mask"])
-def test_a_model_of_the_hub_is_not_fetched_offline(cli: Any, verb: str) -> None:
-    done = cli(verb, "nobody/nothing", "[MASK]", "film", "--revision", "v1", "--offline")
-    assert (done.code, done.out) == (1, "")
-    assert "the hub is not asked (offline)" in done.err
-
-
-def test_files_of_sentence_transformers_are_minded(cli: Any, bert: Path, tmp_path: Path) -> None:
-    found = load_bert(bert)
-    save(found.model, tmp_path / "model", found.tokenizer)
-    (tmp_path / "model" / "sentence_bert_config.json").write_text('{"max_seq_length": 6}')
-    done = cli("embed", tmp_path / "model", "film", GOOD)
-    assert "1 of 2 texts was cut at 6 tokens" in done.err
-    (tmp_path / "model" / "1_Pooling").mkdir()
-    (tmp_path / "model" / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": false}')
-    done = cli("embed", tmp_path / "model", "film", GOOD)
-    assert (done.code, done.out) == (1, "")
-    assert "pooling_mode_mean_tokens" in done.err
-
-
-POOLINGS: dict[str, tuple[dict[str, Any], str]] = {
-    "new-cls": ({"embedding_dimension": 32, "pooling_mode": "cls", "include_prompt": True}, "cls"),
-    "new-mean": ({"embedding_dimension": 32, "pooling_mode": "mean"}, "mean"),
-    "old-cls": ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
-    "old-mean": ({"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}, "mean"),
-    "empty": ({}, "mean"),
-}
-
-
-@pytest.mark.parametrize(("pooling", "expected"), POOLINGS.values(), ids=POOLINGS)
-def test_both_spellings_of_a_pooling(pooling: dict[str, Any], expected: str, tmp_path: Path) -> None:
-    (tmp_path / "1_Pooling").mkdir()
-    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    kinds = ("Transformer", "Pooling", "Normalize")
-    steps = [{"idx": n, "type": f"sentence_transformers.models.{kind}"} for n, kind in enumerate(kinds)]
-    (tmp_path / "modules.json").write_text(json.dumps(steps))
-    assert read_pooling(tmp_path) == expected
-
-
-@pytest.mark.parametrize("header", ["label\ttext", "Label\ttext\r", '"label"\t"text"', "\ufefflabel\ttext"])
-def test_a_header_is_no_example(header: str, tmp_path: Path) -> None:
-    (tmp_path / "a.tsv").write_bytes(f"{header}\npos\tgood\n".encode())
-    assert [example[:2] for example in read_examples([tmp_path / "a.tsv"])] == [("pos", "good")]
-
-
-def modules(*paths: str) -> str:
-    kinds = ("Transformer", "Pooling", "Normalize")
-    named = zip(kinds, paths, strict=False)
-    return json.dumps(
-        [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in named]
-    )
-
-
-def test_the_pooling_is_where_modules_json_says(tmp_path: Path) -> None:
-    (tmp_path / "modules.json").write_text(modules("", "2_Pooling", "3_Normalize"))
-    with pytest.raises(LongscanError, match=r"2_Pooling/config.json is missing"):
-        read_pooling(tmp_path)
-    (tmp_path / "2_Pooling").mkdir()
-    (tmp_path / "2_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
-    assert read_pooling(tmp_path) == "cls"
-
-
-@pytest.mark.parametrize("text", ["{}", "[1]", "[[]", modules(""), modules("0_T", "1_P"), modules("", "..")])
-def test_other_lists_of_modules(text: str, tmp_path: Path) -> None:
-    (tmp_path / "modules.json").write_text(text)
-    with pytest.raises(LongscanError, match=r"modules.json: expected"):
-        read_pooling(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("1_Pooling/config.json", {"pooling_mode": "max"}),
-        ("1_Pooling/config.json", {"pooling_mode": ["cls", "mean"]}),
-        ("1_Pooling/config.json", {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}),
-        ("1_Pooling/config.json", {"pooling_mode": "mean", "weights": [1]}),
-        ("modules.json", [{"type": "sentence_transformers.models.Dense"}]),
-        ("config_sentence_transformers.json", {"default_prompt_name": "query"}),
-        ("sentence_bert_config.json", {"do_lower_case": True}),
-    ],
-)
-def test_vectors_that_are_made_in_another_way(file: str, content: Any, tmp_path: Path) -> None:
-    (tmp_path / "1_Pooling").mkdir()
-    (tmp_path / file).write_text(json.dumps(content))
-    with pytest.raises(LongscanError, match=file):
-        read_pooling(tmp_path)
 
 
 def test_one_text_is_no_list_of_texts(bert: Path) -> None:

@@ -1,121 +1,36 @@
-"""Training: it learns, and whatever happens to it, it goes on as if nothing had."""
+"""Training: it learns, a finished run becomes longer, and what may change in between."""
 
 from __future__ import annotations
 
 import errno
 import importlib
-import io
 import json
 import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file as load_tensors
 
 from longscan.checkpoints.load import load
-from longscan.core.progress import Display, Snapshot, Terminal
+from longscan.core.progress import Display
 from longscan.errors import LongscanError, UsageError
 from longscan.tokenizers.base import ByteTokenizer
 from longscan.training.config import TrainConfig
 from longscan.training.language_model import LanguageRun
-from longscan.training.metrics import Metrics
-from longscan.training.run_directory import empty, lock
+from longscan.training.run_directory import lock
 from longscan.training.schedule import learning_rate
-from longscan.training.train import resume as resume_with_figures
 from longscan.training.train import train as train_with_figures
-from longscan.training.translation import TranslateConfig, TranslateRun
 from stand_ins import ctrl_c
+from tiny_runs import TINY, Recorder, assert_same, interrupt, metrics, resume, train
 
-TINY: dict[str, Any] = {
-    "tokenizer": "bytes",
-    "preset": "tiny",
-    "d_model": 16,
-    "n_layers": 1,
-    "d_state": 4,
-    "seq_len": 16,
-    "batch_size": 2,
-    "accumulate": 2,
-    "steps": 8,
-    "lr": 1e-2,
-    "save_every": 2,
-    "eval_every": 3,
-    "eval_windows": 2,
-    "sample_every": 4,
-    "sample_tokens": 4,
-    "threads": 1,
-}
-# drawing takes longer than these runs
-train, resume = (partial(call, figures=False) for call in (train_with_figures, resume_with_figures))
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
-TEXT = "".join(f"{n} and {n} are {2 * n}.\n" for n in range(60))
-
-
-class Recorder(Display):
-    """Keeps what a run says, and does something after a given step."""
-
-    def __init__(self, after: int = 0, action: Callable[[], object] = lambda: None) -> None:
-        self.lines: list[str] = []
-        self.after, self.action = after, action
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def show(self, snapshot: Snapshot) -> None:
-        if snapshot.step == self.after:
-            self.action()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "sums.txt"
-    file.write_text(TEXT)
-    return file
-
-
-@pytest.fixture(scope="module")
-def config(text: Path) -> TrainConfig:
-    return TrainConfig.from_dict({**TINY, "data": [str(text)]})
-
-
-@pytest.fixture(scope="module")
-def whole(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nothing happened to."""
-    directory = tmp_path_factory.mktemp("whole")
-    result = train_with_figures(config, directory)
-    assert (result.step, result.total, result.stopped_by) == (8, 8, None)
-    return directory
-
-
-def metrics(directory: Path) -> list[dict[str, Any]]:
-    """Everything that was recorded but the time it took."""
-    records = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
-
-
-def assert_same(directory: Path, whole: Path) -> None:
-    """The two runs ended with the same bits and recorded the same."""
-    weights = "model/model.safetensors"
-    assert (directory / weights).read_bytes() == (whole / weights).read_bytes()
-    one, other = (
-        load_tensors(run / "checkpoints/step-000008/optimizer.safetensors") for run in (directory, whole)
-    )
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert metrics(directory) == metrics(whole)
-    assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == [
-        "step-000006",
-        "step-000008",
-    ]
 
 
 # What a run does
@@ -190,158 +105,6 @@ def test_few_documents_teach_how_a_text_begins(config: TrainConfig, whole: Path)
     run.metrics.close()
     seen = [part[:, 0] for step in range(8) for part, _ in run.batch(step)]
     assert (torch.cat(seen) == 256).nonzero()[:, 0].tolist() == [0, 16]
-
-
-# Whatever happens
-
-KILLER = """
-import os, signal, sys
-from pathlib import Path
-import torch._dynamo  # what the first optimizer imports: once here instead of in every child
-from longscan.core.files import read_json
-from longscan.training.config import TrainConfig
-from longscan.training.train import resume, train
-
-config, root = TrainConfig.from_dict(read_json(sys.argv[1])), sys.argv[2]
-moments = 0
-
-def watch(event, arguments):
-    # every opening, renaming and removing of a file in the run's directory is a moment to die at
-    global moments
-    if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir") and root in str(arguments[0]):
-        moments += 1
-        if moments == deadline:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-def child(work):
-    if (pid := os.fork()) == 0:
-        work()
-        os._exit(0)
-    return os.waitpid(pid, 0)[1]
-
-def victim():
-    sys.addaudithook(watch)
-    train(config, run, figures=False)
-
-deadline = int(sys.argv[3])
-while True:
-    run = f"{root}/{deadline}"
-    status = child(victim)
-    if status == 0:
-        break
-    assert os.WTERMSIG(status) == signal.SIGKILL, status
-    if Path(run, "train.json").exists():
-        assert child(lambda: resume(run, figures=False)) == 0
-    else:
-        assert child(lambda: train(config, run, figures=False)) == 0
-    deadline += int(sys.argv[4])
-print(deadline)
-"""
-
-
-def test_kill_9_at_any_moment(config: TrainConfig, whole: Path, tmp_path: Path) -> None:
-    settings = tmp_path / "settings.json"
-    settings.write_text(json.dumps(config.to_dict()))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    (tmp_path / "runs").mkdir()
-    arguments = [str(settings), str(tmp_path / "runs"), "1", "19"]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    runs = list((tmp_path / "runs").iterdir())
-    assert len(runs) > 5
-    for run in runs:
-        assert_same(run, whole)
-
-
-@pytest.mark.parametrize("model", ["transformer", "linear_attention"])
-def test_a_run_killed_before_its_first_checkpoint(model: str, config: TrainConfig, tmp_path: Path) -> None:
-    """Dropout draws the same, whatever torch's random state was before."""
-    kind = "translation" if model == "transformer" else "language"
-    pairs = tmp_path / "pairs.tsv"
-    pairs.write_text("".join(f"a {n}\tb {n}\n" for n in range(60)))
-    if kind == "translation":
-        fields = {"source": str(pairs), "preset": "tiny", "dropout": 0.2, "vocab_size": 270, "threads": 1}
-        run: Any = TranslateRun
-        settings: Any = TranslateConfig.from_dict({**fields, "steps": 5, "bleu_sentences": 0})
-    else:
-        run, settings = LanguageRun, config.replace(model=model, d_state=None, save_every=100)
-    for name, seed in (("whole", 1), ("run", 2)):
-        torch.manual_seed(seed)
-        display = Recorder(3, interrupt(signal.SIGINT) if name == "run" else lambda: None)
-        run.begin(settings, tmp_path / name, display, figures=False)
-    shutil.rmtree(tmp_path / "run/checkpoints")  # as if it had been killed
-    torch.manual_seed(3)
-    run.resume(tmp_path / "run", figures=False)
-    one, other = (tmp_path / name / "model/model.safetensors" for name in ("run", "whole"))
-    assert one.read_bytes() == other.read_bytes()
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
-
-
-def interrupt(number: signal.Signals) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
-
-
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name
-)
-def test_signals_wait_for_the_step(
-    config: TrainConfig, whole: Path, tmp_path: Path, number: signal.Signals
-) -> None:
-    run = tmp_path / "run"
-    random_state = torch.get_rng_state()
-    stopped = train(config, run, Recorder(3, interrupt(number)))
-    assert (stopped.step, stopped.stopped_by) == (3, number)
-    assert load(run / "model")[0].config.d_model == 16
-    assert metrics(run) == [record for record in metrics(whole) if record["step"] <= 3 and "loss" in record]
-    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
-    assert resume(run, {"log_every": 1}).stopped_by is None
-    assert torch.equal(torch.get_rng_state(), random_state)  # the caller's
-    assert_same(run, whole)
-
-
-def test_what_is_ignored_goes_on_being_ignored(config: TrainConfig, tmp_path: Path) -> None:
-    """As nohup wants it."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        result = train(config, tmp_path / "run", Recorder(3, interrupt(signal.SIGHUP)))
-        assert (result.step, result.stopped_by) == (8, None)
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def test_the_second_ctrl_c_says_what_is_there_and_how_to_go_on(
-    config: TrainConfig, whole: Path, tmp_path: Path
-) -> None:
-    def twice() -> None:
-        interrupt(signal.SIGINT)()
-        interrupt(signal.SIGINT)()
-
-    run = tmp_path / "run"
-    display = Recorder(3, twice)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, run, display)
-    assert display.lines[-1] == (
-        f"step 3: stopped immediately. The last intact checkpoint is {run}/checkpoints/step-000002. "
-        f"Resume with: longscan train --resume {run}"
-    )
-    resume(run)
-    assert_same(run, whole)
-
-
-def test_a_terminal_that_is_closed_does_not_end_a_run(config: TrainConfig, tmp_path: Path) -> None:
-    class Gone(io.StringIO):
-        def write(self, text: str) -> int:
-            raise OSError(errno.EIO, "Input/output error")
-
-    for terminal in (False, True):
-        display = Terminal(1, Console(file=Gone(), force_terminal=terminal))
-        assert train(config, tmp_path / str(terminal), display).step == 8
 
 
 # Longer runs
@@ -513,70 +276,6 @@ def test_checkpoints_of_another_version_are_refused(whole: Path, tmp_path: Path)
         state.write_text(state.read_text().replace('"format": 2', '"format": 1'))
     with pytest.raises(LongscanError, match="step-000008: expected a checkpoint of format 2, got 1"):
         resume(run)
-
-
-# A run that came from elsewhere
-
-
-@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "loss.png", "model", "checkpoints", "data"])
-def test_links_in_a_run_are_refused(name: str, whole: Path, tmp_path: Path) -> None:
-    run, precious = tmp_path / "run", tmp_path / "precious"
-    shutil.copytree(whole, run)
-    if (run / name).is_dir():
-        (run / name).rename(precious)
-    else:
-        (run / name).unlink(missing_ok=True)
-        precious.write_text("x")
-    (run / name).symlink_to(precious)
-    before = {path: path.read_bytes() for path in (precious, *precious.rglob("*")) if path.is_file()}
-    with pytest.raises(
-        LongscanError, match=rf"run/{name} is a link to .*precious: a run writes nothing outside"
-    ):
-        resume(run, {"steps": 9})
-    assert before == {path: path.read_bytes() for path in (precious, *precious.rglob("*")) if path.is_file()}
-
-
-def test_links_left_by_a_stranger_are_refused_in_a_new_run(config: TrainConfig, tmp_path: Path) -> None:
-    (tmp_path / "precious").write_text("x")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/.lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(LongscanError, match="is a link"):
-        train(config, tmp_path / "run")
-    (tmp_path / "run/.lock").unlink()
-    os.link(tmp_path / "precious", tmp_path / "run/.lock")
-    with pytest.raises(LongscanError, match="is not a regular file, or has several names"):
-        train(config, tmp_path / "run")
-    assert (tmp_path / "precious").read_text() == "x"
-
-
-def test_a_link_to_a_run_is_the_run(whole: Path, tmp_path: Path) -> None:
-    shutil.copytree(whole, tmp_path / "run")
-    (tmp_path / "latest").symlink_to(tmp_path / "run")
-    assert resume(tmp_path / "latest").step == 8
-
-
-def test_a_failed_start_does_not_take_the_lock_of_the_next(tmp_path: Path) -> None:
-    """Who waited with the old file open locks a file that nobody else sees."""
-    with lock(tmp_path):
-        empty(tmp_path, remove=False)
-        with lock(tmp_path), pytest.raises(LongscanError, match="in use"), lock(tmp_path):
-            pass
-
-
-def test_metrics_lose_only_what_comes_again(tmp_path: Path) -> None:
-    file = tmp_path / "metrics.jsonl"
-    file.write_text(
-        '{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 2, "valid": 1}\n{"step": 3, "lo'
-    )
-    log = Metrics(file)
-    log.rewind(2)
-    assert log.has(2, "valid")
-    assert not log.has(1, "valid")
-    assert not log.has(3, "loss")
-    log.write({"step": 3, "loss": 1.0})
-    assert log.last("loss") == 1.0
-    log.close()
-    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 2, 3]
 
 
 # The command
