@@ -29,7 +29,7 @@ ROOMS = (
 COMMON = (
     *("layers", "model", "entry", "losses", "state_file", "growable", "state", "native_decode", "mixer"),
     *("packing", "backbone", "language_model", "state_space", "lti", "dense_lti", "quantization"),
-    *("encoder_decoder", "summary", "hippo_measures", "vision", "patch_tokens"),
+    *("encoder_decoder", "summary", "hippo_measures", "patches", "vision", "patch_tokens"),
 )
 PARENTS = {
     **{entry.name: entry.parents for entry in LINEAGE},

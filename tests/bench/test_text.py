@@ -263,4 +263,5 @@ def test_a_damaged_text_is_found_before_the_model_is_loaded(cli: Any, folder: Pa
 
 
 def test_all_suites_are_those_that_need_no_files() -> None:
-    assert list(runner.SUITES) == ["ops", "train", "generate", "translate", "shipped", "stream"]
+    suites = ["ops", "train", "generate", "translate", "shipped", "stream", "vision"]
+    assert list(runner.SUITES) == suites

@@ -53,10 +53,11 @@ def draw(reports: Sequence[Report], title: str, path: Path) -> None:
         "translate": _rates,
         "shipped": _milliseconds,
         "stream": _quarters,
+        "vision": _rates,
     }
     heights = [
         1.2 + 0.24 * (len(report.rows) + len(_cases(report.rows)))
-        if report.suite in ("ops", "generate", "translate", "shipped")
+        if report.suite in ("ops", "generate", "translate", "shipped", "vision")
         else 4.5
         for report in reports
     ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from longscan.bench.measure import Contender, Measurement, Settings, compare, faster
+from longscan.bench.measure import Contender, Measurement, Settings, faster
 from longscan.bench.report import Ratio, Report, rate, rate_table
 from longscan.models import MODELS
 
@@ -59,7 +59,7 @@ def run(settings: Settings, quick: bool) -> Report:
     seconds: dict[str, list[tuple[int, float]]] = {}
     for pixels, batch in QUICK_CASES if quick else CASES:
         case = f"{pixels} × {pixels}, batch {batch}"
-        results = compare(case, _contenders(*models, pixels, batch), settings)
+        results = settings.compare(case, _contenders(*models, pixels, batch), settings)
         report.add(case, results.values(), batch, "images/s", pixels=pixels, batch=batch)
         report.ratios += _ratios(case, results, quick)
         for name, result in results.items():
