@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from longscan.checkpoints.load import load, load_translator
-from longscan.checkpoints.save import Layout, convert, save
+from longscan.checkpoints.save import Layout, convert, quantize, save
 from longscan.core.files import read_json, write_json
 from longscan.errors import LongscanError, UsageError
 from longscan.models import MODELS, Llama, LlamaConfig, Mamba
@@ -310,6 +311,33 @@ def test_convert_command_errors(cli: Any, saved: Path, tmp_path: Path) -> None:
     assert done.code == 1
     assert "shorter than its header says" in done.err
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("name", ["directory", "model.gguf"])
+@pytest.mark.parametrize(
+    "write", [convert, lambda *paths: quantize(*paths, "int8")], ids=["convert", "quantize"]
+)
+def test_a_second_writer_replaces_nothing(
+    write: Callable[[Path, Path], object],
+    name: str,
+    saved: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another program writes the target while the first one is flushing its own version to the disk."""
+    target, flush = tmp_path / name, os.fsync
+
+    def interfere(descriptor: int) -> None:
+        if not target.exists():
+            target.mkdir()
+            (target / "config.json").write_text("theirs")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", interfere)
+    with pytest.raises(LongscanError, match=f"{name} exists"):
+        write(saved, target)
+    assert [path.read_text() for path in target.iterdir()] == ["theirs"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "saved"])
 
 
 # ---- models of other kinds

@@ -273,6 +273,43 @@ def test_a_file_has_one_writer_if_it_asks_for_that(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("rule", [{"new": True}, {"marker": "config.json"}], ids=["new", "marker"])
+def test_what_appears_meanwhile_is_not_replaced(rule: dict[str, Any], tmp_path: Path) -> None:
+    """A training run may begin in the directory that a conversion is about to fill."""
+    run = tmp_path / "run"
+
+    def write() -> None:
+        with atomic_directory(run, **rule) as folder:
+            (folder / "config.json").write_text("{}")
+            run.mkdir()
+            (run / "train.json").write_text("{}")
+
+    with pytest.raises(LongscanError, match="run exists and"):
+        write()
+    assert listing(tmp_path) == ["run", "run/train.json"]
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    def write() -> None:
+        with atomic_file(tmp_path / "a", new=True) as new:
+            new.write_text("ours")
+            (tmp_path / "a").write_text("theirs")
+
+    with pytest.raises(LongscanError, match="a exists"):
+        write()
+    assert (tmp_path / "a").read_text() == "theirs"
+    assert listing(tmp_path) == ["a"]
+
+
+def test_an_empty_directory_may_be_new(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with atomic_directory(tmp_path / "run", new=True) as folder:
+        (folder / "a").write_text("a")
+    assert listing(tmp_path / "run") == ["a"]
+    with pytest.raises(LongscanError, match="not an empty directory"):
+        atomic_directory(tmp_path / "run", new=True).__enter__()
+
+
 def test_a_lock_of_a_killed_process_is_in_nobodys_way(tmp_path: Path) -> None:
     (tmp_path / ".run.lock").write_text("")
     with atomic_directory(tmp_path / "run"):

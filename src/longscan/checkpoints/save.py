@@ -100,12 +100,11 @@ def convert(
     model, its_tokenizer = load(source, revision=revision, offline=offline, dtype=dtype, tokenizer=tokenizer)
     if dtype and kind_of(model):
         model = dequantized(model).to(dtype)
-    check_new(destination)  # again: another run may have written it meanwhile
     if destination.suffix == ".gguf":
         destination.parent.mkdir(parents=True, exist_ok=True)
-        save_gguf(model, destination, its_tokenizer, gguf_type)
+        save_gguf(model, destination, its_tokenizer, gguf_type, new=True)
     else:
-        _write(model, destination, its_tokenizer, layout, None)
+        _write(model, destination, its_tokenizer, layout, None, new=True)
     return model
 
 
@@ -131,6 +130,8 @@ def _write(
     layout: Layout,
     dtype: torch.dtype | None,
     max_shard_size: str = MAX_SHARD_SIZE,
+    *,
+    new: bool = False,
 ) -> None:
     """Write a model directory in either layout."""
     config, kind = model.config, kind_of(model)
@@ -150,23 +151,23 @@ def _write(
     else:
         dtype = STORED[kind]
     form = OFFICIAL if layout == "official" else FORMATS[name_of_model(model)]
-    with atomic_directory(directory, marker="config.json") as new:
+    with atomic_directory(directory, marker="config.json", new=new) as folder:
         with writing(directory):
             fields = config_fields(model, form, dtype_name(dtype), kind)
             published = {form.theirs(name): tensor for name, tensor in tensors.items()}
             if form is OFFICIAL:
                 head, embedding = form.theirs(TIED_HEAD.name), form.theirs(TIED_HEAD.original)
                 published.setdefault(head, published[embedding])  # one storage: it takes no more room
-                torch.save(published, new / "pytorch_model.bin")
+                torch.save(published, folder / "pytorch_model.bin")
             else:
                 if isinstance(model, LanguageModel):  # other programs look here for the end of a text
                     ends = tokenizer.special_ids if tokenizer else dict.fromkeys(IDS)
-                    write_json(new / "generation_config.json", ends)
+                    write_json(folder / "generation_config.json", ends)
                     fields |= ends
-                _write_safetensors(published, new, max_shard_size)
-            write_json(new / "config.json", fields)
+                _write_safetensors(published, folder, max_shard_size)
+            write_json(folder / "config.json", fields)
         if tokenizer:
-            tokenizer.save(new)
+            tokenizer.save(folder)
 
 
 def _write_safetensors(tensors: Mapping[str, Tensor], directory: Path, max_shard_size: str) -> None:
@@ -212,6 +213,5 @@ def quantize(
         quantize_model(model, kind)
     except LongscanError as error:
         raise LongscanError(f"{source}: {error}") from error
-    check_new(destination)  # again: another run may have written it meanwhile
-    save(model, destination, tokenizer, max_shard_size=max_shard_size)
+    _write(model, destination, tokenizer, "hf", None, max_shard_size, new=True)
     return model

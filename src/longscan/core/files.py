@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import json
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longscan.core.disk_errors import name_disk_error, writing
+from longscan.core.lock import only_writer
 from longscan.errors import LongscanError
 
 __all__ = [
@@ -47,27 +47,28 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path, *, exclusive: bool = False) -> Iterator[Path]:
+def atomic_file(path: str | Path, *, exclusive: bool = False, new: bool = False) -> Iterator[Path]:
     """Yield a path to write to; the file gets its final name only when it is complete.
 
     Args:
         path: the file to create or replace; its directory must exist.
         exclusive: whether a second writer is refused while the first one is at work, as for a directory; if
             not, the last one to finish wins.
+        new: whether an existing file is refused, also one that appeared meanwhile.
 
     Yields:
         A temporary path beside it, for the caller to write to.
 
     Raises:
-        LongscanError: another process is writing it, and `exclusive` is set.
+        LongscanError: another process is writing it, and `exclusive` is set; or it exists, and `new` is.
         OSError: the directory is missing or not writable, or the disk is full; the previous file is intact.
     """
     path = Path(os.path.realpath(path))  # so that a link is kept and its target replaced
-    with _only_writer(path) if exclusive else contextlib.nullcontext():
-        yield from _replace(path)
+    with only_writer(path, _aside(path, "lock")) if exclusive else contextlib.nullcontext():
+        yield from _replace(path, new)
 
 
-def _replace(path: Path) -> Iterator[Path]:
+def _replace(path: Path, new: bool) -> Iterator[Path]:
     """Do the work of `atomic_file`."""
     _remove_stale(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
@@ -75,6 +76,8 @@ def _replace(path: Path) -> Iterator[Path]:
         yield temporary
         _open_up(temporary)
         _sync(temporary)
+        if new and path.exists():
+            raise LongscanError(f"{path} exists: choose another name.")
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -84,7 +87,7 @@ def _replace(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str | Path, *, marker: str | None = None) -> Iterator[Path]:
+def atomic_directory(path: str | Path, *, marker: str | None = None, new: bool = False) -> Iterator[Path]:
     """Yield a directory to fill; it gets its final name only when it is complete.
 
     No portable call swaps two directories, so the old one is first renamed to `.NAME.old`, and renamed back
@@ -95,31 +98,28 @@ def atomic_directory(path: str | Path, *, marker: str | None = None) -> Iterator
         path: the directory to create or replace; missing parents are created.
         marker: if given, an existing directory is replaced only if it is empty or holds a file of this name,
             so that a mistyped path deletes nothing.
+        new: whether an existing directory is replaced only if it is empty. This and `marker` are checked
+            again at the end: another program may have written there meanwhile.
 
     Yields:
         An empty directory beside the target, for the caller to fill.
 
     Raises:
-        LongscanError: the target is not empty and has no `marker`, or another process is writing it.
+        LongscanError: the target is not empty and `new` is set or has no `marker`, or another process is
+            writing it.
         OSError: the directory is not writable, the disk is full, or `path` is a file; the previous directory
             is intact.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _only_writer(path):
-        yield from _fill(path, marker)
+    with only_writer(path, _aside(path, "lock")):
+        yield from _fill(path, marker, new)
 
 
-def _fill(path: Path, marker: str | None) -> Iterator[Path]:
+def _fill(path: Path, marker: str | None, new: bool) -> Iterator[Path]:
     """Do the work of `atomic_directory` while its lock is held."""
     recover_directory(path)
-    if path.exists():
-        names = os.listdir(path)
-        if marker and names and marker not in names:
-            raise LongscanError(
-                f"{path} exists and was not written by longscan (no {marker} in it). "
-                "It would be replaced as a whole: choose another directory, or empty this one."
-            )
+    _refuse_existing(path, marker, new)
     temporary = _aside(path, "new")
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     try:
@@ -130,11 +130,24 @@ def _fill(path: Path, marker: str | None) -> Iterator[Path]:
                 _open_up(Path(folder, name))
                 _sync(Path(folder, name))
             _sync(Path(folder))
+        _refuse_existing(path, marker, new)
         _swap(temporary, path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         name_disk_error(error, path, temporary)
         raise
+
+
+def _refuse_existing(path: Path, marker: str | None, new: bool) -> None:
+    """Raise if what a target holds may not be replaced; see `atomic_directory`."""
+    names = os.listdir(path) if path.exists() else []
+    if names and new:
+        raise LongscanError(f"{path} exists and is not an empty directory: choose another name.")
+    if names and marker and marker not in names:
+        raise LongscanError(
+            f"{path} exists and was not written by longscan (no {marker} in it). "
+            "It would be replaced as a whole: choose another directory, or empty this one."
+        )
 
 
 def recover_directory(path: str | Path) -> None:
@@ -233,34 +246,6 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise LongscanError(f"{path}: its brackets are nested too deep.") from error
 
 
-@contextlib.contextmanager
-def _only_writer(path: Path) -> Iterator[None]:
-    """Hold a lock file beside a target; the system releases it when the process ends, even by a crash."""
-    lock = _aside(path, "lock")
-    while True:
-        try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except OSError as error:
-            name_disk_error(error, path, lock)
-            raise
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise LongscanError(
-                f"{path} is being written by another process: wait for it, or choose another name."
-            ) from error
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
-                break
-        os.close(descriptor)  # the last holder has removed the file meanwhile: try again
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
 def _remove_stale(path: Path) -> None:
     """Remove the temporary files of killed processes, not those of running ones."""
     for other in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
@@ -302,9 +287,9 @@ def _aside(path: Path, suffix: str) -> Path:
 
 
 def _swap(new: Path, target: Path) -> None:
-    """Rename directory `new` to `target`, and remove the old one only afterwards."""
+    """Rename directory `new` to `target`, an empty one at once; remove the old one only afterwards."""
     old = _aside(target, "old")
-    if target.exists():
+    if target.exists() and os.listdir(target):
         os.rename(target, old)
     try:
         os.rename(new, target)

@@ -124,7 +124,12 @@ class GGUFFile(Source):
 
 @torch.no_grad()
 def save_gguf(
-    model: LanguageModel, path: str | Path, tokenizer: Tokenizer | None, kind: GGUFType | None = None
+    model: LanguageModel,
+    path: str | Path,
+    tokenizer: Tokenizer | None,
+    kind: GGUFType | None = None,
+    *,
+    new: bool = False,
 ) -> None:
     """Write a Mamba as a GGUF file that llama.cpp reads, whole or not at all.
 
@@ -138,10 +143,11 @@ def save_gguf(
         path: the file to create or replace.
         tokenizer: byte-level BPE or bytes; None for a model that reads ids.
         kind: of the matrices; None takes the nearest to what they are.
+        new: whether an existing file is refused.
 
     Raises:
-        LongscanError: llama.cpp takes no such model or tokenizer; a package is missing; or another
-            process is writing the file.
+        LongscanError: llama.cpp takes no such model or tokenizer; a package is missing; another process is
+            writing the file; or it exists, and `new` is set.
         OSError: the file cannot be written.
     """
     kind = kind or usual_type(model)
@@ -164,8 +170,8 @@ def save_gguf(
     }
     plan = _plan(model, config, kind)
     with (
-        atomic_file(path, exclusive=True) as new,
-        contextlib.closing(gguf.GGUFWriter(new, ARCHITECTURE)) as writer,
+        atomic_file(path, exclusive=True, new=new) as temporary,
+        contextlib.closing(gguf.GGUFWriter(temporary, ARCHITECTURE)) as writer,
     ):
         for key, value in metadata.items():
             _add(writer, key, value)
