@@ -450,12 +450,13 @@ def test_a_merged_file_says_that_it_has_no_parts(tmp_path: Path) -> None:
     load_gguf(put(tmp_path, raw.mamba(split__count=raw.u32(0))))
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_finite(tmp_path: Path, kind: GGUFType, value: float) -> None:
+@pytest.mark.parametrize("name", ["mixer.in_proj.weight", "mixer.D", "norm.weight"])
+def test_weights_that_are_not_finite(tmp_path: Path, kind: GGUFType, value: float, name: str) -> None:
     model = make()
     with torch.no_grad():
-        model.backbone.layers[1].mixer.in_proj.weight[3, 5] = value  # type: ignore[union-attr, operator, index]
+        model.get_parameter(f"backbone.layers.1.{name}").flatten()[5] = value
     with pytest.raises(LongscanError, match="expected finite numbers, got NaN or infinity"):
         save_gguf(model, tmp_path / "model.gguf", None, kind)
     assert not list(tmp_path.iterdir())

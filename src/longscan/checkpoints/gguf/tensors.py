@@ -144,7 +144,7 @@ def encode(name: str, tensor: Tensor, scale: Tensor | None, kind: GGUFType) -> n
     values = tensor.float() if scale is None else ops.dequantize(tensor, scale)
     if name.endswith("A_log"):
         values = values.double().exp().neg().float()
-    if (kind in BLOCKS or name.endswith("A_log")) and not values.isfinite().all():
+    if not values.isfinite().all():
         raise LongscanError(f"{name}: expected finite numbers, got NaN or infinity: it can't be {kind}.")
     if kind in BLOCKS and values.abs().max() > (largest := MAX_INT4 if kind == "Q4_0" else MAX_Q8):
         raise LongscanError(
