@@ -305,6 +305,42 @@ HOSTILE: dict[str, dict[str, Any]] = {
             "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}] * 8,
         }
     },
+    "multiplied-in-two-parts": {
+        "normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 60},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}] * 6,
+        },
+    },
+    "one-letter-of-33-bytes": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Replace", "pattern": {"String": letter}, "content": "\ufdfa"}
+                for letter in "a\u0644"
+            ]
+            + [{"type": "NFKC"}] * 3,
+        }
+    },
+    "a-space-for-each-piece": {
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Metaspace", "replacement": mark, "prepend_scheme": "always", "split": True}
+                for mark in "▁_" * 40
+            ],
+        }
+    },
+    "many-rules": {"decoder": {"type": "Sequence", "decoders": [{"type": "Fuse"}] * 65}},
+    "five-times-the-text": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 5,
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {},
+        },
+        "normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 60},
+    },
     "bytes-of-bytes": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 14}},
     "bytes-of-pieces": {
         "pre_tokenizer": {

@@ -17,7 +17,9 @@ from longscan.errors import LongscanError
 
 __all__ = ["build_tokenizer", "guarded", "template_prefix"]
 
-MAX_GROWTH = 64  # how many times longer all rules together may make a text; real ones stay below 10
+MAX_GROWTH = 256  # bytes that all rules together may make of one byte of text; real ones stay below 100
+MAX_RULES = 64  # in one part: some add a space to every piece; real files have at most 20
+UNICODE = {"NFC": 3, "NFD": 3, "NFKC": 11, "NFKD": 11, "Lowercase": 2, "BertNormalizer": 12}  # bytes for one
 MAX_ID = 2**22  # the largest published vocabularies have 2**18 ids
 MAX_TEMPLATE = 64  # special tokens around a text
 NOT_ONE = "it is not a tokenizer ({}). Was it cut short? Fetch it again."
@@ -100,13 +102,17 @@ def template_prefix(processor: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 def _check_rules(content: Mapping[str, Any]) -> None:
     """Raise LongscanError if rules multiply the length of a text, or cannot be checked."""
-    for part in LISTS:
-        growth = 1
-        for step in _steps(content.get(part), part):
+    growth = 1  # of a text that is encoded: one part works on what the one before made of it
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        growth = 1 if part == "decoder" else growth
+        steps = _steps(content.get(part), part)
+        if len(steps) > MAX_RULES:
+            raise LongscanError(f"{part}: expected at most {MAX_RULES} rules, got {len(steps):,}.")
+        for step in steps:
             growth *= _growth(step, part)
             if growth > MAX_GROWTH:
                 raise LongscanError(
-                    f"{part}: its rules may make a text {growth:,} times longer, expected at most "
+                    f"{part}: with its rules a text may become {growth:,} times longer, expected at most "
                     f"{MAX_GROWTH}. Such a file may be malicious: use the original one."
                 )
     for token in content.get("added_tokens") or ():
@@ -130,7 +136,7 @@ def _steps(rule: Any, part: str) -> list[Mapping[str, Any]]:
 
 
 def _growth(step: Mapping[str, Any], part: str) -> int:
-    """Return how many times longer a rule may make a text, at most."""
+    """Return how many times more bytes a rule may make of a text, at most."""
     kind = step.get("type")
     if kind == "Precompiled":
         raise LongscanError(
@@ -143,22 +149,36 @@ def _growth(step: Mapping[str, Any], part: str) -> int:
         counts = (step.get("start", 0), step.get("stop", 0))
         if not all(type(count) is int and 0 <= count <= 1 for count in counts):
             raise LongscanError(f"{part}: Strip: expected start and stop of 0 or 1, got {counts}.")
-    if kind == "TemplateProcessing":
-        single = step.get("single")
-        if isinstance(single, list) and len(single) > MAX_TEMPLATE:
+    if kind == "TemplateProcessing" and isinstance(single := step.get("single"), list):
+        if len(single) > MAX_TEMPLATE:
             raise LongscanError(f"{part}: expected at most {MAX_TEMPLATE} special tokens, got {len(single)}.")
+        return max(1, sum(isinstance(piece, Mapping) and "Sequence" in piece for piece in single))
     if kind in ("BPEDecoder", "CTC") and "" in (step.get("suffix"), step.get("word_delimiter_token")):
         raise LongscanError(f"{part}: {kind} puts a space for every empty text. Fetch the file again.")
+    return _bytes_for_one(step, part)
+
+
+def _bytes_for_one(step: Mapping[str, Any], part: str) -> int:
+    """Return how many bytes a rule that is allowed may make of one, at most."""
+    kind = step.get("type")
     if kind == "ByteLevel" and part in ("normalizer", "pre_tokenizer"):
-        return 2  # a letter for each byte, and such letters are of two bytes
+        # a letter of two bytes for each byte, and for the space before a piece, which may be one letter
+        return 4 if part == "pre_tokenizer" and step.get("add_prefix_space", True) else 2
+    if kind == "Metaspace" and part == "pre_tokenizer":
+        return 1 + _size(step.get("replacement", ""))
     if kind == "Prepend":
-        return 1 + len(str(step.get("prepend", "")))
+        return 1 + _size(step.get("prepend", ""))
     if kind == "Replace":
-        pattern, new = step.get("pattern"), str(step.get("content", ""))
+        pattern, new = step.get("pattern"), _size(step.get("content", ""))
         old = pattern.get("String") if isinstance(pattern, Mapping) else None
         if old == "":
             raise LongscanError(f"{part}: Replace has an empty pattern. Fetch the file again.")
         if isinstance(old, str):
-            return max(1, -(-len(new) // len(old)))
-        return 1 + len(new)  # an expression may match the nothing between two letters
-    return 1
+            return max(1, -(-new // _size(old)))
+        return 1 + new  # an expression may match the nothing between two letters
+    return UNICODE.get(str(kind), 1)
+
+
+def _size(text: Any) -> int:
+    """Return the bytes of a text in UTF-8; half a surrogate pair, which JSON can spell, has three."""
+    return len(str(text).encode(errors="surrogatepass"))
