@@ -78,12 +78,12 @@ def test_compressed_in_capitals(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end_is_refused(tmp_path: Path) -> None:
-    with gzip.open(tmp_path / "long.jsonl.gz", "wb") as file:
+    with open(tmp_path / "long.jsonl", "wb") as file:
         for _ in range(66):
             file.write(b"a" * 2**20)
     for read in (read_lines, lambda path: list(iter_documents(path)), lambda path: read_examples([path])):
         with pytest.raises(LongscanError, match="line 1: expected at most 67,108,864 characters"):
-            read(tmp_path / "long.jsonl.gz")
+            read(tmp_path / "long.jsonl")
 
 
 def test_only_line_feeds_end_a_line(tmp_path: Path) -> None:
@@ -216,3 +216,14 @@ def test_a_pair_longer_than_a_batch_is_one_by_itself() -> None:
 def test_fingerprints_tell_pairs_apart() -> None:
     assert synthetic(seed=0).fingerprint() == synthetic(seed=0).fingerprint()
     assert synthetic(seed=0).fingerprint() != synthetic(seed=1).fingerprint()
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+def test_a_compressed_file_of_very_many_lines_is_refused(suffix: str, tmp_path: Path) -> None:
+    """A list of its lines would take a thousand times the memory that the file takes on the disk."""
+    file = tmp_path / f"a.txt{suffix}"
+    file.write_bytes({".gz": gzip, ".xz": lzma}[suffix].compress(b"\n" * 2**25))
+    with pytest.raises(LongscanError, match=r"expected at most 16,777,216 bytes .* decompress it first"):
+        read_lines(file)
+    file.write_bytes(gzip.compress(b"a\n" * 2**20) if suffix == ".gz" else lzma.compress(b"a\n" * 2**20))
+    assert len(read_lines(file)) == 2**20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import lzma
+import math
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ __all__ = ["OPENERS", "iter_lines", "open_binary", "read_text", "text_kind"]
 OPENERS = {".gz": cast(Callable[..., IO[bytes]], gzip.open), ".xz": cast(Callable[..., IO[bytes]], lzma.open)}
 BLOCK = 2**20  # bytes read at a time
 MAX_LINE = 2**26  # characters of the longest line, which is held in memory
+MAX_RATIO = 200  # text bytes for one of a compressed file; real text has up to 20, the formats can do 1,000
+FREE = 2**24  # bytes that a compressed file may hold in any case
 
 
 def text_kind(file: Path) -> str:
@@ -49,11 +52,14 @@ def read_text(path: Path, block_size: int = BLOCK) -> Iterator[str]:
         Text, a block at a time.
 
     Raises:
-        LongscanError: not UTF-8, or a damaged compressed file; the message says where.
+        LongscanError: not UTF-8, or a damaged compressed file; the message says where. Or it is larger than
+            compressed text can be, and made to exhaust the memory.
         OSError: it can't be read.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset, started = 0, False
+    compressed = path.suffix.lower() in OPENERS
+    limit = max(FREE, MAX_RATIO * path.stat().st_size) if compressed else math.inf
     try:
         with open_binary(path) as file:
             while True:
@@ -65,6 +71,11 @@ def read_text(path: Path, block_size: int = BLOCK) -> Iterator[str]:
                 yield text if started else text.removeprefix("\ufeff")
                 started = started or bool(text)
                 offset += len(block)
+                if offset > limit:
+                    raise LongscanError(
+                        f"{path}: expected at most {limit:,} bytes of text in a compressed file of this "
+                        "size, got more. If it is meant to be so, decompress it first."
+                    )
                 if not block:
                     return
     except UnicodeDecodeError as error:
