@@ -276,7 +276,9 @@ def test_a_text_begins_as_the_post_processor_says_and_ends_with_any_stated_id(tm
 
 @pytest.mark.parametrize("eos", [2**40, -1, [2**70], "\ud800"])
 def test_impossible_ends_are_passed_over(eos: Any, tmp_path: Path) -> None:
-    configs = {"config": {"eos_token_id": eos}, "tokenizer_config": {"eos_token": eos}}
+    configs = {"tokenizer_config": {"eos_token": eos}}
+    if not isinstance(eos, str):  # which is refused as an id
+        configs["config"] = {"eos_token_id": eos}
     assert load_tokenizer(saved_with(tmp_path, ["</s>"], configs)).eos_ids == (2,)
 
 
@@ -294,6 +296,16 @@ def test_an_added_token_that_is_a_byte_too_is_refused() -> None:
     library.add_tokens(["é"])  # the name of byte 0xE9: one id, two meanings
     with pytest.raises(LongscanError, match="an id of its own"):
         BPETokenizer(library, BPE.eos_id).decode([0])
+
+
+@pytest.mark.parametrize("value", ["x", True, 2.0, {"id": 2}, [2, "x"], [2, None]], ids=str)
+@pytest.mark.parametrize("file", ["config", "generation_config"])
+def test_ids_that_are_none_are_refused(value: Any, file: str, tmp_path: Path) -> None:
+    directory = saved_with(tmp_path, ["</s>"], {file: {"eos_token_id": value}})
+    with pytest.raises(
+        LongscanError, match=rf"/{file}\.json: eos_token_id: expected an id, a list of ids or null"
+    ):
+        load_tokenizer(directory)
 
 
 HOSTILE: dict[str, dict[str, Any]] = {

@@ -28,6 +28,7 @@ from longscan.tokenizers.special_tokens import (
     END_NAMES,
     END_OF_TEXT,
     IDS,
+    check_ids,
     find_eos,
     find_others,
     find_roles,
@@ -173,12 +174,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         puts there; as in transformers, `add_bos_token` beside a tokenizer.json changes nothing.
 
     Raises:
-        LongscanError: no tokenizer there, a damaged file, or nothing says which token ends a text.
+        LongscanError: no tokenizer there, a damaged file, an id that is none, or nothing says which token
+            ends a text.
     """
     path = Path(path)
     file = path if path.is_file() else path / "tokenizer.json"
     names = ("tokenizer_config.json", "generation_config.json", "config.json")
     configs = {name: read_json(path / name) for name in names if (path / name).is_file()}
+    check_ids(path, configs)
     if configs.get("tokenizer_config.json", {}).get(BYTES_KIND) == "bytes":
         return ByteTokenizer()
     if not file.is_file():

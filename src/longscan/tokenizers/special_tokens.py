@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -14,6 +15,7 @@ __all__ = [
     "END_NAMES",
     "END_OF_TEXT",
     "IDS",
+    "check_ids",
     "find_eos",
     "find_others",
     "find_roles",
@@ -26,6 +28,27 @@ END_OF_TEXT = "<|endoftext|>"
 END_NAMES = (END_OF_TEXT, "</s>", "<eos>", "<|end_of_text|>", "<|eos|>", "[EOS]")  # in order of preference
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")  # in tokenizer_config.json
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # in config.json and generation_config.json
+
+
+def check_ids(directory: Path, configs: Mapping[str, dict[str, Any]]) -> None:
+    """Raise unless the ids of special tokens are ids.
+
+    Args:
+        directory: where the configurations are, for the message.
+        configs: see `find_eos`.
+
+    Raises:
+        LongscanError: one is a name, a fraction or a truth value.
+    """
+    for file in ("generation_config.json", "config.json"):
+        for name in IDS:
+            value = configs.get(file, {}).get(name)
+            ids = value if isinstance(value, list) else [0 if value is None else value]
+            if any(type(index) is not int for index in ids):
+                raise LongscanError(
+                    f"{directory / file}: {name}: expected an id, a list of ids or null, got "
+                    f"{str(value)[:40]!r} ({type(value).__name__})."
+                )
 
 
 def find_eos(tokenizer: tokenizers.Tokenizer, configs: Mapping[str, dict[str, Any]]) -> int | None:
