@@ -155,6 +155,7 @@ def test_pickle_of_something_else(saved: Path) -> None:
 
 HOLLOW: dict[str, Callable[[], Any]] = {
     "stride-0": lambda: {"a": torch.zeros(1).expand(2**28)},
+    "overlapping": lambda: {"a": torch.zeros(99).as_strided((9, 9), (1, 1))},
     "one-storage": lambda: {f"a{i}": tensor for tensor in [torch.zeros(9_999)] for i in range(99)},
     "meta": lambda: {"a": torch.empty(3, device="meta")},
     "sparse": lambda: {"a": torch.eye(3).to_sparse()},

@@ -294,7 +294,8 @@ def _check_sizes(file: Path, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         n_bytes = tensor.numel() * tensor.element_size()
         total += n_bytes
-        if tensor.layout != torch.strided or tensor.is_meta or n_bytes > tensor.untyped_storage().nbytes():
+        hollow = tensor.layout != torch.strided or tensor.is_meta
+        if hollow or n_bytes > tensor.untyped_storage().nbytes() or _overlaps(tensor):
             raise LongscanError(
                 f"{file}: {name} {tuple(tensor.shape)} is not stored as a whole: expected dense tensors."
             )
@@ -302,3 +303,13 @@ def _check_sizes(file: Path, tensors: dict[str, Tensor]) -> None:
         raise LongscanError(
             f"{file} describes tensors of {total:,} bytes and has {size:,}: the file is not meant well."
         )
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Return whether several elements of a tensor may be one number, which training would change at once."""
+    last = 0  # offset of the last element along the axes so far
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= last:
+            return True
+        last += stride * max(0, size - 1)
+    return False
