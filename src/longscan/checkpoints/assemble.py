@@ -37,9 +37,10 @@ def assemble(
     Raises:
         LongscanError: a tensor is missing, left over, or of another shape or type; or the sizes are absurd.
     """
-    tensors, kind, mapped = weights
+    tensors, kind, mapped, _ = weights
     sizes = _sizes(config)
     n_layers = sizes.get("n_layers", 1)  # some have one that nobody counts
+    n_layers = max(n_layers, sum(sizes.get("n_blocks", [])))
     if n_layers > len(tensors):  # before a loop over layers that do not exist
         raise LongscanError(
             f"{path}: config.json says {n_layers:,} layers, {len(tensors)} tensors are there."
@@ -53,7 +54,7 @@ def assemble(
         except LongscanError as error:
             raise LongscanError(f"{path}: {error}") from error
     expected = model.state_dict()
-    _check_fit(path, expected, tensors, types=kind is not None)
+    _check_fit(path, expected, weights, types=kind is not None)
     try:
         fitted = {name: narrowed(name, tensors[name], x.dtype, copy=mapped) for name, x in expected.items()}
     except LongscanError as error:
@@ -92,10 +93,9 @@ def _sizes(config: Config) -> dict[str, Any]:
     return {**fields, **fields.get("body_config", {})}
 
 
-def _check_fit(
-    path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], *, types: bool
-) -> None:
+def _check_fit(path: Path, expected: Mapping[str, Tensor], weights: Weights, *, types: bool) -> None:
     """Name everything that does not fit, in one error; also the types, where they tell what a tensor is."""
+    found = weights.tensors
     problems = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [name for name in found if name not in expected],
@@ -110,4 +110,4 @@ def _check_fit(
             if types and name in expected and tensor.dtype != expected[name].dtype
         ],
     }
-    refuse(f"{path}: the weights are not those that config.json describes.", problems)
+    refuse(f"{path}: the weights are not {weights.expected}.", problems)

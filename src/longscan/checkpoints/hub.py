@@ -6,7 +6,7 @@ import re
 import warnings
 from pathlib import Path
 
-from longscan.checkpoints.weights import find_weights, some
+from longscan.checkpoints.weights import BARE_SUFFIXES, find_weights, some
 from longscan.core.config import nearest
 from longscan.core.files import find_directory
 from longscan.errors import LongscanError
@@ -33,13 +33,14 @@ def resolve(name_or_dir: str | Path, *, revision: str | None = None, offline: bo
     """Return the path of a model, downloaded first if it is on the Hugging Face hub.
 
     Args:
-        name_or_dir: in this order, the name of a shipped model, a directory, a .gguf file, or a hub id such
-            as "state-spaces/mamba-130m-hf".
+        name_or_dir: in this order, the name of a shipped model, a directory, a .gguf file, a file of weights
+            that comes without config.json (.pth, .pt, .bin, .safetensors), or a hub id such as
+            "state-spaces/mamba-130m-hf".
         revision: branch, tag or commit of a hub repository.
         offline: whether to use only what the hub's cache holds.
 
     Returns:
-        A local directory with a config.json, or a GGUF file.
+        A local directory with a config.json, or a file.
 
     Raises:
         LongscanError: there is no such model, it cannot be fetched, or the directory is no model directory.
@@ -50,7 +51,7 @@ def resolve(name_or_dir: str | Path, *, revision: str | None = None, offline: bo
     path = find_directory(Path(name).expanduser())
     if path.is_dir():
         return _checked(path)
-    if path.suffix == ".gguf" and path.exists():
+    if path.suffix in (".gguf", *BARE_SUFFIXES) and path.exists():
         return path
     if path.exists():
         raise LongscanError(f"{path} is a file: name the directory that holds it and its config.json.")

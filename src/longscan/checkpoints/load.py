@@ -14,40 +14,43 @@ import torch
 
 from longscan.checkpoints.assemble import assemble
 from longscan.checkpoints.bert import HeadOptions, LoadedBert, read_bert
-from longscan.checkpoints.formats import kind_of_model
-from longscan.checkpoints.formats.sequence_classifier import EXPECTED, TRAIN
 from longscan.checkpoints.gguf.model import GGUFFile
 from longscan.checkpoints.hub import (
     OFFICIAL,
     OFFICIAL_TOKENIZER,
     find_tokenizer,
     official_tokenizer,
-    resolve,
 )
+from longscan.checkpoints.open import check_kind, open_source
 from longscan.checkpoints.source import ModelDirectory, Source, check_ids
 from longscan.errors import LongscanError, UsageError
 from longscan.models import MODELS, LanguageModel, Model, Translator
 from longscan.models.bert import Head
 from longscan.models.common.quantization import dequantized, quantize_model
 from longscan.models.common.quantization import precision as precision_of
+from longscan.models.common.vision import VisionModel
 from longscan.models.sequence_classifier import SequenceModel
 from longscan.tokenizers.base import Tokenizer
 
-__all__ = ["LoadKind", "Precision", "load", "load_bert", "load_translator", "load_with_tokenizer"]
+__all__ = [
+    "LoadKind",
+    "Precision",
+    "load",
+    "load_bert",
+    "load_translator",
+    "load_with_tokenizer",
+]
 
 
-LoadKind: TypeAlias = Literal["language", "translation", "masked", "classifier", "sequence"]
+LoadKind: TypeAlias = Literal["language", "translation", "masked", "classifier", "sequence", "image"]
 Precision: TypeAlias = Literal["float32", "bf16", "int8", "int4"]
 Loaded: TypeAlias = (
-    tuple[LanguageModel, Tokenizer | None] | tuple[Translator, Tokenizer] | LoadedBert | SequenceModel
+    tuple[LanguageModel, Tokenizer | None]
+    | tuple[Translator, Tokenizer]
+    | LoadedBert
+    | SequenceModel
+    | VisionModel
 )
-
-ARTICLES = {
-    "language": "a language model",
-    "translation": "a translation model",
-    "masked": "a masked language model such as BERT",
-    "sequence": EXPECTED,
-}
 
 
 @overload
@@ -108,6 +111,17 @@ def load(
 ) -> SequenceModel: ...
 
 
+@overload
+def load(
+    name_or_dir: str | Path,
+    kind: Literal["image"],
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    dtype: torch.dtype | None = torch.float32,
+) -> VisionModel: ...
+
+
 def load(
     name_or_dir: str | Path,
     kind: LoadKind = "language",
@@ -124,7 +138,7 @@ def load(
     Args:
         name_or_dir: see `resolve`.
         kind: of the model: "language", "translation", "masked" (BERT), "classifier" (a BERT that classifies
-            texts) or "sequence" (a sequence classifier).
+            texts), "sequence" (a sequence classifier) or "image" (an image classifier).
         revision: branch, tag or commit of a hub repository.
         offline: whether to use only what the hub's cache holds; HF_HUB_OFFLINE=1 does the same.
         dtype: of the weights; None keeps that of the file. The recurrence (A_log, D, dt_proj.bias) stays
@@ -137,7 +151,7 @@ def load(
     Returns:
         The model, in evaluation mode. For "language" with its tokenizer, or None if it has none; for
         "translation" with its tokenizer, of both languages; for "masked" and "classifier" a `LoadedBert`;
-        for "sequence" the model alone.
+        for "sequence" and "image" the model alone.
 
     Raises:
         UsageError: an option is none of this kind.
@@ -155,13 +169,17 @@ def load(
             raise UsageError(f"{option}: expected kind {its_kind!r}, got {kind!r}. Leave it out.")
     if precision not in (None, *get_args(Precision)):
         raise LongscanError(f"precision: expected {', '.join(get_args(Precision))}, got {precision!r}.")
-    path = resolve(name_or_dir, revision=revision, offline=offline)
-    source: Source = GGUFFile(path) if path.is_file() else ModelDirectory(path)
-    _check_kind(source, "masked" if kind == "classifier" else kind)
+    source = open_source(name_or_dir, revision, offline)
+    check_kind(source, "masked" if kind == "classifier" else kind)
     if kind == "language":
         own = _tokenizer(source, name_or_dir, tokenizer, offline)
         return _language_model(source, own, dtype, precision), own
-    assert isinstance(source, ModelDirectory)  # GGUF files hold language models
+    if kind == "image":
+        config = source.config()
+        model = assemble(source.path, MODELS[source.name].cls, config, source.weights(config), dtype)
+        assert isinstance(model, VisionModel)
+        return model
+    assert isinstance(source, ModelDirectory)  # other files hold language models and image classifiers
     if kind == "translation":
         return _translator(source, dtype)
     if kind == "masked":
@@ -169,7 +187,7 @@ def load(
     if kind == "classifier":
         return _classifier(source, dtype)
     config = source.config()
-    model = assemble(path, SequenceModel, config, source.weights(config), dtype)
+    model = assemble(source.path, SequenceModel, config, source.weights(config), dtype)
     assert isinstance(model, SequenceModel)
     return model
 
@@ -256,22 +274,6 @@ def load_with_tokenizer(
             f"name one with --tokenizer. The authors' Mambas were trained with that of {OFFICIAL_TOKENIZER}."
         )
     return model, own
-
-
-def _check_kind(source: Source, kind: str) -> None:
-    """Raise if a model is of another kind; the error names the verbs that accept it."""
-    actual = kind_of_model(source.name)
-    if actual == kind:
-        return
-    expected = ARTICLES[kind]
-    if actual == "sequence":
-        raise LongscanError(
-            f"{source.path} classifies whole sequences and predicts no tokens: expected {expected}. "
-            f"Try: longscan classify predict {source.path} ..."
-        )
-    verbs = f"Verbs for it: {', '.join(MODELS[source.name].verbs)}."
-    remedy = f"{verbs} {TRAIN}" if kind == "sequence" else verbs
-    raise LongscanError(f"{source.path} is a {source.name}, a {actual} model; expected {expected}. {remedy}")
 
 
 def _tokenizer(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from longscan.checkpoints.formats import FORMATS, OFFICIAL, config_fields, name_
 from longscan.checkpoints.formats.base import TIED_HEAD
 from longscan.checkpoints.gguf.model import GGUFType, save_gguf
 from longscan.checkpoints.load import load
+from longscan.checkpoints.open import stored_kind
 from longscan.checkpoints.weights import dtype_name, narrowed
 from longscan.core.files import atomic_directory, write_json, writing
 from longscan.errors import LongscanError, UsageError
@@ -76,8 +77,8 @@ def convert(
     tokenizer: str | Path | None = None,
     revision: str | None = None,
     offline: bool = False,
-) -> LanguageModel:
-    """Convert a model to another layout or precision.
+) -> Model:
+    """Convert a language model or an image classifier to another layout or precision.
 
     Args:
         source: see `resolve`.
@@ -97,11 +98,23 @@ def convert(
         OSError: the destination cannot be written.
     """
     destination = check_new(destination)
-    model, its_tokenizer = load(source, revision=revision, offline=offline, dtype=dtype, tokenizer=tokenizer)
+    where: dict[str, Any] = {"revision": revision, "offline": offline}
+    model: Model
+    if stored_kind(source, **where) != "image":
+        model, its_tokenizer = load(source, dtype=dtype, tokenizer=tokenizer, **where)
+    elif destination.suffix == ".gguf" or tokenizer is not None:
+        option = "a tokenizer" if tokenizer is not None else destination.name
+        raise LongscanError(
+            f"{source} is an image classifier: expected a directory and no more, got {option}. "
+            "GGUF files and tokenizers are for language models."
+        )
+    else:
+        model, its_tokenizer = load(source, "image", dtype=dtype, **where), None
     if dtype and kind_of(model):
         model = dequantized(model).to(dtype)
     if destination.suffix == ".gguf":
         destination.parent.mkdir(parents=True, exist_ok=True)
+        assert isinstance(model, LanguageModel)
         save_gguf(model, destination, its_tokenizer, gguf_type, new=True)
     else:
         _write(model, destination, its_tokenizer, layout, None, new=True)

@@ -31,11 +31,13 @@ class Weights(NamedTuple):
         tensors: by our names; none repeats another one.
         kind: the narrowest stored format among them, if they are quantised.
         mapped: whether they are views of a file, which may change.
+        expected: the tensors that they have to be, for messages.
     """
 
     tensors: dict[str, Tensor]
     kind: Kind | None = None
     mapped: bool = False
+    expected: str = "those that config.json describes"
 
 
 class Source(ABC):

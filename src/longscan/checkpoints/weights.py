@@ -6,10 +6,7 @@ The tensors are views of the mapped file: nothing is read until it is used, and 
 from __future__ import annotations
 
 import json
-import pickletools
 import re
-import warnings
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,20 +15,26 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from longscan.checkpoints.pickles import AGAIN, read_tensors
 from longscan.core.files import read_json
 from longscan.errors import LongscanError
 
-__all__ = ["check_widths", "dtype_name", "find_weights", "narrowed", "read_weights", "refuse", "some"]
+__all__ = [
+    "BARE_SUFFIXES",
+    "check_widths",
+    "dtype_name",
+    "find_weights",
+    "narrowed",
+    "read_safetensors",
+    "read_weights",
+    "refuse",
+    "some",
+]
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+BARE_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")  # of files that may come without a config.json
 MAX_HEADER = 100_000_000  # bytes; what the safetensors library itself accepts
-MAX_PICKLE = 2**26  # bytes of an archive's data.pkl, some hundred a tensor
-PLAIN = re.compile(  # what the pickle of dense tensors names
-    r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.(Size|\w+Storage)"
-    r"|torch\.storage\.(Untyped|Typed)Storage|torch\.(float|bfloat|int|uint)\d+|torch\.bool"
-)
 CHEAP = 2**20  # a width up to which a model of shapes takes no time, so that all that is wrong can be listed
-AGAIN = "delete the file and fetch it again."
 
 
 def find_weights(directory: Path) -> list[Path]:
@@ -77,7 +80,7 @@ def read_weights(
         raise LongscanError(f"no weights in {directory}: expected {SAFETENSORS} or {PICKLE}, found {found}.")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        shard = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+        shard = read_safetensors(file) if file.suffix == ".safetensors" else read_tensors(file)
         for name, tensor in shard.items():
             if name.endswith(buffers) and not tensor.is_floating_point():
                 continue
@@ -110,8 +113,10 @@ def check_widths(directory: Path, sizes: Mapping[str, Any], tensors: Mapping[str
         LongscanError: one is larger than all tensors together.
     """
     numbers = 2 * sum(tensor.numel() for tensor in tensors.values())  # four bits are two in a byte
-    for name, size in sizes.items():
-        compared = type(size) is int and name.startswith(("d_", "n_", "vocab", "src_", "tgt_"))
+    for name, value in sizes.items():
+        all_of_them = value if isinstance(value, list) else [value]  # one a stage
+        size = max((each for each in all_of_them if type(each) is int), default=0)
+        compared = name.startswith(("d_", "n_", "vocab", "src_", "tgt_"))
         if compared and size > max(numbers, CHEAP):
             raise LongscanError(
                 f"{directory}: the sizes in config.json are impossible ({name} = {size:,}, and all tensors "
@@ -195,8 +200,15 @@ def _shards(index: Path, suffix: str) -> list[Path]:
     return files
 
 
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    """Map the tensors of a safetensors file after comparing its size with what its header promises."""
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, after comparing its size with what its header promises.
+
+    Args:
+        file: mapped.
+
+    Raises:
+        LongscanError: it is cut short, damaged or not what its name says.
+    """
     _check_size(file)
     try:
         with safe_open(file, framework="pt") as reader:
@@ -236,80 +248,3 @@ def _check_size(file: Path) -> None:
         )
     if found > expected:
         raise LongscanError(f"{file} has {found - expected:,} bytes more than its header says: {AGAIN}")
-
-
-def _read_pickle(file: Path) -> dict[str, Tensor]:
-    """Map the tensors of a file of torch.save, whose pickle may name nothing but tensors: no code runs."""
-    with open(file, "rb") as stream:
-        if stream.read(4) != b"PK\x03\x04":
-            raise LongscanError(
-                f"{file} is not an archive of torch.save: a bare pickle may contain code and is refused.\n"
-                "Ask for the model as safetensors, or save it again with a recent torch."
-            )
-    _check_archive(file)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols: what matters is raised
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise LongscanError(f"{file} is damaged ({type(error).__name__}): {AGAIN}") from error
-    if not isinstance(tensors, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
-    ):
-        raise LongscanError(f"{file}: expected a dictionary of tensors by name, as state_dict() returns.")
-    _check_sizes(file, tensors)
-    return tensors
-
-
-def _check_archive(file: Path) -> None:
-    """Raise unless an archive of torch.save is uncompressed and names nothing but dense tensors."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise LongscanError(f"{file} is compressed, which torch.save never does: {AGAIN}")
-            pickles = [entry for entry in entries if re.fullmatch(r"[^/]+/data\.pkl", entry.filename)]
-            if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE:
-                raise LongscanError(f"{file} has no small data.pkl, as torch.save writes it: {AGAIN}")
-            operations = list(pickletools.genops(archive.read(pickles[0])))
-    except LongscanError:
-        raise
-    except Exception as error:  # a damaged archive or pickle can fail in any way
-        raise LongscanError(f"{file} is damaged ({type(error).__name__}): {AGAIN}") from error
-    for operation, argument, _ in operations:
-        if operation.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
-            raise LongscanError(f"{file} is of a pickle protocol that torch.save does not use: {AGAIN}")
-        if operation.name == "GLOBAL" and not PLAIN.fullmatch(name := str(argument).replace(" ", ".")):
-            if name.startswith("torch._utils._rebuild"):
-                raise LongscanError(f"{file} holds tensors made by {name}: expected dense ones with numbers.")
-            raise LongscanError(
-                f"{file} contains code ({name}): refused, because loading would run it.\n"
-                "Expected tensors only: ask for the model as safetensors."
-            )
-
-
-def _check_sizes(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Raise unless a file holds the numbers it describes; a head may share those of the embedding."""
-    total = 0
-    for name, tensor in tensors.items():
-        n_bytes = tensor.numel() * tensor.element_size()
-        total += n_bytes
-        hollow = tensor.layout != torch.strided or tensor.is_meta
-        if hollow or n_bytes > tensor.untyped_storage().nbytes() or _overlaps(tensor):
-            raise LongscanError(
-                f"{file}: {name} {tuple(tensor.shape)} is not stored as a whole: expected dense tensors."
-            )
-    if total > 2 * (size := file.stat().st_size):
-        raise LongscanError(
-            f"{file} describes tensors of {total:,} bytes and has {size:,}: the file is not meant well."
-        )
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Return whether several elements of a tensor may be one number, which training would change at once."""
-    last = 0  # offset of the last element along the axes so far
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride <= last:
-            return True
-        last += stride * max(0, size - 1)
-    return False

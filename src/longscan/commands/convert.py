@@ -12,6 +12,7 @@ from longscan.checkpoints.gguf.model import GGUFType, usual_type
 from longscan.checkpoints.save import Layout, convert
 from longscan.commands._options import Offline, Revision
 from longscan.errors import UsageError
+from longscan.models import LanguageModel
 from longscan.models.common.quantization import precision
 
 __all__ = ["command"]
@@ -69,7 +70,7 @@ def command(
         revision=revision,
         offline=offline,
     )
-    if gguf:
+    if isinstance(model, LanguageModel) and gguf:
         size = f"{model.num_parameters():,} parameters · {destination.stat().st_size:,} bytes"
         typer.echo(f"{destination} · GGUF · {gguf_type or usual_type(model)} · {size}")
         return

@@ -1,9 +1,10 @@
 """The layouts of checkpoints, one file each, and which of them a config.json has.
 
 Published models have the layout of transformers, Mamba that of its authors too, sequence classifiers one of
-their own; all others have longscan's own. Quantised weights are a variant of any layout in safetensors:
-config.json names the format, and each stored matrix stands beside its scales (`...in_proj.weight`,
-`...in_proj.scale`). All else in such a file is float32.
+their own; all others have longscan's own. A file of tensors alone, as authors of vision models publish, is
+known by its tensors. Quantised weights are a variant of any layout in safetensors: config.json names the
+format, and each stored matrix stands beside its scales (`...in_proj.weight`, `...in_proj.scale`). All else in
+such a file is float32.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from longscan.checkpoints.formats import bert, llama, mamba, official, sequence_classifier, videomamba, vim
+from longscan.checkpoints.formats import (
+    bert,
+    llama,
+    mamba,
+    official,
+    sequence_classifier,
+    videomamba,
+    vim,
+    vmamba,
+)
 from longscan.checkpoints.formats.base import QUANTIZATION, BareFormat, Format
 from longscan.checkpoints.formats.own import own
 from longscan.checkpoints.formats.sequence_classifier import MODEL_TYPE as SEQUENCE
@@ -56,7 +66,7 @@ FORMATS: dict[str, Format] = {
 }
 OFFICIAL = official.FORMAT
 #: models whose authors publish a file of tensors alone
-BARE: tuple[BareFormat, ...] = (vim.BARE, videomamba.BARE)
+BARE: tuple[BareFormat, ...] = (vim.BARE, vmamba.BARE, videomamba.BARE)
 
 
 def find_format(raw: Mapping[str, Any]) -> tuple[str, Format]:

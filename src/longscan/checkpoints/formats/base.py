@@ -94,14 +94,7 @@ class Format:
         Raises:
             LongscanError: two of them are one under two names, and they differ.
         """
-        renamed: dict[str, Tensor] = {}
-        for theirs, tensor in tensors.items():
-            name = self.ours(theirs)
-            if name is None:
-                continue
-            if not _same(renamed.setdefault(name, tensor), tensor):
-                raise LongscanError(f"{theirs} is another name of {name}, and both hold different numbers.")
-        return renamed
+        return _renamed(tensors, self.ours)
 
     def without_copy(self, tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
         """Return tensors without the one that repeats another.
@@ -149,6 +142,30 @@ class BareFormat:
     infer: Callable[[Mapping[str, Tensor]], Config]
     ours: Callable[[str], str | None] = str
     arrange: Callable[[str, Tensor], Tensor] = _as_is
+
+    def rename(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of a file under our names and in our shapes.
+
+        Args:
+            tensors: by their names.
+
+        Raises:
+            LongscanError: two of them are one under two names, and they differ.
+        """
+        renamed = _renamed(tensors, self.ours)
+        return {name: self.arrange(name, tensor) for name, tensor in renamed.items()}
+
+
+def _renamed(tensors: Mapping[str, Tensor], ours: Callable[[str], str | None]) -> dict[str, Tensor]:
+    """Return tensors under our names."""
+    renamed: dict[str, Tensor] = {}
+    for theirs, tensor in tensors.items():
+        name = ours(theirs)
+        if name is None:
+            continue
+        if not _same(renamed.setdefault(name, tensor), tensor):
+            raise LongscanError(f"{theirs} is another name of {name}, and both hold different numbers.")
+    return renamed
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

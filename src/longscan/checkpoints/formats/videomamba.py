@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from longscan.checkpoints.formats.base import BareFormat
-from longscan.checkpoints.formats.vim import common_fields, is_vim, shape_of, unwrapped
+from longscan.checkpoints.formats.vim import common_fields, is_vim, shape_of
 from longscan.models import VideoMambaConfig
 
 __all__ = ["BARE"]
@@ -30,11 +30,10 @@ TEMPORAL = "temporal_pos_embedding"
 
 def _matches(tensors: Mapping[str, Tensor]) -> bool:
     """Return whether tensors may be of a VideoMamba."""
-    names = {unwrapped(name): tensor for name, tensor in tensors.items()}
-    patches = names.get("patch_embed.proj.weight")
-    if patches is None or "pos_embed" not in names or "layers.0.mixer.conv1d_b.weight" not in names:
+    patches = tensors.get("patch_embed.proj.weight")
+    if patches is None or "pos_embed" not in tensors or "layers.0.mixer.conv1d_b.weight" not in tensors:
         return False
-    return (patches.dim() == 5) == (TEMPORAL in names) and is_vim(tensors) is not True
+    return (patches.dim() == 5) == (TEMPORAL in tensors) and is_vim(tensors) is not True
 
 
 def _infer(tensors: Mapping[str, Tensor]) -> VideoMambaConfig:
@@ -48,7 +47,6 @@ def _infer(tensors: Mapping[str, Tensor]) -> VideoMambaConfig:
 
 def _ours(name: str) -> str | None:
     """Return our name of a tensor; pre-training calls the last norm otherwise."""
-    name = unwrapped(name)
     if name.startswith(IDLE):
         return None
     return name.replace("norm.", "norm_f.") if name.startswith("norm.") else name

@@ -2,7 +2,7 @@
 
 They do not say where the class token stands and whether the two directions are averaged: the image models of
 VideoMamba have the same names. What only one of the two has decides; else both formats match, and the file's
-name, its saved arguments or the user must.
+name or the user must.
 """
 
 from __future__ import annotations
@@ -17,24 +17,11 @@ from longscan.checkpoints.formats.base import BareFormat
 from longscan.errors import LongscanError
 from longscan.models import VimConfig
 
-__all__ = ["BARE", "common_fields", "is_vim", "shape_of", "unwrapped"]
+__all__ = ["BARE", "common_fields", "is_vim", "shape_of"]
 
-WRAPPERS = ("module.", "backbone.", "encoder.")
 IDLE = ("rope.",)  # buffers of rotary positions, which are computed
 PATCHES, TOKEN, SCAN = "patch_embed.proj.weight", "cls_token", "layers.0.mixer."
 PIXELS = 224  # of the images that the published models were trained on
-STRIDE_8 = 27 * 27 + 1  # positions of 224 x 224 pixels, every 8
-
-
-def unwrapped(name: str) -> str:
-    """Return the name of a tensor without those of what the model was a part of.
-
-    Args:
-        name: theirs.
-    """
-    for wrapper in WRAPPERS:
-        name = name.removeprefix(wrapper)
-    return name
 
 
 def is_vim(tensors: Mapping[str, Tensor]) -> bool | None:
@@ -46,7 +33,7 @@ def is_vim(tensors: Mapping[str, Tensor]) -> bool | None:
     Returns:
         None if they may be of either; False also if they are of neither.
     """
-    shapes = {unwrapped(name): tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     patches, positions = shapes.get(PATCHES, ()), shapes.get("pos_embed", ())
     if len(patches) != 4 or len(positions) != 3 or SCAN + "in_proj.weight" not in shapes:
         return False
@@ -55,9 +42,7 @@ def is_vim(tensors: Mapping[str, Tensor]) -> bool | None:
     if any(name.startswith(("distill_head.", "clip_decoder.")) for name in shapes):
         return False
     both = SCAN + "conv1d_b.weight" in shapes and TOKEN in shapes
-    if not both or SCAN + "gamma" in shapes or positions[1] == STRIDE_8 or "rope.freqs_cos" in shapes:
-        return True
-    return None if positions[2] != 576 else False  # the width of VideoMamba-M, which no published Vim has
+    return None if both and not {SCAN + "gamma", "rope.freqs_cos"} & shapes.keys() else True
 
 
 def common_fields(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -140,7 +125,6 @@ def _infer(tensors: Mapping[str, Tensor]) -> VimConfig:
 
 def _ours(name: str) -> str | None:
     """Return our name of a tensor, which is theirs."""
-    name = unwrapped(name)
     return None if name.startswith(IDLE) else name
 
 

@@ -1,0 +1,95 @@
+"""A file of tensors without config.json, as authors of vision models publish: its tensors say what it is."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from torch import Tensor
+
+from longscan.checkpoints.formats import BARE
+from longscan.checkpoints.pickles import SETTINGS, check_tensors, unpickle
+from longscan.checkpoints.source import Source, Weights
+from longscan.checkpoints.weights import dtype_name, read_safetensors, some
+from longscan.core.config import Config
+from longscan.errors import LongscanError
+from longscan.tokenizers.base import Tokenizer
+
+__all__ = ["BareFile"]
+
+# where the checkpoint of a training run has its weights; published accuracies are those of "model"
+ENTRIES = ("model", "state_dict", "model_ema")
+PREFIXES = ("module.", "_orig_mod.", "backbone.", "encoder.")  # of what a model was wrapped in
+
+
+class BareFile(Source):
+    """A file of tensors: safetensors, or of torch.save.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        LongscanError: it is damaged, contains code, or its tensors are of no model that is here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries, tensors = _read(path)
+        tensors = {_unwrapped(name): tensor for name, tensor in tensors.items()}
+        matching = [form for form in BARE if form.matches(tensors)]
+        if len(matching) != 1:
+            known = ", ".join(form.name for form in BARE)
+            raise LongscanError(
+                f"{path}: its tensors ({some(tensors)}) are those of no model that is known without a "
+                f"config.json: {known}. If it has one, name the directory that holds both."
+            )
+        (self._format,) = matching
+        self.name = self._format.name
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point() or tensor.itemsize < 2:
+                got = dtype_name(tensor.dtype)
+                raise LongscanError(f"{path}: {name}: expected float32, float16 or bfloat16, got {got}.")
+        try:
+            self._tensors = self._format.rename(tensors)
+        except LongscanError as error:
+            raise LongscanError(f"{path}: {error}") from error
+        where = f"the names and shapes in {self._entries[0]!r}" if self._entries else "their names and shapes"
+        self._expected = f"those of the {self.name} that {where} describe"
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Return None: there is none."""
+        return None
+
+    def config(self, tokenizer_size: int | None = None) -> Config:
+        """Return what follows from names and shapes; see `Source.config`."""
+        try:
+            return self._format.infer(self._tensors)
+        except LongscanError as error:
+            raise LongscanError(f"{self.path}: {error}") from error
+
+    def weights(self, config: Config) -> Weights:
+        """Return views of the file; see `Source.weights`. A warning says which entry is taken."""
+        if len(self._entries) > 1:
+            others = ", ".join(map(repr, self._entries[1:]))
+            warnings.warn(
+                f"{self.path}: loads the weights in {self._entries[0]!r}, not {others}.", stacklevel=3
+            )
+        return Weights(self._tensors, mapped=True, expected=self._expected)
+
+
+def _read(file: Path) -> tuple[list[str], dict[str, Tensor]]:
+    """Return the entries of a training run that hold weights, and the tensors of the first."""
+    if file.suffix == ".safetensors":
+        return [], read_safetensors(file)
+    content = unpickle(file, SETTINGS)
+    entries = [name for name in ENTRIES if isinstance(content, dict) and isinstance(content.get(name), dict)]
+    tensors = content[entries[0]] if entries else content
+    check_tensors(file, tensors)
+    return entries, tensors
+
+
+def _unwrapped(name: str) -> str:
+    """Return the name of a tensor without prefixes of wrappers."""
+    while name.startswith(PREFIXES):
+        name = name.partition(".")[2]
+    return name
