@@ -3,7 +3,8 @@
 The stream of (seed, number) is the sequence of 64-bit words that the counter-based generator Philox 4x64-10
 (Salmon et al. 2011) yields for the key (seed, number), from counter 1 on. NumPy guarantees these raw words
 across versions, but not the results of `Generator.permutation` or `uniform`, so those are defined here.
-Numbers from 0 are epochs, those from STEPS are steps, and HELD_OUT is for the train-validation split.
+Numbers from 0 are epochs, those from IMAGES the images of each epoch, those from STEPS steps, and HELD_OUT is
+for the train-validation split.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import numpy.typing as npt
 from longscan.core.checks import check_range
 from longscan.errors import UsageError
 
-__all__ = ["HELD_OUT", "STEPS", "VERSION", "EpochOrder", "RandomStream"]
+__all__ = ["HELD_OUT", "STEPS", "VERSION", "EpochOrder", "RandomStream", "image_stream"]
 
 VERSION = 2  # of the data order; 2 changed sentence pairs and masked pairs
+IMAGES = 2**62
 STEPS = 2**63
 HELD_OUT = 2**64 - 1
 
@@ -32,7 +34,7 @@ class RandomStream:
 
     Args:
         seed: of the run, 0 to 2**64 - 1.
-        number: of the stream: an epoch, STEPS + a step, or HELD_OUT.
+        number: of the stream: an epoch, STEPS + a step, or HELD_OUT; see `image_stream` too.
 
     Raises:
         UsageError: the seed is out of range.
@@ -67,6 +69,17 @@ class RandomStream:
         """Return the number of heads among `coins` fair coins: the set bits of as few words as hold them."""
         words = self.raw(-(-coins // 64)).astype("<u8").tobytes()
         return (int.from_bytes(words, "little") & ((1 << coins) - 1)).bit_count()
+
+
+def image_stream(seed: int, epoch: int, index: int) -> RandomStream:
+    """Return the stream for the augmentation of an image, independent of those of all others.
+
+    Args:
+        seed: of the run.
+        epoch: from 0, below 2**30.
+        index: of the image, from 0, below 2**32.
+    """
+    return RandomStream(seed, IMAGES + (epoch << 32) + index)
 
 
 class EpochOrder(Generic[T]):
