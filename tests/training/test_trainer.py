@@ -94,3 +94,44 @@ def test_what_learns_slowly_goes_on_bit_for_bit(name: str, tmp_path: Path) -> No
     for mine, other in zip(second.model.slow(), whole.model.slow(), strict=True):
         for key in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(second.optimizer.state[mine][key], whole.optimizer.state[other][key])
+
+
+def averaging(decay: float = 0.25) -> Trainer:
+    """A trainer of a small Mamba, with averaged weights."""
+    model = Mamba(MambaConfig(d_model=8, n_layers=1, vocab_size=16), torch.Generator().manual_seed(0))
+    ids = torch.arange(12).view(1, 12)
+    config = TrainConfig(lr=1e-2, warmup=1)
+    return Trainer(model, config, 4, lambda step: [(ids, 11)], lambda m, x: m(x, labels=x).loss, decay)
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+
+
+def test_the_average_is_that_of_the_weights_after_each_step() -> None:
+    trainer = averaging()
+    expected = weights(trainer)
+    for step in range(1, 5):
+        trainer.step()
+        decay = min(0.25, (1 + step) / (10 + step))
+        for name, weight in weights(trainer).items():
+            expected[name] = decay * expected[name] + (1 - decay) * weight
+    own = weights(trainer)
+    with trainer.averaged():
+        for name, weight in weights(trainer).items():
+            torch.testing.assert_close(weight, expected[name])
+            assert not torch.equal(weight, own[name])
+    assert all(torch.equal(weight, own[name]) for name, weight in weights(trainer).items())
+
+
+def test_the_average_is_saved_and_loaded_and_must_be_there(tmp_path: Path) -> None:
+    one, two = averaging(), averaging()
+    one.step()
+    one.save(tmp_path)
+    two.load(tmp_path, 1)
+    assert one.average.keys() == two.average.keys() == weights(one).keys()
+    assert all(torch.equal(one.average[name], two.average[name]) for name in one.average)
+    assert not any(two.average[name] is two.model.get_parameter(name) for name in two.average)
+    with pytest.raises(LongscanError, match="optimizer state of another model"):
+        averaging(0.0).load(tmp_path, 1)
+    assert not averaging(0.0).average

@@ -48,6 +48,7 @@ class Task(ABC, Generic[C]):
     scores: Mapping[str, str] = {}  # the metrics on them, each with a name
     trained_on: ClassVar[tuple[str, ...]] = ()  # files in the run's directory, which the fingerprint covers
     tokenizer: Tokenizer | None = None  # exported with the model
+    average: float = 0.0  # decay of the moving average of the weights, see `Trainer`
 
     @abstractmethod
     def prepare(self) -> tuple[Model, int, int]:

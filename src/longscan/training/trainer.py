@@ -1,14 +1,16 @@
 """Optimizer steps, and checkpoints from which a run resumes bit-exactly.
 
 Everything random is a function of the seed and the step number, so a checkpoint is the weights, the moments
-of AdamW and one integer. Nothing is pickled: tensors are stored in safetensors, the rest in JSON.
+of AdamW, the moving average of the weights if there is one, and one integer. Nothing is pickled: tensors are
+stored in safetensors, the rest in JSON.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from longscan.training.config import RunConfig
 from longscan.training.schedule import learning_rate, slow_rate
 
 __all__ = ["DivergedError", "StepReport", "Trainer", "step_seed"]
+
+AVERAGE = "average"  # the key of an averaged weight in a checkpoint, beside those of AdamW
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -75,6 +79,8 @@ class Trainer:
         loss: model, part -> the mean loss per token; a step minimises the mean over the tokens of all parts.
             A loss that is a sum of means over different items is the vector of its terms; `batch` then
             returns the number of items of each term for each part, tokens first.
+        average: decay of the exponential moving average of the weights, which is lower in the first steps:
+            at most (1 + step) / (10 + step); 0 for no average.
 
     Raises:
         UsageError: the schedule is noam and the model has no d_model.
@@ -87,6 +93,7 @@ class Trainer:
         total: int,
         batch: Callable[[int], Sequence[tuple[Any, int | tuple[int, ...]]]],
         loss: Callable[[Any, Any], Tensor],
+        average: float = 0.0,
     ) -> None:
         self.model, self.config, self.total, self.batch, self.loss = model, config, total, batch, loss
         self.d_model = model.config.to_dict().get("d_model")
@@ -101,6 +108,8 @@ class Trainer:
             eps=config.eps,
             fused=True,  # one pass over memory; elementwise, so the bits do not depend on the threads
         )
+        self.decay = average
+        self.average = {name: p.detach().clone() for name, p in model.named_parameters()} if average else {}
 
     @property
     def done(self) -> bool:
@@ -137,7 +146,31 @@ class Trainer:
             group["lr"] = slow_rate(self.config, rate) if group["slow"] else rate
         self.optimizer.step()
         self.step_number += 1
+        self._update_average()
         return StepReport(self.step_number, int(totals[0]), mean, rate, norm)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Give the model the averaged weights, if there are any, until the context ends."""
+        own = {name: p.detach().clone() for name, p in self.model.named_parameters() if name in self.average}
+        self._assign(self.average)
+        try:
+            yield
+        finally:
+            self._assign(own)
+
+    @torch.no_grad()
+    def _assign(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy weights into the model."""
+        for name, weight in weights.items():
+            self.model.get_parameter(name).copy_(weight)
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Move the average towards the weights."""
+        share = 1 - min(self.decay, (1 + self.step_number) / (10 + self.step_number))
+        for name, average in self.average.items():
+            average.lerp_(self.model.get_parameter(name), share)
 
     def save(self, directory: Path) -> None:
         """Save weights and optimizer to an existing directory.
@@ -155,6 +188,7 @@ class Trainer:
             for name, parameter in self.model.named_parameters()
             for key, value in self.optimizer.state[parameter].items()
         }
+        moments |= {f"{name}.{AVERAGE}": value for name, value in self.average.items()}
         save_file(moments, directory / "optimizer.safetensors")
 
     def load(self, directory: Path, step: int) -> None:
@@ -176,9 +210,8 @@ class Trainer:
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         if shapes != {name: tuple(tensor.shape) for name, tensor in weights.items()}:
             raise LongscanError(f"{directory} holds the weights of another model than this run's.")
-        averages = {
-            f"{name}.{key}": shape for name, shape in shapes.items() for key in ("exp_avg", "exp_avg_sq")
-        }
+        keys = ("exp_avg", "exp_avg_sq", *((AVERAGE,) if self.average else ()))
+        averages = {f"{name}.{key}": shape for name, shape in shapes.items() for key in keys}
         if {
             name: tuple(t.shape) for name, t in moments.items() if not name.endswith(".step")
         } != averages or any(f"{name}.step" not in moments for name in parameters):
@@ -190,4 +223,6 @@ class Trainer:
                 key: moments[f"{name}.{key}"].to(parameter.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
+        for name, average in self.average.items():
+            average.copy_(moments[f"{name}.{AVERAGE}"])
         self.step_number = step
