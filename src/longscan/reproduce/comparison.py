@@ -38,7 +38,9 @@ def compare_models(plan: Plan, models: Sequence[str], config: SequencesConfig) -
     """
     configs = {name: config.replace(model=name).absolute() for name in models}
     for name, own in configs.items():
-        model_settings(own, BYTES)  # refuses options that a model does not have, before any training
+        model_settings(
+            own, vocab_size=BYTES
+        )  # refuses options that a model does not have, before any training
         _check(plan.out / name, own)
     if not read_sequences(config.data, pattern=config.pattern, columns=config.columns).labels:
         raise LongscanError(

@@ -89,12 +89,12 @@ def make_tokens(
     return prepare(config.data, tokenizer, directory, progress=progress, **_split(config))
 
 
-def model_settings(config: FreshConfig, vocab_size: int) -> Config:
+def model_settings(config: FreshConfig, **known: Any) -> Config:
     """Return the configuration of the model to train.
 
     Args:
         config: the settings.
-        vocab_size: of the tokenizer.
+        known: fields that follow from the data, such as vocab_size; the settings override them.
 
     Returns:
         The preset with the sizes of the settings.
@@ -117,7 +117,7 @@ def model_settings(config: FreshConfig, vocab_size: int) -> Config:
         raise UsageError(f"--preset: {config.model} has no preset {config.preset!r}{close}")
     check_device(config.device)
     try:
-        sizes = {**presets[config.preset], "vocab_size": vocab_size, **config.sizes, **config.options}
+        sizes = {**presets[config.preset], **known, **config.sizes, **config.options}
         return entry.config.from_dict(sizes)
     except LongscanError as error:
         raise UsageError(str(error)) from error
@@ -152,7 +152,7 @@ def make_model(config: FreshConfig, vocab_size: int) -> Model:
         UsageError: as `model_settings`.
         LongscanError: the model does not fit into memory.
     """
-    settings = model_settings(config, vocab_size)
+    settings = model_settings(config, vocab_size=vocab_size)
     generator = torch.Generator().manual_seed(config.seed)
     try:
         return MODELS[config.model].cls(settings, generator=generator).to(config.device)

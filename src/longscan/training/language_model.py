@@ -35,7 +35,7 @@ class LanguageRun(Run[TrainConfig]):
         config = self.config
         if not config.data:
             raise UsageError("nothing to train on: name text files or directories.")
-        model_settings(config, config.vocab_size)  # check the flags before the text is read
+        model_settings(config, vocab_size=config.vocab_size)  # check the flags before the text is read
         self.tokenizer = make_tokenizer(config, self.directory / "tokenizer", self.display.line)
         self.tokens = make_tokens(config, self.tokenizer, self.directory / "data", self.display.prepare)
         rows = config.batch_size * config.accumulate

@@ -49,7 +49,7 @@ class PretrainRun(Run[TrainConfig]):
         config = self.config
         if not config.data:
             raise UsageError("nothing to train on: name text files or directories.")
-        model_settings(config, config.vocab_size)  # check the flags before the text is read
+        model_settings(config, vocab_size=config.vocab_size)  # check the flags before the text is read
         directory = self.directory / "tokenizer"
         self.tokenizer = cast(WordPieceTokenizer, make_tokenizer(config, directory, self.display.line))
         self.model = cast(Bert, make_model(config, self.tokenizer.vocab_size))

@@ -158,7 +158,7 @@ class SequencesRun(Run[SequencesConfig]):
         config, train = self.config, self.train
         largest = 0 if train.d_input else max(int(some.values.max(initial=0)) for some in (train, self.valid))
         # other texts may hold bytes that these don't; signals have no vocabulary at all
-        body = model_settings(config, max(BYTES, largest + 1) if not train.d_input else 1)
+        body = model_settings(config, vocab_size=max(BYTES, largest + 1) if not train.d_input else 1)
         assert isinstance(body, LanguageModelConfig)
         values = train.values.astype(np.float64)
         return SequenceConfig(
@@ -181,7 +181,7 @@ class SequencesRun(Run[SequencesConfig]):
         config = self.config
         if not config.data:
             raise UsageError("nothing to train on: name files of labelled sequences.")
-        model_settings(config, BYTES)  # check the flags before the data are read
+        model_settings(config, vocab_size=BYTES)  # check the flags before the data are read
         how: dict[str, Any] = {"pattern": config.pattern, "columns": config.columns}
         train = read_sequences(config.data, **how)
         if config.valid:

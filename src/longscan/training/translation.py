@@ -118,7 +118,7 @@ class TranslateRun(Run[TranslateConfig]):
         config = self.config
         if not config.source:
             raise UsageError("nothing to train on: expected --source FILE and --target FILE.")
-        model_settings(config, config.vocab_size)  # check the flags before the text is read
+        model_settings(config, vocab_size=config.vocab_size)  # check the flags before the text is read
         data = self.directory / "data"
         if not data.is_dir():
             self._prepare_data(data)
