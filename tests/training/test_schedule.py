@@ -11,8 +11,9 @@ import pytest
 
 from longscan.errors import LongscanError, UsageError
 from longscan.models import MODELS
-from longscan.training.build import make_model
-from longscan.training.config import TrainConfig, read_recipe
+from longscan.training.build import model_settings
+from longscan.training.config import FreshConfig, TrainConfig, read_recipe
+from longscan.training.image_classifier import ImagesConfig
 from longscan.training.schedule import learning_rate
 from longscan.training.translation import TranslateConfig
 
@@ -53,13 +54,14 @@ def test_epochs_become_steps() -> None:
     "path", sorted(Path(__file__).parents[2].glob("recipes/*.toml")), ids=lambda path: path.name
 )
 def test_recipes_are_valid(path: Path) -> None:
-    model = tomllib.loads(path.read_text())["model"]
-    kind = TranslateConfig if MODELS[model].kind == "translation" else TrainConfig
-    config = read_recipe(path, {"seed": 3}, kind)
+    entry = MODELS[tomllib.loads(path.read_text())["model"]]
+    kinds: dict[str, type[FreshConfig]] = {"translation": TranslateConfig, "image": ImagesConfig}
+    config = read_recipe(path, {"seed": 3}, kinds.get(entry.kind, TrainConfig))
     assert config.seed == 3
     assert config.steps or config.epochs
     assert set(tomllib.loads(path.read_text())) <= set(config.to_dict())
-    assert make_model(config, 257).num_parameters() > 1e6
+    known = {"n_classes": 1000} if entry.kind == "image" else {"vocab_size": 257}
+    assert entry.cls(model_settings(config, **known)).num_parameters() > 1e6
 
 
 def test_flags_win_over_the_recipe(tmp_path: Path) -> None:
