@@ -1,4 +1,4 @@
-"""`longscan classify`: train, evaluate and use classifiers of texts and of whole sequences."""
+"""`longscan classify`: train, evaluate and use classifiers of texts, of images and of whole sequences."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from longscan.checkpoints.bert import LoadedBert
 from longscan.checkpoints.formats.sequence_classifier import is_sequence_model
 from longscan.checkpoints.load import load
 from longscan.commands._compare import allow_several, compare
+from longscan.commands._images import architecture, evaluate_images, is_image_model, predict_images
 from longscan.commands._input import read_stdin, warn_of_cut
 from longscan.commands._options import Json, Threads
 from longscan.commands._run import Out, Recipe, Resume, finished, run_command
@@ -34,8 +35,10 @@ from longscan.data.labeled_texts import (
 from longscan.errors import LongscanError, UsageError
 from longscan.evaluation.classification import Scores, score, tfidf
 from longscan.inference.bert import answer, predict, several
+from longscan.models import MODELS
 from longscan.models.sequence_classifier import BODIES
-from longscan.training.run import Run
+from longscan.training.image_classifier import ImagesConfig, ImagesRun
+from longscan.training.run import Run, RunResult
 from longscan.training.run_directory import SETTINGS, read_settings
 from longscan.training.sequence_classifier import SequencesConfig, SequencesRun, check_bert
 from longscan.training.text_classifier import ClassifyConfig, ClassifyRun
@@ -46,14 +49,16 @@ __all__ = ["commands", "train"]
 def train(
     data: Annotated[
         list[str] | None,
-        typer.Argument(metavar="DATA", help="Labelled texts or sequences: files, or directories of .wav."),
+        typer.Argument(
+            metavar="DATA", help="Labelled texts or sequences, or directories of .wav or of images."
+        ),
     ] = None,
     out: Out = None,
     resume_from: Resume = None,
     recipe: Recipe = None,
     **settings: Any,
 ) -> None:
-    """Fine-tune a BERT on labelled texts, train any language model's blocks on sequences, or resume a run.
+    """Fine-tune a BERT on texts, train a model of sequences or of images, or resume a run.
 
     With --model DIR of a BERT, DATA is a table with one text per line and tab-separated columns: label and
     text, or those that --columns names. It may also be .jsonl with "label" and "text". Both may be .gz or
@@ -65,6 +70,11 @@ def train(
     class or named LABEL_....wav. Texts become sequences of bytes. Only --model neural_ode uses the times of
     irregular series. The defaults are then --lr 0.003, --epochs 20 and no limit on --seq-len.
 
+    With --model NAME of an image model such as vmamba, or --from MODEL to fine-tune one, DATA is a directory
+    with a directory of images for each class, a .zip or tar of it, or .npz files of x (bytes) and y. The
+    images stay where they are and are decoded when they are needed. The defaults are then --lr 0.001,
+    --epochs 30, --batch-size 64 and --weight-decay 0.05. For digits and letters, add --flip 0.
+
     --out receives checkpoints, metrics.jsonl, loss.png and in the end model/. Ctrl-C stops after the current
     step. With several --model NAME each has its run in --out, and their held-out accuracies are printed and
     drawn side by side; the same command resumes.
@@ -74,7 +84,7 @@ def train(
         out: the new run's directory.
         resume_from: an earlier run's.
         recipe: settings in a file.
-        settings: one flag for each field of ClassifyConfig and SequencesConfig.
+        settings: one flag for each field of ClassifyConfig, SequencesConfig and ImagesConfig.
 
     Raises:
         UsageError: flags that contradict each other or have invalid values.
@@ -87,35 +97,70 @@ def train(
     given = {"data": data, **settings}
     earlier = _recipe(recipe) if resume_from is None else _settings(resume_from)
     model = str(settings["model"] or earlier.get("model", ""))
-    sequences = model in BODIES
-    run: type[Run[Any]] = SequencesRun if sequences else ClassifyRun
-    fields = {entry.name for entry in dataclasses.fields(run.settings)}
+    if (start := settings["pretrained"] or earlier.get("pretrained")) and not model:
+        given["model"] = model = architecture(start)
+    run = _run_of(model)
+    sequences = run is SequencesRun
+    fields = _names(run)
     for name, value in given.items():
         if name not in fields and value not in (None, []):
-            other = "a BERT" if sequences else "the blocks of a language model, --model NAME"
-            raise UsageError(f"--{name.replace('_', '-')}: only for {other}. Leave it out.")
+            others = [other for other, kind in KINDS.items() if name in _names(kind)]
+            raise UsageError(f"--{name.replace('_', '-')}: only for {' or '.join(others)}. Leave it out.")
     given = {name: value for name, value in given.items() if name in fields}
-    if not sequences:
+    if run is ClassifyRun:
         check_bert(model, data or earlier.get("data"))
     result = run_command(run, out, resume_from, recipe, given)
     files = data or earlier.get("data") or ()
     is_text = not sequences or not any(is_sequence_file(path) or has_suffix(path, ".csv") for path in files)
     what, rest = "sequences" if sequences else "texts", '"..."' if is_text else "FILE"
-    measured = ""
-    if "valid_accuracy" in result.scores:
-        measured = f"accuracy {result.scores['valid_accuracy']:.1%} on held-out {what}"
-    elif "valid_rmse" in result.scores:
-        measured = f"root mean square error {result.scores['valid_rmse']:.4g} on held-out {what}"
-    finished(result, measured, f"classify predict {result.directory / 'model'} {rest}")
+    if run is ImagesRun:
+        what, rest = "images", "IMAGE"
+    finished(result, _measured(result, what), f"classify predict {result.directory / 'model'} {rest}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Flags(ClassifyConfig, SequencesConfig):
-    """The settings of both kinds of run, which share the verb's flags."""
+class _Flags(ClassifyConfig, SequencesConfig, ImagesConfig):
+    """The settings of all kinds of run, which share the verb's flags."""
 
 
 add_flags(train, _Flags)
-allow_several(train, "model", " For sequences, a name such as mamba; repeat it to compare several.")
+allow_several(
+    train,
+    "model",
+    " For sequences or images, a name such as mamba or vmamba; repeat it to compare those of sequences.",
+)
+
+
+KINDS: dict[str, type[Run[Any]]] = {
+    "a BERT": ClassifyRun,
+    "the blocks of a language model, --model NAME": SequencesRun,
+    "an image model, --model vmamba": ImagesRun,
+}
+
+
+MEASURES = {  # of a validation, and how they are printed
+    "valid_top1": "top-1 accuracy {:.1%}",
+    "valid_accuracy": "accuracy {:.1%}",
+    "valid_rmse": "root mean square error {:.4g}",
+}
+
+
+def _measured(result: RunResult, what: str) -> str:
+    """Return the last validation of a run in a few words, "" if there was none."""
+    known = [(key, text) for key, text in MEASURES.items() if key in result.scores]
+    return "".join(f"{text.format(result.scores[key])} on held-out {what}" for key, text in known[:1])
+
+
+def _run_of(model: str) -> type[Run[Any]]:
+    """Return the kind of run that trains a model of this name."""
+    if model in BODIES:
+        return SequencesRun
+    return ImagesRun if model in MODELS and MODELS[model].kind == "image" else ClassifyRun
+
+
+def _names(run: type[Run[Any]]) -> set[str]:
+    """Return the names of the settings of a kind of run."""
+    return {entry.name for entry in dataclasses.fields(run.settings)}
 
 
 def _settings(directory: Path) -> dict[str, Any]:
@@ -131,6 +176,8 @@ def _recipe(path: Path | None) -> dict[str, Any]:
         return {}
 
 
+COLUMNS = "1,2"
+
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A classifier's directory.")]
 
 SeqLen = Annotated[
@@ -141,9 +188,9 @@ SeqLen = Annotated[
 def evaluate(
     model: ModelArgument,
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILES", help="Labelled texts or sequences, as for train.")
+        list[Path], typer.Argument(metavar="FILES", help="Labelled texts, sequences or images, as for train.")
     ],
-    columns: Annotated[str, typer.Option(help="Table columns of label and text.")] = "1,2",
+    columns: Annotated[str, typer.Option(help="Table columns of label and text.")] = COLUMNS,
     baseline: Annotated[
         list[Path] | None,
         typer.Option(help="Also evaluate TF-IDF with logistic regression, trained on this file. Repeatable."),
@@ -152,16 +199,25 @@ def evaluate(
     pattern: Annotated[
         str | None, typer.Option(help="Regular expression whose group is the label in a .wav file's path.")
     ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw the confusion matrix of an image model to this file.")
+    ] = None,
     as_json: Json = False,
     threads: Threads = None,
 ) -> None:
-    """Accuracy and F1 of a classifier on labelled texts, also by class; or on sequences.
+    """Accuracy and F1 of a classifier on labelled texts or images, also by class; or on sequences.
 
     Raises:
         UsageError: a flag has an invalid value.
         LongscanError: the model or a file can't be read, or a label was not in the training data.
     """
     use_threads(threads)
+    if is_image_model(model):
+        given = None if columns == COLUMNS else columns
+        _refuse(model, baseline=baseline, seq_len=seq_len, pattern=pattern, columns=given)
+        evaluate_images(model, files, figure, as_json)
+        return
+    _refuse(model, figure=figure)
     if is_sequence_model(model):
         _refuse(model, baseline=baseline, seq_len=seq_len)
         evaluate_sequences(model, files, columns, pattern, as_json)
@@ -216,7 +272,8 @@ def predict_texts(
     texts: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="TEXTS", help="Texts; default: the lines of stdin. For a model of sequences, files."
+            metavar="TEXTS",
+            help="Texts; for a model of sequences or images, files; default: the lines of stdin.",
         ),
     ] = None,
     pairs: Annotated[
@@ -226,7 +283,9 @@ def predict_texts(
     as_json: Json = False,
     threads: Threads = None,
 ) -> None:
-    """Classify texts, the lines of stdin, or sequences.
+    """Classify texts, the lines of stdin, sequences, or images.
+
+    Images are files, directories, which are searched, or the lines of stdin.
 
     Prints one line each: the class, its probability and the text, separated by tabs; with --json all
     probabilities. For a model with one output, such as a cross-encoder, prints its name and score; for
@@ -237,6 +296,10 @@ def predict_texts(
         LongscanError: the model can't be read, or a text is no pair.
     """
     use_threads(threads)
+    if is_image_model(model):
+        _refuse(model, pairs=pairs, seq_len=seq_len)
+        predict_images(model, texts or [], as_json)
+        return
     if is_sequence_model(model):
         _refuse(model, pairs=pairs, seq_len=seq_len)
         predict_sequences(model, texts or [], as_json)

@@ -1,0 +1,146 @@
+"""`longscan classify evaluate` and `predict` for models of images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import typer
+from PIL import Image
+
+from longscan.checkpoints.load import load
+from longscan.commands._input import read_stdin
+from longscan.core.config import count
+from longscan.core.files import read_json
+from longscan.core.text_table import lay_out
+from longscan.data.archives import has_suffix
+from longscan.data.image_files import SUFFIXES, image_paths, is_animated, read_image
+from longscan.data.images import read_images
+from longscan.errors import LongscanError
+from longscan.evaluation.images import match_labels, measure_images
+from longscan.inference.images import classify_images
+from longscan.models import MODELS, entry_of
+from longscan.models.common.vision import VisionConfig
+from longscan.plotting.confusion import plot_confusion
+from longscan.plotting.style import check_out
+
+__all__ = ["architecture", "evaluate_images", "is_image_model", "predict_images"]
+
+WEIGHTS = (".pth", ".pt")  # files of published image models
+
+
+def is_image_model(model: str) -> bool:
+    """Return whether a directory or a file holds an image classifier.
+
+    Args:
+        model: its name.
+    """
+    path = Path(model) / "config.json"
+    if path.is_file():
+        name = read_json(path).get("model_type")
+        return isinstance(name, str) and name in MODELS and MODELS[name].kind == "image"
+    return has_suffix(model, *WEIGHTS)
+
+
+def architecture(model: str) -> str:
+    """Return the name in MODELS of an image classifier.
+
+    Args:
+        model: its directory, hub id or file.
+    """
+    return entry_of(load(model, "image")).name
+
+
+def evaluate_images(model: str, files: Sequence[Path], figure: Path | None, as_json: bool) -> None:
+    """Print the metrics of a model on labelled images; see `classify evaluate`.
+
+    Args:
+        model: its directory, hub id or file.
+        files: see `read_images`.
+        figure: file for the confusion matrix, if any.
+        as_json: whether to print JSON.
+    """
+    if figure is not None:
+        check_out(figure, "--figure")
+    classifier = load(model, "image")
+    data = match_labels(read_images(files, split="test"), classifier)
+    found = measure_images(classifier, data)
+    assert found is not None  # nothing stops it
+    labels = _labels(classifier.config)
+    rows = {labels[n]: row for n, row in found.scores.classes.items()}
+    if as_json:
+        fields = ("precision", "recall", "f1", "images")
+        report = {
+            "model": model,
+            "images": len(data),
+            "loss": found.loss,
+            "top1": found.top1,
+            "top5": found.top5,
+            "macro_f1": found.scores.macro_f1,
+            "classes": {label: dict(zip(fields, row, strict=True)) for label, row in rows.items()},
+        }
+        typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
+    else:
+        scores = f"top-1 {found.top1:.4f} · top-5 {found.top5:.4f} · macro-F1 {found.scores.macro_f1:.4f}"
+        typer.echo(f"{scores} · {count(len(data), 'image')}")
+        table: list[tuple[str, ...]] = [("precision", "recall", "F1", "images", "class")]
+        for label, (*shares, n) in rows.items():
+            table.append((*(f"{share:.4f}" for share in shares), f"{n:,}", label))
+        typer.echo("\n".join(lay_out(table, ">>>><")))
+    if figure is not None:
+        plot_confusion(found.confusion, labels, figure)
+        typer.echo(f"figure: {figure}", err=True)
+
+
+def predict_images(model: str, arguments: Sequence[str], as_json: bool) -> None:
+    """Print the predictions of a model for images; see `classify predict`.
+
+    Args:
+        model: its directory, hub id or file.
+        arguments: image files, and folders, which are searched; the lines of stdin if there are none.
+        as_json: whether to print JSON.
+
+    Raises:
+        LongscanError: a file is no image, or there is none in a folder.
+    """
+    paths = list(_paths(arguments or [line for line in read_stdin() if line.strip()]))
+    if not paths:
+        return
+    classifier = load(model, "image")
+    labels, shown = _labels(classifier.config), iter(paths)
+    for batch in classify_images(classifier, map(_opener, paths)):
+        for row, path in zip(batch, shown, strict=False):
+            probabilities, best = row.exp(), int(row.argmax())
+            if as_json:
+                every = dict(zip(labels, probabilities.tolist(), strict=True))
+                line = {"name": str(path), "label": labels[best], "probabilities": every}
+                typer.echo(json.dumps(line, ensure_ascii=False))
+            else:
+                typer.echo(f"{labels[best]}\t{probabilities[best]:.4f}\t{path}")
+
+
+def _opener(path: Path) -> partial[Image.Image]:
+    """Return what opens an image, and says so if it is animated."""
+    if is_animated(path, str(path)):
+        typer.echo(f"{path}: of several frames the first is classified", err=True)
+    return partial(read_image, path, str(path))
+
+
+def _paths(arguments: Sequence[str]) -> Iterator[Path]:
+    """Yield the image files that arguments name."""
+    for argument in arguments:
+        path = Path(argument)
+        if not path.is_dir():
+            yield path
+            continue
+        names = image_paths(path)
+        if not names:
+            raise LongscanError(f"{path}: expected images there ({', '.join(SUFFIXES)}), got none.")
+        yield from (path / name for name in names)
+
+
+def _labels(config: VisionConfig) -> tuple[str, ...]:
+    """Return the names of the classes; their indices, if they have none."""
+    return config.labels or tuple(map(str, range(config.n_classes)))
