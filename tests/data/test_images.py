@@ -165,6 +165,26 @@ def test_the_split_is_stratified_and_always_the_same(tmp_path: Path) -> None:
     assert np.array_equal(found.divide(0.1)[1].index, valid.index)
 
 
+def test_the_fingerprint_covers_names_labels_and_the_content_of_archives(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "images", 6)
+    whole = read_images([folder])
+    assert whole.fingerprint() == read_images([folder]).fingerprint()
+    assert whole.fingerprint() != whole.select(range(5)).fingerprint()
+    before = [read_images([pack]).fingerprint() for pack in (tarred(folder, tmp_path / "a.tar", "w"),
+              zipped(folder, tmp_path / "a.zip"), write_npz(tmp_path / "a.npz", 6))]  # fmt: skip
+    moved = folder.rename(tmp_path / "moved")
+    assert read_images([moved]).fingerprint() == whole.fingerprint()
+    Image.new("L", (4, 4), 9).save(moved / "disc" / "002.png")
+    x, _ = bars(6)
+    after = [read_images([pack]).fingerprint() for pack in (tarred(moved, tmp_path / "a.tar", "w"),
+             zipped(moved, tmp_path / "a.zip"), write_npz(tmp_path / "a.npz", 6, x=255 - x))]  # fmt: skip
+    assert not {*before} & {*after}
+    (moved / "disc" / "002.png").rename(moved / "disc" / "other.png")
+    assert read_images([moved]).fingerprint() != whole.fingerprint()
+    (moved / "disc").rename(moved / "disk")
+    assert read_images([moved]).fingerprint() != whole.fingerprint()
+
+
 def test_large_folders_are_not_read_into_memory(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "images", 6)
     found = read_images([folder])
@@ -281,6 +301,12 @@ def test_bad_images_are_named(content: bytes, message: str, tmp_path: Path) -> N
     with pytest.raises(LongscanError, match=message) as caught:
         read_image(path, str(path), 3)
     assert str(path) in str(caught.value)
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(LongscanError, match=r"a\.png: expected a file"):
+        read_image(tmp_path / "a.png", "a.png", 3)
 
 
 def test_a_file_that_is_no_image_is_noticed_at_the_start(tmp_path: Path) -> None:

@@ -118,7 +118,8 @@ def predict_images(model: str, arguments: Sequence[str], as_json: bool) -> None:
                 line = {"name": str(path), "label": labels[best], "probabilities": every}
                 typer.echo(json.dumps(line, ensure_ascii=False))
             else:
-                typer.echo(f"{labels[best]}\t{probabilities[best]:.4f}\t{path}")
+                name = " ".join(str(path).splitlines())
+                typer.echo(f"{labels[best]}\t{probabilities[best]:.4f}\t{name}")
 
 
 def _opener(path: Path) -> partial[Image.Image]:

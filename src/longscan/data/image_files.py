@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from longscan.data.archives import foreign, has_suffix, is_hidden
 from longscan.errors import LongscanError
@@ -112,6 +113,8 @@ def from_array(pixels: npt.NDArray[np.uint8], channels: int) -> Image.Image:
 def _opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
     """Yield an image whose pixels are not decoded yet."""
     try:
+        if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):  # a pipe would never end
+            raise LongscanError(f"{name}: expected a file.")
         stream: BinaryIO = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
     except OSError as error:
         raise LongscanError(f"{name}: {error.strerror}.") from error
@@ -120,7 +123,10 @@ def _opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
             "ignore"
         )  # of Pillow about odd metadata, and about sizes, which are checked here
         with foreign(name, NO_IMAGE):
-            image = Image.open(stream, formats=FORMATS)
+            try:
+                image = Image.open(stream, formats=FORMATS)
+            except UnidentifiedImageError:
+                raise LongscanError(f"{name} is {NO_IMAGE}, or is damaged.") from None
         with image:
             if image.width * image.height > MAX_PIXELS:
                 raise LongscanError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import stat
 import zipfile
 from collections.abc import Callable, Iterable
@@ -30,12 +31,14 @@ class ImageFiles(NamedTuple):
         truth: class indices.
         labels: names of the classes.
         get: name -> the file, or its content.
+        content: a hash of the content of an archive, "" of a folder.
     """
 
     names: list[str]
     truth: list[int]
     labels: tuple[str, ...]
     get: Callable[[str], Path | bytes]
+    content: str = ""
 
 
 def image_files(path: Path, split: str) -> ImageFiles:
@@ -56,7 +59,11 @@ def image_files(path: Path, split: str) -> ImageFiles:
     if has_suffix(path, ZIP):
         return _zip(path, split)
     members = {_inside(path, name): content for name, content in iter_tar(path, is_image)}
-    return _classified(path, sorted(members), split, members.__getitem__, lambda below: ())
+    digest = hashlib.sha256()
+    for name in sorted(members):
+        digest.update(hashlib.sha256(members[name]).digest())
+    found = _classified(path, sorted(members), split, members.__getitem__, lambda below: ())
+    return found._replace(content=digest.hexdigest())
 
 
 def _classified(
@@ -129,7 +136,9 @@ def _zip(path: Path, split: str) -> ImageFiles:
     def below(prefix: str) -> list[str]:
         return [f.name for f in folders if f.parent == PurePosixPath(prefix) and f.name[0] != "."]
 
-    return _classified(path, sorted(members), split, get, below)
+    sums = " ".join(f"{members[name].CRC:x}" for name in sorted(members))
+    found = _classified(path, sorted(members), split, get, below)
+    return found._replace(content=hashlib.sha256(sums.encode()).hexdigest())
 
 
 def _inside(path: Path, name: str) -> str:

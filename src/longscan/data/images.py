@@ -38,6 +38,7 @@ class Images:
         size: (height, width) of all, if they are arrays.
         channels: 1 if all are greyscale arrays, else 3.
         animated: names of those with several frames, of which the first counts; if they were checked.
+        content: a hash of all that is stored, of arrays and archives.
     """
 
     decode: Callable[[int, int], Image.Image]
@@ -48,6 +49,7 @@ class Images:
     size: tuple[int, int] | None = None
     channels: int = 3
     animated: tuple[str, ...] = ()
+    content: str = ""
 
     def __len__(self) -> int:
         return len(self.index)
@@ -104,14 +106,11 @@ class Images:
         return replace(self, truth=np.array(number_labels(examples, labels)), labels=tuple(labels))
 
     def fingerprint(self) -> str:
-        """Return a hash of the names and labels, and of the pixels of arrays."""
-        digest = hashlib.sha256("\0".join(self.labels).encode(errors="surrogateescape"))
+        """Return a hash of the names and labels, and of the content of arrays and archives, not of files."""
+        digest = hashlib.sha256("\0".join([self.content, *self.labels]).encode())
         for number, label in enumerate(self.truth):
-            digest.update(
-                f"{PurePosixPath(self.name(number)).name}\0{label}\0".encode(errors="surrogateescape")
-            )
-            if self.size:
-                digest.update(self.image(number).tobytes())
+            name = PurePosixPath(self.name(number)).name  # the folder may move
+            digest.update(f"{name}\0{label}\0".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
 
@@ -160,6 +159,7 @@ def read_images(paths: Sequence[str | Path], *, split: str = "train", check: boo
         size=sizes.pop() if len(sizes) == 1 else None,
         channels=max(part.channels for part in parts),
         animated=tuple(name for part in parts for name in part.animated),
+        content=" ".join(part.content for part in parts),
     )
 
 
@@ -185,7 +185,15 @@ def _files(path: Path, found: ImageFiles, check: bool) -> Images:
     def decode(number: int, channels: int) -> Image.Image:
         return read_image(found.get(found.names[number]), full[number], channels)
 
-    return Images(decode, np.arange(len(full)), np.array(found.truth), found.labels, full, animated=animated)
+    return Images(
+        decode=decode,
+        index=np.arange(len(full)),
+        truth=np.array(found.truth),
+        labels=found.labels,
+        names=full,
+        animated=animated,
+        content=found.content,
+    )
 
 
 # arrays
@@ -216,8 +224,16 @@ def _npz(path: Path, split: str) -> Images:
     truth, labels = _truth(path, arrays[f"y{tail}"], len(x), names)
     channels = 1 if x.shape[3:] in ((), (1,)) else 3
     full = [f"{path}:{number}" for number in range(len(x))]
-    size = int(x.shape[1]), int(x.shape[2])
-    return Images(lambda n, c: from_array(x[n], c), np.arange(len(x)), truth, labels, full, size, channels)
+    return Images(
+        decode=lambda number, channels: from_array(x[number], channels),
+        index=np.arange(len(x)),
+        truth=truth,
+        labels=labels,
+        names=full,
+        size=(int(x.shape[1]), int(x.shape[2])),
+        channels=channels,
+        content=hashlib.sha256(np.ascontiguousarray(x)).hexdigest(),
+    )
 
 
 def _encoded(
@@ -242,7 +258,8 @@ def _encoded(
     def decode(number: int, channels: int) -> Image.Image:
         return read_image(content[offsets[number] : offsets[number + 1]].tobytes(), full[number], channels)
 
-    return Images(decode, np.arange(len(truth)), truth, labels, full)
+    digest = hashlib.sha256(np.ascontiguousarray(content)).hexdigest()
+    return Images(decode, np.arange(len(truth)), truth, labels, full, content=digest)
 
 
 def _truth(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -87,6 +88,12 @@ class ImagesConfig(FreshConfig):
         self.check("randaugment", least=0, most=10)
         self.check("mixup", "cutmix", least=0, most=4)
 
+    def absolute(self) -> Self:
+        """Return the settings with absolute paths; the model to fine-tune may also be on the hub."""
+        given = self.pretrained
+        path = os.path.abspath(given) if given and os.path.exists(given) else given
+        return super().absolute().replace(pretrained=path)
+
 
 class _Part(NamedTuple):
     """The input of a forward pass."""
@@ -138,7 +145,7 @@ class ImagesRun(Run[ImagesConfig]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of names and labels, of the pixels of arrays, and of the weights to fine-tune."""
+        """A hash of the images, see `Images.fingerprint`, and of the weights to fine-tune."""
         weights = self.start if self.config.pretrained else ""
         return hashlib.sha256(f"order {VERSION} {self.train.fingerprint()} {weights}".encode()).hexdigest()
 
@@ -260,6 +267,7 @@ class ImagesRun(Run[ImagesConfig]):
             save(self._adapted(load(self.config.pretrained, "image")), start)
         model = load(start, "image")
         self.start = model.fingerprint()
+        self.train, self.valid = (images.labelled(model.config.labels) for images in (self.train, self.valid))
         return model
 
     def _adapted(self, loaded: VisionModel) -> VisionModel:
@@ -272,12 +280,13 @@ class ImagesRun(Run[ImagesConfig]):
         if config.preset != type(config).preset:
             raise UsageError(f"--preset: {config.pretrained} has its own sizes. Leave it out.")
         generator = torch.Generator().manual_seed(config.seed)
-        if loaded.config.labels != labels:
+        if set(loaded.config.labels) != set(labels):
             loaded.reset_classifier(len(labels), labels, generator)
             self.display.line(
                 f"new        head of {count(len(labels), 'class', 'classes')}, trained from scratch"
             )
         try:
+            loaded.resize(config.image_size or loaded.config.image_size)
             settings = loaded.config.replace(**config.sizes, **config.options)
             model = cast(VisionModel, entry_of(loaded).cls(settings, generator=generator))
             model.load_state_dict(loaded.state_dict())

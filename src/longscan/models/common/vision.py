@@ -182,6 +182,17 @@ class VisionModel(Model, ABC):
         init_linear(head, generator)
         self.set_submodule(self.head_name, head)
 
+    def resize(self, image_size: int) -> None:
+        """Adapt the model to images of another size; those with learned positions interpolate them.
+
+        Args:
+            image_size: height and width in pixels.
+
+        Raises:
+            LongscanError: the size is impossible.
+        """
+        self.config = self.config.replace(image_size=image_size)
+
     def no_decay_parameters(self) -> Iterable[nn.Parameter]:
         """Return the parameters of the recurrences, which set their time scales."""
         modules = [module for module in self.modules() if isinstance(module, Recurrent)]
