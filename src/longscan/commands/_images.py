@@ -10,6 +10,7 @@ from pathlib import Path
 import typer
 from PIL import Image
 
+from longscan.checkpoints.hub import resolve
 from longscan.checkpoints.load import load
 from longscan.commands._input import read_stdin
 from longscan.core.config import count
@@ -28,16 +29,22 @@ from longscan.plotting.style import check_out
 
 __all__ = ["architecture", "evaluate_images", "is_image_model", "predict_images"]
 
-WEIGHTS = (".pth", ".pt")  # files of published image models
+WEIGHTS = (".pth", ".pt", ".bin", ".safetensors")  # files of published image models
 
 
 def is_image_model(model: str) -> bool:
-    """Return whether a directory or a file holds an image classifier.
+    """Return whether a directory, a file or a hub repository holds an image classifier.
 
     Args:
         model: its name.
+
+    Raises:
+        LongscanError: there is no such model.
     """
-    path = Path(model) / "config.json"
+    path = Path(model)
+    if not path.exists():
+        path = resolve(model)  # on the hub
+    path /= "config.json"
     if path.is_file():
         name = read_json(path).get("model_type")
         return isinstance(name, str) and name in MODELS and MODELS[name].kind == "image"
