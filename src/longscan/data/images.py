@@ -232,7 +232,7 @@ def _npz(path: Path, split: str) -> Images:
         names=full,
         size=(int(x.shape[1]), int(x.shape[2])),
         channels=channels,
-        content=hashlib.sha256(np.ascontiguousarray(x)).hexdigest(),
+        content=hashlib.sha256(np.ascontiguousarray(x).data).hexdigest(),
     )
 
 
@@ -258,7 +258,7 @@ def _encoded(
     def decode(number: int, channels: int) -> Image.Image:
         return read_image(content[offsets[number] : offsets[number + 1]].tobytes(), full[number], channels)
 
-    digest = hashlib.sha256(np.ascontiguousarray(content)).hexdigest()
+    digest = hashlib.sha256(np.ascontiguousarray(content).data).hexdigest()
     return Images(decode, np.arange(len(truth)), truth, labels, full, content=digest)
 
 
