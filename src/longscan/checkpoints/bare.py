@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from longscan.checkpoints.formats import BARE
+from longscan.checkpoints.formats import BARE, BareFormat
 from longscan.checkpoints.pickles import SETTINGS, check_tensors, unpickle
 from longscan.checkpoints.source import Source, Weights
 from longscan.checkpoints.weights import dtype_name, read_safetensors, some
@@ -36,14 +38,7 @@ class BareFile(Source):
         self.path = path
         self._entries, tensors = _read(path)
         tensors = {_unwrapped(name): tensor for name, tensor in tensors.items()}
-        matching = [form for form in BARE if form.matches(tensors)]
-        if len(matching) != 1:
-            known = ", ".join(form.name for form in BARE)
-            raise LongscanError(
-                f"{path}: its tensors ({some(tensors)}) are those of no model that is known without a "
-                f"config.json: {known}. If it has one, name the directory that holds both."
-            )
-        (self._format,) = matching
+        self._format = _format(path, tensors)
         self.name = self._format.name
         for name, tensor in tensors.items():
             if not tensor.is_floating_point() or tensor.itemsize < 2:
@@ -86,6 +81,26 @@ def _read(file: Path) -> tuple[list[str], dict[str, Tensor]]:
     tensors = content[entries[0]] if entries else content
     check_tensors(file, tensors)
     return entries, tensors
+
+
+def _format(path: Path, tensors: Mapping[str, Tensor]) -> BareFormat:
+    """Return the layout of tensors; where they may be of several models, the file's name decides."""
+    matching = [form for form in BARE if form.matches(tensors)]
+    if not matching:
+        known = ", ".join(form.name for form in BARE)
+        raise LongscanError(
+            f"{path}: its tensors ({some(tensors)}) are those of no model that is known without a "
+            f"config.json: {known}. If it has one, name the directory that holds both."
+        )
+    words = re.findall("[a-z]+", path.name.lower())
+    named = matching if len(matching) == 1 else [form for form in matching if form.name in words]
+    if len(named) == 1:
+        return named[0]
+    names = [form.name for form in matching]
+    raise LongscanError(
+        f"{path}: its tensors may be those of a {' or a '.join(names)}, and nothing in the file says which. "
+        f"Rename it: the name of the model in the file's name decides, such as {names[0]}_{path.name}."
+    )
 
 
 def _unwrapped(name: str) -> str:

@@ -9,11 +9,8 @@ such a file is float32.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
-
-from torch import Tensor
 
 from longscan.checkpoints.formats import (
     bert,
@@ -43,7 +40,6 @@ __all__ = [
     "Format",
     "StoredKind",
     "config_fields",
-    "find_bare",
     "find_format",
     "kind_of_model",
     "name_of_model",
@@ -66,7 +62,7 @@ FORMATS: dict[str, Format] = {
 }
 OFFICIAL = official.FORMAT
 #: models whose authors publish a file of tensors alone
-BARE: tuple[BareFormat, ...] = (vim.BARE, vmamba.BARE, videomamba.BARE)
+BARE: tuple[BareFormat, ...] = (vmamba.BARE, vim.BARE, videomamba.BARE)
 
 
 def find_format(raw: Mapping[str, Any]) -> tuple[str, Format]:
@@ -93,36 +89,6 @@ def find_format(raw: Mapping[str, Any]) -> tuple[str, Format]:
     if isinstance(name, str) and name in OTHERS:
         raise LongscanError(f"model_type: {name!r} is another model, which is not computed here.")
     raise LongscanError(f"model_type: no model called {name!r}{nearest(str(name), MODELS)}")
-
-
-def find_bare(tensors: Mapping[str, Tensor], name: str | None = None, hint: str = "") -> BareFormat:
-    """Return the layout of a file of tensors alone.
-
-    Args:
-        tensors: by their names.
-        name: of the model, if the user says it.
-        hint: words of the file's name and of its saved arguments, which decide between models whose tensors
-            look alike.
-
-    Raises:
-        LongscanError: no model matches, or several do and nothing decides, or the name is none of them.
-    """
-    matching = [layout for layout in BARE if layout.matches(tensors)]
-    known = ", ".join(layout.name for layout in BARE)
-    if not matching:
-        raise LongscanError(f"the tensors are of no model that is known by them alone: {known}.")
-    names = " or ".join(layout.name for layout in matching)
-    chosen = [layout for layout in matching if layout.name == name]
-    if name is not None and not chosen:
-        raise LongscanError(f"model: expected {names}, as the tensors say, got {name!r}.")
-    words = re.findall("[a-z]+", hint.lower())
-    for choice in (chosen, matching, [layout for layout in matching if layout.name in words]):
-        if len(choice) == 1:
-            return choice[0]
-    raise LongscanError(
-        f"the tensors may be of {names}, which differ in nothing that is stored. Name the model, or give the "
-        "file a name with its."
-    )
 
 
 def read_config(raw: Mapping[str, Any], tokenizer_size: int | None = None) -> tuple[str, Config]:

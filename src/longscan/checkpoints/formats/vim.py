@@ -1,8 +1,8 @@
 """The files of Vim's authors: tensors alone, whose names and shapes say what the model is.
 
 They do not say where the class token stands and whether the two directions are averaged: the image models of
-VideoMamba have the same names. What only one of the two has decides; else both formats match, and the file's
-name or the user must.
+VideoMamba have the same names. What only one of the two has decides; else both formats match, and the name of
+the file must.
 """
 
 from __future__ import annotations
