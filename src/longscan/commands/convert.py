@@ -48,7 +48,8 @@ def command(
     """Rewrite a model in another layout or precision.
 
     SRC may have the Hugging Face layout (safetensors) or the official one (pytorch_model.bin, unless it holds
-    code), or be a GGUF file of llama.cpp. A DST that ends in .gguf becomes a GGUF file.
+    code), be a GGUF file of llama.cpp, or the weights of an image model alone (.pth, .safetensors). A DST
+    that ends in .gguf becomes a GGUF file.
     The recurrence (A_log, D, the bias of dt_proj) stays float32 in every precision.
 
     Raises:
@@ -77,8 +78,10 @@ def command(
     weights = sum(
         file.stat().st_size for file in destination.iterdir() if file.suffix in (".safetensors", ".bin")
     )
-    tokenizer_note = (
-        "with tokenizer" if (destination / "tokenizer.json").exists() else "no tokenizer: see --tokenizer"
-    )
-    size = f"{model.num_parameters():,} parameters · {precision(model)} · {weights:,} bytes"
-    typer.echo(f"{destination} · {to or 'hf'} layout · {size} · {tokenizer_note}")
+    notes = [f"{to or 'hf'} layout"]
+    notes += [f"{model.num_parameters():,} parameters", precision(model), f"{weights:,} bytes"]
+    if (destination / "tokenizer.json").exists():
+        notes.append("with tokenizer")
+    elif isinstance(model, LanguageModel):
+        notes.append("no tokenizer: see --tokenizer")
+    typer.echo(" · ".join([str(destination), *notes]))
