@@ -227,6 +227,21 @@ def test_predict_names_what_is_no_image(
     assert "a.png" in error
 
 
+def test_a_bare_file_of_the_authors_classifies(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    entry = longscan.models.MODELS["vmamba"]
+    sizes = {"d_model": (16, 32), "n_blocks": (1, 1), "n_classes": 3}
+    fresh = entry.cls(entry.config.from_dict(sizes), torch.Generator().manual_seed(0))
+    torch.save({"model": fresh.state_dict()}, tmp_path / "a.pth")
+    done = cli("classify", "predict", tmp_path / "a.pth", folder / "disc")
+    assert done.code == 0, done.err
+    assert {line.split("\t")[0] for line in done.out.splitlines()} <= {"0", "1", "2"}
+    done = cli("classify", "train", folder, "--from", tmp_path / "a.pth", "--image-size", 16, *STEPS,
+               "--out", tmp_path / "run")  # fmt: skip
+    assert done.code == 0, done.err
+    config = load(tmp_path / "run" / "model", "image").config
+    assert (config.image_size, config.crop, config.n_classes) == (16, 0.875, 3)
+
+
 def test_predict_in_a_folder_without_images(cli: Cli, model: Path, tmp_path: Path) -> None:
     assert "expected images there" in no_traceback(cli("classify", "predict", model, tmp_path), 1)
 
