@@ -18,6 +18,7 @@ from longscan.training.image_classifier import ImagesConfig, ImagesRun
 @dataclass(frozen=True, kw_only=True)
 class ToyConfig(VisionConfig):
     width: int = 16
+    n_frames: int = 0  # as a model of videos has it
 
 
 class Toy(VisionModel):

@@ -21,9 +21,9 @@ from longscan.data.image_files import SUFFIXES, image_paths, is_animated, read_i
 from longscan.data.images import read_images
 from longscan.errors import LongscanError
 from longscan.evaluation.images import match_labels, measure_images
-from longscan.inference.images import classify_images
+from longscan.inference.images import check_takes_images, classify_images
 from longscan.models import MODELS, entry_of
-from longscan.models.common.vision import VisionConfig
+from longscan.models.common.vision import VisionConfig, VisionModel
 from longscan.plotting.confusion import plot_confusion
 from longscan.plotting.style import check_out
 
@@ -71,7 +71,7 @@ def evaluate_images(model: str, files: Sequence[Path], figure: Path | None, as_j
     """
     if figure is not None:
         check_out(figure, "--figure")
-    classifier = load(model, "image")
+    classifier = _load(model)
     data = match_labels(read_images(files, split="test"), classifier)
     found = measure_images(classifier, data)
     assert found is not None  # nothing stops it
@@ -115,7 +115,7 @@ def predict_images(model: str, arguments: Sequence[str], as_json: bool) -> None:
     paths = list(_paths(arguments or [line for line in read_stdin() if line.strip()]))
     if not paths:
         return
-    classifier = load(model, "image")
+    classifier = _load(model)
     labels, shown = _labels(classifier.config), iter(paths)
     for batch in classify_images(classifier, map(_opener, paths)):
         for row, path in zip(batch, shown, strict=False):
@@ -127,6 +127,13 @@ def predict_images(model: str, arguments: Sequence[str], as_json: bool) -> None:
             else:
                 name = " ".join(str(path).splitlines())
                 typer.echo(f"{labels[best]}\t{probabilities[best]:.4f}\t{name}")
+
+
+def _load(model: str) -> VisionModel:
+    """Return a classifier of images."""
+    classifier = load(model, "image")
+    check_takes_images(classifier.config, model)
+    return classifier
 
 
 def _opener(path: Path) -> partial[Image.Image]:

@@ -9,9 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from longscan.data.augmentation import central_crop, to_tensor
+from longscan.errors import LongscanError
 from longscan.models.common.vision import VisionConfig, VisionModel
 
-__all__ = ["classify_images", "log_probabilities", "normalise"]
+__all__ = ["check_takes_images", "classify_images", "log_probabilities", "normalise"]
 
 
 def normalise(pixels: Tensor, config: VisionConfig) -> Tensor:
@@ -28,6 +29,22 @@ def normalise(pixels: Tensor, config: VisionConfig) -> Tensor:
         torch.tensor(each, device=pixels.device).view(-1, 1, 1) for each in (config.mean, config.std)
     )
     return (pixels.float() / 255 - mean) / std
+
+
+def check_takes_images(config: VisionConfig, name: str) -> None:
+    """Raise if a model classifies videos.
+
+    Args:
+        config: of the model.
+        name: of the model, for the message.
+
+    Raises:
+        LongscanError: its images have a time axis.
+    """
+    if n_frames := config.to_dict().get("n_frames"):
+        raise LongscanError(
+            f"{name} classifies videos of {n_frames} frames: expected a model of images, n_frames = 0."
+        )
 
 
 @torch.inference_mode()

@@ -24,9 +24,9 @@ from longscan.data.augmentation import Augmentation, mix
 from longscan.data.images import Images, read_images
 from longscan.errors import LongscanError, UsageError
 from longscan.evaluation.images import measure_images
-from longscan.inference.images import normalise
+from longscan.inference.images import check_takes_images, normalise
 from longscan.models import Model, ModelEntry, entry_of
-from longscan.models.common.vision import VisionModel
+from longscan.models.common.vision import VisionConfig, VisionModel
 from longscan.training.build import check_device, model_settings
 from longscan.training.config import FreshConfig, setting
 from longscan.training.run import Run
@@ -121,7 +121,7 @@ class ImagesRun(Run[ImagesConfig]):
             raise UsageError("nothing to train on: name a folder with a folder of images for each class.")
         check_device(config.device)
         if not config.pretrained:  # check the flags before the data are read
-            model_settings(config, **self._channels(3))
+            self._settings(**self._channels(3))
         self.average = config.ema
         self.train, self.valid = self._read()
         self.rows = config.batch_size * config.accumulate
@@ -235,11 +235,20 @@ class ImagesRun(Run[ImagesConfig]):
         if train.size and train.size[0] == train.size[1]:
             known |= {"image_size": train.size[0], "crop": 1.0}
         known |= self._channels(train.channels, self._statistics)
-        settings = model_settings(config, **known)
+        settings = self._settings(**known)
         generator = torch.Generator().manual_seed(config.seed)
         entry = config.choice[config.model]
         assert isinstance(entry, ModelEntry)
         return cast(VisionModel, entry.cls(settings, generator=generator))
+
+    def _settings(self, **known: Any) -> VisionConfig:
+        """Return the configuration of the new model."""
+        settings = cast(VisionConfig, model_settings(self.config, **known))
+        try:
+            check_takes_images(settings, f"--model: {self.config.model}")
+        except LongscanError as error:
+            raise UsageError(f"{error} Try --set n_frames=0.") from error
+        return settings
 
     def _channels(
         self, n: int, statistics: Callable[[], tuple[float, float]] = lambda: (0.0, 1.0)
@@ -273,6 +282,7 @@ class ImagesRun(Run[ImagesConfig]):
     def _adapted(self, loaded: VisionModel) -> VisionModel:
         """Return a model with the classes of the training images and the sizes of the settings."""
         config, labels, name = self.config, self.train.labels, entry_of(loaded).name
+        check_takes_images(loaded.config, str(config.pretrained))
         if config.model != name:
             raise UsageError(
                 f"--model: {config.pretrained} is a {name}, got {config.model}. Leave --model out."
