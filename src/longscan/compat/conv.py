@@ -1,0 +1,182 @@
+"""causal_conv1d, computed by longscan's convolution; its layout is (batch, channels, seq_len)."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from longscan import ops
+
+__all__ = [
+    "causal_conv1d_fn",
+    "causal_conv1d_ref",
+    "causal_conv1d_update",
+    "causal_conv1d_update_ref",
+    "causal_conv1d_varlen_states",
+]
+
+
+def causal_conv1d_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | str | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return the causal depthwise convolution, and on request its final states.
+
+    Args:
+        x: (batch, channels, seq_len).
+        weight: (channels, width).
+        bias: (channels,).
+        seq_idx: (batch, seq_len), for packed rows. A string is the activation, which versions before 1.1 have
+            in this position.
+        initial_states: (batch, channels, width - 1).
+        return_final_states: whether to return the last width - 1 inputs.
+        final_states_out: (batch, channels, width - 1), receives them.
+        activation: None, "silu" or "swish".
+
+    Returns:
+        (batch, channels, seq_len) in x's dtype and memory order; the final states are (batch, channels,
+        width - 1) in x's dtype.
+    """
+    if isinstance(seq_idx, str):
+        seq_idx, activation = None, seq_idx
+    y, states = convolve(x, weight, bias, seq_idx, initial_states, silu(activation))
+    if not return_final_states:
+        return y
+    if final_states_out is None:
+        return y, states
+    with torch.no_grad():
+        final_states_out.copy_(states)
+    return y, final_states_out
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    with_silu: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return y and the final states of `causal_conv1d_fn`."""
+    past = None if initial_states is None else initial_states.transpose(1, 2)
+    activation = "silu" if with_silu else None
+    y, states = ops.causal_conv1d(x.transpose(1, 2), weight, bias, activation, past, seq_idx)
+    y = y.transpose(1, 2)
+    if x.is_contiguous() or x.stride(1) != 1:
+        y = y.contiguous()  # the order of x in memory: callers take views
+    return y, states.transpose(1, 2).to(x.dtype)
+
+
+def silu(activation: str | None) -> bool:
+    """Return whether an activation is SiLU.
+
+    Raises:
+        NotImplementedError: it is none of None, "silu" and "swish".
+    """
+    if activation not in (None, "silu", "swish"):
+        raise NotImplementedError(f"activation: expected None, 'silu' or 'swish', got {activation!r}")
+    return activation is not None
+
+
+def causal_conv1d_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return the result of `causal_conv1d_fn`; this one has no seq_idx."""
+    return causal_conv1d_fn(
+        x, weight, bias, None, initial_states, return_final_states, final_states_out, activation
+    )
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
+    """Return the outputs for the next inputs, updating the state in place; without gradients of the state.
+
+    Args:
+        x: (batch, channels) or (batch, channels, seq_len).
+        conv_state: (batch, channels, state_len), the last inputs, with state_len >= width - 1.
+        weight: (channels, width).
+        bias: (channels,).
+        activation: None, "silu" or "swish".
+        cache_seqlens: (batch,), with which the state is a ring: the next input goes to this index modulo
+            state_len.
+        conv_state_indices: (batch,), the rows of a larger conv_state that belong to this batch.
+
+    Returns:
+        Of x's shape and dtype.
+    """
+    with_silu, inputs = silu(activation), x if x.dim() == 3 else x.unsqueeze(-1)
+    state = conv_state if conv_state_indices is None else conv_state[conv_state_indices.long()]
+    (channels, width), (_, _, state_len), seq_len = weight.shape, state.shape, inputs.shape[-1]
+    if state_len < width - 1 or state.shape[:2] != inputs.shape[:2] or inputs.shape[1] != channels:
+        raise ValueError(
+            f"conv_state: expected {(*inputs.shape[:2], f'at least {width - 1}')}, got {tuple(state.shape)}"
+        )
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    if cache_seqlens is None:
+        window = torch.cat([state, inputs.to(state.dtype)], -1)
+        past, new_state = window[..., :state_len], window[..., -state_len:]
+    else:
+        past, new_state = _ring(state, inputs.to(state.dtype), cache_seqlens.long(), width)
+    past = past[..., past.shape[-1] - (width - 1) :]
+    taps = torch.cat([past.to(dtype), inputs.to(dtype)], -1).unfold(-1, width, 1)
+    y = (taps * weight.to(dtype)[:, None]).sum(-1)  # (batch, channels, seq_len)
+    y = y if bias is None else y + bias.to(dtype)[:, None]
+    y = (F.silu(y) if with_silu else y).to(x.dtype)
+    with torch.no_grad():
+        if conv_state_indices is None:
+            conv_state.copy_(new_state)
+        else:
+            conv_state[conv_state_indices.long()] = new_state
+    assert y.shape[-1] == seq_len
+    return y.view(x.shape)
+
+
+causal_conv1d_update_ref = causal_conv1d_update
+
+
+def _ring(state: Tensor, x: Tensor, position: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return the last width - 1 inputs, oldest first, and the ring with x in it."""
+    state_len, seq_len = state.shape[-1], x.shape[-1]
+
+    def at(steps: Tensor) -> Tensor:
+        return ((position[:, None] + steps) % state_len)[:, None].expand(-1, state.shape[1], -1)
+
+    past = state.gather(2, at(torch.arange(1 - width, 0, device=x.device)))
+    n = min(seq_len, state_len)  # earlier ones would be overwritten
+    last = torch.arange(seq_len - n, seq_len, device=x.device)
+    return past, state.scatter(2, at(last), x[..., seq_len - n :])
+
+
+def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
+    """Return the last state_len inputs of each sequence of a packed row, after zeros if it is shorter.
+
+    Args:
+        x: (total_len, channels).
+        cu_seqlens: (n_sequences + 1,) the boundaries, from 0.
+        state_len: inputs per sequence.
+
+    Returns:
+        (n_sequences, channels, state_len).
+    """
+    ends = cu_seqlens.long()
+    index = ends[1:, None] + torch.arange(-state_len, 0, device=x.device)  # (n_sequences, state_len)
+    own = index >= ends[:-1, None]
+    return x[index.clamp(min=0)].masked_fill(~own[..., None], 0.0).transpose(1, 2)

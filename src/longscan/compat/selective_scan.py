@@ -1,0 +1,163 @@
+"""mamba_ssm.ops.selective_scan_interface and the package selective_scan, computed by longscan's scan.
+
+Their layout is (batch, d_inner, seq_len); B and C are (d_inner, d_state), (batch, d_state, seq_len) or
+(batch, n_groups, d_state, seq_len). With a complex A, time-varying B and C hold pairs of real and imaginary
+parts, (..., 2 seq_len), and y is twice the real part.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from longscan import ops
+
+__all__ = ["scan", "selective_scan_fn", "selective_scan_fn_without_gate"]
+
+
+def selective_scan_fn(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return the outputs of the selective scan, and on request its last state.
+
+    Args:
+        u: (batch, d_inner, seq_len).
+        delta: (batch, d_inner, seq_len).
+        A: (d_inner, d_state), real or complex.
+        B: see above.
+        C: see above.
+        D: (d_inner,).
+        z: (batch, d_inner, seq_len), a gate.
+        delta_bias: (d_inner,).
+        delta_softplus: whether delta passes through a softplus after the bias.
+        return_last_state: whether to return the last state too. It is differentiable.
+
+    Returns:
+        (batch, d_inner, seq_len) in u's dtype; the last state is (batch, d_inner, d_state), at least float32.
+    """
+    y, state = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return (y, state) if return_last_state else y
+
+
+def selective_scan_fn_without_gate(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    nrows: int = 1,
+) -> Tensor:
+    """Return the outputs of `selective_scan_fn`; in this older package position 7 is the bias.
+
+    Args:
+        u: see `selective_scan_fn`; likewise the others.
+        delta: likewise.
+        A: likewise.
+        B: likewise.
+        C: likewise.
+        D: likewise.
+        delta_bias: likewise.
+        delta_softplus: likewise.
+        nrows: rows per block of the CUDA kernel; without effect.
+    """
+    return scan(u, delta, A, B, C, D, None, delta_bias, delta_softplus)[0]
+
+
+def scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return y and the final state of `selective_scan_fn`, from a state (batch, d_inner, d_state)."""
+    if A.is_complex():
+        return _complex_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+    B, C = _same_groups(_time_first(B), _time_first(C))
+    y, state = ops.selective_scan(
+        u.transpose(1, 2),
+        delta.transpose(1, 2),
+        A,
+        B,
+        C,
+        D,
+        None if z is None else z.transpose(1, 2),
+        delta_bias,
+        delta_softplus,
+        initial_state,
+    )
+    return y.transpose(1, 2).contiguous(), state  # contiguous as theirs: callers take views
+
+
+def _time_first(M: Tensor) -> Tensor:
+    """Return B or C with time after the batch."""
+    if M.dim() == 4 and M.shape[1] == 1:
+        M = M.squeeze(1)
+    return M if M.dim() == 2 else M.movedim(-1, 1)
+
+
+def _same_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both with the same number of groups, if one has groups and the other has none."""
+    if {B.dim(), C.dim()} == {3, 4}:
+        n_groups = max(M.shape[2] for M in (B, C) if M.dim() == 4)
+        B, C = (M.unsqueeze(2).expand(-1, -1, n_groups, -1) if M.dim() == 3 else M for M in (B, C))
+    return B, C
+
+
+def _complex_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return y and the final state for a complex A, step by step."""
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    x, dt = u.to(dtype), delta.to(dtype)
+    if delta_bias is not None:
+        dt = dt + delta_bias.to(dtype)[:, None]
+    if delta_softplus:
+        dt = F.softplus(dt)
+    (batch, d_inner, seq_len), d_state = u.shape, A.shape[1]
+    shape = (seq_len, batch, d_inner, d_state)
+    Bs, Cs = (_complex_matrix(M, dtype, shape) for M in (B, C))
+    h = A.new_zeros(shape[1:]) if initial_state is None else initial_state
+    ys = []
+    for t in range(seq_len):
+        h = torch.exp(dt[..., t, None] * A) * h + (dt * x)[..., t, None] * Bs[t]
+        ys.append(2 * (h * Cs[t]).sum(-1).real)
+    y = torch.stack(ys, -1)
+    y = y if D is None else y + D[:, None] * x
+    y = y if z is None else y * F.silu(z.to(dtype))
+    return y.to(u.dtype), h
+
+
+def _complex_matrix(M: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Return B or C as complex (seq_len, batch, d_inner, d_state)."""
+    if M.dim() == 2:
+        return M.expand(shape)
+    pairs = torch.view_as_complex(torch.unflatten(M.to(dtype), -1, (-1, 2)).contiguous())
+    if pairs.dim() == 3:
+        pairs = pairs.unsqueeze(1)
+    return pairs.permute(3, 0, 1, 2).repeat_interleave(shape[2] // pairs.shape[1], dim=2)
