@@ -1,1 +1,12 @@
 """Other projects' import names: code written for mamba_ssm and causal_conv1d runs on longscan's ops.
+
+    import longscan.compat
+    longscan.compat.install()      # before the code that imports mamba_ssm
+
+or, for a script as it is, `python -m longscan.compat script.py ...`. docs/compat.md says what is covered.
+"""
+
+from longscan.compat.install import NAMES, install, uninstall
+from longscan.compat.patch import patch_transformers, unpatch_transformers
+
+__all__ = ["NAMES", "install", "patch_transformers", "uninstall", "unpatch_transformers"]
