@@ -68,8 +68,8 @@ def test_what_is_not_covered_is_named() -> None:
         ImportError, match=r"mamba_ssm\.Mamba3 is not covered .* mamba_ssm has Mamba, Mamba2,"
     ):
         exec("from mamba_ssm import Mamba3", {})
-    with pytest.raises(ImportError, match=r"mamba_ssm\.ops\.triton\.ssd_combined\._mamba_chunk_scan"):
-        exec("from mamba_ssm.ops.triton.ssd_combined import _mamba_chunk_scan_combined_fwd", {})
+    with pytest.raises(ImportError, match=r"mamba_ssm\.ops\.triton\.ssd_combined\.selective_scan_bwd"):
+        exec("from mamba_ssm.ops.triton.ssd_combined import selective_scan_bwd", {})
     import mamba_ssm
 
     assert not hasattr(mamba_ssm, "Mamba3")

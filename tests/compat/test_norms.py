@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longscan.compat import gated_norms, norms, norms_v1
+from longscan.compat import fused_kernels, gated_norms, norms, norms_v1
 
 WIDTH = 6
 
@@ -140,3 +140,27 @@ def test_gated_norms(kind: Any, norm_before_gate: bool, group_size: int | None) 
     close(module(X, RESIDUAL), expected * gate if norm_before_gate else expected)
     inputs = X.clone().requires_grad_(), RESIDUAL.clone().requires_grad_()
     assert torch.autograd.gradcheck(module, inputs)
+
+
+@pytest.mark.parametrize("is_rms_norm", [False, True])
+def test_gated_norm_forward_and_backward(is_rms_norm: bool) -> None:
+    bias = None if is_rms_norm else BIAS
+    settings = (2, False, is_rms_norm)
+    leaves = [
+        tensor if tensor is None else tensor.clone().requires_grad_()
+        for tensor in (X, WEIGHT, bias, RESIDUAL)
+    ]
+    y = gated_norms.layernorm_fn(*leaves, 1e-3, *settings)  # type: ignore[arg-type]
+    expected = iter(torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], X1))
+    out, dz = torch.empty_like(X), torch.empty_like(X)
+    first, *_ = fused_kernels._layer_norm_fwd(X, WEIGHT, bias, 1e-3, RESIDUAL, out, *settings)
+    assert first is out
+    close(out, y.detach())
+    *found, again = fused_kernels._layer_norm_bwd(
+        *(X1, X, WEIGHT, bias, 1e-3, None, None, RESIDUAL, *settings, True, dz)
+    )
+    assert found[3] is dz
+    close(again, y.detach())
+    for gradient, leaf in zip(found, leaves, strict=True):
+        if leaf is not None:
+            close(gradient, next(expected))

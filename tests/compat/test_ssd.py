@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longscan.compat import split_conv, ssd
+from longscan.compat import fused_kernels, split_conv, ssd
+from longscan.compat.generation import InferenceParams
 from longscan.compat.mamba2 import Mamba2
 
 BATCH, HEADS, WIDTH, GROUPS, D_STATE = 2, 4, 3, 2, 5
@@ -148,6 +149,27 @@ def test_groups_must_divide_heads() -> None:
         ours(**named)
 
 
+def test_forward_and_backward_functions() -> None:
+    named = inputs(9)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in named.items()}
+    y, states = literal(**leaves)
+    dout, dfinal = normal(*y.shape, seed=30), normal(*states.shape, seed=31)
+    expected = torch.autograd.grad([y, states], list(leaves.values()), [dout, dfinal])
+    settings: dict[str, Any] = {"chunk_size": 4, "dt_softplus": True}
+    found, before, *_, final = fused_kernels._mamba_chunk_scan_combined_fwd(**named, **settings)
+    close(found, y.detach())
+    close(final, states.detach())
+    close(before, literal(**(named | {"z": None}))[0])
+    buffer = torch.empty_like(named["x"])
+    *gradients, again = fused_kernels._mamba_chunk_scan_combined_bwd(
+        dout, **named, **settings, out=None, dfinal_states=dfinal, dx=buffer, recompute_output=True
+    )
+    assert gradients[0] is buffer
+    close(again, y.detach())
+    for gradient, theirs in zip(gradients, expected, strict=True):
+        close(gradient, theirs)
+
+
 def test_the_discrete_form() -> None:
     named = inputs(9)
     dt = F.softplus(named["dt"])
@@ -261,8 +283,6 @@ def test_mamba2_decodes_what_it_computes_in_one_pass(settings: dict[str, Any]) -
     model = Mamba2(8, d_state=4, headdim=4, layer_idx=0, dtype=torch.float64, **settings)
     u = normal(2, 9, 8, seed=20)
     expected = model(u)
-    from longscan.compat.generation import InferenceParams
-
     params = InferenceParams(max_seqlen=9, max_batch_size=2)
     with torch.no_grad():
         parts = [model(u[:, :5], inference_params=params)]
@@ -275,8 +295,6 @@ def test_mamba2_decodes_what_it_computes_in_one_pass(settings: dict[str, Any]) -
 
 
 def test_mamba2_caches_packed_sequences() -> None:
-    from longscan.compat.generation import InferenceParams
-
     torch.manual_seed(0)
     model = Mamba2(8, d_state=4, headdim=4, layer_idx=0, dtype=torch.float64)
     u, bounds = normal(1, 9, 8, seed=21), torch.tensor([0, 2, 9])

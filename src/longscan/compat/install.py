@@ -22,6 +22,7 @@ CONV_REFS = ("conv", "causal_conv1d_ref", "causal_conv1d_update_ref")
 VARLEN = "causal_conv1d_varlen_states"
 SSD = ("ssd", "mamba_chunk_scan_combined", "mamba_chunk_scan")
 SPLIT = ("mamba_split_conv1d_scan_combined", "mamba_split_conv1d_scan_ref", "mamba_conv1d_scan_ref")
+SSD_KERNELS = ("_mamba_chunk_scan_combined_fwd", "_mamba_chunk_scan_combined_bwd")
 GATED = ("gated_norms", "LayerNorm", "RMSNorm", "layernorm_fn", "rmsnorm_fn", "rms_norm_ref")
 STATE_UPDATE = ("state_update", "selective_state_update", "selective_state_update_ref")
 NORMS = ("layer_norm_fn", "rms_norm_fn", "layer_norm_ref", "rms_norm_ref")
@@ -51,9 +52,9 @@ CONTENTS: dict[str, tuple[tuple[Any, ...], ...]] = {
     "mamba_ssm.ops.triton": (),
     "mamba_ssm.ops.triton.layer_norm": (("norms", "RMSNorm", *NORMS, "layer_norm_linear_fn"),),
     "mamba_ssm.ops.triton.layernorm": (("norms_v1", *NORMS), ("norms", "RMSNorm", "layer_norm_linear_fn")),
-    "mamba_ssm.ops.triton.layernorm_gated": (GATED,),
+    "mamba_ssm.ops.triton.layernorm_gated": (GATED, ("fused_kernels", "_layer_norm_fwd", "_layer_norm_bwd")),
     "mamba_ssm.ops.triton.selective_state_update": (STATE_UPDATE,),
-    "mamba_ssm.ops.triton.ssd_combined": (SSD, ("split_conv", *SPLIT)),
+    "mamba_ssm.ops.triton.ssd_combined": (SSD, ("split_conv", *SPLIT), ("fused_kernels", *SSD_KERNELS)),
     "mamba_ssm.models": (),
     "mamba_ssm.models.config_mamba": (("language_model", "MambaConfig"),),
     "mamba_ssm.models.mixer_seq_simple": (
