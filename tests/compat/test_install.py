@@ -149,3 +149,23 @@ def test_the_command_line_says_what_is_missing(tmp_path: Path, capsys: pytest.Ca
             main(arguments)
         assert error.value.code == code
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("installed")
+def test_functions_with_a_backward_pass_of_their_own() -> None:
+    from mamba_ssm.utils.torch import custom_bwd, custom_fwd
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        @custom_fwd
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+        @staticmethod
+        @custom_bwd
+        def backward(ctx: object, dy: torch.Tensor) -> torch.Tensor:
+            return 2 * dy
+
+    x = torch.ones(3, requires_grad=True)
+    Double.apply(x).sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), 2.0))

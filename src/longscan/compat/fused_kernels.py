@@ -83,9 +83,8 @@ def _mamba_chunk_scan_combined_bwd(
     leaves, buffers = [x, dt, A, B, C, D, z, dt_bias, initial_states], (dx, ddt, None, dB, dC, None, dz)
     with torch.enable_grad():
         own = [None if t is None else t.detach().requires_grad_() for t in leaves]
-        arguments: list[Any] = [*own[:5], chunk_size, *own[5:]]
-        ends = (seq_idx, None, dt_softplus, dt_limit, True)
-        y, states = mamba_chunk_scan_combined(*arguments, *ends)
+        arguments: list[Any] = [*own[:5], chunk_size, *own[5:], seq_idx, None, dt_softplus, dt_limit, True]
+        y, states = mamba_chunk_scan_combined(*arguments)
     pairs = [(y, dout.to(y.dtype))] + ([] if dfinal_states is None else [(states, dfinal_states)])
     gradients = _gradients(pairs, own)
     for index, buffer in enumerate(buffers):

@@ -66,6 +66,7 @@ CONTENTS: dict[str, tuple[tuple[Any, ...], ...]] = {
     ),
     "mamba_ssm.utils": (),
     "mamba_ssm.utils.generation": (GENERATION,),
+    "mamba_ssm.utils.torch": (("autocast", "custom_fwd", "custom_bwd"),),
     "mamba_ssm.utils.hf": (("hf", "load_config_hf", "load_state_dict_hf"),),
     "mamba_ssm.distributed": (),
     "mamba_ssm.distributed.tensor_parallel": (
