@@ -35,7 +35,7 @@ PAIRS = (
 )
 DOCUMENTS = (
     *(document for pair in PAIRS for document in pair),
-    *("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
+    *("docs/compat.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
 )
 SOURCE = ROOT / "src" / "longscan"
 PLANNED = ("planned", "计划中")

@@ -6,11 +6,13 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +112,17 @@ def test_the_core_does_not_need_it() -> None:
     code = "import sys, longscan, longscan.models, longscan.cli; print('longscan.compat' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "False\n"
+
+
+def test_the_page_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "compat.md").read_text(encoding="utf-8")
+    first = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[0]
+    names: dict[str, Any] = {}
+    try:
+        exec(first, names)
+    finally:
+        compat.uninstall()
+    assert names["block"].A_log.grad.abs().max() > 0
 
 
 # python -m longscan.compat

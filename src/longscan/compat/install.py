@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -43,7 +44,6 @@ CONTENTS: dict[str, tuple[tuple[Any, ...], ...]] = {
     "mamba_ssm.modules": (),
     "mamba_ssm.modules.mamba_simple": (MAMBA, BLOCK_V1),
     "mamba_ssm.modules.mamba2": (MAMBA2,),
-    "mamba_ssm.modules.mamba2_simple": (("mamba2", ("Mamba2Simple", "Mamba2")),),
     "mamba_ssm.modules.block": (("block", "Block"),),
     "mamba_ssm.modules.mlp": (("block", "GatedMLP"),),
     "mamba_ssm.modules.ssd_minimal": (("ssd", "ssd_minimal_discrete"),),
@@ -141,10 +141,19 @@ def install() -> None:
     """
     if _installed:
         return
+    modules = _made()
     for name in [name for name in sys.modules if name.partition(".")[0] in PACKAGES]:
         _replaced[name] = sys.modules.pop(name)
+    _installed.update(modules)
+    sys.modules.update(modules)
+    sys.meta_path.insert(0, _finder)
+
+
+def _made() -> dict[str, ModuleType]:
+    """Return the modules of CONTENTS."""
+    modules: dict[str, ModuleType] = {}
     for name, entries in CONTENTS.items():
-        module = _installed[name] = _DropIn(name, "See longscan.compat.")
+        module = modules[name] = _DropIn(name, "See longscan.compat.")
         # a package, so that an import from it that fails asks the finder, which says why
         module.__path__ = []
         module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
@@ -156,21 +165,15 @@ def install() -> None:
         if name in VERSIONS:
             module.__version__ = VERSIONS[name]  # type: ignore[attr-defined]
         parent, _, leaf = name.rpartition(".")
-        if parent and not hasattr(_installed[parent], leaf):
-            setattr(_installed[parent], leaf, module)
-    _reexport()
-    sys.modules.update(_installed)
-    sys.meta_path.insert(0, _finder)
-
-
-def _reexport() -> None:
-    """Add what einops brought into their namespace, if it is installed."""
-    try:
+        if parent and not hasattr(modules[parent], leaf):
+            setattr(modules[parent], leaf, module)
+    with contextlib.suppress(
+        ImportError
+    ):  # theirs has these two from einops, and clients take them from there
         einops = importlib.import_module("einops")
-    except ImportError:
-        return
-    for name in ("rearrange", "repeat"):
-        setattr(_installed["mamba_ssm.ops.selective_scan_interface"], name, getattr(einops, name))
+        for name in ("rearrange", "repeat"):
+            setattr(modules["mamba_ssm.ops.selective_scan_interface"], name, getattr(einops, name))
+    return modules
 
 
 def uninstall() -> None:
