@@ -123,6 +123,10 @@ def test_three_directions() -> None:
         model(X[:, :9])
 
 
+def test_one_direction_is_never_halved() -> None:
+    assert torch.equal(mamba(if_divide_out=True)(X), mamba()(X))
+
+
 def test_layer_scale() -> None:
     model = mamba(init_layer_scale=0.5)
     plain = mamba()

@@ -44,7 +44,7 @@ class Mamba(nn.Module):
         device: of the parameters.
         dtype: of the parameters; A_log and D are float32.
         bimamba_type: see above; likewise bimamba.
-        if_divide_out: whether the sum of both directions is halved.
+        if_divide_out: whether "v2" halves the sum of both directions.
         init_layer_scale: the initial factor of each output channel, gamma; no such parameter if None.
         bimamba: see above.
         if_devide_out: another spelling of if_divide_out.
@@ -178,7 +178,7 @@ class Mamba(nn.Module):
             y = y + torch.unflatten(self._direction(interleaved, "_s"), -1, (-1, n)).transpose(
                 -1, -2
             ).flatten(-2)
-        return y / 2 if self.if_divide_out else y
+        return y / 2 if self.if_divide_out and self.bimamba_type == "v2" else y
 
     def _direction(self, xz: Tensor, suffix: str) -> Tensor:
         conv, x_proj, dt_proj = (getattr(self, name + suffix) for name in ("conv1d", "x_proj", "dt_proj"))
