@@ -260,6 +260,7 @@ def test_extreme_step_sizes(backend: str) -> None:
         ({"initial_state": torch.zeros(2, 6, 5)}, "initial_state: expected"),
         ({"seq_idx": torch.zeros(9, 2, dtype=torch.long)}, "seq_idx: expected"),
         ({"B": torch.zeros(2, 9, 2, 4), "C": torch.zeros(2, 9, 3, 4)}, "the same n_groups"),
+        ({"B": torch.zeros(2, 9, 2, 4), "C": torch.zeros(2, 9, 4)}, "the same n_groups, got 2 and 1"),
     ],
 )
 def test_scan_refuses_wrong_shapes(change: dict[str, Tensor], message: str) -> None:

@@ -205,8 +205,9 @@ def _check(
                 f"{name}: expected {(d_inner, d_state)}, {(batch, seq_len, d_state)} or {(batch, seq_len)} + "
                 f"(n_groups, {d_state}) with n_groups dividing {d_inner}, got {tuple(M.shape)}"
             )
-    if B.dim() == C.dim() == 4 and B.shape[2] != C.shape[2]:
-        raise ValueError(f"B and C: expected the same n_groups, got {B.shape[2]} and {C.shape[2]}")
+    n_groups = [M.shape[2] if M.dim() == 4 else 1 for M in (B, C) if M.dim() > 2]  # of those that vary
+    if len(set(n_groups)) > 1:
+        raise ValueError(f"B and C: expected the same n_groups, got {n_groups[0]} and {n_groups[1]}")
     for name, tensor in (("u", u), ("dt", dt), ("A", A), ("B", B), ("C", C), ("D", D), ("z", z)):
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{name}: expected real floating point, got {tensor.dtype}")
