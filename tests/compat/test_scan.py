@@ -350,6 +350,19 @@ def test_inner_takes_given_matrices() -> None:
     close(y, expected)
 
 
+def test_inner_takes_groups_beside_a_computed_matrix() -> None:
+    named = block()
+    named = {key: value for key, value in named.items() if not key.startswith("out_")}
+    B = inputs("grouped")["B"]
+    named["x_proj_weight"] = torch.cat([named["x_proj_weight"][:3], named["x_proj_weight"][-D_STATE:]])
+    y = inner.mamba_inner_fn_no_out_proj(**named, B=B)
+    x, z = named["xz"].chunk(2, dim=1)
+    x = F.silu(F.conv1d(F.pad(x, (3, 0)), named["conv1d_weight"], named["conv1d_bias"], groups=D_INNER))
+    delta = named["delta_proj_weight"] @ (named["x_proj_weight"][:3] @ x)
+    C = named["x_proj_weight"][3:] @ x
+    close(y, literal(x, delta, named["A"], B, C, named["D"], z, named["delta_bias"])[0])
+
+
 # one step
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from longscan import ops
 from longscan.compat.norms import normalize
-from longscan.compat.selective_scan import scan
+from longscan.compat.selective_scan import scan, time_first
 
 __all__ = ["bimamba_inner_fn", "mamba_inner_fn", "mamba_inner_fn_no_out_proj", "mamba_inner_ref"]
 
@@ -217,5 +217,4 @@ def _scan(
     if A.is_complex():
         parts = (x.transpose(1, 2), delta.transpose(1, 2), A, B, C, D, z.transpose(1, 2))
         return scan(*parts, delta_bias, delta_softplus)[0].transpose(1, 2)
-    Bs, Cs = (M if M.dim() == 2 else M.movedim(-1, 1) for M in (B, C))
-    return ops.selective_scan(x, delta, A, Bs, Cs, D, z, delta_bias, delta_softplus)[0]
+    return ops.selective_scan(x, delta, A, *time_first(B, C), D, z, delta_bias, delta_softplus)[0]

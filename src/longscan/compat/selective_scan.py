@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from longscan import ops
 
-__all__ = ["scan", "selective_scan_fn", "selective_scan_fn_without_gate"]
+__all__ = ["scan", "selective_scan_fn", "selective_scan_fn_without_gate", "time_first"]
 
 
 def selective_scan_fn(
@@ -89,7 +89,7 @@ def scan(
     """Return y and the final state of `selective_scan_fn`, from a state (batch, d_inner, d_state)."""
     if A.is_complex():
         return _complex_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
-    B, C = _same_groups(_time_first(B), _time_first(C))
+    B, C = time_first(B, C)
     y, state = ops.selective_scan(
         u.transpose(1, 2),
         delta.transpose(1, 2),
@@ -105,15 +105,10 @@ def scan(
     return y.transpose(1, 2).contiguous(), state  # contiguous as theirs: callers take views
 
 
-def _time_first(M: Tensor) -> Tensor:
-    """Return B or C with time after the batch."""
-    if M.dim() == 4 and M.shape[1] == 1:
-        M = M.squeeze(1)
-    return M if M.dim() == 2 else M.movedim(-1, 1)
-
-
-def _same_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both with the same number of groups, if one has groups and the other has none."""
+def time_first(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Return B and C with time after the batch, and as many groups if only one of them has groups."""
+    B, C = (M.squeeze(1) if M.dim() == 4 and M.shape[1] == 1 else M for M in (B, C))
+    B, C = (M if M.dim() == 2 else M.movedim(-1, 1) for M in (B, C))
     if {B.dim(), C.dim()} == {3, 4}:
         n_groups = max(M.shape[2] for M in (B, C) if M.dim() == 4)
         B, C = (M.unsqueeze(2).expand(-1, -1, n_groups, -1) if M.dim() == 3 else M for M in (B, C))
