@@ -21,6 +21,11 @@ COMMON: dict[str, Any] = {"vocab_size": 48, "hidden_size": 32, "num_hidden_layer
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
 HEADS = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2}
+SHARED: dict[str, Any] = {
+    **ATTENTION,
+    **{"num_hidden_layers": 4, "num_key_value_heads": 4, "mamba_d_state": 8},
+    "layers_block_type": ["mamba", "hybrid"] * 2,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Mamba": {"state_size": 8},
     "FalconMamba": {"state_size": 8},
@@ -35,6 +40,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Bamba": {**ATTENTION, **HEADS, "attn_layer_indices": [1]},
     "FalconH1": {**ATTENTION, **HEADS, "mamba_d_ssm": 64},
     "GraniteMoeHybrid": {**ATTENTION, **HEADS, "layer_types": ["mamba", "attention"], "num_local_experts": 2},
+    "NemotronH": {
+        **ATTENTION,
+        **{"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "head_dim": 8},
+        "layers_block_type": ["mamba", "attention"],
+    },
+    "Zamba": {**SHARED, "n_mamba_heads": 2, "attention_hidden_size": 64, "attention_head_dim": 16},
+    "Zamba2": {**SHARED, "n_mamba_heads": 4, "mamba_ngroups": 2},
 }
 
 
@@ -49,7 +61,7 @@ def model_of(family: str) -> Any:
     if config_class is None:
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
     torch.manual_seed(0)
-    config = config_class(**COMMON, **IDS, **FAMILIES[family])
+    config = config_class(**(COMMON | IDS | FAMILIES[family]))
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
