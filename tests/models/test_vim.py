@@ -377,3 +377,15 @@ def test_images_that_do_not_fit(shape: tuple[int, ...], message: str) -> None:
 def test_sizes_that_are_impossible(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(LongscanError, match=message):
         small(**fields)
+
+
+@pytest.mark.parametrize("class_token", TOKENS)
+def test_a_resized_model_stores_the_positions_that_it_interpolated(class_token: str) -> None:
+    model, pictures = build(class_token=class_token).eval(), images(24, 24)
+    expected = model(pictures)
+    model.resize(24)
+    assert (model.config.image_size, model.config.grid) == (24, 6)
+    torch.testing.assert_close(model(pictures), expected, rtol=1e-12, atol=1e-12)
+    again = Vim(model.config, seeded()).double().eval()
+    again.load_state_dict(model.state_dict())
+    torch.testing.assert_close(again(pictures), expected, rtol=1e-12, atol=1e-12)

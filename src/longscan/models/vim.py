@@ -289,6 +289,14 @@ class Vim(VisionModel):
         maps = patches.mT.reshape(1, -1, self.config.grid, self.config.grid)
         return resize(maps, grid, "bicubic"), classes
 
+    def resize(self, image_size: int) -> None:
+        """Adapt the model to images of another size: their positions are interpolated; see the base class."""
+        config = self.config.replace(image_size=image_size)
+        with torch.no_grad():  # those in time, of videos, stand elsewhere
+            patches, classes = Vim.positions(self, (config.grid, config.grid))
+            self.pos_embed = nn.Parameter(join(patches.flatten(2).mT, classes, config.class_token))
+        self.config = config
+
     def flatten(self, maps: Tensor) -> Tensor:
         """Return the patches (batch, n_patches, d_model) of maps (batch, d_model, *grid), in scan order."""
         return maps.flatten(2).mT
