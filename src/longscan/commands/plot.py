@@ -1,4 +1,4 @@
-"""`longscan plot`: alignments, attention, positions, BLEU by length, HiPPO bases and kernels."""
+"""`longscan plot`: alignments, attention, positions, BLEU by length, HiPPO bases, kernels, scans."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ from torch import Tensor
 from longscan.checkpoints.formats.sequence_classifier import is_sequence_model
 from longscan.checkpoints.load import load, load_translator
 from longscan.commands._options import FigureOut
+from longscan.commands._plot_vision import (
+    Seed,
+    Size,
+    activation,
+    attention_of_image,
+    erf,
+    scan,
+    scans_images,
+)
 from longscan.core.config import nearest
 from longscan.core.files import read_json
 from longscan.errors import LongscanError, UsageError
@@ -54,30 +63,53 @@ def alignment(
 
 
 def attention(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A translator's directory.")],
-    sentence: Annotated[str, typer.Argument(metavar="SENTENCE", help="Sentence to translate.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A translator's directory, or a model of images.")
+    ],
+    sentence: Annotated[
+        str, typer.Argument(metavar="INPUT", help="Sentence to translate, or an image file.")
+    ],
     target: Annotated[
-        str | None, typer.Option(help="Translation of SENTENCE; default: the model's own.")
+        str | None, typer.Option(help="Translation of a sentence; default: the model's own.")
     ] = None,
     part: Annotated[
-        Literal["encoder", "decoder", "cross"],
-        typer.Option(help="Self-attention of encoder or decoder, or cross-attention."),
-    ] = "cross",
+        Literal["encoder", "decoder", "cross"] | None,
+        typer.Option(help="Self-attention of encoder or decoder, or cross-attention; default: cross."),
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="Layer; default: the last.")] = None,
     pieces: Annotated[bool, typer.Option("--pieces", help="Show tokens instead of words.")] = False,
+    query: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ROW,COLUMN",
+            help="Patch that attends, or class; repeatable; default: the class token or the centre.",
+        ),
+    ] = None,
+    size: Size = None,
+    seed: Seed = 0,
     out: FigureOut = Path("attention.png"),
 ) -> None:
-    """The attention weights of each head of a translator.
+    """The attention weights of each head of a translator, or the hidden attention of a scan over an image.
+
+    A scan is a product with a matrix alpha of decaying weights, which attention would compute with a softmax.
 
     Raises:
-        UsageError: there is no such part or layer, or the figure has no format.
+        UsageError: there is no such part, layer or patch; a flag is for others; or the figure has no format.
         LongscanError: the model has no attention, or a file can't be read or written.
     """
     check_out(out)
+    if scans_images(model):
+        if target or part or pieces:
+            raise UsageError("--target, --part, --pieces: these are for translators, the model is of images.")
+        layer = -1 if layer is None else layer
+        attention_of_image(model, Path(sentence), layer, query or [], size, seed, out)
+        return
+    if query or size:
+        raise UsageError("--query, --size: these are for models of images, the model is none.")
     weights, sides = _weights(model, sentence, target, pieces)
-    name = _pick(weights, part, layer)
+    name = _pick(weights, part or "cross", layer)
     panels = {f"head {number}": head for number, head in enumerate(weights[name])}
-    plot_weights(panels, *sides[part], out, f"{name} of {Path(model).resolve().parent.name}")
+    plot_weights(panels, *sides[part or "cross"], out, f"{name} of {Path(model).resolve().parent.name}")
     typer.echo(f"wrote {out}")
 
 
@@ -226,4 +258,7 @@ commands = {
     "bleu": bleu,
     "basis": basis_command,
     "kernel": kernel,
+    "scan": scan,
+    "erf": erf,
+    "activation": activation,
 }
