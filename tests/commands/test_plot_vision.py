@@ -113,7 +113,7 @@ def test_attention(cli: Cli, picture: Path, directory: Path, tmp_path: Path) -> 
         (["attention", "vmamba", "IMAGE", "--query", "class"], 2, "ROW,COLUMN from 0,0 to 3,3, got 'class'"),
         (["attention", "vim", "IMAGE", "--part", "cross"], 2, "--part, --pieces: these are for translators"),
         (
-            ["attention", "nothing", "a", "--query", "0,0"],
+            ["attention", "longscan-tiny-en", "a", "--query", "0,0"],
             2,
             "--query, --size: these are for models of",
         ),

@@ -67,7 +67,7 @@ def test_fields(tmp_path: Path) -> None:
     plot_fields({f"model {n}": torch.rand(8, 8) for n in range(5)}, out, "the note")
     assert {
         "the note",
-        "gradient of the central feature; the largest is 1",
+        "gradient; the largest is 1",
         *(f"model {n}" for n in range(5)),
     } <= set(texts(out))
 

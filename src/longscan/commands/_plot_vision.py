@@ -14,7 +14,7 @@ from torch import Tensor
 from longscan.checkpoints.load import load
 from longscan.commands._images import is_image_model
 from longscan.commands._options import FigureOut
-from longscan.core.config import count
+from longscan.core.config import brief, count
 from longscan.data.augmentation import central_crop, to_tensor
 from longscan.data.image_files import image_paths, read_image
 from longscan.errors import LongscanError, UsageError
@@ -134,9 +134,9 @@ def erf(
             (_untrained(trained, seed), trained) if untrained and not trained.random else (trained,)
         ):
             field = receptive_field(model, _inputs(model, paths, n, size, seed))
-            share = 100 * area(field)
-            typer.echo(f"{title}: half of the gradient lies in {share:.1f} % of the pixels")
-            fields[f"{title}\nhalf in {share:.1f} % of the pixels"] = field
+            share = brief(100 * area(field), 2)
+            typer.echo(f"{title}: half of the gradient lies in {share} % of the pixels")
+            fields[f"{title}\nhalf in {share} % of the pixels"] = field
     what = count(len(paths), "image") if paths else f"{count(n, 'image')} of Gaussian noise"
     plot_fields(fields, out, f"mean over {what}")
     typer.echo(f"wrote {out}")

@@ -120,9 +120,7 @@ def plot_fields(fields: Mapping[str, Tensor], path: Path, note: str = "") -> Non
         )
         ax.set_title(name, fontsize="small")
         ax.set(xticks=[], yticks=[])
-    bar = figure.colorbar(
-        image, ax=axes, label="gradient of the central feature; the largest is 1", shrink=0.8
-    )
+    bar = figure.colorbar(image, ax=axes, label="gradient; the largest is 1", shrink=0.8)
     bar.set_ticks([-4, -3, -2, -1, 0], labels=["≤ 10⁻⁴", "10⁻³", "10⁻²", "10⁻¹", "1"])
     save_figure(figure, path, note)
 
