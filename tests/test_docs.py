@@ -30,7 +30,7 @@ PAIRS = (
     READMES,
     *(
         (f"docs/{name}.md", f"docs/{name}.zh-CN.md")
-        for name in ("attention", "benchmarks", "library", "memory", "quantization")
+        for name in ("attention", "benchmarks", "library", "memory", "quantization", "vision")
     ),
 )
 DOCUMENTS = (
@@ -235,7 +235,7 @@ def test_commands_parse(document: str) -> None:
             } <= set(extras)
 
 
-@pytest.mark.parametrize("page", ["attention", "memory"])
+@pytest.mark.parametrize("page", ["attention", "memory", "vision"])
 def test_the_answers_run(page: str) -> None:
     names: dict[str, Any] = {}
     for number, block in enumerate(blocks(f"docs/{page}.md", "python")):
