@@ -105,7 +105,7 @@ def test_attention(cli: Cli, picture: Path, directory: Path, tmp_path: Path) -> 
         (["erf", *["vmamba"] * 13], 2, "MODELS: expected at most 12 panels, got 13"),
         (["erf", "vim", "--size", "3"], 2, "--size: expected 4 to 1024 pixels, got 3"),
         (["erf", "vim", "--image", "EMPTY"], 1, "--image: there is no image in"),
-        (["erf", "mamba"], 1, "mamba"),
+        (["erf", "mamba"], 1, "no image model called 'mamba', and no such file or directory"),
         (["erf", "videomamba"], 1, "expected a model of RGB or greyscale images, got one of videos"),
         (["activation", "vmamba", "IMAGE", "--layer", "3"], 2, "--layer: expected 0 to 2, got 3"),
         (["activation", "vmamba", "TEXT"], 1, "no image (PNG, JPEG"),

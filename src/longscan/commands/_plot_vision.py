@@ -14,7 +14,7 @@ from torch import Tensor
 from longscan.checkpoints.load import load
 from longscan.commands._images import is_image_model
 from longscan.commands._options import FigureOut
-from longscan.core.config import brief, count
+from longscan.core.config import brief, count, nearest
 from longscan.data.augmentation import central_crop, to_tensor
 from longscan.data.image_files import image_paths, read_image
 from longscan.errors import LongscanError, UsageError
@@ -230,6 +230,11 @@ def _named(name: str, seed: int) -> Named:
         config = entry.config.from_dict(entry.presets[chosen[1]])
         loaded = entry.cls(config, generator=torch.Generator().manual_seed(seed)).eval()
         title = f"{f'{entry.name} tiny' if chosen[1] == 'tiny' else chosen[1]}, random weights"
+    elif "/" not in name and not Path(name).exists():
+        known = [entry.name for entry in MODELS.values() if entry.kind == "image"]
+        raise LongscanError(
+            f"no image model called {name!r}, and no such file or directory{nearest(name, known)}"
+        )
     else:
         loaded, path = load(name, "image"), Path(name).resolve()
         title = path.parent.name if path.name == "model" else path.name
