@@ -51,7 +51,12 @@ def run_checks() -> Iterator[tuple[str, Tensor, Tensor]]:
 
     for name, op, reference, arguments in (
         ("selective_scan", ops.selective_scan, ops.selective_scan_ref, scan),
-        ("path_scan", ops.path_scan, ops.path_scan_ref, (x, *two, None, paths)),
+        (
+            "path_scan",
+            lambda *tensors: ops.path_scan(*[*tensors, None, paths]),
+            lambda *tensors: ops.path_scan_ref(*[*tensors, None, paths]),
+            (x, *two),
+        ),
         ("causal_conv1d", ops.causal_conv1d, ops.causal_conv1d_ref, conv),
         ("diagonal_ssm", ops.diagonal_ssm, ops.diagonal_ssm_ref, diagonal),
         ("vandermonde", ops.vandermonde, ops.vandermonde_ref, (waves(d_inner, 5), log_ratio, 300)),
