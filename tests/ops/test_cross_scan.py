@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
 
 from longscan import ops
 from op_inputs import generator, real
@@ -181,3 +182,29 @@ def test_what_does_not_fit_is_refused() -> None:
         ops.scan_pattern((3, 0))
     with pytest.raises(ValueError, match="mode"):
         ops.scan_pattern((3, 5), "diagonal")  # type: ignore[arg-type]
+
+
+def test_a_pattern_is_the_callers_own() -> None:
+    expected = ops.scan_pattern((3, 4)).order.clone()
+    ops.scan_pattern((3, 4)).order.zero_()
+    assert torch.equal(ops.scan_pattern((3, 4)).order, expected)
+
+
+def test_a_pattern_made_in_inference_mode_serves_gradients() -> None:
+    x = torch.randn(1, 5, 9, 2, requires_grad=True)
+    with torch.inference_mode():
+        ops.cross_scan(x, ops.scan_pattern((5, 9)))
+    ops.cross_scan(x, ops.scan_pattern((5, 9))).sum().backward()
+    assert x.grad is not None
+
+
+def test_a_pattern_made_in_a_trace_is_forgotten() -> None:
+    with FakeTensorMode():
+        assert is_fake(ops.scan_pattern((4, 11)).order)
+    assert not is_fake(ops.scan_pattern((4, 11)).order)
+
+
+@pytest.mark.parametrize("bad", [(2.0, 3), (0, 3), ()])
+def test_sizes_are_positive_whole_numbers(bad: Any) -> None:
+    with pytest.raises(ValueError, match="expected positive whole numbers"):
+        ops.scan_pattern(bad)

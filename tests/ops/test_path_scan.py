@@ -174,3 +174,14 @@ def test_a_path_must_be_a_permutation(backend: str, path: list[int]) -> None:
     inputs = path_inputs((1, 3, 1, 2, 2), True, True)
     with pytest.raises(ValueError, match="permutations of 0"):
         ops.path_scan(**{**inputs, "paths": torch.tensor([path])})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_code_checks_paths_too(dtype: torch.dtype) -> None:
+    inputs = path_inputs((1, 4, 2, 3, 2), True, True)
+    inputs |= {name: x.to(dtype) for name, x in inputs.items() if name != "paths"}
+    compiled = torch.compile(ops.path_scan, backend="aot_eager", fullgraph=True)
+    compiled(**inputs)
+    for path in ([0, 0, 1, 2], [0, 1, 2, 50_000_000]):
+        with pytest.raises(ValueError, match="permutations of 0"):
+            compiled(**{**inputs, "paths": torch.tensor([path, path])})

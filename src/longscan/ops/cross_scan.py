@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from longscan.ops._derivatives import composed
 
@@ -78,15 +79,28 @@ def scan_pattern(
     Raises:
         ValueError: a size is not positive, or there is no such mode.
     """
-    if not shape or min(shape) < 1 or window < 1 or repeat < 1:
+    sizes = (*shape, window, repeat)
+    if not shape or not all(isinstance(size, int | torch.SymInt) and size >= 1 for size in sizes):
         got = f"{tuple(shape)}, {window}, {repeat}"
-        raise ValueError(f"shape, window, repeat: expected positive sizes, got {got}")
+        raise ValueError(f"shape, window, repeat: expected positive whole numbers, got {got}")
     if mode not in get_args(ScanMode):
         raise ValueError(f"mode: expected {', '.join(get_args(ScanMode))}, got {mode!r}")
-    return _pattern(tuple(shape), mode, window, repeat, torch.device(device))
+    arguments = (tuple(shape), mode, window, repeat, torch.device(device))
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or composed():
+        return _pattern(*arguments)  # not to be remembered: these tensors belong to a trace
+    known = _remembered(*arguments)
+    order, inverse, seq_idx = (None if t is None else t.clone() for t in known[1:])  # the caller's own
+    return ScanPattern(known.shape, order, inverse, seq_idx)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a later call may need gradients
+def _remembered(
+    shape: tuple[int, ...], mode: ScanMode, window: int, repeat: int, device: torch.device
+) -> ScanPattern:
+    return _pattern(shape, mode, window, repeat, device)
+
+
 def _pattern(
     shape: tuple[int, ...], mode: ScanMode, window: int, repeat: int, device: torch.device
 ) -> ScanPattern:

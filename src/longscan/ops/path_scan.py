@@ -81,22 +81,14 @@ def path_scan(
     _check(u, dt, A, B, C, D, dt_bias, paths)
     dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
     tensors: Any = [None if t is None else t.to(dtype) for t in (u, dt, A, B, C, D, dt_bias)]
-    if not torch.compiler.is_compiling():  # where no values are known
-        _check_permutations(paths.long())
+    paths = torch.ops.longscan.check_paths(paths)
     if composed() or not _use_native(*tensors):  # the gathered scan is an op with its own gradients
         (gathered,) = _gathered(*[*tensors, paths])
         return gathered.to(u.dtype)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, _ = torch.ops.longscan.path_scan(*tensors, paths.to(torch.int32), keep)
+    y, _ = torch.ops.longscan.path_scan(*tensors, paths, keep)
     out: Tensor = y.to(u.dtype)
     return out
-
-
-def _check_permutations(paths: Tensor) -> None:
-    """Raise ValueError unless every path visits each position once: the kernel goes where it says."""
-    seen = torch.zeros(paths.shape, dtype=torch.bool, device=paths.device)
-    if int(paths.min()) < 0 or int(paths.max()) >= paths.shape[1] or not seen.scatter_(1, paths, True).all():
-        raise ValueError(f"paths: expected permutations of 0 ... {paths.shape[1] - 1}, each position once")
 
 
 def _check(
@@ -128,7 +120,7 @@ def _check(
         if tensor is not None and tuple(tensor.shape) not in expected:
             choices = " or ".join(map(str, expected))
             raise ValueError(f"{name}: expected shape {choices}, got {tuple(tensor.shape)}")
-    for name, tensor in (("u", u), ("dt", dt), ("A", A), ("B", B), ("C", C), ("D", D)):
+    for name, tensor in (("u", u), ("dt", dt), ("A", A), ("B", B), ("C", C), ("D", D), ("dt_bias", dt_bias)):
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{name}: expected real floating point, got {tensor.dtype}")
     if paths.dtype not in (torch.int32, torch.int64):
@@ -137,6 +129,8 @@ def _check(
 
 _lib: Any = torch.library.Library("longscan", "FRAGMENT")  # type: ignore[no-untyped-call]
 _INPUTS = "Tensor u, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? dt_bias, Tensor paths"
+# an op of its own, so that compiled code checks too: the kernel goes where a path says
+_lib.define("check_paths(Tensor paths) -> Tensor")
 # boundaries: the states before every time tile, in the kernel's own layout
 _lib.define(f"path_scan({_INPUTS}, bool keep) -> (Tensor y, Tensor boundaries)")
 # An absent optional input has an empty gradient.
@@ -153,6 +147,11 @@ def _boundaries_shape(dt: Tensor, A: Tensor) -> tuple[int, ...]:
     """Return (tiles, batch, channels of all paths, padded each, d_state)."""
     batch, n, n_paths, d_inner = dt.shape
     return -(-n // CHUNK), batch, n_paths * -(-d_inner // LANE_PAD) * LANE_PAD, A.shape[2]
+
+
+@torch.library.register_fake("longscan::check_paths", lib=_lib)
+def _(paths):  # type: ignore[no-untyped-def]
+    return paths.new_empty(paths.shape, dtype=torch.int32)
 
 
 @torch.library.register_fake("longscan::path_scan", lib=_lib)
@@ -221,6 +220,15 @@ def _use_native(*tensors: Tensor | None) -> bool:
     return A.shape[2] <= MAX_NATIVE_STATE and _native.available(*tensors)
 
 
+def _checked(paths: Tensor) -> Tensor:
+    """Return paths as contiguous int32; raise ValueError unless each visits every position once."""
+    seen = torch.zeros(paths.shape, dtype=torch.bool, device=paths.device)
+    inside = int(paths.min()) >= 0 and int(paths.max()) < paths.shape[1]
+    if not inside or not seen.scatter_(1, paths.long(), True).all():
+        raise ValueError(f"paths: expected permutations of 0 ... {paths.shape[1] - 1}, each position once")
+    return paths.to(torch.int32, copy=True, memory_format=torch.contiguous_format)
+
+
 def _refuse(*tensors: Tensor | None) -> None:
     """Raise TypeError unless the kernel supports these tensors."""
     if not _use_native(*tensors):
@@ -276,5 +284,6 @@ def _backward(*inputs):  # type: ignore[no-untyped-def]
     return (du.sum(2) if u.dim() == 3 else du), ddt, dA, dB, dC, dD, ddt_bias
 
 
+_lib.impl("check_paths", _checked, "CompositeExplicitAutograd")
 _lib.impl("path_scan", _forward, "CompositeExplicitAutograd")
 _lib.impl("path_scan_backward", _backward, "CompositeExplicitAutograd")
