@@ -272,6 +272,32 @@ def test_a_tensor_under_two_names(model: VMamba, tmp_path: Path) -> None:
     assert "both hold different numbers" in refusal(written(tmp_path / "m.pth", tensors), kind="image")
 
 
+@pytest.mark.parametrize("prefixes", [("", "module."), ("encoder.", "backbone.")])
+def test_prefixes_do_not_make_two_tensors_one(
+    model: VMamba, prefixes: tuple[str, str], tmp_path: Path
+) -> None:
+    first, second = prefixes
+    tensors = {f"{first}{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors[f"{second}classifier.head.bias"] = torch.zeros(7)
+    file = written(tmp_path / "two.pth", tensors)
+    with pytest.raises(LongscanError, match="are two tensors of one name"):
+        load(file, "image")
+
+
+def test_weights_that_are_not_finite(model: VMamba, tmp_path: Path) -> None:
+    tensors = model.state_dict()
+    tensors["classifier.head.bias"][1] = torch.nan
+    file = written(tmp_path / "nan.pth", tensors)
+    with pytest.raises(LongscanError, match=r"classifier\.head\.bias holds NaN or infinity"):
+        load(file, "image")
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(LongscanError, match="expected a file or a directory"):
+        load(tmp_path / "pipe.pth", "image")
+
+
 def test_whole_numbers_are_no_weights(model: VMamba, tmp_path: Path) -> None:
     tensors = {**model.state_dict(), "counter": torch.tensor(3)}
     message = refusal(written(tmp_path / "m.pth", tensors), kind="image")

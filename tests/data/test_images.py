@@ -263,6 +263,12 @@ def test_tiny_and_narrow_images(size: tuple[int, int]) -> None:
 # hostile files
 
 
+def test_a_transparent_grey_of_16_bits_is_white() -> None:
+    grey = Image.fromarray(np.array([[257, 20_000], [65_535, 20_000]], np.uint16))
+    content = encoded(grey, transparency=20_000)
+    assert pixels(content, 1).tolist() == [[1, 255], [255, 255]]
+
+
 def bomb(width: int, height: int) -> bytes:
     """A PNG of these sizes, in a few bytes."""
 
@@ -292,7 +298,8 @@ JPEG = encoded(Image.fromarray(bars(1, 32)[0][0]), "JPEG")
         (bomb(100, 100), "damaged"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no image"),
         (encoded(Image.new("F", (2, 2), 0.5), "TIFF"), "expected 8 or 16 bits a channel, got mode F"),
-        (encoded(Image.fromarray(np.array([[70_000]], np.int32)), "TIFF"), "got mode I"),
+        (encoded(Image.fromarray(np.array([[70_000]], np.int32)), "TIFF"), "8 or 16 bits a channel, got 32"),
+        (encoded(Image.fromarray(np.array([[255]], np.int32)), "TIFF"), "8 or 16 bits a channel, got 32"),
     ],
 )
 def test_bad_images_are_named(content: bytes, message: str, tmp_path: Path) -> None:

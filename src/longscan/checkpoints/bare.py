@@ -37,7 +37,7 @@ class BareFile(Source):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._entries, tensors = _read(path)
-        tensors = {_unwrapped(name): tensor for name, tensor in tensors.items()}
+        tensors = _without_prefixes(path, tensors)
         self._format = _format(path, tensors)
         self.name = self._format.name
         for name, tensor in tensors.items():
@@ -101,6 +101,16 @@ def _format(path: Path, tensors: Mapping[str, Tensor]) -> BareFormat:
         f"{path}: its tensors may be those of a {' or a '.join(names)}, and nothing in the file says which. "
         f"Rename it: the name of the model in the file's name decides, such as {names[0]}_{path.name}."
     )
+
+
+def _without_prefixes(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by their names without prefixes of wrappers; two of one name are refused."""
+    theirs: dict[str, str] = {}
+    for name in tensors:
+        first = theirs.setdefault(_unwrapped(name), name)
+        if first != name:
+            raise LongscanError(f"{path}: {first} and {name} are two tensors of one name. Keep one of them.")
+    return {ours: tensors[name] for ours, name in theirs.items()}
 
 
 def _unwrapped(name: str) -> str:

@@ -178,6 +178,12 @@ def load(
         config = source.config()
         model = assemble(source.path, MODELS[source.name].cls, config, source.weights(config), dtype)
         assert isinstance(model, VisionModel)
+        for name, tensor in model.state_dict().items():  # the scores of any image would be NaN
+            if not tensor.isfinite().all():
+                raise LongscanError(
+                    f"{source.path}: {name} holds NaN or infinity, so its training failed. "
+                    "Take an earlier checkpoint."
+                )
         return model
     assert isinstance(source, ModelDirectory)  # other files hold language models and image classifiers
     if kind == "translation":

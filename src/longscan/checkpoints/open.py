@@ -38,6 +38,8 @@ def open_source(name_or_dir: str | Path, revision: str | None, offline: bool) ->
     path = resolve(name_or_dir, revision=revision, offline=offline)
     if path.is_dir():
         return ModelDirectory(path)
+    if not path.is_file():  # reading a pipe would never end
+        raise LongscanError(f"{path}: expected a file or a directory.")
     return GGUFFile(path) if path.suffix == ".gguf" else BareFile(path)
 
 

@@ -78,6 +78,8 @@ def read_image(source: Path | bytes, name: str, channels: int) -> Image.Image:
             no conversion; or the file can't be read.
     """
     with _opened(source, name) as image:
+        if image.mode == "I" and image.format == "TIFF":
+            raise LongscanError(f"{name}: expected 8 or 16 bits a channel, got 32. Convert it.")
         with foreign(name, NO_IMAGE):
             image.load()
             upright = ImageOps.exif_transpose(image)
@@ -152,6 +154,8 @@ def _convert(image: Image.Image, name: str, channels: int) -> Image.Image:
 def _narrow(image: Image.Image, name: str) -> Image.Image:
     """Return an image of 16 bits in 8; Pillow would cut off what is above 255."""
     values = np.asarray(image)
+    if (clear := image.info.get("transparency")) is not None:  # a grey value that stands for no colour
+        values = np.where(values == clear, 65535, values)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise LongscanError(f"{name}: expected 8 or 16 bits a channel, got mode {image.mode}. Convert it.")
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))

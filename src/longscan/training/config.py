@@ -69,7 +69,8 @@ class RunConfig(Config):
         """Raise UsageError if a value is out of range."""
         super().__post_init__()
         self.check("steps", "threads", "save_every", "log_every", least=1)
-        self.check("warmup", "seed", "eval_every", "weight_decay", "min_lr", least=0)
+        self.check("seed", least=0, most=2**63 - 1)
+        self.check("warmup", "eval_every", "weight_decay", "min_lr", least=0)
         self.check("lr", "ssm_lr", "epochs", "clip", "eps", above=0)
         self.check("beta1", "beta2", least=0, below=1)
         if self.final_lr > self.lr:
