@@ -6,6 +6,7 @@ import inspect
 import re
 import runpy
 import shlex
+import shutil
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -258,16 +259,19 @@ def test_the_model_of_the_guide_works() -> None:
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of the library page, one after the other, on a tiny random model in place of the one that ships."""
 
-    def stand_in(name: str) -> tuple[Mamba, ByteTokenizer]:
+    def stand_in(name: str, kind: str = "language") -> Any:
+        if kind == "image":
+            return load(name, kind)
         assert name == inspect.signature(generate_command).parameters["model"].default
         config = MambaConfig(d_model=16, n_layers=2, vocab_size=257)
         return Mamba(config, torch.Generator().manual_seed(0)).eval(), ByteTokenizer()
 
     monkeypatch.setattr(longscan, "load", stand_in)
     monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "docs" / "figures" / "house.png", "photo.png")
     names: dict[str, Any] = {}
     code = blocks("docs/library.md", "python")
-    assert len(code) == 4
+    assert len(code) == 7
     assert blocks(ENGLISH, "python") == code[:1]
     for number, block in enumerate(code):
         exec(compile(block, f"docs/library.md, Python block {number + 1}", "exec"), names)
@@ -277,6 +281,9 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert (names["state"].batch_size, names["fork"].batch_size) == (1, 3)
     assert names["loss"].requires_grad
     assert names["h0"].grad.abs().max() > 0
+    assert torch.allclose(names["log_probs"], names["logits"].log_softmax(-1), atol=1e-6)
+    assert torch.isfinite(names["vim"].head.weight.grad).all()
+    assert names["video_logits"].shape == (2, names["moving"].config.n_classes)
 
 
 # the guide
