@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 import runpy
@@ -237,9 +238,12 @@ def test_commands_parse(document: str) -> None:
 
 
 @pytest.mark.parametrize("page", ["attention", "memory", "vision"])
-def test_the_answers_run(page: str) -> None:
+def test_the_answers_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where blocks write
     names: dict[str, Any] = {}
     for number, block in enumerate(blocks(f"docs/{page}.md", "python")):
+        if "sklearn" in block and importlib.util.find_spec("sklearn") is None:
+            continue  # it only makes files for the commands
         exec(compile(block, f"docs/{page}.md, Python block {number + 1}", "exec"), names)
 
 
