@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +49,12 @@ def test_scan(cli: Cli, picture: Path, tmp_path: Path) -> None:
     out = tmp_path / "scan.svg"
     done = cli("plot", "scan", picture, "--grid", 4, "--out", out)
     assert (done.code, done.out, done.err) == (0, f"wrote {out}\n", "")
-    assert {"cross: 4 paths over 4 × 6 patches", "path 0", "path 3", "step"} <= words_in(out)
+    assert {
+        "cross: 4 paths over 4 × 6 patches",
+        "path 0: rows",
+        "path 3: columns reversed",
+        "step",
+    } <= words_in(out)
     done = cli("plot", "scan", picture, picture, "--mode", "temporal_first", "--grid", 2, "--out", out)
     assert done.code == 0, done.err
     assert "temporal_first: 2 paths over 2 × 2 × 3 patches" in words_in(out)
@@ -72,24 +80,46 @@ def test_activation(cli: Cli, picture: Path, directory: Path, tmp_path: Path) ->
     out = tmp_path / "activation.svg"
     done = cli("plot", "activation", directory, picture, "--layer", 1, "--out", out)
     assert (done.code, done.out, done.err) == (0, f"wrote {out}\n", "")
-    expected = {"Δ of digits, layer 1", "Δ, mean over channels", "input", *(f"path {k}" for k in range(4))}
-    assert expected <= words_in(out)
+    names = ("rows", "columns", "rows reversed", "columns reversed")
+    shown = words_in(out)
+    assert {"Δ of digits, layer 1", "input", *(f"path {k}: {name}" for k, name in enumerate(names))} <= shown
+    ranges = [text for text in shown if re.fullmatch(r"[\d.e-]+ to [\d.e-]+", text)]
+    assert len(ranges) == 4  # one a path
+    assert any(text.startswith("Δ, mean over channels") for text in shown)
     done = cli("plot", "activation", "vim", picture, "--out", out)
     assert done.code == 0, done.err
-    assert {"Δ of vim tiny, random weights, layer 1", "path 0", "path 1"} <= words_in(out)
-    assert "path 2" not in words_in(out)
+    shown = words_in(out)
+    assert "Δ of vim tiny, random weights, layer 1" in shown
+    assert {text for text in shown if text.startswith("path")} == {"path 0: rows", "path 1: rows reversed"}
 
 
 def test_attention(cli: Cli, picture: Path, directory: Path, tmp_path: Path) -> None:
     out = tmp_path / "attention.svg"
     done = cli("plot", "attention", directory, picture, "--size", 24, "--layer", 0, "--out", out)
     assert (done.code, done.out, done.err) == (0, f"wrote {out}\n", "")
-    expected = {"hidden attention of digits, layer 0", "query: patch 3,3", "path 3", "all paths"}
+    expected = {
+        "hidden attention of digits, layer 0",
+        "query: patch 3,3",
+        "path 3: columns reversed",
+        "all paths",
+    }
     assert expected <= words_in(out)
     done = cli("plot", "attention", "vim", picture, "--out", out)
-    assert "query: class token" in words_in(out)
+    assert {"query: class token", "path 0: rows", "path 1: rows reversed"} <= words_in(out)
     done = cli("plot", "attention", "vim", picture, "--query", "0,1", "--query", "class", "--out", out)
     assert {"query: patch 0,1", "query: class token"} <= words_in(out)
+
+
+def test_the_image_is_shown_with_all_its_pixels(cli: Cli, tmp_path: Path) -> None:
+    stripes = np.tile(np.repeat(np.array([0, 255], np.uint8), 8), (300, 25))
+    Image.fromarray(stripes).save(tmp_path / "a.png")
+    out = tmp_path / "attention.svg"
+    done = cli("plot", "attention", "vim", tmp_path / "a.png", "--out", out)  # whose input has 16 pixels
+    assert done.code == 0, done.err
+    embedded = re.search(r'<image xlink:href="data:image/png;base64,([^"]+)"', out.read_text())
+    assert embedded
+    with Image.open(io.BytesIO(base64.b64decode(embedded[1]))) as first:
+        assert np.asarray(first.convert("L")).std() > 50  # the input is grey all over
 
 
 @pytest.mark.parametrize(
@@ -100,6 +130,7 @@ def test_attention(cli: Cli, picture: Path, directory: Path, tmp_path: Path) -> 
         (["scan", "no.png"], 1, "no.png: No such file"),
         (["scan", "TEXT"], 1, "no image (PNG, JPEG"),
         (["scan", "IMAGE", "OTHER"], 1, "expected frames of one size, got 45 × 30, 8 × 8"),
+        (["scan", "IMAGE", "--mode", "temporal_first"], 2, "expected the frames of a video, several images"),
         (["scan", *["IMAGE"] * 17], 2, "expected at most 16 frames, got 17"),
         (["erf", "vmamba", "--n", "0"], 2, "--n: expected 1 to 10,000 images, got 0"),
         (["erf", *["vmamba"] * 13], 2, "MODELS: expected at most 12 panels, got 13"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from longscan.ops import scan_pattern
-from longscan.plotting.vision import plot_fields, plot_maps, plot_paths
+from longscan.plotting.vision import path_titles, plot_fields, plot_maps, plot_paths
 
 pytest.importorskip("matplotlib")
 
@@ -46,7 +47,31 @@ def test_an_arrow_between_neighbours(tmp_path: Path, mode: str, n_arrows: list[i
     pattern = scan_pattern((3, 4), mode, window=2)  # type: ignore[arg-type]
     plot_paths([IMAGE], pattern, out, "the title")
     assert arrows(out) == n_arrows
-    assert {"the title", "step", *(f"path {k}" for k in range(len(n_arrows)))} <= set(texts(out))
+    titles = path_titles(pattern.order, pattern.shape)
+    assert len(set(titles)) == len(n_arrows)
+    assert {"the title", "step", *titles} <= set(texts(out))
+
+
+FOUR = ["rows", "columns", "rows reversed", "columns reversed"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "mode", "names"),
+    [
+        ((3, 4), "unidirectional", FOUR[:1]),
+        ((3, 4), "bidirectional", ["rows", "rows reversed"]),
+        ((3, 4), "cross", FOUR),
+        ((2, 2), "cross", FOUR),
+        ((4, 3), "zigzag", FOUR),
+        ((5, 6), "window", FOUR),
+        ((3, 4), "cascade", ["rows", "rows reversed", "columns", "columns reversed"]),
+        ((2, 3, 4), "spatial_first", ["spatial-first", "spatial-first reversed"]),
+        ((2, 3, 4), "temporal_first", ["temporal-first", "temporal-first reversed"]),
+    ],
+)
+def test_paths_have_names(shape: tuple[int, ...], mode: str, names: list[str]) -> None:
+    pattern = scan_pattern(shape, mode, window=2)  # type: ignore[arg-type]
+    assert path_titles(pattern.order, shape) == [f"path {k}: {name}" for k, name in enumerate(names)]
 
 
 def test_frames_have_numbers(tmp_path: Path) -> None:
@@ -58,6 +83,7 @@ def test_frames_have_numbers(tmp_path: Path) -> None:
 
 
 def test_a_single_patch(tmp_path: Path) -> None:
+    assert path_titles(scan_pattern((1, 1)).order, (1, 1))[3] == "path 3"
     plot_paths([IMAGE], scan_pattern((1, 1)), tmp_path / "one.png", "")
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
 
@@ -76,14 +102,22 @@ def test_maps_with_a_scale_each(tmp_path: Path) -> None:
     out = tmp_path / "maps.svg"
     maps = {"path 0": torch.tensor([[1.0, 2.0]]), "path 1": torch.tensor([[5.0, 7.5]])}
     plot_maps(IMAGE, {"input": maps}, out, "Δ", "the label")
-    assert {"input", "path 0", "path 1", "the label", "1", "2", "5", "7.5"} <= set(texts(out))
+    shown = " ".join(texts(out))
+    assert all(words in shown for words in ("input", "path 0", "1 to 2", "path 1", "5 to 7.5", "the label"))
 
 
 def test_maps_with_marks(tmp_path: Path) -> None:
     marked, plain = tmp_path / "marked.svg", tmp_path / "plain.svg"
     rows = {name: {"path 0": torch.rand(3, 4), "all paths": torch.rand(3, 4)} for name in ("one", "two")}
-    plot_maps(IMAGE, rows, marked, "", "weight", {"one": (0.5, 0.5)})
+    plot_maps(IMAGE, rows, marked, "", "weight", {"one": (1, 2)})
     plot_maps(IMAGE, rows, plain, "", "weight", {})
     assert texts(marked).count("weight") == texts(plain).count("weight") == 2
-    squares = [path.read_text().count("stroke: #d55e00") for path in (marked, plain)]
-    assert (squares[0] > 0, squares[1]) == (True, 0)
+    frames = [re.findall(r'd="([^"]*)"[^>]*stroke: #d55e00', path.read_text()) for path in (marked, plain)]
+    assert (len(frames[0]), len(frames[1])) == (3, 0)  # on the image and on two maps of the first row
+    corners = torch.tensor(
+        [[float(x) for x in pair] for pair in re.findall(r"([\d.]+) ([\d.]+)", frames[0][1])]
+    )
+    image = re.findall(r'<image [^>]*width="([\d.]+)" height="([\d.]+)"', marked.read_text())[1]
+    width, height = (corners.amax(0) - corners.amin(0)).tolist()
+    assert width == pytest.approx(float(image[0]) / 4, rel=0.1)  # as large as a patch
+    assert height == pytest.approx(float(image[1]) / 3, rel=0.1)

@@ -25,12 +25,13 @@ from longscan.models import MODELS, entry_of
 from longscan.models.common.vision import VisionModel
 from longscan.ops import ScanMode, scan_pattern
 from longscan.plotting.style import check_out
-from longscan.plotting.vision import plot_fields, plot_maps, plot_paths
+from longscan.plotting.vision import path_titles, plot_fields, plot_maps, plot_paths
 
 __all__ = ["activation", "attention_of_image", "erf", "scan", "scans_images"]
 
 SHOWN = 480  # pixels of an image in a figure, at most
 MAX_SIZE = 1024
+OF_VIDEOS = ("spatial_first", "temporal_first", "spatiotemporal")
 MAX_MODELS = 12
 
 ImageModel = Annotated[
@@ -60,7 +61,10 @@ def scan(
     images: Annotated[
         list[Path], typer.Argument(metavar="IMAGE", help="An image file; several are the frames of a video.")
     ],
-    mode: Annotated[ScanMode, typer.Option(help="The scan.")] = "cross",
+    mode: Annotated[
+        ScanMode,
+        typer.Option(help=f"The scan; {', '.join(OF_VIDEOS[:-1])} and {OF_VIDEOS[-1]} are for videos."),
+    ] = "cross",
     grid: Annotated[int, typer.Option(help="Patches along the shorter side.")] = 8,
     window: Annotated[int, typer.Option(help="Side of the windows of the window scan, in patches.")] = 4,
     out: FigureOut = Path("scan.png"),
@@ -77,6 +81,8 @@ def scan(
             raise UsageError(f"--{flag}: expected 1 to {most} patches, got {value}.")
     if len(images) > 16:
         raise UsageError(f"IMAGE: expected at most 16 frames, got {len(images)}.")
+    if mode in OF_VIDEOS and len(images) == 1:
+        raise UsageError(f"--mode {mode}: expected the frames of a video, several images, got 1.")
     frames = [read_image(image, str(image), 3) for image in images]
     sizes = list(dict.fromkeys(frame.size for frame in frames))
     if len(sizes) > 1:
@@ -161,7 +167,7 @@ def activation(
     check_out(out)
     scans, pixels, name = _scans(model, image, layer, size, seed)
     steps = scans.by_position(scans.dt.mean(2))  # (n_paths, n)
-    maps = {f"path {k}": values for k, values in enumerate(scans.maps(steps))}
+    maps = dict(zip(_titles(scans), scans.maps(steps), strict=True))
     plot_maps(pixels, {"input": maps}, out, f"Δ of {name}", "Δ, mean over channels")
     typer.echo(f"wrote {out}")
 
@@ -192,7 +198,7 @@ def attention_of_image(
     alpha = attention_rows(scans, list(found.values()))  # (n_paths, n_queries, d_inner, n)
     every = alpha.sum(0, keepdim=True)
     maps = scans.maps(torch.cat([alpha, every] if len(alpha) > 1 else [alpha]).abs().mean(2))
-    parts = [*(f"path {k}" for k in range(len(alpha))), "all paths"]
+    parts = [*_titles(scans), "all paths"]
     panels = {
         _title(query): dict(zip(parts, maps[:, number], strict=False)) for number, query in enumerate(found)
     }
@@ -200,7 +206,7 @@ def attention_of_image(
     for query in found:
         if query != "class":
             row, column = map(int, query.split(","))
-            marks[_title(query)] = ((column + 0.5) / columns, (row + 0.5) / rows)
+            marks[_title(query)] = (row, column)
     plot_maps(pixels, panels, out, f"hidden attention of {name}", "|α|, mean over channels", marks)
     typer.echo(f"wrote {out}")
 
@@ -257,9 +263,18 @@ def _scans(name: str, path: Path, layer: int, size: int | None, seed: int) -> tu
     n_layers = len(scan_layers(model))
     if not -n_layers <= layer < n_layers:
         raise UsageError(f"--layer: expected 0 to {n_layers - 1}, got {layer}.")
-    cropped = _crop(model, path, size)
-    scans = layer_scans(model, _input(model, cropped)[None], layer)
-    return scans, _shown(cropped), f"{title}, layer {layer % n_layers}"
+    image = read_image(path, str(path), model.config.in_channels)
+    side, crop = _size(model, size), model.config.crop
+    scans = layer_scans(model, _input(model, central_crop(image, side, crop))[None], layer)
+    sharp = max(side, min(SHOWN, round(crop * min(image.size))))  # the same crop, with all its pixels
+    return scans, _shown(central_crop(image, sharp, crop)), f"{title}, layer {layer % n_layers}"
+
+
+def _titles(scans: LayerScans) -> list[str]:
+    """Return what a figure calls the paths of a layer."""
+    patches = scans.maps(torch.arange(scans.order.shape[1])).flatten()
+    steps = scans.order.argsort(1)[:, patches]  # of each patch, class tokens left out
+    return path_titles(steps.argsort(1), scans.grid)
 
 
 def _title(query: str) -> str:

@@ -15,10 +15,33 @@ from longscan.plotting.style import GREY, SEQUENTIAL, VERMILION, new_figure, sav
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_fields", "plot_maps", "plot_paths"]
+__all__ = ["path_titles", "plot_fields", "plot_maps", "plot_paths"]
 
 GAP = 0.25  # between frames, in patches
 FADED = 0.4  # opacity of an image below a path
+LEAST_MARK = 0.04  # side of the mark of a patch, as a fraction of the image: smaller ones hide what they mark
+
+
+def path_titles(order: Tensor, grid: Sequence[int]) -> list[str]:
+    """Return what figures call the paths of a scan: a number, the lines that it follows, and "reversed".
+
+    Args:
+        order: (n_paths, n) the position at each step.
+        grid: rows and columns, or frames, rows and columns; their product is n.
+
+    Returns:
+        Such as "path 3: columns reversed"; a path through a video is "spatial-first" if it goes along rows,
+        "temporal-first" if it goes from frame to frame.
+    """
+    names = ("columns", "rows") if len(grid) == 2 else ("temporal-first", "columns", "spatial-first")
+    titles = []
+    for number, path in enumerate(order):
+        moves = torch.stack(torch.unravel_index(path, tuple(grid)), 1).diff(dim=0).abs()
+        along = moves[moves.sum(1) == 1].sum(0)  # steps between neighbours, on each axis
+        backwards = " reversed" if path[0] > path[-1] else ""
+        name = f": {names[int(along.argmax())]}{backwards}" if along.any() else ""
+        titles.append(f"path {number}{name}")
+    return titles
 
 
 def plot_paths(frames: Sequence[Tensor], pattern: ScanPattern, path: Path, title: str) -> None:
@@ -45,6 +68,7 @@ def plot_paths(frames: Sequence[Tensor], pattern: ScanPattern, path: Path, title
     for ax in axes.flat[n_paths:]:
         ax.set_visible(False)
     shades: Any = None
+    titles = path_titles(pattern.order, pattern.shape)
     for number, (ax, order) in enumerate(zip(axes.flat, pattern.order, strict=False)):
         for frame, pixels in enumerate(frames):
             left = frame * (columns + GAP)
@@ -58,7 +82,7 @@ def plot_paths(frames: Sequence[Tensor], pattern: ScanPattern, path: Path, title
         lines_of = None if pattern.seq_idx is None else pattern.seq_idx[number]
         shades = _draw_path(ax, points, lines_of, jumps=len(frames) == 1)
         ax.set(xlim=(-0.5, total - 0.5), ylim=(rows - 0.5, -0.5), xticks=[], yticks=[])
-        ax.set_title(f"path {number}", fontsize="small")
+        ax.set_title(titles[number], fontsize="small")
         ax.spines[:].set_visible(False)
     figure.colorbar(shades, ax=axes, label="step", shrink=0.8, pad=0.01)
     save_figure(figure, path)
@@ -131,7 +155,7 @@ def plot_maps(
     path: Path,
     title: str,
     label: str,
-    marks: Mapping[str, tuple[float, float]] | None = None,
+    marks: Mapping[str, tuple[int, int]] | None = None,
 ) -> None:
     """Draw maps of patches, row by row, each row beside the image.
 
@@ -141,38 +165,49 @@ def plot_maps(
         path: the file to write.
         title: of the figure.
         label: of the colours.
-        marks: None for a colour scale of each map; else maps are at least 0, a row shares a scale, and some
-            rows have a mark: x and y, as fractions of width and height.
+        marks: None for a colour scale of each map, whose ends are in its title; else maps are at least 0, a
+            row shares a scale, and some rows have a mark: the row and the column of a patch.
 
     Raises:
         LongscanError: matplotlib is not installed.
     """
     across = 1 + max(map(len, rows.values()))
     size, tall = 2.1 if across < 6 else 1.8, image.shape[0] / image.shape[1]
-    extra = 0.4 if marks is None else 0.0
-    figure = new_figure((size + extra) * across + 1.0, (size * tall + 0.35) * len(rows) + 0.35)
+    titled = 0.35 if marks is not None else 0.75
+    figure = new_figure(size * across + 1.0, (size * tall + titled) * len(rows) + 0.35)
     figure.suptitle(title, fontsize="medium")
     axes = figure.subplots(len(rows), across, squeeze=False)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-    square: dict[str, Any] = {"marker": "s", "markersize": 7, "markerfacecolor": "none", "color": VERMILION}
     view: dict[str, Any] = {"extent": (0, 1, 1, 0), "aspect": tall}
     for line, (name, maps) in zip(axes, rows.items(), strict=True):
         line[0].imshow(image.numpy(), **view)
         line[0].set_title(name, fontsize="small")
-        top = max(float(values.max()) for values in maps.values())
-        limits = {} if marks is None else {"vmin": 0.0, "vmax": top}
+        limits = (
+            {} if marks is None else {"vmin": 0.0, "vmax": max(float(each.max()) for each in maps.values())}
+        )
         drawn: Any = None
         for ax, (part, values) in zip(line[1:], maps.items(), strict=False):
             drawn = ax.imshow(values.numpy(), cmap=SEQUENTIAL, interpolation="nearest", **limits, **view)
-            ax.set_title(part, fontsize="small")
-            if marks is None:
-                ends = [float(values.min()), float(values.max())]
-                bar = figure.colorbar(drawn, ax=ax, shrink=0.8)
-                bar.set_ticks(ends, labels=[f"{end:.4g}" for end in ends], fontsize="x-small")
-        for ax in line if marks is not None and name in marks else ():
-            ax.plot(*(marks or {})[name], **square)
+            ends = f"\n{float(values.min()):.4g} to {float(values.max()):.4g}" if marks is None else ""
+            ax.set_title(f"{part}{ends}", fontsize="small")
         if marks is not None:
             figure.colorbar(drawn, ax=line, label=label, shrink=0.8, pad=0.01)
-    save_figure(figure, path, label if marks is None else "")
+            if name in marks:
+                _mark(line, marks[name], next(iter(maps.values())).shape)
+    save_figure(
+        figure,
+        path,
+        f"{label}; each map from dark, its least, to bright, its largest" if marks is None else "",
+    )
+
+
+def _mark(axes: Sequence[Axes], patch: tuple[int, int], grid: Sequence[int]) -> None:
+    """Draw a frame around a patch (row, column) of a grid, on images whose sides are 1."""
+    (row, column), (rows, columns) = patch, grid
+    width, height = max(1 / columns, LEAST_MARK), max(1 / rows, LEAST_MARK)
+    left, top = (column + 0.5) / columns - width / 2, (row + 0.5) / rows - height / 2
+    x, y = [left, left + width, left + width, left, left], [top, top, top + height, top + height, top]
+    for ax in axes:
+        ax.plot(x, y, color=VERMILION, linewidth=1.2, clip_on=False)
