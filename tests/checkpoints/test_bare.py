@@ -40,6 +40,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "large-conv": {"d_conv": 5, "d_model": (16,), "n_blocks": (1,), "conv_bias": True},
 }
 configs = pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+# all but the tests of this warning
+pytestmark = pytest.mark.filterwarnings("ignore:.*do not say the image size")
 SIZES = {"drop_path": 0.1, "image_size": 224}  # not in a file; the defaults
 
 
@@ -189,7 +191,7 @@ def test_the_only_entry_is_taken_in_silence(model: VMamba, entry: str, tmp_path:
     path = written(tmp_path / "m.pth", {entry: model.state_dict(), "epoch": 3})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        same(model, load(path, "image"))
+        same(model, load(path, "image", image_size=224))
 
 
 def test_of_several_entries_the_published_one_is_taken(model: VMamba, tmp_path: Path) -> None:
@@ -197,6 +199,31 @@ def test_of_several_entries_the_published_one_is_taken(model: VMamba, tmp_path: 
     path = written(tmp_path / "m.pth", {"model_ema": average, "model": model.state_dict()})
     with pytest.warns(UserWarning, match=r"loads the weights in 'model', not 'model_ema'"):
         same(model, load(path, "image"))
+
+
+def test_a_size_that_the_tensors_do_not_say_is_said(
+    model: VMamba, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    path = written(tmp_path / "m.pth", model.state_dict())
+    message = r"m.pth: its tensors do not say the image size, which is taken as 224, .* --image-size N"
+    for use in (lambda: load(path, "image"), lambda: convert(path, tmp_path / "guessed")):
+        with pytest.warns(UserWarning, match=message) as said:
+            assert use().config.image_size == 224
+        assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(path, "image", image_size=48).config.image_size == 48
+        assert convert(path, tmp_path / "m", image_size=48).config.image_size == 48
+        assert cli("convert", path, tmp_path / "n", "--image-size", 40).code == 0
+        assert load(tmp_path / "m", "image").config.image_size == 48
+        assert load(tmp_path / "n", "image").config.image_size == 40
+    with pytest.raises(UsageError, match="image_size: expected 1 or more, got 0"):
+        load(path, "image", image_size=0)
+    with pytest.raises(UsageError, match="image_size: expected kind 'image'"):
+        load(path, image_size=8)  # type: ignore[call-overload]
+    save(make(), tmp_path / "mamba")
+    failed = cli("convert", tmp_path / "mamba", tmp_path / "o", "--image-size", 8)
+    assert (failed.code, "is no image classifier" in failed.err) == (2, True)
 
 
 class Hostile:

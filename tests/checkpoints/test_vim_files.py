@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from longscan.checkpoints.formats import BARE
 from longscan.checkpoints.load import load
-from longscan.checkpoints.save import save
-from longscan.errors import LongscanError
+from longscan.checkpoints.save import convert, save
+from longscan.errors import LongscanError, UsageError
 from longscan.models import MODELS, Model
 from longscan.models.videomamba import PRESETS
 
@@ -138,9 +138,27 @@ def test_the_name_of_the_file_decides_between_models_that_look_alike(name: str, 
         assert type(found) is type(model)
         assert found.fingerprint() == model.fingerprint()
     for file in ("weights.pth", "vim_or_videomamba.pth", "vimmm.pth"):
-        message = rf"those of a vim or a videomamba, .* Rename it: .* vim_{file}"
+        message = rf"those of a vim or a videomamba, .* --model vim .* rename it: .* vim_{file}"
         with pytest.raises(LongscanError, match=message):
             load(write(tmp_path / file, model.state_dict()), "image")
+
+
+@pytest.mark.parametrize("name", ["vim", "videomamba"])
+def test_a_user_decides_between_models_that_look_alike(
+    name: str, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    model = make(name, {})
+    for file in ("best.pth", "vim.pth", "videomamba.pth"):  # before its name
+        path = write(tmp_path / file, model.state_dict())
+        assert type(load(path, "image", model=name)) is type(model)
+        assert type(convert(path, tmp_path / f"{file}-directory", model=name)) is type(model)
+    done = cli("convert", tmp_path / "best.pth", tmp_path / "n", "--model", name)
+    assert done.code == 0, done.err
+    assert type(load(tmp_path / "n", "image")) is type(model)
+    with pytest.raises(UsageError, match=f"n is a {name}, got 'vmamba'. Leave it out"):
+        load(tmp_path / "n", "image", model="vmamba")
+    with pytest.raises(UsageError, match="model: expected kind 'image'"):
+        load(tmp_path / "n", model=name)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(

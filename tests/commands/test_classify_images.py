@@ -232,7 +232,8 @@ def test_a_bare_file_of_the_authors_classifies(cli: Cli, folder: Path, tmp_path:
     sizes = {"d_model": (16, 32), "n_blocks": (1, 1), "n_classes": 3}
     fresh = entry.cls(entry.config.from_dict(sizes), torch.Generator().manual_seed(0))
     torch.save({"model": fresh.state_dict()}, tmp_path / "a.pth")
-    done = cli("classify", "predict", tmp_path / "a.pth", folder / "disc")
+    with pytest.warns(UserWarning, match=r"a.pth: its tensors do not say the image size"):
+        done = cli("classify", "predict", tmp_path / "a.pth", folder / "disc")
     assert done.code == 0, done.err
     assert {line.split("\t")[0] for line in done.out.splitlines()} <= {"0", "1", "2"}
     done = cli("classify", "train", folder, "--from", tmp_path / "a.pth", "--image-size", 16, *STEPS,
@@ -240,6 +241,39 @@ def test_a_bare_file_of_the_authors_classifies(cli: Cli, folder: Path, tmp_path:
     assert done.code == 0, done.err
     config = load(tmp_path / "run" / "model", "image").config
     assert (config.image_size, config.crop, config.n_classes) == (16, 0.875, 3)
+
+
+def test_a_bare_file_at_another_size(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    entry = longscan.models.MODELS["vmamba"]
+    sizes = {"d_model": (16, 32), "n_blocks": (1, 1), "n_classes": 3, "image_size": 32}
+    fresh = entry.cls(entry.config.from_dict(sizes), torch.Generator().manual_seed(0))
+    torch.save(fresh.state_dict(), tmp_path / "a.pth")
+    longscan.save(fresh, tmp_path / "model")
+    verbs = (("predict", folder / "disc"), ("evaluate", folder))
+    for verb, data in verbs:
+        done = cli("classify", verb, tmp_path / "a.pth", data, "--image-size", 32)
+        assert done.code == 0, done.err
+        assert done.out == cli("classify", verb, tmp_path / "model", data).out
+        other = cli("classify", verb, tmp_path / "model", data, "--image-size", 48, "--json")
+        assert other.out != cli("classify", verb, tmp_path / "model", data, "--json").out
+        error = no_traceback(cli("classify", verb, tmp_path / "model", data, "--model", "vim"), 2)
+        assert "model is a vmamba, got 'vim'" in error
+
+
+def test_fine_tuning_and_predicting_with_a_file_of_models_that_look_alike(
+    cli: Cli, folder: Path, tmp_path: Path
+) -> None:
+    entry = longscan.models.MODELS["vim"]
+    config = entry.config.from_dict({**entry.presets["tiny"], "n_classes": 3})
+    torch.save(entry.cls(config, torch.Generator().manual_seed(0)).state_dict(), tmp_path / "best.pth")
+    train = ("classify", "train", folder, "--from", tmp_path / "best.pth", *STEPS, "--out", tmp_path / "run")
+    assert "--model vim" in no_traceback(cli(*train), 1)
+    done = cli(*train, "--model", "vim")
+    assert done.code == 0, done.err
+    assert type(load(tmp_path / "run" / "model", "image")) is entry.cls
+    for verb in ("predict", "evaluate"):
+        done = cli("classify", verb, tmp_path / "best.pth", folder, "--model", "vim")
+        assert done.code == 0, done.err
 
 
 def test_predict_in_a_folder_without_images(cli: Cli, model: Path, tmp_path: Path) -> None:

@@ -29,17 +29,18 @@ class BareFile(Source):
 
     Args:
         path: of the file.
+        model: name of the model, where the tensors may be of several; None: see `_format`.
 
     Raises:
         LongscanError: it is damaged, contains code, or its tensors are of no model that is here.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, model: str | None = None) -> None:
         self.path = path
         self._entries, tensors = _read(path)
         tensors = _without_prefixes(path, tensors)
-        self._format = _format(path, tensors)
-        self.name = self._format.name
+        self._format = _format(path, tensors, model)
+        self.name, self.sized = self._format.name, self._format.sized
         for name, tensor in tensors.items():
             if not tensor.is_floating_point() or tensor.itemsize < 2:
                 got = dtype_name(tensor.dtype)
@@ -83,8 +84,8 @@ def _read(file: Path) -> tuple[list[str], dict[str, Tensor]]:
     return entries, tensors
 
 
-def _format(path: Path, tensors: Mapping[str, Tensor]) -> BareFormat:
-    """Return the layout of tensors; where they may be of several models, the file's name decides."""
+def _format(path: Path, tensors: Mapping[str, Tensor], model: str | None) -> BareFormat:
+    """Return the layout of tensors; of several models the one that the user or else the file's name says."""
     matching = [form for form in BARE if form.matches(tensors)]
     if not matching:
         known = ", ".join(form.name for form in BARE)
@@ -92,14 +93,15 @@ def _format(path: Path, tensors: Mapping[str, Tensor]) -> BareFormat:
             f"{path}: its tensors ({some(tensors)}) are those of no model that is known without a "
             f"config.json: {known}. If it has one, name the directory that holds both."
         )
-    words = re.findall("[a-z]+", path.name.lower())
+    words = [model] if model else re.findall("[a-z]+", path.name.lower())
     named = matching if len(matching) == 1 else [form for form in matching if form.name in words]
     if len(named) == 1:
         return named[0]
     names = [form.name for form in matching]
     raise LongscanError(
         f"{path}: its tensors may be those of a {' or a '.join(names)}, and nothing in the file says which. "
-        f"Rename it: the name of the model in the file's name decides, such as {names[0]}_{path.name}."
+        f"Choose with --model {names[0]} of classify or convert, in Python model={names[0]!r}; or rename it: "
+        f"the name of the model in the file's name decides, such as {names[0]}_{path.name}."
     )
 
 

@@ -21,6 +21,7 @@ from longscan.checkpoints.hub import (
     find_tokenizer,
     official_tokenizer,
 )
+from longscan.checkpoints.image import read_image_model
 from longscan.checkpoints.open import check_kind, open_source
 from longscan.checkpoints.source import ModelDirectory, Source, check_ids
 from longscan.errors import LongscanError, UsageError
@@ -119,6 +120,8 @@ def load(
     revision: str | None = None,
     offline: bool = False,
     dtype: torch.dtype | None = torch.float32,
+    model: str | None = None,
+    image_size: int | None = None,
 ) -> VisionModel: ...
 
 
@@ -132,6 +135,8 @@ def load(
     precision: Precision | None = None,
     tokenizer: str | Path | None = None,
     head: HeadOptions | None = None,
+    model: str | None = None,
+    image_size: int | None = None,
 ) -> Loaded:
     """Load a model and its tokenizer.
 
@@ -147,6 +152,9 @@ def load(
             them on loading, for inference; "float32" dequantises them. None leaves them as they are.
         tokenizer: for a language model, a tokenizer.json, a directory or a hub id, in place of its own.
         head: of a masked language model; None takes that of the checkpoint.
+        model: name of an image classifier, such as "vim", where a file of weights may hold several.
+        image_size: height and width in pixels to which an image classifier is resized; None: that of the
+            model. A file of weights may not say it; a warning then says which is taken.
 
     Returns:
         The model, in evaluation mode. For "language" with its tokenizer, or None if it has none; for
@@ -164,27 +172,20 @@ def load(
         ("precision", precision, "language"),
         ("tokenizer", tokenizer, "language"),
         ("head", head, "masked"),
+        ("model", model, "image"),
+        ("image_size", image_size, "image"),
     ):
         if value is not None and kind != its_kind:
             raise UsageError(f"{option}: expected kind {its_kind!r}, got {kind!r}. Leave it out.")
     if precision not in (None, *get_args(Precision)):
         raise LongscanError(f"precision: expected {', '.join(get_args(Precision))}, got {precision!r}.")
-    source = open_source(name_or_dir, revision, offline)
+    source = open_source(name_or_dir, revision, offline, model)
     check_kind(source, "masked" if kind == "classifier" else kind)
     if kind == "language":
         own = _tokenizer(source, name_or_dir, tokenizer, offline)
         return _language_model(source, own, dtype, precision), own
     if kind == "image":
-        config = source.config()
-        model = assemble(source.path, MODELS[source.name].cls, config, source.weights(config), dtype)
-        assert isinstance(model, VisionModel)
-        for name, tensor in model.state_dict().items():  # the scores of any image would be NaN
-            if not tensor.isfinite().all():
-                raise LongscanError(
-                    f"{source.path}: {name} holds NaN or infinity, so its training failed. "
-                    "Take an earlier checkpoint."
-                )
-        return model
+        return read_image_model(source, dtype, image_size)
     assert isinstance(source, ModelDirectory)  # other files hold language models and image classifiers
     if kind == "translation":
         return _translator(source, dtype)
@@ -193,9 +194,9 @@ def load(
     if kind == "classifier":
         return _classifier(source, dtype)
     config = source.config()
-    model = assemble(source.path, SequenceModel, config, source.weights(config), dtype)
-    assert isinstance(model, SequenceModel)
-    return model
+    classifier = assemble(source.path, SequenceModel, config, source.weights(config), dtype)
+    assert isinstance(classifier, SequenceModel)
+    return classifier
 
 
 def load_translator(

@@ -10,7 +10,7 @@ from longscan.checkpoints.formats.sequence_classifier import EXPECTED, TRAIN
 from longscan.checkpoints.gguf.model import GGUFFile
 from longscan.checkpoints.hub import resolve
 from longscan.checkpoints.source import ModelDirectory, Source
-from longscan.errors import LongscanError
+from longscan.errors import LongscanError, UsageError
 from longscan.models import MODELS
 
 __all__ = ["check_kind", "open_source", "stored_kind"]
@@ -24,37 +24,53 @@ ARTICLES = {
 }
 
 
-def open_source(name_or_dir: str | Path, revision: str | None, offline: bool) -> Source:
+def open_source(
+    name_or_dir: str | Path, revision: str | None, offline: bool, model: str | None = None
+) -> Source:
     """Return what to read a model from.
 
     Args:
         name_or_dir: see `resolve`.
         revision: likewise.
         offline: likewise.
+        model: name of an image model, where a file's tensors may be of several.
 
     Raises:
+        UsageError: it is another model.
         LongscanError: there is no such model, or no such kind of model.
     """
     path = resolve(name_or_dir, revision=revision, offline=offline)
+    source: Source
     if path.is_dir():
-        return ModelDirectory(path)
-    if not path.is_file():  # reading a pipe would never end
+        source = ModelDirectory(path)
+    elif path.is_file():
+        source = GGUFFile(path) if path.suffix == ".gguf" else BareFile(path, model)
+    else:  # reading a pipe would never end
         raise LongscanError(f"{path}: expected a file or a directory.")
-    return GGUFFile(path) if path.suffix == ".gguf" else BareFile(path)
+    if model not in (None, source.name):
+        raise UsageError(f"model: {path} is a {source.name}, got {model!r}. Leave it out.")
+    return source
 
 
-def stored_kind(name_or_dir: str | Path, *, revision: str | None = None, offline: bool = False) -> StoredKind:
+def stored_kind(
+    name_or_dir: str | Path,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    model: str | None = None,
+) -> StoredKind:
     """Return what a model is for, without loading it.
 
     Args:
         name_or_dir: see `resolve`.
         revision: see `resolve`.
         offline: see `resolve`.
+        model: see `open_source`.
 
     Raises:
         LongscanError: as `open_source`.
     """
-    return kind_of_model(open_source(name_or_dir, revision, offline).name)
+    return kind_of_model(open_source(name_or_dir, revision, offline, model).name)
 
 
 def check_kind(source: Source, kind: str) -> None:

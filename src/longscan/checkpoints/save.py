@@ -77,6 +77,8 @@ def convert(
     tokenizer: str | Path | None = None,
     revision: str | None = None,
     offline: bool = False,
+    model: str | None = None,
+    image_size: int | None = None,
 ) -> Model:
     """Convert a language model or an image classifier to another layout or precision.
 
@@ -89,19 +91,24 @@ def convert(
         tokenizer: see `load`.
         revision: see `load`.
         offline: see `load`.
+        model: see `load`.
+        image_size: see `load`.
 
     Returns:
         The model that was written.
 
     Raises:
+        UsageError: as `load`.
         LongscanError: as `load` and `save`; or the destination is not empty.
         OSError: the destination cannot be written.
     """
     destination = check_new(destination)
     where: dict[str, Any] = {"revision": revision, "offline": offline}
-    model: Model
-    if stored_kind(source, **where) != "image":
-        model, its_tokenizer = load(source, dtype=dtype, tokenizer=tokenizer, **where)
+    converted: Model
+    if stored_kind(source, model=model, **where) != "image":
+        if image_size is not None:
+            raise UsageError(f"image_size: {source} is no image classifier. Leave it out.")
+        converted, its_tokenizer = load(source, dtype=dtype, tokenizer=tokenizer, **where)
     elif destination.suffix == ".gguf" or tokenizer is not None:
         option = "a tokenizer" if tokenizer is not None else destination.name
         raise LongscanError(
@@ -109,16 +116,17 @@ def convert(
             "GGUF files and tokenizers are for language models."
         )
     else:
-        model, its_tokenizer = load(source, "image", dtype=dtype, **where), None
-    if dtype and kind_of(model):
-        model = dequantized(model).to(dtype)
+        where |= {"model": model, "image_size": image_size}
+        converted, its_tokenizer = load(source, "image", dtype=dtype, **where), None
+    if dtype and kind_of(converted):
+        converted = dequantized(converted).to(dtype)
     if destination.suffix == ".gguf":
         destination.parent.mkdir(parents=True, exist_ok=True)
-        assert isinstance(model, LanguageModel)
-        save_gguf(model, destination, its_tokenizer, gguf_type, new=True)
+        assert isinstance(converted, LanguageModel)
+        save_gguf(converted, destination, its_tokenizer, gguf_type, new=True)
     else:
-        _write(model, destination, its_tokenizer, layout, None, new=True)
-    return model
+        _write(converted, destination, its_tokenizer, layout, None, new=True)
+    return converted
 
 
 def check_new(destination: str | Path) -> Path:

@@ -46,10 +46,12 @@ class Source(ABC):
     Attributes:
         path: of the directory or the file.
         name: of the model, in FORMATS.
+        sized: whether it says the image size of a model of images.
     """
 
     path: Path
     name: str
+    sized = True
 
     @abstractmethod
     def tokenizer(self) -> Tokenizer | None:

@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import typer
 from PIL import Image
 
 from longscan.checkpoints.hub import resolve
 from longscan.checkpoints.load import load
+from longscan.checkpoints.open import check_kind, open_source
 from longscan.commands._input import read_stdin
 from longscan.core.config import count
 from longscan.core.files import read_json
@@ -22,7 +24,7 @@ from longscan.data.images import read_images
 from longscan.errors import LongscanError
 from longscan.evaluation.images import match_labels, measure_images
 from longscan.inference.images import check_takes_images, classify_images
-from longscan.models import MODELS, entry_of
+from longscan.models import MODELS
 from longscan.models.common.vision import VisionConfig, VisionModel
 from longscan.plotting.confusion import plot_confusion
 from longscan.plotting.style import check_out
@@ -57,10 +59,14 @@ def architecture(model: str) -> str:
     Args:
         model: its directory, hub id or file.
     """
-    return entry_of(load(model, "image")).name
+    source = open_source(model, None, offline=False)
+    check_kind(source, "image")
+    return source.name
 
 
-def evaluate_images(model: str, files: Sequence[Path], figure: Path | None, as_json: bool) -> None:
+def evaluate_images(
+    model: str, files: Sequence[Path], figure: Path | None, as_json: bool, /, **loading: Any
+) -> None:
     """Print the metrics of a model on labelled images; see `classify evaluate`.
 
     Args:
@@ -68,10 +74,11 @@ def evaluate_images(model: str, files: Sequence[Path], figure: Path | None, as_j
         files: see `read_images`.
         figure: file for the confusion matrix, if any.
         as_json: whether to print JSON.
+        loading: `model` and `image_size` of `load`.
     """
     if figure is not None:
         check_out(figure, "--figure")
-    classifier = _load(model)
+    classifier = _load(model, **loading)
     data = match_labels(read_images(files, split="test"), classifier)
     found = measure_images(classifier, data)
     assert found is not None  # nothing stops it
@@ -101,13 +108,14 @@ def evaluate_images(model: str, files: Sequence[Path], figure: Path | None, as_j
         typer.echo(f"figure: {figure}", err=True)
 
 
-def predict_images(model: str, arguments: Sequence[str], as_json: bool) -> None:
+def predict_images(model: str, arguments: Sequence[str], as_json: bool, /, **loading: Any) -> None:
     """Print the predictions of a model for images; see `classify predict`.
 
     Args:
         model: its directory, hub id or file.
         arguments: image files, and folders, which are searched; the lines of stdin if there are none.
         as_json: whether to print JSON.
+        loading: `model` and `image_size` of `load`.
 
     Raises:
         LongscanError: a file is no image, or there is none in a folder.
@@ -115,7 +123,7 @@ def predict_images(model: str, arguments: Sequence[str], as_json: bool) -> None:
     paths = list(_paths(arguments or [line for line in read_stdin() if line.strip()]))
     if not paths:
         return
-    classifier = _load(model)
+    classifier = _load(model, **loading)
     labels, shown = _labels(classifier.config), iter(paths)
     for batch in classify_images(classifier, map(_opener, paths)):
         for row, path in zip(batch, shown, strict=False):
@@ -129,10 +137,10 @@ def predict_images(model: str, arguments: Sequence[str], as_json: bool) -> None:
                 typer.echo(f"{labels[best]}\t{probabilities[best]:.4f}\t{name}")
 
 
-def _load(model: str) -> VisionModel:
+def _load(name: str, **loading: Any) -> VisionModel:
     """Return a classifier of images."""
-    classifier = load(model, "image")
-    check_takes_images(classifier.config, model)
+    classifier = load(name, "image", **loading)
+    check_takes_images(classifier.config, name)
     return classifier
 
 

@@ -10,9 +10,11 @@ import typer
 from longscan.checkpoints.load import Precision
 
 __all__ = [
+    "Architecture",
     "AsJson",
     "BertArgument",
     "FigureOut",
+    "ImageSize",
     "Json",
     "JsonLines",
     "ModelArgument",
@@ -24,8 +26,20 @@ __all__ = [
     "TokenizerName",
 ]
 
+Architecture: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--model", help="Name of an image model, such as vim, if a weights file fits several."),
+]
 AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 FigureOut: TypeAlias = Annotated[Path, typer.Option(help="The figure to write: .png, .svg or .pdf.")]
+ImageSize: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=4096,
+        help="Resize an image model to this height and width in pixels; default: the model's.",
+    ),
+]
 ModelArgument: TypeAlias = Annotated[
     str, typer.Argument(metavar="MODEL", help="A shipped model, a directory, or a hub id.")
 ]

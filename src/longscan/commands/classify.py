@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,14 +16,14 @@ from longscan.checkpoints.load import load
 from longscan.commands._compare import allow_several, compare
 from longscan.commands._images import architecture, evaluate_images, is_image_model, predict_images
 from longscan.commands._input import read_stdin, warn_of_cut
-from longscan.commands._options import Json, Threads
+from longscan.commands._options import Architecture, ImageSize, Json, Threads
 from longscan.commands._run import Out, Recipe, Resume, finished, run_command
+from longscan.commands._scores import print_scores, report
 from longscan.commands._sequences import evaluate_sequences, predict_sequences
 from longscan.commands._settings import add_flags
 from longscan.core.config import count
 from longscan.core.files import read_toml
 from longscan.core.runtime import use_threads
-from longscan.core.text_table import lay_out
 from longscan.data.archives import has_suffix
 from longscan.data.labeled_sequences import is_sequence_file
 from longscan.data.labeled_texts import (
@@ -33,7 +32,7 @@ from longscan.data.labeled_texts import (
     read_examples,
 )
 from longscan.errors import LongscanError, UsageError
-from longscan.evaluation.classification import Scores, score, tfidf
+from longscan.evaluation.classification import score, tfidf
 from longscan.inference.bert import answer, predict, several
 from longscan.models import MODELS
 from longscan.models.sequence_classifier import BODIES
@@ -202,6 +201,8 @@ def evaluate(
     figure: Annotated[
         Path | None, typer.Option(help="Draw the confusion matrix of an image model to this file.")
     ] = None,
+    architecture: Architecture = None,
+    image_size: ImageSize = None,
     as_json: Json = False,
     threads: Threads = None,
 ) -> None:
@@ -215,9 +216,9 @@ def evaluate(
     if is_image_model(model):
         given = None if columns == COLUMNS else columns
         _refuse(model, baseline=baseline, seq_len=seq_len, pattern=pattern, columns=given)
-        evaluate_images(model, files, figure, as_json)
+        evaluate_images(model, files, figure, as_json, model=architecture, image_size=image_size)
         return
-    _refuse(model, figure=figure)
+    _refuse(model, figure=figure, model=architecture, image_size=image_size)
     if is_sequence_model(model):
         _refuse(model, baseline=baseline, seq_len=seq_len)
         evaluate_sequences(model, files, columns, pattern, as_json)
@@ -237,34 +238,10 @@ def evaluate(
     peer = score(truth, tfidf(read_examples(baseline, columns), examples, labels)) if baseline else None
     warn_of_cut(framed)
     if as_json:
-        report = {"model": model, **_report(labels, len(examples), scores, peer)}
-        typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
+        shown = {"model": model, **report(labels, len(examples), scores, peer)}
+        typer.echo(json.dumps(shown, ensure_ascii=False, indent=2))
     else:
-        _print_scores(labels, len(examples), scores, peer)
-
-
-FIELDS = ("precision", "recall", "f1", "texts")  # of a row of Scores.classes
-
-
-def _report(labels: Sequence[str], n_texts: int, scores: Scores, peer: Scores | None) -> dict[str, Any]:
-    """Return the scores of a classifier, and of the TF-IDF baseline if there is one, as JSON values."""
-    report: dict[str, Any] = {"texts": n_texts, "accuracy": scores.accuracy, "macro_f1": scores.macro_f1}
-    if peer is not None:
-        report["tfidf"] = {"accuracy": peer.accuracy, "macro_f1": peer.macro_f1}
-    classes = {labels[n]: dict(zip(FIELDS, row, strict=True)) for n, row in scores.classes.items()}
-    return {**report, "classes": classes}
-
-
-def _print_scores(labels: Sequence[str], n_texts: int, scores: Scores, peer: Scores | None) -> None:
-    """Print the same as a line or two and a table."""
-    each = [(scores, count(n_texts, "text"))]
-    each += [(peer, "TF-IDF + logistic regression")] if peer is not None else []
-    for some, remark in each:
-        typer.echo(f"accuracy {some.accuracy:.4f} · macro-F1 {some.macro_f1:.4f} · {remark}")
-    table: list[tuple[str, ...]] = [("precision", "recall", "F1", "texts", "class")]
-    for n, (*shares, n_of_class) in scores.classes.items():
-        table.append((*(f"{share:.4f}" for share in shares), f"{n_of_class:,}", labels[n]))
-    typer.echo("\n".join(lay_out(table, ">>>><")))
+        print_scores(labels, len(examples), scores, peer)
 
 
 def predict_texts(
@@ -280,6 +257,8 @@ def predict_texts(
         bool, typer.Option("--pairs", help="Classify pairs of texts, separated by a tab.")
     ] = False,
     seq_len: SeqLen = None,
+    architecture: Architecture = None,
+    image_size: ImageSize = None,
     as_json: Json = False,
     threads: Threads = None,
 ) -> None:
@@ -298,8 +277,9 @@ def predict_texts(
     use_threads(threads)
     if is_image_model(model):
         _refuse(model, pairs=pairs, seq_len=seq_len)
-        predict_images(model, texts or [], as_json)
+        predict_images(model, texts or [], as_json, model=architecture, image_size=image_size)
         return
+    _refuse(model, model=architecture, image_size=image_size)
     if is_sequence_model(model):
         _refuse(model, pairs=pairs, seq_len=seq_len)
         predict_sequences(model, texts or [], as_json)
@@ -334,11 +314,11 @@ def predict_texts(
 commands = {"train": train, "predict": predict_texts, "evaluate": evaluate}
 
 
-def _refuse(model: str, **flags: Any) -> None:
+def _refuse(name: str, /, **flags: Any) -> None:
     """Raise UsageError for flags that don't apply to a model."""
-    for name, value in flags.items():
+    for flag, value in flags.items():
         if value:
-            raise UsageError(f"--{name.replace('_', '-')}: does not apply to {model}. Leave it out.")
+            raise UsageError(f"--{flag.replace('_', '-')}: does not apply to {name}. Leave it out.")
 
 
 def _capacity(loaded: LoadedBert, seq_len: int | None) -> int:

@@ -10,7 +10,7 @@ import typer
 
 from longscan.checkpoints.gguf.model import GGUFType, usual_type
 from longscan.checkpoints.save import Layout, convert
-from longscan.commands._options import Offline, Revision
+from longscan.commands._options import Architecture, ImageSize, Offline, Revision
 from longscan.errors import UsageError
 from longscan.models import LanguageModel
 from longscan.models.common.quantization import precision
@@ -42,6 +42,8 @@ def command(
         str | None,
         typer.Option(help="A tokenizer.json, a directory or a hub id; replaces that of SRC."),
     ] = None,
+    architecture: Architecture = None,
+    image_size: ImageSize = None,
     revision: Revision = None,
     offline: Offline = False,
 ) -> None:
@@ -70,6 +72,8 @@ def command(
         tokenizer=tokenizer,
         revision=revision,
         offline=offline,
+        model=architecture,
+        image_size=image_size,
     )
     if isinstance(model, LanguageModel) and gguf:
         size = f"{model.num_parameters():,} parameters · {destination.stat().st_size:,} bytes"

@@ -273,7 +273,10 @@ class ImagesRun(Run[ImagesConfig]):
         start = self.directory / "start"
         if not start.is_dir():
             assert self.config.pretrained is not None
-            save(self._adapted(load(self.config.pretrained, "image")), start)
+            loaded = load(
+                self.config.pretrained, "image", model=self.config.model, image_size=self.config.image_size
+            )
+            save(self._adapted(loaded), start)
         model = load(start, "image")
         self.start = model.fingerprint()
         self.train, self.valid = (images.labelled(model.config.labels) for images in (self.train, self.valid))
@@ -281,12 +284,8 @@ class ImagesRun(Run[ImagesConfig]):
 
     def _adapted(self, loaded: VisionModel) -> VisionModel:
         """Return a model with the classes of the training images and the sizes of the settings."""
-        config, labels, name = self.config, self.train.labels, entry_of(loaded).name
+        config, labels = self.config, self.train.labels
         check_takes_images(loaded.config, str(config.pretrained))
-        if config.model != name:
-            raise UsageError(
-                f"--model: {config.pretrained} is a {name}, got {config.model}. Leave --model out."
-            )
         if config.preset != type(config).preset:
             raise UsageError(f"--preset: {config.pretrained} has its own sizes. Leave it out.")
         generator = torch.Generator().manual_seed(config.seed)
@@ -296,7 +295,6 @@ class ImagesRun(Run[ImagesConfig]):
                 f"new        head of {count(len(labels), 'class', 'classes')}, trained from scratch"
             )
         try:
-            loaded.resize(config.image_size or loaded.config.image_size)
             settings = loaded.config.replace(**config.sizes, **config.options)
             model = cast(VisionModel, entry_of(loaded).cls(settings, generator=generator))
             model.load_state_dict(loaded.state_dict())

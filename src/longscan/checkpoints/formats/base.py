@@ -135,6 +135,7 @@ class BareFormat:
         infer: the Config, of the tensors by our names and in our shapes.
         ours: our name of a tensor, of theirs; None: it says nothing and is left out.
         arrange: a tensor in our shape, of our name and the tensor.
+        sized: whether the tensors say the size of the training images; learned positions do.
     """
 
     name: str
@@ -142,6 +143,7 @@ class BareFormat:
     infer: Callable[[Mapping[str, Tensor]], Config]
     ours: Callable[[str], str | None] = str
     arrange: Callable[[str, Tensor], Tensor] = _as_is
+    sized: bool = True
 
     def rename(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of a file under our names and in our shapes.

@@ -127,4 +127,4 @@ def _size(tensors: Mapping[str, Tensor], pattern: str, axis: int) -> int:
     return tensor.shape[axis]
 
 
-BARE = BareFormat(name="vmamba", matches=_matches, infer=_infer, ours=_ours, arrange=_arrange)
+BARE = BareFormat(name="vmamba", matches=_matches, infer=_infer, ours=_ours, arrange=_arrange, sized=False)
