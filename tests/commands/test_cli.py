@@ -286,6 +286,10 @@ def test_models_table_and_details(cli: Cli) -> None:
     assert [row["year"] for row in rows] == sorted(row["year"] for row in rows)
     details = json.loads(cli("models", "mamba", "--json").out)
     assert details["presets"]["130m"]["parameters"] == 129_135_360
+    for name in ("vim", "vmamba", "videomamba"):
+        _, (header, tiny, *_) = (lines := cli("models", name).out.splitlines())[:5], lines[5:]
+        assert header.endswith("weights      image size")
+        assert (tiny.split()[0], tiny.endswith("32 × 32")) == ("tiny", True)
 
 
 def test_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,7 @@ def test_the_image_is_shown_with_all_its_pixels(cli: Cli, tmp_path: Path) -> Non
         (["erf", "videomamba"], 1, "expected a model of RGB or greyscale images, got one of videos"),
         (["activation", "vmamba", "IMAGE", "--layer", "3"], 2, "--layer: expected 0 to 2, got 3"),
         (["activation", "vmamba", "TEXT"], 1, "no image (PNG, JPEG"),
-        (["attention", "vim", "IMAGE", "--query", "9,9"], 2, "from 0,0 to 3,3 or class, got '9,9'"),
+        (["attention", "vim", "IMAGE", "--query", "9,9"], 2, "from 0,0 to 7,7 or class, got '9,9'"),
         (["attention", "vmamba", "IMAGE", "--query", "class"], 2, "ROW,COLUMN from 0,0 to 3,3, got 'class'"),
         (["attention", "vim", "IMAGE", "--part", "cross"], 2, "--part, --pieces: these are for translators"),
         (

@@ -55,6 +55,13 @@ def test_the_line_is_in_order_and_complete() -> None:
         assert set(entry.verbs) <= VERBS[entry.kind]
 
 
+def test_the_tiny_presets_of_image_models_have_one_size() -> None:
+    sizes = {
+        name: entry.presets["tiny"]["image_size"] for name, entry in MODELS.items() if entry.kind == "image"
+    }
+    assert sizes == dict.fromkeys(("vim", "vmamba", "videomamba"), 32)
+
+
 @pytest.mark.parametrize("name", [entry.name for entry in LINEAGE if entry.kind == "language"])
 def test_every_model_reads_steps_and_learns(name: str) -> None:
     entry = MODELS[name]

@@ -14,6 +14,7 @@ from longscan.commands._options import Json
 from longscan.core.config import nearest
 from longscan.errors import UsageError
 from longscan.models import LINEAGE, LanguageModel, ModelEntry, neural_ode
+from longscan.models.common.vision import VisionModel
 from longscan.models.sequence_classifier import SequenceConfig, SequenceModel
 
 __all__ = ["command"]
@@ -92,6 +93,8 @@ def _details(entry: ModelEntry) -> dict[str, Any]:
         with torch.device("meta"):
             model = entry.cls(entry.config.from_dict(fields))
         presets[preset] = {**fields, "parameters": model.num_parameters()}
+        if isinstance(model, VisionModel):
+            presets[preset]["image_size"] = model.config.image_size
         if isinstance(model, LanguageModel):
             state = model.init_state(1)
             presets[preset] |= {"state_bytes": state.nbytes, "state_bytes_per_token": state.growth}
@@ -129,15 +132,18 @@ def _page(details: dict[str, Any]) -> str:
         f"file     {details['file']}",
     ]
     width = max(7, *map(len, details["presets"]))
-    lines.append(f"{'preset':{width}}  {'parameters':>13}  weights  state per text")
+    last = "image size" if any("image_size" in sizes for sizes in details["presets"].values()) else ""
+    lines.append(f"{'preset':{width}}  {'parameters':>13}  weights  {last or 'state per text':>14}")
     for name, sizes in details["presets"].items():
         weights = _bytes(4 * sizes["parameters"])
-        lines.append(f"{name:{width}}  {sizes['parameters']:>13,}  {weights:>7}  {_state(sizes):>14}")
+        lines.append(f"{name:{width}}  {sizes['parameters']:>13,}  {weights:>7}  {_last(sizes):>14}")
     return "\n".join(lines)
 
 
-def _state(sizes: dict[str, Any]) -> str:
-    """Return the size of a model's state, constant or per token."""
+def _last(sizes: dict[str, Any]) -> str:
+    """Return the image size in pixels, or the size of a model's state, constant or per token."""
+    if size := sizes.get("image_size"):
+        return f"{size} × {size}"
     if growth := sizes.get("state_bytes_per_token"):
         return f"{_bytes(growth)}/token"
     return _bytes(sizes["state_bytes"]) if "state_bytes" in sizes else "-"

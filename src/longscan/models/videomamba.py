@@ -42,7 +42,7 @@ _TINY, _SMALL, _BASE = ({"d_model": width, "n_layers": 24} for width in (192, 38
 _MIDDLE = {"d_model": 576, "n_layers": 32}
 _KINETICS = {"n_classes": 400}
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"d_model": 32, "n_layers": 2, "patch_size": 4, "image_size": 16, "n_classes": 10, "n_frames": 4},
+    "tiny": {"d_model": 32, "n_layers": 2, "patch_size": 4, "image_size": 32, "n_classes": 10, "n_frames": 4},
     "videomamba_tiny": _TINY,
     "videomamba_small": _SMALL,
     "videomamba_middle": _MIDDLE,

@@ -45,7 +45,7 @@ from longscan.ops import causal_conv1d, selective_scan
 
 _TINY, _SMALL, _BASE = ({"d_model": width, "n_layers": 24} for width in (192, 384, 768))
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"d_model": 32, "n_layers": 2, "patch_size": 4, "image_size": 16, "n_classes": 10},
+    "tiny": {"d_model": 32, "n_layers": 2, "patch_size": 4, "image_size": 32, "n_classes": 10},
     "vim_tiny": _TINY,
     "vim_tiny_stride8": {**_TINY, "stride": 8},
     "vim_small": _SMALL,
