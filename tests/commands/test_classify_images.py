@@ -118,6 +118,16 @@ def test_impossible_flags(flags: list[str], message: str, cli: Cli, folder: Path
     assert not (tmp_path / "run").exists()
 
 
+def test_videomamba_is_trained_on_images(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    train = ("classify", "train", folder, "--model", "videomamba", *STEPS, "--image-size", 16)
+    done = cli(*train, "--out", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert "videomamba is trained on single images, n_frames=0" in done.err
+    assert load(tmp_path / "run" / "model", "image").config.to_dict()["n_frames"] == 0
+    failed = cli(*train, "--set", "n_frames=4", "--out", tmp_path / "videos")
+    assert "classifies videos of 4 frames" in no_traceback(failed, 2)
+
+
 def test_flags_of_images_are_for_images(cli: Cli, folder: Path, tmp_path: Path) -> None:
     done = cli("classify", "train", folder, "--model", "mamba", "--mixup", 1, "--out", tmp_path / "run")
     assert "--mixup: only for an image model" in no_traceback(done, 2)

@@ -236,6 +236,8 @@ class ImagesRun(Run[ImagesConfig]):
             known |= {"image_size": train.size[0], "crop": 1.0}
         known |= self._channels(train.channels, self._statistics)
         settings = self._settings(**known)
+        if self._of_videos:
+            self.display.line(f"images     {config.model} is trained on single images, n_frames=0")
         generator = torch.Generator().manual_seed(config.seed)
         entry = config.choice[config.model]
         assert isinstance(entry, ModelEntry)
@@ -243,12 +245,21 @@ class ImagesRun(Run[ImagesConfig]):
 
     def _settings(self, **known: Any) -> VisionConfig:
         """Return the configuration of the new model."""
+        if self._of_videos:
+            known["n_frames"] = 0
         settings = cast(VisionConfig, model_settings(self.config, **known))
         try:
             check_takes_images(settings, f"--model: {self.config.model}")
         except LongscanError as error:
             raise UsageError(f"{error} Try --set n_frames=0.") from error
         return settings
+
+    @property
+    def _of_videos(self) -> bool:
+        """Whether the preset is one of videos, and the settings do not ask for a number of frames."""
+        entry = self.config.choice.get(self.config.model)
+        preset = entry.presets.get(self.config.preset, {}) if entry else {}
+        return bool(preset.get("n_frames")) and "n_frames" not in self.config.options
 
     def _channels(
         self, n: int, statistics: Callable[[], tuple[float, float]] = lambda: (0.0, 1.0)
