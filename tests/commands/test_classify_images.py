@@ -237,6 +237,17 @@ def test_predict_names_what_is_no_image(
     assert "a.png" in error
 
 
+def test_a_damaged_file_stops_no_other(cli: Cli, model: Path, folder: Path, tmp_path: Path) -> None:
+    names = sorted(folder.rglob("*.png"))
+    (tmp_path / "bad.png").write_bytes(names[0].read_bytes()[:60])
+    given = [names[0], tmp_path / "bad.png", names[1], tmp_path / "none.png", *names[2:]]
+    done = cli("classify", "predict", model, stdin="".join(f"{name}\n" for name in given))
+    errors = no_traceback(done, 1).splitlines()
+    assert [line.startswith("error: ") for line in errors] == [True, True]
+    assert ("bad.png" in errors[0], "none.png: No such file" in errors[1]) == (True, True)
+    assert done.out == cli("classify", "predict", model, *names).out
+
+
 def test_a_bare_file_of_the_authors_classifies(cli: Cli, folder: Path, tmp_path: Path) -> None:
     entry = longscan.models.MODELS["vmamba"]
     sizes = {"d_model": (16, 32), "n_blocks": (1, 1), "n_classes": 3}

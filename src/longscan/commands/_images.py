@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,16 +119,17 @@ def predict_images(model: str, arguments: Sequence[str], as_json: bool, /, **loa
         loading: `model` and `image_size` of `load`.
 
     Raises:
-        LongscanError: a file is no image, or there is none in a folder.
+        LongscanError: there is no image in a folder.
+        typer.Exit: files are no images or damaged; the others were classified.
     """
     paths = list(_paths(arguments or [line for line in read_stdin() if line.strip()]))
     if not paths:
         return
     classifier = _load(model, **loading)
-    labels, shown = _labels(classifier.config), iter(paths)
-    for batch in classify_images(classifier, map(_opener, paths)):
-        for row, path in zip(batch, shown, strict=False):
-            probabilities, best = row.exp(), int(row.argmax())
+    labels, opened, failed = _labels(classifier.config), deque[Path](), list[Path]()
+    for batch in classify_images(classifier, _openers(paths, classifier.config.in_channels, opened, failed)):
+        for row in batch:
+            path, probabilities, best = opened.popleft(), row.exp(), int(row.argmax())
             if as_json:
                 every = dict(zip(labels, probabilities.tolist(), strict=True))
                 line = {"name": str(path), "label": labels[best], "probabilities": every}
@@ -135,6 +137,8 @@ def predict_images(model: str, arguments: Sequence[str], as_json: bool, /, **loa
             else:
                 name = " ".join(str(path).splitlines())
                 typer.echo(f"{labels[best]}\t{probabilities[best]:.4f}\t{name}")
+    if failed:
+        raise typer.Exit(1)
 
 
 def _load(name: str, **loading: Any) -> VisionModel:
@@ -144,11 +148,26 @@ def _load(name: str, **loading: Any) -> VisionModel:
     return classifier
 
 
-def _opener(path: Path) -> partial[Image.Image]:
-    """Return what opens an image, and says so if it is animated."""
-    if is_animated(path, str(path)):
-        typer.echo(f"{path}: of several frames the first is classified", err=True)
-    return partial(read_image, path, str(path))
+def _openers(
+    paths: Iterable[Path], channels: int, opened: deque[Path], failed: list[Path]
+) -> Iterator[Callable[[int], Image.Image]]:
+    """Yield what returns an image, for each file that can be opened; errors and animations are printed."""
+    for path in paths:
+        try:
+            animated, image = is_animated(path, str(path)), read_image(path, str(path), channels)
+        except LongscanError as error:
+            typer.echo(f"error: {error}", err=True)
+            failed.append(path)
+            continue
+        if animated:
+            typer.echo(f"{path}: of several frames the first is classified", err=True)
+        opened.append(path)
+        yield partial(_same, image)
+
+
+def _same(image: Image.Image, channels: int) -> Image.Image:
+    """Return an image that is open already."""
+    return image
 
 
 def _paths(arguments: Sequence[str]) -> Iterator[Path]:

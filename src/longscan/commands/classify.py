@@ -264,7 +264,8 @@ def predict_texts(
 ) -> None:
     """Classify texts, the lines of stdin, sequences, or images.
 
-    Images are files, directories, which are searched, or the lines of stdin.
+    Images are files, directories, which are searched, or the lines of stdin. Those that can't be opened are
+    reported, the others classified, and the exit code is 1.
 
     Prints one line each: the class, its probability and the text, separated by tabs; with --json all
     probabilities. For a model with one output, such as a cross-encoder, prints its name and score; for
