@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longscan import ops
+from longscan.compat.checks import COMPLEX, REAL, expect
 from longscan.compat.norms import normalize
-from longscan.compat.selective_scan import scan, time_first
+from longscan.compat.selective_scan import expect_matrices, scan, time_first
 
 __all__ = ["bimamba_inner_fn", "mamba_inner_fn", "mamba_inner_fn_no_out_proj", "mamba_inner_ref"]
 
@@ -60,6 +61,16 @@ def mamba_inner_fn(
         dt_rms_weight: (d_inner,) of an RMS norm of the projected delta.
         b_c_dt_rms_eps: of these norms.
     """
+    sizes = _check(
+        *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias),
+        B_proj_bias,
+        C_proj_bias,
+    )
+    expect(
+        sizes, out_proj_weight=(out_proj_weight, "d_model d_inner"), out_proj_bias=(out_proj_bias, "d_model")
+    )
+    expect(sizes, b_rms_weight=(b_rms_weight, "d_state"), c_rms_weight=(c_rms_weight, "d_state"))
+    expect(sizes, dt_rms_weight=(dt_rms_weight, "d_inner"))
     x, z = _convolved(xz, conv1d_weight, conv1d_bias)
     delta, Bs, Cs = _selection(x, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias)
     if dt_rms_weight is not None:
@@ -120,6 +131,11 @@ def mamba_inner_fn_no_out_proj(
     checkpoint_lvl: int = 1,
 ) -> Tensor:
     """Return the gated outputs of the scan, (batch, d_inner, seq_len); arguments as in `mamba_inner_fn`."""
+    _check(
+        *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias),
+        B_proj_bias,
+        C_proj_bias,
+    )
     x, z = _convolved(xz, conv1d_weight, conv1d_bias)
     delta, Bs, Cs = _selection(x, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias)
     return _scan(x, delta, A, Bs, Cs, D, z, delta_bias, delta_softplus).transpose(1, 2)
@@ -148,12 +164,52 @@ def bimamba_inner_fn(
 
     Arguments are those of `mamba_inner_fn`, and A_b (d_inner, d_state), A of the backward scan.
     """
+    sizes = _check(
+        *(xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias),
+        B_proj_bias,
+        C_proj_bias,
+    )
+    expect(
+        sizes, out_proj_weight=(out_proj_weight, "d_model d_inner"), out_proj_bias=(out_proj_bias, "d_model")
+    )
+    expect(sizes, COMPLEX if A.is_complex() else REAL, A_b=(A_b, "d_inner d_state"))
     x, z = _convolved(xz, conv1d_weight, conv1d_bias)
     delta, Bs, Cs = _selection(x, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias)
     y = _scan(x, delta, A, Bs, Cs, D, z, delta_bias, delta_softplus)
     Bs, Cs = _flip_matrix(Bs, A), _flip_matrix(Cs, A)
     y_b = _scan(x.flip(1), delta.flip(1), A_b, Bs, Cs, D, z.flip(1), delta_bias, delta_softplus)
     return F.linear((y + y_b.flip(1)).to(out_proj_weight.dtype), out_proj_weight, out_proj_bias)
+
+
+def _check(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    A: Tensor,
+    B: Tensor | None,
+    C: Tensor | None,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    B_proj_bias: Tensor | None,
+    C_proj_bias: Tensor | None,
+) -> dict[str, int]:
+    """Return the sizes that the arguments share, checked."""
+    sizes: dict[str, int] = {}
+    expect(sizes, conv1d_weight=(conv1d_weight, "d_inner 1 d_conv"), conv1d_bias=(conv1d_bias, "d_inner"))
+    expect(sizes, xz=(xz, f"batch {2 * sizes['d_inner']} seq_len"))
+    expect(sizes, COMPLEX, A=(A, "d_inner d_state"))
+    expect(sizes, delta_proj_weight=(delta_proj_weight, "d_inner dt_rank"))
+    width = sizes["d_state"] * (2 if A.is_complex() else 1)
+    rank, n_computed = sizes["dt_rank"], (B is None) + (C is None)
+    # columns of a B or C that is given may be there and are not used
+    rows = f"{rank + n_computed * width} d_inner | {rank + 2 * width} d_inner"
+    expect(sizes, x_proj_weight=(x_proj_weight, rows if n_computed < 2 else f"{rank + 2 * width} d_inner"))
+    expect_matrices(sizes, A.is_complex(), B=B, C=C)
+    expect(sizes, D=(D, "d_inner"), delta_bias=(delta_bias, "d_inner"))
+    expect(sizes, B_proj_bias=(B_proj_bias, (width,)), C_proj_bias=(C_proj_bias, (width,)))
+    return sizes
 
 
 def _convolved(xz: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

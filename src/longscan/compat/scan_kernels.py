@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longscan.compat.selective_scan import scan
+from longscan.compat.checks import expect
+from longscan.compat.selective_scan import check_scan, scan
 
 __all__ = ["bwd", "core_bwd", "core_fwd", "fwd", "oflex_bwd", "oflex_fwd"]
 
@@ -31,6 +32,7 @@ def fwd(
     /,
 ) -> list[Tensor]:
     """Return [y before the gate, x] and, with z, the gated y; shapes as in `selective_scan_fn`."""
+    check_scan(u, delta, A, B, C, D, z, delta_bias)
     y, x = _forward(u, delta, A, B, C, D, delta_bias, delta_softplus)
     return [y, x] if z is None else [y, x, (y * F.silu(z.to(y.dtype))).to(u.dtype)]
 
@@ -58,6 +60,7 @@ def bwd(
     dz is written into the given tensor, if there is one; x and out are recomputed.
     """
     tensors = (u, delta, A, B, C, D, delta_bias, z)
+    expect({}, dz=(dz, u.shape))
     y, (*gradients, new_dz) = _backward(dout, tensors, delta_softplus)
     if z is None:
         return gradients
@@ -79,6 +82,7 @@ def core_fwd(
     /,
 ) -> list[Tensor]:
     """Return [y, x]; shapes as in `selective_scan_fn`."""
+    check_scan(u, delta, A, B, C, D, None, delta_bias)
     return list(_forward(u, delta, A, B, C, D, delta_bias, delta_softplus))
 
 
@@ -114,6 +118,7 @@ def oflex_fwd(
     /,
 ) -> list[Tensor]:
     """Return [y, x]; y is float32 if out_float, else in u's dtype."""
+    check_scan(u, delta, A, B, C, D, None, delta_bias)
     wide = u.float() if out_float and u.dtype != torch.float64 else u
     return list(_forward(wide, delta, A, B, C, D, delta_bias, delta_softplus))
 
@@ -131,7 +136,7 @@ def _forward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return y and x of a forward pass without gate."""
+    """Return y and x of a forward pass without gate; the arguments are checked."""
     seq_len = u.shape[2]
     wide = torch.float64 if u.dtype == torch.float64 else torch.float32
     per_step = 2 if A.is_complex() else 1  # entries of B and C along time
@@ -154,6 +159,10 @@ def _backward(
     dout: Tensor, tensors: Sequence[Tensor | None], delta_softplus: bool
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return y and the gradients of u, delta, A, B, C, D, delta_bias and z."""
+    u, delta, A, B, C, D, delta_bias, z = tensors
+    check_scan(u, delta, A, B, C, D, z, delta_bias)  # type: ignore[arg-type]
+    assert u is not None
+    expect({}, dout=(dout, u.shape))
     with torch.enable_grad():
         leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
         u, delta, A, B, C, D, delta_bias, z = leaves

@@ -10,8 +10,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longscan import ops
+from longscan.compat.checks import COMPLEX, expect
 
-__all__ = ["scan", "selective_scan_fn", "selective_scan_fn_without_gate", "time_first"]
+__all__ = [
+    "check_scan",
+    "expect_matrices",
+    "scan",
+    "selective_scan_fn",
+    "selective_scan_fn_without_gate",
+    "time_first",
+]
 
 
 def selective_scan_fn(
@@ -87,6 +95,7 @@ def scan(
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return y and the final state of `selective_scan_fn`, from a state (batch, d_inner, d_state)."""
+    check_scan(u, delta, A, B, C, D, z, delta_bias)
     if A.is_complex():
         return _complex_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
     B, C = time_first(B, C)
@@ -103,6 +112,45 @@ def scan(
         initial_state,
     )
     return y.transpose(1, 2).contiguous(), state  # contiguous as theirs: callers take views
+
+
+def check_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+) -> None:
+    """Check the arguments of `selective_scan_fn`.
+
+    Raises:
+        ValueError: a shape doesn't fit.
+        TypeError: a dtype doesn't.
+    """
+    sizes: dict[str, int] = {}
+    expect(sizes, u=(u, "batch d_inner seq_len"), delta=(delta, "batch d_inner seq_len"))
+    expect(sizes, COMPLEX, A=(A, "d_inner d_state"))
+    expect_matrices(sizes, A.is_complex(), B=B, C=C)
+    expect(sizes, D=(D, "d_inner"), z=(z, "batch d_inner seq_len"), delta_bias=(delta_bias, "d_inner"))
+
+
+def expect_matrices(sizes: dict[str, int], is_complex: bool, **matrices: Tensor | None) -> None:
+    """Check B and C, given the sizes batch, d_inner, seq_len and d_state, and whether A is complex."""
+    length = (2 if is_complex else 1) * sizes["seq_len"]
+    varying = f"batch d_state {length} | batch n_groups d_state {length}"
+    for name, matrix in matrices.items():
+        own = dict(sizes)  # of B and C one may have no groups
+        is_constant = isinstance(matrix, Tensor) and matrix.dim() == 2
+        kind = (COMPLEX,) if is_complex and is_constant else ()
+        expect(own, *kind, **{name: (matrix, f"d_inner d_state | {varying}")})
+        n_groups = own.get("n_groups", 1)
+        if n_groups == 0 or own["d_inner"] % n_groups:
+            raise ValueError(
+                f"{name}: expected a number of groups that divides {own['d_inner']} channels, got {n_groups}"
+            )
 
 
 def time_first(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
