@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longscan import ops
+from longscan.compat.checks import INTEGER, expect
 from longscan.compat.conv import silu
 from longscan.compat.gated_norms import rmsnorm_fn
 from longscan.compat.ssd import NO_LIMIT, Limits, mamba_chunk_scan_combined
@@ -63,17 +64,29 @@ def mamba_split_conv1d_scan_combined(
         (batch, seq_len, d_model), without output projection d_mlp + d_inner channels; the final states are
         (batch, n_heads, d_head, d_state).
     """
+    sizes: dict[str, int] = {}
+    expect(sizes, zxbcdt=(zxbcdt, "batch seq_len channels"), D=(D, "n_heads | n_heads d_head"))
+    expect(sizes, dt_bias=(dt_bias, "n_heads"), A=(A, "n_heads"))
+    expect(sizes, conv1d_weight=(conv1d_weight, "d_conv_in d_conv"), conv1d_bias=(conv1d_bias, "d_conv_in"))
+    expect(sizes, INTEGER, seq_idx=(seq_idx, "batch seq_len"))
     if D.dim() == 1 and headdim is None:
         raise ValueError("headdim: expected the channels of a head, since D has only one entry per head")
     n_heads, d_head = D.shape[0], headdim if D.dim() == 1 else D.shape[1]
     assert d_head is not None
     d_inner, d_conv_in = n_heads * d_head, conv1d_weight.shape[0]
-    d_bc = (d_conv_in - d_inner) // 2  # n_groups d_state
-    d_mlp = (zxbcdt.shape[-1] - d_inner - d_conv_in - n_heads) // 2
-    if d_mlp < 0:
+    d_bc = _width_of_b(d_conv_in, d_inner, ngroups)
+    d_mlp, odd = divmod(zxbcdt.shape[-1] - d_inner - d_conv_in - n_heads, 2)
+    if d_mlp < 0 or odd:
         raise ValueError(
-            f"zxbcdt: expected at least {d_inner + d_conv_in + n_heads} channels, got {zxbcdt.shape[-1]}"
+            f"zxbcdt: expected at least {d_inner + d_conv_in + n_heads} channels, and an even number more, "
+            f"got {zxbcdt.shape[-1]}"
         )
+    sizes["d_inner"] = d_inner
+    expect(sizes, rmsnorm_weight=(rmsnorm_weight, "d_inner"))
+    expect(sizes, outproj_weight=(outproj_weight, f"d_model {d_mlp + d_inner}"))
+    if outproj_bias is not None and outproj_weight is None:
+        raise ValueError("outproj_bias: expected an outproj_weight too, got None")
+    expect(sizes, outproj_bias=(outproj_bias, "d_model"))
     mlp, z, conv_in, dt = torch.split(zxbcdt, [2 * d_mlp, d_inner, d_conv_in, n_heads], dim=-1)
     convolution = "silu" if silu(activation) else None
     conv_in, _ = ops.causal_conv1d(conv_in, conv1d_weight, conv1d_bias, convolution, seq_idx=seq_idx)
@@ -104,6 +117,17 @@ def mamba_split_conv1d_scan_combined(
     if outproj_weight is not None:
         y = F.linear(y.to(outproj_weight.dtype), outproj_weight, outproj_bias)
     return (y, states) if return_final_states else y
+
+
+def _width_of_b(d_conv_in: int, d_inner: int, n_groups: int) -> int:
+    """Return n_groups d_state, of channels that hold x, B and C."""
+    d_bc, odd = divmod(d_conv_in - d_inner, 2)
+    if odd or d_bc <= 0 or n_groups < 1 or d_bc % n_groups:
+        raise ValueError(
+            f"conv1d_weight: expected {d_inner} channels of x, and {n_groups} groups of B and as many of C, "
+            f"got {d_conv_in}"
+        )
+    return d_bc
 
 
 def mamba_split_conv1d_scan_ref(
@@ -168,7 +192,11 @@ def mamba_conv1d_scan_ref(
         headdim: d_head, where neither z nor D shows it.
         ngroups: n_groups.
     """
-    n_heads = A.shape[0]
+    sizes: dict[str, int] = {}
+    expect(sizes, xBC=(xBC, "batch seq_len d_conv_in"), conv1d_weight=(conv1d_weight, "d_conv_in d_conv"))
+    expect(sizes, conv1d_bias=(conv1d_bias, "d_conv_in"), A=(A, "n_heads"), dt=(dt, "batch seq_len n_heads"))
+    expect(sizes, D=(D, "n_heads | n_heads d_head"), z=(z, "batch seq_len d_inner"))
+    n_heads = sizes["n_heads"]
     if z is not None:
         headdim = z.shape[-1] // n_heads
     elif D is not None and D.dim() == 2:
@@ -176,7 +204,8 @@ def mamba_conv1d_scan_ref(
     if headdim is None:
         raise ValueError("headdim: expected the channels of a head, since neither z nor D shows them")
     d_inner = n_heads * headdim
-    d_bc = (xBC.shape[-1] - d_inner) // 2
+    expect(sizes | {"d_inner": d_inner}, z=(z, "batch seq_len d_inner"))
+    d_bc = _width_of_b(sizes["d_conv_in"], d_inner, ngroups)
     convolution = "silu" if silu(activation) else None
     convolved, _ = ops.causal_conv1d(xBC, conv1d_weight, conv1d_bias, convolution)
     x, B, C = torch.split(convolved, [d_inner, d_bc, d_bc], dim=-1)

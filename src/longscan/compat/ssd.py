@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longscan.compat.checks import INTEGER, check_boundaries, expect
 from longscan.compat.norms import wide
 
-__all__ = ["mamba_chunk_scan", "mamba_chunk_scan_combined", "ssd_minimal_discrete"]
+__all__ = ["check_ssd", "mamba_chunk_scan", "mamba_chunk_scan_combined", "ssd_minimal_discrete"]
 
 CHUNK = 64
 Limits = tuple[float, float]
@@ -63,6 +64,13 @@ def mamba_chunk_scan_combined(
         (batch, seq_len, n_heads, d_head) in x's dtype. The final states are (batch, n_heads, d_head,
         d_state), those of sequences (n_sequences, n_heads, d_head, d_state), both at least float32.
     """
+    check_ssd(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
+    if return_varlen_states:
+        if cu_seqlens is None or initial_states is not None or x.shape[0] != 1:
+            raise NotImplementedError(
+                "return_varlen_states: expected cu_seqlens, a batch of one row and no initial_states"
+            )
+        check_boundaries("cu_seqlens", cu_seqlens, x.shape[1])
     dt = _step_sizes(dt, dt_bias, dt_softplus, dt_limit)
     y, state = ssd(x, dt, A, B, C, initial_states, seq_idx)
     if D is not None:
@@ -70,14 +78,17 @@ def mamba_chunk_scan_combined(
     y = y if z is None else y * F.silu(wide(z))
     results = [y.to(x.dtype)] + ([state] if return_final_states else [])
     if return_varlen_states:
-        if cu_seqlens is None or initial_states is not None or x.shape[0] != 1:
-            raise NotImplementedError(
-                "return_varlen_states: expected cu_seqlens, a batch of one row and no initial_states"
-            )
+        assert cu_seqlens is not None
         spans = [slice(*span) for span in torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], 1).tolist()]
-        ends = [ssd(x[:, s], dt[:, s], A, B[:, s], C[:, s], None, None)[1] for s in spans]
-        results.append(torch.cat(ends))
+        results.append(torch.cat([_last_state(x[:, s], dt[:, s], A, B[:, s], C[:, s]) for s in spans]))
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def _last_state(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """Return the state after one sequence, zeros if it is empty."""
+    if x.shape[1] == 0:
+        return wide(x).new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])
+    return ssd(x, dt, A, B, C, None, None)[1]
 
 
 def mamba_chunk_scan(
@@ -111,9 +122,50 @@ def ssd_minimal_discrete(
         block_len: of their chunks; without effect on the result.
         initial_states: (batch, 1, n_heads, d_head, d_state).
     """
+    sizes: dict[str, int] = {}
+    expect(sizes, X=(X, "batch seq_len n_heads d_head"), A=(A, "batch seq_len n_heads"))
+    expect(sizes, B=(B, "batch seq_len n_heads d_state"), C=(C, "batch seq_len n_heads d_state"))
+    expect(sizes, initial_states=(initial_states, "batch 1 n_heads d_head d_state"))
+    _check_steps("X", sizes)
     initial = None if initial_states is None else initial_states[:, 0]
     y, state = _chunked(X, A, B, C, initial, None)
     return y.to(X.dtype), state.to(X.dtype)
+
+
+def check_ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+) -> None:
+    """Check the tensors of `mamba_chunk_scan_combined`.
+
+    Raises:
+        ValueError: a shape doesn't fit.
+        TypeError: a dtype doesn't.
+    """
+    sizes: dict[str, int] = {}
+    expect(sizes, x=(x, "batch seq_len n_heads d_head"), dt=(dt, "batch seq_len n_heads"), A=(A, "n_heads"))
+    expect(sizes, B=(B, "batch seq_len n_groups d_state"), C=(C, "batch seq_len n_groups d_state"))
+    expect(sizes, D=(D, "n_heads | n_heads d_head"), z=(z, "batch seq_len n_heads d_head"))
+    states = "batch n_heads d_head d_state"
+    expect(sizes, dt_bias=(dt_bias, "n_heads"), initial_states=(initial_states, states))
+    expect(sizes, INTEGER, seq_idx=(seq_idx, "batch seq_len"))
+    n_heads, n_groups = sizes["n_heads"], sizes["n_groups"]
+    if n_groups == 0 or n_heads % n_groups:
+        raise ValueError(f"B: expected a number of groups that divides {n_heads} heads, got {n_groups}")
+    _check_steps("x", sizes)
+
+
+def _check_steps(name: str, sizes: dict[str, int]) -> None:
+    if sizes["seq_len"] == 0:
+        raise ValueError(f"{name}: expected at least one step, got 0")
 
 
 def _step_sizes(dt: Tensor, bias: Tensor | None, softplus: bool, limit: Limits) -> Tensor:
@@ -143,8 +195,6 @@ def _chunked(
 ) -> tuple[Tensor, Tensor]:
     """Return y and the final state of h_t = exp(log_a_t) h_(t-1) + x_t B_t', y_t = h_t C_t."""
     (batch, seq_len, n_heads, d_head), (n_groups, d_state) = x.shape, B.shape[2:]
-    if n_heads % n_groups:
-        raise ValueError(f"B: expected a number of groups that divides {n_heads} heads, got {n_groups}")
     length = min(CHUNK, seq_len)
     n_chunks, per_group = -(-seq_len // length), n_heads // n_groups
     padding = n_chunks * length - seq_len  # zeros: no decay and no input, so the state stays
