@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longscan.compat.gated_norms import layernorm_fn
-from longscan.compat.ssd import NO_LIMIT, Limits, mamba_chunk_scan_combined
+from longscan.compat.checks import expect
+from longscan.compat.gated_norms import check_gated, layernorm_fn
+from longscan.compat.ssd import NO_LIMIT, Limits, check_ssd, mamba_chunk_scan_combined
 
 __all__ = [
     "_layer_norm_bwd",
@@ -80,6 +81,10 @@ def _mamba_chunk_scan_combined_bwd(
 
     Arguments are those of `mamba_chunk_scan_combined`; dx, ddt, dB, dC and dz are written in place, if given.
     """
+    check_ssd(x, dt, A, B, C, D, z, dt_bias, initial_states, seq_idx)
+    states_shape = (x.shape[0], *x.shape[2:], B.shape[-1])
+    expect({}, dout=(dout, x.shape), dfinal_states=(dfinal_states, states_shape), dx=(dx, x.shape))
+    expect({}, ddt=(ddt, dt.shape), dB=(dB, B.shape), dC=(dC, B.shape), dz=(dz, x.shape))
     leaves, buffers = [x, dt, A, B, C, D, z, dt_bias, initial_states], (dx, ddt, None, dB, dC, None, dz)
     with torch.enable_grad():
         own = [None if t is None else t.detach().requires_grad_() for t in leaves]
@@ -105,6 +110,7 @@ def _layer_norm_fwd(
     is_rms_norm: bool = False,
 ) -> tuple[Tensor, None, None]:
     """Return the gated norm and twice None; as `layernorm_fn`. out is filled, if given."""
+    expect({}, out=(out, x.shape))
     with torch.no_grad():
         y = layernorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm)
     return (y if out is None else out.copy_(y)), None, None
@@ -127,6 +133,8 @@ def _layer_norm_bwd(
     out: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, weight, bias and z, on request the norm too; dz and out are filled."""
+    check_gated(x, weight, bias, z)
+    expect({}, dy=(dy, x.shape), dz=(dz, x.shape), out=(out, x.shape))
     with torch.enable_grad():
         own = [None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, z)]
         arguments: list[Any] = [*own, eps, group_size, norm_before_gate, is_rms_norm]

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longscan.compat.checks import expect
 from longscan.compat.norms import wide
 
-__all__ = ["LayerNorm", "RMSNorm", "layernorm_fn", "rms_norm_ref", "rmsnorm_fn"]
+__all__ = ["LayerNorm", "RMSNorm", "check_gated", "layernorm_fn", "rms_norm_ref", "rmsnorm_fn"]
 
 
 def layernorm_fn(
@@ -36,6 +37,9 @@ def layernorm_fn(
     Returns:
         (..., width) in x's dtype.
     """
+    check_gated(x, weight, bias, z)
+    if group_size and x.shape[-1] % group_size:
+        raise ValueError(f"group_size: expected a divisor of the width {x.shape[-1]}, got {group_size}")
     y, gate = wide(x), None if z is None else F.silu(wide(z))
     if gate is not None and not norm_before_gate:
         y = y * gate
@@ -47,6 +51,19 @@ def layernorm_fn(
     y = groups.flatten(-2) * weight
     y = y if bias is None else y + bias
     return (y * gate if gate is not None and norm_before_gate else y).to(x.dtype)
+
+
+def check_gated(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None) -> None:
+    """Check the tensors of `layernorm_fn`.
+
+    Raises:
+        ValueError: a shape doesn't fit.
+        TypeError: a dtype doesn't.
+    """
+    expect({}, x=(x, x.shape))
+    if x.dim() == 0:
+        raise ValueError("x: expected shape (..., width), got ()")
+    expect({}, weight=(weight, x.shape[-1:]), bias=(bias, x.shape[-1:]), z=(z, x.shape))
 
 
 def rmsnorm_fn(

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longscan.compat.checks import NUMBER, expect
+
 __all__ = [
     "RMSNorm",
     "layer_norm_fn",
@@ -82,6 +84,8 @@ def layer_norm_fn(
     Returns:
         The norm, in x's dtype, then those of the second norm, the sum and the two masks that were requested.
     """
+    weights = {"weight": weight, "bias": bias, "weight1": weight1, "bias1": bias1}
+    _check(x, weights, residual, x1, rowscale)
     if x1 is not None and rowscale is not None:
         raise NotImplementedError("rowscale: not together with x1")
     total, masks = wide(x), [None, None]
@@ -103,6 +107,21 @@ def layer_norm_fn(
     first = results[0]
     assert first is not None
     return first if len(results) == 1 else tuple(results)
+
+
+def _check(
+    x: Tensor,
+    weights: dict[str, Tensor | None],
+    residual: Tensor | None,
+    x1: Tensor | None = None,
+    rowscale: Tensor | None = None,
+) -> None:
+    """Check x, the weights and biases by name, and what has x's shape."""
+    expect({}, x=(x, x.shape))
+    if x.dim() == 0:
+        raise ValueError("x: expected shape (..., d_model), got ()")
+    expect({}, **{name: (weight, x.shape[-1:]) for name, weight in weights.items()})
+    expect({}, residual=(residual, x.shape), x1=(x1, x.shape), rowscale=(rowscale, x.shape[:-1]))
 
 
 def _dropout(x: Tensor, p: float) -> tuple[Tensor, Any]:
@@ -199,6 +218,9 @@ def _reference(
     is_rms_norm: bool,
 ) -> Result:
     """Apply the masks, then `layer_norm_fn` without the dropout that they stand for."""
+    weights = {"weight": weight, "bias": bias, "weight1": weight1, "bias1": bias1}
+    _check(x, weights, residual, x1, rowscale)
+    expect({}, NUMBER, dropout_mask=(dropout_mask, x.shape), dropout_mask1=(dropout_mask1, x.shape))
     dtype, scale = x.dtype, 1 / (1 - dropout_p)
     if upcast:
         x = wide(x)
@@ -247,6 +269,9 @@ def layer_norm_linear_fn(
     is_rms_norm: bool = False,
 ) -> Result:
     """Return a linear map of the norm of x + residual (..., d_out), and with prenorm the sum."""
+    _check(x, {"norm_weight": norm_weight, "norm_bias": norm_bias}, residual)
+    expect({}, linear_weight=(linear_weight, ("d_out", x.shape[-1])))  # type: ignore[arg-type]
+    expect({}, linear_bias=(linear_bias, linear_weight.shape[:1]))
     y, total = layer_norm_fn(
         x,
         norm_weight,
