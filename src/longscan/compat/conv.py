@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longscan import ops
+from longscan.compat.checks import INTEGER, Shape, check_boundaries, check_rows, expect
 
 __all__ = [
     "causal_conv1d_fn",
@@ -44,7 +45,10 @@ def causal_conv1d_fn(
     """
     if isinstance(seq_idx, str):
         seq_idx, activation = None, seq_idx
-    y, states = convolve(x, weight, bias, seq_idx, initial_states, silu(activation))
+    with_silu = silu(activation)
+    shape = check_convolution(x, weight, bias, seq_idx, initial_states)
+    expect({}, final_states_out=(final_states_out, shape))
+    y, states = convolve(x, weight, bias, seq_idx, initial_states, with_silu)
     if not return_final_states:
         return y
     if final_states_out is None:
@@ -63,6 +67,7 @@ def convolve(
     with_silu: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return y and the final states of `causal_conv1d_fn`."""
+    check_convolution(x, weight, bias, seq_idx, initial_states)
     past = None if initial_states is None else initial_states.transpose(1, 2)
     activation = "silu" if with_silu else None
     y, states = ops.causal_conv1d(x.transpose(1, 2), weight, bias, activation, past, seq_idx)
@@ -70,6 +75,23 @@ def convolve(
     if x.is_contiguous() or x.stride(1) != 1:
         y = y.contiguous()  # the order of x in memory: callers take views
     return y, states.transpose(1, 2).to(x.dtype)
+
+
+def check_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, initial_states: Tensor | None
+) -> Shape:
+    """Return the shape of the final states; the arguments are those of `causal_conv1d_fn`.
+
+    Raises:
+        ValueError: a shape doesn't fit.
+        TypeError: a dtype doesn't.
+    """
+    sizes: dict[str, int] = {}
+    expect(sizes, x=(x, "batch channels seq_len"), weight=(weight, "channels width"), bias=(bias, "channels"))
+    states = (sizes["batch"], sizes["channels"], sizes["width"] - 1)
+    expect(sizes, initial_states=(initial_states, states))
+    expect(sizes, INTEGER, seq_idx=(seq_idx, "batch seq_len"))
+    return states
 
 
 def silu(activation: str | None) -> bool:
@@ -117,18 +139,26 @@ def causal_conv1d_update(
         activation: None, "silu" or "swish".
         cache_seqlens: (batch,), with which the state is a ring: the next input goes to this index modulo
             state_len.
-        conv_state_indices: (batch,), the rows of a larger conv_state that belong to this batch.
+        conv_state_indices: (batch,), the rows of a larger conv_state that belong to this batch, each once. A
+            negative one is padding: no state changes, and the output is zero.
 
     Returns:
         Of x's shape and dtype.
     """
-    with_silu, inputs = silu(activation), x if x.dim() == 3 else x.unsqueeze(-1)
+    with_silu = silu(activation)
+    _check_update(x, conv_state, weight, bias, cache_seqlens, conv_state_indices)
+    if conv_state_indices is not None:
+        own = check_rows("conv_state_indices", conv_state_indices, x.shape[0], conv_state.shape[0])
+        if not own.all():
+            y = torch.zeros_like(x)
+            seqlens = None if cache_seqlens is None else cache_seqlens[own]
+            y[own] = causal_conv1d_update(
+                x[own], conv_state, weight, bias, activation, seqlens, conv_state_indices[own]
+            )
+            return y
+    inputs, width = x if x.dim() == 3 else x.unsqueeze(-1), weight.shape[1]
     state = conv_state if conv_state_indices is None else conv_state[conv_state_indices.long()]
-    (channels, width), (_, _, state_len), seq_len = weight.shape, state.shape, inputs.shape[-1]
-    if state_len < width - 1 or state.shape[:2] != inputs.shape[:2] or inputs.shape[1] != channels:
-        raise ValueError(
-            f"conv_state: expected {(*inputs.shape[:2], f'at least {width - 1}')}, got {tuple(state.shape)}"
-        )
+    state_len = state.shape[-1]
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     if cache_seqlens is None:
         window = torch.cat([state, inputs.to(state.dtype)], -1)
@@ -145,11 +175,34 @@ def causal_conv1d_update(
             conv_state.copy_(new_state)
         else:
             conv_state[conv_state_indices.long()] = new_state
-    assert y.shape[-1] == seq_len
     return y.view(x.shape)
 
 
 causal_conv1d_update_ref = causal_conv1d_update
+
+
+def _check_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cache_seqlens: Tensor | None,
+    conv_state_indices: Tensor | None,
+) -> None:
+    sizes: dict[str, int] = {}
+    expect(sizes, x=(x, "batch channels | batch channels seq_len"))
+    rows = "batch" if conv_state_indices is None else "rows"
+    expect(
+        sizes,
+        weight=(weight, "channels width"),
+        bias=(bias, "channels"),
+        conv_state=(conv_state, f"{rows} channels state_len"),
+    )
+    if sizes["state_len"] < sizes["width"] - 1:
+        raise ValueError(
+            f"conv_state: expected a length of at least {sizes['width'] - 1}, got {sizes['state_len']}"
+        )
+    expect(sizes, INTEGER, cache_seqlens=(cache_seqlens, "batch"))
 
 
 def _ring(state: Tensor, x: Tensor, position: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -176,6 +229,8 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
     Returns:
         (n_sequences, channels, state_len).
     """
+    expect({}, x=(x, "total_len channels"))
+    check_boundaries("cu_seqlens", cu_seqlens, x.shape[0])
     ends = cu_seqlens.long()
     index = ends[1:, None] + torch.arange(-state_len, 0, device=x.device)  # (n_sequences, state_len)
     own = index >= ends[:-1, None]

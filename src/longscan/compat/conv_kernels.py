@@ -6,7 +6,8 @@ The versions of a function differ in their number of arguments, by which they ar
 import torch
 from torch import Tensor
 
-from longscan.compat.conv import causal_conv1d_update, convolve
+from longscan.compat.checks import expect
+from longscan.compat.conv import causal_conv1d_update, check_convolution, convolve
 
 __all__ = [
     "causal_conv1d_bwd",
@@ -18,6 +19,7 @@ __all__ = [
 ]
 
 Argument = Tensor | bool | None
+BUFFERS = ("dx", "dweight", "dbias", "dinitial_states")
 
 
 def causal_conv1d_fwd_function(
@@ -30,6 +32,8 @@ def causal_conv1d_fwd_function(
     silu_activation: bool,
 ) -> Tensor:
     """Return the convolution (batch, channels, seq_len), and write the final states, if requested."""
+    shape = check_convolution(x, weight, bias, seq_idx, initial_states)
+    expect({}, final_states_out=(final_states_out, shape))
     with torch.no_grad():
         y, states = convolve(x, weight, bias, seq_idx, initial_states, silu_activation)
         if final_states_out is not None:
@@ -50,6 +54,8 @@ def causal_conv1d_bwd_function(
     silu_activation: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the gradients of x, weight, bias and the initial states; dx is written in place if given."""
+    states = check_convolution(x, weight, bias, seq_idx, initial_states)
+    expect({}, dout=(dout, x.shape), dfinal_states=(dfinal_states, states), dx=(dx, x.shape))
     with torch.enable_grad():
         leaves = [
             None if t is None else t.detach().requires_grad_() for t in (x, weight, bias, initial_states)
@@ -99,6 +105,8 @@ def causal_conv1d_fwd(*arguments: Argument) -> Tensor | None:
         raise _wrong_count("causal_conv1d_fwd", "4, 5, 7 or 8", len(arguments))
     out = rest.pop(2) if len(rest) == 4 else None
     seq_idx, initial, final = [*rest, None, None, None][:3]
+    if isinstance(out, Tensor):
+        expect({}, x=(x, "batch channels seq_len"), out=(out, x.shape))  # type: ignore[arg-type, union-attr]
     y = causal_conv1d_fwd_function(x, weight, bias, seq_idx, initial, final, silu)  # type: ignore[arg-type]
     if not isinstance(out, Tensor):
         return y
@@ -123,6 +131,9 @@ def causal_conv1d_bwd(*arguments: Argument) -> tuple[Tensor | None, ...] | None:
     buffers = rest[3:] if len(rest) == 7 else None
     seq_idx, initial, dfinal, dx = rest[:4]
     wants = initial is not None if buffers else bool(rest[4])
+    for name, buffer, like in zip(BUFFERS, buffers or (), (x, weight, bias, initial), strict=False):
+        if isinstance(buffer, Tensor) and isinstance(like, Tensor):
+            expect({}, **{name: (buffer, like.shape)})
     gradients = causal_conv1d_bwd_function(
         *(x, weight, bias, dout, seq_idx, initial, dfinal, dx, wants, silu)  # type: ignore[arg-type]
     )
@@ -144,6 +155,8 @@ def causal_conv1d_update_kernel(*arguments: Argument) -> Tensor | None:
         raise _wrong_count("causal_conv1d_update", "5 to 8", len(arguments))
     rest = list(arguments)
     out = rest.pop(4) if len(rest) == 8 else None
+    if isinstance(out, Tensor):
+        expect({}, out=(out, rest[0].shape))  # type: ignore[union-attr]
     y = causal_conv1d_update_function(*rest)  # type: ignore[arg-type]
     if not isinstance(out, Tensor):
         return y

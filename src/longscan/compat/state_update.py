@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from longscan import ops
+from longscan.compat.checks import check_rows, expect
 
 __all__ = ["selective_state_update", "selective_state_update_ref"]
 
@@ -34,14 +35,23 @@ def selective_state_update(
         z: as x, a gate.
         dt_bias: as D.
         dt_softplus: whether dt passes through a softplus after the bias.
-        state_batch_indices: (batch,), the rows of a larger state that belong to this batch.
+        state_batch_indices: (batch,), the rows of a larger state that belong to this batch, each once. A
+            negative one is padding: no state changes, and the output is zero.
 
     Returns:
         Of x's shape and dtype.
     """
-    n_heads, n_groups = (state.shape[1] if state.dim() == 4 else 1), (B.shape[1] if B.dim() == 3 else 1)
-    if n_heads % n_groups:
-        raise ValueError(f"B: expected a number of groups that divides {n_heads} heads, got {n_groups}")
+    _check(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)
+    if state_batch_indices is not None:
+        own = check_rows("state_batch_indices", state_batch_indices, x.shape[0], state.shape[0])
+        if not own.all():
+            y = torch.zeros_like(x)
+            if own.any():
+                gate, rows = None if z is None else z[own], state_batch_indices[own]
+                y[own] = selective_state_update(
+                    state, x[own], dt[own], A, B[own], C[own], D, gate, dt_bias, dt_softplus, rows
+                )
+            return y
     with torch.no_grad():
         rows = state if state_batch_indices is None else state[state_batch_indices.long()]
         # heads are adjacent channels with the same A, and groups adjacent heads
@@ -56,6 +66,31 @@ def selective_state_update(
         elif h.data_ptr() != state.data_ptr():  # h is a copy
             state.copy_(h.view(state.shape))
     return y.to(x.dtype).view(x.shape)
+
+
+def _check(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    state_batch_indices: Tensor | None,
+) -> None:
+    sizes: dict[str, int] = {}
+    rows = "batch" if state_batch_indices is None else "rows"
+    expect(sizes, state=(state, f"{rows} d_inner d_state | {rows} n_heads d_head d_state"))
+    channels = "n_heads d_head" if state.dim() == 4 else "d_inner"
+    for name, tensor in (("x", x), ("dt", dt), ("z", z)):
+        expect(sizes, **{name: (tensor, f"batch {channels}")})
+    expect(sizes, A=(A, f"{channels} d_state"), B=(B, "batch d_state | batch n_groups d_state"))
+    expect(sizes, C=(C, B.shape), D=(D, channels), dt_bias=(dt_bias, channels))
+    n_heads, n_groups = sizes.get("n_heads", 1), sizes.get("n_groups", 1)
+    if n_groups == 0 or n_heads % n_groups:
+        raise ValueError(f"B: expected a number of groups that divides {n_heads} heads, got {n_groups}")
 
 
 selective_state_update_ref = selective_state_update
