@@ -32,7 +32,7 @@ VERBS = {
     "translate": ("longscan.commands.translate", "Train a translator, evaluate it, translate with it."),
     "classify": (
         "longscan.commands.classify",
-        "Train, evaluate and use classifiers of texts or sequences.",
+        "Train and use classifiers of texts, images or sequences.",
     ),
     "fill-mask": ("longscan.commands.fill_mask", "Predict the tokens behind [MASK] with a BERT."),
     "embed": ("longscan.commands.embed", "Turn texts into vectors, or print their cosine similarities."),
@@ -43,7 +43,10 @@ VERBS = {
     "convert": ("longscan.commands.convert", "Rewrite a model directory in another layout or precision."),
     "quantize": ("longscan.commands.quantize", "Quantise a model's weights to bf16, int8 or int4."),
     "models": ("longscan.commands.models", "List the models and what each supports."),
-    "plot": ("longscan.commands.plot", "Figures of a model: alignments, attention, positions, kernels."),
+    "plot": (
+        "longscan.commands.plot",
+        "Figures of a model: attention, alignments, kernels, scans.",
+    ),
     "reproduce": ("longscan.commands.reproduce", "Repeat a published experiment and compare the results."),
     "bench": ("longscan.commands.bench", "Benchmark this machine: ops, training, generation."),
     "doctor": (

@@ -66,6 +66,10 @@ def test_version(cli: Cli) -> None:
         (["--colour"], "error: No such option: --colour\n       See `longscan --help`."),
         (["doctor", "--colour"], "error: No such option: --colour\n       See `longscan doctor --help`."),
         (["models", "mmba"], "error: no model called 'mmba'; did you mean 'mamba'?"),
+        (
+            ["models", "vim_tiny"],
+            "error: no model called 'vim_tiny': it is a preset of vim, see `longscan models vim`",
+        ),
     ],
 )
 def test_misuse_exits_with_2(cli: Cli, argv: list[str], words: str) -> None:

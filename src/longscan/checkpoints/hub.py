@@ -10,6 +10,7 @@ from longscan.checkpoints.weights import BARE_SUFFIXES, find_weights, some
 from longscan.core.config import nearest
 from longscan.core.files import find_directory
 from longscan.errors import LongscanError
+from longscan.models import MODELS, preset_owner
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.bpe import load_tokenizer
 
@@ -57,6 +58,12 @@ def resolve(name_or_dir: str | Path, *, revision: str | None = None, offline: bo
         raise LongscanError(f"{path} is a file: name the directory that holds it and its config.json.")
     if isinstance(name_or_dir, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return _fetch(name, revision, offline)
+    if owner := name if name in MODELS else preset_owner(name):
+        what, preset = ("a model", "") if owner == name else (f"a preset of {owner}", f" --preset {name}")
+        raise LongscanError(
+            f"{name} is the name of {what}, which comes without weights: expected a directory or a file of "
+            f"them. For a new model: --model {owner}{preset}."
+        )
     raise LongscanError(
         f"no model called {name!r}, and no such directory{nearest(name, shipped())}\n"
         "A model of the Hugging Face hub is called owner/name, for example state-spaces/mamba-130m-hf."

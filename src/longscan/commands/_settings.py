@@ -35,7 +35,7 @@ def add_flags(command: Callable[..., None], kind: type[RunConfig]) -> None:
             continue
         default = "" if entry.default in (None, (), "") else f" [{entry.default}]"
         alias = entry.metadata["alias"]
-        names = (f"--{entry.name.replace('_', '-')}", alias) if alias else ()
+        names = (alias, f"--{entry.name.replace('_', '-')}") if alias else ()
         option = typer.Option(*names, help=entry.metadata["help"] + default, show_default=False)
         several = typing.get_origin(hints[entry.name]) is tuple
         hint: Any = list[str] if several else hints[entry.name]

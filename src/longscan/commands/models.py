@@ -13,7 +13,7 @@ import typer
 from longscan.commands._options import Json
 from longscan.core.config import nearest
 from longscan.errors import UsageError
-from longscan.models import LINEAGE, LanguageModel, ModelEntry, neural_ode
+from longscan.models import LINEAGE, LanguageModel, ModelEntry, neural_ode, preset_owner
 from longscan.models.common.vision import VisionModel
 from longscan.models.sequence_classifier import SequenceConfig, SequenceModel
 
@@ -70,7 +70,11 @@ def command(
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False) if as_json else _table(rows))
         return
     if name not in MODELS:
-        raise UsageError(f"no model called {name!r}{nearest(name, MODELS)}")
+        owner = preset_owner(name)
+        hint = (
+            f": it is a preset of {owner}, see `longscan models {owner}`" if owner else nearest(name, MODELS)
+        )
+        raise UsageError(f"no model called {name!r}{hint}")
     details = _details(MODELS[name])
     typer.echo(json.dumps(details, indent=2, ensure_ascii=False) if as_json else _page(details))
 

@@ -25,7 +25,7 @@ from longscan.models.lstm import LSTM, LSTMConfig
 from longscan.models.luong import Luong, LuongConfig
 from longscan.models.mamba import Mamba, MambaConfig
 from longscan.models.neural_ode import ODERNN, NeuralODEConfig, ODERNNConfig
-from longscan.models.registry import LINEAGE, MODELS, entry_of
+from longscan.models.registry import LINEAGE, MODELS, entry_of, preset_owner
 from longscan.models.s4 import S4, S4Config
 from longscan.models.s4d import S4D, S4DConfig
 from longscan.models.seq2seq import Seq2Seq, Seq2SeqConfig
@@ -92,4 +92,5 @@ __all__ = [
     "Vim",
     "VimConfig",
     "entry_of",
+    "preset_owner",
 ]

@@ -31,7 +31,7 @@ from longscan.models import (
 from longscan.models.common.entry import ModelEntry
 from longscan.models.common.model import Model
 
-__all__ = ["LINEAGE", "MODELS", "entry_of"]
+__all__ = ["LINEAGE", "MODELS", "entry_of", "preset_owner"]
 
 LINEAGE: tuple[ModelEntry, ...] = (
     lstm.ENTRY,
@@ -72,3 +72,13 @@ def entry_of(model: Model) -> ModelEntry:
         if entry.cls is type(model):
             return entry
     raise LookupError(f"{type(model).__name__} is not in LINEAGE")
+
+
+def preset_owner(name: str) -> str | None:
+    """Return the model that has a preset of this name; None if none or several have.
+
+    Args:
+        name: of the preset.
+    """
+    owners = [entry.name for entry in LINEAGE if name in entry.presets]
+    return owners[0] if len(owners) == 1 and name not in MODELS else None

@@ -15,7 +15,7 @@ from longscan.core.progress import duration
 from longscan.data.documents import training_text
 from longscan.data.token_files import TokenFiles, prepare
 from longscan.errors import LongscanError, UsageError
-from longscan.models import MODELS, Model
+from longscan.models import MODELS, Model, preset_owner
 from longscan.tokenizers.base import ByteTokenizer, Tokenizer
 from longscan.tokenizers.bpe import load_tokenizer, train_bpe
 from longscan.tokenizers.wordpiece import load_wordpiece, train_wordpiece
@@ -104,6 +104,10 @@ def model_settings(config: FreshConfig, **known: Any) -> Config:
     """
     choice = config.choice
     if config.model not in choice:
+        if owner := preset_owner(config.model):
+            raise UsageError(
+                f"--model: {config.model} is a preset. Try --model {owner} --preset {config.model}."
+            )
         if config.model not in MODELS:
             raise UsageError(f"--model: no model called {config.model!r}{nearest(config.model, choice)}")
         kind = MODELS[config.model].kind

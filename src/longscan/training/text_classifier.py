@@ -99,7 +99,7 @@ class ClassifyRun(Run[ClassifyConfig]):
         if not config.model:
             raise UsageError(
                 "--model: expected a BERT's directory or hub id for texts, or for sequences the name of a "
-                "language model such as mamba; got none."
+                "language model such as mamba, or for images that of an image model such as vmamba; got none."
             )
         check_device(config.device)
         data = self.directory / "data"
