@@ -403,7 +403,7 @@ def test_conversion(model: VMamba, tmp_path: Path, cli: Callable[..., Any]) -> N
     assert narrow.fingerprint() == load(tmp_path / "half", "image", dtype=None).fingerprint()
     done = cli("convert", path, tmp_path / "n")
     assert done.code == 0
-    assert re.search(r"n · hf layout · 33,930 parameters · float32 · [\d,]+ bytes\n$", done.out)
+    assert re.search(r"n · longscan layout · 33,930 parameters · float32 · [\d,]+ bytes\n$", done.out)
     same(model, load(tmp_path / "n", "image"))
     for refused in (("--to", "official"), ("--tokenizer", "x")):
         failed = cli("convert", path, tmp_path / "o", *refused)
@@ -412,3 +412,23 @@ def test_conversion(model: VMamba, tmp_path: Path, cli: Callable[..., Any]) -> N
         assert not (tmp_path / "o").exists()
     with pytest.raises(LongscanError, match="image classifier"):
         convert(path, tmp_path / "m.gguf")
+    with pytest.raises(UsageError, match=r"out.pth: expected the name of a directory"):
+        convert(path, tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("vmamba", "a model, .* --model vmamba"),
+        ("vim_tiny", "a preset of vim, .* --model vim --preset vim_tiny"),
+    ],
+)
+def test_names_without_weights(name: str, words: str) -> None:
+    with pytest.raises(LongscanError, match=f"{name} is the name of {words}"):
+        load(name, "image")
+
+
+def test_bytes_are_no_input(model: VMamba) -> None:
+    with pytest.raises(LongscanError, match="images: expected floats that are normalised, got uint8"):
+        model(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))

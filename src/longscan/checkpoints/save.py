@@ -15,7 +15,7 @@ from longscan.checkpoints.formats.base import TIED_HEAD
 from longscan.checkpoints.gguf.model import GGUFType, save_gguf
 from longscan.checkpoints.load import load
 from longscan.checkpoints.open import stored_kind
-from longscan.checkpoints.weights import dtype_name, narrowed
+from longscan.checkpoints.weights import BARE_SUFFIXES, dtype_name, narrowed
 from longscan.core.files import atomic_directory, write_json, writing
 from longscan.errors import LongscanError, UsageError
 from longscan.models import (
@@ -103,6 +103,8 @@ def convert(
         OSError: the destination cannot be written.
     """
     destination = check_new(destination)
+    if destination.suffix in BARE_SUFFIXES and not destination.exists():
+        raise UsageError(f"{destination}: expected the name of a directory, got that of a weights file.")
     where: dict[str, Any] = {"revision": revision, "offline": offline}
     converted: Model
     if stored_kind(source, model=model, **where) != "image":

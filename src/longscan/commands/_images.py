@@ -23,7 +23,7 @@ from longscan.data.archives import has_suffix
 from longscan.data.image_files import SUFFIXES, image_paths, is_animated, read_image
 from longscan.data.images import read_images
 from longscan.errors import LongscanError
-from longscan.evaluation.images import match_labels, measure_images
+from longscan.evaluation.images import TOP, match_labels, measure_images
 from longscan.inference.images import check_takes_images, classify_images
 from longscan.models import MODELS
 from longscan.models.common.vision import VisionConfig, VisionModel
@@ -98,7 +98,8 @@ def evaluate_images(
         }
         typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
     else:
-        scores = f"top-1 {found.top1:.4f} · top-5 {found.top5:.4f} · macro-F1 {found.scores.macro_f1:.4f}"
+        top5 = f" · top-5 {found.top5:.4f}" if len(labels) > TOP else ""
+        scores = f"top-1 {found.top1:.4f}{top5} · macro-F1 {found.scores.macro_f1:.4f}"
         typer.echo(f"{scores} · {count(len(data), 'image')}")
         table: list[tuple[str, ...]] = [("precision", "recall", "F1", "images", "class")]
         for label, (*shares, n) in rows.items():

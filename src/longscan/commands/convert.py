@@ -14,6 +14,7 @@ from longscan.commands._options import Architecture, ImageSize, Offline, Revisio
 from longscan.errors import UsageError
 from longscan.models import LanguageModel
 from longscan.models.common.quantization import precision
+from longscan.models.common.vision import VisionModel
 
 __all__ = ["command"]
 
@@ -82,7 +83,7 @@ def command(
     weights = sum(
         file.stat().st_size for file in destination.iterdir() if file.suffix in (".safetensors", ".bin")
     )
-    notes = [f"{to or 'hf'} layout"]
+    notes = ["longscan layout" if isinstance(model, VisionModel) else f"{to or 'hf'} layout"]
     notes += [f"{model.num_parameters():,} parameters", precision(model), f"{weights:,} bytes"]
     if (destination / "tokenizer.json").exists():
         notes.append("with tokenizer")

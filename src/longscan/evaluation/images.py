@@ -16,7 +16,7 @@ from longscan.evaluation.classification import Scores, score
 from longscan.inference.images import classify_images
 from longscan.models.common.vision import VisionModel
 
-__all__ = ["ImageScores", "match_labels", "measure_images"]
+__all__ = ["TOP", "ImageScores", "match_labels", "measure_images"]
 
 TOP = 5
 

@@ -23,7 +23,7 @@ from longscan.core.runtime import StopSignals
 from longscan.data.augmentation import Augmentation, mix
 from longscan.data.images import Images, read_images
 from longscan.errors import LongscanError, UsageError
-from longscan.evaluation.images import measure_images
+from longscan.evaluation.images import TOP, measure_images
 from longscan.inference.images import check_takes_images, normalise
 from longscan.models import Model, ModelEntry, entry_of
 from longscan.models.common.vision import VisionConfig, VisionModel
@@ -127,6 +127,8 @@ class ImagesRun(Run[ImagesConfig]):
         self.rows = config.batch_size * config.accumulate
         self.orders = EpochOrder(config.seed, lambda stream: stream.permutation(len(self.train)))
         model = self._fine_tuned() if config.pretrained else self._new()
+        if model.config.n_classes <= TOP:  # it would be 100 %
+            self.scores = {"valid_top1": "top-1"}
         self.model = model.to(config.device)
         self.model.gradient_checkpointing = config.gradient_checkpointing
         self.augment = Augmentation(
@@ -199,7 +201,12 @@ class ImagesRun(Run[ImagesConfig]):
             )
         if found is None:
             return None
-        self.say(f"top-1 {found.top1:.1%}, top-5 {found.top5:.1%}")
+        self.say(
+            ", ".join(
+                f"{name} {getattr(found, key.removeprefix('valid_')):.1%}"
+                for key, name in self.scores.items()
+            )
+        )
         macro_f1 = found.scores.macro_f1
         return {
             "valid_loss": found.loss,

@@ -161,7 +161,17 @@ class VisionModel(Model, ABC):
         """
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (batch, n_classes) of images; see `forward_features`."""
+        """Return the logits (batch, n_classes) of images; see `forward_features`.
+
+        Raises:
+            LongscanError: the images are bytes or other whole numbers.
+        """
+        if not images.is_floating_point():
+            got = str(images.dtype).removeprefix("torch.")
+            raise LongscanError(
+                f"images: expected floats that are normalised, got {got}. Try (images / 255 - mean) / std "
+                "of model.config."
+            )
         return cast(Tensor, self.head_layer(self.pool(self.forward_features(images))))
 
     def reset_classifier(
