@@ -33,20 +33,26 @@ def expect(sizes: dict[str, int], kind: str = REAL, /, **arguments: tuple[Tensor
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if not _is(tensor.dtype, kind):
             raise TypeError(f"{name}: expected {kind}, got {tensor.dtype}")
-        found = tuple(tensor.shape)
+        found = tensor.shape
         shapes = _parse(shape) if isinstance(shape, str) else (tuple(shape),)
         for axes in shapes:
-            wanted = tuple(sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in axes)
-            if len(found) == len(wanted) and all(
-                isinstance(size, str) or size == got for size, got in zip(wanted, found, strict=True)
-            ):
-                sizes.update(
-                    (axis, got) for axis, got in zip(axes, found, strict=True) if isinstance(axis, str)
-                )
+            if _fits(found, axes, sizes):
+                for axis, size in zip(axes, found, strict=True):
+                    if isinstance(axis, str):
+                        sizes[axis] = size
                 break
         else:
             expected = " or ".join(_text(axes, sizes) for axes in shapes)
-            raise ValueError(f"{name}: expected shape {expected}, got {found}")
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(found)}")
+
+
+def _fits(found: Sequence[int], axes: Sequence[str | int], sizes: dict[str, int]) -> bool:
+    if len(found) != len(axes):
+        return False
+    for size, axis in zip(found, axes, strict=True):  # a loop, since every step of decoding comes here
+        if size != (sizes.get(axis, size) if isinstance(axis, str) else axis):
+            return False
+    return True
 
 
 def _is(dtype: torch.dtype, kind: str) -> bool:
