@@ -99,8 +99,15 @@ def cases() -> Iterator[tuple[str, Case]]:
     yield "cross-scan", (*(bound(f, pattern) for f in both), (real(g, 2, 3, 2, 4),))
     both = ops.cross_merge, ops.cross_merge_ref
     yield "cross-merge", (*(bound(f, pattern) for f in both), (real(g, 2, 6, 4, 4),))
-    both = ops.cross_reorder, ops.cross_reorder_ref
-    yield "cross-reorder", (*(bound(f, pattern) for f in both), (real(g, 2, 3, 2, 4, 4),))
+    both = ops.path_scan, ops.path_scan_ref
+    varying = (
+        real(g, 2, 6, 3),
+        real(g, 2, 6, 4, 3),
+        -real(g, 4, 3, 2).abs(),
+        *(real(g, 2, 6, 4, 2) for _ in "BC"),
+    )
+    constant = real(g, 4, 3), real(g, 4, 3)
+    yield "path-scan", (*(bound(f, paths=pattern.order) for f in both), (*varying, *constant))
 
 
 # torch's own, of what its forward mode and its vmap do inside

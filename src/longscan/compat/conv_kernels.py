@@ -1,6 +1,6 @@
 """causal_conv1d.cpp_functions and the C module causal_conv1d_cuda: positional functions of several versions.
 
-The versions of a function differ in their number of arguments, by which they are told apart.
+The versions of a function differ in their number of arguments, which distinguishes them.
 """
 
 import torch

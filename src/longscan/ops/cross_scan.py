@@ -175,12 +175,6 @@ def cross_merge_ref(y: Tensor, pattern: ScanPattern) -> Tensor:
     return y[:, pattern.inverse.T, at].sum(2).view(len(y), *pattern.shape, y.shape[-1])
 
 
-def cross_reorder_ref(x: Tensor, pattern: ScanPattern) -> Tensor:
-    """Return the result of :func:`cross_reorder`: the equation as written."""
-    at = torch.arange(x.shape[-2], device=x.device)
-    return x.flatten(1, -3)[:, pattern.order.T, at]
-
-
 # --- 2. the ops ---------------------------------------------------------------------------------------------
 
 
@@ -225,34 +219,6 @@ def cross_merge(y: Tensor, pattern: ScanPattern) -> Tensor:
         return cross_merge_ref(y, pattern)
     merged: Tensor = torch.ops.longscan.cross_merge(y, pattern.order, pattern.inverse)
     return merged.view(len(y), *pattern.shape, y.shape[-1])
-
-
-def cross_reorder(x: Tensor, pattern: ScanPattern) -> Tensor:
-    """Return one grid a direction, each as a sequence in its direction: `cross_scan` of different grids.
-
-    Args:
-        x: (batch, *pattern.shape, n_directions, channels).
-        pattern: the directions, see `scan_pattern`.
-
-    Returns:
-        (batch, n_positions, n_directions, channels).
-
-    Raises:
-        ValueError: the shape is not that of the pattern.
-    """
-    n_directions = len(pattern.order)
-    if x.shape[1:-1] != (*pattern.shape, n_directions):
-        expected = f"(batch, {pattern.shape}, {n_directions}, channels)"
-        raise ValueError(f"x: expected {expected}, got {tuple(x.shape)}")
-    if composed():
-        return cross_reorder_ref(x, pattern)
-    # one direction through all positions of all grids
-    order, inverse = (
-        (index.T * n_directions + torch.arange(n_directions, device=x.device)).reshape(1, -1)
-        for index in (pattern.order, pattern.inverse)
-    )
-    scanned: Tensor = torch.ops.longscan.cross_scan(x.flatten(1, -2), order, inverse)
-    return scanned.view(len(x), -1, n_directions, x.shape[-1])
 
 
 _lib: Any = torch.library.Library("longscan", "FRAGMENT")  # type: ignore[no-untyped-call]

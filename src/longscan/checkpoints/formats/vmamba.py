@@ -57,7 +57,7 @@ def _matches(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _infer(tensors: Mapping[str, Tensor]) -> VMambaConfig:
-    """Return the Config: each size is that of the first tensor that tells it."""
+    """Return the Config: each size is read from the first tensor that has it."""
     blocks = [match.groups() for name in tensors if (match := BLOCK.fullmatch(name))]
     stages = sorted({int(stage) for stage, _, _ in blocks})
     if stages != list(range(len(stages))):
