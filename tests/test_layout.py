@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import longscan
-from longscan.models import LINEAGE, ModelEntry
+from longscan.models import MODELS, ModelEntry
 
 SOURCE = Path(longscan.__file__).parent
 # the public page names everything, lazily
@@ -32,7 +32,7 @@ COMMON = (
     *("encoder_decoder", "summary", "hippo_measures", "patches", "vision", "patch_tokens"),
 )
 PARENTS = {
-    **{entry.name: entry.parents for entry in LINEAGE},
+    **{entry.name: entry.parents for entry in MODELS.values()},
     # what is no language model or translator of its own
     "hippo_memory": ("hippo",),
     "neural_ode": ("lstm",),
@@ -142,12 +142,12 @@ def test_models_import_their_ancestors_only(path: Path) -> None:
 
 
 def test_parents_come_before_their_children() -> None:
-    order = [entry.name for entry in LINEAGE]
-    for entry in LINEAGE:
+    order = list(MODELS)
+    for entry in MODELS.values():
         assert set(entry.parents) <= set(order[: order.index(entry.name)]), entry.name
 
 
-@pytest.mark.parametrize("entry", LINEAGE, ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", MODELS.values(), ids=lambda entry: entry.name)
 def test_a_model_file_names_the_parents_of_its_entry(entry: ModelEntry) -> None:
     text = ast.get_docstring(ast.parse((SOURCE / "models" / f"{entry.name}.py").read_text())) or ""
     told = re.search(r"Parents?: (.*?)\n\n", text, re.DOTALL)
@@ -186,7 +186,11 @@ def test_a_file_is_a_few_screens(path: Path) -> None:
 
 def test_public_names_are_listed_once_and_lazily() -> None:
     assert longscan.__all__ == sorted(longscan.__all__, key=lambda name: (name.islower(), name))
-    assert set(longscan._MODULE_OF) | {"__version__", "models", "ops"} == set(longscan.__all__)
+    assert {name for names in longscan._HOME.values() for name in names} | {
+        "__version__",
+        "models",
+        "ops",
+    } == set(longscan.__all__)
 
 
 def table() -> str:

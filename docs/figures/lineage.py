@@ -1,4 +1,4 @@
-"""Draw docs/figures/lineage.png, the line of models, from LINEAGE.
+"""Draw docs/figures/lineage.png, the line of models, from the registry.
 
 python docs/figures/lineage.py [OUT.png]     (needs the extra: plot)
 """
@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from longscan.models import LINEAGE
+from longscan.models import MODELS as LINE
 
 INK, PAPER, FAINT = "#1F2933", "#FFFFFF", "#9AA5B1"
 RECURRENT, ATTENTION, STATE_SPACE, CONVOLUTION = "#CC79A7", "#0072B2", "#009E73", "#E69F00"
@@ -71,7 +71,7 @@ def draw() -> Figure:
     """Return the figure."""
     figure = Figure(figsize=(16.4, 4.5), facecolor=PAPER)
     ax = figure.add_axes((0.005, 0.02, 0.99, 0.96))
-    for entry in LINEAGE:
+    for entry in LINE.values():
         label, memory, _, _, colour = MODELS[entry.name]
         x, y = centre(entry.name)
         star = entry.name == "mamba"

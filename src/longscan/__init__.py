@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from longscan.core.lazy import lazy_names
+
 if TYPE_CHECKING:
     from longscan import models, ops
     from longscan.checkpoints.load import load, load_bert, load_translator
@@ -76,7 +78,6 @@ _HOME = {
     "training.config": ("TrainConfig",),
     "training.train": ("train",),
 }
-_MODULE_OF = {name: f"longscan.{module}" for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "Config",
@@ -111,17 +112,14 @@ __all__ = [
     "translate",
 ]
 
+_getter = lazy_names(__name__, _HOME)
+
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use."""
-    if name in _MODULE_OF:
-        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    elif name in ("models", "ops"):
-        value = importlib.import_module(f"longscan.{name}")
-    else:
-        raise AttributeError(f"module 'longscan' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    if name in ("models", "ops"):
+        return importlib.import_module(f"longscan.{name}")
+    return _getter(name)
 
 
 def __dir__() -> list[str]:

@@ -18,7 +18,7 @@ from longscan.errors import LongscanError, UsageError
 from longscan.models import MODELS, Model
 from longscan.models.videomamba import PRESETS
 
-FORMATS = {layout.name: layout for layout in BARE}
+FORMATS = BARE
 # as their authors call them
 PUBLISHED = {
     "vim_t_midclstok_76p1acc.pth": ("vim", "vim_tiny"),

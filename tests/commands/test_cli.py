@@ -242,6 +242,16 @@ def test_help_loads_no_torch() -> None:
     assert (done.returncode, done.stderr) == (0, "[]\n")
 
 
+def test_generate_loads_one_model_only() -> None:
+    done = python(
+        "from longscan.cli import main\n"
+        "assert main(['generate', '-q', '--max-new-tokens', '1', 'a']) == 0\n"
+        "from longscan.models import MODELS\n"
+        "print([name for name in MODELS if f'longscan.models.{name}' in sys.modules], file=sys.stderr)"
+    )
+    assert (done.returncode, done.stderr) == (0, "['mamba']\n")
+
+
 def test_warnings_are_one_line() -> None:
     done = python(
         "import types, warnings\nfrom longscan import cli\n"

@@ -86,9 +86,9 @@ def _read(file: Path) -> tuple[list[str], dict[str, Tensor]]:
 
 def _format(path: Path, tensors: Mapping[str, Tensor], model: str | None) -> BareFormat:
     """Return the layout of tensors; of several models the one that the user or else the file's name says."""
-    matching = [form for form in BARE if form.matches(tensors)]
+    matching = [form for form in BARE.values() if form.matches(tensors)]
     if not matching:
-        known = ", ".join(form.name for form in BARE)
+        known = ", ".join(BARE)
         raise LongscanError(
             f"{path}: its tensors ({some(tensors)}) are those of no model that is known without a "
             f"config.json: {known}. If it has one, name the directory that holds both."

@@ -20,7 +20,7 @@ from longscan.errors import LongscanError
 from longscan.models.bert import Bert, BertConfig, Head
 from longscan.tokenizers.wordpiece import WordPieceTokenizer, load_wordpiece
 
-__all__ = ["HeadOptions", "LoadedBert", "read_bert", "read_pooling"]
+__all__ = ["HeadOptions", "LoadedBert", "read_bert", "read_classifier", "read_pooling"]
 
 # what a checkpoint may lack as a whole; a part that the head has no use for is left out
 PARTS = ("bert.pooler.", "cls.predictions.", "cls.seq_relationship.", "classifier.", "qa_outputs.")
@@ -114,6 +114,26 @@ def read_bert(source: ModelDirectory, options: HeadOptions, dtype: torch.dtype |
     model = assemble(directory, Bert, config, Weights(tensors, mapped=True), dtype)
     assert isinstance(model, Bert)
     return LoadedBert(model, tokenizer, fresh, directory)
+
+
+def read_classifier(source: ModelDirectory, dtype: torch.dtype | None) -> LoadedBert:
+    """Load a BERT that classifies.
+
+    Args:
+        source: a directory that holds one.
+        dtype: of the weights; None keeps that of the file.
+
+    Raises:
+        LongscanError: as `read_bert`; or it has another head, or none.
+    """
+    loaded = read_bert(source, HeadOptions(), dtype)
+    if loaded.model.config.head != "classifier":
+        raise LongscanError(
+            f"{loaded.directory} does not classify: its head is {loaded.model.config.head!r}. "
+            f"Train one: longscan classify train --model {loaded.directory} FILE --out DIR"
+        )
+    loaded.need("classifier.", "classify")
+    return loaded
 
 
 def _with_head(config: BertConfig, options: HeadOptions) -> BertConfig:

@@ -8,30 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args, overload
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args, overload
 
 import torch
 
 from longscan.checkpoints.assemble import assemble
-from longscan.checkpoints.bert import HeadOptions, LoadedBert, read_bert
-from longscan.checkpoints.gguf.model import GGUFFile
 from longscan.checkpoints.hub import (
     OFFICIAL,
     OFFICIAL_TOKENIZER,
     find_tokenizer,
     official_tokenizer,
 )
-from longscan.checkpoints.image import read_image_model
 from longscan.checkpoints.open import check_kind, open_source
 from longscan.checkpoints.source import ModelDirectory, Source, check_ids
 from longscan.errors import LongscanError, UsageError
-from longscan.models import MODELS, LanguageModel, Model, Translator
-from longscan.models.bert import Head
+from longscan.models import MODELS, LanguageModel, Model
 from longscan.models.common.quantization import dequantized, quantize_model
 from longscan.models.common.quantization import precision as precision_of
-from longscan.models.common.vision import VisionModel
-from longscan.models.sequence_classifier import SequenceModel
 from longscan.tokenizers.base import Tokenizer
+
+# what one kind of model needs is imported for that kind
+if TYPE_CHECKING:
+    from longscan.checkpoints.bert import HeadOptions, LoadedBert
+    from longscan.models import Translator
+    from longscan.models.bert import Head
+    from longscan.models.common.vision import VisionModel
+    from longscan.models.sequence_classifier import SequenceModel
 
 __all__ = [
     "LoadKind",
@@ -46,11 +48,8 @@ __all__ = [
 LoadKind: TypeAlias = Literal["language", "translation", "masked", "classifier", "sequence", "image"]
 Precision: TypeAlias = Literal["float32", "bf16", "int8", "int4"]
 Loaded: TypeAlias = (
-    tuple[LanguageModel, Tokenizer | None]
-    | tuple[Translator, Tokenizer]
-    | LoadedBert
-    | SequenceModel
-    | VisionModel
+    "tuple[LanguageModel, Tokenizer | None] | tuple[Translator, Tokenizer] | LoadedBert | SequenceModel"
+    " | VisionModel"
 )
 
 
@@ -185,18 +184,21 @@ def load(
         own = _tokenizer(source, name_or_dir, tokenizer, offline)
         return _language_model(source, own, dtype, precision), own
     if kind == "image":
+        from longscan.checkpoints.image import read_image_model
+
         return read_image_model(source, dtype, image_size)
     assert isinstance(source, ModelDirectory)  # other files hold language models and image classifiers
     if kind == "translation":
         return _translator(source, dtype)
-    if kind == "masked":
-        return read_bert(source, head or HeadOptions(), dtype)
-    if kind == "classifier":
-        return _classifier(source, dtype)
-    config = source.config()
-    classifier = assemble(source.path, SequenceModel, config, source.weights(config), dtype)
-    assert isinstance(classifier, SequenceModel)
-    return classifier
+    if kind == "sequence":
+        return _sequence_model(source, dtype)
+    from longscan.checkpoints.bert import HeadOptions, read_bert, read_classifier
+
+    return (
+        read_bert(source, head or HeadOptions(), dtype)
+        if kind == "masked"
+        else read_classifier(source, dtype)
+    )
 
 
 def load_translator(
@@ -251,6 +253,8 @@ def load_bert(
     Raises:
         LongscanError: as `load`.
     """
+    from longscan.checkpoints.bert import HeadOptions
+
     options = HeadOptions(head, labels, generator)
     return load(name_or_dir, "masked", head=options, revision=revision, offline=offline)
 
@@ -289,7 +293,7 @@ def _tokenizer(
     """Return the tokenizer that a user names, the model's own, or that of the authors' models."""
     if named is not None:
         return find_tokenizer(named, offline)
-    if (own := source.tokenizer()) is not None or isinstance(source, GGUFFile):
+    if (own := source.tokenizer()) is not None or not isinstance(source, ModelDirectory):
         return own
     return official_tokenizer(offline) if str(name_or_dir).startswith(OFFICIAL) else None
 
@@ -311,6 +315,8 @@ def _language_model(
 
 def _translator(source: Source, dtype: torch.dtype | None) -> tuple[Translator, Tokenizer]:
     """Return a translator and its tokenizer."""
+    from longscan.models import Translator
+
     tokenizer = source.tokenizer()
     if tokenizer is None:
         raise LongscanError(
@@ -329,13 +335,11 @@ def _model(source: Source, tokenizer: Tokenizer | None, dtype: torch.dtype | Non
     return assemble(source.path, MODELS[source.name].cls, config, source.weights(config), dtype)
 
 
-def _classifier(source: ModelDirectory, dtype: torch.dtype | None) -> LoadedBert:
-    """Return a BERT that classifies."""
-    loaded = read_bert(source, HeadOptions(), dtype)
-    if loaded.model.config.head != "classifier":
-        raise LongscanError(
-            f"{loaded.directory} does not classify: its head is {loaded.model.config.head!r}. "
-            f"Train one: longscan classify train --model {loaded.directory} FILE --out DIR"
-        )
-    loaded.need("classifier.", "classify")
-    return loaded
+def _sequence_model(source: ModelDirectory, dtype: torch.dtype | None) -> SequenceModel:
+    """Return a sequence classifier."""
+    from longscan.models.sequence_classifier import SequenceModel
+
+    config = source.config()
+    model = assemble(source.path, SequenceModel, config, source.weights(config), dtype)
+    assert isinstance(model, SequenceModel)
+    return model

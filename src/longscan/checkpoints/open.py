@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from longscan.checkpoints.bare import BareFile
 from longscan.checkpoints.formats import StoredKind, kind_of_model
 from longscan.checkpoints.formats.sequence_classifier import EXPECTED, TRAIN
-from longscan.checkpoints.gguf.model import GGUFFile
 from longscan.checkpoints.hub import resolve
 from longscan.checkpoints.source import ModelDirectory, Source
 from longscan.errors import LongscanError, UsageError
@@ -44,7 +42,7 @@ def open_source(
     if path.is_dir():
         source = ModelDirectory(path)
     elif path.is_file():
-        source = GGUFFile(path) if path.suffix == ".gguf" else BareFile(path, model)
+        source = _open_file(path, model)
     else:  # reading a pipe would never end
         raise LongscanError(f"{path}: expected a file or a directory.")
     if model not in (None, source.name):
@@ -96,3 +94,14 @@ def check_kind(source: Source, kind: str) -> None:
     remedy = f"{verbs} {TRAIN}" if kind == "sequence" else verbs
     model = f"{'an' if actual == 'image' else 'a'} {actual} model"
     raise LongscanError(f"{source.path} is a {source.name}, {model}; expected {expected}. {remedy}")
+
+
+def _open_file(path: Path, model: str | None) -> Source:
+    """Return what a file holds; the readers are imported for a file only."""
+    if path.suffix == ".gguf":
+        from longscan.checkpoints.gguf.model import GGUFFile
+
+        return GGUFFile(path)
+    from longscan.checkpoints.bare import BareFile
+
+    return BareFile(path, model)

@@ -6,16 +6,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from longscan.core.config import count
 from longscan.core.files import utf8
-from longscan.data.documents import JSONL
-from longscan.data.sentence_pairs import read_lines
-from longscan.data.text_files import OPENERS
 from longscan.errors import LongscanError
-from longscan.tokenizers.wordpiece import Framed
+
+if TYPE_CHECKING:
+    from longscan.tokenizers.wordpiece import Framed
 
 __all__ = ["read_prompts", "read_stdin", "warn_of_cut"]
 
@@ -34,12 +34,15 @@ def read_prompts(path: Path) -> list[str]:
         LongscanError: a line is not of this form, or there is none.
         OSError: it can't be read.
     """
+    from longscan.data.documents import JSONL  # not for prompts that are arguments
+    from longscan.data.sentence_pairs import read_lines
+    from longscan.data.text_files import text_kind
+
     lines = [(number, line.removesuffix("\r")) for number, line in enumerate(read_lines(path), 1)]
     lines = [(number, line) for number, line in lines if line.strip()]
     if not lines:
         raise LongscanError(f"{path}: expected one prompt per line, got none.")
-    name = path.stem if path.suffix in OPENERS else path.name
-    if Path(name).suffix.lower() not in JSONL:
+    if text_kind(path) not in JSONL:
         return [line for _, line in lines]
     prompts = []
     for number, line in lines:

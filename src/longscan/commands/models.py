@@ -13,7 +13,8 @@ import typer
 from longscan.commands._options import Json
 from longscan.core.config import nearest
 from longscan.errors import UsageError
-from longscan.models import LINEAGE, LanguageModel, ModelEntry, neural_ode, preset_owner
+from longscan.models import MODELS as LINE
+from longscan.models import LanguageModel, ModelEntry, neural_ode, preset_owner
 from longscan.models.common.vision import VisionModel
 from longscan.models.sequence_classifier import SequenceConfig, SequenceModel
 
@@ -31,7 +32,7 @@ class NeuralODE(SequenceModel):
         super().__init__(SequenceConfig(body="neural_ode", body_config=config, n_outputs=1, d_input=1))
 
 
-# no language model, as its inputs have times; hence not in LINEAGE
+# no language model, as its inputs have times; hence not in the registry
 ASIDE = ModelEntry(
     name="neural_ode",
     kind="language",
@@ -45,7 +46,7 @@ ASIDE = ModelEntry(
     presets=neural_ode.PRESETS,
     verbs=("classify",),
 )
-MODELS = {entry.name: entry for entry in sorted([*LINEAGE, ASIDE], key=lambda entry: entry.year)}
+MODELS = {entry.name: entry for entry in sorted([*LINE.values(), ASIDE], key=lambda entry: entry.year)}
 
 
 def command(

@@ -1,62 +1,52 @@
 """The line of models: one line a paper, oldest first.
 
-The entry of a model stands in its file; here it is put in its place. What walks the registry (`longscan
-models`, `train`, the tests) knows a new model from its line.
+The entry of a model stands in its file, which has the model's name and is imported when the entry is first
+looked up. What walks the registry (`longscan models`, `train`, the tests) knows a new model from its line.
 """
 
 from __future__ import annotations
 
-from longscan.models import (
-    bahdanau,
-    bert,
-    cnn,
-    gau,
-    h3,
-    hippo,
-    hyena,
-    linear_attention,
-    llama,
-    lssl,
-    lstm,
-    luong,
-    mamba,
-    s4,
-    s4d,
-    seq2seq,
-    transformer,
-    videomamba,
-    vim,
-    vmamba,
-)
+import importlib
+from collections.abc import Mapping
+from functools import partial
+from typing import cast
+
+from longscan.core.lazy import LazyMapping
 from longscan.models.common.entry import ModelEntry
 from longscan.models.common.model import Model
 
-__all__ = ["LINEAGE", "MODELS", "entry_of", "preset_owner"]
+__all__ = ["MODELS", "entry_of", "preset_owner"]
 
-LINEAGE: tuple[ModelEntry, ...] = (
-    lstm.ENTRY,
-    seq2seq.ENTRY,
-    bahdanau.ENTRY,
-    luong.ENTRY,
-    transformer.ENTRY,
-    cnn.ENTRY,
-    bert.ENTRY,
-    linear_attention.ENTRY,
-    hippo.ENTRY,
-    lssl.ENTRY,
-    s4.ENTRY,
-    gau.ENTRY,
-    s4d.ENTRY,
-    h3.ENTRY,
-    hyena.ENTRY,
-    llama.ENTRY,
-    mamba.ENTRY,
-    vim.ENTRY,
-    vmamba.ENTRY,
-    videomamba.ENTRY,
+NAMES = (
+    "lstm",
+    "seq2seq",
+    "bahdanau",
+    "luong",
+    "transformer",
+    "cnn",
+    "bert",
+    "linear_attention",
+    "hippo",
+    "lssl",
+    "s4",
+    "gau",
+    "s4d",
+    "h3",
+    "hyena",
+    "llama",
+    "mamba",
+    "vim",
+    "vmamba",
+    "videomamba",
 )
 
-MODELS: dict[str, ModelEntry] = {entry.name: entry for entry in LINEAGE}
+
+def _entry(name: str) -> ModelEntry:
+    """Import a model's file and return its entry."""
+    return cast(ModelEntry, importlib.import_module(f"longscan.models.{name}").ENTRY)
+
+
+MODELS: Mapping[str, ModelEntry] = LazyMapping({name: partial(_entry, name) for name in NAMES})
 
 
 def entry_of(model: Model) -> ModelEntry:
@@ -68,10 +58,10 @@ def entry_of(model: Model) -> ModelEntry:
     Raises:
         LookupError: of none.
     """
-    for entry in LINEAGE:
-        if entry.cls is type(model):
-            return entry
-    raise LookupError(f"{type(model).__name__} is not in LINEAGE")
+    name = type(model).__module__.rpartition(".")[2]
+    if name in MODELS and MODELS[name].cls is type(model):
+        return MODELS[name]
+    raise LookupError(f"{type(model).__name__} is not in MODELS")
 
 
 def preset_owner(name: str) -> str | None:
@@ -80,5 +70,7 @@ def preset_owner(name: str) -> str | None:
     Args:
         name: of the preset.
     """
-    owners = [entry.name for entry in LINEAGE if name in entry.presets]
-    return owners[0] if len(owners) == 1 and name not in MODELS else None
+    if name in MODELS:
+        return None
+    owners = [entry.name for entry in MODELS.values() if name in entry.presets]
+    return owners[0] if len(owners) == 1 else None

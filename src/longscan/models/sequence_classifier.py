@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from longscan import ops
 from longscan.core.config import Config, nearest
 from longscan.errors import LongscanError
-from longscan.models import LINEAGE, LanguageModel, LanguageModelConfig, Model, neural_ode
+from longscan.models import MODELS, LanguageModel, LanguageModelConfig, Model, neural_ode
 from longscan.models.common.layers import RMSNorm, blank, linear
 from longscan.models.common.mixer import Block, Blocks, Mixer
 
@@ -49,7 +49,7 @@ BODIES: dict[str, Body] = {
         entry.presets,
         cast(type[LanguageModel], entry.cls).blocks,
     )
-    for entry in LINEAGE
+    for entry in MODELS.values()
     if entry.kind == "language"
 } | {
     "neural_ode": Body(neural_ode.NeuralODEConfig, neural_ode.PRESETS, neural_ode.blocks, timed=True),

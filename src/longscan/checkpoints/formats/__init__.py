@@ -9,27 +9,20 @@ such a file is float32.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from functools import partial
+from typing import Any, Literal, TypeAlias, cast
 
-from longscan.checkpoints.formats import (
-    bert,
-    llama,
-    mamba,
-    official,
-    sequence_classifier,
-    videomamba,
-    vim,
-    vmamba,
-)
+from longscan.checkpoints.formats import official
 from longscan.checkpoints.formats.base import QUANTIZATION, BareFormat, Format
 from longscan.checkpoints.formats.own import own
 from longscan.checkpoints.formats.sequence_classifier import MODEL_TYPE as SEQUENCE
 from longscan.core.config import Config, nearest
+from longscan.core.lazy import LazyMapping
 from longscan.errors import LongscanError
 from longscan.models import MODELS, Model, ModelKind, entry_of
 from longscan.models.common.quantization import KINDS
-from longscan.models.sequence_classifier import SequenceModel
 from longscan.ops import Kind
 
 __all__ = [
@@ -54,15 +47,30 @@ METHOD, VERSION = "longscan", 1  # of quantised weights: the quant_method by whi
 # models of others whose names resemble ours
 OTHERS = ("mamba2", "falcon_mamba", "llama4", "llama4_text", "mllama", "roberta", "distilbert", "albert")
 
+
+def _format(name: str) -> Format:
+    """Import the published layout of a model."""
+    return cast(Format, importlib.import_module(f"{__name__}.{name}").FORMAT)
+
+
+def _bare(name: str) -> BareFormat:
+    """Import the layout of a model whose authors publish a file of tensors alone."""
+    return cast(BareFormat, importlib.import_module(f"{__name__}.{name}").BARE)
+
+
 #: by the name of the model, as config.json has it
-FORMATS: dict[str, Format] = {
-    **{name: own(name) for name in MODELS},
-    **{"bert": bert.FORMAT, "llama": llama.FORMAT, "mamba": mamba.FORMAT},
-    SEQUENCE: sequence_classifier.FORMAT,
-}
+FORMATS: Mapping[str, Format] = LazyMapping(
+    {
+        **{name: partial(own, name) for name in MODELS},
+        **{name: partial(_format, name) for name in ("bert", "llama", "mamba")},
+        SEQUENCE: partial(_format, "sequence_classifier"),
+    }
+)
 OFFICIAL = official.FORMAT
-#: models whose authors publish a file of tensors alone
-BARE: tuple[BareFormat, ...] = (vmamba.BARE, vim.BARE, videomamba.BARE)
+#: by the name of the model, in the order in which they are tried
+BARE: Mapping[str, BareFormat] = LazyMapping(
+    {name: partial(_bare, name) for name in ("vmamba", "vim", "videomamba")}
+)
 
 
 def find_format(raw: Mapping[str, Any]) -> tuple[str, Format]:
@@ -156,7 +164,7 @@ def config_fields(model: Model, layout: Format, dtype: str, kind: Kind | None = 
         kind: the format of the matrices, if they are quantised.
     """
     fields = layout.write(model.config)
-    if layout is OFFICIAL or isinstance(model, SequenceModel):  # they have no such fields
+    if layout is OFFICIAL or name_of_model(model) == SEQUENCE:  # they have no such fields
         return fields
     stored = {QUANTIZATION: {"quant_method": METHOD, "format": kind, "version": VERSION}} if kind else {}
     return {**fields, "dtype": dtype, **stored}
@@ -168,6 +176,8 @@ def name_of_model(model: Model) -> str:
     Args:
         model: of a class that is there.
     """
+    from longscan.models.sequence_classifier import SequenceModel  # imports all language models
+
     return SEQUENCE if isinstance(model, SequenceModel) else entry_of(model).name
 
 

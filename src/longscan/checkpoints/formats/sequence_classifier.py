@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longscan.checkpoints.formats.base import Format
 from longscan.core.files import read_json
 from longscan.errors import LongscanError
-from longscan.models.sequence_classifier import SequenceConfig
+
+if TYPE_CHECKING:
+    from longscan.models.sequence_classifier import SequenceConfig
 
 __all__ = ["EXPECTED", "FORMAT", "MODEL_TYPE", "TRAIN", "is_sequence_model"]
 
@@ -31,6 +33,8 @@ def is_sequence_model(directory: str | Path) -> bool:
 
 def _read(raw: Mapping[str, Any], tokenizer_size: int | None) -> SequenceConfig:
     """Return the Config, of this version only."""
+    from longscan.models.sequence_classifier import SequenceConfig  # imports all language models
+
     if raw.get(KEY) != VERSION:
         raise LongscanError(f"expected {EXPECTED}, got {MODEL_TYPE!r} of {raw.get(KEY)!r}. {TRAIN}")
     fields = {name: value for name, value in raw.items() if name not in ("model_type", KEY)}
