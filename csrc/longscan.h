@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-enum { LS_ABI_VERSION = 4, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_ORDER = 4096, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
+enum { LS_ABI_VERSION = 5, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_ORDER = 4096, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
 enum { LS_ACTIVATIONS = 256 };  // activations that share a scale when they are rounded to 16 bits
 
 // torch's thread pool: run task(begin, end, context) over pieces of [begin, end). Null means one thread.
@@ -31,7 +31,7 @@ typedef struct {
   int64_t B_stride_group, C_stride_group;
   const float *A, *D, *dt_bias, *initial_state;
   const int32_t *seq_idx;  // (batch, seq_len) contiguous
-  float *y, *final_state;  // final_state may be initial_state: then the state advances in place
+  float *y, *final_state;  // final_state may be initial_state: then the state advances in place; y: see path
   float *boundaries;       // (tiles, batch, padded channels, d_state): states before each tile, in the kernel's order
   // backward only
   ls_rows dy;
@@ -39,7 +39,8 @@ typedef struct {
   float *du, *ddt, *dA, *dB, *dC, *dD, *dz, *ddt_bias, *dinitial_state;
   float *workspace;  // ls_scan_workspace(...) floats
   // scans along paths, one a group; see src/longscan/ops/path_scan.py. Without seq_idx; B and C vary in time.
-  const int32_t *path;  // (n_groups, seq_len) the position of each step, a permutation; null: t itself
+  const int32_t *path;  // (n_groups, seq_len) the position of each step, a permutation; null: t itself. y is the sum
+                        // over the paths, (batch, seq_len, d_inner / n_groups)
   int64_t shared;       // whether u and dy have the d_inner / n_groups channels of one group: bits 1 and 2
   int64_t dt_stride_group;  // between the channels of two groups of dt
 } ls_scan;

@@ -20,17 +20,18 @@ constexpr float LN2 = 0.693147180559945309f;
 // Where a unit works.
 struct Unit {
   int64_t b, group, first, channels, index;  // batch row, B/C group, first channel, channel count, unit of this row
+  int64_t inside;                            // the first channel in its group
   int64_t first_u, first_dy, first_dt;       // the first channel in u, in dy and in dt
   const int32_t *path;                       // of the group, or null
   int64_t boundary;                          // first float of this unit inside a row of the boundaries
   int blocks;
-  Unit(const ls_scan *a, int64_t i) {
-    const int64_t per_group = a->d_inner / a->n_groups, size = ls_unit_channels(a->batch, per_group);
-    const int64_t units = ls_ceil(per_group, size);
+  Unit(const ls_scan *a, int64_t i) : Unit(a, i, ls_unit_channels(a->batch, a->d_inner / a->n_groups)) {}
+  Unit(const ls_scan *a, int64_t i, int64_t size) {
+    const int64_t per_group = a->d_inner / a->n_groups, units = ls_ceil(per_group, size);
     b = i / (a->n_groups * units);
     index = i % (a->n_groups * units);
     group = index / units;
-    const int64_t inside = index % units * size;
+    inside = index % units * size;
     first = group * per_group + inside;
     channels = per_group - inside < size ? per_group - inside : size;
     first_u = a->shared & 1 ? inside : first;
@@ -45,6 +46,12 @@ struct Unit {
 int64_t unit_count(const ls_scan *a) {
   const int64_t per_group = a->d_inner / a->n_groups;
   return a->batch * a->n_groups * ls_ceil(per_group, ls_unit_channels(a->batch, per_group));
+}
+
+// The sum over paths is a unit's own: all paths of some channels, few of them, so that there is work for many threads.
+int64_t path_channels(const ls_scan *a) {
+  const int64_t per_group = a->d_inner / a->n_groups;
+  return a->batch * per_group < 1024 ? 16 : ls_unit_channels(a->batch, per_group);
 }
 
 int64_t padded_channels(const ls_scan *a) {
@@ -163,6 +170,13 @@ struct Ahead {
     const ls_rows m = {contiguous, a->seq_len * a->d_inner, a->d_inner};
     add(a, m, unit, t0, k);
   }
+  void add_sum(const ls_scan *a, const Unit &unit, int64_t t0, int k) {  // y of paths
+    if (t0 >= a->seq_len) return;
+    stride[count] = a->d_inner / a->n_groups;
+    rows[count] = a->y + unit.b * a->seq_len * stride[count] + unit.inside + (int64_t)k * W;
+    path[count] = unit.path + t0;
+    steps[count++] = (int)(a->seq_len - t0 < T ? a->seq_len - t0 : T);
+  }
   template <int MODE>
   inline __attribute__((always_inline)) void step(int t) const {
     for (int i = 0; i < count; ++i)
@@ -195,8 +209,7 @@ LS_INLINE void run_forward(Tile *tile, const Ahead *ahead, const Flags *flags, c
 }
 
 template <int MODE, bool BC, bool CC>
-void forward_unit(const ls_scan *a, int64_t index) {
-  const Unit unit(a, index);
+void forward_unit(const ls_scan *a, const Unit &unit) {
   const int64_t N = a->d_state;
   const int64_t states = unit.blocks * N;
   vec *A = LS_STACK(vec, states), *h = LS_STACK(vec, states);
@@ -234,7 +247,10 @@ void forward_unit(const ls_scan *a, int64_t index) {
       ahead.add(a, a->u, unit, next_t0, next_k);
       ahead.add(a, a->dt, unit, next_t0, next_k);
       ahead.add(a, a->z, unit, next_t0, next_k);
-      ahead.add(a, a->y, unit, next_t0, next_k);
+      if (MODE == PATH)
+        ahead.add_sum(a, unit, next_t0, next_k);
+      else
+        ahead.add(a, a->y, unit, next_t0, next_k);
       if (MODE == PACKED)
         for (int t = 0; t < steps; ++t)
           if (flags.padding[t]) tile.dt[t] = tile.x[t] = vec{};
@@ -247,7 +263,8 @@ void forward_unit(const ls_scan *a, int64_t index) {
                                     k * N + n);
       const int lanes = (int)(unit.channels - (int64_t)k * W);
       const int64_t c = unit.first + (int64_t)k * W;
-      float *y = a->y + (unit.b * a->seq_len + base) * a->d_inner + c;
+      const int64_t y_stride = MODE == PATH ? a->d_inner / a->n_groups : a->d_inner;
+      float *y = a->y + (unit.b * a->seq_len + base) * y_stride + (MODE == PATH ? unit.inside + (int64_t)k * W : c);
       const float *z = a->z.data ? a->z.data + unit.b * a->z.stride_batch + base * a->z.stride_time + c : nullptr;
       for (int t = 0; t < steps; ++t) {
         const int64_t row = row_of<MODE>(path, t);
@@ -257,7 +274,8 @@ void forward_unit(const ls_scan *a, int64_t index) {
           out = out * (zt * sigmoid(zt));
         }
         if (MODE == PACKED && flags.padding[t]) out = vec{};
-        store_n(y + row * a->d_inner, out, lanes);
+        if (MODE == PATH && unit.group) out += load_n(y + row * y_stride, lanes);
+        store_n(y + row * y_stride, out, lanes);
       }
     }
   }
@@ -552,28 +570,44 @@ void task(int64_t begin, int64_t end, void *context) {
     if (BACKWARD)
       backward_unit<MODE, BC, CC>((const ls_scan *)context, i);
     else
-      forward_unit<MODE, BC, CC>((const ls_scan *)context, i);
+      forward_unit<MODE, BC, CC>((const ls_scan *)context, Unit((const ls_scan *)context, i));
+}
+
+// Some channels along all paths, one after the other: y is the sum, in this order.
+void sum_task(int64_t begin, int64_t end, void *context) {
+  const ls_scan *a = (const ls_scan *)context;
+  const int64_t size = path_channels(a), units = ls_ceil(a->d_inner / a->n_groups, size);
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t group = 0; group < a->n_groups; ++group)
+      forward_unit<PATH, false, false>(a, Unit(a, (i / units * a->n_groups + group) * units + i % units, size));
 }
 
 template <bool BACKWARD>
 void run(const ls_scan *a) {
-  static const ls_task tasks[9] = {
+  static const ls_task tasks[8] = {
       task<PLAIN, false, false, BACKWARD>,  task<PLAIN, false, true, BACKWARD>,  task<PLAIN, true, false, BACKWARD>,
       task<PLAIN, true, true, BACKWARD>,    task<PACKED, false, false, BACKWARD>, task<PACKED, false, true, BACKWARD>,
-      task<PACKED, true, false, BACKWARD>,  task<PACKED, true, true, BACKWARD>,  task<PATH, false, false, BACKWARD>};
+      task<PACKED, true, false, BACKWARD>,  task<PACKED, true, true, BACKWARD>};
   const int variant = (a->seq_idx != nullptr) * 4 + (a->B.stride_time < 0) * 2 + (a->C.stride_time < 0);
-  ls_run(unit_count(a), tasks[a->path ? 8 : variant], (void *)a);
+  ls_run(unit_count(a), tasks[variant], (void *)a);
 }
 
 }  // namespace
 
 int32_t scan_forward(const ls_scan *a) {
-  run<false>(a);
+  const int64_t per_group = a->d_inner / a->n_groups;
+  if (a->path)
+    ls_run(a->batch * ls_ceil(per_group, path_channels(a)), sum_task, (void *)a);
+  else
+    run<false>(a);
   return 0;
 }
 
 int32_t scan_backward(const ls_scan *a) {
-  run<true>(a);
+  if (a->path)
+    ls_run(unit_count(a), task<PATH, false, false, true>, (void *)a);
+  else
+    run<true>(a);
   const Reduction reduction(a);
   ls_run(reduction.row_pieces + reduction.channel_pieces, reduce_task, (void *)&reduction);
   return 0;

@@ -316,7 +316,8 @@ class VMamba(VisionModel):
         if images.dim() != 4 or images.shape[1] != n_channels or 0 in images.shape:
             expected = f"(batch, {n_channels}, height, width)"
             raise ValueError(f"images: expected a non-empty {expected}, got {tuple(images.shape)}")
-        x = self.patch_embed(images.permute(0, 2, 3, 1))
+        # channels last in memory too, or the first norm would copy its map
+        x = self.patch_embed(images.permute(0, 2, 3, 1).contiguous())
         for stage in cast(dict[str, Stage], self.layers._modules).values():
             for block in stage.blocks:
                 x = self.run(block, x)

@@ -259,11 +259,11 @@ def _forward(*inputs):  # type: ignore[no-untyped-def]
     boundaries = u.new_zeros(_boundaries_shape(dt, A) if keep else (0,))
     _refuse(*tensors)
     layout, paths = _layout(tensors), paths.contiguous()
-    y, final_state = u.new_empty(dt.shape), u.new_empty(len(u), *A.shape)
+    y, final_state = u.new_empty(*dt.shape[:2], dt.shape[3]), u.new_empty(len(u), *A.shape)
     rest = (None, None, y, final_state, boundaries if keep else None)
     last = (paths.data_ptr(), int(u.dim() == 3), layout[1].stride(2))
     _native.call("ls_scan_forward", [*_fields(layout, rest), *[0] * 14, *last])
-    return y.sum(2), boundaries
+    return y, boundaries
 
 
 def _backward(*inputs):  # type: ignore[no-untyped-def]
