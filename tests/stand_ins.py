@@ -41,7 +41,13 @@ def watched(tokenizer: Tokenizer) -> tuple[Any, list[int]]:
 
 @contextmanager
 def ctrl_c(
-    name: Literal["stdout", "stderr"], text: str = "", *, at: int = 1, times: int = 1, terminal: bool = False
+    name: Literal["stdout", "stderr"],
+    text: str = "",
+    *,
+    at: int = 1,
+    times: int = 1,
+    terminal: bool = False,
+    number: signal.Signals = signal.SIGINT,
 ) -> Iterator[None]:
     """Press Ctrl-C once a command has written something to a stream: SIGINT, to this process.
 
@@ -51,6 +57,7 @@ def ctrl_c(
         at: the how-manieth write of that text.
         times: how often to press.
         terminal: whether the stream is a terminal.
+        number: another signal to send.
     """
     stream, seen = getattr(sys, name), 0
 
@@ -60,7 +67,7 @@ def ctrl_c(
         seen += text in written
         if text in written and seen == at:
             for _ in range(times):
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
         return n
 
     changed = {"write": write, **({"isatty": lambda: True} if terminal else {})}

@@ -18,7 +18,7 @@ from longscan.errors import LongscanError
 
 __all__ = ["AGAIN", "SETTINGS", "check_tensors", "read_tensors", "unpickle"]
 
-MAX_PICKLE = 2**26  # bytes of an archive's data.pkl, some hundred a tensor
+MAX_PICKLE = 2**23  # bytes of an archive's data.pkl, a hundred or two a tensor
 PLAIN = re.compile(  # what the pickle of dense tensors names
     r"collections\.OrderedDict|torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.(Size|\w+Storage)"
     r"|torch\.storage\.(Untyped|Typed)Storage|torch\.(float|bfloat|int|uint)\d+|torch\.bool"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeAlias, TypeVar
 
@@ -67,7 +66,7 @@ def run_command(
 
 
 def exit_stopped(result: RunResult, remedy: str) -> NoReturn:
-    """Print that a signal stopped a run, and exit: with 130 if it was SIGINT, else with 0.
+    """Print that a signal stopped a run, and exit as a shell reports it: 130 for SIGINT, 143 for SIGTERM.
 
     Args:
         result: of the run.
@@ -78,7 +77,8 @@ def exit_stopped(result: RunResult, remedy: str) -> NoReturn:
     """
     with contextlib.suppress(OSError):  # of a terminal that was closed
         typer.echo(f"stopped after step {result.step:,}; {remedy}", err=True)
-    raise typer.Exit(130 if result.stopped_by == signal.SIGINT else 0)
+    assert result.stopped_by is not None
+    raise typer.Exit(128 + result.stopped_by)
 
 
 def finished(result: RunResult, measured: str, example: str) -> None:
