@@ -15,6 +15,7 @@ import importlib.util
 import os
 import statistics
 import sys
+import tempfile
 import time
 import types
 import warnings
@@ -268,34 +269,29 @@ def test_our_models_are_the_authors(case: str, way: Way, tmp_path: Path) -> None
     assert max(far.values()) < TOLERANCE, max(far.items(), key=lambda item: item[1])
 
 
-def times() -> None:
-    """Print seconds of a forward pass: by torch's loops, by the drop-in, and of our models."""
-    import tempfile
-
+def times(n: int = 5) -> None:
+    """Print the median seconds of a forward pass: by torch's loops, by the drop-in, and of our models."""
     torch.manual_seed(0)
-    print(f"seconds, {torch.get_num_threads()} threads")
+    print(f"seconds, {torch.get_num_threads()} threads, median of {n} in turns")
     print(f"{'':14} {'torch loop':>11} {'drop-in':>9} {'longscan':>9}")
     for name, (model, shape, arguments) in PUBLISHED.items():
-        images, seconds = torch.randn(shape), list[float]()
+        images, taken = torch.randn(shape), list[tuple[float, ...]]()
         with drop_in(), torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
             theirs = authors_class(model)(num_classes=1000, **arguments).eval()
             ours = ours_of(theirs, model, Path(folder), shape)
-            ways: tuple[Way, ...] = ("torch loop", "drop-in")
-            for way in ways:
-                with run_by(way):
-                    seconds.append(_median(theirs, images))
-            seconds.append(_median(ours, images))
-        print(f"{name:14} {seconds[0]:11.3f} {seconds[1]:9.3f} {seconds[2]:9.3f}")
+            for _ in range(n + 1):
+                with run_by("torch loop"):
+                    loop = _seconds(theirs, images)
+                with run_by("drop-in"):
+                    taken.append((loop, _seconds(theirs, images), _seconds(ours, images)))
+        medians = map(statistics.median, zip(*taken[1:], strict=True))  # the first ones warm up
+        print(f"{name:14} {next(medians):11.3f} {next(medians):9.3f} {next(medians):9.3f}", flush=True)
 
 
-def _median(net: nn.Module, images: Tensor, n: int = 5) -> float:
+def _seconds(net: nn.Module, images: Tensor) -> float:
+    begin = time.perf_counter()
     net(images)
-    taken = []
-    for _ in range(n):
-        begin = time.perf_counter()
-        net(images)
-        taken.append(time.perf_counter() - begin)
-    return statistics.median(taken)
+    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":
