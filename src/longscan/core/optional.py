@@ -18,6 +18,7 @@ EXTRAS = {
     "matplotlib": ("matplotlib", "plot"),
     "sacrebleu": ("sacrebleu", "translate"),
     "gguf": ("gguf", "gguf"),
+    "av": ("av", "video"),
     "scikit-learn": ("sklearn", "baseline"),
     "torchdiffeq": ("torchdiffeq", "ode"),
     "transformers": ("transformers", "peers"),

@@ -3,8 +3,8 @@
 The stream of (seed, number) is the sequence of 64-bit words that the counter-based generator Philox 4x64-10
 (Salmon et al. 2011) yields for the key (seed, number), from counter 1 on. NumPy guarantees these raw words
 across versions, but not the results of `Generator.permutation` or `uniform`, so those are defined here.
-Numbers from 0 are epochs, those from IMAGES the images of each epoch, those from STEPS steps, and HELD_OUT is
-for the train-validation split.
+Numbers from 0 are epochs, those from IMAGES the images of each epoch, those from STEPS steps, those from CLIPS
+the clips of each epoch, and HELD_OUT is for the train-validation split.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import numpy.typing as npt
 from longscan.core.checks import check_range
 from longscan.errors import UsageError
 
-__all__ = ["HELD_OUT", "STEPS", "VERSION", "EpochOrder", "RandomStream", "image_stream"]
+__all__ = ["HELD_OUT", "STEPS", "VERSION", "EpochOrder", "RandomStream", "clip_stream", "image_stream"]
 
 VERSION = 2  # of the data order; 2 changed sentence pairs and masked pairs
 IMAGES = 2**62
 STEPS = 2**63
+CLIPS = 2**63 + 2**62
 HELD_OUT = 2**64 - 1
 
 T = TypeVar("T")
@@ -80,6 +81,17 @@ def image_stream(seed: int, epoch: int, index: int) -> RandomStream:
         index: of the image, from 0, below 2**32.
     """
     return RandomStream(seed, IMAGES + (epoch << 32) + index)
+
+
+def clip_stream(seed: int, epoch: int, index: int) -> RandomStream:
+    """Return the stream that chooses the frames of a clip, whose augmentation has its `image_stream`.
+
+    Args:
+        seed: of the run.
+        epoch: from 0, below 2**30 - 1.
+        index: of the clip, from 0, below 2**32.
+    """
+    return RandomStream(seed, CLIPS + (epoch << 32) + index)
 
 
 class EpochOrder(Generic[T]):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bz2
 import contextlib
 import gzip
+import io
 import lzma
 import tarfile
 import zipfile
@@ -52,17 +53,18 @@ def has_suffix(path: Path | str, *suffixes: str) -> bool:
     return str(path).lower().endswith(suffixes)
 
 
-def check_expansion(path: Path, size: int) -> None:
+def check_expansion(path: Path | str, size: int, own: int | None = None) -> None:
     """Raise LongscanError if a small file would expand to a lot of memory.
 
     Args:
         path: the file, compressed or not.
         size: bytes that it expands to.
+        own: bytes that it has; None: those of the file.
 
     Raises:
         LongscanError: more than 64 MB, and more than 100 times the file's own size.
     """
-    own = path.stat().st_size
+    own = Path(path).stat().st_size if own is None else own
     if size > FREE and size > RATIO * own:
         raise LongscanError(
             f"{path}: expected at most {RATIO} times its {own:,} bytes, it claims {size:,} or more. "
@@ -168,11 +170,12 @@ def iter_tar(path: Path, include: Callable[[str], bool]) -> Iterator[tuple[str, 
                 )
 
 
-def read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
+def read_npz(source: Path | bytes, name: Path | str = "") -> dict[str, npt.NDArray[Any]]:
     """Read an .npz file of plain arrays, checksums included.
 
     Args:
-        path: the file.
+        source: the file, or its content.
+        name: of it, for messages; that of the file if empty.
 
     Returns:
         The arrays by name.
@@ -182,8 +185,10 @@ def read_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
         OSError: it can't be read.
     """
     arrays = {}
-    with foreign(path, "no .npz file of plain arrays"), zipfile.ZipFile(path) as archive:
-        check_expansion(path, sum(info.file_size for info in archive.infolist()))
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    own = len(source) if isinstance(source, bytes) else source.stat().st_size
+    with foreign(name or str(source), "no .npz file of plain arrays"), zipfile.ZipFile(file) as archive:
+        check_expansion(name or str(source), sum(info.file_size for info in archive.infolist()), own)
         for info in archive.infolist():
             with archive.open(info) as member:
                 arrays[info.filename.removesuffix(".npy")] = np.lib.format.read_array(

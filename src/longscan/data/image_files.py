@@ -6,7 +6,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -18,12 +18,24 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from longscan.data.archives import foreign, has_suffix, is_hidden
 from longscan.errors import LongscanError
 
-__all__ = ["SUFFIXES", "from_array", "image_paths", "is_animated", "is_image", "read_image"]
+__all__ = [
+    "SUFFIXES",
+    "count_frames",
+    "file_paths",
+    "from_array",
+    "image_paths",
+    "is_animated",
+    "is_image",
+    "open_stream",
+    "read_frames",
+    "read_image",
+]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 # no others are tried: some of Pillow's formats start programs
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 MAX_PIXELS = 2**27  # of an image; 400 MB once decoded
+MAX_FRAME = 2**25  # of a frame of an animation
 NO_IMAGE = f"no image ({', '.join(FORMATS)})"
 
 
@@ -37,10 +49,16 @@ def is_image(name: str | Path) -> bool:
 
 
 def image_paths(folder: Path) -> list[str]:
-    """Return the image files below a folder, sorted; links are followed, but no folder twice.
+    """Return the image files below a folder; see `file_paths`."""
+    return file_paths(folder, is_image)
+
+
+def file_paths(folder: Path, include: Callable[[str], bool]) -> list[str]:
+    """Return files below a folder, sorted; links are followed, but no folder twice.
 
     Args:
         folder: the folder.
+        include: whether a file of this name counts.
 
     Returns:
         Their paths relative to it, with "/".
@@ -58,7 +76,7 @@ def image_paths(folder: Path) -> list[str]:
                 new.append(name)
         folders[:] = new
         base = Path(where).relative_to(folder)
-        names += [(base / name).as_posix() for name in files if is_image(name)]
+        names += [(base / name).as_posix() for name in files if include(name)]
     return sorted(names)
 
 
@@ -86,6 +104,48 @@ def read_image(source: Path | bytes, name: str, channels: int) -> Image.Image:
         return _convert(upright, name, channels)
 
 
+def count_frames(source: Path | bytes, name: str) -> int:
+    """Return the number of frames of an animation, 1 for a still image; the pixels are not decoded.
+
+    Args:
+        source: see `read_image`.
+        name: likewise.
+
+    Raises:
+        LongscanError: see `is_animated`; or the frames of an animation have too many pixels.
+    """
+    with _opened(source, name) as image, foreign(name, NO_IMAGE):
+        n = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
+        if n > 1 and image.width * image.height > MAX_FRAME:
+            raise LongscanError(
+                f"{name}: expected frames of at most {MAX_FRAME:,} pixels, got {image.width:,} × "
+                f"{image.height:,}. Make it smaller."
+            )
+        return n
+
+
+def read_frames(
+    source: Path | bytes, name: str, positions: Sequence[int], channels: int
+) -> Iterator[Image.Image]:
+    """Yield frames of an animation; see `read_image`.
+
+    Args:
+        source: see `read_image`.
+        name: likewise.
+        positions: of the frames, ascending.
+        channels: see `read_image`.
+
+    Raises:
+        LongscanError: likewise.
+    """
+    with _opened(source, name) as image:
+        for position in positions:
+            with foreign(name, NO_IMAGE):
+                image.seek(position)
+                image.load()
+            yield _convert(image.copy(), name, channels)
+
+
 def is_animated(source: Path | bytes, name: str) -> bool:
     """Return whether an image has several frames or pages; the pixels are not decoded.
 
@@ -111,15 +171,28 @@ def from_array(pixels: npt.NDArray[np.uint8], channels: int) -> Image.Image:
     return _convert(Image.fromarray(np.ascontiguousarray(flat)), "array", channels)
 
 
+def open_stream(path: Path, name: str) -> BinaryIO:
+    """Return an open file.
+
+    Args:
+        path: of it.
+        name: of it, for messages.
+
+    Raises:
+        LongscanError: it can't be read, or is no regular file.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would never end
+            raise LongscanError(f"{name}: expected a file.")
+        return open(path, "rb")
+    except OSError as error:
+        raise LongscanError(f"{name}: {error.strerror}.") from error
+
+
 @contextmanager
 def _opened(source: Path | bytes, name: str) -> Iterator[Image.Image]:
     """Yield an image whose pixels are not decoded yet."""
-    try:
-        if isinstance(source, Path) and not stat.S_ISREG(source.stat().st_mode):  # a pipe would never end
-            raise LongscanError(f"{name}: expected a file.")
-        stream: BinaryIO = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise LongscanError(f"{name}: {error.strerror}.") from error
+    stream: BinaryIO = io.BytesIO(source) if isinstance(source, bytes) else open_stream(source, name)
     with stream, warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"

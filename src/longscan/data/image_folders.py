@@ -1,20 +1,22 @@
-"""Image files in a folder for each class, on the disk or in an archive: their names and classes."""
+"""Image files, or clips, in a folder for each class, on the disk or in an archive: names and classes."""
 
 from __future__ import annotations
 
 import hashlib
 import stat
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from longscan.core.files import utf8
-from longscan.data.archives import check_expansion, foreign, has_suffix, iter_tar
-from longscan.data.image_files import SUFFIXES, image_paths, is_image
+from longscan.data.archives import check_expansion, foreign, has_suffix, is_hidden, iter_tar
+from longscan.data.image_files import SUFFIXES, file_paths, is_animated, is_image
+from longscan.data.video_files import SUFFIXES as VIDEOS
+from longscan.data.videos import NPZ, is_clip_file, natural
 from longscan.errors import LongscanError
 
-__all__ = ["ARCHIVES", "ImageFiles", "image_files"]
+__all__ = ["ARCHIVES", "ImageFiles", "group_clips", "image_files", "is_part"]
 
 ZIP = ".zip"
 ARCHIVES = (ZIP, ".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2")
@@ -24,14 +26,15 @@ ANY_SPLIT = {name for names in SPLITS.values() for name in names}
 
 
 class ImageFiles(NamedTuple):
-    """Image files with classes.
+    """Image files or clips with classes.
 
     Attributes:
-        names: of the files, relative to the folder.
+        names: of the files, relative to the folder; of a clip of image files, that of its folder.
         truth: class indices.
         labels: names of the classes.
         get: name -> the file, or its content.
-        content: a hash of the content of an archive, "" of a folder.
+        content: a hash of the content of an archive, "" of a folder; of clips also of the names of their frames.
+        frames: name -> the image files of a clip; of the clips that are folders.
     """
 
     names: list[str]
@@ -39,47 +42,94 @@ class ImageFiles(NamedTuple):
     labels: tuple[str, ...]
     get: Callable[[str], Path | bytes]
     content: str = ""
+    frames: Mapping[str, Sequence[str]] = {}
 
 
-def image_files(path: Path, split: str) -> ImageFiles:
-    """Return the image files below a folder or in an archive; nothing is decoded.
+def is_part(name: str) -> bool:
+    """Return whether a name is that of a clip's file, or of an image file, which may be a frame."""
+    return is_image(name) or (is_clip_file(name) and not is_hidden(name))
+
+
+def group_clips(
+    names: Iterable[str], get: Callable[[str], Path | bytes], root: Path
+) -> dict[str, Sequence[str]]:
+    """Return the clips among files: a video, an .npz file, an animated image, or a folder of still images.
+
+    Args:
+        names: of files, relative to the root; see `is_part`.
+        get: name -> the file, or its content.
+        root: the folder or archive, for messages.
+
+    Returns:
+        Name -> the image files of a folder, in their order; () for a file.
+
+    Raises:
+        LongscanError: an image file is none.
+    """
+    clips: dict[str, Sequence[str]] = {}
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        if is_clip_file(name):
+            clips[name] = ()
+        else:
+            folders.setdefault(str(PurePosixPath(name).parent), []).append(name)
+    for folder, files in folders.items():
+        files.sort(key=natural)
+        if is_animated(get(files[0]), str(root / files[0])):
+            clips |= dict.fromkeys(files, ())
+        else:
+            clips[folder] = files
+    return dict(sorted(clips.items()))
+
+
+def image_files(path: Path, split: str, *, clips: bool = False) -> ImageFiles:
+    """Return the image files below a folder or in an archive, or its clips; nothing is decoded.
 
     Args:
         path: a folder, which is read lazily, like a .zip; or a tar, which is read into memory.
         split: "train" or "test", if the folders of the classes are in folders of that name.
+        clips: whether clips are meant; see `group_clips`.
 
     Raises:
         LongscanError: there are no images, an image without class, a class without images; an archive is
             damaged, has links, or names that lead out of it.
         OSError: a folder can't be read.
     """
+    include = is_part if clips else is_image
     if path.is_dir():
-        names = image_paths(path)
-        return _classified(path, names, split, lambda name: path / name, lambda below: _folders(path / below))
+        names = file_paths(path, include)
+        found = ImageFiles(names, [], (), lambda name: path / name)
+        return _classified(path, found, split, lambda below: _folders(path / below), clips)
     if has_suffix(path, ZIP):
-        return _zip(path, split)
-    members = {_inside(path, name): content for name, content in iter_tar(path, is_image)}
+        return _zip(path, split, clips)
+    members = {_inside(path, name): content for name, content in iter_tar(path, include)}
     digest = hashlib.sha256()
     for name in sorted(members):
         digest.update(hashlib.sha256(members[name]).digest())
-    found = _classified(path, sorted(members), split, members.__getitem__, lambda below: ())
-    return found._replace(content=digest.hexdigest())
+    found = ImageFiles(sorted(members), [], (), members.__getitem__, digest.hexdigest())
+    return _classified(path, found, split, lambda below: (), clips)
 
 
 def _classified(
-    path: Path,
-    names: list[str],
-    split: str,
-    get: Callable[[str], Path | bytes],
-    folders: Callable[[str], Iterable[str]],
+    path: Path, found: ImageFiles, split: str, folders: Callable[[str], Iterable[str]], clips: bool
 ) -> ImageFiles:
-    """Return the files with their classes; `folders` names those directly below one."""
-    expected = f"({', '.join(SUFFIXES)})"
+    """Return the files of a split with their classes; `folders` names those directly below one."""
+    names, frames, what, expected = found.names, found.frames, "images", f"({', '.join(SUFFIXES)})"
+    if clips:
+        what, expected = "clips", f"(folders of frames, {', '.join((*VIDEOS, NPZ))}, animated images)"
     if not names:
-        raise LongscanError(f"{path}: expected images there {expected}, got none.")
+        raise LongscanError(f"{path}: expected {what} there {expected}, got none.")
+    if clips:
+        groups = group_clips(names, found.get, path)
+        names, frames = list(groups), {name: files for name, files in groups.items() if files}
     names, depth = _chosen(names, split)
     parts = [PurePosixPath(name).parts for name in names]
     loose = next((name for name, part in zip(names, parts, strict=True) if len(part) < depth + 2), None)
+    if loose in frames:
+        raise LongscanError(
+            f"{path}: {frames[loose][0]} is a still image in the folder of a class. Put the frames of each clip "
+            "into a folder of their own; for images leave out --frames."
+        )
     if loose is not None:
         raise LongscanError(f"{path}: {loose} has no class. Put it in the folder of its class.")
     labels = tuple(sorted({part[depth] for part in parts}))
@@ -87,9 +137,14 @@ def _classified(
         utf8(label.encode(errors="surrogateescape"), f"{path}: the name of the class folder {label!r}")
     for folder in folders("/".join(parts[0][:depth])):
         if folder not in labels:
-            raise LongscanError(f"{path}: the class folder {folder} has no images {expected}. Remove it.")
+            raise LongscanError(f"{path}: the class folder {folder} has no {what} {expected}. Remove it.")
     index = {label: number for number, label in enumerate(labels)}
-    return ImageFiles(names, [index[part[depth]] for part in parts], labels, get)
+    content = found.content
+    if frames := {name: frames[name] for name in names if name in frames}:
+        listed = "\0".join(f"{name}/{len(files)}" for name, files in frames.items())
+        content += hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()
+    truth = [index[part[depth]] for part in parts]
+    return found._replace(names=names, truth=truth, labels=labels, content=content, frames=frames)
 
 
 def _chosen(names: list[str], split: str) -> tuple[list[str], int]:
@@ -112,7 +167,7 @@ def _folders(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and entry.name[0] != ".")
 
 
-def _zip(path: Path, split: str) -> ImageFiles:
+def _zip(path: Path, split: str, clips: bool) -> ImageFiles:
     """Read the list of a .zip."""
     with foreign(path, "no .zip archive"):
         archive = zipfile.ZipFile(path)  # stays open: to list it again for each image takes long
@@ -125,7 +180,7 @@ def _zip(path: Path, split: str) -> ImageFiles:
             raise LongscanError(f"{path}: {info.filename} is a link. Pack what it points to.")
         if info.is_dir():
             folders.append(PurePosixPath(name))
-        elif is_image(name):
+        elif is_part(name) if clips else is_image(name):
             members[name] = info
     check_expansion(path, sum(info.file_size for info in members.values()))
 
@@ -137,8 +192,8 @@ def _zip(path: Path, split: str) -> ImageFiles:
         return [f.name for f in folders if f.parent == PurePosixPath(prefix) and f.name[0] != "."]
 
     sums = " ".join(f"{members[name].CRC:x}" for name in sorted(members))
-    found = _classified(path, sorted(members), split, get, below)
-    return found._replace(content=hashlib.sha256(sums.encode()).hexdigest())
+    content = hashlib.sha256(sums.encode()).hexdigest()
+    return _classified(path, ImageFiles(sorted(members), [], (), get, content), split, below, clips)
 
 
 def _inside(path: Path, name: str) -> str:

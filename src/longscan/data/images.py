@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,102 +16,23 @@ from longscan.data.archives import has_suffix, read_npz
 from longscan.data.image_files import from_array, is_animated, read_image
 from longscan.data.image_folders import ARCHIVES, ImageFiles, image_files
 from longscan.data.labeled_arrays import parse_labels
-from longscan.data.labeled_texts import Example, divide, number_labels
+from longscan.data.labelled import Labelled, join
 from longscan.errors import LongscanError, UsageError
 
-__all__ = ["Images", "read_images"]
+__all__ = ["Images", "class_names", "pixel_arrays", "read_images"]
 
 NPZ = ".npz"
+NAMES = ("labels", "classes", "label_names")  # what the array of the names of the classes may be called
 CHANNELS = (1, 3, 4)  # of arrays: greyscale, RGB, and RGB with alpha
 
 
 @dataclass(frozen=True, eq=False)
-class Images:
-    """Labelled images, decoded on demand.
-
-    Attributes:
-        decode: (index, channels) -> the image, for each of the stored ones.
-        index: (n,) int64, which of the stored images these are.
-        truth: (n,) int64 class indices.
-        labels: names of the classes.
-        names: of each stored image, for messages.
-        size: (height, width) of all, if they are arrays.
-        channels: 1 if all are greyscale arrays, else 3.
-        animated: names of those with several frames, of which the first counts; if they were checked.
-        content: a hash of all that is stored, of arrays and archives.
-    """
-
-    decode: Callable[[int, int], Image.Image]
-    index: npt.NDArray[np.int64]
-    truth: npt.NDArray[np.int64]
-    labels: tuple[str, ...]
-    names: Sequence[str]
-    size: tuple[int, int] | None = None
-    channels: int = 3
-    animated: tuple[str, ...] = ()
-    content: str = ""
-
-    def __len__(self) -> int:
-        return len(self.index)
+class Images(Labelled[Image.Image]):
+    """Labelled images, decoded on demand."""
 
     def image(self, number: int, channels: int | None = None) -> Image.Image:
-        """Return an image, of mode RGB or L.
-
-        Args:
-            number: its index, from 0.
-            channels: 3 or 1; `self.channels` if None.
-
-        Raises:
-            LongscanError: its file is damaged or has gone.
-        """
-        return self.decode(int(self.index[number]), channels or self.channels)
-
-    def name(self, number: int) -> str:
-        """Return the name of an image.
-
-        Args:
-            number: its index.
-        """
-        return self.names[int(self.index[number])]
-
-    def select(self, numbers: Iterable[int]) -> Self:
-        """Return some of the images.
-
-        Args:
-            numbers: their indices, in order.
-        """
-        chosen = np.fromiter(numbers, np.int64)
-        return replace(self, index=self.index[chosen], truth=self.truth[chosen])
-
-    def divide(self, share: float) -> tuple[Self, Self]:
-        """Return training and validation images, stratified by class; see `labeled_texts.divide`.
-
-        Args:
-            share: fraction of each class to hold out, rounded down.
-        """
-        examples = [Example(str(label), "", None, str(n)) for n, label in enumerate(self.truth)]
-        train, valid = divide(examples, share)
-        return self.select(int(e.where) for e in train), self.select(int(e.where) for e in valid)
-
-    def labelled(self, labels: Sequence[str]) -> Self:
-        """Return the images with the class indices of a model.
-
-        Args:
-            labels: of the model.
-
-        Raises:
-            LongscanError: a label was not in the training data.
-        """
-        examples = [Example(self.labels[label], "", None, self.name(n)) for n, label in enumerate(self.truth)]
-        return replace(self, truth=np.array(number_labels(examples, labels)), labels=tuple(labels))
-
-    def fingerprint(self) -> str:
-        """Return a hash of the names and labels, and of the content of arrays and archives, not of files."""
-        digest = hashlib.sha256("\0".join([self.content, *self.labels]).encode())
-        for number, label in enumerate(self.truth):
-            name = PurePosixPath(self.name(number)).name  # the folder may move
-            digest.update(f"{name}\0{label}\0".encode(errors="surrogateescape"))
-        return digest.hexdigest()
+        """Return an image; see `item`."""
+        return self.item(number, channels)
 
 
 def read_images(paths: Sequence[str | Path], *, split: str = "train", check: bool = False) -> Images:
@@ -138,29 +59,7 @@ def read_images(paths: Sequence[str | Path], *, split: str = "train", check: boo
     """
     if not paths:
         raise UsageError("nothing to read: name folders of images, a folder in each for every class.")
-    parts = [_read(Path(path), split, check) for path in paths]
-    names = {label for part in parts for label in part.labels}
-    labels = tuple(sorted(names, key=int if all(name.isdecimal() for name in names) else None))
-    parts = [part.labelled(labels) for part in parts]
-    if len(parts) == 1:
-        return parts[0]
-    sizes, starts = {part.size for part in parts}, np.cumsum([0, *(len(part) for part in parts)])
-
-    def decode(number: int, channels: int) -> Image.Image:
-        which = int(np.searchsorted(starts, number, side="right")) - 1
-        return parts[which].image(number - int(starts[which]), channels)
-
-    return Images(
-        decode=decode,
-        index=np.arange(starts[-1]),
-        truth=np.concatenate([part.truth for part in parts]),
-        labels=labels,
-        names=[part.name(number) for part in parts for number in range(len(part))],
-        size=sizes.pop() if len(sizes) == 1 else None,
-        channels=max(part.channels for part in parts),
-        animated=tuple(name for part in parts for name in part.animated),
-        content=" ".join(part.content for part in parts),
-    )
+    return join([_read(Path(path), split, check) for path in paths])
 
 
 def _read(path: Path, split: str, check: bool) -> Images:
@@ -199,29 +98,18 @@ def _files(path: Path, found: ImageFiles, check: bool) -> Images:
 # arrays
 
 
+def class_names(arrays: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[Any] | None:
+    """Return the array with the names of the classes, if there is one."""
+    return next((arrays[key] for key in NAMES if key in arrays), None)
+
+
 def _npz(path: Path, split: str) -> Images:
     """Read arrays, of pixels or of encoded images."""
     arrays = read_npz(path)
-    names = next((arrays[key] for key in ("labels", "classes", "label_names") if key in arrays), None)
+    names = class_names(arrays)
     if {f"{split}_jpeg", f"{split}_offsets", f"{split}_labels"} <= arrays.keys():
         return _encoded(path, arrays, split, names)
-    tail = "" if "x" in arrays else f"_{split}"
-    if f"x{tail}" not in arrays or f"y{tail}" not in arrays:
-        got = ", ".join(sorted(arrays)) or "nothing"
-        raise LongscanError(f"{path}: expected arrays x and y, or x_{split} and y_{split}; got {got}.")
-    x = arrays[f"x{tail}"]
-    if (
-        x.dtype != np.uint8
-        or x.ndim not in (3, 4)
-        or 0 in x.shape
-        or x.shape[3:] not in [(), *((c,) for c in CHANNELS)]
-    ):
-        raise LongscanError(
-            f"{path}: expected images x (n, height, width) or (n, height, width, channels) of bytes, with "
-            f"1, 3 or 4 channels; got {x.dtype} {x.shape}. If the channels come first: "
-            "x.transpose(0, 2, 3, 1)."
-        )
-    truth, labels = _truth(path, arrays[f"y{tail}"], len(x), names)
+    x, truth, labels = pixel_arrays(path, arrays, split, names)
     channels = 1 if x.shape[3:] in ((), (1,)) else 3
     full = [f"{path}:{number}" for number in range(len(x))]
     return Images(
@@ -234,6 +122,47 @@ def _npz(path: Path, split: str) -> Images:
         channels=channels,
         content=hashlib.sha256(np.ascontiguousarray(x).data).hexdigest(),
     )
+
+
+def pixel_arrays(
+    path: Path,
+    arrays: Mapping[str, npt.NDArray[Any]],
+    split: str,
+    names: npt.NDArray[Any] | None,
+    *,
+    clips: bool = False,
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], tuple[str, ...]]:
+    """Return pixels, class indices and names of classes in an .npz file of images, or of clips.
+
+    Args:
+        path: of the file, for messages.
+        arrays: what it holds.
+        split: which part is meant, if there are several.
+        names: of the classes, if the file has them.
+        clips: whether the pixels have an axis of frames.
+
+    Raises:
+        LongscanError: it holds something else.
+    """
+    tail = "" if "x" in arrays else f"_{split}"
+    if f"x{tail}" not in arrays or f"y{tail}" not in arrays:
+        got = ", ".join(sorted(arrays)) or "nothing"
+        raise LongscanError(f"{path}: expected arrays x and y, or x_{split} and y_{split}; got {got}.")
+    x, what = arrays[f"x{tail}"], "clips" if clips else "images"
+    axes, least = ("n, n_frames, height, width", 4) if clips else ("n, height, width", 3)
+    colours = [(), *((c,) for c in CHANNELS)]
+    if x.dtype != np.uint8 or x.ndim < least or 0 in x.shape or x.shape[least:] not in colours:
+        remedy = "If the channels come first: x.transpose(0, 2, 3, 1)."
+        if clips:
+            remedy = "For images leave out --frames."
+        elif x.dtype == np.uint8 and x.ndim == least + 2:
+            remedy = "For clips name the frames of the model's input, such as --frames 8."
+        raise LongscanError(
+            f"{path}: expected {what} x ({axes}) or ({axes}, channels) of bytes, with "
+            f"1, 3 or 4 channels; got {x.dtype} {x.shape}. {remedy}"
+        )
+    truth, labels = _truth(path, arrays[f"y{tail}"], len(x), names)
+    return x, truth, labels
 
 
 def _encoded(

@@ -1,16 +1,16 @@
-"""Top-1 and top-5 accuracy, losses and confusions of image classifiers."""
+"""Top-1 and top-5 accuracy, losses and confusions of classifiers of images or clips."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longscan.data.images import Images
+from longscan.data.labelled import Labelled
 from longscan.errors import LongscanError
 from longscan.evaluation.classification import Scores, score
 from longscan.inference.images import classify_images
@@ -19,6 +19,7 @@ from longscan.models.common.vision import VisionModel
 __all__ = ["TOP", "ImageScores", "match_labels", "measure_images"]
 
 TOP = 5
+L = TypeVar("L", bound=Labelled[Any])
 
 
 class ImageScores(NamedTuple):
@@ -39,8 +40,8 @@ class ImageScores(NamedTuple):
     confusion: Tensor
 
 
-def match_labels(data: Images, model: VisionModel) -> Images:
-    """Return images with the class indices of a model.
+def match_labels(data: L, model: VisionModel) -> L:
+    """Return images or clips with the class indices of a model.
 
     Args:
         data: with labels in any order.
@@ -60,13 +61,16 @@ def match_labels(data: Images, model: VisionModel) -> Images:
 
 
 def measure_images(
-    model: VisionModel, data: Images, batch_size: int = 32, stopped: Callable[[], bool] = lambda: False
+    model: VisionModel,
+    data: Labelled[Any],
+    batch_size: int = 32,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> ImageScores | None:
-    """Return the scores of a model on labelled images.
+    """Return the scores of a model on labelled images, or clips.
 
     Args:
         model: in any mode, which does not change.
-        data: at least one image, with the class indices of the model.
+        data: at least one, with the class indices of the model.
         batch_size: images per forward pass.
         stopped: asked after each batch, whether to stop.
 
@@ -77,7 +81,7 @@ def measure_images(
         LongscanError: an image can't be decoded.
     """
     batches = []
-    openers = (partial(data.image, number) for number in range(len(data)))
+    openers = (partial(data.item, number) for number in range(len(data)))
     for batch in classify_images(model, openers, batch_size):
         batches.append(batch)
         if stopped():

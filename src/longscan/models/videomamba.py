@@ -165,6 +165,24 @@ class VideoMamba(Vim):
         model.load_state_dict(weights)
         return model.to(self.device, self.dtype)
 
+    @torch.no_grad()
+    def resize_frames(self, n_frames: int) -> None:
+        """Adapt a video model to another number of frames, whose positions are interpolated.
+
+        Args:
+            n_frames: of the videos to come.
+
+        Raises:
+            LongscanError: this is an image model, or the number does not fit.
+        """
+        if not self.config.n_frames or not n_frames:
+            raise LongscanError("n_frames: expected a video model and frames; see `inflated` for images.")
+        config = self.config.replace(n_frames=n_frames)
+        grid = (n_frames // config.tubelet,)
+        resized = resize(self.temporal_pos_embedding.mT, grid, "linear").mT.contiguous()
+        self.temporal_pos_embedding = nn.Parameter(resized)
+        self.config = config
+
 
 def inflate(weight: Tensor, tubelet: int, mean: bool = False) -> Tensor:
     """Return the weights of tubelets, of those of patches.
