@@ -35,6 +35,7 @@ EXPERIMENTS = {
     "digits": "Spoken digits from raw samples, also at half the rate.",
     "vowels": "Speaker identification: twelve channels of Japanese vowels, also at half the rate.",
     "irregular": "The vowels with half of the steps dropped: a neural ODE on their times, and others.",
+    "video": "Clips whose label is the order of their frames: VideoMamba, the mean over single frames.",
     "hippo-ablation": "Images pixel by pixel: S4 initialised with HiPPO's matrix, or with a random one.",
 }
 

@@ -3,8 +3,8 @@
 The stream of (seed, number) is the sequence of 64-bit words that the counter-based generator Philox 4x64-10
 (Salmon et al. 2011) yields for the key (seed, number), from counter 1 on. NumPy guarantees these raw words
 across versions, but not the results of `Generator.permutation` or `uniform`, so those are defined here.
-Numbers from 0 are epochs, those from IMAGES the images of each epoch, those from STEPS steps, those from CLIPS
-the clips of each epoch, and HELD_OUT is for the train-validation split.
+Numbers from 0 are epochs, those from IMAGES the images of each epoch, those from STEPS steps, those from
+CLIPS the clips of each epoch, and HELD_OUT is for the train-validation split.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ def read_clips(paths: Sequence[str | Path], *, split: str = "train", check: bool
             folders with a folder for each class, nested as those of `read_images`. In them, a clip is a video
             file, an .npz file, an animated GIF, PNG or WebP, or a folder of still images, its frames;
             .zip and tar archives of such a folder;
-            .npz files of x, (n, n_frames, height, width) or (n, n_frames, height, width, channels) bytes, and y
-            and the rest as those of images.
+            .npz files of x, (n, n_frames, height, width) or (n, n_frames, height, width, channels) bytes,
+            and y and the rest as those of images.
         split: which part is meant, if there are several.
         check: whether to open each clip, so that what is none is noticed at once; .npz files are not read.
 
@@ -58,7 +58,9 @@ def _read(path: Path, split: str, check: bool) -> Clips:
         return _files(path, image_files(path, split, clips=True), check)
     if not path.exists():
         raise LongscanError(f"{path}: no such file or folder.")
-    raise LongscanError(f"{path}: expected a folder, .zip or tar with a folder for each class, or an .npz file.")
+    raise LongscanError(
+        f"{path}: expected a folder, .zip or tar with a folder for each class, or an .npz file."
+    )
 
 
 def _files(path: Path, found: ImageFiles, check: bool) -> Clips:
@@ -76,7 +78,9 @@ def _files(path: Path, found: ImageFiles, check: bool) -> Clips:
             decode(number, 3)
         else:
             check_clip(found.get(name), full[number])
-    return Clips(decode, np.arange(len(full)), np.array(found.truth), found.labels, full, content=found.content)
+    return Clips(
+        decode, np.arange(len(full)), np.array(found.truth), found.labels, full, content=found.content
+    )
 
 
 def _npz(path: Path, split: str) -> Clips:

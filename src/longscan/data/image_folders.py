@@ -33,7 +33,7 @@ class ImageFiles(NamedTuple):
         truth: class indices.
         labels: names of the classes.
         get: name -> the file, or its content.
-        content: a hash of the content of an archive, "" of a folder; of clips also of the names of their frames.
+        content: a hash of the content of an archive, "" of a folder; for clips, also of their lengths.
         frames: name -> the image files of a clip; of the clips that are folders.
     """
 
@@ -125,10 +125,10 @@ def _classified(
     names, depth = _chosen(names, split)
     parts = [PurePosixPath(name).parts for name in names]
     loose = next((name for name, part in zip(names, parts, strict=True) if len(part) < depth + 2), None)
-    if loose in frames:
+    if loose is not None and loose in frames:
         raise LongscanError(
-            f"{path}: {frames[loose][0]} is a still image in the folder of a class. Put the frames of each clip "
-            "into a folder of their own; for images leave out --frames."
+            f"{path}: {frames[loose][0]} is a still image and in no folder of frames. Put the frames of each "
+            "clip into a folder of its own, in that of its class; for images leave out --frames."
         )
     if loose is not None:
         raise LongscanError(f"{path}: {loose} has no class. Put it in the folder of its class.")

@@ -1,7 +1,7 @@
 """Frames of video files, decoded through PyAV: only those that are asked for, and never a whole film.
 
-A pass over the packets, which decodes nothing, lists the times of the frames and of the key frames. A frame is
-then decoded from the last key frame before it, or from the frame before, whichever is nearer.
+A pass over the packets, which decodes nothing, lists the times of the frames and of the key frames. A frame
+is then decoded from the last key frame before it, or from the frame decoded last, whichever is nearer.
 """
 
 from __future__ import annotations
@@ -27,8 +27,31 @@ AVI = ".avi"
 FORMATS = {".mp4": "mov", ".mov": "mov", ".m4v": "mov", ".webm": "matroska", ".mkv": "matroska", AVI: "avi"}
 SUFFIXES = tuple(FORMATS)
 CODECS = (
-    *("h264", "hevc", "av1", "libdav1d", "libaom-av1", "vp8", "libvpx", "vp9", "libvpx-vp9", "mpeg4", "msmpeg4"),
-    *("msmpeg4v2", "mpeg1video", "mpeg2video", "h263", "mjpeg", "ffv1", "huffyuv", "prores", "rawvideo", "png"),
+    *(
+        "h264",
+        "hevc",
+        "av1",
+        "libdav1d",
+        "libaom-av1",
+        "vp8",
+        "libvpx",
+        "vp9",
+        "libvpx-vp9",
+        "mpeg4",
+        "msmpeg4",
+    ),
+    *(
+        "msmpeg4v2",
+        "mpeg1video",
+        "mpeg2video",
+        "h263",
+        "mjpeg",
+        "ffv1",
+        "huffyuv",
+        "prores",
+        "rawvideo",
+        "png",
+    ),
 )
 MAX_PIXELS = 2**25  # of a frame, as 8K has them: a decoder holds up to seventeen
 NO_VIDEO = f"no video ({', '.join(SUFFIXES)})"
@@ -116,11 +139,9 @@ def video_frames(
         for position in positions:
             wanted = index.times[position]
             start = index.keys[max(0, bisect_right(index.keys, wanted) - 1)] if index.keys else wanted
-            if frame is None or start > time:  # nearer than what was decoded last
-                if index.timed and start > index.times[0]:
-                    container.seek(start, stream=stream)
-                    decoded = _decoded(container, stream, True)
-                    frame = None
+            if index.timed and start > max(time, index.times[0]):  # nearer than what was decoded last
+                container.seek(start, stream=stream)
+                decoded, frame = _decoded(container, stream, True), None
             while frame is None or time < wanted:
                 following = next(decoded, None)
                 if following is None:

@@ -1,8 +1,8 @@
 """Clips: short videos whose frames are decoded when they are needed.
 
 A clip is a folder of frames, an array in an .npz file, an animated GIF, PNG or WebP, or a video file. A model
-sees n of its frames, one of each of n segments of equal length (Wang et al. 2016, arXiv 1608.00859): the middle one
-for evaluation, a random one in training.
+sees n of its frames, one of each of n segments of equal length (Wang et al. 2016, arXiv 1608.00859): the
+middle one for evaluation, a random one in training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from longscan.core.random import RandomStream
 from longscan.data.archives import has_suffix, read_npz
 from longscan.data.augmentation import central_crop, to_tensor
-from longscan.data.image_files import count_frames, from_array, is_image, read_frames, read_image
+from longscan.data.image_files import count_frames, from_array, read_frames, read_image
 from longscan.data.video_files import check_video, index_video, is_video, video_frames
 from longscan.errors import LongscanError
 
@@ -30,8 +30,8 @@ __all__ = [
     "array_clip",
     "check_clip",
     "choose_frames",
-    "clip_tensor",
     "clip_of_files",
+    "clip_tensor",
     "is_clip_file",
     "natural",
     "open_clip",
@@ -203,8 +203,8 @@ def _animation(source: Path | bytes, name: str) -> int:
     n_frames = count_frames(source, name)
     if n_frames < 2:
         raise LongscanError(
-            f"{name} is a still image: expected a clip, which is a folder of frames, an .npz file, an animated "
-            "image or a video file."
+            f"{name} is a still image: expected a clip, which is a folder of frames, an .npz file, an "
+            "animated image or a video file."
         )
     return n_frames
 
@@ -223,7 +223,7 @@ def _npz(source: Path | bytes, name: str) -> Clip:
         or frames.shape[3:] not in [(), *((c,) for c in CHANNELS)]
     ):
         raise LongscanError(
-            f"{name}: expected frames (n_frames, height, width) or (n_frames, height, width, channels) of bytes, "
-            f"with 1, 3 or 4 channels; got {frames.dtype} {frames.shape}."
+            f"{name}: expected frames (n_frames, height, width) or (n_frames, height, width, channels) of "
+            f"bytes, with 1, 3 or 4 channels; got {frames.dtype} {frames.shape}."
         )
     return array_clip(frames, name)

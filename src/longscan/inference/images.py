@@ -61,7 +61,8 @@ def to_pixels(source: Input, config: VisionConfig) -> Tensor:
         config: of the model.
 
     Returns:
-        (in_channels, image_size, image_size) uint8, of a clip (in_channels, n_frames, image_size, image_size).
+        (in_channels, image_size, image_size) uint8, of a clip (in_channels, n_frames, image_size,
+        image_size).
 
     Raises:
         LongscanError: a frame can't be decoded.

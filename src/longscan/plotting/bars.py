@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longscan.plotting.style import COLOURS, GREY, new_figure, reduced_note, save_figure, tidy
 
-__all__ = ["plot_bars"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["draw_bars", "plot_bars"]
 
 
 def plot_bars(report: Mapping[str, Any], path: Path, label: str = "accuracy (%)") -> None:
@@ -22,9 +25,20 @@ def plot_bars(report: Mapping[str, Any], path: Path, label: str = "accuracy (%)"
     Raises:
         LongscanError: matplotlib is not installed.
     """
+    figure = new_figure(max(6.0, 1.0 + 1.2 * len(report["systems"])), 4.0)
+    draw_bars(figure.subplots(), report, label)
+    save_figure(figure, path, reduced_note(report))
+
+
+def draw_bars(ax: Axes, report: Mapping[str, Any], label: str = "accuracy (%)") -> None:
+    """Draw the bars of `plot_bars` into a part of a figure.
+
+    Args:
+        ax: to draw on.
+        report: see `plot_bars`.
+        label: likewise.
+    """
     systems, measures = report["systems"], report["measures"]
-    figure = new_figure(max(6.0, 1.0 + 1.2 * len(systems)), 4.0)
-    ax = figure.subplots()
     width = 0.8 / len(measures)
     for index, (name, title) in enumerate(measures.items()):
         shift = (index - (len(measures) - 1) / 2) * width
@@ -52,4 +66,3 @@ def plot_bars(report: Mapping[str, Any], path: Path, label: str = "accuracy (%)"
     ax.set(ylabel=label, xlim=(-0.6, len(systems) - 0.4), ylim=(0, 105))
     tidy(ax)
     ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=len(measures) + 1)
-    save_figure(figure, path, reduced_note(report))

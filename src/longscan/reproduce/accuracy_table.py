@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from longscan.core.text_table import lay_out
@@ -22,6 +23,7 @@ def finish(
     reduced: str | None,
     notes: Sequence[str],
     label: str = "accuracy (%)",
+    draw: Callable[[Mapping[str, Any], Path], None] | None = None,
 ) -> dict[str, Any]:
     """Return the results, written with a figure of bars.
 
@@ -33,6 +35,7 @@ def finish(
         reduced: how the experiment is smaller than the published one.
         notes: lines below the table.
         label: of the figure's vertical axis.
+        draw: saves another figure of the results than bars, under a path.
     """
     report = {
         "experiment": plan.name,
@@ -44,7 +47,7 @@ def finish(
         "systems": {name: summary(rows, measures) for name, rows in results.items()},
         "runs": {name: list(rows) for name, rows in results.items()},
     }
-    plan.save(report, lambda path: plot_bars(report, path, label))
+    plan.save(report, lambda path: draw(report, path) if draw else plot_bars(report, path, label))
     return report
 
 

@@ -43,7 +43,7 @@ class Task(ABC, Generic[C]):
     valid_key: ClassVar[str] = "valid_loss"  # the metric that progress shows
     valid_unit: str = "nats/token"
     unit: str = "nats per token"  # of the losses
-    item: ClassVar[str] = "tok"  # the unit of the throughput
+    item: str = "tok"  # the unit of the throughput
     score: str = ""  # the label of the second axes of loss.png, and
     scores: Mapping[str, str] = {}  # the metrics on them, each with a name
     trained_on: ClassVar[tuple[str, ...]] = ()  # files in the run's directory, which the fingerprint covers
