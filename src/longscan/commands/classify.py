@@ -1,4 +1,4 @@
-"""`longscan classify`: train, evaluate and use classifiers of texts, of images and of whole sequences."""
+"""`longscan classify`: train, evaluate and use classifiers of texts, images, clips and whole sequences."""
 
 from __future__ import annotations
 
@@ -75,6 +75,11 @@ def train(
     --epochs 30, --batch-size 64 and --weight-decay 0.05. For digits and letters, add --flip 0. A few thousand
     images or fewer call for less augmentation: --crop-scale 0.7 --randaugment 0 --ema 0.99 --lr 0.003.
 
+    With --frames N and --model videomamba, DATA holds clips: in the directory of a class, each video file,
+    .npz of frames, animated GIF, PNG or WebP, and each directory of still images is one. The model sees N
+    frames, one of each of N equal segments, all cropped and flipped alike. Add --flip 0 where left and right
+    matter. --from may name a model of images, or one of another number of frames.
+
     --out receives checkpoints, metrics.jsonl, loss.png and in the end model/. Ctrl-C stops after the current
     step. With several --model NAME each has its run in --out, and their held-out accuracies are printed and
     drawn side by side; the same command resumes.
@@ -116,7 +121,8 @@ def train(
     is_text = not sequences or not any(is_sequence_file(path) or has_suffix(path, ".csv") for path in files)
     what, rest = "sequences" if sequences else "texts", '"..."' if is_text else "FILE"
     if run is ImagesRun:
-        what, rest = "images", "IMAGE"
+        clips = settings["frames"] or earlier.get("frames")
+        what, rest = ("clips", "CLIP") if clips else ("images", "IMAGE")
     finished(result, _measured(result, what), f"classify predict {result.directory / 'model'} {rest}")
 
 
@@ -136,7 +142,7 @@ allow_several(
 KINDS: dict[str, type[Run[Any]]] = {
     "a BERT": ClassifyRun,
     "the blocks of a language model, --model NAME": SequencesRun,
-    "an image model, --model vmamba": ImagesRun,
+    "an image model, --model vmamba or videomamba": ImagesRun,
 }
 
 
@@ -191,7 +197,8 @@ SeqLen = Annotated[
 def evaluate(
     model: ModelArgument,
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILES", help="Labelled texts, sequences or images, as for train.")
+        list[Path],
+        typer.Argument(metavar="FILES", help="Labelled texts, sequences, images or clips, as for train."),
     ],
     columns: Annotated[str, typer.Option(help="Table columns of label and text.")] = COLUMNS,
     baseline: Annotated[
@@ -254,7 +261,7 @@ def predict_texts(
         list[str] | None,
         typer.Argument(
             metavar="TEXTS",
-            help="Texts; for a model of sequences or images, files; default: the lines of stdin.",
+            help="Texts; for a model of sequences, images or clips, files; default: the lines of stdin.",
         ),
     ] = None,
     pairs: Annotated[
@@ -266,10 +273,11 @@ def predict_texts(
     as_json: Json = False,
     threads: Threads = None,
 ) -> None:
-    """Classify texts, the lines of stdin, sequences, or images.
+    """Classify texts, the lines of stdin, sequences, images, or clips.
 
     Images are files, directories, which are searched, or the lines of stdin. Those that can't be opened are
-    reported, the others classified, and the exit code is 1.
+    reported, the others classified, and the exit code is 1. The same holds for clips, of which a model of
+    videos sees the middle frame of each of N equal segments; a directory of still images is one clip.
 
     Prints one line each: the class, its probability and the text, separated by tabs; with --json all
     probabilities. For a model with one output, such as a cross-encoder, prints its name and score; for

@@ -151,7 +151,8 @@ def pixel_arrays(
     x, what = arrays[f"x{tail}"], "clips" if clips else "images"
     axes, least = ("n, n_frames, height, width", 4) if clips else ("n, height, width", 3)
     colours = [(), *((c,) for c in CHANNELS)]
-    if x.dtype != np.uint8 or x.ndim < least or 0 in x.shape or x.shape[least:] not in colours:
+    photos = clips and x.ndim == least and x.shape[-1] in CHANNELS
+    if x.dtype != np.uint8 or x.ndim < least or 0 in x.shape or x.shape[least:] not in colours or photos:
         remedy = "If the channels come first: x.transpose(0, 2, 3, 1)."
         if clips:
             remedy = "For images leave out --frames."

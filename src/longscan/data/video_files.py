@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image
 
 from longscan.core.optional import require
-from longscan.data.archives import foreign, has_suffix
+from longscan.data.archives import has_suffix
 from longscan.data.image_files import open_stream
 from longscan.errors import LongscanError
 
@@ -104,7 +104,7 @@ def index_video(source: Path | bytes, name: str) -> VideoIndex:
     times: list[int] = []
     keys: list[int] = []
     timed = not has_suffix(name, AVI)
-    with _opened(source, name) as (container, stream), foreign(name, NO_VIDEO):
+    with _opened(source, name) as (container, stream), _parsing(name):
         for packet in container.demux(stream):
             if not packet.size or packet.is_discard:
                 continue
@@ -133,7 +133,7 @@ def video_frames(
     Raises:
         LongscanError: a frame is damaged, or the size changes; or see `check_video`.
     """
-    with _opened(source, name) as (container, stream), foreign(name, NO_VIDEO):
+    with _opened(source, name) as (container, stream), _parsing(name):
         decoded = _decoded(container, stream, index.timed)
         time, frame = -1, None
         for position in positions:
@@ -154,6 +154,18 @@ def video_frames(
             yield frame.to_image()
 
 
+@contextmanager
+def _parsing(name: str) -> Iterator[None]:
+    """Turn FFmpeg's errors, of which some pose as errors of the disk, into one that names the file."""
+    try:
+        yield
+    except LongscanError:
+        raise
+    except Exception as error:
+        said = getattr(error, "strerror", None) or type(error).__name__
+        raise LongscanError(f"{name} is {NO_VIDEO}, or is damaged ({said}).") from error
+
+
 def _decoded(container: Any, stream: Any, timed: bool) -> Iterator[tuple[int, Any]]:
     """Yield the time of each frame, and the frame."""
     for number, frame in enumerate(container.decode(stream)):
@@ -167,9 +179,9 @@ def _opened(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
     kind = next((kind for suffix, kind in FORMATS.items() if has_suffix(name, suffix)), None)
     assert kind is not None  # `is_video`
     stream: BinaryIO = io.BytesIO(source) if isinstance(source, bytes) else open_stream(source, name)
-    options = {"codec_whitelist": ",".join(CODECS), "max_pixels": str(MAX_PIXELS)}
+    options = {"codec_whitelist": ",".join(CODECS)}
     with stream:
-        with foreign(name, NO_VIDEO):
+        with _parsing(name):
             container = av.open(stream, format=kind, options=options, metadata_errors="replace")
         with container:
             if not container.streams.video:
@@ -185,5 +197,6 @@ def _opened(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
                     f"{name}: expected frames of 1 to {MAX_PIXELS:,} pixels, got "
                     f"{context.width:,} × {context.height:,}. Make it smaller."
                 )
+            context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change in the stream
             context.thread_count = 1  # frames are decoded beside training, which has its own threads
             yield container, video

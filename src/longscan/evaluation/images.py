@@ -63,7 +63,7 @@ def match_labels(data: L, model: VisionModel) -> L:
 def measure_images(
     model: VisionModel,
     data: Labelled[Any],
-    batch_size: int = 32,
+    batch_size: int | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> ImageScores | None:
     """Return the scores of a model on labelled images, or clips.
@@ -71,7 +71,7 @@ def measure_images(
     Args:
         model: in any mode, which does not change.
         data: at least one, with the class indices of the model.
-        batch_size: images per forward pass.
+        batch_size: images or clips per forward pass; see `classify_images`.
         stopped: asked after each batch, whether to stop.
 
     Returns:

@@ -11,12 +11,10 @@ from torch import Tensor
 
 from longscan.data.augmentation import central_crop, to_tensor
 from longscan.data.videos import Clip, clip_tensor
-from longscan.errors import LongscanError
 from longscan.models.common.vision import VisionConfig, VisionModel
 
 __all__ = [
     "Input",
-    "check_takes_images",
     "classify_images",
     "frames_of",
     "log_probabilities",
@@ -24,7 +22,8 @@ __all__ = [
     "to_pixels",
 ]
 
-Input: TypeAlias = Image.Image | Clip  # of a model of images, or of clips
+Input: TypeAlias = Image.Image | Clip | Tensor  # of a model of images, or of clips; pixels as it sees them
+BATCH = 32  # images, or frames of clips, that are in memory at a time
 
 
 def normalise(pixels: Tensor, config: VisionConfig) -> Tensor:
@@ -57,7 +56,7 @@ def to_pixels(source: Input, config: VisionConfig) -> Tensor:
     """Return the pixels of an image, or of frames of a clip, as a model sees them.
 
     Args:
-        source: the image, of mode RGB, or L for a model of one channel; or the clip.
+        source: the image, of mode RGB, or L for a model of one channel; or the clip; or such pixels.
         config: of the model.
 
     Returns:
@@ -67,25 +66,11 @@ def to_pixels(source: Input, config: VisionConfig) -> Tensor:
     Raises:
         LongscanError: a frame can't be decoded.
     """
+    if isinstance(source, Tensor):
+        return source
     if isinstance(source, Clip):
         return clip_tensor(source, frames_of(config), config.in_channels, config.image_size, config.crop)
     return to_tensor(central_crop(source, config.image_size, config.crop))
-
-
-def check_takes_images(config: VisionConfig, name: str) -> None:
-    """Raise if a model classifies clips.
-
-    Args:
-        config: of the model.
-        name: of the model, for the message.
-
-    Raises:
-        LongscanError: its images have a time axis.
-    """
-    if n_frames := frames_of(config):
-        raise LongscanError(
-            f"{name} classifies clips of {n_frames} frames: expected a model of images, n_frames = 0."
-        )
 
 
 @torch.inference_mode()
@@ -109,14 +94,14 @@ def log_probabilities(model: VisionModel, images: Sequence[Input]) -> Tensor:
 
 
 def classify_images(
-    model: VisionModel, images: Iterable[Callable[[int], Input]], batch_size: int = 32
+    model: VisionModel, images: Iterable[Callable[[int], Input]], batch_size: int | None = None
 ) -> Iterator[Tensor]:
     """Yield the log-probabilities of images or clips, batch by batch.
 
     Args:
         model: in any mode, which does not change.
         images: each opens one, given the number of channels.
-        batch_size: images that are in memory at a time.
+        batch_size: images or clips per forward pass; None: 32 images, or clips of as many frames.
 
     Yields:
         (n, n_classes) float32, n at most batch_size.
@@ -125,6 +110,7 @@ def classify_images(
         LongscanError: an image can't be opened.
     """
     batch: list[Input] = []
+    batch_size = batch_size or max(1, BATCH // max(1, frames_of(model.config)))
     for opened in images:
         batch.append(opened(model.config.in_channels))
         if len(batch) == batch_size:

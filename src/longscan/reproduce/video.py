@@ -1,14 +1,13 @@
 """What order tells: VideoMamba against the mean over single frames, on clips drawn here; reduced.
 
-VideoMamba (Li et al. 2024) is compared on videos of human actions, many of which a single frame gives away. Here
-every clip comes with its counterpart, which has the same frames in another order and another label. So what
-looks at each frame by itself and takes the mean, as image classifiers do with videos, gives both the same
-label and is right for one of the two at most: 50 %. Of two tasks with that bound, one has eight classes,
+VideoMamba (Li et al. 2024) was measured on videos of human actions, many of which a single frame gives away.
+Here every clip comes with its counterpart, which has the same frames in another order and another label. So
+what looks at each frame by itself and takes the mean, as image classifiers do with videos, gives both the
+same label and is right for one of the two at most: 50 %. There are two tasks:
 
-    direction   a shape moves in one of eight directions; the counterpart is the clip backwards
-    order       a bar lies, another stands, each in one frame; which came first?
-
-where frames tell the axis of the motion, and the other two, where they tell nothing.
+    direction   a shape moves in one of eight directions; the counterpart is the clip backwards. Single frames
+                tell its axis.
+    order       a bar lies, another stands, each in one frame; which came first? Single frames tell nothing.
 """
 
 from __future__ import annotations

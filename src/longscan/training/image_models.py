@@ -11,8 +11,9 @@ from PIL import Image
 
 from longscan.core.config import count
 from longscan.data.labelled import Labelled
+from longscan.data.videos import Clip
 from longscan.errors import LongscanError, UsageError
-from longscan.inference.images import Input, frames_of
+from longscan.inference.images import frames_of
 from longscan.models import ModelEntry, VideoMamba, entry_of
 from longscan.models.common.vision import VisionConfig, VisionModel
 from longscan.training.build import model_settings
@@ -52,7 +53,7 @@ def new_model(config: ImagesConfig, train: Labelled[Any], notify: Callable[[str]
     known |= _channels(config, train.channels, lambda: _statistics(train))
     settings = _settings(config, **known)
     if _stills(config):
-        notify(f"images     {config.model} is trained on single images; for clips give --frames")
+        notify(f"images     {config.model} is trained on single images, n_frames=0; for clips give --frames")
     generator = torch.Generator().manual_seed(config.seed)
     entry = config.choice[config.model]
     assert isinstance(entry, ModelEntry)
@@ -161,6 +162,6 @@ def _statistics(train: Labelled[Any]) -> tuple[float, float]:
     return float(pixels.mean()), max(float(pixels.std()), 1e-3)
 
 
-def _still(source: Input) -> Image.Image:
+def _still(source: Image.Image | Clip) -> Image.Image:
     """Return an image, or the middle frame of a clip."""
-    return source if isinstance(source, Image.Image) else next(source.frames([source.n_frames // 2], 1))
+    return next(source.frames([source.n_frames // 2], 1)) if isinstance(source, Clip) else source
