@@ -1,4 +1,4 @@
-"""Labelled clips that tests make: a bright square that moves to the left or to the right."""
+"""Labelled clips that tests make: a bright bar that moves to the left or to the right."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LABELS = ("left", "right")
 def moving(n: int, frames: int = 6, size: int = 16, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Clips (n, frames, size, size), by turns to the right and backwards; and classes (n,)."""
     draw = np.random.default_rng(seed)
-    clips = draw.integers(0, 60, (n, frames, size, size)).astype(np.uint8)
+    clips = draw.integers(0, 40, (n, frames, size, size)).astype(np.uint8)
     for number in range(0, n, 2):
-        top, grey = int(draw.integers(0, size - 4)), int(draw.integers(150, 255))
+        grey = int(draw.integers(200, 255))
         for time in range(frames):
             left = time * (size - 4) // (frames - 1)
-            clips[number, time, top : top + 4, left : left + 4] = grey
+            clips[number, time, :, left : left + 4] = grey
         if number + 1 < n:
             clips[number + 1] = clips[number, ::-1]
     return clips, 1 - np.arange(n) % 2

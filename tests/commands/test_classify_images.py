@@ -128,7 +128,7 @@ def test_videomamba_is_trained_on_images(cli: Cli, folder: Path, tmp_path: Path)
     assert "videomamba is trained on single images, n_frames=0" in done.err
     assert load(tmp_path / "run" / "model", "image").config.to_dict()["n_frames"] == 0
     failed = cli(*train, "--set", "n_frames=4", "--out", tmp_path / "videos")
-    assert "classifies videos of 4 frames" in no_traceback(failed, 2)
+    assert "Try --frames 4 for clips" in no_traceback(failed, 2)
 
 
 def test_without_a_model_the_error_says_what_images_need(cli: Cli, folder: Path, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_an_epoch_has_each_image_once(data: Path, tmp_path: Path) -> None:
         ({"preset": "giant"}, "no preset 'giant'"),
         ({"d_model": 8}, "no field 'd_model'"),
         ({"option": ["in_channels=2"]}, r"expected 1 \(greyscale\) or 3"),
-        ({"option": ["n_frames=4"]}, "toy classifies videos of 4 frames.*--set n_frames=0"),
+        ({"option": ["n_frames=4"]}, r"got 4\. Try --frames 4 for clips, n_frames=0 for images"),
         ({"mixup": 9.0}, "mixup: expected 0 to 4"),
         ({"ema": 1.0}, "ema: expected"),
         ({"crop_scale": 0.0}, "crop_scale: expected"),

@@ -21,7 +21,7 @@ from torch import Tensor
 from longscan.core.random import RandomStream
 from longscan.data.archives import has_suffix, read_npz
 from longscan.data.augmentation import central_crop, to_tensor
-from longscan.data.image_files import count_frames, from_array, read_frames, read_image
+from longscan.data.image_files import count_frames, from_array, open_stream, read_frames, read_image
 from longscan.data.video_files import check_video, index_video, is_video, video_frames
 from longscan.errors import LongscanError
 
@@ -211,6 +211,8 @@ def _animation(source: Path | bytes, name: str) -> int:
 
 def _npz(source: Path | bytes, name: str) -> Clip:
     """Return the clip in an .npz file."""
+    if isinstance(source, Path):
+        open_stream(source, name).close()  # with an error that names it
     arrays = read_npz(source, name)
     frames = arrays.get(FRAMES, next(iter(arrays.values())) if len(arrays) == 1 else None)
     if frames is None:

@@ -128,10 +128,9 @@ def _settings(config: ImagesConfig, **known: Any) -> VisionConfig:
     elif _stills(config):
         known["n_frames"] = 0
     settings = cast(VisionConfig, model_settings(config, **known))
-    n_frames = frames_of(settings)
-    if n_frames != (config.frames or 0):
-        got = f"n_frames={n_frames}"
-        raise UsageError(f"--set: expected the frames of a clip as --frames {n_frames}, got {got}.")
+    if (n := frames_of(settings)) != (config.frames or 0):
+        remedy = "Leave one out." if config.frames else f"Try --frames {n} for clips, n_frames=0 for images."
+        raise UsageError(f"--set n_frames: expected {config.frames or 0} as in --frames, got {n}. {remedy}")
     return settings
 
 
