@@ -137,6 +137,24 @@ def test_a_video(name: str, codec: str, tmp_path: Path) -> None:
     assert np.asarray(next(clip.frames([4], 1))).ndim == 2
 
 
+def test_a_turned_video_is_upright(tmp_path: Path) -> None:
+    """Phones save what they took upright as it came from the sensor, with a matrix that turns it."""
+    bright_above = grey(4) * 0
+    bright_above[:, :24] = 200
+    content = write_video(tmp_path / "a.mp4", bright_above).read_bytes()
+    one, plain = 2**16, [2**16, 0, 0, 0, 2**16, 0, 0, 0, 2**30]
+    start = content.rindex(np.array(plain, ">u4").tobytes())
+    for matrix, side in (
+        ([0, one, 0, 2**32 - one, 0, 0, 0, 0, 2**30], np.s_[:, -20:]),  # clockwise: above -> right
+        ([2**32 - one, 0, 0, 0, 2**32 - one, 0, 0, 0, 2**30], np.s_[-20:]),
+    ):
+        turned = content[:start] + np.array(matrix, ">u4").tobytes() + content[start + 36 :]
+        [frame] = pixels(open_clip(turned, "a.mp4"), [1])
+        assert frame.shape == ((64, 48) if matrix[0] == 0 else (48, 64))
+        assert frame[side].min() > 150
+        assert (frame > 150).mean() == pytest.approx(0.5, abs=0.05)
+
+
 def test_frames_are_decoded_one_at_a_time(tmp_path: Path) -> None:
     """A frame that is damaged further on does not matter to what comes before it."""
     folder = write_frames(tmp_path / "clip", CLIP)

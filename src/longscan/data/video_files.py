@@ -54,6 +54,7 @@ CODECS = (
     ),
 )
 MAX_PIXELS = 2**25  # of a frame, as 8K has them: a decoder holds up to seventeen
+TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)  # anticlockwise
 NO_VIDEO = f"no video ({', '.join(SUFFIXES)})"
 
 
@@ -122,7 +123,7 @@ def index_video(source: Path | bytes, name: str) -> VideoIndex:
 def video_frames(
     source: Path | bytes, name: str, index: VideoIndex, positions: Sequence[int]
 ) -> Iterator[Image.Image]:
-    """Yield frames as RGB images.
+    """Yield frames as RGB images, upright.
 
     Args:
         source: see `check_video`.
@@ -151,7 +152,9 @@ def video_frames(
                 raise LongscanError(f"{name}: frame {position:,} can't be decoded: the file is damaged.")
             if frame.is_corrupt:
                 raise LongscanError(f"{name}: frame {position:,} is damaged. Encode the video again.")
-            yield frame.to_image()
+            image = frame.to_image()
+            turn = round(frame.rotation / 90) % 4  # as phones save videos that they took upright
+            yield image.transpose(TURNS[turn - 1]) if turn else image
 
 
 @contextmanager
