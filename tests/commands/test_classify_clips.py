@@ -113,13 +113,15 @@ def test_bad_clips_are_reported_and_the_others_classified(cli: Cli, model: Path,
     clip = moving(1)[0][0]
     good, broken = write_frames(tmp_path / "good", clip), write_frames(tmp_path / "broken", clip)
     (broken / "frame2.png").write_bytes((broken / "frame2.png").read_bytes()[:50])
+    (write_frames(tmp_path / "worse", clip) / "frame0.png").write_text("no image")
     Image.new("L", (9, 9)).save(tmp_path / "still.png")
     (tmp_path / "notes.txt").write_text("x")
-    names = ("broken", "good", "still.png", "notes.txt", "nowhere.npz")
+    names = ("broken", "worse", "good", "still.png", "notes.txt", "nowhere.npz")
     done = cli("classify", "predict", model, *(tmp_path / name for name in names))
     error = no_traceback(done, 1)
     assert [line.split("\t")[2] for line in done.out.splitlines()] == [str(good)]
     assert "broken/frame2.png" in error
+    assert "worse/frame0.png" in error
     assert "still.png is a still image: expected a clip" in error
     assert "notes.txt: expected a clip (a folder of frames, .mp4" in error
     assert "nowhere.npz" in error

@@ -396,6 +396,10 @@ def a_loose_clip(folder: Path) -> None:
     np.savez(folder / "loose.npz", CLIP)
 
 
+def a_bad_frame(folder: Path) -> None:
+    (folder / "left" / "001" / "frame0.png").write_text("no")
+
+
 def a_bad_video(folder: Path) -> None:
     pytest.importorskip("av", reason="the extra 'video' is not installed")
     (folder / "left" / "z.mp4").write_text("no")
@@ -407,6 +411,7 @@ def a_bad_video(folder: Path) -> None:
         (still_images, r"left/frame0\.png is a still image and in no folder of frames"),
         (an_empty_class, r"the class folder empty has no clips \(folders of frames, \.mp4"),
         (a_loose_clip, r"loose\.npz has no class"),
+        (a_bad_frame, r"left/001/frame0\.png is no image"),
         (a_bad_video, r"z\.mp4 is no video"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from longscan.data.archives import has_suffix, read_npz
+from longscan.data.image_files import is_animated
 from longscan.data.image_folders import ARCHIVES, ImageFiles, image_files
 from longscan.data.images import class_names, pixel_arrays
 from longscan.data.labelled import Labelled, join
@@ -74,8 +75,9 @@ def _files(path: Path, found: ImageFiles, check: bool) -> Clips:
         return open_clip(found.get(name), full[number])
 
     for number, name in enumerate(found.names) if check else ():
-        if name in found.frames:
+        if files := found.frames.get(name):
             decode(number, 3)
+            is_animated(found.get(files[0]), str(path / files[0]))  # which fails if it is no image
         else:
             check_clip(found.get(name), full[number])
     return Clips(

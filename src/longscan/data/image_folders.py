@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import stat
 import zipfile
@@ -62,9 +63,6 @@ def group_clips(
 
     Returns:
         Name -> the image files of a folder, in their order; () for a file.
-
-    Raises:
-        LongscanError: an image file is none.
     """
     clips: dict[str, Sequence[str]] = {}
     folders: dict[str, list[str]] = {}
@@ -75,10 +73,10 @@ def group_clips(
             folders.setdefault(str(PurePosixPath(name).parent), []).append(name)
     for folder, files in folders.items():
         files.sort(key=natural)
-        if is_animated(get(files[0]), str(root / files[0])):
-            clips |= dict.fromkeys(files, ())
-        else:
-            clips[folder] = files
+        animated = False
+        with contextlib.suppress(LongscanError):  # what is no image is reported when it is opened
+            animated = is_animated(get(files[0]), str(root / files[0]))
+        clips |= dict.fromkeys(files, ()) if animated else {folder: files}
     return dict(sorted(clips.items()))
 
 

@@ -105,8 +105,8 @@ def clip_tensor(clip: Clip, n: int, channels: int, size: int, crop: float) -> Te
 
 def natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
     """Return the sort key of a name in which numbers count as such: frame2 comes before frame10."""
-    parts = re.findall(r"([0-9]+)|([^0-9]+)", name)
-    return [(0, int(digits), "") if digits else (1, 0, text) for digits, text in parts], name
+    parts = [(digits.lstrip("0"), text) for digits, text in re.findall(r"([0-9]+)|([^0-9]+)", name)]
+    return [(1, 0, text) if text else (0, len(digits), digits) for digits, text in parts], name
 
 
 def is_clip_file(name: str | Path) -> bool:

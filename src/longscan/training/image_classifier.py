@@ -38,9 +38,7 @@ __all__ = ["ImagesConfig", "ImagesRun"]
 class _Part(NamedTuple):
     """The input of a forward pass."""
 
-    images: (
-        Tensor  # (batch, channels, height, width) uint8, of clips (batch, channels, frames, height, width)
-    )
+    images: Tensor  # uint8 (batch, channels, height, width), or (batch, channels, n_frames, height, width)
     truth: Tensor  # (batch,)
     stream: RandomStream  # for mixing
 
