@@ -36,6 +36,7 @@ EXPERIMENTS = {
     "vowels": "Speaker identification: twelve channels of Japanese vowels, also at half the rate.",
     "irregular": "The vowels with half of the steps dropped: a neural ODE on their times, and others.",
     "video": "Clips whose label is the order of their frames: VideoMamba, the mean over single frames.",
+    "vision": "VMamba, Vim, ViT and a ResNet of equal size on three sets of small images.",
     "hippo-ablation": "Images pixel by pixel: S4 initialised with HiPPO's matrix, or with a random one.",
 }
 

@@ -33,12 +33,14 @@ if TYPE_CHECKING:
     from longscan.models.mamba import Mamba, MambaConfig
     from longscan.models.neural_ode import ODERNN, NeuralODEConfig, ODERNNConfig
     from longscan.models.registry import MODELS, entry_of, preset_owner
+    from longscan.models.resnet import ResNet, ResNetConfig
     from longscan.models.s4 import S4, S4Config
     from longscan.models.s4d import S4D, S4DConfig
     from longscan.models.seq2seq import Seq2Seq, Seq2SeqConfig
     from longscan.models.transformer import Transformer, TransformerConfig
     from longscan.models.videomamba import VideoMamba, VideoMambaConfig
     from longscan.models.vim import Vim, VimConfig
+    from longscan.models.vit import ViT, ViTConfig
     from longscan.models.vmamba import VMamba, VMambaConfig
 
 _HOME = {
@@ -63,12 +65,14 @@ _HOME = {
     "mamba": ("Mamba", "MambaConfig"),
     "neural_ode": ("ODERNN", "NeuralODEConfig", "ODERNNConfig"),
     "registry": ("MODELS", "entry_of", "preset_owner"),
+    "resnet": ("ResNet", "ResNetConfig"),
     "s4": ("S4", "S4Config"),
     "s4d": ("S4D", "S4DConfig"),
     "seq2seq": ("Seq2Seq", "Seq2SeqConfig"),
     "transformer": ("Transformer", "TransformerConfig"),
     "videomamba": ("VideoMamba", "VideoMambaConfig"),
     "vim": ("Vim", "VimConfig"),
+    "vit": ("ViT", "ViTConfig"),
     "vmamba": ("VMamba", "VMambaConfig"),
 }
 
@@ -112,6 +116,8 @@ __all__ = [
     "NeuralODEConfig",
     "ODERNNConfig",
     "Output",
+    "ResNet",
+    "ResNetConfig",
     "S4Config",
     "S4DConfig",
     "Seq2Seq",
@@ -124,6 +130,8 @@ __all__ = [
     "TranslatorOutput",
     "VMamba",
     "VMambaConfig",
+    "ViT",
+    "ViTConfig",
     "VideoMamba",
     "VideoMambaConfig",
     "Vim",

@@ -49,7 +49,7 @@ from longscan.models.common.patches import (
     init_conv,
     patch_embed,
 )
-from longscan.models.common.vision import DropPath, VisionConfig, VisionModel, drop_rates, init_linear
+from longscan.models.common.vision import MLP, DropPath, VisionConfig, VisionModel, drop_rates, init_linear
 
 N_DIRECTIONS = 4
 
@@ -203,23 +203,6 @@ class SS2D(Recurrent):
         u = x.to(torch.promote_types(x.dtype, torch.float32))  # and so is y: four terms add up
         y = ops.path_scan(u, dt, A, B, C, D, self.dt_projs_bias, pattern.order)
         return y.view(len(y), *pattern.shape, -1)
-
-
-class MLP(nn.Module):
-    """fc2(gelu(fc1(x))).
-
-    Args:
-        d_model: channels.
-        d_hidden: channels between.
-    """
-
-    def __init__(self, d_model: int, d_hidden: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = blank(Linear, d_model, d_hidden), blank(Linear, d_hidden, d_model)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., d_model) to (..., d_model)."""
-        return cast(Tensor, self.fc2(F.gelu(self.fc1(x))))
 
 
 class VSSBlock(nn.Module):

@@ -73,7 +73,7 @@ class Plan:
         Raises:
             LongscanError: some are missing.
         """
-        missing = [file for file in files if not (self.files / file).is_file()]
+        missing = [file for file in files if not self.file(file).is_file()]
         if missing:
             raise LongscanError(f"--data {self.data}: expected {', '.join(missing)} there. {source}")
 
@@ -82,6 +82,16 @@ class Plan:
         """The directory of the data."""
         assert self.data is not None
         return self.data
+
+    def file(self, name: str) -> Path:
+        """Return the path of a data file: in the directory of the data, or in a folder there.
+
+        Args:
+            name: of the file.
+        """
+        path = self.files / name
+        inside = () if path.is_file() else sorted(self.files.glob(f"*/{name}"))
+        return next(iter(inside), path)
 
     @property
     def machine(self) -> str:

@@ -1,8 +1,8 @@
 """Optimizer steps, and checkpoints from which a run resumes bit-exactly.
 
-Everything random is a function of the seed and the step number, so a checkpoint is the weights, the moments
-of AdamW, the moving average of the weights if there is one, and one integer. Nothing is pickled: tensors are
-stored in safetensors, the rest in JSON.
+Everything random is a function of the seed and the step number, so a checkpoint is the weights, what else the
+model accumulates (the statistics of batch norms), the moments of AdamW, the moving average of the weights if
+there is one, and one integer. Nothing is pickled: tensors are stored in safetensors, the rest in JSON.
 """
 
 from __future__ import annotations
@@ -172,6 +172,12 @@ class Trainer:
         for name, average in self.average.items():
             average.lerp_(self.model.get_parameter(name), share)
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the parameters, and the buffers that belong to the model's state; each once."""
+        state = self.model.state_dict().keys()
+        buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in state}
+        return {**dict(self.model.named_parameters()), **buffers}
+
     def save(self, directory: Path) -> None:
         """Save weights and optimizer to an existing directory.
 
@@ -179,7 +185,7 @@ class Trainer:
             directory: receives `model.safetensors` and `optimizer.safetensors`.
         """
         save_file(
-            {name: parameter.detach() for name, parameter in self.model.named_parameters()},
+            {name: tensor.detach() for name, tensor in self._tensors().items()},
             directory / "model.safetensors",
             metadata={"format": "pt"},
         )
@@ -206,19 +212,20 @@ class Trainer:
             moments = load_file(directory / "optimizer.safetensors")
         except SafetensorError as error:
             raise LongscanError(f"{directory} is no checkpoint of a run ({error}). Remove it.") from error
-        parameters = dict(self.model.named_parameters())
-        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        if shapes != {name: tuple(tensor.shape) for name, tensor in weights.items()}:
+        parameters, stored = dict(self.model.named_parameters()), self._tensors()
+        if _shapes(stored) != _shapes(weights):
             raise LongscanError(f"{directory} holds the weights of another model than this run's.")
+        shapes = _shapes(parameters)
         keys = ("exp_avg", "exp_avg_sq", *((AVERAGE,) if self.average else ()))
         averages = {f"{name}.{key}": shape for name, shape in shapes.items() for key in keys}
         if {
             name: tuple(t.shape) for name, t in moments.items() if not name.endswith(".step")
         } != averages or any(f"{name}.step" not in moments for name in parameters):
             raise LongscanError(f"{directory} holds the optimizer state of another model than this run's.")
+        with torch.no_grad():
+            for name, tensor in stored.items():
+                tensor.copy_(weights[name])
         for name, parameter in parameters.items():
-            with torch.no_grad():
-                parameter.copy_(weights[name])
             self.optimizer.state[parameter] = {
                 key: moments[f"{name}.{key}"].to(parameter.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
@@ -226,3 +233,7 @@ class Trainer:
         for name, average in self.average.items():
             average.copy_(moments[f"{name}.{AVERAGE}"])
         self.step_number = step
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from longscan.core.config import Config
@@ -22,6 +23,7 @@ from longscan.models.common.model import Model
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "MLP",
     "DropPath",
     "VisionConfig",
     "VisionModel",
@@ -93,6 +95,23 @@ class DropPath(nn.Module):
             return x
         keep = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= self.rate
         return x * (keep.to(x.dtype) / (1 - self.rate))
+
+
+class MLP(nn.Module):
+    """fc2(gelu(fc1(x))).
+
+    Args:
+        d_model: channels.
+        d_hidden: channels between.
+    """
+
+    def __init__(self, d_model: int, d_hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = blank(Linear, d_model, d_hidden), blank(Linear, d_hidden, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., d_model) to (..., d_model)."""
+        return cast(Tensor, self.fc2(F.gelu(self.fc1(x))))
 
 
 def drop_rates(rate: float, n_blocks: int) -> list[float]:
