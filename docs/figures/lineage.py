@@ -30,6 +30,7 @@ MODELS = {
     "luong": ("Luong", "scored by a product", 3, 0, ATTENTION),
     "transformer": ("Transformer", "every pair of tokens", 4, 0, ATTENTION),
     "bert": ("BERT", "context on both sides", 5, -1, ATTENTION),
+    "vit": ("ViT", "every pair of patches", 6, -1, ATTENTION),
     "llama": ("Llama", "rotary positions", 7, 0, ATTENTION),
     "linear_attention": ("Linear attn.", "a sum of k vᵀ", 5, 1, ATTENTION),
     "gau": ("GAU", "attention with a gate", 6, 1, ATTENTION),
@@ -43,7 +44,8 @@ MODELS = {
     "videomamba": ("VideoMamba", "all frames at once", 9, 2, STATE_SPACE),
     "vmamba": ("VMamba", "scanned four ways", 8, 1, STATE_SPACE),
     "hyena": ("Hyena", "a long implicit filter", 7, 3, CONVOLUTION),
-    "cnn": ("CNN", "a dilated window", 2, 1.5, CONVOLUTION),
+    "resnet": ("ResNet", "a sum over layers", 2, 1.5, CONVOLUTION),
+    "cnn": ("CNN", "a dilated window", 3, 1.5, CONVOLUTION),
 }
 X, Y, WIDTH, HEIGHT = 2.3, 1.12, 1.98, 0.8
 

@@ -60,7 +60,7 @@ def test_the_tiny_presets_of_image_models_have_one_size() -> None:
     sizes = {
         name: entry.presets["tiny"]["image_size"] for name, entry in MODELS.items() if entry.kind == "image"
     }
-    assert sizes == dict.fromkeys(("vim", "vmamba", "videomamba"), 32)
+    assert sizes == dict.fromkeys(("resnet", "vit", "vim", "vmamba", "videomamba"), 32)
 
 
 @pytest.mark.parametrize("name", [entry.name for entry in MODELS.values() if entry.kind == "language"])

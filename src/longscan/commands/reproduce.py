@@ -35,9 +35,10 @@ EXPERIMENTS = {
     "digits": "Spoken digits from raw samples, also at half the rate.",
     "vowels": "Speaker identification: twelve channels of Japanese vowels, also at half the rate.",
     "irregular": "The vowels with half of the steps dropped: a neural ODE on their times, and others.",
-    "video": "Clips whose label is the order of their frames: VideoMamba, the mean over single frames.",
-    "vision": "VMamba, Vim, ViT and a ResNet of equal size on three sets of small images.",
     "hippo-ablation": "Images pixel by pixel: S4 initialised with HiPPO's matrix, or with a random one.",
+    "vision": "VMamba, Vim, a ViT and a ResNet of equal size on three sets of small images.",
+    "resolution": "The models of `vision` from 64 to 1,024 pixels: accuracy, time and memory.",
+    "video": "Clips whose label is the order of their frames: VideoMamba, the mean over single frames.",
 }
 
 

@@ -60,11 +60,10 @@ class ResNetConfig(VisionConfig):
         """Check the ranges."""
         super().__post_init__()
         self.check("stride", least=1)
-        sizes = self.d_model, self.n_blocks
-        if not self.d_model or min(sum(sizes, ()), default=0) < 1 or len(sizes[0]) != len(sizes[1]):
-            raise LongscanError(
-                f"d_model, n_blocks: expected a positive number for each stage, got {sizes[0]} and {sizes[1]}."
-            )
+        widths, counts = self.d_model, self.n_blocks
+        if not widths or min(widths + counts) < 1 or len(widths) != len(counts):
+            got = f"{widths} and {counts}"
+            raise LongscanError(f"d_model, n_blocks: expected a positive number for each stage, got {got}.")
         if self.shortcut == "A" and list(self.d_model) != sorted(self.d_model):
             raise LongscanError(
                 f"d_model: expected widths that grow for shortcuts of option A, got {self.d_model}. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def finish(
     label: str = "accuracy (%)",
     draw: Callable[[Mapping[str, Any], Path], None] | None = None,
 ) -> dict[str, Any]:
-    """Return the results, written with a figure of bars.
+    """Return the results, written with a figure.
 
     Args:
         plan: where to.
@@ -35,7 +36,7 @@ def finish(
         reduced: how the experiment is smaller than the published one.
         notes: lines below the table.
         label: of the figure's vertical axis.
-        draw: saves another figure of the results than bars, under a path.
+        draw: saves another figure of the results; one of bars if None.
     """
     report = {
         "experiment": plan.name,
@@ -47,7 +48,7 @@ def finish(
         "systems": {name: summary(rows, measures) for name, rows in results.items()},
         "runs": {name: list(rows) for name, rows in results.items()},
     }
-    plan.save(report, lambda path: draw(report, path) if draw else plot_bars(report, path, label))
+    plan.save(report, partial(draw, report) if draw else lambda path: plot_bars(report, path, label))
     return report
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from longscan.models.lssl import DenseSSM, LSSLConfig
 from longscan.models.s4 import DPLR, S4Config
 from longscan.models.s4d import DiagonalSSM, S4DConfig
 from longscan.plotting.style import line_style, new_figure, reduced_note, save_figure, tidy
+from longscan.reproduce.cost import time_and_memory
 from longscan.reproduce.experiment import Plan
 
 __all__ = ["FILES", "SOURCE", "run", "show"]
@@ -193,35 +193,7 @@ def _row(forward: Callable[[], Tensor]) -> dict[str, Any]:
     def step() -> None:
         forward().sum().backward()  # type: ignore[no-untyped-call]
 
-    ops.release_memory()
-    before = _memory("VmRSS") if _forget_peak() else None
-    step()  # warm, and with gradients to add to: the peak
-    peak = _memory("VmHWM")
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        step()
-        times.append(1000 * (time.perf_counter() - start))
-    mb = None if before is None or peak is None else (peak - before) / 1024
-    return {"ms": statistics.median(times), "range": [min(times), max(times)], "mb": mb}
-
-
-def _forget_peak() -> bool:
-    """Reset the peak of the resident set; return whether this system can."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _memory(field: str) -> int | None:
-    """Return a field of /proc/self/status in kB, None where there is none."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) for line in status.splitlines() if line.startswith(field)), None)
+    return time_and_memory(step, REPEATS)  # warm, and with gradients to add to: the peak
 
 
 def _plot(report: dict[str, Any], path: Path) -> None:
