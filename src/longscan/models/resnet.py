@@ -9,9 +9,10 @@ Changed: a block adds to its input, so that a hundred layers can be trained; no 
 over the image.
 
 Deviations: the number of channels and the stride of the first convolution are free; drop path, off by
-default. Shortcuts between stages are those of the paper's experiments on CIFAR-10 by default (option A: every
-second pixel, new channels are zero, no parameters); option B is a convolution of one pixel. The parameters
-have the names of torchvision's models.
+default; with gradient checkpointing, each batch enters the running statistics twice. Shortcuts between stages
+are those of the paper's experiments on CIFAR-10 by default (option A: every second pixel, new channels are
+zero, no parameters); option B is a convolution of one pixel. The parameters have the names of torchvision's
+models.
 
 The block, for maps x (batch norm after each convolution, BN):
 

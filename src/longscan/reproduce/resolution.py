@@ -26,9 +26,9 @@ from longscan.evaluation.images import match_labels, measure_images
 from longscan.plotting.style import line_style, new_figure, reduced_note, save_figure, tidy
 from longscan.reproduce.cost import time_and_memory
 from longscan.reproduce.experiment import Plan
-from longscan.reproduce.vision import FILES, MODELS, SETS, SOURCE, images, trained
+from longscan.reproduce.vision import FILES, LABELS, MODELS, SETS, SOURCE, images, trained
 
-__all__ = ["FILES", "SOURCE", "run", "show"]
+__all__ = ["FILES", "SOURCE", "exponent", "run", "show"]
 
 TASK = "omniglot"
 # pixels of a side -> test images; of --full all
@@ -37,7 +37,6 @@ QUICK_SIZES = (64, 96)
 TAIL = 256  # exponents are fitted from this side on
 BATCH = 64 * 64**2  # pixels of a forward pass
 REPEATS = 5
-LABELS = {"vmamba": "VMamba", "vim": "Vim", "vit": "ViT", "resnet": "ResNet"}
 TABLES = {"accuracy": "accuracy (%)", "ms": "ms per image, one at a time", "mb": "MB at the peak"}
 
 
@@ -68,7 +67,7 @@ def run(plan: Plan) -> dict[str, Any]:
         "images": {str(size): n for size, n in counts.items()},
         "machine": f"{plan.machine}, {ops.backend()}",
         "rows": rows,
-        "exponents": {model: _exponent(found) for model, found in rows.items()},
+        "exponents": {model: exponent(found) for model, found in rows.items()},
     }
     plan.save(report, lambda path: _plot(report, path))
     return report
@@ -136,8 +135,15 @@ def _row(directory: Path, test: Images, size: int, n: int) -> dict[str, Any]:
     return {"accuracy": 100 * scores.top1, "images": n, **cost}
 
 
-def _exponent(rows: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """Return the exponent of the time's growth with the pixels: least squares of the logarithms."""
+def exponent(rows: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """Return the exponent of the time's growth with the number of pixels, by least squares of the logarithms.
+
+    Args:
+        rows: side of the images -> a row with "ms"; sides of less than `TAIL` do not count.
+
+    Returns:
+        The exponent; None of fewer than three sides.
+    """
     points = [
         (2 * math.log(int(size)), math.log(row["ms"])) for size, row in rows.items() if int(size) >= TAIL
     ]
@@ -151,8 +157,8 @@ def _plot(report: Mapping[str, Any], path: Path) -> None:
     for index, (model, rows) in enumerate(report["rows"].items()):
         sizes, style = [int(size) for size in rows], {"linewidth": 1.3, **line_style(index)}
         accuracy.plot(sizes, [row["accuracy"] for row in rows.values()], label=LABELS[model], **style)
-        exponent = report["exponents"][model]
-        label = LABELS[model] + ("" if exponent is None else f", pixels^{exponent:.2f}")
+        power = report["exponents"][model]
+        label = LABELS[model] + ("" if power is None else f", pixels^{power:.2f}")
         time.plot(sizes, [row["ms"] for row in rows.values()], label=label, **style)
     accuracy.axhline(report["chance"], color="black", linewidth=0.8, linestyle=":")
     accuracy.set(ylabel="accuracy (%)", ylim=(0, 100))

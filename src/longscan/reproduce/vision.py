@@ -27,7 +27,7 @@ from longscan.reproduce.accuracy_table import finish, show
 from longscan.reproduce.experiment import Plan
 from longscan.training.image_classifier import ImagesConfig, ImagesRun
 
-__all__ = ["FILES", "MODELS", "OMNIGLOT", "SETS", "SOURCE", "images", "run", "show", "trained"]
+__all__ = ["FILES", "LABELS", "MODELS", "OMNIGLOT", "SETS", "SOURCE", "images", "run", "show", "trained"]
 
 FILES = (
     "fashion_mnist_15k.npz",
@@ -84,6 +84,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 # the best of 1e-3, 2e-3 and 4e-3 on held-out images of CIFAR-10, after 250 steps
 LEARNING_RATES = {"vmamba": 2e-3, "vim": 4e-3, "vit": 2e-3, "resnet": 2e-3}
+LABELS = {"vmamba": "VMamba", "vim": "Vim", "vit": "ViT", "resnet": "ResNet"}
 PATCHES = 8  # of a row of a training image
 FULL = 10  # times as many epochs
 SIZES = {"smaller": 0.75, "accuracy": 1.0, "larger": 1.5}  # of test images, times that of training
@@ -158,13 +159,8 @@ def _plot(report: Mapping[str, Any], path: Path) -> None:
         for index, model in enumerate(MODELS):
             shift = (index - (len(MODELS) - 1) / 2) * width
             heights = [report["systems"][f"{task} {model}"][name]["mean"] for name in SIZES]
-            bars = ax.bar(
-                [x + shift for x in range(len(SIZES))],
-                heights,
-                0.9 * width,
-                color=COLOURS[index],
-                label=model,
-            )
+            positions = [x + shift for x in range(len(SIZES))]
+            bars = ax.bar(positions, heights, 0.9 * width, color=COLOURS[index], label=LABELS[model])
             ax.bar_label(bars, fmt="%.0f", fontsize=7)
         sides = [round(each.size * factor) for factor in SIZES.values()]
         ticks = [f"{side}{', trained' if side == each.size else ''}" for side in sides]
@@ -173,7 +169,8 @@ def _plot(report: Mapping[str, Any], path: Path) -> None:
         ax.set_title(each.title)
         tidy(ax)
     figure.axes[0].set_ylabel("accuracy (%)")
-    figure.axes[-1].legend(frameon=False, loc="upper right", ncols=2, fontsize=8)
+    names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*names, frameon=False, loc="outside upper right", ncols=len(MODELS))
     save_figure(figure, path, reduced_note(report))
 
 

@@ -69,7 +69,7 @@ FORMATS: Mapping[str, Format] = LazyMapping(
 OFFICIAL = official.FORMAT
 #: by the name of the model, in the order in which they are tried
 BARE: Mapping[str, BareFormat] = LazyMapping(
-    {name: partial(_bare, name) for name in ("vmamba", "vim", "videomamba")}
+    {name: partial(_bare, name) for name in ("vmamba", "vim", "videomamba", "vit")}
 )
 
 
