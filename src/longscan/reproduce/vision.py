@@ -77,7 +77,7 @@ SETS = {
 }
 # the patches of all, and the maps of the ResNet, are as many at each size
 MODELS: dict[str, dict[str, Any]] = {
-    "vmamba": {"d_model": [24, 48, 96], "n_blocks": [2, 4, 1]},
+    "vmamba": {"d_model": [38, 76], "n_blocks": [2, 3]},
     "vim": {"d_model": 84, "n_layers": 4},
     "vit": {"d_model": 72, "n_layers": 4, "n_heads": 3},
     "resnet": {"d_model": [16, 32, 64], "n_blocks": [3, 3, 3]},
