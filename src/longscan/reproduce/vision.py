@@ -1,7 +1,7 @@
 """VMamba, Vim, a Vision Transformer and a ResNet of equal size, trained from scratch on small images.
 
 The papers (arXiv 2401.10166, 2401.09417, 2010.11929, 1512.03385) train models of 5 to 90 million parameters
-on 1.2 million photographs for days. Here each has about 270,000 parameters and sees about 144,000 images, the
+on 1.2 million photographs for days. Here each has about 270,000 parameters and sees about 100,000 images, the
 same ones in the same order, of each of three sets: clothes (Fashion-MNIST), photographs (CIFAR-10, stored as
 JPEG) and handwritten characters of many alphabets (Omniglot). What can be compared at this size: how well
 they learn from little, how long it takes, and how the trained models bear images of another size.
@@ -75,14 +75,14 @@ SETS = {
     # a character is another one when mirrored
     "omniglot": ImageSet("Omniglot", 64, 32.0, {"valid_fraction": 0.07, "flip": 0.0}),
 }
-# the patches of all, and the maps of the ResNet, are as many at each size
+# a patch, or the stride of the ResNet's first convolution, is larger where the images are: see `trained`
 MODELS: dict[str, dict[str, Any]] = {
     "vmamba": {"d_model": [38, 76], "n_blocks": [2, 3]},
     "vim": {"d_model": 84, "n_layers": 4},
     "vit": {"d_model": 72, "n_layers": 4, "n_heads": 3},
     "resnet": {"d_model": [16, 32, 64], "n_blocks": [3, 3, 3]},
 }
-# the best of 1e-3, 2e-3 and 4e-3 on held-out images of CIFAR-10, after 250 steps
+# the best of 1e-3, 2e-3 and 4e-3 on held-out images of CIFAR-10, after 250 steps; of a VMamba of three stages
 LEARNING_RATES = {"vmamba": 2e-3, "vim": 4e-3, "vit": 2e-3, "resnet": 2e-3}
 LABELS = {"vmamba": "VMamba", "vim": "Vim", "vit": "ViT", "resnet": "ResNet"}
 PATCHES = 8  # of a row of a training image
