@@ -40,7 +40,10 @@ VERBS = {
         "longscan.commands.remember",
         "Compress a signal into a few coefficients and reconstruct it.",
     ),
-    "convert": ("longscan.commands.convert", "Rewrite a model directory in another layout or precision."),
+    "convert": (
+        "longscan.commands.convert",
+        "Rewrite a model in another layout, precision or format (GGUF, ONNX).",
+    ),
     "quantize": ("longscan.commands.quantize", "Quantise a model's weights to bf16, int8 or int4."),
     "models": ("longscan.commands.models", "List the models and what each supports."),
     "plot": (

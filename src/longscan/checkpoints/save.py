@@ -14,6 +14,7 @@ from longscan.checkpoints.formats import FORMATS, OFFICIAL, config_fields, name_
 from longscan.checkpoints.formats.base import TIED_HEAD
 from longscan.checkpoints.gguf.model import GGUFType, save_gguf
 from longscan.checkpoints.load import load
+from longscan.checkpoints.onnx.export import save_onnx
 from longscan.checkpoints.open import stored_kind
 from longscan.checkpoints.weights import BARE_SUFFIXES, dtype_name, narrowed
 from longscan.core.files import atomic_directory, write_json, writing
@@ -29,6 +30,7 @@ from longscan.models.common.quantization import (
     kind_of,
     quantize_model,
 )
+from longscan.models.common.vision import VisionModel
 from longscan.ops import Kind
 from longscan.ops.quant import STORED
 from longscan.tokenizers.base import Tokenizer
@@ -84,7 +86,8 @@ def convert(
 
     Args:
         source: see `resolve`.
-        destination: a new or empty directory, or a new file whose name ends in .gguf.
+        destination: a new or empty directory, or a new file whose name ends in .gguf (language models) or
+            .onnx (classifiers of images or videos, in float32; see `save_onnx`).
         layout: "hf" for safetensors, "official" for pytorch_model.bin and the authors' config.json.
         dtype: of the weights; None keeps that of the source. With a type, quantised weights become plain.
         gguf_type: of the matrices in a .gguf file, see `save_gguf`; not for a directory.
@@ -106,29 +109,53 @@ def convert(
     if destination.suffix in BARE_SUFFIXES and not destination.exists():
         raise UsageError(f"{destination}: expected the name of a directory, got that of a weights file.")
     where: dict[str, Any] = {"revision": revision, "offline": offline}
+    kind = stored_kind(source, model=model, **where)
     converted: Model
-    if stored_kind(source, model=model, **where) != "image":
-        if image_size is not None:
-            raise UsageError(f"image_size: {source} is no image classifier. Leave it out.")
-        converted, its_tokenizer = load(source, dtype=dtype, tokenizer=tokenizer, **where)
-    elif destination.suffix == ".gguf" or tokenizer is not None:
-        option = "a tokenizer" if tokenizer is not None else destination.name
-        raise LongscanError(
-            f"{source} is an image classifier: expected a directory and no more, got {option}. "
-            "GGUF files and tokenizers are for language models."
-        )
-    else:
+    if kind == "image":
+        _check_image_options(source, destination, dtype, tokenizer)
         where |= {"model": model, "image_size": image_size}
         converted, its_tokenizer = load(source, "image", dtype=dtype, **where), None
+    else:
+        _check_language_options(source, destination, image_size)
+        converted, its_tokenizer = load(source, dtype=dtype, tokenizer=tokenizer, **where)
     if dtype and kind_of(converted):
         converted = dequantized(converted).to(dtype)
-    if destination.suffix == ".gguf":
+    if destination.suffix in (".gguf", ".onnx"):
         destination.parent.mkdir(parents=True, exist_ok=True)
+    if destination.suffix == ".gguf":
         assert isinstance(converted, LanguageModel)
         save_gguf(converted, destination, its_tokenizer, gguf_type, new=True)
+    elif destination.suffix == ".onnx":
+        assert isinstance(converted, VisionModel)
+        save_onnx(converted, destination, new=True)
     else:
         _write(converted, destination, its_tokenizer, layout, None, new=True)
     return converted
+
+
+def _check_image_options(
+    source: str | Path, destination: Path, dtype: torch.dtype | None, tokenizer: str | Path | None
+) -> None:
+    """Raise if an image classifier can't be converted in this way."""
+    if destination.suffix == ".gguf" or tokenizer is not None:
+        option = "a tokenizer" if tokenizer is not None else destination.name
+        raise LongscanError(
+            f"{source} is an image classifier: expected a directory or an .onnx file and no more, got "
+            f"{option}. GGUF files and tokenizers are for language models."
+        )
+    if destination.suffix == ".onnx" and dtype not in (None, torch.float32):
+        raise UsageError(f"dtype: {destination.name} holds float32, got {dtype_name(dtype)}. Leave it out.")
+
+
+def _check_language_options(source: str | Path, destination: Path, image_size: int | None) -> None:
+    """Raise if a language model can't be converted in this way."""
+    if image_size is not None:
+        raise UsageError(f"image_size: {source} is no image classifier. Leave it out.")
+    if destination.suffix == ".onnx":
+        raise LongscanError(
+            f"{source} is no image classifier: expected one for {destination.name}. ONNX files of other "
+            "models are not written. Choose a directory, or a .gguf file."
+        )
 
 
 def check_new(destination: str | Path) -> Path:

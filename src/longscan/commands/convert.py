@@ -1,4 +1,4 @@
-"""`longscan convert`: the same model in another layout or precision."""
+"""`longscan convert`: the same model in another layout, format or precision."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def command(
         str, typer.Argument(metavar="SRC", help="A directory, a hub id, a .gguf file, or a shipped model.")
     ],
     destination: Annotated[
-        Path, typer.Argument(metavar="DST", help="A new or empty directory, or a new .gguf file.")
+        Path, typer.Argument(metavar="DST", help="A new or empty directory, or a new .gguf or .onnx file.")
     ],
     to: Annotated[
         Layout | None, typer.Option(help="hf: safetensors. official: pytorch_model.bin.", show_default="hf")
@@ -48,11 +48,12 @@ def command(
     revision: Revision = None,
     offline: Offline = False,
 ) -> None:
-    """Rewrite a model in another layout or precision.
+    """Rewrite a model in another layout, format or precision.
 
     SRC may have the Hugging Face layout (safetensors) or the official one (pytorch_model.bin, unless it holds
     code), be a GGUF file of llama.cpp, or the weights of an image model alone (.pth, .safetensors). A DST
-    that ends in .gguf becomes a GGUF file.
+    that ends in .gguf becomes a GGUF file. One that ends in .onnx becomes an ONNX file of an image model:
+    float32, any batch size, one image size; it is compared with the model before it gets its name.
     The recurrence (A_log, D, the bias of dt_proj) stays float32 in every precision.
 
     Raises:
@@ -60,8 +61,8 @@ def command(
         LongscanError: the model can't be read, or not be written in this form.
     """
     gguf = destination.suffix == ".gguf"
-    if gguf and to:
-        raise UsageError(f"--to is for directories, but {destination} is a GGUF file: leave one of them out.")
+    if to and destination.suffix in (".gguf", ".onnx"):
+        raise UsageError(f"--to is for directories, but {destination} is a file: leave one of them out.")
     if gguf_type and not gguf:
         raise UsageError(f"--gguf-type is for GGUF files, but {destination} does not end in .gguf.")
     model = convert(
@@ -79,6 +80,11 @@ def command(
     if isinstance(model, LanguageModel) and gguf:
         size = f"{model.num_parameters():,} parameters · {destination.stat().st_size:,} bytes"
         typer.echo(f"{destination} · GGUF · {gguf_type or usual_type(model)} · {size}")
+        return
+    if isinstance(model, VisionModel) and destination.suffix == ".onnx":
+        size = f"{model.num_parameters():,} parameters · {destination.stat().st_size:,} bytes"
+        shape = ", ".join(map(str, model.input_shape))
+        typer.echo(f"{destination} · ONNX · {size} · pixel_values (batch, {shape}) → logits")
         return
     weights = sum(
         file.stat().st_size for file in destination.iterdir() if file.suffix in (".safetensors", ".bin")

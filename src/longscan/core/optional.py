@@ -24,6 +24,10 @@ EXTRAS = {
     "transformers": ("transformers", "peers"),
     "mambapy": ("mambapy", "peers"),
     "llama-cpp-python": ("llama_cpp", "llama"),
+    "onnx": ("onnx", "onnx"),
+    "onnxscript": ("onnxscript", "onnx"),
+    "onnxruntime": ("onnxruntime", "onnx"),
+    "timm": ("timm", "timm"),
 }
 
 

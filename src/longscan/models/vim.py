@@ -256,7 +256,9 @@ class Vim(VisionModel):
         positions, class_positions = self.positions(grid)
         classes = [self.get_parameter(name) for name in self.class_names]
         class_tokens = torch.cat([*classes, class_positions[:, :0]], 1) + class_positions
-        x = join(self.flatten(maps + positions), class_tokens.expand(len(maps), -1, -1), config.class_token)
+        x = join(
+            self.flatten(maps + positions), class_tokens.expand(maps.shape[0], -1, -1), config.class_token
+        )
         if config.residual_in_fp32:  # so that many small additions are not lost
             x = x.to(torch.promote_types(x.dtype, torch.float32))
         routes = self.routes(grid)
@@ -303,7 +305,7 @@ class Vim(VisionModel):
 
     def unflatten(self, patches: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Return the maps of patches: the inverse of `flatten`."""
-        return patches.mT.reshape(len(patches), -1, *grid)
+        return patches.mT.reshape(patches.shape[0], -1, *grid)
 
     def routes(self, grid: tuple[int, ...]) -> tuple[Route, ...]:
         """Return the scans of every block, for a grid of patches."""

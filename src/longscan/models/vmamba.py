@@ -202,7 +202,7 @@ class SS2D(Recurrent):
         A, D = -torch.exp(self.A_logs).view(*dt.shape[2:], -1), self.Ds.view(dt.shape[2:])
         u = x.to(torch.promote_types(x.dtype, torch.float32))  # and so is y: four terms add up
         y = ops.path_scan(u, dt, A, B, C, D, self.dt_projs_bias, pattern.order)
-        return y.view(len(y), *pattern.shape, -1)
+        return y.view(y.shape[0], *pattern.shape, -1)
 
 
 class VSSBlock(nn.Module):

@@ -172,7 +172,7 @@ def cross_scan_ref(x: Tensor, pattern: ScanPattern) -> Tensor:
 def cross_merge_ref(y: Tensor, pattern: ScanPattern) -> Tensor:
     """Return the result of :func:`cross_merge`: the equation as written."""
     at = torch.arange(y.shape[2], device=y.device)
-    return y[:, pattern.inverse.T, at].sum(2).view(len(y), *pattern.shape, y.shape[-1])
+    return y[:, pattern.inverse.T, at].sum(2).view(y.shape[0], *pattern.shape, y.shape[-1])
 
 
 # --- 2. the ops ---------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def cross_merge(y: Tensor, pattern: ScanPattern) -> Tensor:
     if composed():
         return cross_merge_ref(y, pattern)
     merged: Tensor = torch.ops.longscan.cross_merge(y, pattern.order, pattern.inverse)
-    return merged.view(len(y), *pattern.shape, y.shape[-1])
+    return merged.view(y.shape[0], *pattern.shape, y.shape[-1])
 
 
 _lib: Any = torch.library.Library("longscan", "FRAGMENT")  # type: ignore[no-untyped-call]

@@ -204,7 +204,7 @@ def _gathered(
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
     """Return x (batch, n, n_paths, channels) with the rows of each path in another order (n, n_paths)."""
-    return x.gather(1, order[None, :, :, None].expand(len(x), -1, -1, x.shape[3]))
+    return x.gather(1, order[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3]))
 
 
 torch.library.register_autograd("longscan::path_scan", _autograd, setup_context=_setup_context, lib=_lib)

@@ -193,7 +193,8 @@ def _check(
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
     for name, M in (("B", B), ("C", C)):
-        good = M.shape in ((d_inner, d_state), (batch, seq_len, d_state)) or (
+        # by the number of axes first: batch may be symbolic, and is never compared with d_inner
+        good = M.shape == ((d_inner, d_state) if M.dim() == 2 else (batch, seq_len, d_state)) or (
             M.dim() == 4
             and M.shape[:2] == (batch, seq_len)
             and M.shape[3] == d_state

@@ -93,7 +93,7 @@ class DropPath(nn.Module):
         """Return the branch (batch, ...), zero in the rows that are skipped."""
         if not self.training or self.rate == 0:
             return x
-        keep = torch.rand(len(x), *[1] * (x.dim() - 1), device=x.device) >= self.rate
+        keep = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.rate
         return x * (keep.to(x.dtype) / (1 - self.rate))
 
 
@@ -142,6 +142,13 @@ class VisionModel(Model, ABC):
     def head_layer(self) -> nn.Linear:
         """The head, wherever it stands in the model."""
         return cast(nn.Linear, self.get_submodule(self.head_name))
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of a training image or video, (in_channels, [n_frames,] height, width)."""
+        config = self.config
+        frames = (n,) if (n := config.to_dict().get("n_frames")) else ()
+        return config.in_channels, *frames, config.image_size, config.image_size
 
     @abstractmethod
     def forward_features(self, images: Tensor) -> Tensor:
