@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 
@@ -10,9 +11,11 @@ from longscan.checkpoints.assemble import assemble
 from longscan.checkpoints.source import Source
 from longscan.errors import LongscanError, UsageError
 from longscan.models import MODELS
-from longscan.models.common.vision import VisionModel
+from longscan.models.common.vision import VisionConfig, VisionModel
 
-__all__ = ["read_image_model"]
+__all__ = ["preprocessor_fields", "read_image_model"]
+
+BICUBIC = 3  # Pillow's number
 
 
 def read_image_model(source: Source, dtype: torch.dtype | None, image_size: int | None) -> VisionModel:
@@ -49,3 +52,26 @@ def read_image_model(source: Source, dtype: torch.dtype | None, image_size: int 
             stacklevel=3,
         )
     return model
+
+
+def preprocessor_fields(config: VisionConfig) -> dict[str, Any]:
+    """Return the content of preprocessor_config.json, by which transformers prepares images as we do.
+
+    Args:
+        config: of a model of images.
+    """
+    size = config.image_size
+    return {
+        "image_processor_type": "BitImageProcessor",  # resize, crop, rescale, normalise, and no more
+        "do_convert_rgb": config.in_channels == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": max(size, round(size / config.crop))},
+        "resample": BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(config.mean),
+        "image_std": list(config.std),
+    }

@@ -13,6 +13,7 @@ from longscan.checkpoints.assemble import blank_model
 from longscan.checkpoints.formats import FORMATS, OFFICIAL, config_fields, name_of_model
 from longscan.checkpoints.formats.base import TIED_HEAD
 from longscan.checkpoints.gguf.model import GGUFType, save_gguf
+from longscan.checkpoints.image import preprocessor_fields
 from longscan.checkpoints.load import load
 from longscan.checkpoints.onnx.export import save_onnx
 from longscan.checkpoints.open import stored_kind
@@ -215,6 +216,8 @@ def _write(
                     write_json(folder / "generation_config.json", ends)
                     fields |= ends
                 _write_safetensors(published, folder, max_shard_size)
+            if isinstance(model, VisionModel) and len(model.input_shape) == 3:
+                write_json(folder / "preprocessor_config.json", preprocessor_fields(model.config))
             write_json(folder / "config.json", fields)
         if tokenizer:
             tokenizer.save(folder)

@@ -15,6 +15,12 @@ __all__ = ["own"]
 VERSION, KEY = 1, "longscan"
 # what stands in config.json for other readers
 ELSE = ("model_type", KEY, "dtype", QUANTIZATION, "bos_token_id", "eos_token_id", "pad_token_id")
+# what transformers writes of its own: none of it changes what a model computes
+TRANSFORMERS = (
+    *("architectures", "transformers_version", "out_features", "out_indices", "problem_type"),
+    *("output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward"),
+    *("is_encoder_decoder", "gradient_checkpointing", "auto_map", "_name_or_path"),
+)
 
 
 def own(name: str) -> Format:
@@ -30,10 +36,11 @@ def own(name: str) -> Format:
                 f"{KEY}: expected version {VERSION} of the layout of a {name}, got {raw.get(KEY)!r}: this "
                 "file is of another program, or another longscan. Update it, or make the model again."
             )
-        return entry.config.from_dict({key: value for key, value in raw.items() if key not in ELSE})
+        return entry.config.from_dict({key: value for key, value in raw.items() if key not in other})
 
     def write(config: Config) -> dict[str, Any]:
         return {"model_type": name, KEY: VERSION, **config.to_dict()}
 
     entry = MODELS[name]
+    other = ELSE + TRANSFORMERS * (entry.kind == "image")
     return Format(read=read, write=write, copy=TIED_HEAD if entry.kind == "language" else None)
