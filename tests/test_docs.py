@@ -32,12 +32,12 @@ PAIRS = (
     READMES,
     *(
         (f"docs/{name}.md", f"docs/{name}.zh-CN.md")
-        for name in ("attention", "benchmarks", "library", "memory", "quantization", "vision")
+        for name in ("attention", "benchmarks", "compat", "library", "memory", "quantization", "vision")
     ),
 )
 DOCUMENTS = (
     *(document for pair in PAIRS for document in pair),
-    *("docs/compat.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
+    *("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"),
 )
 SOURCE = ROOT / "src" / "longscan"
 PLANNED = ("planned", "计划中")

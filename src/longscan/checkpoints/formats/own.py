@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from longscan.checkpoints.formats.base import QUANTIZATION, TIED_HEAD, Format
+from longscan.checkpoints.formats.base import IDLE, QUANTIZATION, TIED_HEAD, Format
 from longscan.core.config import Config
 from longscan.errors import LongscanError
 from longscan.models import MODELS
@@ -15,12 +15,8 @@ __all__ = ["own"]
 VERSION, KEY = 1, "longscan"
 # what stands in config.json for other readers
 ELSE = ("model_type", KEY, "dtype", QUANTIZATION, "bos_token_id", "eos_token_id", "pad_token_id")
-# what transformers writes of its own: none of it changes what a model computes
-TRANSFORMERS = (
-    *("architectures", "transformers_version", "out_features", "out_indices", "problem_type"),
-    *("output_hidden_states", "output_attentions", "return_dict", "chunk_size_feed_forward"),
-    *("is_encoder_decoder", "gradient_checkpointing", "auto_map", "_name_or_path"),
-)
+# what transformers writes beside it, see compat/transformers.py: none of it changes what a model computes
+TRANSFORMERS = (*IDLE, "out_features", "out_indices", "is_encoder_decoder", "auto_map")
 
 
 def own(name: str) -> Format:
