@@ -18,7 +18,6 @@ from longscan.errors import LongscanError, UsageError
 from longscan.models import MODELS, Model
 from longscan.models.videomamba import PRESETS
 
-FORMATS = BARE
 # as their authors call them
 PUBLISHED = {
     "vim_t_midclstok_76p1acc.pth": ("vim", "vim_tiny"),
@@ -54,8 +53,8 @@ def test_published_files_say_which_model_they_hold(file: str) -> None:
     config = entry.config.from_dict(entry.presets[preset])
     with torch.device("meta"):
         stored = entry.cls(config).state_dict()
-    assert FORMATS[name].matches(stored)
-    assert FORMATS[name].infer(stored) == config
+    assert BARE[name].matches(stored)
+    assert BARE[name].infer(stored) == config
 
 
 @pytest.mark.parametrize("image_size", [448, 576])
@@ -63,7 +62,7 @@ def test_files_of_larger_images(image_size: int) -> None:
     config = MODELS["videomamba"].config.from_dict({**PRESETS["videomamba_tiny"], "image_size": image_size})
     with torch.device("meta"):
         stored = MODELS["videomamba"].cls(config).state_dict()
-    assert FORMATS["videomamba"].infer(stored) == config
+    assert BARE["videomamba"].infer(stored) == config
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,6 @@ from longscan.models.common.vision import VisionConfig, VisionModel, init_linear
 
 __all__ = ["CLASSES", "TimmModel", "TimmVMamba", "TimmVideoMamba", "TimmVim", "filter_weights", "side"]
 
-FORMATS = {form.name: form for form in BARE}
-
 
 class TimmModel(VisionModel):
     """timm's interface of a model of images.
@@ -232,7 +230,7 @@ def filter_weights(state_dict: dict[str, Tensor], model: TimmModel) -> dict[str,
         state_dict: by our names or those of the authors.
         model: whose names and positions they get.
     """
-    tensors = FORMATS[_name(model)].rename(state_dict)
+    tensors = BARE[_name(model)].rename(state_dict)
     positions = tensors.get("pos_embed")
     if positions is not None and isinstance(model, Vim) and positions.shape != model.pos_embed.shape:
         where, grid = model.config.class_token, model.config.grid
