@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -65,6 +66,8 @@ def command(
         raise UsageError(f"--to is for directories, but {destination} is a file: leave one of them out.")
     if gguf_type and not gguf:
         raise UsageError(f"--gguf-type is for GGUF files, but {destination} does not end in .gguf.")
+    if destination.suffix == ".onnx" and sys.stderr.isatty():
+        typer.echo("exporting, which takes some minutes for a large model", err=True)
     model = convert(
         source,
         destination,
