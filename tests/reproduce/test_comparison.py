@@ -103,3 +103,45 @@ def test_numbers_are_not_compared(cli: Cli, tmp_path: Path) -> None:
     assert done.code == 1
     assert "expected labels that are classes, got numbers" in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_models_of_images_are_compared_too(cli: Cli, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    np.savez(tmp_path / "dots.npz", x=draw.integers(0, 255, (40, 16, 16), np.uint8), y=np.arange(40) % 2)
+    names = ("--model", "vit", "--model", "resnet")
+    size = ("--steps", 2, "--batch-size", 4, "--image-size", 16, "--threads", 1, "--eval-every", 0)
+    done = cli("classify", "train", tmp_path / "dots.npz", *names, "--out", tmp_path / "runs", *size)
+    assert done.code == 0, done.err
+    head, *rows, note = done.out.splitlines()
+    assert head.split() == ["system", "accuracy", "macro-F1", "seeds", "parameters", "minutes"]
+    assert [row.split()[0] for row in rows] == ["vit", "resnet"]
+    assert note == "measured: the last step's model on the held-out images"
+    report = json.loads((tmp_path / "runs/comparison.json").read_text())
+    for name in ("vit", "resnet"):
+        last = json.loads((tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()[-1])
+        assert report["runs"][name][0]["accuracy"] == pytest.approx(100 * last["valid_top1"])
+    assert (tmp_path / "runs/comparison.png").stat().st_size > 1000
+    assert (
+        cli("classify", "train", tmp_path / "dots.npz", *names, "--out", tmp_path / "runs", *size).out
+        == done.out
+    )
+
+
+@pytest.mark.parametrize(
+    ("models", "flags", "message"),
+    [
+        (("vit", "s4d"), (), "several --model: expected all models of images; got s4d."),
+        (("s4d", "vit"), (), "several --model: expected no model of images among them; got vit."),
+        (("vit", "nonsense"), (), "several --model: expected each one of resnet, vit, "),
+        (("vit", "vim"), ("--from", "a.pth"), "several --model and --from: expected one of them, got both."),
+        (("vit", "vim"), ("--pooling", "last"), "--pooling: vit, vim have no such setting. Leave it out."),
+        (("vit", "vim"), ("--frames", 4), "--frames: vit classifies images."),
+    ],
+)
+def test_models_that_do_not_go_together(
+    cli: Cli, tmp_path: Path, models: tuple[str, ...], flags: tuple[object, ...], message: str
+) -> None:
+    named = [word for name in models for word in ("--model", name)]
+    done = cli("classify", "train", tmp_path / "x.npz", *named, "--out", tmp_path / "out", *flags)
+    assert done.code == 2
+    assert message in " ".join(done.err.split())

@@ -135,7 +135,7 @@ add_flags(train, _Flags)
 allow_several(
     train,
     "model",
-    " For sequences or images, a name such as mamba or vmamba; repeat it to compare those of sequences.",
+    " For sequences or images, a name such as mamba or vmamba; repeat it to compare models.",
 )
 
 
