@@ -81,7 +81,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delitem(vision.MODELS, name)
 
 
-def test_vision_and_resolution(cli: Cli, data: Path, tmp_path: Path) -> None:
+def test_vision_and_resolution(cli: Cli, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ("--data", data, "--out", tmp_path, "--quick", "--threads", 1)
     done = cli("reproduce", "vision", *flags)
     assert done.code == 0, done.err
@@ -105,11 +105,19 @@ def test_vision_and_resolution(cli: Cli, data: Path, tmp_path: Path) -> None:
 
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoints/*/state.json")}
     assert len(times) == len(report["systems"])
+    sizes: list[int] = []
+
+    def measured(model: Any, *arguments: Any) -> Any:
+        sizes.append(model.config.image_size)
+        return measure_images(model, *arguments)
+
+    monkeypatch.setattr(resolution, "measure_images", measured)
     done = cli("reproduce", "resolution", *flags)
     assert done.code == 0, done.err
     assert "ms per image" in done.out
     found = json.loads((tmp_path / "resolution.json").read_text())
     assert list(found["rows"]) == list(TINY)
+    assert sizes == [64, 96] * len(TINY)
     for rows in found["rows"].values():
         assert list(rows) == ["64", "96"]
         for row in rows.values():
