@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -337,3 +338,17 @@ def test_refuses_other_dtypes(case: Case, argument: str) -> None:
             continue  # a complex system
         with pytest.raises(TypeError, match=rf"^{argument}: expected (real|integers).*, got {dtype}"):
             case(**{argument: good.to(dtype)})
+
+
+def required_tensors() -> Iterator[Any]:
+    for name, case in CASES.items():
+        for argument, parameter in inspect.signature(case.function).parameters.items():
+            if parameter.annotation is Tensor:
+                yield pytest.param(case, argument, id=f"{name}: {argument}")
+
+
+@pytest.mark.parametrize(("case", "argument"), list(required_tensors()))
+@pytest.mark.parametrize("value", [None, 1.0])
+def test_names_a_required_tensor_that_is_missing(case: Case, argument: str, value: float | None) -> None:
+    with pytest.raises(TypeError, match=rf"^{argument}: expected a tensor, got {type(value).__name__}"):
+        case(**{argument: value})

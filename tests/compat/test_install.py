@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -40,6 +42,19 @@ def test_every_module_and_name_can_be_imported(name: str) -> None:
         for entry in names:
             theirs = entry if isinstance(entry, str) else entry[0]
             exec(f"from {name} import {theirs}", {})
+
+
+@pytest.mark.usefixtures("installed")
+def test_star_imports_pass_on_what_clients_use_without_importing_it() -> None:
+    names: dict[str, Any] = {}
+    exec("from mamba_ssm.utils.generation import *", names)
+    exec("from mamba_ssm.modules.mamba_simple import *", names)
+    assert names["dataclass"] is dataclasses.dataclass
+    assert names["partial"] is functools.partial
+    assert names["F"] is torch.nn.functional
+    assert names["nn"] is torch.nn
+    assert names["Mamba"] is compat.mamba.Mamba
+    assert names["InferenceParams"] is compat.generation.InferenceParams
 
 
 @pytest.mark.usefixtures("installed")

@@ -1,16 +1,42 @@
 """Checks of the drop-in functions' arguments: exact shapes over named sizes, and dtypes."""
 
-from collections.abc import Sequence
-from functools import cache
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_boundaries", "check_rows", "expect"]
+__all__ = ["check_boundaries", "check_rows", "expect", "requires_tensors"]
 
 KINDS = ("real floating point", "real or complex floating point", "integers", "numbers")
 REAL, COMPLEX, INTEGER, NUMBER = KINDS
 Shape = str | Sequence[int]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def requires_tensors(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Return the function, which then refuses anything but a tensor for what is annotated as `Tensor`.
+
+    `expect` can't: it takes None for what is optional.
+
+    Raises:
+        TypeError: on a call, naming the argument.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    required = [(i, p.name) for i, p in enumerate(parameters) if p.annotation is Tensor]
+
+    @wraps(function)  # also keeps the signature, by which transformers chooses the keywords
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        for index, name in required:
+            value = args[index] if index < len(args) else kwargs.get(name, required)
+            if not isinstance(value, Tensor) and value is not required:  # a missing one is Python's error
+                raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def expect(sizes: dict[str, int], kind: str = REAL, /, **arguments: tuple[Tensor | None, Shape]) -> None:

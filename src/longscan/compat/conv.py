@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longscan import ops
-from longscan.compat.checks import INTEGER, Shape, check_boundaries, check_rows, expect
+from longscan.compat.checks import INTEGER, Shape, check_boundaries, check_rows, expect, requires_tensors
 
 __all__ = [
     "causal_conv1d_fn",
@@ -16,6 +16,7 @@ __all__ = [
 ]
 
 
+@requires_tensors
 def causal_conv1d_fn(
     x: Tensor,
     weight: Tensor,
@@ -105,6 +106,7 @@ def silu(activation: str | None) -> bool:
     return activation is not None
 
 
+@requires_tensors
 def causal_conv1d_ref(
     x: Tensor,
     weight: Tensor,
@@ -120,6 +122,7 @@ def causal_conv1d_ref(
     )
 
 
+@requires_tensors
 def causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,
@@ -218,6 +221,7 @@ def _ring(state: Tensor, x: Tensor, position: Tensor, width: int) -> tuple[Tenso
     return past, state.scatter(2, at(last), x[..., seq_len - n :])
 
 
+@requires_tensors
 def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
     """Return the last state_len inputs of each sequence of a packed row, after zeros if it is shorter.
 

@@ -6,7 +6,7 @@ The versions of a function differ in their number of arguments, which distinguis
 import torch
 from torch import Tensor
 
-from longscan.compat.checks import expect
+from longscan.compat.checks import expect, requires_tensors
 from longscan.compat.conv import causal_conv1d_update, check_convolution, convolve
 
 __all__ = [
@@ -22,6 +22,7 @@ Argument = Tensor | bool | None
 BUFFERS = ("dx", "dweight", "dbias", "dinitial_states")
 
 
+@requires_tensors
 def causal_conv1d_fwd_function(
     x: Tensor,
     weight: Tensor,
@@ -41,6 +42,7 @@ def causal_conv1d_fwd_function(
     return y
 
 
+@requires_tensors
 def causal_conv1d_bwd_function(
     x: Tensor,
     weight: Tensor,
@@ -77,6 +79,7 @@ def causal_conv1d_bwd_function(
     return dx, dweight, dbias, dinitial if return_dinitial_states else None
 
 
+@requires_tensors
 def causal_conv1d_update_function(
     x: Tensor,
     conv_state: Tensor,

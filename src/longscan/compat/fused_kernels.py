@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longscan.compat.checks import expect
+from longscan.compat.checks import expect, requires_tensors
 from longscan.compat.gated_norms import check_gated, layernorm_fn
 from longscan.compat.ssd import NO_LIMIT, Limits, check_ssd, mamba_chunk_scan_combined
 
@@ -20,6 +20,7 @@ __all__ = [
 ]
 
 
+@requires_tensors
 def _mamba_chunk_scan_combined_fwd(
     x: Tensor,
     dt: Tensor,
@@ -52,6 +53,7 @@ def _mamba_chunk_scan_combined_fwd(
     return y, before, None, None, None, states
 
 
+@requires_tensors
 def _mamba_chunk_scan_combined_bwd(
     dout: Tensor,
     x: Tensor,
@@ -98,6 +100,7 @@ def _mamba_chunk_scan_combined_bwd(
     return (*gradients, y.detach()) if recompute_output else tuple(gradients)
 
 
+@requires_tensors
 def _layer_norm_fwd(
     x: Tensor,
     weight: Tensor,
@@ -116,6 +119,7 @@ def _layer_norm_fwd(
     return (y if out is None else out.copy_(y)), None, None
 
 
+@requires_tensors
 def _layer_norm_bwd(
     dy: Tensor,
     x: Tensor,

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longscan.compat.checks import expect
+from longscan.compat.checks import expect, requires_tensors
 from longscan.compat.norms import wide
 
 __all__ = ["LayerNorm", "RMSNorm", "check_gated", "layernorm_fn", "rms_norm_ref", "rmsnorm_fn"]
 
 
+@requires_tensors
 def layernorm_fn(
     x: Tensor,
     weight: Tensor,
@@ -66,6 +67,7 @@ def check_gated(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None
     expect({}, weight=(weight, x.shape[-1:]), bias=(bias, x.shape[-1:]), z=(z, x.shape))
 
 
+@requires_tensors
 def rmsnorm_fn(
     x: Tensor,
     weight: Tensor,
@@ -79,6 +81,7 @@ def rmsnorm_fn(
     return layernorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate, True)
 
 
+@requires_tensors
 def rms_norm_ref(
     x: Tensor,
     weight: Tensor,

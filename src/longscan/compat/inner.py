@@ -8,13 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longscan import ops
-from longscan.compat.checks import COMPLEX, REAL, expect
+from longscan.compat.checks import COMPLEX, REAL, expect, requires_tensors
 from longscan.compat.norms import normalize
 from longscan.compat.selective_scan import expect_matrices, scan, time_first
 
 __all__ = ["bimamba_inner_fn", "mamba_inner_fn", "mamba_inner_fn_no_out_proj", "mamba_inner_ref"]
 
 
+@requires_tensors
 def mamba_inner_fn(
     xz: Tensor,
     conv1d_weight: Tensor,
@@ -83,6 +84,7 @@ def mamba_inner_fn(
     return F.linear(y.to(out_proj_weight.dtype), out_proj_weight, out_proj_bias)
 
 
+@requires_tensors
 def mamba_inner_ref(
     xz: Tensor,
     conv1d_weight: Tensor,
@@ -114,6 +116,7 @@ def mamba_inner_ref(
     )
 
 
+@requires_tensors
 def mamba_inner_fn_no_out_proj(
     xz: Tensor,
     conv1d_weight: Tensor,
@@ -141,6 +144,7 @@ def mamba_inner_fn_no_out_proj(
     return _scan(x, delta, A, Bs, Cs, D, z, delta_bias, delta_softplus).transpose(1, 2)
 
 
+@requires_tensors
 def bimamba_inner_fn(
     xz: Tensor,
     conv1d_weight: Tensor,

@@ -93,6 +93,30 @@ CONTENTS: dict[str, tuple[tuple[Any, ...], ...]] = {
     "selective_scan_cuda_core": (("scan_kernels", *((name, f"core_{name}") for name in FORWARD_BACKWARD)),),
     "selective_scan_cuda_oflex": (("scan_kernels", *((name, f"oflex_{name}") for name in FORWARD_BACKWARD)),),
 }
+USUAL = (
+    "math",
+    "torch",
+    "torch.nn",
+    "torch.nn:functional:F",
+    "torch:Tensor",
+    "typing:Optional",
+    "functools:partial",
+)
+EINOPS = ("einops:rearrange", "einops:repeat")
+# module -> what theirs imports and clients take from it, also by "import *": a module, or module:name[:as]
+IMPORTED: dict[str, tuple[str, ...]] = {
+    "mamba_ssm.modules.mamba_simple": (*USUAL, *EINOPS),
+    "mamba_ssm.modules.mamba2": (*USUAL, *EINOPS),
+    "mamba_ssm.modules.block": USUAL,
+    "mamba_ssm.ops.selective_scan_interface": (*USUAL, *EINOPS),
+    "mamba_ssm.ops.triton.ssd_combined": (*USUAL, *EINOPS),
+    "mamba_ssm.models.config_mamba": ("dataclasses:dataclass", "dataclasses:field"),
+    "mamba_ssm.models.mixer_seq_simple": (*USUAL, "collections:namedtuple", "copy", "json", "os"),
+    "mamba_ssm.utils.generation": (
+        *("dataclasses:dataclass", "dataclasses:field", "collections:namedtuple", "gc", "time"),
+        *("typing:Callable", "typing:Sequence", "typing:Union", *USUAL, *EINOPS),
+    ),
+}
 NAMES = tuple(CONTENTS)
 PACKAGES = tuple(name for name in NAMES if "." not in name)
 
@@ -167,13 +191,19 @@ def _made() -> dict[str, ModuleType]:
         parent, _, leaf = name.rpartition(".")
         if parent and not hasattr(modules[parent], leaf):
             setattr(modules[parent], leaf, module)
-    with contextlib.suppress(
-        ImportError
-    ):  # theirs has these two from einops, and clients take them from there
-        einops = importlib.import_module("einops")
-        for name in ("rearrange", "repeat"):
-            setattr(modules["mamba_ssm.ops.selective_scan_interface"], name, getattr(einops, name))
+    for name, sources in IMPORTED.items():
+        for source in sources:
+            _pass_on(modules[name], source)
     return modules
+
+
+def _pass_on(module: ModuleType, source: str) -> None:
+    """Put a name of `IMPORTED` into a module, if its package is installed and the name is free."""
+    origin, *names = source.split(":")
+    with contextlib.suppress(ImportError):  # einops is optional
+        value = importlib.import_module(origin)
+        leaf = names[-1] if names else origin.rpartition(".")[2]
+        vars(module).setdefault(leaf, getattr(value, names[0]) if names else value)
 
 
 def uninstall() -> None:

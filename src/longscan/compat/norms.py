@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longscan.compat.checks import NUMBER, expect
+from longscan.compat.checks import NUMBER, expect, requires_tensors
 
 __all__ = [
     "RMSNorm",
@@ -46,6 +46,7 @@ def normalize(
     return y if bias is None else y + bias
 
 
+@requires_tensors
 def layer_norm_fn(
     x: Tensor,
     weight: Tensor,
@@ -132,6 +133,7 @@ def _dropout(x: Tensor, p: float) -> tuple[Tensor, Any]:
     return x * mask / (1 - p), mask
 
 
+@requires_tensors
 def rms_norm_fn(
     x: Tensor,
     weight: Tensor,
@@ -154,6 +156,7 @@ def rms_norm_fn(
     )
 
 
+@requires_tensors
 def layer_norm_ref(
     x: Tensor,
     weight: Tensor,
@@ -177,6 +180,7 @@ def layer_norm_ref(
     )
 
 
+@requires_tensors
 def rms_norm_ref(
     x: Tensor,
     weight: Tensor,
@@ -256,6 +260,7 @@ def _reference(
     return tuple(t if t is None or i >= n_norms else t.to(dtype) for i, t in enumerate(result))
 
 
+@requires_tensors
 def layer_norm_linear_fn(
     x: Tensor,
     norm_weight: Tensor,

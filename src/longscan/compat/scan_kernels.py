@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longscan.compat.checks import expect
+from longscan.compat.checks import expect, requires_tensors
 from longscan.compat.selective_scan import check_scan, scan
 
 __all__ = ["bwd", "core_bwd", "core_fwd", "fwd", "oflex_bwd", "oflex_fwd"]
@@ -18,6 +18,7 @@ __all__ = ["bwd", "core_bwd", "core_fwd", "fwd", "oflex_bwd", "oflex_fwd"]
 CHUNK = 2048
 
 
+@requires_tensors
 def fwd(
     u: Tensor,
     delta: Tensor,
@@ -37,6 +38,7 @@ def fwd(
     return [y, x] if z is None else [y, x, (y * F.silu(z.to(y.dtype))).to(u.dtype)]
 
 
+@requires_tensors
 def bwd(
     u: Tensor,
     delta: Tensor,
@@ -69,6 +71,7 @@ def bwd(
     return [*gradients, dz, *([y] if recompute_out_z else [])]
 
 
+@requires_tensors
 def core_fwd(
     u: Tensor,
     delta: Tensor,
@@ -86,6 +89,7 @@ def core_fwd(
     return list(_forward(u, delta, A, B, C, D, delta_bias, delta_softplus))
 
 
+@requires_tensors
 def core_bwd(
     u: Tensor,
     delta: Tensor,
@@ -104,6 +108,7 @@ def core_bwd(
     return _backward(dout, (u, delta, A, B, C, D, delta_bias, None), delta_softplus)[1][:-1]
 
 
+@requires_tensors
 def oflex_fwd(
     u: Tensor,
     delta: Tensor,

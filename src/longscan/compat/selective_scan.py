@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longscan import ops
-from longscan.compat.checks import COMPLEX, expect
+from longscan.compat.checks import COMPLEX, expect, requires_tensors
 
 __all__ = [
     "check_scan",
@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 
+@requires_tensors
 def selective_scan_fn(
     u: Tensor,
     delta: Tensor,
@@ -55,6 +56,7 @@ def selective_scan_fn(
     return (y, state) if return_last_state else y
 
 
+@requires_tensors
 def selective_scan_fn_without_gate(
     u: Tensor,
     delta: Tensor,

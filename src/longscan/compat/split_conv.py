@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longscan import ops
-from longscan.compat.checks import INTEGER, expect
+from longscan.compat.checks import INTEGER, expect, requires_tensors
 from longscan.compat.conv import silu
 from longscan.compat.gated_norms import rmsnorm_fn
 from longscan.compat.ssd import NO_LIMIT, Limits, mamba_chunk_scan_combined
@@ -13,6 +13,7 @@ from longscan.compat.ssd import NO_LIMIT, Limits, mamba_chunk_scan_combined
 __all__ = ["mamba_conv1d_scan_ref", "mamba_split_conv1d_scan_combined", "mamba_split_conv1d_scan_ref"]
 
 
+@requires_tensors
 def mamba_split_conv1d_scan_combined(
     zxbcdt: Tensor,
     conv1d_weight: Tensor,
@@ -130,6 +131,7 @@ def _width_of_b(d_conv_in: int, d_inner: int, n_groups: int) -> int:
     return d_bc
 
 
+@requires_tensors
 def mamba_split_conv1d_scan_ref(
     zxbcdt: Tensor,
     conv1d_weight: Tensor,
@@ -158,6 +160,7 @@ def mamba_split_conv1d_scan_ref(
     return y
 
 
+@requires_tensors
 def mamba_conv1d_scan_ref(
     xBC: Tensor,  # noqa: N803
     conv1d_weight: Tensor,

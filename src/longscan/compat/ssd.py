@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longscan.compat.checks import INTEGER, check_boundaries, expect
+from longscan.compat.checks import INTEGER, check_boundaries, expect, requires_tensors
 from longscan.compat.norms import wide
 
 __all__ = ["check_ssd", "mamba_chunk_scan", "mamba_chunk_scan_combined", "ssd_minimal_discrete"]
@@ -20,6 +20,7 @@ Limits = tuple[float, float]
 NO_LIMIT: Limits = (0.0, float("inf"))
 
 
+@requires_tensors
 def mamba_chunk_scan_combined(
     x: Tensor,
     dt: Tensor,
@@ -91,6 +92,7 @@ def _last_state(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tenso
     return ssd(x, dt, A, B, C, None, None)[1]
 
 
+@requires_tensors
 def mamba_chunk_scan(
     x: Tensor,
     dt: Tensor,
@@ -109,6 +111,7 @@ def mamba_chunk_scan(
     return y
 
 
+@requires_tensors
 def ssd_minimal_discrete(
     X: Tensor, A: Tensor, B: Tensor, C: Tensor, block_len: int, initial_states: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

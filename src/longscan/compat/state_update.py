@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from longscan import ops
-from longscan.compat.checks import check_rows, expect
+from longscan.compat.checks import check_rows, expect, requires_tensors
 
 __all__ = ["selective_state_update", "selective_state_update_ref"]
 
 
+@requires_tensors
 def selective_state_update(
     state: Tensor,
     x: Tensor,
