@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import sys
 import tarfile
 import wave
@@ -25,7 +26,9 @@ from labelled_clips import (
 )
 from longscan.core.random import RandomStream, clip_stream
 from longscan.data.clips import Clips, read_clips
+from longscan.data.image_folders import image_files
 from longscan.data.images import read_images
+from longscan.data.video_files import index_video, video_frames
 from longscan.data.videos import Clip, choose_frames, clip_of_files, natural, open_clip
 from longscan.errors import LongscanError, UsageError
 
@@ -443,3 +446,59 @@ def test_random_streams_of_clips_are_their_own() -> None:
     words = {tuple(stream.raw(2).tolist()) for stream in (clip_stream(0, 0, 0), clip_stream(0, 0, 1),
              clip_stream(0, 1, 0), RandomStream(0, 0))}  # fmt: skip
     assert len(words) == 4
+
+
+def test_a_frame_that_cannot_be_decoded_is_never_replaced_by_another(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    import av
+
+    shades = np.stack([np.full((16, 16), 6 * n, np.uint8) for n in range(24)])
+    path = write_video(tmp_path / "a.mkv", shades)
+    with av.open(str(path)) as container:
+        first = next(packet for packet in container.demux(video=0) if packet.size)
+        content, payload = path.read_bytes(), bytes(first)
+    at = content.index(payload[-200:])
+    path.write_bytes(content[:at] + bytes(200) + content[at + 200 :])
+    index = index_video(path, path.name)
+    assert len(index.times) == 24
+    with pytest.raises(LongscanError, match=r"a\.mkv.*(frame 0 can't be decoded|damaged)"):
+        list(video_frames(path, path.name, index, [0]))
+
+
+def test_a_video_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    clip = np.random.default_rng(0).integers(0, 255, (24, 64, 64), np.uint8)
+    content = write_video(tmp_path / "a.mp4", clip).read_bytes()
+    index, sizes = content.index(b"moov") - 4, content.index(b"mdat") - 4
+    assert index > sizes  # so the index goes first, as in files for the web, and its offsets move with it
+    table = content[index:]
+    where = table.index(b"stco") + 4
+    count = int.from_bytes(table[where + 4 : where + 8], "big")
+    for n in range(count):
+        begin = where + 8 + 4 * n
+        offset = int.from_bytes(table[begin : begin + 4], "big") + len(table)
+        table = table[:begin] + offset.to_bytes(4, "big") + table[begin + 4 :]
+    whole = content[:sizes] + table + content[sizes:index]
+    (tmp_path / "whole.mp4").write_bytes(whole)
+    assert len(index_video(tmp_path / "whole.mp4", "whole.mp4").times) == 24
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 8 // 10])
+    with pytest.raises(LongscanError, match=r"cut\.mp4: expected 24 frames, got \d+: it is cut short"):
+        index_video(tmp_path / "cut.mp4", "cut.mp4")
+
+
+def test_a_mirrored_video_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    path = write_video(tmp_path / "a.mp4", np.zeros((4, 16, 16), np.uint8))
+    content = path.read_bytes()
+    at = content.index(b"tkhd") + 4 + 4 + 20 + 16
+    matrix = struct.pack(">9i", -65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
+    path.write_bytes(content[:at] + matrix + content[at + 36 :])
+    with pytest.raises(LongscanError, match=r"a\.mp4 is to be mirrored"):
+        list(video_frames(path, path.name, index_video(path, path.name), [0]))
+
+
+def test_a_video_among_images_is_no_image(tmp_path: Path) -> None:
+    write_frames(tmp_path / "a", np.zeros((2, 16, 16), np.uint8))
+    (tmp_path / "a" / "b.mp4").write_bytes(b"")
+    with pytest.raises(LongscanError, match=r"b\.mp4 is a video among images\. For clips add --frames"):
+        image_files(tmp_path, "train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from longscan.checkpoints.formats.vit import BARE
 from longscan.checkpoints.load import load
+from longscan.checkpoints.save import save
 from longscan.errors import LongscanError
 from longscan.models import ViT, ViTConfig
 from longscan.models.vit import PRESETS
@@ -224,3 +226,18 @@ def test_other_files_are_refused(change: dict[str, Tensor | None], message: str,
 def test_impossible_sizes(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(LongscanError, match=message):
         ViTConfig.from_dict({**SMALL, **fields})
+
+
+def test_a_directory_is_none_of_transformers(tmp_path: Path) -> None:
+    """Under the name "vit" transformers would open it with random weights."""
+    model = ViT(ViTConfig(**{**PRESETS["tiny"], "n_classes": 4})).eval()
+    save(model, tmp_path / "model")
+    assert json.loads((tmp_path / "model/config.json").read_text())["model_type"] == "longscan_vit"
+    assert not (tmp_path / "model/preprocessor_config.json").exists()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(load(tmp_path / "model", "image")(images), model(images))
+
+
+def test_no_images() -> None:
+    with pytest.raises(ValueError, match="images: expected a non-empty batch"):
+        ViT(ViTConfig(**PRESETS["tiny"]))(torch.zeros(0, 3, 32, 32))

@@ -12,6 +12,7 @@ from torch import Tensor
 from longscan.checkpoints.assemble import blank_model
 from longscan.checkpoints.formats import FORMATS, OFFICIAL, config_fields, name_of_model
 from longscan.checkpoints.formats.base import TIED_HEAD
+from longscan.checkpoints.formats.own import TAKEN
 from longscan.checkpoints.gguf.model import GGUFType, save_gguf
 from longscan.checkpoints.image import preprocessor_fields
 from longscan.checkpoints.load import load
@@ -216,7 +217,11 @@ def _write(
                     write_json(folder / "generation_config.json", ends)
                     fields |= ends
                 _write_safetensors(published, folder, max_shard_size)
-            if isinstance(model, VisionModel) and len(model.input_shape) == 3:
+            if (
+                isinstance(model, VisionModel)
+                and len(model.input_shape) == 3
+                and name_of_model(model) not in TAKEN
+            ):
                 write_json(folder / "preprocessor_config.json", preprocessor_fields(model.config))
             write_json(folder / "config.json", fields)
         if tokenizer:

@@ -13,6 +13,7 @@ import typer
 from PIL import Image
 from torch import Tensor
 
+from longscan.checkpoints.formats.own import model_name
 from longscan.checkpoints.hub import resolve
 from longscan.checkpoints.load import load
 from longscan.checkpoints.open import check_kind, open_source
@@ -57,7 +58,7 @@ def is_image_model(model: str) -> bool:
         path = resolve(model)  # on the hub
     path /= "config.json"
     if path.is_file():
-        name = read_json(path).get("model_type")
+        name = model_name(read_json(path).get("model_type"))
         return isinstance(name, str) and name in MODELS and MODELS[name].kind == "image"
     return has_suffix(model, *WEIGHTS)
 

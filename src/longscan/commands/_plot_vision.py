@@ -338,7 +338,7 @@ def _crop(model: VisionModel, path: Path, size: int | None) -> Image.Image:
 
 def _input(model: VisionModel, image: Image.Image) -> Tensor:
     """Return the input (in_channels, height, width) of an image."""
-    return normalise(to_tensor(image), model.config).to(model.dtype)
+    return normalise(to_tensor(image)[None], model.config)[0].to(model.dtype)
 
 
 def _shown(image: Image.Image) -> Tensor:

@@ -92,6 +92,8 @@ def command(
     module = importlib.import_module(f"longscan.reproduce.{name.replace('-', '_')}")
     if data is None and module.FILES:
         raise UsageError(f"--data: expected the directory with {', '.join(module.FILES)}.")
+    if data is not None and not module.FILES:
+        raise UsageError(f"--data: {name} makes its own data. Leave it out.")
     start = getattr(module, "MODEL", None)
     if model is not None and start is None:
         raise UsageError(f"--model: {name} trains its models from scratch. Leave it out.")

@@ -14,6 +14,7 @@ from longscan.core.files import utf8
 from longscan.data.archives import check_expansion, foreign, has_suffix, is_hidden, iter_tar
 from longscan.data.image_files import SUFFIXES, file_paths, is_animated, is_image
 from longscan.data.video_files import SUFFIXES as VIDEOS
+from longscan.data.video_files import is_video
 from longscan.data.videos import NPZ, is_clip_file, natural
 from longscan.errors import LongscanError
 
@@ -95,7 +96,11 @@ def image_files(path: Path, split: str, *, clips: bool = False) -> ImageFiles:
     """
     include = is_part if clips else is_image
     if path.is_dir():
-        names = file_paths(path, include)
+        names = file_paths(path, lambda name: include(name) or (not clips and is_video(name)))
+        if not clips and (video := next(filter(is_video, names), None)):
+            raise LongscanError(
+                f"{path}: {video} is a video among images. For clips add --frames, for images remove it."
+            )
         found = ImageFiles(names, [], (), lambda name: path / name)
         return _classified(path, found, split, lambda below: _folders(path / below), clips)
     if has_suffix(path, ZIP):

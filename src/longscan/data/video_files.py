@@ -7,6 +7,7 @@ is then decoded from the last key frame before it, or from the frame decoded las
 from __future__ import annotations
 
 import io
+import struct
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -105,8 +106,11 @@ def index_video(source: Path | bytes, name: str) -> VideoIndex:
     times: list[int] = []
     keys: list[int] = []
     timed = not has_suffix(name, AVI)
+    n_packets = 0
     with _opened(source, name) as (container, stream), _parsing(name):
+        expected = stream.frames  # 0 if the file does not say
         for packet in container.demux(stream):
+            n_packets += bool(packet.size)
             if not packet.size or packet.is_discard:
                 continue
             timed = timed and packet.pts is not None
@@ -115,7 +119,9 @@ def index_video(source: Path | bytes, name: str) -> VideoIndex:
                 keys.append(packet.pts)
     if not times:
         raise LongscanError(f"{name}: expected a video with frames, got none. Is it cut short?")
-    if not timed:
+    if n_packets < expected:
+        raise LongscanError(f"{name}: expected {expected:,} frames, got {n_packets:,}: it is cut short.")
+    if not timed or len(set(times)) < len(times):  # a time that several frames have names none of them
         return VideoIndex(list(range(len(times))), [0], False)
     return VideoIndex(sorted(times), sorted(keys), True)
 
@@ -148,13 +154,24 @@ def video_frames(
                 if following is None:
                     break
                 time, frame = following
-            if frame is None:
+            if frame is None or time != wanted:  # another one would pass for it
                 raise LongscanError(f"{name}: frame {position:,} can't be decoded: the file is damaged.")
             if frame.is_corrupt:
                 raise LongscanError(f"{name}: frame {position:,} is damaged. Encode the video again.")
+            if _mirrored(frame):
+                raise LongscanError(f"{name} is to be mirrored, which is not supported. Encode it again.")
             image = frame.to_image()
             turn = round(frame.rotation / 90) % 4  # as phones save videos that they took upright
             yield image.transpose(TURNS[turn - 1]) if turn else image
+
+
+def _mirrored(frame: Any) -> bool:
+    """Return whether the display matrix of a frame mirrors it, which its rotation does not say."""
+    matrix = next((data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    if matrix is None:
+        return False
+    a, b, _, c, d = struct.unpack("=9i", bytes(matrix)[:36])[:5]
+    return bool(a * d < b * c)
 
 
 @contextmanager

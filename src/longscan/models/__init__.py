@@ -144,5 +144,5 @@ __getattr__ = lazy_names(__name__, _HOME)
 
 
 def __dir__() -> list[str]:
-    """List the public names, imported or not."""
-    return __all__
+    """List the public names, imported or not, beside what is there."""
+    return sorted({*globals(), *__all__})

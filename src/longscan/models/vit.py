@@ -174,7 +174,7 @@ class ViT(VisionModel):
         """
         maps = self.patch_embed(images)  # (batch, d_model, *grid)
         positions, first = self._positions(tuple(maps.shape[2:]))
-        classes = (self.cls_token + first).expand(len(maps), -1, -1)
+        classes = (self.cls_token + first).expand(maps.shape[0], -1, -1)
         x = join((maps + positions).flatten(2).mT, classes, "front")
         for block in self.blocks:
             x = self.run(block, x)
@@ -187,7 +187,7 @@ class ViT(VisionModel):
     def feature_maps(self, images: Tensor) -> list[Tensor]:
         """Return the normalised patches after the last block, [(batch, d_model, *grid)]."""
         patches, _ = separate(self.forward_features(images), "front")
-        return [patches.mT.reshape(len(patches), -1, *self.patch_embed.grid(images))]
+        return [patches.mT.reshape(patches.shape[0], -1, *self.patch_embed.grid(images))]
 
     def no_decay_parameters(self) -> Iterable[nn.Parameter]:
         """Return the positions and the class token."""

@@ -102,7 +102,8 @@ def _in_time(config: ImagesConfig, loaded: VisionModel, notify: Callable[[str], 
             )
         return loaded
     if not isinstance(loaded, VideoMamba):
-        raise UsageError(f"--frames: expected a model of videos, got {config.pretrained}. Leave it out.")
+        name = entry_of(loaded).name
+        raise UsageError(f"--from: {config.pretrained} is a {name}; clips, --frames, need a videomamba.")
     if before == n:
         return loaded
     try:

@@ -114,7 +114,8 @@ class Run(Task[C]):
         n, total = self.trainer.model.num_parameters(), self.trainer.total
         size = f"{n / 1e6:.2f} M" if n >= 1e5 else f"{n:,}"
         items, per_step = self.epoch
-        epochs = f" ({brief(total * per_step / items)} epochs)" if items else ""
+        passes = brief(total * per_step / items) if items else ""
+        epochs = f" ({passes} epoch{'' if passes == '1' else 's'})" if items else ""
         name = self.config.to_dict().get("model")
         self.display.line(f"data       {data}")
         self.display.line(f"model      {name} of {size} parameters, {count(total, 'step')} of {each}{epochs}")

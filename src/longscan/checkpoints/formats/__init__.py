@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 from longscan.checkpoints.formats import official
 from longscan.checkpoints.formats.base import QUANTIZATION, BareFormat, Format
-from longscan.checkpoints.formats.own import own
+from longscan.checkpoints.formats.own import model_name, own
 from longscan.checkpoints.formats.sequence_classifier import MODEL_TYPE as SEQUENCE
 from longscan.core.config import Config, nearest
 from longscan.core.lazy import LazyMapping
@@ -91,7 +91,7 @@ def find_format(raw: Mapping[str, Any]) -> tuple[str, Format]:
         raise LongscanError(
             "neither a Hugging Face configuration (no model_type) nor an official Mamba one (no d_model)."
         )
-    name = raw["model_type"]
+    name = model_name(raw["model_type"])
     if isinstance(name, str) and name in FORMATS:
         return name, FORMATS[name]
     if isinstance(name, str) and name in OTHERS:

@@ -10,13 +10,25 @@ from longscan.core.config import Config
 from longscan.errors import LongscanError
 from longscan.models import MODELS
 
-__all__ = ["own"]
+__all__ = ["TAKEN", "model_name", "own"]
 
 VERSION, KEY = 1, "longscan"
+# transformers has models of these names, and would open a directory of ours with random weights
+TAKEN = ("resnet", "vit")
+PREFIX = "longscan_"  # of their model_type
 # what stands in config.json for other readers
 ELSE = ("model_type", KEY, "dtype", QUANTIZATION, "bos_token_id", "eos_token_id", "pad_token_id")
 # what transformers writes beside it, see compat/transformers.py: none of it changes what a model computes
 TRANSFORMERS = (*IDLE, "out_features", "out_indices", "is_encoder_decoder", "auto_map")
+
+
+def model_name(model_type: object) -> object:
+    """Return the name of a model by the model_type of its config.json, which may be anything.
+
+    Args:
+        model_type: as the file has it.
+    """
+    return model_type.removeprefix(PREFIX) if isinstance(model_type, str) else model_type
 
 
 def own(name: str) -> Format:
@@ -35,7 +47,7 @@ def own(name: str) -> Format:
         return entry.config.from_dict({key: value for key, value in raw.items() if key not in other})
 
     def write(config: Config) -> dict[str, Any]:
-        return {"model_type": name, KEY: VERSION, **config.to_dict()}
+        return {"model_type": PREFIX * (name in TAKEN) + name, KEY: VERSION, **config.to_dict()}
 
     entry = MODELS[name]
     other = ELSE + TRANSFORMERS * (entry.kind == "image")

@@ -56,6 +56,8 @@ class PatchEmbedding(nn.Module):
         shape = tuple(images.shape)
         if len(shape) != 2 + len(sizes) or shape[1] != channels:
             raise ValueError(f"images: expected (batch, {channels}, {axes}), got {shape}")
+        if shape[0] == 0:
+            raise ValueError(f"images: expected a non-empty batch, got {shape}")
         if any(pixels < size for pixels, size in zip(shape[2:], sizes, strict=True)):
             raise ValueError(f"images: expected {axes} of at least one patch, {sizes}, got {shape[2:]}")
         every = zip(shape[2:], sizes, self.proj.stride, strict=True)
