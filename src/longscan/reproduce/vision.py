@@ -76,7 +76,7 @@ SETS = {
     "omniglot": ImageSet("Omniglot", 64, 32.0, {"valid_fraction": 0.07, "flip": 0.0}),
 }
 # a patch, or the stride of the ResNet's first convolution, is larger where the images are: see `trained`
-# VMamba: of three stages, with a last map of 2 x 2, it had 84.8 % at 32 pixels on Fashion-MNIST and 26.1 at 24
+# VMamba: of three stages, with a last map of 2 x 2, it had 84.8 % on Fashion-MNIST at 32 pixels, 26.1 at 24
 MODELS: dict[str, dict[str, Any]] = {
     "vmamba": {"d_model": [38, 76], "n_blocks": [2, 3]},
     "vim": {"d_model": 84, "n_layers": 4},
