@@ -176,5 +176,5 @@ def test_a_model_of_clips_on_images(tmp_path: Path) -> None:
 
 
 def test_another_model_of_images_on_clips(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--frames: expected a model of videos"):
+    with pytest.raises(UsageError, match="is a vim; clips, --frames, need a videomamba"):
         fine_tuned(data, tmp_path, start(tmp_path, "vim"), model="vim")
