@@ -77,8 +77,8 @@ def train(
 
     With --frames N and --model videomamba, DATA holds clips: in the directory of a class, each video file,
     .npz of frames, animated GIF, PNG or WebP, and each directory of still images is one. The model sees N
-    frames, one of each of N equal segments, all cropped and flipped alike. Add --flip 0 where left and right
-    matter. --from may name a model of images, or one of another number of frames.
+    frames, one of each of N equal segments, all with the same crop and flip. Add --flip 0 where left and
+    right matter. --from may name a model of images, or one of another number of frames.
 
     --out receives checkpoints, metrics.jsonl, loss.png and in the end model/. Ctrl-C stops after the current
     step. With several --model NAME each has its run in --out, and their held-out accuracies are printed and
