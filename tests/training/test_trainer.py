@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,3 +136,27 @@ def test_the_average_is_saved_and_loaded_and_must_be_there(tmp_path: Path) -> No
     with pytest.raises(LongscanError, match="optimizer state of another model"):
         averaging(0.0).load(tmp_path, 1)
     assert not averaging(0.0).average
+
+
+def test_the_statistics_of_batch_norms_are_averaged_too() -> None:
+    """Those of the last step belong to the last weights, not to averaged ones."""
+    entry = MODELS["resnet"]
+    model = entry.cls(
+        entry.config.from_dict(entry.presets["tiny"]), generator=torch.Generator().manual_seed(0)
+    )
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+    def loss(model: Any, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(images), torch.arange(4))
+
+    trainer = Trainer(model, TrainConfig(lr=1e-2, warmup=1), 3, lambda step: [(images, 4)], loss, 0.25)
+    expected = model.get_buffer("bn1.running_mean").clone()
+    for step in range(1, 4):
+        trainer.step()
+        decay = min(0.25, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.get_buffer("bn1.running_mean")
+    own = model.get_buffer("bn1.running_mean").clone()
+    with trainer.averaged():
+        torch.testing.assert_close(model.get_buffer("bn1.running_mean"), expected)
+    assert torch.equal(model.get_buffer("bn1.running_mean"), own)
+    assert not torch.equal(own, expected)

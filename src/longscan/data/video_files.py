@@ -27,32 +27,13 @@ __all__ = ["SUFFIXES", "VideoIndex", "check_video", "index_video", "is_video", "
 AVI = ".avi"
 FORMATS = {".mp4": "mov", ".mov": "mov", ".m4v": "mov", ".webm": "matroska", ".mkv": "matroska", AVI: "avi"}
 SUFFIXES = tuple(FORMATS)
-CODECS = (
-    *(
-        "h264",
-        "hevc",
-        "av1",
-        "libdav1d",
-        "libaom-av1",
-        "vp8",
-        "libvpx",
-        "vp9",
-        "libvpx-vp9",
-        "mpeg4",
-        "msmpeg4",
-    ),
-    *(
-        "msmpeg4v2",
-        "mpeg1video",
-        "mpeg2video",
-        "h263",
-        "mjpeg",
-        "ffv1",
-        "huffyuv",
-        "prores",
-        "rawvideo",
-        "png",
-    ),
+CODECS = tuple(
+    "h264 hevc av1 libdav1d libaom-av1 vp8 libvpx vp9 libvpx-vp9 mpeg4 msmpeg4 msmpeg4v2 mpeg1video "
+    "mpeg2video h263 mjpeg ffv1 huffyuv prores rawvideo png".split()
+)
+BOXES = (  # the outermost of .mp4 and .mov files
+    *(b"ftyp", b"moov", b"mdat", b"moof", b"mfra", b"styp", b"sidx", b"emsg"),
+    *(b"meta", b"uuid", b"free", b"skip", b"wide", b"pnot", b"prft"),
 )
 MAX_PIXELS = 2**25  # of a frame, as 8K has them: a decoder holds up to seventeen
 TURNS = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)  # anticlockwise
@@ -106,11 +87,8 @@ def index_video(source: Path | bytes, name: str) -> VideoIndex:
     times: list[int] = []
     keys: list[int] = []
     timed = not has_suffix(name, AVI)
-    n_packets = 0
     with _opened(source, name) as (container, stream), _parsing(name):
-        expected = stream.frames  # 0 if the file does not say
         for packet in container.demux(stream):
-            n_packets += bool(packet.size)
             if not packet.size or packet.is_discard:
                 continue
             timed = timed and packet.pts is not None
@@ -119,8 +97,6 @@ def index_video(source: Path | bytes, name: str) -> VideoIndex:
                 keys.append(packet.pts)
     if not times:
         raise LongscanError(f"{name}: expected a video with frames, got none. Is it cut short?")
-    if n_packets < expected:
-        raise LongscanError(f"{name}: expected {expected:,} frames, got {n_packets:,}: it is cut short.")
     if not timed or len(set(times)) < len(times):  # a time that several frames have names none of them
         return VideoIndex(list(range(len(times))), [0], False)
     return VideoIndex(sorted(times), sorted(keys), True)
@@ -201,6 +177,10 @@ def _opened(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
     stream: BinaryIO = io.BytesIO(source) if isinstance(source, bytes) else open_stream(source, name)
     options = {"codec_whitelist": ",".join(CODECS)}
     with stream:
+        size = stream.seek(0, io.SEEK_END)
+        if (stated := _stated_size(stream, kind, size)) > size:  # FFmpeg takes what is there for all
+            raise LongscanError(f"{name}: expected {stated:,} bytes or more, got {size:,}: it is cut short.")
+        stream.seek(0)
         with _parsing(name):
             container = av.open(stream, format=kind, options=options, metadata_errors="replace")
         with container:
@@ -220,3 +200,37 @@ def _opened(source: Path | bytes, name: str) -> Iterator[tuple[Any, Any]]:
             context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change in the stream
             context.thread_count = 1  # frames are decoded beside training, which has its own threads
             yield container, video
+
+
+def _stated_size(stream: BinaryIO, kind: str, size: int) -> int:
+    """Return where the outermost elements of a file end, by what they say themselves; 0 if they do not."""
+    if kind == "matroska":
+        stream.seek(0)
+        return _stated_size_of_matroska(stream.read(4096))
+    at = end = 0
+    while at + 8 <= size:
+        stream.seek(at)
+        head = stream.read(16)
+        if kind == "avi":
+            length = 8 + int.from_bytes(head[4:8], "little") if head[:4] == b"RIFF" else 0
+        else:
+            length = int.from_bytes(head[:4], "big") if head[4:8] in BOXES else 0
+            length = int.from_bytes(head[8:16], "big") if length == 1 else length
+        if length < 8 or length == 2**32 + 7:  # to the end of the file, a stream without size, or no element
+            break
+        end = at + length
+        at = end + end % 2 if kind == "avi" else end
+    return end
+
+
+def _stated_size_of_matroska(head: bytes) -> int:
+    """Return where the segment of a Matroska file ends; 0 if it does not say, as that of a live stream."""
+    at = 0
+    for marker in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):  # the header, and the segment
+        if head[at : at + 4] != marker or not head[at + 4 : at + 5].strip(b"\0"):
+            return 0
+        n_bytes = 9 - head[at + 4].bit_length()
+        length = int.from_bytes(head[at + 4 : at + 4 + n_bytes], "big") & (2 ** (7 * n_bytes) - 1)
+        unknown = length == 2 ** (7 * n_bytes) - 1
+        at += 4 + n_bytes + length
+    return 0 if unknown else at

@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,8 @@ class Trainer:
         loss: model, part -> the mean loss per token; a step minimises the mean over the tokens of all parts.
             A loss that is a sum of means over different items is the vector of its terms; `batch` then
             returns the number of items of each term for each part, tokens first.
-        average: decay of the exponential moving average of the weights, which is lower in the first steps:
-            at most (1 + step) / (10 + step); 0 for no average.
+        average: decay of the exponential moving average of the weights, and of the statistics of batch norms,
+            which is lower in the first steps: at most (1 + step) / (10 + step); 0 for no average.
 
     Raises:
         UsageError: the schedule is noam and the model has no d_model.
@@ -109,7 +110,7 @@ class Trainer:
             fused=True,  # one pass over memory; elementwise, so the bits do not depend on the threads
         )
         self.decay = average
-        self.average = {name: p.detach().clone() for name, p in model.named_parameters()} if average else {}
+        self.average = {name: x.detach().clone() for name, x in self.tensors.items()} if average else {}
 
     @property
     def done(self) -> bool:
@@ -152,7 +153,7 @@ class Trainer:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """Give the model the averaged weights, if there are any, until the context ends."""
-        own = {name: p.detach().clone() for name, p in self.model.named_parameters() if name in self.average}
+        own = {name: self.tensors[name].detach().clone() for name in self.average}
         self._assign(self.average)
         try:
             yield
@@ -163,17 +164,18 @@ class Trainer:
     def _assign(self, weights: Mapping[str, Tensor]) -> None:
         """Copy weights into the model."""
         for name, weight in weights.items():
-            self.model.get_parameter(name).copy_(weight)
+            self.tensors[name].copy_(weight)
 
     @torch.no_grad()
     def _update_average(self) -> None:
         """Move the average towards the weights."""
         share = 1 - min(self.decay, (1 + self.step_number) / (10 + self.step_number))
         for name, average in self.average.items():
-            average.lerp_(self.model.get_parameter(name), share)
+            average.lerp_(self.tensors[name], share)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Return the parameters, and the buffers that belong to the model's state; each once."""
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters, and the buffers that belong to the model's state, by name; each once."""
         state = self.model.state_dict().keys()
         buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in state}
         return {**dict(self.model.named_parameters()), **buffers}
@@ -185,7 +187,7 @@ class Trainer:
             directory: receives `model.safetensors` and `optimizer.safetensors`.
         """
         save_file(
-            {name: tensor.detach() for name, tensor in self._tensors().items()},
+            {name: tensor.detach() for name, tensor in self.tensors.items()},
             directory / "model.safetensors",
             metadata={"format": "pt"},
         )
@@ -212,15 +214,17 @@ class Trainer:
             moments = load_file(directory / "optimizer.safetensors")
         except SafetensorError as error:
             raise LongscanError(f"{directory} is no checkpoint of a run ({error}). Remove it.") from error
-        parameters, stored = dict(self.model.named_parameters()), self._tensors()
+        parameters, stored = dict(self.model.named_parameters()), self.tensors
         if _shapes(stored) != _shapes(weights):
             raise LongscanError(f"{directory} holds the weights of another model than this run's.")
         shapes = _shapes(parameters)
-        keys = ("exp_avg", "exp_avg_sq", *((AVERAGE,) if self.average else ()))
-        averages = {f"{name}.{key}": shape for name, shape in shapes.items() for key in keys}
+        expected = {
+            f"{name}.{key}": shape for name, shape in shapes.items() for key in ("exp_avg", "exp_avg_sq")
+        }
+        expected |= {f"{name}.{AVERAGE}": shape for name, shape in _shapes(self.average).items()}
         if {
             name: tuple(t.shape) for name, t in moments.items() if not name.endswith(".step")
-        } != averages or any(f"{name}.step" not in moments for name in parameters):
+        } != expected or any(f"{name}.step" not in moments for name in parameters):
             raise LongscanError(f"{directory} holds the optimizer state of another model than this run's.")
         with torch.no_grad():
             for name, tensor in stored.items():
