@@ -18,6 +18,7 @@ from conftest import Done
 from labelled_images import bars, write_folder, write_npz
 from longscan.checkpoints.load import load
 from longscan.data.images import read_images
+from longscan.errors import LongscanError, UsageError
 from longscan.evaluation.images import measure_images
 from longscan.models import VMamba
 from longscan.training.image_classifier import ImagesConfig, ImagesRun
@@ -390,3 +391,19 @@ def test_a_label_that_the_model_does_not_know(cli: Cli, model: Path, folder: Pat
     other = write_npz(tmp_path / "a.npz", 9, labels=np.array(["across", "down", "star"]))
     error = no_traceback(cli("classify", "evaluate", model, other), 1)
     assert "the label 'star' was not in the training data" in error
+
+
+def test_an_unknown_model_of_images(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "photos/a").mkdir(parents=True)
+    done = cli("classify", "train", tmp_path / "photos", "--model", "resnet50", "--out", tmp_path / "run")
+    assert done.code == 2
+    words = " ".join(done.err.split())
+    assert "or for images one of resnet, vit, vim, vmamba, videomamba; got resnet50 for " in words
+
+
+def test_what_loads_a_model_of_images(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"got 'video'\. A model of videos is of kind 'image'\."):
+        longscan.load("anything", "video")  # type: ignore[call-overload]
+    (tmp_path / "a.onnx").write_bytes(b"")
+    with pytest.raises(LongscanError, match=r"a\.onnx is for ONNX Runtime: expected the model"):
+        longscan.load(tmp_path / "a.onnx", "image")

@@ -54,6 +54,10 @@ def resolve(name_or_dir: str | Path, *, revision: str | None = None, offline: bo
         return _checked(path)
     if path.suffix in (".gguf", *BARE_SUFFIXES) and path.exists():
         return path
+    if path.suffix == ".onnx" and path.exists():
+        raise LongscanError(
+            f"{path} is for ONNX Runtime: expected the model that it was made from, a directory or a file."
+        )
     if path.exists():
         raise LongscanError(f"{path} is a file: name the directory that holds it and its config.json.")
     if isinstance(name_or_dir, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):

@@ -166,7 +166,8 @@ def load(
             others; or the weights are quantised already, to another precision.
     """
     if kind not in get_args(LoadKind):
-        raise UsageError(f"kind: expected {', '.join(get_args(LoadKind))}, got {kind!r}.")
+        hint = " A model of videos is of kind 'image'." if str(kind) == "video" else ""
+        raise UsageError(f"kind: expected {', '.join(get_args(LoadKind))}, got {kind!r}.{hint}")
     for option, value, its_kind in (
         ("precision", precision, "language"),
         ("tokenizer", tokenizer, "language"),

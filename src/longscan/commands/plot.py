@@ -64,7 +64,10 @@ def alignment(
 
 def attention(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A translator's directory, or a model of images.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A translator's directory, or a model that scans images, such as vim."
+        ),
     ],
     sentence: Annotated[
         str, typer.Argument(metavar="INPUT", help="Sentence to translate, or an image file.")

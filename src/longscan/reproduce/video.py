@@ -1,4 +1,4 @@
-"""What order tells: VideoMamba against the mean over single frames, on clips drawn here; reduced.
+"""The order of frames: VideoMamba against the mean over single frames, on synthetic clips; reduced.
 
 VideoMamba (Li et al. 2024) was measured on videos of human actions, many of which a single frame gives away.
 Here every clip comes with its counterpart, which has the same frames in another order and another label. So

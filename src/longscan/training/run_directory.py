@@ -190,9 +190,15 @@ def refuse_changes(config: RunConfig, stored: RunConfig, source: Path, *, longer
     if changed:
         name = changed[0]
         raise UsageError(
-            f"{name} cannot change in the middle of a run: {source} was made with {getattr(stored, name)!r}, "
-            f"got {getattr(config, name)!r}. Leave it out, or start a new run."
+            f"{name} cannot change in the middle of a run: {source} was made with "
+            f"{_shown(getattr(stored, name))}, got {_shown(getattr(config, name))}. "
+            "Leave it out, or start a new run."
         )
+
+
+def _shown(value: Any) -> str:
+    """Return a setting as a user would write it."""
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else repr(value)
 
 
 def read_earlier(directory: Path) -> list[tuple[int, int]]:

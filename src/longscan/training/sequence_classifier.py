@@ -220,9 +220,13 @@ def check_bert(model: str, data: object) -> None:
     Raises:
         UsageError: the model is another one of longscan, or a file holds sequences.
     """
-    expected = f"the directory or hub id of a BERT for texts, or for sequences one of {', '.join(BODIES)}"
+    images = [name for name, entry in MODELS.items() if entry.kind == "image"]
+    expected = (
+        f"the directory or hub id of a BERT for texts, for sequences one of {', '.join(BODIES)}, "
+        f"or for images one of {', '.join(images)}"
+    )
     if model in MODELS and not Path(model).exists():
         raise UsageError(f"--model: expected {expected}; got the {MODELS[model].kind} model {model}.")
     for path in data if model and isinstance(data, list) else ():
         if is_sequence_file(str(path)):
-            raise UsageError(f"--model: expected {expected}; got {model} for the sequences in {path}.")
+            raise UsageError(f"--model: expected {expected}; got {model} for {path}.")
