@@ -160,7 +160,11 @@ def test_a_video_is_no_image(cli: Cli, folder: Path, tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["--model", "vmamba", "--frames", 4], "--frames: vmamba classifies images. Try --model videomamba"),
-        (["--model", "videomamba", "--frames", 1], "--frames: expected 2 or more"),
+        (["--model", "videomamba", "--frames", 1], "--frames: expected 2 to 4,096, got 1"),
+        (
+            ["--model", "videomamba", "--frames", 10**12],
+            "--frames: expected 2 to 4,096, got 1000000000000",
+        ),
         (["--frames", 4], "--frames: only for an image model, --model vmamba or videomamba"),
     ],
 )

@@ -60,7 +60,7 @@ class ImagesConfig(FreshConfig):
         """Raise UsageError if a value is out of range."""
         super().__post_init__()
         self.check("batch_size", "accumulate", least=1)
-        self.check("frames", least=2)
+        self.check("frames", least=2, most=4096)
         self.check("valid_fraction", "drop_path", "smoothing", "ema", least=0, below=1)
         self.check("flip", "erase", least=0, most=1)
         self.check("crop_scale", above=0, most=1)
