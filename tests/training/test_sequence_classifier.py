@@ -212,7 +212,7 @@ def test_misuse(cli: Cli, whole: Path, data: Path, tmp_path: Path) -> None:
         ),
         (2, "for sequences one of", ("train", tmp_path / "a.npz", "--model", "transformer", *out)),
         (2, "got the masked model bert", ("train", tmp_path / "a.npz", "--model", "bert", *out)),
-        (2, "got who/bert for the sequences in a.npz", ("train", "a.npz", "--model", "who/bert", *out)),
+        (2, "got who/bert for a.npz", ("train", "a.npz", "--model", "who/bert", *out)),
         (1, "model: expected text, got [3]", ("train", "--config", tmp_path / "a.toml", *out)),
         (1, "data: expected a list of text, got 3", ("train", "--config", tmp_path / "b.toml", *out)),
         (2, "FILES: expected files of signals", ("predict", whole / "model")),
