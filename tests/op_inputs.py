@@ -146,3 +146,26 @@ def long_conv_inputs(batch: int, seq_len: int, channels: int, k_len: int, extras
     if extras:
         inputs |= {"D": real(g, channels), "back": real(g, channels, k_len)}
     return inputs
+
+
+def ssd_inputs(sizes: tuple[int, int, int, int, int, int], rank: int, extras: bool) -> Inputs:
+    """Inputs of ssd for (batch, seq_len, n_heads, d_head, n_groups, d_state); decays slow, fast and total."""
+    batch, seq_len, n_heads, d_head, n_groups, d_state = sizes
+    g = generator(*sizes)
+    log_decay = -tensor(g, batch, seq_len, n_heads).exp() / 4
+    log_decay = torch.where(torch.rand(log_decay.shape, generator=g) < 0.02, -80.0, log_decay)
+    inputs: Inputs = {
+        "x": tensor(g, batch, seq_len, n_heads, d_head),
+        "dt": tensor(g, batch, seq_len, n_heads),
+        "log_decay": log_decay,
+        "B": tensor(g, batch, seq_len, n_groups, d_state) / d_state**0.5,
+        "C": tensor(g, batch, seq_len, n_groups, d_state),
+        "rank": rank,
+    }
+    if extras:
+        inputs |= {
+            "D": tensor(g, *((n_heads,) if n_heads % 2 else (n_heads, d_head))),
+            "initial_state": tensor(g, batch, n_heads, d_head, d_state),
+            "seq_idx": packed(g, batch, seq_len // rank).repeat_interleave(rank, 1),
+        }
+    return inputs

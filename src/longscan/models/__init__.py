@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from longscan.models.lstm import LSTM, LSTMConfig
     from longscan.models.luong import Luong, LuongConfig
     from longscan.models.mamba import Mamba, MambaConfig
+    from longscan.models.mamba2 import Mamba2, Mamba2Config
     from longscan.models.neural_ode import ODERNN, NeuralODEConfig, ODERNNConfig
     from longscan.models.registry import MODELS, entry_of, preset_owner
     from longscan.models.resnet import ResNet, ResNetConfig
@@ -63,6 +64,7 @@ _HOME = {
     "lstm": ("LSTM", "LSTMConfig"),
     "luong": ("Luong", "LuongConfig"),
     "mamba": ("Mamba", "MambaConfig"),
+    "mamba2": ("Mamba2", "Mamba2Config"),
     "neural_ode": ("ODERNN", "NeuralODEConfig", "ODERNNConfig"),
     "registry": ("MODELS", "entry_of", "preset_owner"),
     "resnet": ("ResNet", "ResNetConfig"),
@@ -109,6 +111,8 @@ __all__ = [
     "Luong",
     "LuongConfig",
     "Mamba",
+    "Mamba2",
+    "Mamba2Config",
     "MambaConfig",
     "Model",
     "ModelEntry",

@@ -40,6 +40,7 @@ NAMES = (
     "vim",
     "vmamba",
     "videomamba",
+    "mamba2",
 )
 
 

@@ -38,6 +38,7 @@ from longscan.ops.quant import (
     unpack_int4,
 )
 from longscan.ops.scan import selective_scan, selective_scan_ref, selective_scan_step
+from longscan.ops.ssd import ssd, ssd_ref, ssd_step
 from longscan.ops.vandermonde import vandermonde, vandermonde_ref
 
 __all__ = [
@@ -93,6 +94,9 @@ __all__ = [
     "selective_scan",
     "selective_scan_ref",
     "selective_scan_step",
+    "ssd",
+    "ssd_ref",
+    "ssd_step",
     "unpack_int4",
     "vandermonde",
     "vandermonde_ref",

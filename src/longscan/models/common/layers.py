@@ -28,6 +28,30 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
 
 
+class GatedRMSNorm(nn.Module):
+    """norm(y silu(z)) weight, or norm(y) weight silu(z); norm divides each group of channels by its RMS.
+
+    Args:
+        d_inner: channels.
+        eps: added to the mean square.
+        n_groups: of adjacent channels, each with an RMS of its own.
+        norm_first: whether the gate comes after the norm.
+    """
+
+    def __init__(self, d_inner: int, eps: float, n_groups: int = 1, norm_first: bool = False) -> None:
+        super().__init__()
+        self.eps, self.n_groups, self.norm_first = eps, n_groups, norm_first
+        self.weight = nn.Parameter(torch.ones(d_inner))
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        """Return (..., d_inner) in the weight's dtype, computed in at least float32; y and z are alike."""
+        y, z = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (y, z))
+        gate = F.silu(z)
+        groups = (y if self.norm_first else y * gate).unflatten(-1, (self.n_groups, -1))
+        normed = F.rms_norm(groups, groups.shape[-1:], None, self.eps).flatten(-2) * self.weight.to(y.dtype)
+        return (normed * gate if self.norm_first else normed).to(self.weight.dtype)
+
+
 class Recurrent(nn.Module):
     """A module with a recurrence, which stays float32 at least.
 
