@@ -23,7 +23,6 @@ from longscan.core.files import atomic_directory, write_json, writing
 from longscan.errors import LongscanError, UsageError
 from longscan.models import (
     LanguageModel,
-    MambaConfig,
     Model,
 )
 from longscan.models.common.quantization import (
@@ -187,7 +186,8 @@ def _write(
 ) -> None:
     """Write a model directory in either layout."""
     config, kind = model.config, kind_of(model)
-    if layout == "official" and not isinstance(config, MambaConfig):
+    name = name_of_model(model)
+    if layout == "official" and name not in OFFICIAL:
         raise LongscanError(f"the official layout is Mamba's, this is a {type(model).__name__}: use hf.")
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if kind is None:
@@ -202,12 +202,12 @@ def _write(
         )
     else:
         dtype = STORED[kind]
-    form = OFFICIAL if layout == "official" else FORMATS[name_of_model(model)]
+    form = OFFICIAL[name] if layout == "official" else FORMATS[name]
     with atomic_directory(directory, marker="config.json", new=new) as folder:
         with writing(directory):
             fields = config_fields(model, form, dtype_name(dtype), kind)
             published = {form.theirs(name): tensor for name, tensor in tensors.items()}
-            if form is OFFICIAL:
+            if layout == "official":
                 head, embedding = form.theirs(TIED_HEAD.name), form.theirs(TIED_HEAD.original)
                 published.setdefault(head, published[embedding])  # one storage: it takes no more room
                 torch.save(published, folder / "pytorch_model.bin")
@@ -217,11 +217,7 @@ def _write(
                     write_json(folder / "generation_config.json", ends)
                     fields |= ends
                 _write_safetensors(published, folder, max_shard_size)
-            if (
-                isinstance(model, VisionModel)
-                and len(model.input_shape) == 3
-                and name_of_model(model) not in TAKEN
-            ):
+            if isinstance(model, VisionModel) and len(model.input_shape) == 3 and name not in TAKEN:
                 write_json(folder / "preprocessor_config.json", preprocessor_fields(model.config))
             write_json(folder / "config.json", fields)
         if tokenizer:

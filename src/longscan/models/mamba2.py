@@ -116,7 +116,7 @@ class Mamba2Layer:
             )
         if self.n_heads % self.n_groups:
             raise LongscanError(
-                f"n_groups: expected a divisor of {self.n_heads} heads of the recurrence, got {self.n_groups}."
+                f"n_groups: expected a divisor of {self.n_heads} recurrent heads, got {self.n_groups}."
             )
 
     @property

@@ -45,12 +45,19 @@ StoredKind: TypeAlias = ModelKind | Literal["sequence"]
 METHOD, VERSION = "longscan", 1  # of quantised weights: the quant_method by which others know them
 
 # models of others whose names resemble ours
-OTHERS = ("mamba2", "falcon_mamba", "llama4", "llama4_text", "mllama", "roberta", "distilbert", "albert")
+OTHERS = ("falcon_mamba", "llama4", "llama4_text", "mllama", "roberta", "distilbert", "albert")
 
 
 def _format(name: str) -> Format:
     """Import the published layout of a model."""
     return cast(Format, importlib.import_module(f"{__name__}.{name}").FORMAT)
+
+
+def _official(name: str) -> Format:
+    """Import the layout in which a model's authors publish it."""
+    if name == "mamba":
+        return official.FORMAT
+    return cast(Format, importlib.import_module(f"{__name__}.{name}").OFFICIAL)
 
 
 def _bare(name: str) -> BareFormat:
@@ -62,11 +69,14 @@ def _bare(name: str) -> BareFormat:
 FORMATS: Mapping[str, Format] = LazyMapping(
     {
         **{name: partial(own, name) for name in MODELS},
-        **{name: partial(_format, name) for name in ("bert", "llama", "mamba")},
+        **{name: partial(_format, name) for name in ("bert", "llama", "mamba", "mamba2")},
         SEQUENCE: partial(_format, "sequence_classifier"),
     }
 )
-OFFICIAL = official.FORMAT
+#: the authors' own layouts, by the name of the model
+OFFICIAL: Mapping[str, Format] = LazyMapping(
+    {name: partial(_official, name) for name in official.LAYERS.values()}
+)
 #: by the name of the model, in the order in which they are tried
 BARE: Mapping[str, BareFormat] = LazyMapping(
     {name: partial(_bare, name) for name in ("vmamba", "vim", "videomamba", "vit")}
@@ -87,7 +97,8 @@ def find_format(raw: Mapping[str, Any]) -> tuple[str, Format]:
     """
     if "model_type" not in raw:
         if "d_model" in raw:
-            return "mamba", OFFICIAL
+            stated = official.LAYERS[official.layer_of(raw)]
+            return stated, OFFICIAL[stated]
         raise LongscanError(
             "neither a Hugging Face configuration (no model_type) nor an official Mamba one (no d_model)."
         )
@@ -164,7 +175,8 @@ def config_fields(model: Model, layout: Format, dtype: str, kind: Kind | None = 
         kind: the format of the matrices, if they are quantised.
     """
     fields = layout.write(model.config)
-    if layout is OFFICIAL or name_of_model(model) == SEQUENCE:  # they have no such fields
+    name = name_of_model(model)
+    if name == SEQUENCE or (name in OFFICIAL and layout is OFFICIAL[name]):  # they have no such fields
         return fields
     stored = {QUANTIZATION: {"quant_method": METHOD, "format": kind, "version": VERSION}} if kind else {}
     return {**fields, "dtype": dtype, **stored}

@@ -17,7 +17,7 @@ from longscan.checkpoints.formats.base import (
 )
 from longscan.models import MambaConfig
 
-__all__ = ["FORMAT", "ONLY", "build_mamba", "ours", "usual_rank"]
+__all__ = ["FORMAT", "ONLY", "build_mamba", "ours", "theirs", "usual_rank"]
 
 # their name -> ours
 HUGGINGFACE = {
@@ -120,9 +120,13 @@ def ours(name: str) -> str:
     return f"backbone.embedding.{name.removeprefix(start)}" if name.startswith(start) else name
 
 
-def _theirs(name: str) -> str:
-    """Return Hugging Face's name of a tensor."""
+def theirs(name: str) -> str:
+    """Return Hugging Face's name of a tensor.
+
+    Args:
+        name: ours.
+    """
     return name.replace("backbone.embedding.", "backbone.embeddings.")
 
 
-FORMAT = Format(read=_from_huggingface, write=_to_huggingface, ours=ours, theirs=_theirs, copy=TIED_HEAD)
+FORMAT = Format(read=_from_huggingface, write=_to_huggingface, ours=ours, theirs=theirs, copy=TIED_HEAD)

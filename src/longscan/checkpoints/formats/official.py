@@ -1,22 +1,24 @@
-"""Mamba as its authors published it: config.json with the mixer's fields in ssm_cfg, and pytorch_model.bin.
+"""Models as the authors of Mamba publish them: config.json with the mixer's fields in ssm_cfg, and a pickle.
 
-A head that is the embedding stands in the file all the same.
+A head that is the embedding stands in the file all the same. ssm_cfg names the kind of mixer, Mamba-1 if it
+does not; the models' own fields stand in their formats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from longscan.checkpoints.formats.base import TIED_HEAD, Format, check_fields
 from longscan.checkpoints.formats.mamba import ONLY, build_mamba, ours, usual_rank
 from longscan.errors import LongscanError
-from longscan.models import MambaConfig
+from longscan.models import LanguageModelConfig, MambaConfig
 
-__all__ = ["FORMAT"]
+__all__ = ["FIELDS", "FORMAT", "LAYERS", "layer_of", "official"]
 
-# their name -> ours
-OFFICIAL = {
+LAYERS = {"Mamba1": "mamba", "Mamba2": "mamba2"}  # their name of a mixer -> our name of the model
+# their name -> ours, of the fields around the mixers
+FIELDS = {
     "d_model": "d_model",
     "n_layer": "n_layers",
     "vocab_size": "vocab_size",
@@ -24,6 +26,7 @@ OFFICIAL = {
     "pad_vocab_size_multiple": "pad_vocab_size_multiple",
     "tie_embeddings": "tie_embeddings",
 }
+NORM_EPS = 1e-5  # which has no field
 SSM_CFG = {
     name: name
     for name in (
@@ -33,37 +36,76 @@ SSM_CFG = {
 }
 
 
-def _write(config: MambaConfig) -> dict[str, Any]:
-    """Return config.json; ssm_cfg holds only what is not the default, as in the published files."""
-    usual = MambaConfig(d_model=config.d_model, n_layers=1, vocab_size=1)
-    if config.norm_eps != usual.norm_eps:
-        raise LongscanError(
-            f"the official layout has no field for norm_eps = {config.norm_eps} (it means {usual.norm_eps}): "
-            "use the Hugging Face layout."
-        )
-    config = usual_rank(config)
-    return {
-        **{theirs: getattr(config, ours) for theirs, ours in OFFICIAL.items()},
-        "ssm_cfg": {
-            name: getattr(config, name) for name in SSM_CFG if getattr(config, name) != getattr(usual, name)
-        },
-        "rms_norm": True,
-        "fused_add_norm": True,
-    }
+def layer_of(raw: Mapping[str, Any]) -> str:
+    """Return the name that an official config.json has for the kind of its mixers.
 
+    Args:
+        raw: its content.
 
-def _read(raw: Mapping[str, Any], tokenizer_size: int | None) -> MambaConfig:
-    """Return the Config of the fields, of which those of the mixer are in ssm_cfg."""
-    check_fields(raw, OFFICIAL, ONLY, {"ssm_cfg", "fused_add_norm"})
+    Raises:
+        LongscanError: ssm_cfg is no object, or there is no such mixer here.
+    """
     ssm_cfg = raw.get("ssm_cfg", {})
     if not isinstance(ssm_cfg, dict):
         raise LongscanError(f"ssm_cfg: expected an object {{...}}, got {ssm_cfg!r}.")
-    if ssm_cfg.get("layer", "Mamba1") != "Mamba1":
+    layer = ssm_cfg.get("layer", "Mamba1")
+    if not isinstance(layer, str) or layer not in LAYERS:
         raise LongscanError(
-            f"ssm_cfg: layer: expected 'Mamba1', got {ssm_cfg['layer']!r}: not computed here."
+            f"ssm_cfg: layer: expected {', '.join(map(repr, LAYERS))}, got {layer!r}: not computed here."
         )
-    check_fields(ssm_cfg, SSM_CFG, {"layer": ("Mamba1",)}, {"use_fast_path"})
-    return build_mamba({**raw, **ssm_cfg}, {**OFFICIAL, **SSM_CFG})
+    return layer
 
 
-FORMAT = Format(read=_read, write=_write, ours=ours, copy=TIED_HEAD)
+def official(
+    layer: str,
+    read: Callable[[Mapping[str, Any]], LanguageModelConfig],
+    write: Callable[[Any], dict[str, Any]],
+    known: Collection[str],
+    idle: Collection[str] = (),
+) -> Format:
+    """Return the authors' layout of a model.
+
+    Args:
+        layer: their name of its mixers.
+        read: the Config, of all their fields, those of ssm_cfg among them.
+        write: ssm_cfg, of the Config; only what is not the default, as in the published files.
+        known: fields of ssm_cfg that are understood.
+        idle: those that leave the numbers alone.
+    """
+
+    def read_config(raw: Mapping[str, Any], tokenizer_size: int | None) -> LanguageModelConfig:
+        check_fields(raw, FIELDS, ONLY, {"ssm_cfg", "fused_add_norm"})
+        assert layer_of(raw) == layer
+        ssm_cfg = raw.get("ssm_cfg", {})
+        check_fields(ssm_cfg, known, {"layer": (layer,)}, idle)
+        return read({**raw, **ssm_cfg})
+
+    def write_config(config: LanguageModelConfig) -> dict[str, Any]:
+        if config.norm_eps != NORM_EPS:
+            raise LongscanError(
+                f"the official layout has no field for norm_eps = {config.norm_eps} (it means {NORM_EPS}): "
+                "use the Hugging Face layout."
+            )
+        named = {} if layer == "Mamba1" else {"layer": layer}
+        return {
+            **{theirs: getattr(config, ours) for theirs, ours in FIELDS.items()},
+            "ssm_cfg": {**named, **write(config)},
+            "rms_norm": True,
+            "fused_add_norm": True,
+        }
+
+    return Format(read=read_config, write=write_config, ours=ours, copy=TIED_HEAD)
+
+
+def _read(raw: Mapping[str, Any]) -> MambaConfig:
+    """Return the Config of a Mamba-1."""
+    return build_mamba(raw, {**FIELDS, **SSM_CFG})
+
+
+def _write(config: MambaConfig) -> dict[str, Any]:
+    """Return ssm_cfg of a Mamba-1."""
+    usual, config = MambaConfig(d_model=config.d_model, n_layers=1, vocab_size=1), usual_rank(config)
+    return {name: getattr(config, name) for name in SSM_CFG if getattr(config, name) != getattr(usual, name)}
+
+
+FORMAT = official("Mamba1", _read, _write, SSM_CFG, ("use_fast_path",))

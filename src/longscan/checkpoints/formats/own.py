@@ -10,11 +10,11 @@ from longscan.core.config import Config
 from longscan.errors import LongscanError
 from longscan.models import MODELS
 
-__all__ = ["TAKEN", "model_name", "own"]
+__all__ = ["KEY", "TAKEN", "model_name", "own"]
 
 VERSION, KEY = 1, "longscan"
 # transformers has models of these names, and would open a directory of ours with random weights
-TAKEN = ("resnet", "vit")
+TAKEN = ("mamba2", "resnet", "vit")
 PREFIX = "longscan_"  # of their model_type
 # what stands in config.json for other readers
 ELSE = ("model_type", KEY, "dtype", QUANTIZATION, "bos_token_id", "eos_token_id", "pad_token_id")
