@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ import pytest
 
 from longscan.cli import main
 from longscan.ops import _native
+
+# under nohup and in background jobs of shells these are ignored, and tests send them
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # for tests/test_fuzz.py, see CONTRIBUTING.md
 hypothesis.settings.register_profile("fuzz", max_examples=20_000, print_blob=True)

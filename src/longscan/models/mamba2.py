@@ -76,7 +76,7 @@ class Mamba2Layer:
         in_bias: whether in_proj has one.
         out_bias: whether out_proj has one.
         D_per_channel: whether D is a number per channel, not per head.
-        dt_limit: least and largest dt; None: no limit.
+        dt_limit: least and largest dt, None if there is no largest; None: no limit.
         multipliers: constant factors of z, x, B, C and dt; None: all are 1.
         A_init_range: A is initialised uniformly in it.
         dt_init_range: time steps are initialised log-uniformly in it.
@@ -97,7 +97,7 @@ class Mamba2Layer:
     in_bias: bool = False
     out_bias: bool = False
     D_per_channel: bool = False
-    dt_limit: tuple[float, float] | None = None
+    dt_limit: tuple[float, float | None] | None = None
     multipliers: tuple[float, float, float, float, float] | None = None
     A_init_range: tuple[float, float] = (1.0, 16.0)
     dt_init_range: tuple[float, float] = (1e-3, 0.1)
@@ -148,7 +148,7 @@ class Mamba2Config(LanguageModelConfig):
     conv_bias: bool = True
     bias: bool = False  # of in_proj and out_proj
     D_per_channel: bool = False
-    dt_limit: tuple[float, float] | None = None  # None is 0 and infinity
+    dt_limit: tuple[float, float | None] | None = None  # of dt: least and largest
     A_init_range: tuple[float, float] = (1.0, 16.0)
     dt_min: float = 1e-3  # time steps are initialised log-uniformly in [dt_min, dt_max]
     dt_max: float = 0.1
@@ -163,9 +163,10 @@ class Mamba2Config(LanguageModelConfig):
         for names, (low, high) in {"dt_min, dt_max": times, "A_init_range": self.A_init_range}.items():
             if not 0 < low <= high < math.inf:
                 raise LongscanError(f"{names}: expected 0 < least <= largest, got {low} and {high}.")
-        if self.dt_limit is not None and not 0 <= self.dt_limit[0] < self.dt_limit[1]:
-            low, high = self.dt_limit
-            raise LongscanError(f"dt_limit: expected 0 <= least < largest, got {low} and {high}.")
+        if self.dt_limit is not None:
+            low, high = self.dt_limit[0], math.inf if self.dt_limit[1] is None else self.dt_limit[1]
+            if not 0 <= low < high:
+                raise LongscanError(f"dt_limit: expected 0 <= least < largest, got {low} and {high}.")
         if self.channels > self.d_inner:
             raise LongscanError(f"d_ssm: expected at most d_inner = {self.d_inner}, got {self.channels}.")
         self.layer  # noqa: B018 which checks that heads and groups divide
@@ -231,7 +232,7 @@ class Mamba2Mixer(Mixer[Mamba2State]):
         super().__init__()
         self.layer = layer
         d_conv_in = sum(layer.widths)
-        self.splits = (layer.d_mlp, layer.d_mlp, layer.d_ssm, d_conv_in, layer.n_heads)
+        self.splits = [layer.d_mlp, layer.d_mlp, layer.d_ssm, d_conv_in, layer.n_heads]
         self.in_proj = linear(layer.d_model, sum(self.splits), layer.in_bias, generator)
         self.conv1d = blank(
             nn.Conv1d, d_conv_in, d_conv_in, layer.d_conv, groups=d_conv_in, bias=layer.conv_bias
@@ -292,7 +293,7 @@ class Mamba2Mixer(Mixer[Mamba2State]):
         """Return the gated MLP beside the recurrence, if any, z, [x; B; C] and dt of u (..., d_model)."""
         projected: Tensor = self.in_proj(u)
         if self.layer.multipliers is not None:
-            widths = (self.layer.d_ssm, *self.layer.widths, self.layer.n_heads)
+            widths = [self.layer.d_ssm, *self.layer.widths, self.layer.n_heads]
             parts = zip(torch.split(projected, widths, -1), self.layer.multipliers, strict=True)
             projected = torch.cat([part * factor for part, factor in parts], -1)
         z0, x0, z, xbc, dt = torch.split(projected, self.splits, -1)
@@ -303,9 +304,9 @@ class Mamba2Mixer(Mixer[Mamba2State]):
 
     def _heads(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return x (..., n_heads, d_head), B and C (..., n_groups, d_state)."""
-        x, B, C = torch.split(xbc, self.layer.widths, -1)
-        groups = (-1, self.layer.d_state)
-        return x.unflatten(-1, (-1, self.layer.d_head)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+        x, B, C = torch.split(xbc, list(self.layer.widths), -1)
+        p, n = (-1, self.layer.d_head), (-1, self.layer.d_state)
+        return torch.unflatten(x, -1, p), torch.unflatten(B, -1, n), torch.unflatten(C, -1, n)
 
     def _skip(self) -> Tensor:
         """Return D as `ssd` takes it."""

@@ -6,7 +6,6 @@ saved in longscan's own layout.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from longscan.checkpoints.formats.base import (
     build,
     check_fields,
     check_twins,
+    dt_limit,
     unpadded,
 )
 from longscan.checkpoints.formats.mamba import ours, theirs
@@ -95,7 +95,9 @@ def _read(raw: Mapping[str, Any], tokenizer_size: int | None) -> Mamba2Config:
         raise LongscanError(f"needs {', '.join(absent)}: add {'it' if len(absent) == 1 else 'them'}.")
     known = {**MISSING, **raw}
     fields = {name: known[name] for name in HUGGINGFACE if name in known}
-    config = build(Mamba2Config, unlimited(fields, "time_step_limit"), HUGGINGFACE)
+    config = build(
+        Mamba2Config, {**fields, "time_step_limit": dt_limit(fields.get("time_step_limit"))}, HUGGINGFACE
+    )
     check_twins(raw, dict(zip(twins, (config.layer.n_heads, config.d_inner), strict=True)))
     multiple = config.pad_vocab_size_multiple
     return config.replace(**unpadded(raw, config.vocab_size, multiple, tokenizer_size))
@@ -127,17 +129,6 @@ def _usual(config: Mamba2Config) -> int | None:
     return None if config.channels == config.d_inner else config.d_ssm
 
 
-def unlimited(fields: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return fields without a limit of dt that is none: from 0 to infinity.
-
-    Args:
-        fields: by their names.
-        name: of the limit.
-    """
-    none = name in fields and fields[name] is not None and tuple(fields[name]) == (0.0, math.inf)
-    return {**fields, name: None} if none else fields
-
-
 def _ours(name: str) -> str | None:
     """Return our name of a tensor; Mistral's own files have a prefix."""
     return ours(name.removeprefix("model."))
@@ -161,7 +152,9 @@ def _from_authors(raw: Mapping[str, Any]) -> Mamba2Config:
         )
     names = {**FIELDS, **SSM_CFG, "gated_norm": "gated_norm"}
     fields = {name: raw[name] for name in names if name in raw}
-    return build(Mamba2Config, unlimited({**fields, "gated_norm": gate[order]}, "dt_limit"), names)
+    return build(
+        Mamba2Config, {**fields, "gated_norm": gate[order], "dt_limit": dt_limit(raw.get("dt_limit"))}, names
+    )
 
 
 def _to_authors(config: Mamba2Config) -> dict[str, Any]:
