@@ -33,12 +33,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longscan import ops
 from longscan.errors import LongscanError
 from longscan.models.common.entry import LANGUAGE, ModelEntry
 from longscan.models.common.growable import KV
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import Linear, RMSNorm, WeightOnly, blank
 from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
+from longscan.models.common.native_decode import matrix
 from longscan.models.common.packing import warn_beyond
 from longscan.ops import attention
 from longscan.ops._segments import check_seq_idx, segments
@@ -186,11 +188,7 @@ class Attention(Mixer[KV]):
         self, positions: Tensor, past: int, mask: Tensor | None, order: Tensor | None, length: Tensor
     ) -> AttentionPlan:
         """Return the plan, with the rotary embeddings of positions (...)."""
-        half = self.config.head_width // 2
-        # float32 whatever the weights: distant positions would coincide in fewer bits
-        exponents = torch.arange(half, device=positions.device, dtype=torch.float32) / half
-        frequencies = 1.0 / self.config.rope_theta**exponents
-        angles = positions[..., None].float() * frequencies  # (..., d_head / 2)
+        angles = positions[..., None].float() * self._frequencies()  # (..., d_head / 2)
         return AttentionPlan(
             angles.cos()[..., None, :], angles.sin()[..., None, :], past, mask, order, length
         )
@@ -229,6 +227,21 @@ class Attention(Mixer[KV]):
         state.length.add_(1)
         y = attention(q[:, None], state.k[:, :end], state.v[:, :end], mask=plan.mask)
         return cast(Tensor, self.o_proj(y.flatten(1)))
+
+    def native(self) -> ops.AttentionWeights | None:
+        """Return the weights for the native decoder; see `Mixer.native`."""
+        q, k, v, o = map(matrix, (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
+        if q is None or k is None or v is None or o is None:
+            return None
+        d_head = self.config.head_width
+        return ops.AttentionWeights(q, k, v, o, d_head, d_head**-0.5, frequencies=self._frequencies())
+
+    def _frequencies(self) -> Tensor:
+        """Return the radians per position (d_head / 2,) of each pair."""
+        half = self.config.head_width // 2
+        # float32 whatever the weights: distant positions would coincide in fewer bits
+        exponents = torch.arange(half, device=self.q_proj.weight.device, dtype=torch.float32) / half
+        return 1.0 / self.config.rope_theta**exponents
 
     def _project(self, x: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries and keys, and values, (..., heads, d_head), of x (..., d_model)."""
@@ -271,6 +284,11 @@ class SwiGLU(nn.Module):
         """Map (..., d_model) to (..., d_model)."""
         return cast(Tensor, self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
 
+    def native(self) -> ops.MLPWeights | None:
+        """Return the weights for the native decoder; None if it cannot use them."""
+        gate, up, down = map(matrix, (self.gate_proj, self.up_proj, self.down_proj))
+        return None if gate is None or up is None or down is None else ops.MLPWeights(gate, up, down)
+
 
 class LlamaBlock(Block):
     """x + attention(norm(x)), then x + mlp(mlp_norm(x)).
@@ -295,6 +313,13 @@ class LlamaBlock(Block):
         x = super().step(x, state, plan)
         return cast(Tensor, x + self.mlp(self.mlp_norm(x)))
 
+    def native(self, layer: int) -> list[ops.Sublayer] | None:
+        """Return both sublayers for the native decoder; see `Block.native`."""
+        attention, mlp = super().native(layer), self.mlp.native()
+        if attention is None or mlp is None:
+            return None
+        return [*attention, ops.Sublayer(mlp, layer, self.mlp_norm.weight)]
+
 
 class Llama(LanguageModel):
     """A decoder-only Transformer.
@@ -305,6 +330,7 @@ class Llama(LanguageModel):
     """
 
     config: LlamaConfig
+    decodable = (LlamaBlock, Attention, SwiGLU)
 
     @staticmethod
     def block(config: LlamaConfig, generator: torch.Generator | None = None) -> Block:
