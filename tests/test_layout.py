@@ -30,6 +30,7 @@ COMMON = (
     *("layers", "model", "entry", "losses", "state_file", "growable", "state", "native_decode", "mixer"),
     *("packing", "backbone", "language_model", "state_space", "lti", "dense_lti", "quantization"),
     *("encoder_decoder", "summary", "hippo_measures", "patches", "vision", "patch_tokens"),
+    *("gated_mlp", "trapezoid"),
 )
 PARENTS = {
     **{entry.name: entry.parents for entry in MODELS.values()},
@@ -154,7 +155,7 @@ def test_a_model_file_names_the_parents_of_its_entry(entry: ModelEntry) -> None:
     text = ast.get_docstring(ast.parse((SOURCE / "models" / f"{entry.name}.py").read_text())) or ""
     told = re.search(r"Parents?: (.*?)\n\n", text, re.DOTALL)
     assert told or not entry.parents
-    words = told[1].lower().replace(" ", "_") if told else ""
+    words = told[1].lower().replace(" ", "_").replace("-", "") if told else ""
     missing = [name for name in entry.parents if name not in words]
     assert not missing, f"{entry.name}: Parent(s) in the docstring leaves out {missing}"
 

@@ -108,10 +108,6 @@ class Mamba3Config(LanguageModelConfig):
         if not 0 < self.dt_min <= self.dt_max < math.inf:
             got = f"{self.dt_min} and {self.dt_max}"
             raise LongscanError(f"dt_min, dt_max: expected 0 < dt_min <= dt_max, got {got}.")
-        if self.A_activation not in ("heavy-tail", "softplus"):
-            raise LongscanError(
-                f"A_activation: expected 'heavy-tail' or 'softplus', got {self.A_activation!r}."
-            )
         if self.rope_fraction not in (0.5, 1.0):
             raise LongscanError(f"rope_fraction: expected 0.5 or 1.0, got {self.rope_fraction}.")
         if not self.n_angles:
