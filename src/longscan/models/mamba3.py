@@ -303,7 +303,7 @@ def heavy_tail(x: Tensor) -> Tensor:
     Args:
         x: any shape.
     """
-    return x.clamp(min=0) + (1 - x.clamp(max=0)).reciprocal()
+    return torch.where(x >= 0, 1 + x, (1 - x.clamp(max=0)).reciprocal())
 
 
 class Mamba3(LanguageModel):
