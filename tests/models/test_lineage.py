@@ -257,11 +257,9 @@ def test_mamba_3_without_its_past_and_its_angles_is_mamba_2() -> None:
     """lambda = 1 leaves the input of the token itself, weighted with dt; theta = 0 rotates nothing."""
     D, given = randn(2, seed=6), tokens(150)
     angle = torch.zeros(2, 150, 2, 3, dtype=torch.float64)
-    still = given._replace(
-        early=torch.zeros_like(given.early),
-        q=rotate(given.q, angle, halves=False),
-        k=rotate(given.k, angle, halves=True),
-    )
+    for halves in (False, True):
+        assert all(map(torch.equal, rotate((given.q, given.k), angle, halves), (given.q, given.k)))
+    still = given._replace(early=torch.zeros_like(given.early))
     y, state = from_nothing(still, D)
     x, B, C = given.v[:, :, 0], given.k[:, :, 0], given.q[:, :, 0]
     expected, expected_state = ops.ssd(x, given.late, given.log_decay, B, C, D)
@@ -285,8 +283,8 @@ def test_rotations_make_a_real_state_complex() -> None:
     length, given = 70, tokens(70)
     turn = randn(2, length, 2, 3, seed=8)
     theta = turn.cumsum(1)
-    rotated = given._replace(q=rotate(given.q, theta, False), k=rotate(given.k, theta, False))
-    y, _ = from_nothing(rotated, torch.zeros(2, dtype=torch.float64))
+    q, k = rotate((given.q, given.k), theta, halves=False)
+    y, _ = from_nothing(given._replace(q=q, k=k), torch.zeros(2, dtype=torch.float64))
 
     def pairs(x: Tensor) -> Tensor:
         return torch.view_as_complex(x[:, :, 0].unflatten(-1, (-1, 2)).contiguous())  # (2, length, heads, 3)

@@ -252,10 +252,16 @@ def test_chunks_of_a_long_text_agree() -> None:
 def test_pairs_that_rotate() -> None:
     x = torch.arange(1.0, 9.0).view(1, 1, 8)
     quarter = torch.full((1, 2), math.pi / 2)
-    assert_close(rotate(x, quarter, halves=False)[0, 0], torch.tensor([-2.0, 1, -4, 3, 5, 6, 7, 8]), 1e-6)
-    assert_close(rotate(x, quarter, halves=True)[0, 0], torch.tensor([-5.0, -6, 3, 4, 1, 2, 7, 8]), 1e-6)
+    assert_close(
+        rotate((x,), quarter, halves=False)[0][0, 0], torch.tensor([-2.0, 1, -4, 3, 5, 6, 7, 8]), 1e-6
+    )
+    assert_close(
+        rotate((x,), quarter, halves=True)[0][0, 0], torch.tensor([-5.0, -6, 3, 4, 1, 2, 7, 8]), 1e-6
+    )
     whole = torch.full((1, 4), math.pi / 2)
-    assert_close(rotate(x, whole, halves=True)[0, 0], torch.tensor([-5.0, -6, -7, -8, 1, 2, 3, 4]), 1e-6)
+    assert_close(
+        rotate((x,), whole, halves=True)[0][0, 0], torch.tensor([-5.0, -6, -7, -8, 1, 2, 3, 4]), 1e-6
+    )
 
 
 # packed rows

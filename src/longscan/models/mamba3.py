@@ -282,8 +282,8 @@ class Mamba3Mixer(Mixer[Mamba3State]):
 
     def _rotate(self, tokens: Tokens, angle: Tensor) -> Tokens:
         """Return the tokens with q and k rotated; pairs are adjacent in SISO, halves in MIMO."""
-        halves = self.config.mimo_rank is not None
-        return tokens._replace(q=rotate(tokens.q, angle, halves), k=rotate(tokens.k, angle, halves))
+        q, k = rotate((tokens.q, tokens.k), angle, halves=self.config.mimo_rank is not None)
+        return tokens._replace(q=q, k=k)
 
     def _out(self, y: Tensor, z: Tensor) -> Tensor:
         """Return the output of y (..., rank, n_heads, d_head) and its gate z (..., d_inner)."""

@@ -152,27 +152,29 @@ def wrapped(angle: Tensor) -> Tensor:
     return angle - 2 * math.pi * (angle / (2 * math.pi)).round()
 
 
-def rotate(x: Tensor, angle: Tensor, halves: bool) -> Tensor:
-    """Return x with pairs of channels rotated; channels beyond those of the angles are as they were.
+def rotate(xs: tuple[Tensor, ...], angle: Tensor, halves: bool) -> tuple[Tensor, ...]:
+    """Return tensors with pairs of channels rotated; channels beyond those of the angles are as they were.
 
     Args:
-        x: (..., rank, n_heads, d_state).
-        angle: (..., n_heads, n_angles) in at least the precision of x.
+        xs: (..., rank, n_heads, d_state) each, of one dtype.
+        angle: (..., n_heads, n_angles) in at least their precision.
         halves: whether channel i forms a pair with i + d_state / 2; else pairs are adjacent.
 
     Returns:
-        x's shape and dtype.
+        One for each of xs.
     """
-    angle, n = wrapped(angle).to(x.dtype)[..., None, :, :], angle.shape[-1]
+    angle, n, half = wrapped(angle).to(xs[0].dtype)[..., None, :, :], angle.shape[-1], xs[0].shape[-1] // 2
     cos, sin = angle.cos(), angle.sin()
-    if not halves:
-        a, b = x[..., 0 : 2 * n : 2], x[..., 1 : 2 * n : 2]
-        pairs = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-        return torch.cat([pairs, x[..., 2 * n :]], -1)
-    half = x.shape[-1] // 2
-    a, b = x[..., :n], x[..., half : half + n]
-    first, second = a * cos - b * sin, a * sin + b * cos
-    return torch.cat([first, x[..., n:half], second, x[..., half + n :]], -1)
+    turned = []
+    for x in xs:
+        if halves:
+            a, b = x[..., :n], x[..., half : half + n]
+            parts = [a * cos - b * sin, x[..., n:half], a * sin + b * cos, x[..., half + n :]]
+        else:
+            a, b = x[..., 0 : 2 * n : 2], x[..., 1 : 2 * n : 2]
+            parts = [torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2), x[..., 2 * n :]]
+        turned.append(torch.cat(parts, -1))
+    return tuple(turned)
 
 
 @exact
@@ -220,10 +222,13 @@ def advance(state: Tensor, tokens: Tokens, k: Tensor, v: Tensor, D: Tensor) -> T
     Returns:
         (batch, rank, n_heads, d_head).
     """
-    state += _outer(tokens.early, v, k)
-    state *= tokens.log_decay.exp()[..., None, None]
-    state += _outer(tokens.late, tokens.v, tokens.k)
-    y = torch.einsum("bhpn,brhn->brhp", state, tokens.q)
+    decay = tokens.log_decay.exp()
+    state *= decay[..., None, None]
+    for weight, values, keys in ((decay * tokens.early, v, k), (tokens.late, tokens.v, tokens.k)):
+        weighted = weight[:, None, :, None] * values
+        for r in range(v.shape[1]):  # in place: a product of matrices would be a second state
+            state.addcmul_(weighted[:, r, ..., None], keys[:, r, :, None])
+    y = (state @ tokens.q.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return y + D[:, None] * tokens.v
 
 
