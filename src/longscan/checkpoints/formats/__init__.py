@@ -44,8 +44,10 @@ StoredKind: TypeAlias = ModelKind | Literal["sequence"]
 
 METHOD, VERSION = "longscan", 1  # of quantised weights: the quant_method by which others know them
 
+# model_type of others -> the model that is ours with other options
+VARIANTS = {"falcon_mamba": "mamba"}
 # models of others whose names resemble ours
-OTHERS = ("falcon_mamba", "llama4", "llama4_text", "mllama", "roberta", "distilbert", "albert")
+OTHERS = ("llama4", "llama4_text", "mllama", "roberta", "distilbert", "albert")
 
 
 def _format(name: str) -> Format:
@@ -102,7 +104,8 @@ def find_format(raw: Mapping[str, Any]) -> tuple[str, Format]:
         raise LongscanError(
             "neither a Hugging Face configuration (no model_type) nor an official Mamba one (no d_model)."
         )
-    name = model_name(raw["model_type"])
+    stated = raw["model_type"]
+    name = model_name(VARIANTS.get(stated, stated) if isinstance(stated, str) else stated)
     if isinstance(name, str) and name in FORMATS:
         return name, FORMATS[name]
     if isinstance(name, str) and name in OTHERS:
