@@ -124,7 +124,7 @@ def test_falcon_mamba_of_transformers_there_and_back(shape: str, seed: int, tmp_
             theirs.append(output.logits[:, 0])
             step, state = model.step(ids[:, t], state)
             assert_close(step[..., : expected.shape[-1]], theirs[-1], FALCON_TOLERANCE)
-        first, state = model.prefill(ids[:, :8])
+        _, state = model.prefill(ids[:, :8])
         rest, _ = model.advance(ids[:, 8:], state)
         assert_close(rest, whole[:, 8:], FALCON_TOLERANCE)
 

@@ -1,0 +1,169 @@
+"""What a GGUF architecture is: its names of tensors and its keys of sizes, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from longscan.checkpoints.gguf.parser import Header, short
+from longscan.checkpoints.gguf.tensors import Shape
+from longscan.checkpoints.gguf.tokenizer import vocabulary_size
+from longscan.core.config import Config
+from longscan.errors import LongscanError
+
+__all__ = ["CONTEXT", "EPSILON", "Architecture", "read_count", "read_epsilon", "read_flag", "read_shared"]
+
+# our name -> theirs, around the layers
+OUTER = {
+    "backbone.embedding.weight": "token_embd.weight",
+    "backbone.norm_f.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+EPSILON = "attention.layer_norm_rms_epsilon"
+VOCAB_SIZE = "longscan.vocab_size"  # rows of the embedding that are tokens; needed if there is no tokenizer
+CONTEXT = 2**20  # llama.cpp wants one, also for a model without
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one model stands in a GGUF file.
+
+    Attributes:
+        name: in general.architecture, and before the keys of its sizes.
+        model: its name in MODELS.
+        inner: our name of a tensor in a layer -> theirs.
+        read: the Config that the metadata describe, and the tensors that there are.
+        write: the sizes of a Config, by their keys without the name; refuses what llama.cpp can't compute.
+        shape: of a tensor in the file, of its name and shape here and the Config.
+    """
+
+    name: str
+    model: str
+    inner: Mapping[str, str]
+    read: Callable[[Header], Config]
+    write: Callable[[Any], dict[str, Any]]
+    shape: Callable[[str, Shape, Any], Shape]
+
+    def gguf_name(self, name: str) -> str:
+        """Return the name of a tensor in the file.
+
+        Args:
+            name: ours.
+        """
+        if name in OUTER:
+            return OUTER[name]
+        layer, _, inner = name.removeprefix("backbone.layers.").partition(".")
+        return f"blk.{layer}.{self.inner[inner]}"
+
+    def read_config(self, header: Header) -> Config:
+        """Return the Config of a file.
+
+        Args:
+            header: of the file.
+
+        Raises:
+            LongscanError: a size is missing or impossible.
+        """
+        n_layers, n_tensors = read_count(header, f"{self.name}.block_count"), len(header.tensors)
+        least = len(self.inner) - 1  # a convolution may have no bias
+        if n_layers * least > n_tensors:  # before a loop over layers not there
+            raise LongscanError(f"{self.name}.block_count is {n_layers:,}, the file has {n_tensors} tensors.")
+        return self.read(header)
+
+    def metadata(self, config: Any, file_type: int) -> dict[str, Any]:
+        """Return a Config as metadata.
+
+        Args:
+            config: of the model.
+            file_type: llama.cpp's number for the type of the matrices.
+
+        Raises:
+            LongscanError: llama.cpp computes no such model.
+        """
+        sizes = self.write(config)
+        return {
+            "general.type": "model",
+            "general.file_type": file_type,
+            "general.quantization_version": 2,
+            VOCAB_SIZE: config.vocab_size,
+            **{key if key.startswith("longscan.") else f"{self.name}.{key}": sizes[key] for key in sizes},
+        }
+
+
+def read_count(header: Header, key: str) -> int:
+    """Return a size.
+
+    Args:
+        header: of the file.
+        key: of the metadata.
+
+    Raises:
+        LongscanError: it is missing or impossible.
+    """
+    value = header.metadata.get(key)
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise LongscanError(f"{key}: expected a whole number of at least 1, got {short(value)}.")
+    return value
+
+
+def read_flag(header: Header, key: str) -> bool:
+    """Return whether an option is on; one that is missing is off.
+
+    Args:
+        header: of the file.
+        key: of the metadata.
+
+    Raises:
+        LongscanError: it is neither on nor off.
+    """
+    value = header.metadata.get(key, False)
+    if not isinstance(value, bool):
+        raise LongscanError(f"{key}: expected true or false, got {short(value)}.")
+    return value
+
+
+def read_epsilon(header: Header, key: str) -> float:
+    """Return an epsilon as it is written: 1e-05, not 9.999999747378752e-06.
+
+    Args:
+        header: of the file.
+        key: of the metadata.
+
+    Raises:
+        LongscanError: it is missing or impossible.
+    """
+    epsilon = header.metadata.get(key)
+    if type(epsilon) is not float or not 0 <= epsilon < 1:
+        raise LongscanError(f"{key}: expected a small number, got {short(epsilon)}.")
+    return float(str(np.float32(epsilon)))
+
+
+def read_shared(header: Header, architecture: str) -> dict[str, Any]:
+    """Return the fields of all language models, as transformers calls them.
+
+    Args:
+        header: of the file.
+        architecture: its name.
+
+    Raises:
+        LongscanError: one is missing or impossible.
+    """
+    epsilon = read_epsilon(header, f"{architecture}.{EPSILON}")
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise LongscanError("token_embd.weight is missing or no matrix: fetch the file again.")
+    n_rows = embedding.shape[0]
+    listed = vocabulary_size(header.metadata) or n_rows
+    if listed > n_rows:
+        raise LongscanError(
+            f"the tokenizer has {listed:,} ids, the model {n_rows:,}: they do not belong together."
+        )
+    return {
+        "vocab_size": n_rows,
+        "unpadded_vocab_size": read_count(header, VOCAB_SIZE) if VOCAB_SIZE in header.metadata else listed,
+        "layer_norm_epsilon": epsilon,
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+    }
