@@ -159,7 +159,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "heads": ({"time_step_rank": raw.u32(5)}, "a multiple of mamba2.ssm.time_step_rank = 5, got 12"),
     "width": ({"embedding_length": raw.u32(5)}, "a multiple of mamba2.embedding_length = 5, got 12"),
     "no-groups": ({"group_count": ...}, "mamba2.ssm.group_count: expected a whole number"),
-    "groups": ({"group_count": raw.u32(3)}, "n_groups: expected a divisor of 4 heads"),
+    "groups": ({"group_count": raw.u32(3)}, "n_groups: expected a divisor of 4"),
     "one-group": ({"group_count": raw.u32(1)}, "blk.0.ssm_norm.weight (2, 6) instead of (1, 12)"),
     "state": ({"state_size": raw.u32(3)}, "blk.0.ssm_conv1d.weight (20, 3) instead of (24, 3)"),
     "layers": ({"block_count": raw.u32(9)}, "mamba2.block_count is 9, the file has 11 tensors"),
