@@ -96,8 +96,8 @@ def test_the_layout_of_a_file_of_others(tmp_path: Path) -> None:
     values = {name: torch.tensor(numbers) for name, (_, numbers) in raw.mamba2_values().items()}
     state, mixer = model.state_dict(), "backbone.layers.0.mixer."
     for name in state:
-        theirs = ARCHITECTURES["mamba2"].gguf_name(name)
-        expected = values.pop(theirs).view(state[name].shape)
+        slot = ARCHITECTURES["mamba2"].locate(name, tuple(state[name].shape), model.config)
+        expected = values.pop(slot.name).view(state[name].shape)
         expected = (-expected).log() if name == f"{mixer}A_log" else expected
         torch.testing.assert_close(state[name], expected, rtol=1e-6, atol=1e-7)
     assert not values

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from longscan.checkpoints.gguf.parser import Header, short
 from longscan.checkpoints.gguf.tensors import Shape
@@ -14,7 +15,18 @@ from longscan.checkpoints.gguf.tokenizer import vocabulary_size
 from longscan.core.config import Config
 from longscan.errors import LongscanError
 
-__all__ = ["CONTEXT", "EPSILON", "Architecture", "read_count", "read_epsilon", "read_flag", "read_shared"]
+__all__ = [
+    "CONTEXT",
+    "EPSILON",
+    "OUTER",
+    "Architecture",
+    "Slot",
+    "read_count",
+    "read_epsilon",
+    "read_flag",
+    "read_shared",
+    "uniform",
+]
 
 # our name -> theirs, around the layers
 OUTER = {
@@ -27,6 +39,31 @@ VOCAB_SIZE = "longscan.vocab_size"  # rows of the embedding that are tokens; nee
 CONTEXT = 2**20  # llama.cpp wants one, also for a model without
 
 
+class Slot(NamedTuple):
+    """Where a parameter stands in a file.
+
+    Attributes:
+        name: of the tensor in the file.
+        shape: of that tensor.
+        part: which of the equal parts of the tensor along its first axis the parameter is.
+        n_parts: how many there are.
+        rows: the order in which the rows of the parameter stand in the file; None: theirs.
+        factor: by which it is multiplied in the file, a number or one a row.
+    """
+
+    name: str
+    shape: Shape
+    part: int = 0
+    n_parts: int = 1
+    rows: Tensor | None = None
+    factor: Tensor | float = 1.0
+
+
+def everything(config: Config) -> bool:
+    """Return that a Config is one of an architecture's."""
+    return True
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How one model stands in a GGUF file.
@@ -34,29 +71,20 @@ class Architecture:
     Attributes:
         name: in general.architecture, and before the keys of its sizes.
         model: its name in MODELS.
-        inner: our name of a tensor in a layer -> theirs.
+        n_least: tensors that every layer has.
         read: the Config that the metadata describe, and the tensors that there are.
         write: the sizes of a Config, by their keys without the name; refuses what llama.cpp can't compute.
-        shape: of a tensor in the file, of its name and shape here and the Config.
+        locate: where a parameter stands, of its name, its shape and the Config.
+        takes: whether a Config of the model is written under this name.
     """
 
     name: str
     model: str
-    inner: Mapping[str, str]
+    n_least: int
     read: Callable[[Header], Config]
     write: Callable[[Any], dict[str, Any]]
-    shape: Callable[[str, Shape, Any], Shape]
-
-    def gguf_name(self, name: str) -> str:
-        """Return the name of a tensor in the file.
-
-        Args:
-            name: ours.
-        """
-        if name in OUTER:
-            return OUTER[name]
-        layer, _, inner = name.removeprefix("backbone.layers.").partition(".")
-        return f"blk.{layer}.{self.inner[inner]}"
+    locate: Callable[[str, Shape, Any], Slot]
+    takes: Callable[[Any], bool] = everything
 
     def read_config(self, header: Header) -> Config:
         """Return the Config of a file.
@@ -68,8 +96,7 @@ class Architecture:
             LongscanError: a size is missing or impossible.
         """
         n_layers, n_tensors = read_count(header, f"{self.name}.block_count"), len(header.tensors)
-        least = len(self.inner) - 1  # a convolution may have no bias
-        if n_layers * least > n_tensors:  # before a loop over layers not there
+        if n_layers * self.n_least > n_tensors:  # before a loop over layers not there
             raise LongscanError(f"{self.name}.block_count is {n_layers:,}, the file has {n_tensors} tensors.")
         return self.read(header)
 
@@ -91,6 +118,25 @@ class Architecture:
             VOCAB_SIZE: config.vocab_size,
             **{key if key.startswith("longscan.") else f"{self.name}.{key}": sizes[key] for key in sizes},
         }
+
+
+def uniform(
+    inner: Mapping[str, str], shape: Callable[[str, Shape, Any], Shape]
+) -> Callable[[str, Shape, Any], Slot]:
+    """Return where the parameters of a model stand whose layers are alike.
+
+    Args:
+        inner: our name of a tensor in a layer -> theirs.
+        shape: of a tensor in the file, of its name and shape here and the Config.
+    """
+
+    def locate(name: str, ours: Shape, config: Any) -> Slot:
+        if name in OUTER:
+            return Slot(OUTER[name], ours)
+        layer, _, rest = name.removeprefix("backbone.layers.").partition(".")
+        return Slot(f"blk.{layer}.{inner[rest]}", shape(name, ours, config))
+
+    return locate
 
 
 def read_count(header: Header, key: str) -> int:

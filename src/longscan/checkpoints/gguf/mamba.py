@@ -19,6 +19,7 @@ from longscan.checkpoints.gguf.base import (
     read_epsilon,
     read_flag,
     read_shared,
+    uniform,
 )
 from longscan.checkpoints.gguf.parser import Header
 from longscan.checkpoints.gguf.tensors import Shape
@@ -116,4 +117,4 @@ def _shape(name: str, shape: Shape, config: MambaConfig) -> Shape:
     return (shape[0], shape[2]) if name.endswith("conv1d.weight") else shape
 
 
-MAMBA = Architecture(NAME, "mamba", INNER, _read, _write, _shape)
+MAMBA = Architecture(NAME, "mamba", len(INNER) - 1, _read, _write, uniform(INNER, _shape))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from longscan.checkpoints.formats.base import unpadded
-from longscan.checkpoints.gguf.base import CONTEXT, EPSILON, Architecture, read_count, read_shared
+from longscan.checkpoints.gguf.base import CONTEXT, EPSILON, Architecture, read_count, read_shared, uniform
 from longscan.checkpoints.gguf.parser import Header
 from longscan.checkpoints.gguf.tensors import Shape
 from longscan.errors import LongscanError
@@ -114,4 +114,4 @@ def _shape(name: str, shape: Shape, config: Mamba2Config) -> Shape:
     return mixer_shape(name, shape, config.n_groups)
 
 
-MAMBA2 = Architecture(NAME, "mamba2", INNER, _read, _write, _shape)
+MAMBA2 = Architecture(NAME, "mamba2", len(INNER) - 1, _read, _write, uniform(INNER, _shape))

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from longscan.checkpoints.gguf.base import Architecture
+from longscan.checkpoints.gguf.base import Architecture, Slot
 from longscan.checkpoints.gguf.mamba import MAMBA
 from longscan.checkpoints.gguf.mamba2 import MAMBA2
 from longscan.checkpoints.gguf.parser import AGAIN, Header, TensorInfo, check, short
@@ -49,6 +49,7 @@ from longscan.core.files import atomic_file
 from longscan.errors import LongscanError
 from longscan.models import MODELS, LanguageModel, LanguageModelConfig, Model, entry_of
 from longscan.models.common.quantization import KINDS, precision
+from longscan.ops import dequantize
 from longscan.ops.quant import STORED as STORED_DTYPES
 from longscan.tokenizers.base import Tokenizer
 
@@ -63,12 +64,12 @@ USUAL: dict[str, GGUFType] = {
 
 
 class Item(NamedTuple):
-    """A tensor to be written."""
+    """A tensor to be written, in parts."""
 
     name: str
     type: GGUFType
     shape: Shape
-    encode: Callable[[], npt.NDArray[np.uint8]]
+    parts: list[Callable[[], npt.NDArray[np.uint8]]]
 
 
 class GGUFFile(Source):
@@ -103,9 +104,9 @@ class GGUFFile(Source):
         """Return Q8_0, Q4_0 and BF16 matrices as they are, all else in float32; see `Source.weights`."""
         assert isinstance(config, LanguageModelConfig)
         with self._named():
-            slots = _slots(self._architecture, config)
-            _check_fit(slots, self._header.tensors)
-            tensors = _read_tensors(self.path, slots, self._header.tensors)
+            places = _places(self._architecture, config)
+            _check_fit(places, self._header.tensors)
+            tensors = _read_tensors(self.path, places, self._header.tensors)
         types = {tensor.dtype for tensor in tensors.values()}
         kinds = [kind for kind in KINDS if STORED_DTYPES[kind] in types]  # the narrowest is last
         return Weights(tensors, kinds[-1] if kinds else None)
@@ -151,7 +152,8 @@ def save_gguf(
     if kind not in FILE_TYPES:
         raise LongscanError(f"type of the GGUF file: expected {', '.join(FILE_TYPES)}, got {kind!r}.")
     config, name = model.config, entry_of(model).name
-    architecture = next((known for known in ARCHITECTURES.values() if known.model == name), None)
+    known = (known for known in ARCHITECTURES.values() if known.model == name and known.takes(config))
+    architecture = next(known, None)
     if architecture is None:
         raise LongscanError(
             f"{type(model).__name__}: expected a {_models()}: GGUF files of other models are not written. "
@@ -179,7 +181,8 @@ def save_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for item in plan:  # one at a time: a model may be large
-            writer.write_tensor_data(item.encode())
+            parts = [part() for part in item.parts]
+            writer.write_tensor_data(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 def usual_type(model: LanguageModel) -> GGUFType:
@@ -218,40 +221,23 @@ def _blank(model: str, config: LanguageModelConfig) -> Model:
         raise LongscanError(f"the sizes in the metadata are impossible ({error}).") from error
 
 
-class Slot(NamedTuple):
-    """Where a parameter stands in a file.
+class Place(NamedTuple):
+    """Where a parameter stands in a file, and its shape here."""
 
-    Attributes:
-        name: theirs.
-        shape: theirs.
-        ours: its shape here.
-    """
-
-    name: str
-    shape: Shape
+    slot: Slot
     ours: Shape
 
 
-def _slots(architecture: Architecture, config: LanguageModelConfig) -> dict[str, Slot]:
-    """Return where each parameter stands; layers are alike, so that one of them is built."""
-    layer = "backbone.layers.0."
-    blank = _blank(architecture.model, config.replace(n_layers=1)).state_dict()
-    shapes: dict[str, Shape] = {name: tuple(like.shape) for name, like in blank.items()}
-    inner = {name.removeprefix(layer): shapes.pop(name) for name in list(shapes) if name.startswith(layer)}
-    shapes |= {
-        f"backbone.layers.{number}.{name}": shape
-        for number in range(config.n_layers)
-        for name, shape in inner.items()
-    }
-    return {
-        name: Slot(architecture.gguf_name(name), architecture.shape(name, shape, config), shape)
-        for name, shape in shapes.items()
-    }
+def _places(architecture: Architecture, config: LanguageModelConfig) -> dict[str, Place]:
+    """Return where each parameter stands, by our names."""
+    blank = _blank(architecture.model, config).state_dict()
+    shapes = {name: tuple(like.shape) for name, like in blank.items()}
+    return {name: Place(architecture.locate(name, shape, config), shape) for name, shape in shapes.items()}
 
 
-def _check_fit(slots: Mapping[str, Slot], found: Mapping[str, TensorInfo]) -> None:
+def _check_fit(places: Mapping[str, Place], found: Mapping[str, TensorInfo]) -> None:
     """Raise unless a file has a tensor for each parameter; name all that does not fit, in one error."""
-    expected = {slot.name: slot.shape for slot in slots.values()}
+    expected = {slot.name: slot.shape for slot, _ in places.values()}
     problems = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [short(name) for name in found if name not in expected],
@@ -274,38 +260,54 @@ def _fits(info: TensorInfo, shape: Shape) -> bool:
 
 
 def _read_tensors(
-    path: Path, slots: Mapping[str, Slot], infos: Mapping[str, TensorInfo]
+    path: Path, places: Mapping[str, Place], infos: Mapping[str, TensorInfo]
 ) -> dict[str, Tensor]:
     """Read the tensors one after the other, under our names and in our shapes."""
     tensors: dict[str, Tensor] = {}
     data = np.memmap(path, np.uint8, "r")
-    for name, (theirs, _, shape) in slots.items():
-        info = infos[theirs]
-        raw = torch.from_numpy(np.array(data[info.begin : info.begin + info.n_bytes]))
+    for name, (slot, shape) in places.items():
+        info = infos[slot.name]
+        size = info.n_bytes // slot.n_parts
+        begin = info.begin + slot.part * size
+        raw = torch.from_numpy(np.array(data[begin : begin + size]))
+        rows = None if slot.rows is None else slot.rows.argsort()
         if is_matrix(name, shape) and info.type in STORED:
-            tensors[name], scale = stored(raw, info.type, shape)
+            q, scale = stored(raw, info.type, shape)
+            tensors[name] = q if rows is None else q[rows]
             if scale is not None:
-                tensors[name.removesuffix("weight") + "scale"] = scale
+                tensors[name.removesuffix("weight") + "scale"] = scale if rows is None else scale[rows]
             continue
-        values = decode(raw, info)
+        values = decode(raw, info, shape)
         if name.endswith("A_log"):
             if not bool((values <= 0).all()):
-                raise LongscanError(f"{theirs}: expected A, which is never positive: {AGAIN}")
+                raise LongscanError(f"{slot.name}: expected A, which is never positive: {AGAIN}")
             values = values.double().neg().log().float()
-        tensors[name] = values.view(shape)
+        values = values.view(shape)
+        tensors[name] = values if rows is None else values[rows]
     return tensors
 
 
 def _plan(model: LanguageModel, architecture: Architecture, kind: GGUFType) -> list[Item]:
     """List what a file holds, in an order that does not depend on how the model is stored."""
     state = model.state_dict()
-    plan = []
-    for name, slot in _slots(architecture, model.config.replace(conv_bias=True)).items():
-        type_name = type_of(name, slot.ours, kind)
-        tensor = state.get(name, torch.zeros(()).expand(slot.ours))  # llama.cpp wants a bias of conv1d
+    items: dict[str, Item] = {}
+    for name, (slot, shape) in _places(architecture, model.config.replace(conv_bias=True)).items():
+        item = items.setdefault(slot.name, Item(slot.name, type_of(name, shape, kind), slot.shape, []))
+        tensor = state.get(name, torch.zeros(()).expand(shape))  # llama.cpp wants a bias of conv1d
         scale = state.get(name.removesuffix("weight") + "scale") if name.endswith("weight") else None
-        plan.append(Item(slot.name, type_name, slot.shape, partial(encode, name, tensor, scale, type_name)))
-    return plan
+        item.parts.append(partial(_encode, name, tensor, scale, item.type, slot))
+    return list(items.values())
+
+
+def _encode(
+    name: str, tensor: Tensor, scale: Tensor | None, kind: GGUFType, slot: Slot
+) -> npt.NDArray[np.uint8]:
+    """Return the bytes of a parameter as it stands in a file."""
+    if not isinstance(slot.factor, float) or slot.factor != 1:
+        tensor, scale = (tensor if scale is None else dequantize(tensor, scale)).float() * slot.factor, None
+    if slot.rows is not None:
+        tensor, scale = tensor[slot.rows], None if scale is None else scale[slot.rows]
+    return encode(name, tensor, scale, kind)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:
