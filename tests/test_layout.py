@@ -28,7 +28,18 @@ ROOMS = (
 # inside models/common, in order too
 COMMON = (
     *("layers", "model", "entry", "losses", "state_file", "growable", "state", "native_decode", "mixer"),
-    *("packing", "backbone", "language_model", "state_space", "lti", "dense_lti", "quantization"),
+    *(
+        "packing",
+        "attention",
+        "feed_forward",
+        "experts",
+        "backbone",
+        "language_model",
+        "state_space",
+        "lti",
+        "dense_lti",
+        "quantization",
+    ),
     *("encoder_decoder", "summary", "hippo_measures", "patches", "vision", "patch_tokens"),
 )
 PARENTS = {
@@ -44,6 +55,7 @@ MAX_LINES = 350
 # longer ones, and why they are one idea
 LONG: dict[str, str] = {
     "inference/engine": "one class: the slots, and how rows join, decode and leave",
+    "models/hybrid": "one idea: the letters, their sizes, and the published patterns of them",
     "models/transformer": "one paper: attention, layer and model are read together",
     "models/bert": "one paper: the encoder, its two heads and the pre-training loss",
     "models/s4": "one paper: the decomposition, the kernel and the recurrence of one system",

@@ -1,7 +1,7 @@
 """The mixer, which is the part of a block that moves information along time, and the block around it."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor, nn
@@ -60,12 +60,17 @@ class Mixer(Recurrent, Generic[StateT]):
 
     slow: tuple[str, ...] = ()
 
+    @property
+    def kind(self) -> type[nn.Module]:
+        """What decides over the plan: mixers of one kind share it."""
+        return type(self)
+
     def plan(self, ids: Tensor, state: StateT | None, seq_idx: Tensor | None) -> Any:
-        """Return what all layers need to know of the positions of the tokens, computed once.
+        """Return what all layers of this kind need to know of the positions of the tokens, computed once.
 
         Args:
             ids: (batch, seq_len), or (batch,) before a step; only its shape and device are used.
-            state: of the first layer.
+            state: of the first layer of this kind.
             seq_idx: (batch, seq_len) integers: a new value starts a new sequence, negative means padding.
 
         Returns:
@@ -147,3 +152,18 @@ class Blocks(nn.ModuleList):
     def __iter__(self) -> Iterator[Block]:
         """Yield the blocks, with their type."""
         return iter(cast(dict[str, Block], self._modules).values())
+
+    def plans(self, ids: Tensor, states: Sequence[Any], seq_idx: Tensor | None) -> list[Any]:
+        """Return the plan of each block; blocks whose mixers are of one kind share it.
+
+        Args:
+            ids: see `Mixer.plan`.
+            states: of each block.
+            seq_idx: see `Mixer.plan`.
+        """
+        made: dict[type[nn.Module], Any] = {}
+        kinds = [block.mixer.kind for block in self]
+        for block, kind, state in zip(self, kinds, states, strict=True):
+            if kind not in made:
+                made[kind] = block.mixer.plan(ids, state, seq_idx)
+        return [made[kind] for kind in kinds]
