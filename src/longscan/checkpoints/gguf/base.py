@@ -24,8 +24,10 @@ __all__ = [
     "read_count",
     "read_epsilon",
     "read_flag",
+    "read_number",
     "read_shared",
     "uniform",
+    "with_conv_bias",
 ]
 
 # our name -> theirs, around the layers
@@ -64,6 +66,11 @@ def everything(config: Config) -> bool:
     return True
 
 
+def with_conv_bias(config: Any) -> Any:
+    """Return a Config whose convolutions have a bias, which llama.cpp wants: of zeros if there is none."""
+    return config.replace(conv_bias=True)
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How one model stands in a GGUF file.
@@ -76,6 +83,7 @@ class Architecture:
         write: the sizes of a Config, by their keys without the name; refuses what llama.cpp can't compute.
         locate: where a parameter stands, of its name, its shape and the Config.
         takes: whether a Config of the model is written under this name.
+        written: the Config whose parameters all stand in a file.
     """
 
     name: str
@@ -85,6 +93,7 @@ class Architecture:
     write: Callable[[Any], dict[str, Any]]
     locate: Callable[[str, Shape, Any], Slot]
     takes: Callable[[Any], bool] = everything
+    written: Callable[[Any], Any] = with_conv_bias
 
     def read_config(self, header: Header) -> Config:
         """Return the Config of a file.
@@ -155,36 +164,49 @@ def read_count(header: Header, key: str) -> int:
     return value
 
 
-def read_flag(header: Header, key: str) -> bool:
-    """Return whether an option is on; one that is missing is off.
+def read_flag(header: Header, key: str, missing: bool = False) -> bool:
+    """Return whether an option is on.
 
     Args:
         header: of the file.
         key: of the metadata.
+        missing: what it is without the key.
 
     Raises:
         LongscanError: it is neither on nor off.
     """
-    value = header.metadata.get(key, False)
+    value = header.metadata.get(key, missing)
     if not isinstance(value, bool):
         raise LongscanError(f"{key}: expected true or false, got {short(value)}.")
     return value
 
 
-def read_epsilon(header: Header, key: str) -> float:
-    """Return an epsilon as it is written: 1e-05, not 9.999999747378752e-06.
+def read_number(header: Header, key: str, *, most: float) -> float:
+    """Return a positive number as it is written: 1e-05, not 9.999999747378752e-06.
 
     Args:
         header: of the file.
         key: of the metadata.
+        most: what it is less than.
 
     Raises:
         LongscanError: it is missing or impossible.
     """
-    epsilon = header.metadata.get(key)
-    if type(epsilon) is not float or not 0 <= epsilon < 1:
-        raise LongscanError(f"{key}: expected a small number, got {short(epsilon)}.")
-    return float(str(np.float32(epsilon)))
+    value = header.metadata.get(key)
+    if type(value) is not float or not 0 <= value < most:
+        what = "a small number" if most == 1 else f"a number from 0 to {most:g}"
+        raise LongscanError(f"{key}: expected {what}, got {short(value)}.")
+    return float(str(np.float32(value)))
+
+
+def read_epsilon(header: Header, key: str) -> float:
+    """Return an epsilon; see `read_number`.
+
+    Args:
+        header: of the file.
+        key: of the metadata.
+    """
+    return read_number(header, key, most=1)
 
 
 def read_shared(header: Header, architecture: str) -> dict[str, Any]:

@@ -24,8 +24,11 @@ import torch
 from torch import Tensor
 
 from longscan.checkpoints.gguf.base import Architecture, Slot
+from longscan.checkpoints.gguf.falcon_h1 import FALCON_H1
+from longscan.checkpoints.gguf.granite import GRANITE
 from longscan.checkpoints.gguf.mamba import MAMBA
 from longscan.checkpoints.gguf.mamba2 import MAMBA2
+from longscan.checkpoints.gguf.nemotron_h import NEMOTRON_H, NEMOTRON_H_MOE
 from longscan.checkpoints.gguf.parser import AGAIN, Header, TensorInfo, check, short
 from longscan.checkpoints.gguf.tensors import (
     FILE_TYPES,
@@ -55,7 +58,10 @@ from longscan.tokenizers.base import Tokenizer
 
 __all__ = ["ARCHITECTURES", "GGUFFile", "GGUFType", "save_gguf", "usual_type"]
 
-ARCHITECTURES = {architecture.name: architecture for architecture in (MAMBA, MAMBA2)}
+ARCHITECTURES = {
+    architecture.name: architecture
+    for architecture in (MAMBA, MAMBA2, FALCON_H1, GRANITE, NEMOTRON_H, NEMOTRON_H_MOE)
+}
 
 USUAL: dict[str, GGUFType] = {
     **{"float64": "F32", "float32": "F32", "float16": "F16", "bfloat16": "BF16"},
@@ -291,10 +297,11 @@ def _plan(model: LanguageModel, architecture: Architecture, kind: GGUFType) -> l
     """List what a file holds, in an order that does not depend on how the model is stored."""
     state = model.state_dict()
     items: dict[str, Item] = {}
-    for name, (slot, shape) in _places(architecture, model.config.replace(conv_bias=True)).items():
+    for name, (slot, shape) in _places(architecture, architecture.written(model.config)).items():
         item = items.setdefault(slot.name, Item(slot.name, type_of(name, shape, kind), slot.shape, []))
-        tensor = state.get(name, torch.zeros(()).expand(shape))  # llama.cpp wants a bias of conv1d
-        scale = state.get(name.removesuffix("weight") + "scale") if name.endswith("weight") else None
+        source = name if name != "lm_head.weight" or name in state else "backbone.embedding.weight"
+        tensor = state.get(source, torch.zeros(()).expand(shape))  # llama.cpp wants a bias of conv1d
+        scale = state.get(source.removesuffix("weight") + "scale") if name.endswith("weight") else None
         item.parts.append(partial(_encode, name, tensor, scale, item.type, slot))
     return list(items.values())
 

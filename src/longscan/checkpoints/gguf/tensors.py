@@ -126,7 +126,9 @@ def is_matrix(name: str, shape: Shape) -> bool:
         name: ours.
         shape: of the parameter.
     """
-    return name.endswith(".weight") and len(shape) == 2 and not name.endswith("conv1d.weight")
+    return (
+        name.endswith(".weight") and len(shape) == 2 and not name.endswith(("conv1d.weight", "router.weight"))
+    )
 
 
 def encode(name: str, tensor: Tensor, scale: Tensor | None, kind: GGUFType) -> npt.NDArray[np.uint8]:
