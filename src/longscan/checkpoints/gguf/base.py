@@ -51,14 +51,16 @@ class Slot(NamedTuple):
         n_parts: how many there are.
         rows: the order in which the rows of the parameter stand in the file; None: theirs.
         factor: by which it is multiplied in the file, a number or one a row.
+
+    What takes memory is a function, called once the shapes are known to be those of the file.
     """
 
     name: str
     shape: Shape
     part: int = 0
     n_parts: int = 1
-    rows: Tensor | None = None
-    factor: Tensor | float = 1.0
+    rows: Callable[[], Tensor] | None = None
+    factor: Callable[[], Tensor] | float = 1.0
 
 
 def everything(config: Config) -> bool:

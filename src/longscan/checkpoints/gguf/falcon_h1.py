@@ -8,6 +8,8 @@ embedding and head differ. Files of others leave it out, and llama.cpp's logits 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,13 +80,19 @@ def _write(config: HybridConfig) -> dict[str, Any]:
     }
 
 
-def _factor(name: str, config: HybridConfig) -> Tensor | float:
+def _of_in_proj(config: HybridConfig) -> Tensor:
+    """Return the factor of each row of in_proj, as a column."""
+    factors = torch.tensor(config.ssm_multipliers, dtype=torch.float64) * config.ssm_in_multiplier
+    widths = (config.channels, *config.mamba2.widths, config.mamba2.n_heads)
+    return factors.repeat_interleave(torch.tensor(widths))[:, None]
+
+
+def _factor(name: str, config: HybridConfig) -> Callable[[], Tensor] | float:
     """Return the factor of a parameter in the file."""
     module = name.removesuffix(".weight").removesuffix(".bias").rpartition(".")[2]
     if module == "in_proj":
-        factors = torch.tensor(config.ssm_multipliers, dtype=torch.float64)
-        widths = (config.channels, *config.mamba2.widths, config.mamba2.n_heads)
-        return config.ssm_in_multiplier * factors.repeat_interleave(torch.tensor(widths))[:, None]
+        same = set(config.ssm_multipliers) == {1.0}
+        return config.ssm_in_multiplier if same else partial(_of_in_proj, config)
     inward = config.attention_in_multiplier
     return {
         "embedding": config.embedding_multiplier,

@@ -7,6 +7,7 @@ wrongly: they are read, and not written.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from longscan.checkpoints.gguf.base import Architecture, Slot, read_count, read_flag, read_number
@@ -114,7 +115,7 @@ def _locate(name: str, ours: Shape, config: HybridConfig) -> Slot:
     slot = locate(name, ours, config)
     for part, n_heads in (("q_proj", config.n_heads), ("k_proj", config.n_kv_heads or config.n_heads)):
         if f".{part}." in name and n_heads:
-            return slot._replace(rows=interleaved(ours[0], n_heads))
+            return slot._replace(rows=partial(interleaved, ours[0], n_heads))
     return slot
 
 

@@ -57,6 +57,7 @@ SIZES = {
 }
 D_FF, THETA = "feed_forward_length", "rope.freq_base"
 EXPERTS, ACTIVE, D_SHARED = "expert_count", "expert_used_count", "expert_shared_feed_forward_length"
+MAX_EXPERTS = 4096
 KV_HEADS, KEY_WIDTH = "attention.head_count_kv", "attention.key_length"
 
 
@@ -229,8 +230,11 @@ def read_experts(header: Header, architecture: str, width: str) -> dict[str, Any
     """
     n_experts = read_count(header, f"{architecture}.{EXPERTS}")
     first = next((t for name, t in header.tensors.items() if name.endswith(".ffn_up_exps.weight")), None)
-    if first is None or first.shape[0] != n_experts:  # before a loop over experts not there
-        raise LongscanError(f"{architecture}.{EXPERTS} is {n_experts:,}, the file has tensors of others.")
+    if first is None or first.shape[0] != n_experts or n_experts > MAX_EXPERTS:  # before a loop
+        raise LongscanError(
+            f"{architecture}.{EXPERTS}: expected as many as the tensors have, and {MAX_EXPERTS:,} at most, got "
+            f"{n_experts:,}."
+        )
     shared = f"{architecture}.{D_SHARED}"
     return {
         "n_experts": n_experts,

@@ -276,7 +276,7 @@ def _read_tensors(
         size = info.n_bytes // slot.n_parts
         begin = info.begin + slot.part * size
         raw = torch.from_numpy(np.array(data[begin : begin + size]))
-        rows = None if slot.rows is None else slot.rows.argsort()
+        rows = None if slot.rows is None else slot.rows().argsort()
         if is_matrix(name, shape) and info.type in STORED:
             q, scale = stored(raw, info.type, shape)
             tensors[name] = q if rows is None else q[rows]
@@ -310,10 +310,12 @@ def _encode(
     name: str, tensor: Tensor, scale: Tensor | None, kind: GGUFType, slot: Slot
 ) -> npt.NDArray[np.uint8]:
     """Return the bytes of a parameter as it stands in a file."""
-    if not isinstance(slot.factor, float) or slot.factor != 1:
-        tensor, scale = (tensor if scale is None else dequantize(tensor, scale)).float() * slot.factor, None
+    factor = slot.factor() if callable(slot.factor) else slot.factor
+    if isinstance(factor, Tensor) or factor != 1:
+        tensor, scale = (tensor if scale is None else dequantize(tensor, scale)).float() * factor, None
     if slot.rows is not None:
-        tensor, scale = tensor[slot.rows], None if scale is None else scale[slot.rows]
+        rows = slot.rows()
+        tensor, scale = tensor[rows], None if scale is None else scale[rows]
     return encode(name, tensor, scale, kind)
 
 
