@@ -232,8 +232,8 @@ def read_experts(header: Header, architecture: str, width: str) -> dict[str, Any
     first = next((t for name, t in header.tensors.items() if name.endswith(".ffn_up_exps.weight")), None)
     if first is None or first.shape[0] != n_experts or n_experts > MAX_EXPERTS:  # before a loop
         raise LongscanError(
-            f"{architecture}.{EXPERTS}: expected as many as the tensors have, and {MAX_EXPERTS:,} at most, got "
-            f"{n_experts:,}."
+            f"{architecture}.{EXPERTS}: expected as many as the tensors have, and {MAX_EXPERTS:,} at most, "
+            f"got {n_experts:,}."
         )
     shared = f"{architecture}.{D_SHARED}"
     return {
