@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import struct
 from collections.abc import Sequence
@@ -150,6 +151,45 @@ def mamba(*, width: int = 32, matrix: int = 0, drop: str = "", **changes: Any) -
         metadata[key] = value
     kept = [(key, value) for key, value in metadata.items() if value is not ...]
     return file(kept, [entry for entry in entries(width, matrix) if entry.name != drop])
+
+
+def mamba2_values(seed: int = 0) -> dict[str, tuple[tuple[int, ...], list[float]]]:
+    """The tensors of a Mamba-2 of one layer, 6 wide, 4 heads of 3 and 2 groups of 2: dimensions, values."""
+    dims = {
+        "token_embd.weight": (6, len(TOKENS)),
+        "output_norm.weight": (6,),
+        "blk.0.attn_norm.weight": (6,),
+        "blk.0.ssm_in.weight": (6, 12 + 12 + 4 + 4 + 4),
+        "blk.0.ssm_conv1d.weight": (3, 20),
+        "blk.0.ssm_conv1d.bias": (20,),
+        "blk.0.ssm_dt.bias": (4,),
+        "blk.0.ssm_a": (1, 4),
+        "blk.0.ssm_d": (1, 4),
+        "blk.0.ssm_norm.weight": (6, 2),
+        "blk.0.ssm_out.weight": (12, 6),
+    }
+    rng = random.Random(seed)
+    sign = {"blk.0.ssm_a": -1.0}
+    return {
+        name: (size, [sign.get(name, 1.0) * rng.uniform(0.1, 0.9) for _ in range(math.prod(size))])
+        for name, size in dims.items()
+    }
+
+
+def mamba2(drop: str = "", **changes: Any) -> bytes:
+    """A valid file of `mamba2_values`, with the changes that `mamba` takes."""
+    metadata = {key.replace("mamba.", "mamba2."): value for key, value in METADATA.items()}
+    sizes = {"embedding_length": 6, "ssm.conv_kernel": 3, "ssm.inner_size": 12, "ssm.time_step_rank": 4}
+    metadata |= {f"mamba2.{key}": u32(size) for key, size in sizes.items()}
+    metadata |= {"general.architecture": string("mamba2"), "mamba2.ssm.group_count": u32(2)}
+    for word, value in changes.items():
+        metadata[next(key for key in metadata if key.rpartition(".")[2] == word)] = value
+    entries = [
+        Entry(name, dims, data=struct.pack(f"<{len(values)}f", *values))
+        for name, (dims, values) in mamba2_values().items()
+        if name != drop
+    ]
+    return file([(key, value) for key, value in metadata.items() if value is not ...], entries)
 
 
 def with_entry(change: str, **fields: Any) -> bytes:

@@ -28,7 +28,18 @@ ROOMS = (
 # inside models/common, in order too
 COMMON = (
     *("layers", "model", "entry", "losses", "state_file", "growable", "state", "native_decode", "mixer"),
-    *("packing", "backbone", "language_model", "state_space", "lti", "dense_lti", "quantization"),
+    *(
+        "packing",
+        "attention",
+        "feed_forward",
+        "experts",
+        "backbone",
+        "language_model",
+        "state_space",
+        "lti",
+        "dense_lti",
+        "quantization",
+    ),
     *("encoder_decoder", "summary", "hippo_measures", "patches", "vision", "patch_tokens"),
     *("gated_mlp", "trapezoid"),
 )
@@ -45,8 +56,8 @@ MAX_LINES = 350
 # longer ones, and why they are one idea
 LONG: dict[str, str] = {
     "inference/engine": "one class: the slots, and how rows join, decode and leave",
-    "models/llama": "one paper: attention with its cache, the MLP and the model",
     "models/mamba2": "one paper: the sizes of a mixer, the mixer and the model",
+    "models/hybrid": "one idea: the letters, their sizes, and the published patterns of them",
     "models/transformer": "one paper: attention, layer and model are read together",
     "models/bert": "one paper: the encoder, its two heads and the pre-training loss",
     "models/s4": "one paper: the decomposition, the kernel and the recurrence of one system",

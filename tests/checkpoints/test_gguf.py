@@ -14,9 +14,9 @@ import torch
 
 import gguf_bytes as raw
 import tokenizers
+from llama_cpp_oracle import AGREEMENT, TEXTS, agree
 from longscan import ops
-from longscan.checkpoints.gguf.model import GGUFType, save_gguf
-from longscan.checkpoints.gguf.names import gguf_name
+from longscan.checkpoints.gguf.model import ARCHITECTURES, GGUFType, save_gguf
 from longscan.checkpoints.gguf.parser import check
 from longscan.checkpoints.gguf.tensors import PLAIN, is_matrix
 from longscan.checkpoints.gguf.tokenizer import describe_tokenizer, read_tokenizer
@@ -37,11 +37,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "blocked-dt": {"d_model": 64, "dt_rank": 32},  # a matrix of one block a row
     "odd": {"vocab_size": 301, "pad_vocab_size_multiple": 8, "d_conv": 3, "dt_rank": 5, "d_state": 3},
     "eps": {"norm_eps": 1e-6, "n_layers": 1},
+    "inner-norms": {"inner_norms": "plain", "inner_norm_eps": 1e-5, "dt_rank": 3},
 }
-TEXTS = ["Hello, it's 1234 o'clock\n\n\tnow.", "größer 漢字 🦙  two  spaces ", "<|endoftext|>"]
-# largest |difference| of logits between llama.cpp and longscan, relative to the largest logit: llama.cpp
-# rounds activations to the type of the weights
-AGREEMENT = {"F32": 1e-5, "F16": 5e-3, "BF16": 2e-2, "Q8_0": 5e-2, "Q4_0": 5e-2}
 
 
 def make(**fields: Any) -> Mamba:
@@ -155,8 +152,10 @@ def test_types_of_others(tmp_path: Path, matrix: int) -> None:
     model, _ = load_gguf(path)
     assert kind_of(model) == {2: "int4", 8: "int8"}.get(matrix)
     wide = dequantized(model).state_dict()
+    locate = ARCHITECTURES["mamba"].locate
+    names = {locate(name, tuple(like.shape), model.config).name: name for name, like in wide.items()}
     for tensor in gguf.GGUFReader(path).tensors:
-        name = next(name for name in wide if gguf_name(name) == tensor.name)
+        name = names[tensor.name]
         if not name.endswith("A_log"):
             values = gguf.dequantize(tensor.data, tensor.tensor_type).copy()
             assert torch.equal(wide[name], torch.from_numpy(values).view(wide[name].shape)), name
@@ -206,13 +205,33 @@ def test_a_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(
     ("fields", "words"),
-    [({"expand": 3}, "expand 3"), ({"bias": True}, "bias true"), ({}, "expected F32")],
-    ids=["expand", "bias", "type"],
+    [
+        ({"expand": 3}, "expand 3"),
+        ({"bias": True}, "bias true"),
+        ({"inner_norms": "learned"}, "inner_norms learned"),
+        ({}, "expected F32"),
+    ],
+    ids=["expand", "bias", "norms", "type"],
 )
 def test_what_llama_cpp_can_not_compute(tmp_path: Path, fields: dict[str, Any], words: str) -> None:
     kind: Any = None if fields else "Q3_K"
     with pytest.raises(LongscanError, match=words):
         save_gguf(make(**fields), tmp_path / "a.gguf", None, kind)
+
+
+def test_the_epsilon_of_inner_norms(tmp_path: Path) -> None:
+    """llama.cpp knows one for all norms: ours comes back, other files mean theirs."""
+    model = make(inner_norms="plain", inner_norm_eps=1e-3)
+    with pytest.warns(UserWarning, match=r"epsilon of the other norms, 1e-05, .* own is 0\.001"):
+        save_gguf(model, tmp_path / "a.gguf", None)
+    again, _ = load_gguf(tmp_path / "a.gguf")
+    assert again.config == model.config
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    (tmp_path / "b.gguf").write_bytes(raw.mamba(mamba__ssm__dt_b_c_rms=raw.true()))
+    config = load_gguf(tmp_path / "b.gguf")[0].config
+    assert isinstance(config, MambaConfig)
+    assert (config.inner_norms, config.inner_norm_eps) == ("plain", 1e-5)
 
 
 # ---- metadata that do not fit
@@ -221,7 +240,11 @@ def test_what_llama_cpp_can_not_compute(tmp_path: Path, fields: dict[str, Any], 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "llama": ({"architecture": raw.string("llama")}, "expected mamba"),
     "nameless": ({"architecture": ...}, "expected mamba"),
-    "falcon-mamba": ({"mamba__ssm__dt_b_c_rms": raw.true()}, "a Mamba with extra norms"),
+    "inner-norms": ({"mamba__ssm__dt_b_c_rms": raw.u32(1)}, "ssm.dt_b_c_rms: expected true or false, got 1"),
+    "inner-epsilon": (
+        {"mamba__ssm__dt_b_c_rms": raw.true(), "longscan__inner_norm_epsilon": raw.f32(-1.0)},
+        "longscan.inner_norm_epsilon: expected a small number",
+    ),
     "half": ({"split__count": raw.u32(2)}, "one part of a model"),
     "layers": ({"block_count": raw.u32(2**31 - 1)}, "block_count is 2,147,483,647, the file has 12 tensors"),
     "no-layers": ({"block_count": ...}, "mamba.block_count: expected a whole number"),
@@ -371,48 +394,6 @@ def test_load(tmp_path: Path, precision: Any, kind: str | None) -> None:
 
 
 # ---- llama.cpp
-
-
-def llama_cpp_reads(path: Path, ids: list[int], texts: list[str]) -> tuple[torch.Tensor, list[list[int]]]:
-    """Run llama.cpp: the logits after each id, and the ids of each text."""
-    api = pytest.importorskip("llama_cpp")
-    import ctypes
-
-    quiet = api.llama_log_callback(lambda *_: None)
-    api.llama_log_set(quiet, ctypes.c_void_p(0))
-    model = api.llama_model_load_from_file(str(path).encode(), api.llama_model_default_params())
-    assert model, "llama.cpp does not load the file"
-    settings = api.llama_context_default_params()
-    settings.n_ctx, settings.n_threads, settings.n_threads_batch = 64, 1, 1
-    context, vocab = api.llama_init_from_model(model, settings), api.llama_model_get_vocab(model)
-    batch = api.llama_batch_init(len(ids), 0, 1)
-    batch.n_tokens = len(ids)
-    for index, token in enumerate(ids):
-        batch.token[index], batch.pos[index], batch.n_seq_id[index] = token, index, 1
-        batch.seq_id[index][0], batch.logits[index] = 0, 1
-    assert api.llama_decode(context, batch) == 0
-    size = api.llama_vocab_n_tokens(vocab)
-    rows = [api.llama_get_logits_ith(context, index)[:size] for index in range(len(ids))]
-    encoded = []
-    for text in texts:
-        buffer = (api.llama_token * 256)()
-        data = text.encode()
-        count = api.llama_tokenize(vocab, data, len(data), buffer, 256, False, False)
-        encoded.append(list(buffer[:count]))
-    api.llama_batch_free(batch)
-    api.llama_free(context)
-    api.llama_model_free(model)
-    api.llama_log_set(api.llama_log_callback(0), ctypes.c_void_p(0))
-    return torch.tensor(rows), encoded
-
-
-def agree(model: LanguageModel, tokenizer: Tokenizer, path: Path, tolerance: float) -> None:
-    ids = torch.randint(model.config.vocab_size, (20,), generator=torch.Generator().manual_seed(0))
-    theirs, encoded = llama_cpp_reads(path, ids.tolist(), TEXTS)
-    with torch.inference_mode():
-        ours = model(ids[None]).logits[0]
-    assert ((ours - theirs).abs().max() / ours.abs().max()).item() < tolerance
-    assert encoded == tokenizer.encode_batch(TEXTS)
 
 
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)

@@ -15,11 +15,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from longscan.checkpoints.formats import read_config
 from longscan.checkpoints.load import load, load_translator
 from longscan.checkpoints.save import Layout, convert, quantize, save
 from longscan.core.files import read_json, write_json
 from longscan.errors import LongscanError, UsageError
-from longscan.models import MODELS, Llama, LlamaConfig, Mamba
+from longscan.models import MODELS, Llama, LlamaConfig, Mamba, MambaConfig
+from longscan.models.common.quantization import quantize_model
 from longscan.models.sequence_classifier import SequenceConfig, SequenceModel
 from longscan.tokenizers.base import ByteTokenizer
 from longscan.tokenizers.bpe import train_bpe
@@ -58,6 +60,56 @@ def test_norm_eps_has_no_place_in_the_official_layout(tmp_path: Path) -> None:
     with pytest.raises(LongscanError, match="no field for norm_eps"):
         convert(tmp_path / "a", tmp_path / "b", layout="official")
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(("norms", "model_type"), [("plain", "falcon_mamba"), ("learned", "longscan_mamba")])
+def test_inner_norms(norms: str, model_type: str, tmp_path: Path) -> None:
+    model = make(inner_norms=norms, inner_norm_eps=1e-4, expand=3, vocab_size=301)
+    save(model, tmp_path / "a", ByteTokenizer())
+    raw = read_json(tmp_path / "a" / "config.json")
+    assert raw["model_type"] == model_type
+    assert (raw["bos_token_id"], raw["eos_token_id"]) == (256, 256)
+    assert_same(load(tmp_path / "a")[0], model)
+    quantize(tmp_path / "a", tmp_path / "q", "int8")
+    quantised = load(tmp_path / "q")[0]
+    quantize_model(model, "int8")
+    assert_same(quantised, model)
+    assert torch.equal(quantised(IDS).logits, model(IDS).logits)
+    with pytest.raises(LongscanError, match=f"no field for inner_norms = {norms}"):
+        convert(tmp_path / "a", tmp_path / "b", layout="official")
+    edit(tmp_path / "a", inner_norm_epsilon=1e-3)
+    assert "inner_norm_epsilon" in refusal(tmp_path / "a")
+
+
+FALCON_MAMBA_7B: dict[str, Any] = {
+    **{"architectures": ["FalconMambaForCausalLM"], "bos_token_id": 0, "conv_kernel": 4, "eos_token_id": 11},
+    **{"expand": 16, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.1},
+    **{"intermediate_size": 8192, "layer_norm_epsilon": 1e-05, "model_type": "falcon_mamba"},
+    **{"num_hidden_layers": 64, "pad_token_id": 11, "rescale_prenorm_residual": False},
+    **{"residual_in_fp32": True, "state_size": 16, "tie_word_embeddings": False, "time_step_floor": 0.0001},
+    **{"time_step_init_scheme": "random", "time_step_max": 0.1, "time_step_min": 0.001},
+    **{"time_step_rank": 256, "time_step_scale": 1.0, "torch_dtype": "bfloat16", "use_bias": False},
+    **{"use_cache": True, "use_conv_bias": True, "use_falcon_mambapy": False, "vocab_size": 65024},
+}
+
+
+def test_the_published_falcon_mamba() -> None:
+    name, config = read_config(FALCON_MAMBA_7B)
+    assert name == "mamba"
+    preset = MambaConfig.from_dict(MODELS["mamba"].presets["falcon-mamba-7b"])
+    assert config == preset.replace(pad_vocab_size_multiple=config.pad_vocab_size_multiple)
+    assert config.inner_norm_eps == 1e-6  # transformers', for files from before the field
+    assert read_config({**FALCON_MAMBA_7B, "mixer_rms_eps": 1e-5})[1].inner_norm_eps == 1e-5
+    with pytest.raises(LongscanError, match=r"intermediate_size: expected a multiple of hidden_size = 4096"):
+        read_config({**FALCON_MAMBA_7B, "intermediate_size": 8193})
+    with pytest.raises(LongscanError, match=r"mixer_rms_eps: expected 0 or more, got -1"):
+        read_config({**FALCON_MAMBA_7B, "mixer_rms_eps": -1.0})
+    with pytest.raises(LongscanError, match=r"unknown field 'mixer_eps'"):
+        read_config({**FALCON_MAMBA_7B, "mixer_eps": 1e-5})
+    with pytest.raises(LongscanError, match=r"unknown field 'use_falcon_mambapy', 'mixer_rms_eps'"):
+        read_config({**FALCON_MAMBA_7B, "mixer_rms_eps": 1e-5, "model_type": "mamba"})
+    with pytest.raises(LongscanError, match="longscan: expected version 1 of the layout of a mamba"):
+        read_config({**FALCON_MAMBA_7B, "model_type": "longscan_mamba"})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -406,7 +458,7 @@ def test_only_mamba_goes_into_the_official_layout_and_gguf(tmp_path: Path) -> No
     with pytest.raises(LongscanError, match="the official layout is Mamba's, this is a Llama"):
         convert(tmp_path / "model", tmp_path / "other", layout="official")
     with pytest.raises(
-        LongscanError, match="Llama: expected a Mamba: GGUF files of other models are not written"
+        LongscanError, match="Llama: expected a Mamba or Mamba2: GGUF files of other models are not written"
     ):
         convert(tmp_path / "model", tmp_path / "other.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -1,5 +1,6 @@
 """The same numbers as others: Mamba in transformers in float32, and the equations of the paper in float64."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longscan.checkpoints.formats import FORMATS
+from longscan.checkpoints.load import load
+from longscan.checkpoints.save import save
 from longscan.models import Mamba, MambaConfig
+from model_directories import assert_same
 
 TOLERANCE_F32 = 2e-4  # of the largest value compared
+FALCON_TOLERANCE = 1e-5
 TOLERANCE_F64 = 1e-9
 
 SHAPES = {
@@ -74,6 +79,72 @@ def test_logits_loss_and_gradients_of_transformers(shape: str) -> None:
         loss.backward()
         for name, parameter in model.named_parameters():
             assert_close(parameter.grad, wanted[name], TOLERANCE_F32)
+
+
+FALCONS: dict[str, dict[str, Any]] = {
+    "usual": {"hidden_size": 48, "num_hidden_layers": 3, "vocab_size": 264, "state_size": 8},
+    "odd": {
+        **{"hidden_size": 35, "num_hidden_layers": 2, "vocab_size": 41, "state_size": 5, "conv_kernel": 3},
+        **{"time_step_rank": 7, "use_bias": True, "use_conv_bias": False, "tie_word_embeddings": False},
+        **{"mixer_rms_eps": 1e-3, "layer_norm_epsilon": 1e-4, "expand": 3},
+    },
+    "published": {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 65, "expand": 16}
+    | {"intermediate_size": 64, "tie_word_embeddings": False},
+}
+
+
+def make_falcon(fields: dict[str, Any], seed: int) -> Any:
+    """transformers' Falcon Mamba, with no parameter as it started."""
+    transformers = pytest.importorskip("transformers")
+    draw = torch.Generator().manual_seed(seed)
+    peer = transformers.FalconMambaForCausalLM(transformers.FalconMambaConfig(**fields)).eval()
+    with torch.no_grad():
+        for name, parameter in peer.named_parameters():
+            scale = 0.3 if parameter.dim() > 1 and "A_log" not in name else 0.1
+            parameter += scale * torch.randn(parameter.shape, generator=draw)
+    return peer
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("shape", FALCONS)
+def test_falcon_mamba_of_transformers_there_and_back(shape: str, seed: int, tmp_path: Path) -> None:
+    peer = make_falcon(FALCONS[shape], seed)
+    peer.save_pretrained(tmp_path / "theirs")
+    model, _ = load(tmp_path / "theirs")
+    assert isinstance(model, Mamba)
+    assert model.config.inner_norms == "plain"
+    ids = draw_ids(FALCONS[shape], 2, 21)
+    with torch.no_grad():
+        whole, expected = model(ids).logits, peer(ids).logits
+        assert_close(whole[..., : expected.shape[-1]], expected, FALCON_TOLERANCE)
+        theirs, state, cache = [], model.init_state(2), None
+        for t in range(21):
+            output = peer(ids[:, t : t + 1], cache_params=cache, use_cache=True)
+            cache = output.cache_params
+            theirs.append(output.logits[:, 0])
+            step, state = model.step(ids[:, t], state)
+            assert_close(step[..., : expected.shape[-1]], theirs[-1], FALCON_TOLERANCE)
+        _, state = model.prefill(ids[:, :8])
+        rest, _ = model.advance(ids[:, 8:], state)
+        assert_close(rest, whole[:, 8:], FALCON_TOLERANCE)
+
+    save(model, tmp_path / "ours")
+    again, _ = load(tmp_path / "ours")
+    assert_same(again, model)
+    returned = type(peer).from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    with torch.no_grad():
+        assert_close(returned(ids).logits, expected, FALCON_TOLERANCE)
+
+
+def test_transformers_restarts_falcon_mamba_in_a_chunk() -> None:
+    """Its chunked prefill forgets the state: several tokens after others are no oracle, single ones are."""
+    peer = make_falcon(FALCONS["usual"], 0)
+    ids = draw_ids(FALCONS["usual"], 1, 21)
+    with torch.no_grad():
+        expected = peer(ids).logits
+        cache = peer(ids[:, :8], use_cache=True).cache_params
+        rest = peer(ids[:, 8:], cache_params=cache, use_cache=True).logits
+    assert (rest - expected[:, 8:]).abs().max() > 0.5 * expected.std()
 
 
 @pytest.mark.parametrize("norms", ["none", "plain", "learned"])

@@ -20,6 +20,7 @@ from longscan.models import (
     GAUConfig,
     H3Config,
     HippoConfig,
+    HybridConfig,
     HyenaConfig,
     LanguageModel,
     LanguageModelConfig,
@@ -239,6 +240,48 @@ def mamba3_config(pick: Callable[..., Any]) -> Mamba3Config:
     )
 
 
+def hybrid_config(pick: Callable[..., Any]) -> HybridConfig:
+    return HybridConfig(
+        pattern=pick("M*", "P-", "EP", "-*M", "M-*E"),
+        vocab_size=11,
+        d_model=pick(6, 8),
+        n_heads=2,
+        n_kv_heads=pick(None, 1),
+        d_head=pick(4, 8),
+        rope_theta=pick(None, 50.0),
+        rotary_fraction=pick(1.0, 0.5),
+        d_ssm=12,
+        d_ssm_head=pick(1, 3),
+        n_ssm_groups=pick(1, 2),
+        d_state=pick(1, 5),
+        d_conv=pick(1, 2, 4),
+        gated_norm=pick("gate-first", "norm-first", "none"),
+        dt_limit=pick(None, (0.3, 0.9)),
+        d_ff=5,
+        feed_forward=pick("swiglu", "relu2"),
+        n_experts=6,
+        n_active_experts=2,
+        d_expert=3,
+        d_shared_expert=pick(0, 4),
+        d_latent=pick(0, 5),
+        router=pick("topk-softmax", "softmax-topk", "sigmoid"),
+        n_expert_groups=3,
+        n_active_groups=2,
+        embedding_multiplier=1.5,
+        residual_multiplier=0.6,
+        logits_multiplier=0.8,
+        attention_in_multiplier=1.2,
+        attention_out_multiplier=0.7,
+        key_multiplier=0.9,
+        ssm_in_multiplier=1.3,
+        ssm_out_multiplier=0.8,
+        ssm_multipliers=(0.5, 1.5, 0.7, 1.2, 0.9),
+        gate_multiplier=0.9,
+        down_multiplier=1.1,
+        tie_embeddings=pick(True, False),
+    )
+
+
 CONFIGS: dict[str, Callable[..., LanguageModelConfig]] = {
     "lstm": lstm_config,
     "cnn": cnn_config,
@@ -253,6 +296,7 @@ CONFIGS: dict[str, Callable[..., LanguageModelConfig]] = {
     "llama": llama_config,
     "mamba": mamba_config,
     "mamba3": mamba3_config,
+    "hybrid": hybrid_config,
 }
 
 

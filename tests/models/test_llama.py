@@ -16,9 +16,10 @@ import longscan
 from llama_models import assert_close, draw_ids, make
 from longscan.errors import LongscanError
 from longscan.models import Llama, LlamaConfig, Mamba, MambaConfig
+from longscan.models.common.attention import rotate
 from longscan.models.common.growable import KV
 from longscan.models.common.quantization import dequantized, quantize_model
-from longscan.models.llama import PRESETS, rotate
+from longscan.models.llama import PRESETS
 from longscan.models.mamba import PRESETS as MAMBA_PRESETS
 from longscan.tokenizers.base import ByteTokenizer
 

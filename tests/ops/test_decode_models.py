@@ -42,6 +42,40 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             **{"tie_embeddings": False, "rope_theta": 100.0},
         },
     ),
+    "falcon-h1": (
+        "hybrid",
+        {
+            **{"d_model": 48, "pattern": "P-P-", "vocab_size": 61, "n_heads": 6, "n_kv_heads": 2},
+            **{"d_head": 16, "rope_theta": 1e4, "d_ssm": 72, "d_ssm_head": 12, "d_state": 20, "d_ff": 50},
+            **{"gated_norm": "none", "embedding_multiplier": 3.0, "logits_multiplier": 0.3},
+            **{"attention_in_multiplier": 1.2, "attention_out_multiplier": 0.7, "key_multiplier": 0.5},
+            **{"ssm_in_multiplier": 1.3, "ssm_out_multiplier": 0.8, "gate_multiplier": 0.9},
+            **{"ssm_multipliers": (0.5, 1.5, 0.7, 1.2, 0.9), "down_multiplier": 1.1},
+        },
+    ),
+    "granite": (
+        "hybrid",
+        {
+            **{"d_model": 64, "pattern": "M-*-M-", "vocab_size": 61, "n_heads": 4, "n_kv_heads": 2},
+            **{"d_ssm_head": 32, "d_state": 16, "d_ff": 96, "residual_multiplier": 0.3},
+            **{"attention_multiplier": 0.02, "logits_divisor": 3.0, "embedding_multiplier": 12.0},
+        },
+    ),
+    "nemotron": (
+        "hybrid",
+        {
+            **{"d_model": 64, "pattern": "-M*MM-", "vocab_size": 61, "n_heads": 4, "feed_forward": "relu2"},
+            **{"d_ssm": 96, "d_ssm_head": 16, "n_ssm_groups": 3, "d_state": 16, "d_ff": 100},
+            **{"feed_forward_bias": True, "attention_bias": True},
+        },
+    ),
+    "bamba": (
+        "hybrid",
+        {
+            **{"d_model": 64, "pattern": "*-M-", "vocab_size": 61, "n_heads": 4, "n_kv_heads": 1},
+            **{"rope_theta": 1e3, "rotary_fraction": 0.5, "d_ssm_head": 16, "d_state": 16, "d_ff": 96},
+        },
+    ),
 }
 pytestmark = pytest.mark.skipif(_native._library is None, reason="no native library")
 

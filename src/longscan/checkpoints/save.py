@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longscan.checkpoints.assemble import blank_model
-from longscan.checkpoints.formats import FORMATS, OFFICIAL, config_fields, name_of_model
+from longscan.checkpoints.formats import OFFICIAL, config_fields, format_of, name_of_model
 from longscan.checkpoints.formats.base import TIED_HEAD
 from longscan.checkpoints.formats.own import TAKEN
 from longscan.checkpoints.gguf.model import GGUFType, save_gguf
@@ -202,11 +202,11 @@ def _write(
         )
     else:
         dtype = STORED[kind]
-    form = OFFICIAL[name] if layout == "official" else FORMATS[name]
+    form = OFFICIAL[name] if layout == "official" else format_of(model)
     with atomic_directory(directory, marker="config.json", new=new) as folder:
         with writing(directory):
             fields = config_fields(model, form, dtype_name(dtype), kind)
-            published = {form.theirs(name): tensor for name, tensor in tensors.items()}
+            published = form.outgoing(tensors, config)
             if layout == "official":
                 head, embedding = form.theirs(TIED_HEAD.name), form.theirs(TIED_HEAD.original)
                 published.setdefault(head, published[embedding])  # one storage: it takes no more room

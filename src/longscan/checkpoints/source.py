@@ -122,7 +122,7 @@ class ModelDirectory(Source):
             raise LongscanError(f"{self._file}: {error}") from error
         theirs = read_weights(self.path, quantised=kind is not None, buffers=self.format.buffers)
         try:
-            tensors = self.format.without_copy(self.format.rename(theirs), config)
+            tensors = self.format.incoming(theirs, config)
         except LongscanError as error:
             raise LongscanError(f"{self.path}: {error}") from error
         return Weights(tensors, kind, mapped=True)

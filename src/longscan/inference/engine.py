@@ -13,6 +13,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from operator import is_not
 from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -348,7 +349,7 @@ class Engine:
             self._make_views()
         layers = list(self._state.layers)
         self._state.copy_row_(len(self._rows), row.state, 0)
-        if self._grows and self._state.layers[0] is not layers[0]:
+        if self._grows and any(map(is_not, self._state.layers, layers)):
             self._make_views()
         row.release()
         row.logits = to_array(logits)

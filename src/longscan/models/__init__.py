@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from longscan.models.gau import GAU, GAUConfig
     from longscan.models.h3 import H3, H3Config
     from longscan.models.hippo import HippoConfig, HippoRNN
+    from longscan.models.hybrid import Hybrid, HybridConfig
     from longscan.models.hyena import Hyena, HyenaConfig
     from longscan.models.linear_attention import LinearAttentionConfig, LinearTransformer
     from longscan.models.llama import Llama, LlamaConfig
@@ -58,6 +59,7 @@ _HOME = {
     "gau": ("GAU", "GAUConfig"),
     "h3": ("H3", "H3Config"),
     "hippo": ("HippoConfig", "HippoRNN"),
+    "hybrid": ("Hybrid", "HybridConfig"),
     "hyena": ("Hyena", "HyenaConfig"),
     "linear_attention": ("LinearAttentionConfig", "LinearTransformer"),
     "llama": ("Llama", "LlamaConfig"),
@@ -100,6 +102,8 @@ __all__ = [
     "H3Config",
     "HippoConfig",
     "HippoRNN",
+    "Hybrid",
+    "HybridConfig",
     "Hyena",
     "HyenaConfig",
     "LSSLConfig",

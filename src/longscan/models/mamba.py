@@ -207,7 +207,7 @@ class MambaMixer(Mixer[MambaState]):
         """Return the norms of dt, B and C, if there are any."""
         return (self.dt_layernorm, self.b_layernorm, self.c_layernorm) if self.normalises else ()
 
-    def native(self) -> ops.MambaWeights | None:
+    def native(self, layer: int, norm: Tensor | None) -> list[ops.Sublayer] | None:
         """Return the weights for the native decoder; see `Mixer.native`."""
         weight, bias = self.conv1d.weight, self.conv1d.bias
         projections = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
@@ -221,7 +221,7 @@ class MambaMixer(Mixer[MambaState]):
             return None
         if any(w is not None and w.shape != (width,) for w, width in zip(inner, self.widths, strict=False)):
             return None
-        return ops.MambaWeights(
+        weights = ops.MambaWeights(
             in_proj,
             x_proj,
             dt_proj,
@@ -233,6 +233,7 @@ class MambaMixer(Mixer[MambaState]):
             inner_norms=(inner[0], inner[1], inner[2]) if inner else (None, None, None),
             inner_eps=eps.pop() if eps else None,
         )
+        return [ops.Sublayer(weights, layer, norm)]
 
 
 class Mamba(LanguageModel):

@@ -292,21 +292,21 @@ class Mamba2Mixer(Mixer[Mamba2State]):
         y = ssd_step(state.ssm, x, dt, dt * -torch.exp(self.A_log), B, C, self._skip())
         return self._out(mlp, y.flatten(1), z)
 
-    def native(self) -> ops.Mamba2Weights | None:
+    def native(self, layer: int, norm: Tensor | None) -> list[ops.Sublayer] | None:
         """Return the weights for the native decoder; see `Mixer.native`."""
-        layer, weight, bias = self.layer, self.conv1d.weight, self.conv1d.bias
+        sizes, weight, bias = self.layer, self.conv1d.weight, self.conv1d.bias
         in_proj, out_proj = matrix(self.in_proj), matrix(self.out_proj)
-        norm = None if self.norm is None else self.norm.weight
-        if in_proj is None or out_proj is None or layer.d_mlp:
+        gated = None if self.norm is None else self.norm.weight
+        if in_proj is None or out_proj is None or sizes.d_mlp:
             return None
-        if not plain(weight, bias, self.dt_bias, self.A_log, self.D, norm):
+        if not plain(weight, bias, self.dt_bias, self.A_log, self.D, gated):
             return None
-        least, most = layer.dt_limit or (0.0, None)
+        least, most = sizes.dt_limit or (0.0, None)
         factors = None
-        if layer.multipliers is not None:
-            counts = torch.tensor([layer.d_ssm, *layer.widths, layer.n_heads])
-            factors = torch.tensor(layer.multipliers).repeat_interleave(counts)
-        return ops.Mamba2Weights(
+        if sizes.multipliers is not None:
+            counts = torch.tensor([sizes.d_ssm, *sizes.widths, sizes.n_heads])
+            factors = torch.tensor(sizes.multipliers).repeat_interleave(counts)
+        weights = ops.Mamba2Weights(
             in_proj=in_proj,
             out_proj=out_proj,
             factors=factors,
@@ -315,13 +315,14 @@ class Mamba2Mixer(Mixer[Mamba2State]):
             dt_bias=self.dt_bias,
             A=self.A_log.detach().exp() * -math.log2(math.e),
             D=self.D,
-            norm=norm,
-            norm_first=layer.norm == "norm-first",
-            eps=layer.norm_eps,
-            d_head=layer.d_head,
-            n_groups=layer.n_groups,
+            norm=gated,
+            norm_first=sizes.norm == "norm-first",
+            eps=sizes.norm_eps,
+            d_head=sizes.d_head,
+            n_groups=sizes.n_groups,
             dt_limit=(least, math.inf if most is None else most),
         )
+        return [ops.Sublayer(weights, layer, norm)]
 
     def _project(self, u: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """Return the gated MLP beside the recurrence, if any, z, [x; B; C] and dt of u (..., d_model)."""

@@ -164,6 +164,11 @@ class Bidirectional(Mixer[Any]):
         back, _ = self.back(x.gather(1, order), None, backwards)
         return forth + back.gather(1, order), None
 
+    @property
+    def kind(self) -> type[nn.Module]:
+        """The kind of what it runs in both directions; see `Mixer.kind`."""
+        return self.forth.kind
+
     def rescale_time(self, factor: float) -> None:
         """Scale every time step; see `Mixer.rescale_time`."""
         self.forth.rescale_time(factor)
@@ -274,8 +279,8 @@ class SequenceModel(Model):
         if config.mean:
             x = (x - x.new_tensor(config.mean)) / x.new_tensor(config.std)
         x = self.encoder(x)
-        plan = next(iter(self.layers)).mixer.plan(clock, None, order)
-        for layer in self.layers:
+        plans = self.layers.plans(clock, [None] * len(self.layers), order)
+        for layer, plan in zip(self.layers, plans, strict=True):
             y, _ = layer(x, None, plan)
             x = x + ops.dropout(y - x, config.dropout, self.training) if config.dropout else y
         return cast(Tensor, self.norm_f(x))

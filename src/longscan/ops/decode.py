@@ -102,7 +102,7 @@ class Stack:
         Returns:
             None if a tensor is not contiguous float32 on the CPU, or has another shape.
         """
-        batch, records, lengths = layers[0][0].shape[0], [], []
+        batch, records, lengths = len(next(layer[0] for layer in layers if layer)), [], []
         for index, layer in enumerate(layers):
             pointers, capacity = dict.fromkeys(("conv", "ssm", "k", "v", "length"), 0), 0
             for name, shape in self._shapes.get(index, {}).items():

@@ -28,12 +28,14 @@ from longscan.ops import Kind
 __all__ = [
     "BARE",
     "FORMATS",
+    "HYBRIDS",
     "OFFICIAL",
     "BareFormat",
     "Format",
     "StoredKind",
     "config_fields",
     "find_format",
+    "format_of",
     "kind_of_model",
     "name_of_model",
     "read_config",
@@ -44,8 +46,10 @@ StoredKind: TypeAlias = ModelKind | Literal["sequence"]
 
 METHOD, VERSION = "longscan", 1  # of quantised weights: the quant_method by which others know them
 
+# model_type of others -> the model that is ours with other options
+VARIANTS = {"falcon_mamba": "mamba"}
 # models of others whose names resemble ours
-OTHERS = ("falcon_mamba", "llama4", "llama4_text", "mllama", "roberta", "distilbert", "albert")
+OTHERS = ("llama4", "llama4_text", "mllama", "roberta", "distilbert", "albert")
 
 
 def _format(name: str) -> Format:
@@ -77,6 +81,10 @@ FORMATS: Mapping[str, Format] = LazyMapping(
 OFFICIAL: Mapping[str, Format] = LazyMapping(
     {name: partial(_official, name) for name in official.LAYERS.values()}
 )
+#: of the families of hybrids, by the model_type of their config.json
+HYBRIDS: Mapping[str, Format] = LazyMapping(
+    {name: partial(_format, name) for name in ("falcon_h1", "granitemoehybrid")}
+)
 #: by the name of the model, in the order in which they are tried
 BARE: Mapping[str, BareFormat] = LazyMapping(
     {name: partial(_bare, name) for name in ("vmamba", "vim", "videomamba", "vit")}
@@ -102,9 +110,12 @@ def find_format(raw: Mapping[str, Any]) -> tuple[str, Format]:
         raise LongscanError(
             "neither a Hugging Face configuration (no model_type) nor an official Mamba one (no d_model)."
         )
-    name = model_name(raw["model_type"])
+    stated = raw["model_type"]
+    name = model_name(VARIANTS.get(stated, stated) if isinstance(stated, str) else stated)
     if isinstance(name, str) and name in FORMATS:
         return name, FORMATS[name]
+    if isinstance(name, str) and name in HYBRIDS:
+        return "hybrid", HYBRIDS[name]
     if isinstance(name, str) and name in OTHERS:
         raise LongscanError(f"model_type: {name!r} is another model, which is not computed here.")
     raise LongscanError(f"model_type: no model called {name!r}{nearest(str(name), MODELS)}")
@@ -191,6 +202,17 @@ def name_of_model(model: Model) -> str:
     from longscan.models.sequence_classifier import SequenceModel  # imports all language models
 
     return SEQUENCE if isinstance(model, SequenceModel) else entry_of(model).name
+
+
+def format_of(model: Model) -> Format:
+    """Return the layout in which a model is saved: that of its family, if it is a hybrid of one.
+
+    Args:
+        model: of a class that FORMATS knows.
+    """
+    name = name_of_model(model)
+    family = getattr(model.config, "family", name) if name == "hybrid" else name
+    return HYBRIDS[family] if family in HYBRIDS else FORMATS[name]
 
 
 def kind_of_model(name: str) -> StoredKind:

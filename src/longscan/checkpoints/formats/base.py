@@ -78,6 +78,9 @@ class Format:
         theirs: their name, of ours.
         copy: what the file may hold twice, if anything.
         buffers: endings of the names of whole numbers that were saved along and say nothing.
+        arrange: tensors by our names and in our shapes, of those that are renamed and the Config, where names
+            depend on it or a file has several tensors in one.
+        restore: the inverse of `arrange`, before `theirs`.
     """
 
     read: Callable[[Mapping[str, Any], int | None], Config]
@@ -86,6 +89,31 @@ class Format:
     theirs: Callable[[str], str] = str
     copy: Copy | None = None
     buffers: tuple[str, ...] = ()
+    arrange: Callable[[dict[str, Tensor], Any], dict[str, Tensor]] | None = None
+    restore: Callable[[dict[str, Tensor], Any], dict[str, Tensor]] | None = None
+
+    def incoming(self, tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+        """Return the tensors of a file as the model has them.
+
+        Args:
+            tensors: by their names.
+            config: of the model.
+
+        Raises:
+            LongscanError: a tensor is there twice, and differs.
+        """
+        renamed = self.rename(tensors)
+        return self.without_copy(self.arrange(renamed, config) if self.arrange else renamed, config)
+
+    def outgoing(self, tensors: Mapping[str, Tensor], config: Config) -> dict[str, Tensor]:
+        """Return the tensors of a model as a file has them.
+
+        Args:
+            tensors: by our names.
+            config: of the model.
+        """
+        restored = self.restore(dict(tensors), config) if self.restore else tensors
+        return {self.theirs(name): tensor for name, tensor in restored.items()}
 
     def rename(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of a file under our names.

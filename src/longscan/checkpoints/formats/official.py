@@ -112,6 +112,11 @@ def _read(raw: Mapping[str, Any]) -> MambaConfig:
 
 def _write(config: MambaConfig) -> dict[str, Any]:
     """Return ssm_cfg of a Mamba-1."""
+    if config.inner_norms != "none":
+        raise LongscanError(
+            f"the official layout has no field for inner_norms = {config.inner_norms}: use the Hugging Face "
+            "layout."
+        )
     usual, config = MambaConfig(d_model=config.d_model, n_layers=1, vocab_size=1), usual_rank(config)
     return {name: getattr(config, name) for name in SSM_CFG if getattr(config, name) != getattr(usual, name)}
 

@@ -14,7 +14,7 @@ __all__ = ["KEY", "TAKEN", "model_name", "own"]
 
 VERSION, KEY = 1, "longscan"
 # transformers has models of these names, and would open a directory of ours with random weights
-TAKEN = ("mamba2", "resnet", "vit")
+TAKEN = ("mamba", "mamba2", "resnet", "vit")
 PREFIX = "longscan_"  # of their model_type
 # what stands in config.json for other readers
 ELSE = ("model_type", KEY, "dtype", QUANTIZATION, "bos_token_id", "eos_token_id", "pad_token_id")

@@ -1,12 +1,12 @@
-"""GGUF files, those of llama.cpp: a Mamba is read from one and saved as one.
+"""GGUF files, those of llama.cpp: a Mamba or Mamba-2 is read from one and saved as one.
 
 Reading keeps what the file has: Q8_0 and Q4_0 are formats of ops/quant.py but for the order of the bytes, and
 become those; BF16 stays; all else is dequantised to float32. Writing is exact where the format is: a model
 that holds such matrices gets them into the file bit for bit.
 
 Two things differ in meaning, not only in name. The file has A where the model has A_log, A = -exp(A_log), so
-A_log comes back within a rounding of A. And llama.cpp computes only what the published models are: d_inner is
-twice d_model, in_proj and out_proj have no bias, the residual stream is float32.
+A_log comes back within a rounding of A. And llama.cpp computes only what the published models are, see the
+file of each architecture; the residual stream is float32.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from longscan.checkpoints.gguf.names import (
-    ARCHITECTURE,
-    check_architecture,
-    gguf_name,
-    read_sizes,
-    write_sizes,
-)
-from longscan.checkpoints.gguf.parser import AGAIN, TensorInfo, check, short
+from longscan.checkpoints.gguf.base import Architecture, Slot
+from longscan.checkpoints.gguf.falcon_h1 import FALCON_H1
+from longscan.checkpoints.gguf.granite import GRANITE
+from longscan.checkpoints.gguf.mamba import MAMBA
+from longscan.checkpoints.gguf.mamba2 import MAMBA2
+from longscan.checkpoints.gguf.nemotron_h import NEMOTRON_H, NEMOTRON_H_MOE
+from longscan.checkpoints.gguf.parser import AGAIN, Header, TensorInfo, check, short
 from longscan.checkpoints.gguf.tensors import (
     FILE_TYPES,
     PLAIN,
@@ -51,12 +50,18 @@ from longscan.checkpoints.weights import refuse
 from longscan.core.config import Config
 from longscan.core.files import atomic_file
 from longscan.errors import LongscanError
-from longscan.models import LanguageModel, Mamba, MambaConfig
+from longscan.models import MODELS, LanguageModel, LanguageModelConfig, Model, entry_of
 from longscan.models.common.quantization import KINDS, precision
+from longscan.ops import dequantize
 from longscan.ops.quant import STORED as STORED_DTYPES
 from longscan.tokenizers.base import Tokenizer
 
-__all__ = ["GGUFFile", "GGUFType", "save_gguf", "usual_type"]
+__all__ = ["ARCHITECTURES", "GGUFFile", "GGUFType", "save_gguf", "usual_type"]
+
+ARCHITECTURES = {
+    architecture.name: architecture
+    for architecture in (MAMBA, MAMBA2, FALCON_H1, GRANITE, NEMOTRON_H, NEMOTRON_H_MOE)
+}
 
 USUAL: dict[str, GGUFType] = {
     **{"float64": "F32", "float32": "F32", "float16": "F16", "bfloat16": "BF16"},
@@ -65,16 +70,16 @@ USUAL: dict[str, GGUFType] = {
 
 
 class Item(NamedTuple):
-    """A tensor to be written."""
+    """A tensor to be written, in parts."""
 
     name: str
     type: GGUFType
     shape: Shape
-    encode: Callable[[], npt.NDArray[np.uint8]]
+    parts: list[Callable[[], npt.NDArray[np.uint8]]]
 
 
 class GGUFFile(Source):
-    """A Mamba in a GGUF file, which may come from anywhere.
+    """A model in a GGUF file, which may come from anywhere.
 
     Args:
         path: of the file.
@@ -84,31 +89,30 @@ class GGUFFile(Source):
         OSError: it cannot be read.
     """
 
-    name = "mamba"
-
     def __init__(self, path: Path) -> None:
         self.path = path
         self._header = check(path)
         with self._named():
-            check_architecture(self._header)
+            self._architecture = _architecture(self._header)
+        self.name = self._architecture.model
 
     def tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer in the file; None, after a warning, if it is of a kind that is not read."""
         with self._named():
             return read_tokenizer(self._header.metadata)
 
-    def config(self, tokenizer_size: int | None = None) -> MambaConfig:
+    def config(self, tokenizer_size: int | None = None) -> Config:
         """Return what the metadata say, which count the tokens in use; see `Source.config`."""
         with self._named():
-            return read_sizes(self._header)
+            return self._architecture.read_config(self._header)
 
     def weights(self, config: Config) -> Weights:
         """Return Q8_0, Q4_0 and BF16 matrices as they are, all else in float32; see `Source.weights`."""
-        assert isinstance(config, MambaConfig)
+        assert isinstance(config, LanguageModelConfig)
         with self._named():
-            shapes, infos = _shapes(config), self._header.tensors
-            _check_fit(shapes, infos)
-            tensors = _read_tensors(self.path, shapes, infos)
+            places = _places(self._architecture, config)
+            _check_fit(places, self._header.tensors)
+            tensors = _read_tensors(self.path, places, self._header.tensors)
         types = {tensor.dtype for tensor in tensors.values()}
         kinds = [kind for kind in KINDS if STORED_DTYPES[kind] in types]  # the narrowest is last
         return Weights(tensors, kinds[-1] if kinds else None)
@@ -131,7 +135,7 @@ def save_gguf(
     *,
     new: bool = False,
 ) -> None:
-    """Write a Mamba as a GGUF file that llama.cpp reads, whole or not at all.
+    """Write a Mamba or Mamba-2 as a GGUF file that llama.cpp reads, whole or not at all.
 
     Matrices get the type asked for. Not so in Q4_0 x_proj and dt_proj, which get Q8_0, and in both what
     blocks of 32 do not fit, which stays F32. All else is F32, as llama.cpp wants it.
@@ -153,25 +157,24 @@ def save_gguf(
     kind = kind or usual_type(model)
     if kind not in FILE_TYPES:
         raise LongscanError(f"type of the GGUF file: expected {', '.join(FILE_TYPES)}, got {kind!r}.")
-    config = model.config
-    if not isinstance(config, MambaConfig):
+    config, name = model.config, entry_of(model).name
+    known = (known for known in ARCHITECTURES.values() if known.model == name and known.takes(config))
+    architecture = next(known, None)
+    if architecture is None:
         raise LongscanError(
-            f"{type(model).__name__}: expected a Mamba: GGUF files of other models are not written. "
+            f"{type(model).__name__}: expected a {_models()}: GGUF files of other models are not written. "
             "Use a directory."
         )
-    if config.expand != 2 or config.bias:
-        got = f"expand {config.expand}, bias {str(config.bias).lower()}"
-        raise LongscanError(f"llama.cpp computes only Mambas of expand 2 without bias, this one has {got}.")
     check_ids(path, tokenizer.vocab_size if tokenizer else 0, config.vocab_size)
     gguf = package()
     metadata = {
-        **write_sizes(config, FILE_TYPES[kind]),
+        **architecture.metadata(config, FILE_TYPES[kind]),
         **describe_tokenizer(tokenizer, config.padded_vocab_size),
     }
-    plan = _plan(model, config, kind)
+    plan = _plan(model, architecture, kind)
     with (
         atomic_file(path, exclusive=True, new=new) as temporary,
-        contextlib.closing(gguf.GGUFWriter(temporary, ARCHITECTURE)) as writer,
+        contextlib.closing(gguf.GGUFWriter(temporary, architecture.name)) as writer,
     ):
         for key, value in metadata.items():
             _add(writer, key, value)
@@ -184,7 +187,8 @@ def save_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for item in plan:  # one at a time: a model may be large
-            writer.write_tensor_data(item.encode())
+            parts = [part() for part in item.parts]
+            writer.write_tensor_data(parts[0] if len(parts) == 1 else np.concatenate(parts))
 
 
 def usual_type(model: LanguageModel) -> GGUFType:
@@ -196,32 +200,50 @@ def usual_type(model: LanguageModel) -> GGUFType:
     return USUAL[precision(model)]
 
 
-def _blank(config: MambaConfig) -> Mamba:
+def _models() -> str:
+    """Return which models there are, for a message."""
+    return " or ".join(MODELS[architecture.model].cls.__name__ for architecture in ARCHITECTURES.values())
+
+
+def _architecture(header: Header) -> Architecture:
+    """Return the architecture of a file that holds a whole model."""
+    stated = header.metadata.get("general.architecture")
+    if not isinstance(stated, str) or stated not in ARCHITECTURES:
+        raise LongscanError(
+            f"general.architecture: expected {' or '.join(ARCHITECTURES)}, got {short(stated)}: GGUF files "
+            "of other models are not read. Take the model as a directory of safetensors."
+        )
+    if header.metadata.get("split.count", 0) not in (0, 1):  # merging leaves 0 behind
+        raise LongscanError("this is one part of a model: join them with `llama-gguf-split --merge`.")
+    return ARCHITECTURES[stated]
+
+
+def _blank(model: str, config: LanguageModelConfig) -> Model:
     """Return a model of shapes, without memory."""
     try:
         with torch.device("meta"):
-            return Mamba(config)
+            return MODELS[model].cls(config)
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes whose product no machine can address
         raise LongscanError(f"the sizes in the metadata are impossible ({error}).") from error
 
 
-def _shapes(config: MambaConfig) -> dict[str, Shape]:
-    """Return the shape of each parameter; layers are alike, so that one of them is built."""
-    layer = "backbone.layers.0."
-    shapes = {
-        name: tuple(like.shape) for name, like in _blank(config.replace(n_layers=1)).state_dict().items()
-    }
-    inner = {name.removeprefix(layer): shapes.pop(name) for name in list(shapes) if name.startswith(layer)}
-    return shapes | {
-        f"backbone.layers.{number}.{name}": shape
-        for number in range(config.n_layers)
-        for name, shape in inner.items()
-    }
+class Place(NamedTuple):
+    """Where a parameter stands in a file, and its shape here."""
+
+    slot: Slot
+    ours: Shape
 
 
-def _check_fit(shapes: Mapping[str, Shape], found: Mapping[str, TensorInfo]) -> None:
+def _places(architecture: Architecture, config: LanguageModelConfig) -> dict[str, Place]:
+    """Return where each parameter stands, by our names."""
+    blank = _blank(architecture.model, config).state_dict()
+    shapes = {name: tuple(like.shape) for name, like in blank.items()}
+    return {name: Place(architecture.locate(name, shape, config), shape) for name, shape in shapes.items()}
+
+
+def _check_fit(places: Mapping[str, Place], found: Mapping[str, TensorInfo]) -> None:
     """Raise unless a file has a tensor for each parameter; name all that does not fit, in one error."""
-    expected = {gguf_name(name): shape for name, shape in shapes.items()}
+    expected = {slot.name: slot.shape for slot, _ in places.values()}
     problems = {
         "missing": [name for name in expected if name not in found],
         "unexpected": [short(name) for name in found if name not in expected],
@@ -238,46 +260,63 @@ def _check_fit(shapes: Mapping[str, Shape], found: Mapping[str, TensorInfo]) -> 
 
 
 def _fits(info: TensorInfo, shape: Shape) -> bool:
-    """Return whether a shape fits but for axes of one, which conv1d has here and other writers add."""
+    """Return whether a shape fits but for axes of one, which other writers add or leave out."""
     same = [n for n in info.shape if n != 1] == [n for n in shape if n != 1]
     return same and (info.type in PLAIN or info.shape[-1] == shape[-1])  # blocks lie along the last axis
 
 
 def _read_tensors(
-    path: Path, shapes: Mapping[str, Shape], infos: Mapping[str, TensorInfo]
+    path: Path, places: Mapping[str, Place], infos: Mapping[str, TensorInfo]
 ) -> dict[str, Tensor]:
     """Read the tensors one after the other, under our names and in our shapes."""
     tensors: dict[str, Tensor] = {}
     data = np.memmap(path, np.uint8, "r")
-    for name, shape in shapes.items():
-        info = infos[gguf_name(name)]
-        raw = torch.from_numpy(np.array(data[info.begin : info.begin + info.n_bytes]))
+    for name, (slot, shape) in places.items():
+        info = infos[slot.name]
+        size = info.n_bytes // slot.n_parts
+        begin = info.begin + slot.part * size
+        raw = torch.from_numpy(np.array(data[begin : begin + size]))
+        rows = None if slot.rows is None else slot.rows().argsort()
         if is_matrix(name, shape) and info.type in STORED:
-            tensors[name], scale = stored(raw, info.type, shape)
+            q, scale = stored(raw, info.type, shape)
+            tensors[name] = q if rows is None else q[rows]
             if scale is not None:
-                tensors[name.removesuffix("weight") + "scale"] = scale
+                tensors[name.removesuffix("weight") + "scale"] = scale if rows is None else scale[rows]
             continue
-        values = decode(raw, info)
+        values = decode(raw, info, shape)
         if name.endswith("A_log"):
             if not bool((values <= 0).all()):
-                raise LongscanError(f"{gguf_name(name)}: expected A, which is never positive: {AGAIN}")
+                raise LongscanError(f"{slot.name}: expected A, which is never positive: {AGAIN}")
             values = values.double().neg().log().float()
-        tensors[name] = values.view(shape)
+        values = values.view(shape)
+        tensors[name] = values if rows is None else values[rows]
     return tensors
 
 
-def _plan(model: LanguageModel, config: MambaConfig, kind: GGUFType) -> list[Item]:
+def _plan(model: LanguageModel, architecture: Architecture, kind: GGUFType) -> list[Item]:
     """List what a file holds, in an order that does not depend on how the model is stored."""
     state = model.state_dict()
-    like = _blank(config.replace(conv_bias=True)).state_dict()
-    plan = []
-    for name, blank in like.items():
-        shape = tuple((blank.squeeze(1) if name.endswith("conv1d.weight") else blank).shape)
-        type_name = type_of(name, shape, kind)
-        tensor = state.get(name, torch.zeros(()).expand(shape))  # llama.cpp wants a bias of conv1d
-        scale = state.get(name.removesuffix("weight") + "scale") if name.endswith("weight") else None
-        plan.append(Item(gguf_name(name), type_name, shape, partial(encode, name, tensor, scale, type_name)))
-    return plan
+    items: dict[str, Item] = {}
+    for name, (slot, shape) in _places(architecture, architecture.written(model.config)).items():
+        item = items.setdefault(slot.name, Item(slot.name, type_of(name, shape, kind), slot.shape, []))
+        source = name if name != "lm_head.weight" or name in state else "backbone.embedding.weight"
+        tensor = state.get(source, torch.zeros(()).expand(shape))  # llama.cpp wants a bias of conv1d
+        scale = state.get(source.removesuffix("weight") + "scale") if name.endswith("weight") else None
+        item.parts.append(partial(_encode, name, tensor, scale, item.type, slot))
+    return list(items.values())
+
+
+def _encode(
+    name: str, tensor: Tensor, scale: Tensor | None, kind: GGUFType, slot: Slot
+) -> npt.NDArray[np.uint8]:
+    """Return the bytes of a parameter as it stands in a file."""
+    factor = slot.factor() if callable(slot.factor) else slot.factor
+    if isinstance(factor, Tensor) or factor != 1:
+        tensor, scale = (tensor if scale is None else dequantize(tensor, scale)).float() * factor, None
+    if slot.rows is not None:
+        rows = slot.rows()
+        tensor, scale = tensor[rows], None if scale is None else scale[rows]
+    return encode(name, tensor, scale, kind)
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

@@ -79,12 +79,13 @@ def stored(raw: Tensor, kind: str, shape: Shape) -> tuple[Tensor, Tensor | None]
     return pairs.view(torch.uint8).view(n_out, n_in // 2), scale
 
 
-def decode(raw: Tensor, info: TensorInfo) -> Tensor:
+def decode(raw: Tensor, info: TensorInfo, shape: Shape) -> Tensor:
     """Return a tensor dequantised to float32.
 
     Args:
         raw: (n_bytes,) uint8 of the file.
-        info: of the tensor.
+        info: of the tensor, or of one of which it is a part.
+        shape: of the tensor.
 
     Returns:
         (n,) float32.
@@ -97,7 +98,7 @@ def decode(raw: Tensor, info: TensorInfo) -> Tensor:
     if info.type in BLOCKS:
         return ops.dequantize(*stored(raw, info.type, (raw.numel() // BLOCKS[info.type], BLOCK)))
     gguf = package()
-    rows = raw.numpy().reshape(math.prod(info.shape[:-1]), -1)
+    rows = raw.numpy().reshape(math.prod(shape[:-1]), -1)
     try:
         with np.errstate(all="ignore"):  # what a damaged block holds is numbers nevertheless
             return torch.from_numpy(gguf.dequantize(rows, gguf.GGMLQuantizationType[info.type]))
@@ -125,7 +126,9 @@ def is_matrix(name: str, shape: Shape) -> bool:
         name: ours.
         shape: of the parameter.
     """
-    return name.endswith(".weight") and len(shape) == 2 and not name.endswith("conv1d.weight")
+    return (
+        name.endswith(".weight") and len(shape) == 2 and not name.endswith(("conv1d.weight", "router.weight"))
+    )
 
 
 def encode(name: str, tensor: Tensor, scale: Tensor | None, kind: GGUFType) -> npt.NDArray[np.uint8]:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from longscan.models.common.layers import RMSNorm, blank
-from longscan.models.common.mixer import Block, Blocks, LanguageModelConfig, Mixer
+from longscan.models.common.mixer import Block, Blocks, LanguageModelConfig
 from longscan.models.common.state import State
 
 __all__ = ["Backbone"]
 
 
 class Backbone(nn.Module):
-    """Maps token ids to the final hidden states, which the head turns into logits."""
+    """Maps token ids to the final hidden states, which the head turns into logits.
+
+    Attributes:
+        embedding_multiplier: constant factor of the embeddings.
+        hidden_multiplier: constant factor of the final hidden states, and so of the logits.
+    """
+
+    embedding_multiplier = 1.0
+    hidden_multiplier = 1.0
 
     def __init__(
         self, config: LanguageModelConfig, blocks: Iterable[Block], generator: torch.Generator | None
@@ -75,28 +82,29 @@ class Backbone(nn.Module):
             state: after the last vector.
         """
         before = [None] * len(self.layers) if state is None else state.layers
-        plan, after = self._first.plan(x[..., 0], before[0], seq_idx), []
-        for layer, layer_state in zip(self.layers, before, strict=True):
+        plans, after = self.layers.plans(x[..., 0], before, seq_idx), []
+        for layer, layer_state, plan in zip(self.layers, before, plans, strict=True):
             if streams is not None:
                 streams.append(x)
             x, layer_state = layer(x, layer_state, plan)
             after.append(layer_state)
-        return self.norm_f(x), State(after, None if state is None else state.model)
+        return self._last(x), State(after, None if state is None else state.model)
 
     def step(self, ids: Tensor, state: State) -> Tensor:
         """Decode one token per row, ids (batch,), updating the state; return hidden (batch, d_model)."""
         state.reserve(1)
-        x, plan = self._embed(ids), self._first.plan(ids, state.layers[0], None)
-        for layer, layer_state in zip(self.layers, state.layers, strict=True):
+        x, plans = self._embed(ids), self.layers.plans(ids, state.layers, None)
+        for layer, layer_state, plan in zip(self.layers, state.layers, plans, strict=True):
             x = layer.step(x, layer_state, plan)
-        return cast(Tensor, self.norm_f(x))
-
-    @property
-    def _first(self) -> Mixer[Any]:
-        """The first mixer, whose plan serves all layers."""
-        return next(iter(self.layers)).mixer
+        return self._last(x)
 
     def _embed(self, ids: Tensor) -> Tensor:
         """Return the initial residual stream, in float32 so that many small additions are not lost."""
         x: Tensor = self.embedding(ids)
-        return x.to(torch.promote_types(x.dtype, torch.float32)) if self.residual_in_fp32 else x
+        x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.residual_in_fp32 else x
+        return x if self.embedding_multiplier == 1 else x * self.embedding_multiplier
+
+    def _last(self, x: Tensor) -> Tensor:
+        """Return the final hidden states of the residual stream."""
+        x = self.norm_f(x)
+        return x if self.hidden_multiplier == 1 else x * self.hidden_multiplier

@@ -136,11 +136,6 @@ class LanguageModel(Model):
         return self.backbone.embedding.weight.device
 
     @property
-    def scales(self) -> tuple[float, float]:
-        """Constant factors of the embedded tokens and of the logits."""
-        return 1.0, 1.0
-
-    @property
     def max_positions(self) -> int | None:
         """The context length that the model was trained for; None if there is no limit."""
         return None

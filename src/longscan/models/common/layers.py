@@ -119,6 +119,26 @@ def linear(d_in: int, d_out: int, bias: bool, generator: torch.Generator | None 
     return layer
 
 
+def normal_linear(
+    d_in: int, d_out: int, generator: torch.Generator | None = None, *, bias: bool = False, depth: int = 1
+) -> nn.Linear:
+    """Return a Linear with GPT-2's initialisation: normal of 0.02, biases of zero.
+
+    Args:
+        d_in: input width.
+        d_out: output width.
+        generator: randomness; torch's global one if None.
+        bias: whether it has one.
+        depth: terms like its output that add up in the residual stream; divides the variance.
+    """
+    layer = blank(Linear, d_in, d_out, bias=bias)
+    if not layer.weight.is_meta:
+        nn.init.normal_(layer.weight, std=0.02 / math.sqrt(depth), generator=generator)
+        if bias:
+            nn.init.zeros_(layer.bias)
+    return layer
+
+
 def untouched(module: nn.Module) -> bool:
     """Return whether a layer does no more than its class does, so that its weight may be used directly.
 

@@ -1,7 +1,7 @@
 """The mixer, which is the part of a block that moves information along time, and the block around it."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor, nn
@@ -63,12 +63,17 @@ class Mixer(Recurrent, Generic[StateT]):
     slow: tuple[str, ...] = ()
     copied: tuple[str, ...] = ()
 
+    @property
+    def kind(self) -> type[nn.Module]:
+        """What decides over the plan: mixers of one kind share it."""
+        return type(self)
+
     def plan(self, ids: Tensor, state: StateT | None, seq_idx: Tensor | None) -> Any:
-        """Return what all layers need to know of the positions of the tokens, computed once.
+        """Return what all layers of this kind need to know of the positions of the tokens, computed once.
 
         Args:
             ids: (batch, seq_len), or (batch,) before a step; only its shape and device are used.
-            state: of the first layer.
+            state: of the first layer of this kind.
             seq_idx: (batch, seq_len) integers: a new value starts a new sequence, negative means padding.
 
         Returns:
@@ -111,8 +116,14 @@ class Mixer(Recurrent, Generic[StateT]):
         """
         raise NotImplementedError
 
-    def native(self) -> ops.Weights | None:
-        """Return the weights for the native decoder, used in place; None if it cannot use them."""
+    def native(self, layer: int, norm: Tensor | None) -> list[ops.Sublayer] | None:
+        """Return the weights for the native decoder, used in place; None if it cannot use them.
+
+        Args:
+            layer: index of the block, and of the state.
+            norm: (d_model,) weight of the norm before the mixer; None: the input is that of the sublayer
+                before.
+        """
         return None
 
     def rescale_time(self, factor: float) -> None:
@@ -153,8 +164,7 @@ class Block(nn.Module):
         Args:
             layer: index of the block, and of its state.
         """
-        weights = self.mixer.native()
-        return None if weights is None else [ops.Sublayer(weights, layer, self.norm.weight)]
+        return self.mixer.native(layer, self.norm.weight)
 
 
 class Blocks(nn.ModuleList):
@@ -163,3 +173,18 @@ class Blocks(nn.ModuleList):
     def __iter__(self) -> Iterator[Block]:
         """Yield the blocks, with their type."""
         return iter(cast(dict[str, Block], self._modules).values())
+
+    def plans(self, ids: Tensor, states: Sequence[Any], seq_idx: Tensor | None) -> list[Any]:
+        """Return the plan of each block; blocks whose mixers are of one kind share it.
+
+        Args:
+            ids: see `Mixer.plan`.
+            states: of each block.
+            seq_idx: see `Mixer.plan`.
+        """
+        made: dict[type[nn.Module], Any] = {}
+        kinds = [block.mixer.kind for block in self]
+        for block, kind, state in zip(self, kinds, states, strict=True):
+            if kind not in made:
+                made[kind] = block.mixer.plan(ids, state, seq_idx)
+        return [made[kind] for kind in kinds]

@@ -113,7 +113,7 @@ class Decoder:
             known = state.native = (self._stack, list(state.layers), addresses)
         if ids.dtype != torch.int64 or ids.device.type != "cpu" or not ids.is_contiguous():
             ids = ids.to("cpu", torch.int64).contiguous()
-        if len(known[1][0][0]) != len(ids):
+        if state.batch_size != len(ids):
             return None
         if max_positions is not None and known[2].lengths:
             warn_beyond(int(known[2].lengths[0].max()) + ids.shape[1], max_positions)
@@ -136,7 +136,7 @@ def stack_of(model: Any, kinds: tuple[type[nn.Module], ...]) -> tuple[ops.Stack,
     """Return the weights of a language model for the native decoder; None if it cannot run it as it is.
 
     Args:
-        model: a LanguageModel that computes what its blocks say, scaled by its `scales`.
+        model: a LanguageModel.
         kinds: the model's own module types, beside the shared ones.
 
     Returns:
@@ -157,7 +157,8 @@ def stack_of(model: Any, kinds: tuple[type[nn.Module], ...]) -> tuple[ops.Stack,
         return None
     sublayers = [sublayer for block in found for sublayer in block or ()]
     try:
-        stack = ops.Stack(sublayers, embedding, head, norms[0].weight, norms[0].eps, *model.scales)
+        factors = body.embedding_multiplier, body.hidden_multiplier
+        stack = ops.Stack(sublayers, embedding, head, norms[0].weight, norms[0].eps, *factors)
     except ValueError:  # other shapes, as after pruning
         return None
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]

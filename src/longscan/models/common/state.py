@@ -246,8 +246,7 @@ class State:
         """
         tensors, position, tokens = state_file.read(Path(path), _identity(model))
         like = model.init_state(0)
-        device = like.layers[0][0].device
-        copies = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+        copies = {name: tensor.to(like._first.device, copy=True) for name, tensor in tensors.items()}
         state = State(
             [
                 layer._make(copies[f"layers.{index}.{field}"] for field in layer._fields)
@@ -284,8 +283,7 @@ class State:
             pairs = zip(old._fields, new, old, strict=True)
             return old._make(was if name in growing else pick(now, was) for name, now, was in pairs)
 
-        layers = list(map(fresher, fresh.layers, self.layers))
-        return State(layers, self.model)
+        return State(list(map(fresher, fresh.layers, self.layers)), self.model)
 
     def _is_whole(self) -> bool:
         """Whether all growing layers have the same lengths, the longest of which is their capacity."""
@@ -304,7 +302,11 @@ class State:
     @property
     def batch_size(self) -> int:
         """Rows of the batch."""
-        return int(self.layers[0][0].shape[0])
+        return int(self._first.shape[0])
+
+    @property
+    def _first(self) -> Tensor:  # some layers have none
+        return next(self.named_tensors())[1]
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,473 @@
+"""An Empirical Study of Mamba-based Language Models: layers of several kinds in one stack.
+
+Roger Waleffe and others, 2024, arXiv 2406.07887. Published hybrids: Falcon-H1 (2507.22448), Granite 4.0,
+Bamba, Nemotron-H (2504.03624) and Jamba (2403.19887).
+
+Parents: Mamba2, Mamba and LLaMA, whose layers these are.
+Kept: each layer, and its state.
+Changed: the order. A few layers of attention recall exactly what the state space model has forgotten; all
+others keep a state of constant size.
+
+Deviations from the official codes: those of the parents; every constant factor acts at run time, so that
+files round-trip exactly; dt_limit holds in every path; rows of a mixture are grouped by expert.
+
+A model is a string with a letter per layer, and each layer is
+
+    x = x + residual_multiplier f(norm(x))
+
+    M    Mamba-2                            *    attention
+    P    Mamba-2 and attention of the same input, added
+    -    feed-forward layer                 E    mixture of experts
+
+Glossary: as in Mamba-2 and LLaMA. The multipliers are those of muP (Falcon-H1, Granite): constants beside the
+weights, for hyperparameters that fit every size.
+"""
+
+import dataclasses
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from longscan import ops
+from longscan.errors import LongscanError
+from longscan.models.common.attention import Attention, AttentionLayer, AttentionPlan
+from longscan.models.common.entry import LANGUAGE, ModelEntry
+from longscan.models.common.experts import Experts, ExpertsLayer, RouterKind
+from longscan.models.common.feed_forward import FeedForwardKind, Pointwise, SquaredReLU, SwiGLU
+from longscan.models.common.growable import KV, GrowableState
+from longscan.models.common.language_model import LanguageModel
+from longscan.models.common.layers import GatedRMSNorm
+from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
+from longscan.models.mamba2 import GateOrder, Mamba2Layer, Mamba2Mixer, Mamba2State
+
+LETTERS = "M*P-E"
+NEEDED = {
+    "*": ("n_heads",),
+    "P": ("n_heads",),
+    "-": ("d_ff",),
+    "E": ("n_experts", "n_active_experts", "d_expert"),
+}
+
+Family: TypeAlias = Literal["own", "falcon_h1", "granitemoehybrid", "bamba", "nemotron_h", "jamba"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HybridConfig(LanguageModelConfig):
+    """The configuration of a hybrid.
+
+    Raises:
+        LongscanError: a value is out of range.
+    """
+
+    pattern: str  # a letter per layer; repeated to n_layers
+    n_layers: int = 0  # 0: as many as the pattern has letters
+    family: Family = "own"  # whose layout its files have
+
+    n_heads: int | None = None  # of attention
+    n_kv_heads: int | None = None  # None is n_heads
+    d_head: int | None = None  # None is d_model / n_heads
+    rope_theta: float | None = None  # None: attention has no positions
+    rotary_fraction: float = 1.0  # of each head that rotates
+    attention_multiplier: float | None = None  # scale of the scores; None is d_head ** -0.5
+    attention_bias: bool = False
+    max_positions: int = 2048  # the context length; longer sequences work, with a warning
+
+    d_ssm: int | None = None  # channels of the recurrence; None is 2 d_model
+    d_ssm_head: int = 64  # P
+    n_ssm_groups: int = 1  # G
+    d_state: int = 128  # N
+    d_conv: int = 4  # K
+    gated_norm: GateOrder = "gate-first"
+    conv_bias: bool = True
+    ssm_in_bias: bool = False
+    ssm_out_bias: bool = False
+    dt_limit: tuple[float, float] | None = None  # None is 0 and infinity
+
+    d_ff: int | None = None  # width inside the feed-forward layer
+    feed_forward: FeedForwardKind = "swiglu"  # of experts too
+    feed_forward_bias: bool = False
+
+    n_experts: int | None = None
+    n_active_experts: int | None = None  # of each token
+    d_expert: int | None = None  # width inside an expert
+    d_shared_expert: int = 0  # width inside the one that all tokens pass through; 0: there is none
+    d_latent: int = 0  # width of what experts map; 0: they map d_model
+    router: RouterKind = "topk-softmax"
+    n_expert_groups: int = 1  # of a "sigmoid" router, as what follows
+    n_active_groups: int = 1
+    normalize_experts: bool = True
+    experts_multiplier: float = 1.0
+
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+    attention_in_multiplier: float = 1.0
+    attention_out_multiplier: float = 1.0
+    key_multiplier: float = 1.0
+    ssm_in_multiplier: float = 1.0
+    ssm_out_multiplier: float = 1.0
+    ssm_multipliers: tuple[float, float, float, float, float] = (1.0,) * 5  # of z, x, B, C and dt
+    gate_multiplier: float = 1.0  # of W_gate x in the feed-forward layer
+    down_multiplier: float = 1.0  # of its result
+
+    def __post_init__(self) -> None:
+        """Check the ranges, and repeat the pattern."""
+        if isinstance(self.pattern, str) and self.pattern and type(self.n_layers) is int:
+            n_layers = self.n_layers or len(self.pattern)
+            repeated = self.pattern * -(-n_layers // len(self.pattern))
+            object.__setattr__(self, "n_layers", n_layers)
+            object.__setattr__(self, "pattern", repeated[:n_layers])
+        super().__post_init__()
+        if unknown := sorted(set(self.pattern) - set(LETTERS)):
+            raise LongscanError(f"pattern: expected letters among {LETTERS}, got {unknown[0]!r}.")
+        if not set(self.pattern) & set("M*P"):
+            raise LongscanError(f"pattern: expected a layer that mixes, M, * or P, got {self.pattern!r}.")
+        for letter in self.pattern:
+            for name in NEEDED.get(letter, ()):
+                if getattr(self, name) is None:
+                    raise LongscanError(f"{name}: expected a number, for the {letter!r} of the pattern.")
+        self.check("n_heads", "n_kv_heads", "d_head", "max_positions", "d_ff")
+        self.check("d_ssm", "d_ssm_head", "n_ssm_groups", "d_state", "d_conv")
+        self.check("n_experts", "n_active_experts", "d_expert", "n_expert_groups", "n_active_groups")
+        self.check("d_shared_expert", "d_latent", least=0)
+        self.check("rope_theta", "attention_multiplier", "logits_divisor", above=0)
+        self.check("rotary_fraction", above=0, most=1)
+        if self.dt_limit is not None and not 0 <= self.dt_limit[0] < self.dt_limit[1]:
+            low, high = self.dt_limit
+            raise LongscanError(f"dt_limit: expected 0 <= least < largest, got {low} and {high}.")
+        if self.n_heads and self.d_head is None and self.d_model % self.n_heads:
+            got = f"{self.d_model} and {self.n_heads}"
+            raise LongscanError(f"n_heads: expected a divisor of d_model, got {got}. Or set d_head.")
+        for letter in set(self.pattern):  # which checks that heads, groups and experts fit
+            self.mamba2 if letter in "MP" else None  # noqa: B018
+            self.attention if letter in "*P" else None  # noqa: B018
+            self.experts if letter == "E" else None  # noqa: B018
+
+    @property
+    def channels(self) -> int:
+        """Channels of the recurrence: d_ssm or its default."""
+        return 2 * self.d_model if self.d_ssm is None else self.d_ssm
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head of attention: d_head or its default."""
+        assert self.n_heads is not None
+        return self.d_model // self.n_heads if self.d_head is None else self.d_head
+
+    @property
+    def mamba2(self) -> Mamba2Layer:
+        """The sizes and options of each Mamba-2."""
+        factors = self.ssm_multipliers
+        return Mamba2Layer(
+            d_model=self.d_model,
+            d_ssm=self.channels,
+            d_head=self.d_ssm_head,
+            d_state=self.d_state,
+            n_groups=self.n_ssm_groups,
+            d_conv=self.d_conv,
+            norm=self.gated_norm,
+            norm_eps=self.norm_eps,
+            conv_bias=self.conv_bias,
+            in_bias=self.ssm_in_bias,
+            out_bias=self.ssm_out_bias,
+            dt_limit=self.dt_limit,
+            multipliers=None if factors == (1,) * 5 else factors,
+            depth=self.n_layers,
+        )
+
+    @property
+    def attention(self) -> AttentionLayer:
+        """The sizes and options of each layer of attention."""
+        assert self.n_heads is not None
+        scale = self.head_width**-0.5 if self.attention_multiplier is None else self.attention_multiplier
+        return AttentionLayer(
+            d_model=self.d_model,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_heads if self.n_kv_heads is None else self.n_kv_heads,
+            d_head=self.head_width,
+            rope_theta=self.rope_theta,
+            d_rotary=int(self.head_width * self.rotary_fraction),
+            scale=scale * self.key_multiplier,  # which is linear in the keys
+            bias=self.attention_bias,
+            max_positions=self.max_positions,
+            depth=self.n_layers,
+        )
+
+    @property
+    def experts(self) -> ExpertsLayer:
+        """The sizes and options of each mixture of experts."""
+        assert self.n_experts
+        assert self.n_active_experts
+        assert self.d_expert
+        return ExpertsLayer(
+            d_model=self.d_model,
+            n_experts=self.n_experts,
+            n_active=self.n_active_experts,
+            d_ff=self.d_expert,
+            d_shared=self.d_shared_expert,
+            d_latent=self.d_latent,
+            kind=self.feed_forward,
+            router=self.router,
+            n_groups=self.n_expert_groups,
+            n_active_groups=self.n_active_groups,
+            normalize=self.normalize_experts,
+            scale=self.experts_multiplier,
+            depth=self.n_layers,
+        )
+
+
+class _Parallel(NamedTuple):
+    """The fields of `ParallelState`."""
+
+    conv: Tensor
+    ssm: Tensor
+    k: Tensor
+    v: Tensor
+    length: Tensor
+
+
+class ParallelState(GrowableState, _Parallel):
+    """The state of a Mamba-2 and that of attention.
+
+    Attributes:
+        conv: see `Mamba2State`.
+        ssm: likewise.
+        k: see `KV`.
+        v: likewise.
+        length: likewise.
+    """
+
+    __slots__ = ()
+    grows: ClassVar = ("k", "v")
+
+    @property
+    def parts(self) -> tuple[Mamba2State, KV]:
+        """The two states."""
+        return Mamba2State(self.conv, self.ssm), KV(self.k, self.v, self.length)
+
+
+class Parallel(Mixer[ParallelState]):
+    """Mamba-2 and attention of the same input, added.
+
+    Args:
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
+    """
+
+    def __init__(self, config: HybridConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.mamba = Mamba2Mixer(config.mamba2, generator)
+        self.attention = Attention(config.attention, generator)
+        self.inward = config.ssm_in_multiplier, config.attention_in_multiplier
+        self.outward = config.ssm_out_multiplier, config.attention_out_multiplier
+
+    def plan(
+        self, ids: Tensor, state: ParallelState | None, seq_idx: Tensor | None
+    ) -> tuple[Tensor | None, AttentionPlan]:
+        """Return the plans of both; see `Mixer.plan`."""
+        kv = None if state is None else state.parts[1]
+        return seq_idx, self.attention.plan(ids, kv, seq_idx)
+
+    def forward(self, x: Tensor, state: ParallelState | None, plan: Any, /) -> tuple[Tensor, ParallelState]:
+        """Mix along time in both ways; see `Mixer.forward`."""
+        before = (None, None) if state is None else state.parts
+        m, recurrent = self.mamba(_scaled(x, self.inward[0]), before[0], plan[0])
+        a, kv = self.attention(_scaled(x, self.inward[1]), before[1], plan[1])
+        return self._sum(m, a), ParallelState(*recurrent, *kv)
+
+    def init_state(self, batch_size: int) -> ParallelState:
+        """Return both initial states; see `Mixer.init_state`."""
+        return ParallelState(*self.mamba.init_state(batch_size), *self.attention.init_state(batch_size))
+
+    def step(self, x: Tensor, state: ParallelState, plan: Any, /) -> Tensor:
+        """Mix one more token per row; see `Mixer.step`."""
+        recurrent, kv = state.parts
+        m = self.mamba.step(_scaled(x, self.inward[0]), recurrent)
+        return self._sum(m, self.attention.step(_scaled(x, self.inward[1]), kv, plan[1]))
+
+    def native(self, layer: int, norm: Tensor | None) -> list[ops.Sublayer] | None:
+        """Return both for the native decoder, the second on the input of the first; see `Mixer.native`."""
+        both = self.mamba.native(layer, norm), self.attention.native(layer, None)
+        if both[0] is None or both[1] is None:
+            return None
+        factors = zip((*both[0], *both[1]), self.inward, self.outward, strict=True)
+        return [sublayer._replace(in_scale=i, out_scale=o) for sublayer, i, o in factors]
+
+    def _sum(self, m: Tensor, a: Tensor) -> Tensor:
+        return _scaled(m, self.outward[0]) + _scaled(a, self.outward[1])
+
+
+class HybridBlock(Block):
+    """x + residual_multiplier mixer(norm(x)), the mixer between constant factors of its own.
+
+    Args:
+        config: the configuration.
+        mixer: of this layer.
+        inward: factor of its input.
+        outward: factor of its output.
+    """
+
+    def __init__(
+        self, config: HybridConfig, mixer: Mixer[Any], inward: float = 1.0, outward: float = 1.0
+    ) -> None:
+        super().__init__(config, mixer)
+        self.inward, self.outward = inward, outward * config.residual_multiplier
+
+    def forward(self, x: Tensor, state: Any, plan: Any) -> tuple[Tensor, Any]:
+        """Add the mixer's output to the residual stream x (batch, seq_len, d_model); see `Mixer.forward`."""
+        y, state = self.mixer(_scaled(self.norm(x), self.inward), state, plan)
+        return torch.add(x, y, alpha=self.outward), state
+
+    def step(self, x: Tensor, state: Any, plan: Any) -> Tensor:
+        """Add the mixer's output for one token per row, x (batch, d_model); see `Mixer.step`."""
+        y = self.mixer.step(_scaled(self.norm(x), self.inward), state, plan)
+        return torch.add(x, y, alpha=self.outward)
+
+    def native(self, layer: int) -> list[ops.Sublayer] | None:
+        """Return the sublayers for the native decoder, with all factors; see `Block.native`."""
+        return [
+            s._replace(in_scale=s.in_scale * self.inward, out_scale=s.out_scale * self.outward)
+            for s in super().native(layer) or ()
+        ] or None
+
+
+class Hybrid(LanguageModel):
+    """A language model of layers of several kinds.
+
+    Args:
+        config: the configuration.
+        generator: randomness of the initialisation; torch's global generator if None.
+    """
+
+    config: HybridConfig
+    decodable = (
+        *(HybridBlock, Mamba2Mixer, GatedRMSNorm, Attention, Parallel),
+        *(Pointwise, SwiGLU, SquaredReLU),
+    )
+
+    def __init__(self, config: HybridConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__(config, generator)
+        self.backbone.embedding_multiplier = config.embedding_multiplier
+        self.backbone.hidden_multiplier = config.logits_multiplier / config.logits_divisor
+
+    @classmethod
+    def blocks(cls, config: HybridConfig, generator: torch.Generator | None = None) -> list[Block]:
+        """Return the layers of the pattern."""
+        return [_block(config, letter, generator) for letter in config.pattern]
+
+    @property
+    def max_positions(self) -> int | None:
+        """The context length that the model was trained for; None if no layer has attention."""
+        return self.config.max_positions if set(self.config.pattern) & set("*P") else None
+
+
+def _block(config: HybridConfig, letter: str, generator: torch.Generator | None) -> Block:
+    """Return the layer of a letter."""
+    if letter == "M":
+        mixer = Mamba2Mixer(config.mamba2, generator)
+        return HybridBlock(config, mixer, config.ssm_in_multiplier, config.ssm_out_multiplier)
+    if letter == "*":
+        attention = Attention(config.attention, generator)
+        return HybridBlock(config, attention, config.attention_in_multiplier, config.attention_out_multiplier)
+    if letter == "P":
+        return HybridBlock(config, Parallel(config, generator))
+    if letter == "E":
+        return HybridBlock(config, Pointwise(Experts(config.experts, generator)))
+    assert config.d_ff is not None
+    sizes, depth = (config.d_model, config.d_ff, generator), config.n_layers
+    if config.feed_forward == "relu2":
+        return HybridBlock(config, Pointwise(SquaredReLU(*sizes, bias=config.feed_forward_bias, depth=depth)))
+    factors = config.gate_multiplier, config.down_multiplier
+    mlp = SwiGLU(*sizes, bias=config.feed_forward_bias, depth=depth, multipliers=factors)
+    return HybridBlock(config, Pointwise(mlp))
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1 else x * factor
+
+
+def _and_then(mixers: str, other: str) -> str:
+    """Return a pattern with another letter after each."""
+    return "".join(f"{mixer}{other}" for mixer in mixers)
+
+
+_GRANITE: dict[str, Any] = {
+    "family": "granitemoehybrid",
+    "vocab_size": 100352,
+    "embedding_multiplier": 12.0,
+    "max_positions": 131072,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        **{"d_model": 64, "pattern": "M-*-", "n_layers": 4, "vocab_size": 257, "d_ff": 128, "d_state": 16},
+        **{"d_ssm_head": 16, "n_heads": 4, "n_kv_heads": 2},
+    },
+    "tiny-lm": {  # as large as Mamba's
+        **{"d_model": 256, "pattern": "M-M-*-M-", "n_layers": 8, "vocab_size": 4096, "d_ff": 512},
+        **{"d_state": 64, "n_heads": 4},
+    },
+    "falcon-h1-90m": {
+        **{"family": "falcon_h1", "d_model": 512, "pattern": "P-" * 24, "vocab_size": 32768, "d_ff": 768},
+        **{"n_heads": 8, "n_kv_heads": 2, "d_head": 64, "rope_theta": 1e11, "max_positions": 262144},
+        **{"d_ssm": 768, "d_ssm_head": 32, "d_state": 64, "gated_norm": "none"},
+    },
+    "falcon-h1-0.5b": {
+        **{"family": "falcon_h1", "d_model": 1024, "pattern": "P-" * 36, "vocab_size": 32784, "d_ff": 2048},
+        **{"n_heads": 8, "n_kv_heads": 2, "d_head": 64, "rope_theta": 1e11, "max_positions": 16384},
+        **{"d_ssm": 1536, "d_ssm_head": 64, "d_state": 128, "gated_norm": "none", "tie_embeddings": False},
+        **{"embedding_multiplier": 5.656854249492381, "logits_multiplier": 0.0390625},
+        **{"key_multiplier": 0.390625, "attention_out_multiplier": 0.9375, "ssm_in_multiplier": 1.25},
+        **{"ssm_out_multiplier": 0.23570226039551587, "gate_multiplier": 0.8838834764831844},
+        **{"down_multiplier": 0.5859375},
+        "ssm_multipliers": (0.3535533905932738, 0.25, 0.3535533905932738, 0.5, 0.3535533905932738),
+    },
+    "granite-4.0-h-350m": {
+        **{**_GRANITE, "d_model": 768, "pattern": _and_then("MMMMMMMMMM*MM*MMM*MMMMMMMMM*MMMM", "-")},
+        **{"n_heads": 12, "n_kv_heads": 4, "d_ssm_head": 32, "d_ff": 2048, "residual_multiplier": 0.246},
+        **{"attention_multiplier": 0.015625, "logits_divisor": 3.0},
+    },
+    "granite-4.0-h-1b": {
+        **{**_GRANITE, "d_model": 1536, "pattern": _and_then(("MMMMM*" + "MMMMMMMMM*" * 3 + "MMMM"), "-")},
+        **{"n_heads": 12, "n_kv_heads": 4, "d_ff": 4096, "residual_multiplier": 0.22},
+        **{"attention_multiplier": 0.0078125, "logits_divisor": 6.0},
+    },
+    "granite-4.0-h-micro": {
+        **{**_GRANITE, "d_model": 2048, "pattern": _and_then(("MMMMM*" + "MMMMMMMMM*" * 3 + "MMMM"), "-")},
+        **{"n_heads": 32, "n_kv_heads": 8, "d_ff": 8192, "residual_multiplier": 0.22},
+        **{"attention_multiplier": 0.015625, "logits_divisor": 8.0},
+    },
+    "granite-4.0-h-tiny": {
+        **{**_GRANITE, "d_model": 1536, "pattern": _and_then(("MMMMM*" + "MMMMMMMMM*" * 3 + "MMMM"), "E")},
+        **{"n_heads": 12, "n_kv_heads": 4, "residual_multiplier": 0.22},
+        **{"n_experts": 64, "n_active_experts": 6, "d_expert": 512, "d_shared_expert": 1024},
+        **{"attention_multiplier": 0.0078125, "logits_divisor": 6.0},
+    },
+    "bamba-9b": {
+        **{"family": "bamba", "d_model": 4096, "vocab_size": 128256, "tie_embeddings": False},
+        **{"pattern": _and_then("M" * 9 + "*" + "MMMMMMMM*" * 2 + "MMMM", "-"), "d_ff": 14336},
+        **{"n_heads": 32, "n_kv_heads": 8, "rope_theta": 1e4, "rotary_fraction": 0.5},
+        **{"max_positions": 262144},
+    },
+    "nemotron-h-8b": {
+        **{"family": "nemotron_h", "d_model": 4096, "vocab_size": 131072, "tie_embeddings": False},
+        **{"pattern": "M-M-M-M*-" + "M-M-M-M-M*-" * 3 + "M-M-M-M-M-", "d_ff": 21504},
+        **{"n_heads": 32, "n_kv_heads": 8, "d_head": 128, "feed_forward": "relu2", "n_ssm_groups": 8},
+        **{"max_positions": 8192},
+    },
+}
+
+ENTRY = ModelEntry(
+    name="hybrid",
+    kind="language",
+    year=2024,
+    paper="An Empirical Study of Mamba-based Language Models",
+    arxiv="2406.07887",
+    idea="mostly a state, now and then every token",
+    parents=("llama", "mamba", "mamba2"),
+    cls=Hybrid,
+    config=HybridConfig,
+    presets=PRESETS,
+    verbs=LANGUAGE,
+)
