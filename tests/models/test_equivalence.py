@@ -75,6 +75,7 @@ def mamba_config(pick: Callable[..., Any]) -> MambaConfig:
         conv_bias=pick(True, False),
         bias=pick(True, False),
         tie_embeddings=pick(True, False),
+        inner_norms=pick("none", "plain", "learned"),
     )
 
 
