@@ -378,6 +378,12 @@ _GRANITE: dict[str, Any] = {
     "embedding_multiplier": 12.0,
     "max_positions": 131072,
 }
+_GRANITE_MIXERS = "MMMMM*" + "MMMMMMMMM*" * 3 + "MMMM"
+_NEMOTRON: dict[str, Any] = {
+    **{"family": "nemotron_h", "vocab_size": 131072, "tie_embeddings": False, "n_kv_heads": 8},
+    **{"feed_forward": "relu2", "n_ssm_groups": 8, "max_positions": 8192, "residual_in_fp32": False},
+}
+_NEMOTRON_PATTERN = "M-M-M-M*-" + "M-M-M-M-M*-" * 3 + "M-M-M-M-M-"
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         **{"d_model": 64, "pattern": "M-*-", "n_layers": 4, "vocab_size": 257, "d_ff": 128, "d_state": 16},
@@ -408,20 +414,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"attention_multiplier": 0.015625, "logits_divisor": 3.0},
     },
     "granite-4.0-h-1b": {
-        **{**_GRANITE, "d_model": 1536, "pattern": _and_then(("MMMMM*" + "MMMMMMMMM*" * 3 + "MMMM"), "-")},
+        **{**_GRANITE, "d_model": 1536, "pattern": _and_then(_GRANITE_MIXERS, "-")},
         **{"n_heads": 12, "n_kv_heads": 4, "d_ff": 4096, "residual_multiplier": 0.22},
         **{"attention_multiplier": 0.0078125, "logits_divisor": 6.0},
     },
     "granite-4.0-h-micro": {
-        **{**_GRANITE, "d_model": 2048, "pattern": _and_then(("MMMMM*" + "MMMMMMMMM*" * 3 + "MMMM"), "-")},
+        **{**_GRANITE, "d_model": 2048, "pattern": _and_then(_GRANITE_MIXERS, "-")},
         **{"n_heads": 32, "n_kv_heads": 8, "d_ff": 8192, "residual_multiplier": 0.22},
         **{"attention_multiplier": 0.015625, "logits_divisor": 8.0},
     },
     "granite-4.0-h-tiny": {
-        **{**_GRANITE, "d_model": 1536, "pattern": _and_then(("MMMMM*" + "MMMMMMMMM*" * 3 + "MMMM"), "E")},
+        **{**_GRANITE, "d_model": 1536, "pattern": _and_then(_GRANITE_MIXERS, "E")},
         **{"n_heads": 12, "n_kv_heads": 4, "residual_multiplier": 0.22},
         **{"n_experts": 64, "n_active_experts": 6, "d_expert": 512, "d_shared_expert": 1024},
         **{"attention_multiplier": 0.0078125, "logits_divisor": 6.0},
+    },
+    "granite-4.0-h-small": {
+        **{**_GRANITE, "d_model": 4096, "pattern": _and_then(_GRANITE_MIXERS, "E")},
+        **{"n_heads": 32, "n_kv_heads": 8, "residual_multiplier": 0.22},
+        **{"n_experts": 72, "n_active_experts": 10, "d_expert": 768, "d_shared_expert": 1536},
+        **{"attention_multiplier": 0.0078125, "logits_divisor": 16.0},
     },
     "bamba-9b": {
         **{"family": "bamba", "d_model": 4096, "vocab_size": 128256, "tie_embeddings": False},
@@ -429,11 +441,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"n_heads": 32, "n_kv_heads": 8, "rope_theta": 1e4, "rotary_fraction": 0.5},
         **{"max_positions": 262144},
     },
+    "nemotron-h-4b": {
+        **{**_NEMOTRON, "d_model": 3072, "pattern": _NEMOTRON_PATTERN, "d_ff": 12288},
+        **{"d_ssm": 7168, "n_heads": 32, "d_head": 128},
+    },
     "nemotron-h-8b": {
-        **{"family": "nemotron_h", "d_model": 4096, "vocab_size": 131072, "tie_embeddings": False},
-        **{"pattern": "M-M-M-M*-" + "M-M-M-M-M*-" * 3 + "M-M-M-M-M-", "d_ff": 21504},
-        **{"n_heads": 32, "n_kv_heads": 8, "d_head": 128, "feed_forward": "relu2", "n_ssm_groups": 8},
-        **{"max_positions": 8192},
+        **{**_NEMOTRON, "d_model": 4096, "pattern": _NEMOTRON_PATTERN, "d_ff": 21504, "n_heads": 32},
+    },
+    "nemotron-nano-9b-v2": {
+        **{**_NEMOTRON, "d_model": 4480, "d_ff": 15680, "d_ssm": 10240, "d_ssm_head": 80},
+        **{"n_heads": 40, "d_head": 128, "max_positions": 131072},
+        "pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+    },
+    "nemotron-3-nano-30b-a3b": {
+        **{**_NEMOTRON, "d_model": 2688, "d_ssm": 4096, "n_heads": 32, "n_kv_heads": 2, "d_head": 128},
+        **{"n_experts": 128, "n_active_experts": 6, "d_expert": 1856, "d_shared_expert": 3712},
+        **{"router": "sigmoid", "experts_multiplier": 2.5, "max_positions": 262144},
+        "pattern": "MEMEM*E" + "MEMEM*E" * 4 + "MEMEMEM*E" + "MEMEMEME",
     },
 }
 
