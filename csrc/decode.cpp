@@ -82,7 +82,7 @@ LS_INLINE int64_t end_of(const Pieces &p, int64_t unit) {
   return (unit + 1) * p.size < p.n ? (unit + 1) * p.size : p.n;
 }
 
-constexpr int64_t PHASES_OF_LAYER = 8, OTHER_PHASES = 3;
+constexpr int64_t PHASES_OF_LAYER = 9, OTHER_PHASES = 3;
 constexpr int64_t FEW = 4;  // so many rows every thread prepares for itself, which is quicker than to wait
 
 // Where a call keeps what is between the phases.
@@ -122,6 +122,7 @@ struct Decode {
   int64_t rows;
 };
 
+// y may be x; without a weight it is 1.
 void rms_norm(const float *x, const float *weight, float eps, int64_t n, float *y) {
   vec squares = vec{};
   int64_t i = 0;
@@ -131,7 +132,8 @@ void rms_norm(const float *x, const float *weight, float eps, int64_t n, float *
   const float scale = 1.0f / __builtin_sqrtf(total / (float)n + eps);
   for (i = 0; i < n; i += W) {
     const int lanes = n - i < W ? (int)(n - i) : W;
-    store_n(y + i, load_n(x + i, lanes) * splat(scale) * load_n(weight + i, lanes), lanes);
+    const vec normed = load_n(x + i, lanes) * splat(scale);
+    store_n(y + i, weight ? normed * load_n(weight + i, lanes) : normed, lanes);
   }
 }
 
@@ -262,6 +264,13 @@ void work(const Decode *d) {
     phase(&me, narrow.units, [&](int64_t unit) {
       multiply(&layer->x_proj, s.dbc, width, false, unit * narrow.size, end_of(narrow, unit));
     });
+    if (a->inner_eps >= 0)
+      phase(&me, rows, [&](int64_t row) {
+        float *dt = s.dbc + row * width, *B = dt + a->dt_rank, *C = B + a->d_state;
+        rms_norm(dt, layer->dt_norm, (float)a->inner_eps, a->dt_rank, dt);
+        rms_norm(B, layer->B_norm, (float)a->inner_eps, a->d_state, B);
+        rms_norm(C, layer->C_norm, (float)a->inner_eps, a->d_state, C);
+      });
     prepare_rows(&layer->dt_proj, [&](int64_t row) { return s.dbc + row * width; });
     expect(&layer->out_proj, model);
     phase(&me, channels.units, [&](int64_t unit) {

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-enum { LS_ABI_VERSION = 5, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_ORDER = 4096, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
+enum { LS_ABI_VERSION = 6, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_ORDER = 4096, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
 enum { LS_ACTIVATIONS = 256 };  // activations that share a scale when they are rounded to 16 bits
 
 // torch's thread pool: run task(begin, end, context) over pieces of [begin, end). Null means one thread.
@@ -124,12 +124,13 @@ typedef struct {
   ls_matrix in_proj, x_proj, dt_proj, out_proj;
   const float *conv_weight, *conv_bias;  // (d_conv, d_inner), (d_inner) or null
   const float *A, *D;                    // (d_inner, d_state) in powers of two: -exp(A_log) log2(e); (d_inner)
+  const float *dt_norm, *B_norm, *C_norm;  // (dt_rank), (d_state) twice; null: all 1
 } ls_layer;
 
 // A few tokens for every row of a batch, through all blocks. States advance in place.
 typedef struct {
   int64_t batch, steps, threads, n_layers, d_model, d_inner, d_state, d_conv, dt_rank;
-  double eps;
+  double eps, inner_eps;  // inner_eps: of the norms of dt, B and C; negative: there are none
   const ls_layer *layers;
   float *const *conv_states, *const *ssm_states;  // of each layer: (batch, d_conv - 1, d_inner), (batch, d_inner, d_state)
   ls_matrix embedding, head;

@@ -76,8 +76,10 @@ def test_logits_loss_and_gradients_of_transformers(shape: str) -> None:
             assert_close(parameter.grad, wanted[name], TOLERANCE_F32)
 
 
-def test_logits_loss_and_gradients_of_the_equations() -> None:
+@pytest.mark.parametrize("norms", ["none", "plain", "learned"])
+def test_logits_loss_and_gradients_of_the_equations(norms: str) -> None:
     fields, batch, seq_len = SHAPES["tiny"]
+    fields = {**fields, "inner_norms": norms, "inner_norm_eps": 1e-3}
     fields = {**fields, "vocab_size": 261}  # padded to 264, of which the loss must not see the last three
     model, ids = make_model(fields).double(), draw_ids(fields, batch, seq_len)
     weights = {name: w.detach().clone().requires_grad_() for name, w in model.named_parameters()}
@@ -117,7 +119,12 @@ def literal_logits(weights: dict[str, Tensor], fields: dict[str, Any], ids: Tens
             ).chunk(2, 1)
             windows[i] = torch.cat([windows[i][:, :, 1:], x[:, :, None]], 2)
             x = silu((windows[i] * w["conv1d.weight"][:, 0]).sum(2) + w["conv1d.bias"])
-            dt, B, C = (x @ w["x_proj.weight"].T).split([rank, d_state, d_state], 1)
+            selected = (x @ w["x_proj.weight"].T).split([rank, d_state, d_state], 1)
+            if fields["inner_norms"] != "none":
+                ones = [torch.ones(part.shape[1], dtype=torch.float64) for part in selected]
+                scales = map(w.get, [f"{part}_layernorm.weight" for part in ("dt", "b", "c")], ones)
+                selected = tuple(rms(part, scale, 1e-3) for part, scale in zip(selected, scales, strict=True))
+            dt, B, C = selected
             dt = torch.log1p(torch.exp(dt @ w["dt_proj.weight"].T + w["dt_proj.bias"]))
             A_bar = torch.exp(dt[:, :, None] * -torch.exp(w["A_log"]))
             states[i] = A_bar * states[i] + (dt * x)[:, :, None] * B[:, None, :]
@@ -127,8 +134,8 @@ def literal_logits(weights: dict[str, Tensor], fields: dict[str, Any], ids: Tens
     return torch.stack(logits, 1)
 
 
-def rms(x: Tensor, weight: Tensor) -> Tensor:
-    return x / torch.sqrt((x * x).mean(1, keepdim=True) + 1e-5) * weight
+def rms(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    return x / torch.sqrt((x * x).mean(1, keepdim=True) + eps) * weight
 
 
 def silu(x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ PUBLISHED = {
     "790m": 793_204_224,
     "1.4b": 1_372_178_432,
     "2.8b": 2_768_345_600,
+    "falcon-mamba-7b": 7_272_665_088,
 }
 
 
@@ -86,7 +87,7 @@ def test_presets_have_the_published_sizes(preset: str) -> None:
     with torch.device("meta"):
         model = Mamba(MambaConfig(**PRESETS[preset]))
     assert model.num_parameters() == PUBLISHED[preset]
-    assert model.config.padded_vocab_size == 50280
+    assert model.config.padded_vocab_size == (65024 if preset == "falcon-mamba-7b" else 50280)
 
 
 # how a Mamba starts
@@ -165,6 +166,8 @@ def test_the_generator_alone_decides() -> None:
         ({"dt_init": "zero"}, "dt_init"),
         ({"dt_scale": 0.0}, "dt_scale"),
         ({"dt_init_floor": 0.0}, "dt_init_floor"),
+        ({"inner_norms": "rms"}, "inner_norms"),
+        ({"inner_norm_eps": -1.0}, "inner_norm_eps"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from longscan.models import Mamba, MambaConfig
+from longscan.models.common.layers import PlainRMSNorm, RMSNorm
 from longscan.models.common.quantization import KINDS, quantize_model
 from longscan.ops import _native
 
@@ -23,6 +24,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         **{"bias": True, "tie_embeddings": False},
     },
     "wide-state": {"d_model": 96, "n_layers": 1, "vocab_size": 50, "d_state": 33, "conv_bias": False},
+    "plain-norms": {
+        **{"d_model": 48, "n_layers": 2, "vocab_size": 37, "d_state": 6, "dt_rank": 5},
+        **{"inner_norms": "plain", "inner_norm_eps": 1e-3, "norm_eps": 1e-4},
+    },
+    "learned-norms": {
+        **{"d_model": 64, "n_layers": 2, "vocab_size": 37, "d_state": 19, "dt_rank": 35},
+        **{"inner_norms": "learned", "bias": True, "tie_embeddings": False},
+    },
     "one-tap": {"d_model": 33, "n_layers": 1, "vocab_size": 9, "d_conv": 1, "expand": 1},
 }
 pytestmark = pytest.mark.skipif(_native._library is None, reason="no native library")
@@ -30,6 +39,10 @@ pytestmark = pytest.mark.skipif(_native._library is None, reason="no native libr
 
 def build(shape: str = "plain", precision: str = "float32") -> Mamba:
     model = Mamba(MambaConfig(**SHAPES[shape]), torch.Generator().manual_seed(0)).eval()
+    for mixer in (layer.mixer for layer in model.backbone.layers):
+        for number, norm in enumerate(mixer.inner_norms()):
+            if isinstance(norm, RMSNorm):
+                norm.weight.data += torch.linspace(-0.7, 0.5 + number, len(norm.weight))
     if precision != "float32":
         quantize_model(model, precision)  # type: ignore[arg-type]
     return model
@@ -71,8 +84,9 @@ def test_equals_the_forward_pass_and_itself_cut_anyhow(isa: str, shape: str, pre
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_threads_change_no_bit(precision: str) -> None:
-    model, before = build("odd", precision), torch.get_num_threads()
+@pytest.mark.parametrize("shape", ["odd", "learned-norms"])
+def test_threads_change_no_bit(shape: str, precision: str) -> None:
+    model, before = build(shape, precision), torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3, 8):
@@ -84,8 +98,9 @@ def test_threads_change_no_bit(precision: str) -> None:
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-def test_reference_and_decoder_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build()
+@pytest.mark.parametrize("shape", ["plain", "plain-norms", "learned-norms"])
+def test_reference_and_decoder_agree(monkeypatch: pytest.MonkeyPatch, shape: str) -> None:
+    model = build(shape)
     ids = tokens(model, 2, 6)
     native = model.advance(ids, model.init_state(2))[0]
     monkeypatch.setattr(_native, "_library", None)
@@ -175,18 +190,25 @@ CHANGES: dict[str, Callable[[Mamba], None]] = {
     "another layer": lambda model: model.backbone.layers.__setitem__(0, Mamba.block(model.config)),
     "eps": other_eps,
 }
+INNER_CHANGES: dict[str, Callable[[Mamba], None]] = {
+    "one inner eps": lambda model: setattr(model.get_submodule(f"{MIXER}.b_layernorm"), "eps", 0.5),
+    "an inner weight": halve(f"{MIXER}.c_layernorm.weight"),
+    "the forward of an inner norm": own(f"{MIXER}.dt_layernorm", "forward"),
+    "no weight": replace(f"{MIXER}.c_layernorm", lambda old: PlainRMSNorm(old.eps)),
+    "a LayerNorm": replace(f"{MIXER}.dt_layernorm", lambda old: nn.LayerNorm(len(old.weight))),
+}
 
 
 @pytest.mark.parametrize("at", ["before the first step", "after it"])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", [*CHANGES, *INNER_CHANGES])
 def test_a_step_is_the_forward_pass_whatever_was_changed(change: str, at: str) -> None:
     torch.manual_seed(5)
-    model = build()
+    model = build("learned-norms" if change in INNER_CHANGES else "plain")
     ids = tokens(model, 2, 3)
     if at == "after it":
         model.step(ids[:, 0], model.init_state(2))
     before = model(ids).logits
-    CHANGES[change](model)
+    (CHANGES | INNER_CHANGES)[change](model)
     state = model.init_state(2)
     stepped = torch.stack([model.step(column, state)[0] for column in ids.unbind(1)], 1)
     with torch.no_grad():

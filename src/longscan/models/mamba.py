@@ -18,10 +18,14 @@ The block, for a token x of width d_model:
     [x; z] = in_proj x                                         two streams of width d_inner
     x      = silu(conv1d x)                                    over the last d_conv tokens
     [dt; B; C] = x_proj x                                      what makes it selective (section 3.2)
+    dt, B, C   = norm(dt), norm(B), norm(C)                    with inner_norms: RMS norms
     dt     = softplus(dt_proj dt)
     h      = exp(dt A) h + dt B x,    A = -exp(A_log)          zero-order hold on A (section 2), Euler on B
     y      = C h + D x
     out    = out_proj (y silu(z))
+
+The inner norms keep large models stable: those of Jamba (Lieber and others, 2024, arXiv 2403.19887) have
+learned weights, those of Falcon Mamba (Zuo and others, 2024, arXiv 2410.05355) have none.
 
 Glossary: B, L, D (sizes) = batch, seq_len, d_model; E = expand, E D = d_inner; N = d_state; R = rank;
 K = d_conv; Δ = dt; A, B, C, D (matrices) as above; h = ssm.
@@ -39,7 +43,7 @@ from longscan.errors import LongscanError
 from longscan.models.common.backbone import Backbone
 from longscan.models.common.entry import LANGUAGE, ModelEntry
 from longscan.models.common.language_model import LanguageModel
-from longscan.models.common.layers import DtProjection, blank, linear
+from longscan.models.common.layers import DtProjection, PlainRMSNorm, RMSNorm, blank, linear
 from longscan.models.common.mixer import Block, Blocks, LanguageModelConfig, Mixer
 from longscan.models.common.native_decode import matrix, plain, sizes, usual
 from longscan.ops import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
@@ -52,6 +56,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "790m": {"d_model": 1536, "n_layers": 48, "vocab_size": 50277},
     "1.4b": {"d_model": 2048, "n_layers": 48, "vocab_size": 50277},
     "2.8b": {"d_model": 2560, "n_layers": 64, "vocab_size": 50277},
+    "falcon-mamba-7b": {
+        **{"d_model": 4096, "n_layers": 64, "vocab_size": 65024},
+        **{"tie_embeddings": False, "inner_norms": "plain"},
+    },
 }
 
 
@@ -74,6 +82,8 @@ class MambaConfig(LanguageModelConfig):
     dt_init: Literal["random", "constant"] = "random"
     dt_scale: float = 1.0
     dt_init_floor: float = 1e-4
+    inner_norms: Literal["none", "plain", "learned"] = "none"  # of dt, B and C; "plain" is without weights
+    inner_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -84,7 +94,12 @@ class MambaConfig(LanguageModelConfig):
             raise LongscanError(f"dt_min, dt_max: expected 0 < dt_min <= dt_max, got {got}.")
         if self.dt_init not in ("random", "constant"):
             raise LongscanError(f"dt_init: expected 'random' or 'constant', got {self.dt_init!r}.")
+        if self.inner_norms not in ("none", "plain", "learned"):
+            raise LongscanError(
+                f"inner_norms: expected 'none', 'plain' or 'learned', got {self.inner_norms!r}."
+            )
         self.check("dt_scale", "dt_init_floor", above=0)
+        self.check("inner_norm_eps", least=0)
 
     @property
     def d_inner(self) -> int:
@@ -122,11 +137,15 @@ class MambaMixer(Mixer[MambaState]):
     def __init__(self, config: MambaConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
         d_inner, d_state, rank = config.d_inner, config.d_state, config.rank
-        self.widths = (rank, d_state, d_state)
+        self.widths, self.normalises = (rank, d_state, d_state), config.inner_norms != "none"
         self.in_proj = linear(config.d_model, 2 * d_inner, config.bias, generator)
         self.conv1d = blank(nn.Conv1d, d_inner, d_inner, config.d_conv, groups=d_inner, bias=config.conv_bias)
         self.x_proj = linear(d_inner, sum(self.widths), False, generator)
         self.dt_proj = blank(DtProjection, rank, d_inner)
+        if self.normalises:
+            learned, eps = config.inner_norms == "learned", config.inner_norm_eps
+            norms = [RMSNorm(width, eps) if learned else PlainRMSNorm(eps) for width in self.widths]
+            self.dt_layernorm, self.b_layernorm, self.c_layernorm = norms
         self.A_log = nn.Parameter(torch.empty(d_inner, d_state))
         self.D = nn.Parameter(torch.ones(d_inner))
         self.out_proj = linear(d_inner, config.d_model, config.bias, generator)
@@ -158,8 +177,7 @@ class MambaMixer(Mixer[MambaState]):
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (batch, seq_len, d_inner) each
         conv, ssm = (None, None) if state is None else state
         x, conv = causal_conv1d(x, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu", conv, seq_idx)
-        dt, B, C = self.x_proj(x).split(self.widths, dim=-1)
-        dt, A = self.dt_proj(dt), -torch.exp(self.A_log)
+        (dt, B, C), A = self._select(x), -torch.exp(self.A_log)
         y, ssm = selective_scan(x, dt, A, B, C, self.D, z, self.dt_proj.bias, True, ssm, seq_idx)
         return self.out_proj(y), MambaState(conv, ssm)
 
@@ -174,10 +192,20 @@ class MambaMixer(Mixer[MambaState]):
         """Mix one more token per row; see `Mixer.step`."""
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (batch, d_inner) each
         x = causal_conv1d_step(state.conv, x, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
-        dt, B, C = self.x_proj(x).split(self.widths, dim=-1)
-        dt, A = self.dt_proj(dt), -torch.exp(self.A_log)
+        (dt, B, C), A = self._select(x), -torch.exp(self.A_log)
         y = selective_scan_step(state.ssm, x, dt, A, B, C, self.D, z, self.dt_proj.bias, True)
         return cast(Tensor, self.out_proj(y))
+
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dt (..., d_inner), without its bias, and B and C (..., d_state) of x (..., d_inner)."""
+        dt, B, C = self.x_proj(x).split(self.widths, dim=-1)
+        if self.normalises:
+            dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
+        return self.dt_proj(dt), B, C
+
+    def inner_norms(self) -> tuple[RMSNorm | PlainRMSNorm, ...]:
+        """Return the norms of dt, B and C, if there are any."""
+        return (self.dt_layernorm, self.b_layernorm, self.c_layernorm) if self.normalises else ()
 
     def native(self, norm: Tensor, config: MambaConfig) -> ops.MambaBlock | None:
         """Return the block's weights for the native decoder, or None if it cannot use them in place.
@@ -190,7 +218,10 @@ class MambaMixer(Mixer[MambaState]):
         weight, bias = self.conv1d.weight, self.conv1d.bias
         projections = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
         matrices = [matrix(module) for module in projections]
-        if not plain(norm, weight, bias, self.A_log, self.D) or None in matrices:
+        inner = [getattr(module, "weight", None) for module in self.inner_norms()]
+        if not plain(norm, weight, bias, self.A_log, self.D, *inner) or None in matrices:
+            return None
+        if any(w is not None and w.shape != (width,) for w, width in zip(inner, self.widths, strict=False)):
             return None
         in_proj, x_proj, dt_proj, out_proj = cast(list[ops.Matrix], matrices)
         shapes = (2 * d_inner, d_model), (rank + 2 * d_state, d_inner), (d_inner, rank), (d_model, d_inner)
@@ -209,6 +240,7 @@ class MambaMixer(Mixer[MambaState]):
             conv_bias=bias,
             A=self.A_log.detach().exp() * -math.log2(math.e),
             D=self.D,
+            inner_norms=(inner[0], inner[1], inner[2]) if inner else (None, None, None),
         )
 
 
@@ -243,9 +275,16 @@ class Mamba(LanguageModel):
         norms = [layer.norm for layer in body.layers]
         blocks = [mixer.native(norm.weight, config) for mixer, norm in zip(mixers, norms, strict=True)]
         eps = {body.norm_f.eps, *(norm.eps for norm in norms)}
-        if None in blocks or len(eps) > 1 or {sizes(head)[1], sizes(embedding)[1]} != {config.d_model}:
+        inner = {norm.eps for mixer in mixers for norm in mixer.inner_norms()}
+        if (
+            None in blocks
+            or len(eps) > 1
+            or len(inner) > 1
+            or {sizes(head)[1], sizes(embedding)[1]} != {config.d_model}
+        ):
             return None
-        described = ops.MambaStack(cast(list[ops.MambaBlock], blocks), embedding, head, last, eps.pop())
+        known = cast(list[ops.MambaBlock], blocks)
+        described = ops.MambaStack(known, embedding, head, last, eps.pop(), inner.pop() if inner else None)
         return described, [p for mixer in mixers for p in (mixer.A_log, mixer.conv1d.weight)]
 
 

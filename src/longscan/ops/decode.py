@@ -48,6 +48,7 @@ class MambaBlock(NamedTuple):
         conv_bias: (d_inner,), or None.
         A: (d_inner, d_state) for powers of two: -exp(A_log) log2(e).
         D: (d_inner,).
+        inner_norms: (dt_rank,), (d_state,) and (d_state,), weights of the norms of dt, B and C; None is 1.
     """
 
     norm: Tensor
@@ -59,6 +60,7 @@ class MambaBlock(NamedTuple):
     conv_bias: Tensor | None
     A: Tensor
     D: Tensor
+    inner_norms: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
 
 
 class MambaStack:
@@ -69,11 +71,18 @@ class MambaStack:
         embedding: (vocab_size, d_model), without bias.
         head: likewise.
         norm: (d_model,), before the head.
-        eps: of all norms.
+        eps: of all norms along the residual stream.
+        inner_eps: of the norms of dt, B and C; None: there are none.
     """
 
     def __init__(
-        self, blocks: Sequence[MambaBlock], embedding: Matrix, head: Matrix, norm: Tensor, eps: float
+        self,
+        blocks: Sequence[MambaBlock],
+        embedding: Matrix,
+        head: Matrix,
+        norm: Tensor,
+        eps: float,
+        inner_eps: float | None = None,
     ) -> None:
         self._alive = (blocks, embedding, head, norm)  # the native decoder points to these
         first = blocks[0]
@@ -84,7 +93,7 @@ class MambaStack:
         layers = [value for block in blocks for value in _block_fields(block)]
         self._layers = struct.pack(f"{len(layers)}q", *layers)
         self._sizes = struct.pack("6q", len(blocks), norm.shape[0], d_inner, d_state, d_conv, rank)
-        self._sizes += struct.pack("d", eps)
+        self._sizes += struct.pack("2d", eps, -1.0 if inner_eps is None else inner_eps)
         self._matrices = struct.pack("12q", *_matrix_fields(embedding), *_matrix_fields(head))
         self._norm = norm.data_ptr()
 
@@ -136,7 +145,7 @@ def _block_fields(block: MambaBlock) -> list[int]:
     fields = [block.norm.data_ptr()]
     for matrix in (block.in_proj, block.x_proj, block.dt_proj, block.out_proj):
         fields += _matrix_fields(matrix)
-    ends = (block.conv_weight, block.conv_bias, block.A, block.D)
+    ends = (block.conv_weight, block.conv_bias, block.A, block.D, *block.inner_norms)
     return fields + [_native.pointer(tensor) for tensor in ends]
 
 

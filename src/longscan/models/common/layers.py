@@ -28,6 +28,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
 
 
+class PlainRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), computed in at least float32, returned in the dtype of x."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised vectors of x (..., width)."""
+        return F.rms_norm(x, x.shape[-1:], None, self.eps)
+
+
 class GatedRMSNorm(nn.Module):
     """norm(y silu(z)) weight, or norm(y) weight silu(z); norm divides each group of channels by its RMS.
 
