@@ -42,6 +42,12 @@ EXPERTS = {
     **{"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12},
     **{"moe_shared_expert_intermediate_size": 14, "routed_scaling_factor": 2.5},
 }
+JAMBA = {
+    **{"vocab_size": 37, "hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 4},
+    **{"num_attention_heads": 5, "num_key_value_heads": 1, "mamba_d_state": 5, "mamba_dt_rank": 3},
+    **{"attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    **{"num_experts": 6, "num_experts_per_tok": 2},
+}
 
 #: a name of each variant -> the class in transformers, the fields of its configuration
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -90,6 +96,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **{**EXPERTS, "n_group": 4, "topk_group": 2, "moe_latent_size": 6},
             **{"norm_topk_prob": False, "residual_in_fp32": True},
+        },
+    ),
+    "jamba": ("Jamba", JAMBA),
+    "jamba dense": ("Jamba", {**JAMBA, "num_experts": 1, "mamba_dt_rank": "auto", "mamba_expand": 3}),
+    "jamba tied": (
+        "Jamba",
+        {
+            **{**JAMBA, "tie_word_embeddings": True, "mamba_proj_bias": True, "mamba_conv_bias": False},
+            **{"expert_layer_period": 1, "expert_layer_offset": 0, "attn_layer_period": 9},
         },
     ),
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hybrid_families import FAMILIES, build, draw_ids, saved
@@ -187,3 +187,13 @@ def test_older_fields_of_nemotron(tmp_path: Path) -> None:
     change(tmp_path, hybrid_override_pattern="M?*M")
     with pytest.raises(LongscanError, match="hybrid_override_pattern: expected letters"):
         load(tmp_path)
+
+
+@torch.no_grad()
+def test_the_only_expert_of_an_old_jamba_is_its_feed_forward_layer(tmp_path: Path) -> None:
+    peer = saved("jamba dense", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    old = {name.replace("feed_forward.", "feed_forward.experts.0."): t for name, t in tensors.items()}
+    save_file(old, tmp_path / "model.safetensors", {"format": "pt"})
+    ids = draw_ids()
+    assert_close(load(tmp_path)[0](ids).logits, peer(ids).logits)

@@ -33,6 +33,7 @@ PARAMETERS = {
     "nemotron-h-8b": 8_100_852_736,
     "nemotron-nano-9b-v2": 8_888_227_328,
     "nemotron-3-nano-30b-a3b": 31_577_937_344,
+    "jamba-v0.1": 51_570_323_328,
 }
 
 
@@ -67,6 +68,8 @@ def test_a_pattern_is_repeated_to_the_number_of_layers() -> None:
         ({"n_expert_groups": 3}, "n_expert_groups: expected a divisor of 4 experts"),
         ({"n_expert_groups": 2, "n_active_groups": 3}, "n_active_groups: expected at most 2"),
         ({"n_ssm_groups": 3}, "n_groups: expected a divisor of 4 heads"),
+        ({"pattern": "m", "d_ssm": 12}, "d_ssm: expected a multiple of d_model = 8"),
+        ({"pattern": "m", "ssm_in_bias": True}, "ssm_out_bias: expected ssm_in_bias"),
         ({"d_ssm": 10}, "d_head: expected a divisor of 10"),
         ({"n_kv_heads": 3}, "n_kv_heads: expected a divisor of 2 heads"),
         ({"n_heads": 3}, "n_heads: expected a divisor of d_model"),
