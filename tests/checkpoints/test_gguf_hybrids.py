@@ -47,7 +47,15 @@ NEMOTRON = {
     "feed_forward": "relu2",
 }
 EXPERTS = {"n_experts": 7, "n_active_experts": 3, "d_expert": 12, "d_shared_expert": 20, "d_ff": None}
+JAMBA = {
+    **{**EXPERTS, "family": "jamba", "pattern": "m-mE*-mE", "d_model": 32, "d_ff": 12, "n_heads": 4},
+    **{"n_kv_heads": 2, "vocab_size": 257, "d_state": 5, "dt_rank": 3, "inner_norms": "learned"},
+    **{"router": "softmax-topk", "d_shared_expert": 0, "norm_eps": 1e-6},
+}
 VARIANTS: dict[str, dict[str, Any]] = {
+    "jamba": JAMBA,
+    "jamba dense": {**JAMBA, "pattern": "m-*-", "n_experts": None, "n_active_experts": None, "d_expert": None}
+    | {"router": "topk-softmax", "dt_rank": None, "tie_embeddings": False},
     "falcon-h1": FALCON,
     "falcon-h1 norm": {
         **FALCON,
@@ -67,7 +75,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "d_latent": 24,
     },
 }
-ARCHITECTURES = {"falcon": "falcon-h1", "granite": "granitehybrid", "nemotron": "nemotron_h"}
+ARCHITECTURES = {
+    "jamba": "jamba",
+    "falcon": "falcon-h1",
+    "granite": "granitehybrid",
+    "nemotron": "nemotron_h",
+}
 KINDS: tuple[GGUFType, ...] = ("F32", "BF16", "Q8_0", "Q4_0")
 STORED = {"BF16": "bf16", "Q8_0": "int8", "Q4_0": "int4"}
 IDS = torch.randint(257, (2, 30), generator=torch.Generator().manual_seed(1))
@@ -211,11 +224,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "bias": ("falcon-h1", {"ssm_in_bias": True}, "ssm_in_bias = True"),
     "limit": ("granite", {"dt_limit": (0.1, 1.0)}, "dt_limit = "),
     "order": ("granite", {"pattern": "M*-"}, "M or [*] and a feed-forward layer by turns"),
-    "mixed": ("granite experts", {"pattern": "ME*-", "d_ff": 12}, "by turns"),
     "channels": ("granite", {"d_ssm": 32}, "Mamba-2 layers of 64 channels, this one has 32"),
     "no Mamba-2": ("granite", {"pattern": "*-*-"}, "this one has none"),
     "bamba": ("granite rope", {"family": "bamba"}, "rotates other channels"),
     "own": ("granite", {"family": "own"}, "GGUF files of other models are not written"),
+    "both": ("granite experts", {"pattern": "ME*-", "d_ff": 12}, "this one has both"),
+    "widths": ("jamba", {"d_ff": 16}, "the widths 16 and 12"),
+    "no norms": ("jamba", {"inner_norms": "plain"}, "inner_norms plain"),
     "gated": ("nemotron", {"feed_forward": "swiglu"}, "feed_forward swiglu"),
     "router": ("nemotron experts", {"router": "topk-softmax"}, "router topk-softmax"),
     "no attention": (

@@ -26,6 +26,7 @@ from torch import Tensor
 from longscan.checkpoints.gguf.base import Architecture, Slot
 from longscan.checkpoints.gguf.falcon_h1 import FALCON_H1
 from longscan.checkpoints.gguf.granite import GRANITE
+from longscan.checkpoints.gguf.jamba import JAMBA
 from longscan.checkpoints.gguf.mamba import MAMBA
 from longscan.checkpoints.gguf.mamba2 import MAMBA2
 from longscan.checkpoints.gguf.nemotron_h import NEMOTRON_H, NEMOTRON_H_MOE
@@ -60,7 +61,7 @@ __all__ = ["ARCHITECTURES", "GGUFFile", "GGUFType", "save_gguf", "usual_type"]
 
 ARCHITECTURES = {
     architecture.name: architecture
-    for architecture in (MAMBA, MAMBA2, FALCON_H1, GRANITE, NEMOTRON_H, NEMOTRON_H_MOE)
+    for architecture in (MAMBA, MAMBA2, FALCON_H1, GRANITE, JAMBA, NEMOTRON_H, NEMOTRON_H_MOE)
 }
 
 USUAL: dict[str, GGUFType] = {
