@@ -80,7 +80,9 @@ def locate(name: str, ours: Shape, config: HybridConfig) -> Slot:
     letter, paired = config.pattern[int(number)], config.family != "nemotron_h"
     block = f"blk.{int(number) // 2 if paired else number}."
     if rest == "norm.weight":
-        return Slot(f"{block}{'ffn' if paired and letter in '-E' else 'attn'}_norm.weight", ours)
+        if paired and letter in "-E":
+            return Slot(block + ("ffn_norm" if config.family == "falcon_h1" else "ffn_norm.weight"), ours)
+        return Slot(block + "attn_norm.weight", ours)
     inner = rest.removeprefix("mixer.").removeprefix("mlp.").removeprefix("attention.")
     if letter == "m":
         shape = (ours[0], ours[2]) if inner == "conv1d.weight" else ours
