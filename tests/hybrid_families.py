@@ -24,6 +24,30 @@ GRANITE = {
     **{"embedding_multiplier": 2.0, "logits_scaling": 3.0, "residual_multiplier": 0.6},
     **{"attention_multiplier": 0.4, "num_experts_per_tok": 0},
 }
+BAMBA = {
+    **{"vocab_size": 37, "hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 3},
+    **{"num_attention_heads": 3, "num_key_value_heads": 1, "attn_layer_indices": [1]},
+    **{"mamba_n_heads": 12, "mamba_d_head": 4, "mamba_n_groups": 2, "mamba_d_state": 5},
+    **{"mamba_chunk_size": 8, "rope_parameters": {"rope_theta": 50.0}},
+}
+NEMOTRON = {
+    **{"vocab_size": 37, "hidden_size": 20, "intermediate_size": 28, "num_attention_heads": 3},
+    **{"num_key_value_heads": 1, "head_dim": 6, "mamba_num_heads": 10, "mamba_head_dim": 3},
+    **{"n_groups": 2, "ssm_state_size": 5, "chunk_size": 8, "time_step_min": 1e-9},
+    "layers_block_type": ["mamba", "mlp", "attention", "mamba"],
+}
+EXPERTS = {
+    **NEMOTRON,
+    "layers_block_type": ["mamba", "moe", "attention", "moe"],
+    **{"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 12},
+    **{"moe_shared_expert_intermediate_size": 14, "routed_scaling_factor": 2.5},
+}
+JAMBA = {
+    **{"vocab_size": 37, "hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 4},
+    **{"num_attention_heads": 5, "num_key_value_heads": 1, "mamba_d_state": 5, "mamba_dt_rank": 3},
+    **{"attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    **{"num_experts": 6, "num_experts_per_tok": 2},
+}
 
 #: a name of each variant -> the class in transformers, the fields of its configuration
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,6 +76,36 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite experts": (
         "GraniteMoeHybrid",
         {**GRANITE, "num_local_experts": 7, "num_experts_per_tok": 3},
+    ),
+    "bamba": ("Bamba", BAMBA),
+    "bamba tied": (
+        "Bamba",
+        {
+            **{**BAMBA, "tie_word_embeddings": True, "mamba_proj_bias": True, "mlp_bias": True},
+            **{"attention_bias": True, "num_key_value_heads": 3, "mamba_conv_bias": False},
+        },
+    ),
+    "nemotron_h": ("NemotronH", NEMOTRON),
+    "nemotron_h biases": (
+        "NemotronH",
+        {**NEMOTRON, "use_bias": True, "mlp_bias": True, "use_conv_bias": False},
+    ),
+    "nemotron_h experts": ("NemotronH", EXPERTS),
+    "nemotron_h latent": (
+        "NemotronH",
+        {
+            **{**EXPERTS, "n_group": 4, "topk_group": 2, "moe_latent_size": 6},
+            **{"norm_topk_prob": False, "residual_in_fp32": True},
+        },
+    ),
+    "jamba": ("Jamba", JAMBA),
+    "jamba dense": ("Jamba", {**JAMBA, "num_experts": 1, "mamba_dt_rank": "auto", "mamba_expand": 3}),
+    "jamba tied": (
+        "Jamba",
+        {
+            **{**JAMBA, "tie_word_embeddings": True, "mamba_proj_bias": True, "mamba_conv_bias": False},
+            **{"expert_layer_period": 1, "expert_layer_offset": 0, "attn_layer_period": 9},
+        },
     ),
 }
 

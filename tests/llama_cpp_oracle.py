@@ -27,6 +27,8 @@ def llama_cpp_reads(path: Path, ids: list[int], texts: list[str]) -> tuple[torch
     assert model, "llama.cpp does not load the file"
     settings = api.llama_context_default_params()
     settings.n_ctx, settings.n_threads, settings.n_threads_batch = 64, 1, 1
+    settings.type_k = settings.type_v = 0  # float32: by default the KV cache is float16,
+    settings.flash_attn_type = 0  # and so is the attention
     context, vocab = api.llama_init_from_model(model, settings), api.llama_model_get_vocab(model)
     batch = api.llama_batch_init(len(ids), 0, 1)
     batch.n_tokens = len(ids)

@@ -151,7 +151,7 @@ def test_what_llama_cpp_can_not_compute(tmp_path: Path, fields: dict[str, Any]) 
 
 def test_other_models_are_not_written(tmp_path: Path) -> None:
     model = Llama(LlamaConfig(d_model=8, n_layers=1, vocab_size=9, n_heads=2))
-    with pytest.raises(LongscanError, match="Llama: expected a Mamba or Mamba2"):
+    with pytest.raises(LongscanError, match="Llama: expected a Mamba, a Mamba-2 or a hybrid"):
         save_gguf(model, tmp_path / "a.gguf", None)
 
 
@@ -166,7 +166,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "epsilon": ({"layer_norm_rms_epsilon": ...}, "mamba2.attention.layer_norm_rms_epsilon: expected"),
     "missing": ({"drop": "blk.0.ssm_norm.weight"}, "1 missing: blk.0.ssm_norm.weight"),
     "mamba": ({"architecture": raw.string("mamba")}, "mamba.block_count: expected a whole number"),
-    "jamba": ({"architecture": raw.string("jamba")}, "expected mamba or mamba2, got jamba"),
+    "rwkv": ({"architecture": raw.string("rwkv7")}, "expected mamba, mamba2, "),
 }
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hybrid_families import FAMILIES, draw_ids, saved
+from hybrid_families import FAMILIES, build, draw_ids, saved
 from longscan import load, save
 from longscan.errors import LongscanError
 
@@ -144,3 +144,56 @@ def test_a_layout_without_a_field_is_refused(tmp_path: Path) -> None:
     model.config = model.config.replace(family="own")
     save(model, tmp_path / "ours")
     assert load(tmp_path / "ours")[0].config == model.config
+
+
+@pytest.mark.parametrize("variant", ["falcon_h1 gate first", "granite", "bamba"])
+@torch.no_grad()
+def test_steps_are_clamped_as_a_pass_is(variant: str, tmp_path: Path) -> None:
+    """time_step_limit: transformers applies it in a pass only, so its own steps are another model."""
+    peer, ids = saved(variant, tmp_path, time_step_limit=(0.5, 0.6)), draw_ids()
+    model, expected = load(tmp_path)[0], peer(ids).logits
+    assert_close(model(ids).logits, expected)
+    state = model.init_state(len(ids))
+    assert_close(torch.stack([model.step(column, state)[0].clone() for column in ids.T], 1), expected)
+    unlimited = saved(variant, tmp_path / "unlimited")(ids).logits
+    assert (unlimited - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_nemotron_has_no_floor_of_time_steps(tmp_path: Path) -> None:
+    """time_step_min: transformers clamps with it in a pass, not in steps; it was not so trained."""
+    peer, ids = build("nemotron_h"), draw_ids()
+    for name, parameter in peer.named_parameters():
+        if name.endswith("dt_bias"):
+            parameter -= 12
+    expected = peer(ids).logits  # its time_step_min is 1e-9
+    peer.config.time_step_min = 0.05
+    peer.save_pretrained(tmp_path)
+    assert_close(load(tmp_path)[0](ids).logits, expected)
+    floored = load_peer(tmp_path)(ids).logits
+    assert (floored - expected).abs().max() > 1e-3 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_older_fields_of_nemotron(tmp_path: Path) -> None:
+    saved("nemotron_h", tmp_path)
+    config = load(tmp_path)[0].config
+    raw = json.loads((tmp_path / "config.json").read_text())
+    pattern = {"layers_block_type": None, "hybrid_override_pattern": "M-*M", "num_hidden_layers": 99}
+    older = {"mamba_n_groups": raw.pop("n_groups"), "mamba_d_conv": raw.pop("conv_kernel")}
+    limit = {"mamba_dt_limit": raw.pop("time_step_limit"), "rope_theta": 10000, "partial_rotary_factor": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps({**raw, **pattern, **older, **limit}))
+    assert load(tmp_path)[0].config == config
+    change(tmp_path, hybrid_override_pattern="M?*M")
+    with pytest.raises(LongscanError, match="hybrid_override_pattern: expected letters"):
+        load(tmp_path)
+
+
+@torch.no_grad()
+def test_the_only_expert_of_an_old_jamba_is_its_feed_forward_layer(tmp_path: Path) -> None:
+    peer = saved("jamba dense", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    old = {name.replace("feed_forward.", "feed_forward.experts.0."): t for name, t in tensors.items()}
+    save_file(old, tmp_path / "model.safetensors", {"format": "pt"})
+    ids = draw_ids()
+    assert_close(load(tmp_path)[0](ids).logits, peer(ids).logits)

@@ -458,7 +458,7 @@ def test_only_mamba_goes_into_the_official_layout_and_gguf(tmp_path: Path) -> No
     with pytest.raises(LongscanError, match="the official layout is Mamba's, this is a Llama"):
         convert(tmp_path / "model", tmp_path / "other", layout="official")
     with pytest.raises(
-        LongscanError, match="Llama: expected a Mamba or Mamba2: GGUF files of other models are not written"
+        LongscanError, match=r"Llama: expected a Mamba, .* GGUF files of other models are not written"
     ):
         convert(tmp_path / "model", tmp_path / "other.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -76,6 +76,8 @@ def mamba_config(pick: Callable[..., Any]) -> MambaConfig:
         conv_bias=pick(True, False),
         bias=pick(True, False),
         tie_embeddings=pick(True, False),
+        inner_norms=pick("none", "plain", "learned"),
+        inner_norm_eps=0.1,  # the norm of a single number has steep gradients near zero
     )
 
 
@@ -241,10 +243,11 @@ def mamba3_config(pick: Callable[..., Any]) -> Mamba3Config:
 
 
 def hybrid_config(pick: Callable[..., Any]) -> HybridConfig:
+    d_model = pick(6, 12)
     return HybridConfig(
-        pattern=pick("M*", "P-", "EP", "-*M", "M-*E"),
+        pattern=pick("M*", "P-", "EP", "-*M", "m-*E"),
         vocab_size=11,
-        d_model=pick(6, 8),
+        d_model=d_model,
         n_heads=2,
         n_kv_heads=pick(None, 1),
         d_head=pick(4, 8),
@@ -257,6 +260,7 @@ def hybrid_config(pick: Callable[..., Any]) -> HybridConfig:
         d_conv=pick(1, 2, 4),
         gated_norm=pick("gate-first", "norm-first", "none"),
         dt_limit=pick(None, (0.3, 0.9)),
+        inner_norms=pick("none", "plain", "learned"),
         d_ff=5,
         feed_forward=pick("swiglu", "relu2"),
         n_experts=6,

@@ -15,8 +15,8 @@ A model is a string with a letter per layer, and each layer is
 
     x = x + residual_multiplier f(norm(x))
 
-    M    Mamba-2                            *    attention
-    P    Mamba-2 and attention of the same input, added
+    M    Mamba-2                            m    Mamba
+    *    attention                          P    Mamba-2 and attention of the same input, added
     -    feed-forward layer                 E    mixture of experts
 
 Glossary: as in Mamba-2 and LLaMA. The multipliers are those of muP (Falcon-H1, Granite): constants beside the
@@ -39,9 +39,10 @@ from longscan.models.common.growable import KV, GrowableState
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import GatedRMSNorm
 from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
+from longscan.models.mamba import MambaConfig, MambaMixer
 from longscan.models.mamba2 import GateOrder, Mamba2Layer, Mamba2Mixer, Mamba2State
 
-LETTERS = "M*P-E"
+LETTERS = "Mm*P-E"
 NEEDED = {
     "*": ("n_heads",),
     "P": ("n_heads",),
@@ -82,7 +83,9 @@ class HybridConfig(LanguageModelConfig):
     conv_bias: bool = True
     ssm_in_bias: bool = False
     ssm_out_bias: bool = False
-    dt_limit: tuple[float, float] | None = None  # None is 0 and infinity
+    dt_limit: tuple[float, float] | None = None  # of Mamba-2; None is 0 and infinity
+    dt_rank: int | None = None  # R of Mamba; None is d_model / 16, rounded up
+    inner_norms: Literal["none", "plain", "learned"] = "none"  # of Mamba's dt, B and C
 
     d_ff: int | None = None  # width inside the feed-forward layer
     feed_forward: FeedForwardKind = "swiglu"  # of experts too
@@ -122,14 +125,14 @@ class HybridConfig(LanguageModelConfig):
         super().__post_init__()
         if unknown := sorted(set(self.pattern) - set(LETTERS)):
             raise LongscanError(f"pattern: expected letters among {LETTERS}, got {unknown[0]!r}.")
-        if not set(self.pattern) & set("M*P"):
-            raise LongscanError(f"pattern: expected a layer that mixes, M, * or P, got {self.pattern!r}.")
+        if not set(self.pattern) & set("Mm*P"):
+            raise LongscanError(f"pattern: expected a layer that mixes, M, m, * or P, got {self.pattern!r}.")
         for letter in self.pattern:
             for name in NEEDED.get(letter, ()):
                 if getattr(self, name) is None:
                     raise LongscanError(f"{name}: expected a number, for the {letter!r} of the pattern.")
         self.check("n_heads", "n_kv_heads", "d_head", "max_positions", "d_ff")
-        self.check("d_ssm", "d_ssm_head", "n_ssm_groups", "d_state", "d_conv")
+        self.check("d_ssm", "d_ssm_head", "n_ssm_groups", "d_state", "d_conv", "dt_rank")
         self.check("n_experts", "n_active_experts", "d_expert", "n_expert_groups", "n_active_groups")
         self.check("d_shared_expert", "d_latent", least=0)
         self.check("rope_theta", "attention_multiplier", "logits_divisor", above=0)
@@ -141,6 +144,7 @@ class HybridConfig(LanguageModelConfig):
             got = f"{self.d_model} and {self.n_heads}"
             raise LongscanError(f"n_heads: expected a divisor of d_model, got {got}. Or set d_head.")
         for letter in set(self.pattern):  # which checks that heads, groups and experts fit
+            self.mamba if letter == "m" else None  # noqa: B018
             self.mamba2 if letter in "MP" else None  # noqa: B018
             self.attention if letter in "*P" else None  # noqa: B018
             self.experts if letter == "E" else None  # noqa: B018
@@ -155,6 +159,29 @@ class HybridConfig(LanguageModelConfig):
         """Width of a head of attention: d_head or its default."""
         assert self.n_heads is not None
         return self.d_model // self.n_heads if self.d_head is None else self.d_head
+
+    @property
+    def mamba(self) -> MambaConfig:
+        """The sizes and options of each Mamba."""
+        if self.channels % self.d_model:
+            raise LongscanError(
+                f"d_ssm: expected a multiple of d_model = {self.d_model} for Mamba, got {self.channels}."
+            )
+        if self.ssm_in_bias != self.ssm_out_bias:
+            raise LongscanError("ssm_out_bias: expected ssm_in_bias, for the 'm' of the pattern.")
+        return MambaConfig(
+            d_model=self.d_model,
+            n_layers=self.n_layers,
+            vocab_size=self.vocab_size,
+            d_state=self.d_state,
+            d_conv=self.d_conv,
+            expand=self.channels // self.d_model,
+            dt_rank=self.dt_rank,
+            conv_bias=self.conv_bias,
+            bias=self.ssm_in_bias,
+            inner_norms=self.inner_norms,
+            inner_norm_eps=self.norm_eps,
+        )
 
     @property
     def mamba2(self) -> Mamba2Layer:
@@ -365,8 +392,10 @@ class Hybrid(LanguageModel):
 
 def _block(config: HybridConfig, letter: str, generator: torch.Generator | None) -> Block:
     """Return the layer of a letter."""
-    if letter == "M":
-        mixer = Mamba2Mixer(config.mamba2, generator)
+    if letter in "Mm":
+        mixer: Mixer[Any] = (
+            Mamba2Mixer(config.mamba2, generator) if letter == "M" else MambaMixer(config.mamba, generator)
+        )
         return HybridBlock(config, mixer, config.ssm_in_multiplier, config.ssm_out_multiplier)
     if letter == "*":
         attention = Attention(config.attention, generator)
@@ -399,6 +428,12 @@ _GRANITE: dict[str, Any] = {
     "embedding_multiplier": 12.0,
     "max_positions": 131072,
 }
+_GRANITE_MIXERS = "MMMMM*" + "MMMMMMMMM*" * 3 + "MMMM"
+_NEMOTRON: dict[str, Any] = {
+    **{"family": "nemotron_h", "vocab_size": 131072, "tie_embeddings": False, "n_kv_heads": 8},
+    **{"feed_forward": "relu2", "n_ssm_groups": 8, "max_positions": 8192, "residual_in_fp32": False},
+}
+_NEMOTRON_PATTERN = "M-M-M-M*-" + "M-M-M-M-M*-" * 3 + "M-M-M-M-M-"
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         **{"d_model": 64, "pattern": "M-*-", "n_layers": 4, "vocab_size": 257, "d_ff": 128, "d_state": 16},
@@ -429,20 +464,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"attention_multiplier": 0.015625, "logits_divisor": 3.0},
     },
     "granite-4.0-h-1b": {
-        **{**_GRANITE, "d_model": 1536, "pattern": _and_then(("MMMMM*" + "MMMMMMMMM*" * 3 + "MMMM"), "-")},
+        **{**_GRANITE, "d_model": 1536, "pattern": _and_then(_GRANITE_MIXERS, "-")},
         **{"n_heads": 12, "n_kv_heads": 4, "d_ff": 4096, "residual_multiplier": 0.22},
         **{"attention_multiplier": 0.0078125, "logits_divisor": 6.0},
     },
     "granite-4.0-h-micro": {
-        **{**_GRANITE, "d_model": 2048, "pattern": _and_then(("MMMMM*" + "MMMMMMMMM*" * 3 + "MMMM"), "-")},
+        **{**_GRANITE, "d_model": 2048, "pattern": _and_then(_GRANITE_MIXERS, "-")},
         **{"n_heads": 32, "n_kv_heads": 8, "d_ff": 8192, "residual_multiplier": 0.22},
         **{"attention_multiplier": 0.015625, "logits_divisor": 8.0},
     },
     "granite-4.0-h-tiny": {
-        **{**_GRANITE, "d_model": 1536, "pattern": _and_then(("MMMMM*" + "MMMMMMMMM*" * 3 + "MMMM"), "E")},
+        **{**_GRANITE, "d_model": 1536, "pattern": _and_then(_GRANITE_MIXERS, "E")},
         **{"n_heads": 12, "n_kv_heads": 4, "residual_multiplier": 0.22},
         **{"n_experts": 64, "n_active_experts": 6, "d_expert": 512, "d_shared_expert": 1024},
         **{"attention_multiplier": 0.0078125, "logits_divisor": 6.0},
+    },
+    "granite-4.0-h-small": {
+        **{**_GRANITE, "d_model": 4096, "pattern": _and_then(_GRANITE_MIXERS, "E")},
+        **{"n_heads": 32, "n_kv_heads": 8, "residual_multiplier": 0.22},
+        **{"n_experts": 72, "n_active_experts": 10, "d_expert": 768, "d_shared_expert": 1536},
+        **{"attention_multiplier": 0.0078125, "logits_divisor": 16.0},
     },
     "bamba-9b": {
         **{"family": "bamba", "d_model": 4096, "vocab_size": 128256, "tie_embeddings": False},
@@ -450,11 +491,29 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"n_heads": 32, "n_kv_heads": 8, "rope_theta": 1e4, "rotary_fraction": 0.5},
         **{"max_positions": 262144},
     },
+    "nemotron-h-4b": {
+        **{**_NEMOTRON, "d_model": 3072, "pattern": _NEMOTRON_PATTERN, "d_ff": 12288},
+        **{"d_ssm": 7168, "n_heads": 32, "d_head": 128},
+    },
     "nemotron-h-8b": {
-        **{"family": "nemotron_h", "d_model": 4096, "vocab_size": 131072, "tie_embeddings": False},
-        **{"pattern": "M-M-M-M*-" + "M-M-M-M-M*-" * 3 + "M-M-M-M-M-", "d_ff": 21504},
-        **{"n_heads": 32, "n_kv_heads": 8, "d_head": 128, "feed_forward": "relu2", "n_ssm_groups": 8},
-        **{"max_positions": 8192},
+        **{**_NEMOTRON, "d_model": 4096, "pattern": _NEMOTRON_PATTERN, "d_ff": 21504, "n_heads": 32},
+    },
+    "nemotron-nano-9b-v2": {
+        **{**_NEMOTRON, "d_model": 4480, "d_ff": 15680, "d_ssm": 10240, "d_ssm_head": 80},
+        **{"n_heads": 40, "d_head": 128, "max_positions": 131072},
+        "pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+    },
+    "nemotron-3-nano-30b-a3b": {
+        **{**_NEMOTRON, "d_model": 2688, "d_ssm": 4096, "n_heads": 32, "n_kv_heads": 2, "d_head": 128},
+        **{"n_experts": 128, "n_active_experts": 6, "d_expert": 1856, "d_shared_expert": 3712},
+        **{"router": "sigmoid", "experts_multiplier": 2.5, "max_positions": 262144},
+        "pattern": "MEMEM*E" + "MEMEM*E" * 4 + "MEMEMEM*E" + "MEMEMEME",
+    },
+    "jamba-v0.1": {
+        **{"family": "jamba", "d_model": 4096, "vocab_size": 65536, "tie_embeddings": False, "d_ff": 14336},
+        **{"pattern": "m-mEm-mE*-mEm-mE" * 4, "n_heads": 32, "n_kv_heads": 8, "d_state": 16},
+        **{"n_experts": 16, "n_active_experts": 2, "d_expert": 14336, "router": "softmax-topk"},
+        **{"inner_norms": "learned", "norm_eps": 1e-6, "max_positions": 262144},
     },
 }
 

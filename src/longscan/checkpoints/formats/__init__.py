@@ -83,7 +83,10 @@ OFFICIAL: Mapping[str, Format] = LazyMapping(
 )
 #: of the families of hybrids, by the model_type of their config.json
 HYBRIDS: Mapping[str, Format] = LazyMapping(
-    {name: partial(_format, name) for name in ("falcon_h1", "granitemoehybrid")}
+    {
+        name: partial(_format, name)
+        for name in ("falcon_h1", "granitemoehybrid", "bamba", "nemotron_h", "jamba")
+    }
 )
 #: by the name of the model, in the order in which they are tried
 BARE: Mapping[str, BareFormat] = LazyMapping(

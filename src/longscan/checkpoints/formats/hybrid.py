@@ -7,7 +7,7 @@ one of theirs: mixer and feed-forward layer, each with its norm.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -105,6 +105,7 @@ class Family:
         split: tensors by our names, with theirs of another shape cut into ours.
         fuse: the inverse of `split`.
         dropped: beginnings of names that say nothing.
+        older: names of fields in older files -> names.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Family:
     split: Callable[[dict[str, Tensor], HybridConfig], dict[str, Tensor]] = _same
     fuse: Callable[[dict[str, Tensor], HybridConfig], dict[str, Tensor]] = _same
     dropped: tuple[str, ...] = ()
+    older: Mapping[str, str] = field(default_factory=dict)
 
     def names(self, config: HybridConfig) -> dict[str, str]:
         """Return the beginnings of all names, theirs -> ours."""
@@ -145,7 +147,9 @@ def layout(family: Family) -> Format:
     only = {**SHARED_ONLY, **family.only}
 
     def read(raw: Mapping[str, Any], tokenizer_size: int | None) -> HybridConfig:
-        check_fields(raw, [*table, *family.derived], only, IDLE.union(family.idle, [QUANTIZATION]))
+        raw = {family.older.get(name, name): value for name, value in raw.items()}
+        known_here = [*table, *family.derived, *only, *family.idle]
+        check_fields(raw, known_here, only, IDLE.union(family.idle, [QUANTIZATION]))
         known = {**missing, **raw}
         if lacking := [name for name in (*table, *family.derived) if name not in known]:
             raise LongscanError(
@@ -329,7 +333,7 @@ def rotation(fields: Mapping[str, Any], fraction: float = 1.0) -> float:
         if not isinstance(stated, dict):
             raise LongscanError(f"{name}: expected an object {{...}}, got {stated!r}.")
         only = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (fraction, None)}
-        check_fields(stated, ["rope_theta"], only, ())
+        check_fields(stated, ["rope_theta", *only], only, ())
         found += [stated["rope_theta"]] if "rope_theta" in stated else []
     if any(value != found[0] for value in found):
         raise LongscanError(f"rope_theta: expected one value, got {found[0]!r} and {found[-1]!r}.")

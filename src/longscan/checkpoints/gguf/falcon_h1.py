@@ -22,8 +22,10 @@ from longscan.checkpoints.gguf.hybrid import (
     THETA,
     blocks,
     locate,
+    read_mamba2,
     read_sizes,
     refuse_other,
+    write_mamba2,
     write_sizes,
 )
 from longscan.checkpoints.gguf.parser import Header
@@ -54,6 +56,7 @@ def _read(header: Header) -> HybridConfig:
     return HybridConfig.from_dict(
         {
             **sizes,
+            **read_mamba2(header, NAME),
             "family": "falcon_h1",
             "pattern": "P-" * read_count(header, f"{NAME}.block_count"),
             "d_ff": read_count(header, f"{NAME}.{D_FF}"),
@@ -66,7 +69,7 @@ def _write(config: HybridConfig) -> dict[str, Any]:
     """Return a Config as metadata."""
     refuse_other(config, (*MULTIPLIERS, "rope_theta", "gated_norm", "feed_forward_bias"))
     mixers, second = blocks(config, "P")
-    if second != "-" or config.gated_norm == "norm-first" or config.rope_theta is None:
+    if "E" in second or config.gated_norm == "norm-first" or config.rope_theta is None:
         got = f"pattern {config.pattern}, gated_norm {config.gated_norm}, rope_theta {config.rope_theta}"
         raise LongscanError(
             "llama.cpp computes only a Falcon-H1 with RoPE and feed-forward layers, whose norm, if any, "
@@ -74,6 +77,7 @@ def _write(config: HybridConfig) -> dict[str, Any]:
         )
     return {
         **write_sizes(config, len(mixers)),
+        **write_mamba2(config),
         D_FF: config.d_ff,
         KV_HEADS: config.n_kv_heads or config.n_heads,
         THETA: config.rope_theta,

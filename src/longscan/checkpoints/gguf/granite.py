@@ -23,8 +23,10 @@ from longscan.checkpoints.gguf.hybrid import (
     locate,
     read_counts,
     read_experts,
+    read_mamba2,
     read_sizes,
     refuse_other,
+    write_mamba2,
     write_sizes,
 )
 from longscan.checkpoints.gguf.parser import Header
@@ -54,6 +56,7 @@ def _read(header: Header) -> HybridConfig:
     return HybridConfig.from_dict(
         {
             **sizes,
+            **read_mamba2(header, NAME),
             **(
                 read_experts(header, NAME, D_FF)
                 if experts
@@ -87,6 +90,11 @@ def _write(config: HybridConfig) -> dict[str, Any]:
     free = ("n_experts", "n_active_experts", "d_expert", "d_shared_expert", "rope_theta")
     refuse_other(config, (*SCALES, *free, "attention_bias", "feed_forward_bias"))
     mixers, second = blocks(config, "M*")
+    if len(set(second)) > 1:
+        raise LongscanError(
+            "llama.cpp computes only Granites with feed-forward layers or experts, this one has both: "
+            f"{config.pattern}. Use a directory."
+        )
     if "M" not in mixers or config.channels != 2 * config.d_model:
         raise LongscanError(
             f"llama.cpp computes only Granites with Mamba-2 layers of {2 * config.d_model} channels, this "
@@ -102,7 +110,8 @@ def _write(config: HybridConfig) -> dict[str, Any]:
     }
     return {
         **write_sizes(config, len(mixers)),
-        **(experts if second == "E" else {D_FF: config.d_ff}),
+        **write_mamba2(config),
+        **(experts if "E" in second else {D_FF: config.d_ff}),
         **{key: value for key, value in scales.items() if value is not None},
         KV_HEADS: [kv_heads if letter == "*" else 0 for letter in mixers],
         ROTATES: config.rope_theta is not None,

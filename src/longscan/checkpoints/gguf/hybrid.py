@@ -15,7 +15,9 @@ from torch import Tensor
 
 from longscan.checkpoints.formats.base import unpadded
 from longscan.checkpoints.gguf.base import CONTEXT, EPSILON, OUTER, Slot, read_count, read_shared
-from longscan.checkpoints.gguf.mamba2 import HEADS, INNER_SIZE, MIXER, mixer_shape
+from longscan.checkpoints.gguf.mamba import MIXER as MAMBA
+from longscan.checkpoints.gguf.mamba2 import HEADS, INNER_SIZE, mixer_shape
+from longscan.checkpoints.gguf.mamba2 import MIXER as MAMBA2
 from longscan.checkpoints.gguf.parser import Header, short
 from longscan.checkpoints.gguf.tensors import Shape
 from longscan.errors import LongscanError
@@ -34,12 +36,15 @@ __all__ = [
     "one_of",
     "read_counts",
     "read_experts",
+    "read_mamba2",
     "read_sizes",
     "refuse_other",
+    "write_mamba2",
     "write_sizes",
 ]
 
-# our name in a mixer -> theirs, beside those of Mamba-2
+# our name in a mixer -> theirs, beside those of Mamba and Mamba-2
+INNER_NORMS = {f"{part}_layernorm.weight": f"ssm_{part}_norm.weight" for part in ("dt", "b", "c")}
 ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
 FEED_FORWARD = {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
 OF_EXPERTS = {
@@ -52,12 +57,12 @@ SIZES = {
     "d_model": "embedding_length",
     "d_state": "ssm.state_size",
     "d_conv": "ssm.conv_kernel",
-    "n_ssm_groups": "ssm.group_count",
     "n_heads": "attention.head_count",
 }
 D_FF, THETA = "feed_forward_length", "rope.freq_base"
 EXPERTS, ACTIVE, D_SHARED = "expert_count", "expert_used_count", "expert_shared_feed_forward_length"
 MAX_EXPERTS = 4096
+GROUPS = "ssm.group_count"
 KV_HEADS, KEY_WIDTH = "attention.head_count_kv", "attention.key_length"
 
 
@@ -75,12 +80,17 @@ def locate(name: str, ours: Shape, config: HybridConfig) -> Slot:
     letter, paired = config.pattern[int(number)], config.family != "nemotron_h"
     block = f"blk.{int(number) // 2 if paired else number}."
     if rest == "norm.weight":
-        return Slot(f"{block}{'ffn' if paired and letter in '-E' else 'attn'}_norm.weight", ours)
+        if paired and letter in "-E":
+            return Slot(block + ("ffn_norm" if config.family == "falcon_h1" else "ffn_norm.weight"), ours)
+        return Slot(block + "attn_norm.weight", ours)
     inner = rest.removeprefix("mixer.").removeprefix("mlp.").removeprefix("attention.")
+    if letter == "m":
+        shape = (ours[0], ours[2]) if inner == "conv1d.weight" else ours
+        return Slot(block + {**MAMBA, **INNER_NORMS}[inner], shape)
     recurrent = inner.removeprefix("mamba.")
     if letter == "M" or recurrent != inner:
         shape = mixer_shape(f"mixer.{recurrent}", ours, config.n_ssm_groups)
-        return Slot(block + MIXER[recurrent], shape)
+        return Slot(block + MAMBA2[recurrent], shape)
     if inner in OF_EXPERTS:
         return Slot(block + OF_EXPERTS[inner], ours)
     table = ATTENTION if letter in "*P" else FEED_FORWARD
@@ -156,12 +166,7 @@ def read_sizes(header: Header, architecture: str) -> dict[str, Any]:
         LongscanError: one is missing or impossible.
     """
     sizes: dict[str, Any] = {name: read_count(header, f"{architecture}.{key}") for name, key in SIZES.items()}
-    channels, heads = (read_count(header, f"{architecture}.{key}") for key in (INNER_SIZE, HEADS))
-    if channels % heads:
-        raise LongscanError(
-            f"{architecture}.{INNER_SIZE}: expected a multiple of {architecture}.{HEADS} = {heads:,}, got "
-            f"{channels:,}."
-        )
+    channels = read_count(header, f"{architecture}.{INNER_SIZE}")
     if f"{architecture}.{KEY_WIDTH}" in header.metadata:
         sizes["d_head"] = read_count(header, f"{architecture}.{KEY_WIDTH}")
         if sizes["d_head"] * sizes["n_heads"] == sizes["d_model"]:
@@ -177,15 +182,46 @@ def read_sizes(header: Header, architecture: str) -> dict[str, Any]:
             f"{architecture}.{KV_HEADS}",
         ),
         "d_ssm": None if channels == 2 * sizes["d_model"] else channels,
-        "d_ssm_head": channels // heads,
         "norm_eps": shared["layer_norm_epsilon"],
         "tie_embeddings": shared["tie_word_embeddings"],
         "conv_bias": _has(header, "ssm_conv1d.bias"),
         "attention_bias": _has(header, "attn_q.bias"),
         "feed_forward_bias": _has(header, "ffn_up.bias"),
-        "gated_norm": "gate-first" if _has(header, "ssm_norm.weight") else "none",
         "max_positions": min(read_count(header, f"{architecture}.context_length"), CONTEXT),
     }
+
+
+def read_mamba2(header: Header, architecture: str) -> dict[str, Any]:
+    """Return our fields of Mamba-2.
+
+    Args:
+        header: of the file.
+        architecture: its name.
+
+    Raises:
+        LongscanError: one is missing or impossible.
+    """
+    keys = (INNER_SIZE, HEADS, GROUPS)
+    channels, heads, groups = (read_count(header, f"{architecture}.{key}") for key in keys)
+    if channels % heads:
+        raise LongscanError(
+            f"{architecture}.{INNER_SIZE}: expected a multiple of {architecture}.{HEADS} = {heads:,}, got "
+            f"{channels:,}."
+        )
+    return {
+        "d_ssm_head": channels // heads,
+        "n_ssm_groups": groups,
+        "gated_norm": "gate-first" if _has(header, "ssm_norm.weight") else "none",
+    }
+
+
+def write_mamba2(config: HybridConfig) -> dict[str, Any]:
+    """Return the sizes of Mamba-2, by their keys.
+
+    Args:
+        config: of the model.
+    """
+    return {HEADS: config.channels // config.d_ssm_head, GROUPS: config.n_ssm_groups}
 
 
 def write_sizes(config: HybridConfig, n_blocks: int) -> dict[str, Any]:
@@ -209,8 +245,6 @@ def write_sizes(config: HybridConfig, n_blocks: int) -> dict[str, Any]:
         "ssm.conv_kernel": config.d_conv,
         INNER_SIZE: config.channels,
         "ssm.state_size": config.d_state,
-        HEADS: config.channels // config.d_ssm_head,
-        "ssm.group_count": config.n_ssm_groups,
         "attention.head_count": config.n_heads,
         KEY_WIDTH: config.head_width,
         "attention.value_length": config.head_width,
@@ -245,7 +279,7 @@ def read_experts(header: Header, architecture: str, width: str) -> dict[str, Any
 
 
 def blocks(config: HybridConfig, mixers: str) -> tuple[str, str]:
-    """Return the mixers of a hybrid, and the letter of the layer that follows each.
+    """Return the mixers of a hybrid, and the layers that follow each, as letters.
 
     Args:
         config: of the model.
@@ -255,12 +289,12 @@ def blocks(config: HybridConfig, mixers: str) -> tuple[str, str]:
         LongscanError: the pattern is another.
     """
     first, second = config.pattern[::2], config.pattern[1::2]
-    if len(first) != len(second) or set(first) - set(mixers) or set(second) not in ({"-"}, {"E"}):
+    if len(first) != len(second) or set(first) - set(mixers) or set(second) - set("-E"):
         raise LongscanError(
             f"pattern: expected {' or '.join(mixers)} and a feed-forward layer by turns in a "
             f"{config.family}, got {config.pattern}. Use a directory."
         )
-    return first, second[0]
+    return first, second
 
 
 def refuse_other(config: HybridConfig, free: tuple[str, ...]) -> None:

@@ -26,21 +26,22 @@ from longscan.checkpoints.gguf.tensors import Shape
 from longscan.errors import LongscanError
 from longscan.models import MambaConfig
 
-__all__ = ["MAMBA"]
+__all__ = ["MAMBA", "MIXER"]
 
 NAME = "mamba"
-INNER = {
-    "norm.weight": "attn_norm.weight",
-    "mixer.in_proj.weight": "ssm_in.weight",
-    "mixer.conv1d.weight": "ssm_conv1d.weight",
-    "mixer.conv1d.bias": "ssm_conv1d.bias",
-    "mixer.x_proj.weight": "ssm_x.weight",
-    "mixer.dt_proj.weight": "ssm_dt.weight",
-    "mixer.dt_proj.bias": "ssm_dt.bias",
-    "mixer.A_log": "ssm_a",
-    "mixer.D": "ssm_d",
-    "mixer.out_proj.weight": "ssm_out.weight",
+# our name in a mixer -> theirs
+MIXER = {
+    "in_proj.weight": "ssm_in.weight",
+    "conv1d.weight": "ssm_conv1d.weight",
+    "conv1d.bias": "ssm_conv1d.bias",
+    "x_proj.weight": "ssm_x.weight",
+    "dt_proj.weight": "ssm_dt.weight",
+    "dt_proj.bias": "ssm_dt.bias",
+    "A_log": "ssm_a",
+    "D": "ssm_d",
+    "out_proj.weight": "ssm_out.weight",
 }
+INNER = {"norm.weight": "attn_norm.weight", **{f"mixer.{ours}": theirs for ours, theirs in MIXER.items()}}
 # transformers' name of a size -> its key; see formats/mamba.py
 SIZES = {
     "hidden_size": "embedding_length",

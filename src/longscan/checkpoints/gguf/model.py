@@ -1,4 +1,4 @@
-"""GGUF files, those of llama.cpp: a Mamba or Mamba-2 is read from one and saved as one.
+"""GGUF files, those of llama.cpp: a Mamba, Mamba-2 or hybrid is read from one and saved as one.
 
 Reading keeps what the file has: Q8_0 and Q4_0 are formats of ops/quant.py but for the order of the bytes, and
 become those; BF16 stays; all else is dequantised to float32. Writing is exact where the format is: a model
@@ -26,6 +26,7 @@ from torch import Tensor
 from longscan.checkpoints.gguf.base import Architecture, Slot
 from longscan.checkpoints.gguf.falcon_h1 import FALCON_H1
 from longscan.checkpoints.gguf.granite import GRANITE
+from longscan.checkpoints.gguf.jamba import JAMBA
 from longscan.checkpoints.gguf.mamba import MAMBA
 from longscan.checkpoints.gguf.mamba2 import MAMBA2
 from longscan.checkpoints.gguf.nemotron_h import NEMOTRON_H, NEMOTRON_H_MOE
@@ -60,7 +61,7 @@ __all__ = ["ARCHITECTURES", "GGUFFile", "GGUFType", "save_gguf", "usual_type"]
 
 ARCHITECTURES = {
     architecture.name: architecture
-    for architecture in (MAMBA, MAMBA2, FALCON_H1, GRANITE, NEMOTRON_H, NEMOTRON_H_MOE)
+    for architecture in (MAMBA, MAMBA2, FALCON_H1, GRANITE, JAMBA, NEMOTRON_H, NEMOTRON_H_MOE)
 }
 
 USUAL: dict[str, GGUFType] = {
@@ -135,7 +136,7 @@ def save_gguf(
     *,
     new: bool = False,
 ) -> None:
-    """Write a Mamba or Mamba-2 as a GGUF file that llama.cpp reads, whole or not at all.
+    """Write a Mamba, Mamba-2 or hybrid as a GGUF file that llama.cpp reads, whole or not at all.
 
     Matrices get the type asked for. Not so in Q4_0 x_proj and dt_proj, which get Q8_0, and in both what
     blocks of 32 do not fit, which stays F32. All else is F32, as llama.cpp wants it.
@@ -162,8 +163,8 @@ def save_gguf(
     architecture = next(known, None)
     if architecture is None:
         raise LongscanError(
-            f"{type(model).__name__}: expected a {_models()}: GGUF files of other models are not written. "
-            "Use a directory."
+            f"{type(model).__name__}: expected a Mamba, a Mamba-2 or a hybrid of a published family "
+            f"({', '.join(ARCHITECTURES)}): GGUF files of other models are not written. Use a directory."
         )
     check_ids(path, tokenizer.vocab_size if tokenizer else 0, config.vocab_size)
     gguf = package()
@@ -200,17 +201,12 @@ def usual_type(model: LanguageModel) -> GGUFType:
     return USUAL[precision(model)]
 
 
-def _models() -> str:
-    """Return which models there are, for a message."""
-    return " or ".join(MODELS[architecture.model].cls.__name__ for architecture in ARCHITECTURES.values())
-
-
 def _architecture(header: Header) -> Architecture:
     """Return the architecture of a file that holds a whole model."""
     stated = header.metadata.get("general.architecture")
     if not isinstance(stated, str) or stated not in ARCHITECTURES:
         raise LongscanError(
-            f"general.architecture: expected {' or '.join(ARCHITECTURES)}, got {short(stated)}: GGUF files "
+            f"general.architecture: expected {', '.join(ARCHITECTURES)}, got {short(stated)}: GGUF files "
             "of other models are not read. Take the model as a directory of safetensors."
         )
     if header.metadata.get("split.count", 0) not in (0, 1):  # merging leaves 0 behind

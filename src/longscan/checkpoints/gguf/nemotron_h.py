@@ -16,8 +16,10 @@ from longscan.checkpoints.gguf.hybrid import (
     one_of,
     read_counts,
     read_experts,
+    read_mamba2,
     read_sizes,
     refuse_other,
+    write_mamba2,
     write_sizes,
 )
 from longscan.checkpoints.gguf.parser import Header
@@ -46,6 +48,7 @@ def _read(name: str, header: Header) -> HybridConfig:
     return HybridConfig.from_dict(
         {
             **read_sizes(header, name),
+            **read_mamba2(header, name),
             **(_experts(name, header) if experts else {"d_ff": d_ff}),
             "family": "nemotron_h",
             "feed_forward": "relu2",
@@ -102,6 +105,7 @@ def _write(name: str, config: HybridConfig) -> dict[str, Any]:
     }
     return {
         **write_sizes(config, config.n_layers),
+        **write_mamba2(config),
         **(of_experts if experts else {}),
         OLD_EPSILON: config.norm_eps,
         KV_HEADS: [kv_heads if letter == "*" else 0 for letter in config.pattern],

@@ -175,7 +175,7 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., d_model) to (..., d_model)."""
-        flat = x.flatten(0, -2)  # (n, d_model)
+        flat = x.reshape(-1, x.shape[-1])  # (n, d_model)
         weights, chosen = self.router(flat)
         narrow = flat if self.fc1_latent_proj is None else self.fc1_latent_proj(flat)
         y = self._mix(narrow, weights, chosen)
