@@ -159,10 +159,11 @@ def test_steps_are_clamped_as_a_pass_is(variant: str, tmp_path: Path) -> None:
     assert (unlimited - expected).abs().max() > 1e-3 * expected.abs().max()
 
 
+@pytest.mark.parametrize("variant", ["nemotron_h", "zamba2"])
 @torch.no_grad()
-def test_nemotron_has_no_floor_of_time_steps(tmp_path: Path) -> None:
-    """time_step_min: transformers clamps with it in a pass, not in steps; it was not so trained."""
-    peer, ids = build("nemotron_h"), draw_ids()
+def test_time_steps_have_no_floor(variant: str, tmp_path: Path) -> None:
+    """time_step_min: transformers clamps with it in a pass, not in steps; Nemotron was not so trained."""
+    peer, ids = build(variant), draw_ids()
     for name, parameter in peer.named_parameters():
         if name.endswith("dt_bias"):
             parameter -= 12

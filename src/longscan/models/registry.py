@@ -42,6 +42,7 @@ NAMES = (
     "videomamba",
     "mamba2",
     "hybrid",
+    "zamba2",
 )
 
 
