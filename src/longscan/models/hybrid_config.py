@@ -263,7 +263,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "falcon-h1-90m": {
         **{"family": "falcon_h1", "d_model": 512, "pattern": "P-" * 24, "vocab_size": 32768, "d_ff": 768},
-        **{"n_heads": 8, "n_kv_heads": 2, "d_head": 64, "rope_theta": 1e11, "max_positions": 262144},
+        **{"n_heads": 8, "n_kv_heads": 2, "rope_theta": 1e11, "max_positions": 262144},
         **{"d_ssm": 768, "d_ssm_head": 32, "d_state": 64, "gated_norm": "none"},
     },
     "falcon-h1-0.5b": {
@@ -271,7 +271,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         **{"n_heads": 8, "n_kv_heads": 2, "d_head": 64, "rope_theta": 1e11, "max_positions": 16384},
         **{"d_ssm": 1536, "d_ssm_head": 64, "d_state": 128, "gated_norm": "none", "tie_embeddings": False},
         **{"embedding_multiplier": 5.656854249492381, "logits_multiplier": 0.0390625},
-        **{"key_multiplier": 0.390625, "attention_out_multiplier": 0.9375, "ssm_in_multiplier": 1.25},
+        **{
+            "key_multiplier": 0.39062499999999994,
+            "attention_out_multiplier": 0.9375,
+            "ssm_in_multiplier": 1.25,
+        },
         **{"ssm_out_multiplier": 0.23570226039551587, "gate_multiplier": 0.8838834764831844},
         **{"down_multiplier": 0.5859375},
         "ssm_multipliers": (0.3535533905932738, 0.25, 0.3535533905932738, 0.5, 0.3535533905932738),

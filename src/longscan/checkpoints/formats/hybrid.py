@@ -132,7 +132,7 @@ def layout(family: Family) -> Format:
     own_family = family.kind is HybridConfig  # which has a field for it
 
     def read(raw: Mapping[str, Any], tokenizer_size: int | None) -> PatternConfig:
-        raw = {family.older.get(name, name): value for name, value in raw.items()}
+        raw = _renewed(raw, family.older)
         known_here = [*table, *family.derived, *only, *family.idle]
         check_fields(raw, known_here, only, IDLE.union(family.idle, [QUANTIZATION]))
         known = {**missing, **raw}
@@ -190,6 +190,15 @@ def layout(family: Family) -> Format:
         return {_renamed(name, names): tensor for name, tensor in fused.items()}
 
     return Format(read=read, write=write, copy=TIED_HEAD, arrange=arrange, restore=restore)
+
+
+def _renewed(raw: Mapping[str, Any], older: Mapping[str, str]) -> dict[str, Any]:
+    """Return fields under their present names; where both are there they have to agree."""
+    fields = {name: value for name, value in raw.items() if name not in older}
+    for name, present in older.items():
+        if name in raw and fields.setdefault(present, raw[name]) != raw[name]:
+            raise LongscanError(f"{name}: expected {fields[present]!r}, as {present}, got {raw[name]!r}.")
+    return fields
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:
