@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-enum { LS_ABI_VERSION = 5, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_ORDER = 4096, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
+enum { LS_ABI_VERSION = 6, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_ORDER = 4096, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
 enum { LS_ACTIVATIONS = 256 };  // activations that share a scale when they are rounded to 16 bits
 
 // torch's thread pool: run task(begin, end, context) over pieces of [begin, end). Null means one thread.
@@ -44,6 +44,19 @@ typedef struct {
   int64_t shared;       // whether u and dy have the d_inner / n_groups channels of one group: bits 1 and 2
   int64_t dt_stride_group;  // between the channels of two groups of dt
 } ls_scan;
+
+// State space duality; see src/longscan/ops/ssd.py. Heads are strided, the channels of a head are not.
+enum { LS_SSD_CHUNK = 64, LS_SSD_MAX_HEAD = 512, LS_SSD_PACKED = 1 << 20 };  // rows of a tile; floats of packed operands at a time, if it can be
+typedef struct {
+  int64_t batch, seq_len, n_heads, d_head, n_groups, d_state, rank, D_of_channels;
+  ls_rows x, B, C;
+  int64_t x_stride_head, B_stride_group, C_stride_group;
+  const float *dt, *log_decay, *D, *initial_state;  // D (n_heads), or (n_heads, d_head) if D_of_channels
+  const int32_t *seq_idx;
+  float *y, *final_state;  // final_state may be initial_state
+  float *boundaries;       // (batch, tiles, n_heads, ...): states before each tile; null if no gradient follows
+  float *workspace;        // ls_ssd_workspace(...) floats
+} ls_ssd;
 
 // Causal depthwise convolution; see src/longscan/ops/conv.py.
 typedef struct {
@@ -150,6 +163,9 @@ int32_t ls_scan_forward(const ls_scan *args);
 int32_t ls_scan_backward(const ls_scan *args);
 // Floats of workspace that ls_scan_backward needs.
 int64_t ls_scan_workspace(int64_t batch, int64_t seq_len, int64_t d_inner, int64_t d_state, int64_t n_groups);
+int32_t ls_ssd_forward(const ls_ssd *args);
+int32_t ls_ssd_step(const ls_ssd *args);  // of one row: the state advances in place, see final_state
+int64_t ls_ssd_workspace(const ls_ssd *args);
 int32_t ls_conv_forward(const ls_conv *args);
 int32_t ls_conv_backward(const ls_conv *args);
 int32_t ls_diagonal_forward(const ls_diagonal *args);

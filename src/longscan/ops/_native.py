@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longscan.ops._derivatives import composed
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 _LIBRARY = Path(__file__).resolve().parent.parent / "_lib" / "liblongscan.so"
 
 
@@ -83,6 +83,7 @@ def _load() -> tuple[ctypes.CDLL | None, NativeInfo]:
     library.ls_decode_workspace.restype = ctypes.c_int64
     library.ls_scan_workspace.restype = ctypes.c_int64
     library.ls_scan_workspace.argtypes = [ctypes.c_int64] * 5
+    library.ls_ssd_workspace.restype = ctypes.c_int64
     library.ls_set_parallel_for.argtypes = [ctypes.c_void_p]
     library.ls_set_parallel_for(_torch_parallel_for())
     isa = os.environ.get("LONGSCAN_ISA", "")
@@ -168,6 +169,12 @@ def scan_workspace(*sizes: int) -> int:
     """Return the scan backward's workspace in floats, for (batch, seq_len, d_inner, d_state, n_groups)."""
     assert _library is not None
     return int(_library.ls_scan_workspace(*sizes))
+
+
+def ssd_workspace(arguments: Sequence[int]) -> int:
+    """Return the workspace of an ssd kernel in floats, for its C struct; see `call`."""
+    assert _library is not None
+    return int(_library.ls_ssd_workspace(struct.pack(f"{len(arguments)}q", *arguments)))
 
 
 def call(function: str, arguments: Sequence[int]) -> None:

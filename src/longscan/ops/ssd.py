@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longscan.ops import _ssd_chunked
+from longscan.ops import _native, _ssd_chunked
 from longscan.ops._derivatives import composed, register_second
 from longscan.ops._segments import check_seq_idx, segments
 
@@ -130,6 +130,9 @@ def ssd_step(
         y: (batch, n_heads, d_head).
     """
     with torch.no_grad():
+        if _native.direct(state) and _use_native(1, x, dt, log_decay, B, C, D, state):
+            _check(*(t[:, None] for t in (x, dt, log_decay, B, C)), D, state, 1)
+            return _native_step(state, x, dt, log_decay, B, C, D)
         heads = x.shape[1] // B.shape[1]
         B, C = (M.to(state.dtype).repeat_interleave(heads, 1) for M in (B, C))
         added = (dt[..., None] * x).to(state.dtype)[..., None] * B[:, :, None]
@@ -193,10 +196,27 @@ _lib.define(
 # --- 3. shapes ----------------------------------------------------------------------------------------------
 
 
+MAX_NATIVE_HEAD, MAX_NATIVE_RANK = 512, 64  # LS_SSD_MAX_HEAD and LS_SSD_CHUNK of the kernel
+
+
+def _use_native(rank: int, *tensors: Tensor | None) -> bool:
+    x = tensors[0]
+    assert x is not None
+    fits = x.shape[-1] <= MAX_NATIVE_HEAD and rank <= MAX_NATIVE_RANK
+    return fits and _native.available(*tensors)
+
+
+def boundaries_shape(x: Tensor, B: Tensor, rank: int) -> tuple[int, ...]:
+    """Return the shape of the kernel's boundaries, with d_head padded to whole vectors."""
+    tiles = -(-x.shape[1] // (rank * (MAX_NATIVE_RANK // rank)))
+    return x.shape[0], tiles, x.shape[2], -(-x.shape[3] // 32) * 32, B.shape[3]
+
+
 @torch.library.register_fake("longscan::ssd", lib=_lib)
 def _(x, dt, log_decay, B, C, D, initial_state, seq_idx, rank, keep):  # type: ignore[no-untyped-def]
     final_state = x.new_empty(x.shape[0], x.shape[2], x.shape[3], B.shape[3])
-    return x.new_empty(x.shape), final_state, x.new_empty(0)
+    saved = keep and _use_native(rank, x, dt, log_decay, B, C, D, initial_state)
+    return x.new_empty(x.shape), final_state, x.new_empty(boundaries_shape(x, B, rank) if saved else 0)
 
 
 @torch.library.register_fake("longscan::ssd_backward", lib=_lib)
@@ -229,10 +249,55 @@ register_second("longscan::ssd_backward", _lib, _ssd_chunked.composite, n_inputs
 # --- 5. the native kernel -----------------------------------------------------------------------------------
 
 
+def _fields(
+    x: Tensor,
+    dt: Tensor,
+    log_decay: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    rank: int,
+    rest: tuple[Tensor | None, ...],
+) -> list[int]:
+    """Return the C struct ``ls_ssd`` from its first field up to ``boundaries``."""
+    sizes = (*x.shape, *B.shape[2:], rank, int(D is not None and D.dim() == 2))
+    operands = (*_native.row_fields(x), *_native.row_fields(B), *_native.row_fields(C))
+    strides = (x.stride(2), B.stride(2), C.stride(2))
+    return [*sizes, *operands, *strides, *(_native.pointer(t) for t in (dt, log_decay, D, *rest))]
+
+
+def _native_layout(*tensors: Tensor | None) -> list[Any]:
+    """Return x, dt, log_decay, B, C, D and the initial state in the kernel's layout."""
+    layout = [_native.rows, _native.dense, _native.dense, _native.rows, _native.rows, _native.dense]
+    layout.append(_native.dense)
+    return [None if t is None else arrange(t) for arrange, t in zip(layout, tensors, strict=True)]
+
+
 def _forward(*inputs):  # type: ignore[no-untyped-def]
-    *rest, _ = inputs
-    y, final_state = _ssd_chunked.composite(*rest)
-    return y, final_state.clone(), y.new_empty(0)
+    *tensors, seq_idx, rank, keep = inputs
+    if not _use_native(rank, *tensors):
+        y, final_state = _ssd_chunked.composite(*inputs[:-1])
+        return y, final_state.clone(), y.new_empty(0)
+    *inputs, initial_state = _native_layout(*tensors)
+    x, B = inputs[0], inputs[3]
+    y, final_state = x.new_empty(x.shape), x.new_empty(x.shape[0], *x.shape[2:], B.shape[3])
+    boundaries = x.new_empty(boundaries_shape(x, B, rank) if keep else 0)
+    rest = (initial_state, seq_idx, y, final_state, boundaries if keep else None)
+    fields = _fields(*inputs, rank, rest)
+    workspace = x.new_empty(_native.ssd_workspace([*fields, 0]))
+    _native.call("ls_ssd_forward", [*fields, workspace.data_ptr()])
+    return y, final_state, boundaries
+
+
+def _native_step(
+    state: Tensor, x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, D: Tensor | None
+) -> Tensor:
+    """Run the kernel of one step on contiguous states, which it updates."""
+    *inputs, state = _native_layout(*(t[:, None] for t in (x, dt, log_decay, B, C)), D, state)
+    y = x.new_empty(x.shape)
+    fields = _fields(*inputs, 1, (None, None, y, state, None))
+    _native.call("ls_ssd_step", [*fields, 0])
+    return y
 
 
 def _backward(*inputs):  # type: ignore[no-untyped-def]
