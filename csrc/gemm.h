@@ -17,6 +17,9 @@ template <int M>
 struct Results {
   vec at[M][NV];
 
+  inline __attribute__((always_inline)) Results() {
+    LS_UNROLL for (int i = 0; i < M; ++i) at[i][0] = at[i][1] = vec{};
+  }
   // *this += a b for a (M, k) with strides `row` and `next`, and b (k, NR) with rows `ldb` apart.
   inline __attribute__((always_inline)) void add(const float *a, int64_t row, int64_t next, const float *b, int64_t ldb, int64_t k) {
     for (int64_t s = 0; s < k; ++s, a += next, b += ldb) {

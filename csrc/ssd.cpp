@@ -3,32 +3,99 @@
 
 namespace LS_ISA {
 
-void ssd_pack(const ls_ssd *a, const Sizes &z, const Tile &tile, int64_t b, int64_t g, const Packed &to) {
-  const int64_t N = a->d_state;
-  const float *from_B = a->B.data + b * a->B.stride_batch + g * a->B_stride_group;
-  const float *from_C = a->C.data + b * a->C.stride_batch + g * a->C_stride_group;
-  for (int j = 0; j < tile.rows; ++j)
-    memcpy(to.C + j * z.lda, from_C + tile.position[j] * a->C.stride_time, sizeof(float) * N);
-  const int whole = tile.rows & ~3, end = (int)panels(tile.rows) * NR;
-  for (int j = 0; j < whole; j += 4) {
-    const float *row[4];
-    for (int i = 0; i < 4; ++i) row[i] = from_B + tile.position[j + i] * a->B.stride_time;
-    transpose4(to.Bt + j, z.lds, row, N);
+namespace {
+
+// Four or fewer rows [j, j + n) of a tile, to be columns of `to`.
+void pack_columns(float *to, int64_t ld, const ls_rows &rows, int64_t offset, const Tile &tile, int j, int64_t width) {
+  const float *row[4];
+  const int n = tile.rows - j < 4 ? tile.rows - j : 4;
+  for (int i = 0; i < n; ++i) row[i] = rows.data + offset + tile.position[j + i] * rows.stride_time;
+  if (n == 4) return transpose4(to + j, ld, row, width);
+  for (int64_t c = 0; c < width; ++c)
+    for (int i = 0; i < n; ++i) to[c * ld + j + i] = row[i][c];
+}
+
+// (rows, width) of a tile as they are and, where they are needed, transposed.
+void pack_matrix(const ls_rows &from, int64_t offset, int64_t width, const Sizes &z, const Tile &tile, float *rows,
+                 float *columns) {
+  const int64_t end = panels(tile.rows) * NR;
+  for (int j = 0; rows && j < tile.rows; ++j) {
+    memcpy(rows + j * z.lda, from.data + offset + tile.position[j] * from.stride_time, sizeof(float) * width);
+    for (int64_t n = width; n < panels(width) * NR; ++n) rows[j * z.lda + n] = 0;
   }
-  for (int64_t n = 0; n < N; ++n)
-    for (int j = whole; j < end; ++j)
-      to.Bt[n * z.lds + j] = j < tile.rows ? from_B[tile.position[j] * a->B.stride_time + n] : 0.0f;
-  for (int i = 0; i < tile.n_parts; ++i) {
-    const Part part = tile.parts[i];
-    for_rows(part.begin, part.end, [&](auto rows, int64_t t0) {
-      constexpr int M = decltype(rows)::value;
-      for (int s = part.begin & ~(NR - 1); s < visible(a, part, (int)t0 + M - 1); s += NR) {
-        Results<M> r = {};
-        r.add(to.C + t0 * z.lda, z.lda, 1, to.Bt + s, z.lds, N);
-        for (int m = 0; m < M; ++m)
-          for (int v = 0; v < NV; ++v) store(to.scores + (t0 + m) * z.lds + s + v * W, r.at[m][v]);
-      }
-    });
+  for (int j = 0; columns && j < tile.rows; j += 4) pack_columns(columns, z.lds, from, offset, tile, j, width);
+  for (int64_t n = 0; columns && n < width; ++n)
+    for (int64_t j = tile.rows; j < end; ++j) columns[n * z.lds + j] = 0;
+}
+
+void pack_task(int64_t begin, int64_t end, void *context) {
+  const Segment *segment = (const Segment *)context;
+  const ls_ssd *a = segment->a;
+  const Sizes &z = segment->z;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t row = unit / segment->tiles, b = row / a->n_groups, g = row % a->n_groups;
+    const Tile tile(a, z.chunk, b, segment->first + unit % segment->tiles);
+    const Packed to = segment->at(b, g, unit % segment->tiles);
+    pack_matrix(a->B, b * a->B.stride_batch + g * a->B_stride_group, a->d_state, z, tile, to.B, to.Bt);
+    pack_matrix(a->C, b * a->C.stride_batch + g * a->C_stride_group, a->d_state, z, tile, to.C, to.Ct);
+    for (int i = 0; i < tile.n_parts; ++i) {
+      const Part part = tile.parts[i];
+      for_rows(part.begin, part.end, [&](auto rows, int64_t t0) {
+        constexpr int M = decltype(rows)::value;
+        for (int s = part.begin & ~(NR - 1); s < visible(a, part, (int)t0 + M - 1); s += NR) {
+          Results<M> r;
+          r.add(to.C + t0 * z.lda, z.lda, 1, to.Bt + s, z.lds, a->d_state);
+          for (int m = 0; m < M; ++m)
+            for (int v = 0; v < NV; ++v) store(to.scores + (t0 + m) * z.lds + s + v * W, r.at[m][v]);
+        }
+      });
+    }
+  }
+}
+
+}  // namespace
+
+void ssd_pack(const Segment *segment) {
+  ls_run(segment->a->batch * segment->a->n_groups * segment->tiles, pack_task, (void *)segment);
+}
+
+bool ssd_take(const ls_rows &from, int64_t offset, const ls_ssd *a, const Sizes &z, const Tile &tile, const float *dt,
+              float *to) {
+  const int end = (int)panels(tile.rows) * NR;
+  vec zeros{};
+  for (int j = 0; j < end; ++j) {
+    const float *row = j < tile.rows ? from.data + offset + tile.position[j] * from.stride_time : nullptr;
+    const vec scale = splat(row && dt ? dt[j] : 1.0f);
+    for (int64_t p = 0; p < z.head; p += W) {
+      const int64_t left = a->d_head - p;
+      const vec v = row && left > 0 ? load_n(row + p, (int)(left < W ? left : W)) * scale : vec{};
+      zeros += v * splat(0.0f);
+      store(to + p / NR * z.padded * NR + j * NR + p % NR, v);
+    }
+  }
+  return sum(zeros) == 0.0f;
+}
+
+void ssd_weigh(const ls_ssd *a, const Sizes &z, const Part &part, const Rows &rows, const float *scores, float *to) {
+  alignas(64) float sums[MAX_ROWS + NR] = {};  // of log decays from each earlier row to this one
+  const int first = part.begin & ~(W - 1);
+  for (int j = part.begin; j < part.end; ++j) {
+    const int end = visible(a, part, j);
+    if (j == end - a->rank) {
+      const vec log = splat(rows.log[j]);
+      for (int s = first; s < j; s += W) store(sums + s, load(sums + s) + log);
+      for (int s = j; s < end; ++s) sums[s] = 0;
+    }
+    float *row = to + j * z.lds;
+    const float *from = scores + j * z.lds;
+    int s = first;
+    for (; s < end; s += W) {
+      vec w = Rows::exp2_sum(load(sums + s));
+      if (scores) w *= load(from + s);
+      store(row + s, s + W <= end ? w : masked(w, lanes_below(end - s)));
+    }
+    const int ahead = end + MR + (int)a->rank < part.end ? end + MR + (int)a->rank : part.end;
+    for (; s < ahead; s += W) store(row + s, vec{});
   }
 }
 
@@ -36,49 +103,13 @@ namespace {
 
 constexpr int64_t SHARED = 1 << 15;  // states from which on threads share a step
 
-// dt x of a tile's rows in panels; returns whether all of it is finite.
-bool pack_inputs(const ls_ssd *a, const Sizes &z, const Tile &tile, const Rows &rows, int64_t b, int64_t h, float *u) {
-  vec zeros{};
-  for (int j = 0; j < tile.rows; ++j) {
-    const float *x = a->x.data + b * a->x.stride_batch + tile.position[j] * a->x.stride_time + h * a->x_stride_head;
-    for (int64_t p = 0; p < z.head; p += W) {
-      const int64_t left = a->d_head - p;
-      const vec v = left > 0 ? load_n(x + p, (int)(left < W ? left : W)) * splat(rows.dt[j]) : vec{};
-      zeros += v * splat(0.0f);
-      store(u + p / NR * z.chunk * NR + j * NR + p % NR, v);
-    }
-  }
-  return sum(zeros) == 0.0f;
-}
-
-// Attention weights of a part: scores times decays, with zeros where a tile of results looks ahead of a row.
-void weigh(const ls_ssd *a, const Sizes &z, const Part &part, const Rows &rows, const float *scores, float *weights) {
-  alignas(64) float sums[MAX_ROWS + NR] = {};  // of log decays from each earlier row to this one
-  const int first = part.begin & ~(W - 1);
-  for (int j = part.begin; j < part.end; ++j) {
-    const int end = visible(a, part, j), step = end - (int)a->rank;
-    if (j == step) {
-      const vec log = splat(rows.log[j]);
-      for (int s = first; s < j; s += W) store(sums + s, load(sums + s) + log);
-      for (int s = j; s < end; ++s) sums[s] = 0;
-    }
-    float *to = weights + j * z.lds;
-    const float *from = scores + j * z.lds;
-    int s = first;
-    for (; s + W <= end; s += W) store(to + s, load(from + s) * Rows::exp2_sum(load(sums + s)));
-    if (s < end) store(to + s, masked(load(from + s) * Rows::exp2_sum(load(sums + s)), lanes_below(end - s))), s += W;
-    const int ahead = end + MR + (int)a->rank < part.end ? end + MR + (int)a->rank : part.end;
-    for (; s < ahead; s += W) store(to + s, vec{});
-  }
-}
-
 // One head of a batch row on its way through the tiles.
 struct Forward {
   const Segment *segment;
   int64_t b, h;
   float *u, *finite, *weights;
 
-  float *panel(float *from, int64_t i) const { return from + i * segment->z.chunk * NR; }
+  float *panel(float *from, int64_t i) const { return from + i * segment->z.padded * NR; }
 
   void outputs(const Tile &tile, const Part &part, const Rows &rows, const Packed &packed, const float *state,
                const float *inner) const {
@@ -86,10 +117,10 @@ struct Forward {
     const Sizes &z = segment->z;
     for (int64_t i = 0; i < z.n_head; ++i) {
       const int64_t p = i * NR;
-      const float *in = inner + i * z.chunk * NR;
+      const float *in = inner + i * z.padded * NR;
       for_rows(part.begin, part.end, [&](auto count, int64_t t0) {
         constexpr int M = decltype(count)::value;
-        Results<M> r = {};
+        Results<M> r;
         if (state) {
           r.add(packed.C + t0 * z.lda, z.lda, 1, state + i * a->d_state * NR, NR, a->d_state);
           for (int m = 0; m < M; ++m)
@@ -131,7 +162,7 @@ struct Forward {
         }
       for_rows(0, a->d_state, [&](auto count, int64_t n) {
         constexpr int M = decltype(count)::value;
-        Results<M> r = {};
+        Results<M> r;
         const int64_t at = (i * a->d_state + n) * NR;
         if (from)
           for (int m = 0; m < M; ++m)
@@ -172,12 +203,14 @@ struct Forward {
     if (a->seq_idx)  // padding
       for (int64_t t = index * z.chunk; t < a->seq_len && t < (index + 1) * z.chunk; ++t)
         memset(a->y + ((b * a->seq_len + t) * a->n_heads + h) * a->d_head, 0, sizeof(float) * a->d_head);
-    const bool clean = pack_inputs(a, z, tile, rows, b, h, u);
+    const int64_t offset = b * a->x.stride_batch + h * a->x_stride_head;
+    prefetch(a->x, offset, a, z.chunk, index + 1);
+    const bool clean = ssd_take(a->x, offset, a, z, tile, rows.dt, u);
     if (!clean) without_infinity(tile);
     for (int i = 0; i < tile.n_parts; ++i) {
       const Part part = tile.parts[i];
       if (part.fresh) from = nullptr;
-      weigh(a, z, part, rows, packed.scores, weights);
+      ssd_weigh(a, z, part, rows, packed.scores, weights);
       outputs(tile, part, rows, packed, from, clean ? u : finite);
       if (!clean) add_infinity(tile, part);
       advance(part, rows, packed, from, to);
@@ -191,21 +224,12 @@ struct Forward {
   }
 };
 
-void pack_task(int64_t begin, int64_t end, void *context) {
-  const Segment *s = (const Segment *)context;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t row = i / s->tiles, b = row / s->a->n_groups, g = row % s->a->n_groups;
-    const Tile tile(s->a, s->z.chunk, b, s->first + i % s->tiles);
-    ssd_pack(s->a, s->z, tile, b, g, Packed(s->packed + i * Packed::size(s->z), s->z));
-  }
-}
-
 void forward_task(int64_t begin, int64_t end, void *context) {
   const Segment *s = (const Segment *)context;
   const ls_ssd *a = s->a;
   const Sizes &z = s->z;
-  float *scratch = LS_STACK(float, 2 * z.chunk * z.head + z.scores);
-  float *finite = scratch + z.chunk * z.head, *weights = finite + z.chunk * z.head;
+  float *scratch = LS_STACK(float, 2 * z.padded * z.head + z.scores);
+  float *finite = scratch + z.padded * z.head, *weights = finite + z.padded * z.head;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t b = unit / a->n_heads, h = unit % a->n_heads;
     const Forward forward = {s, b, h, scratch, finite, weights};
@@ -217,8 +241,7 @@ void forward_task(int64_t begin, int64_t end, void *context) {
       float *to = a->boundaries && tile + 1 < z.n_tiles ? saved(tile + 1) : running;
       const bool zero = !tile && !a->initial_state;
       if (!tile && a->initial_state) ssd_pack_state(a, from, a->initial_state + unit * a->d_head * a->d_state);
-      const int64_t at = (b * a->n_groups + h / z.heads) * s->tiles + i;
-      forward.tile(tile, Packed(s->packed + at * Packed::size(z), z), zero ? nullptr : from, to);
+      forward.tile(tile, s->at(b, h / z.heads, i), zero ? nullptr : from, to);
     }
     if (s->first + s->tiles == z.n_tiles)
       ssd_unpack_state(a, a->final_state + unit * a->d_head * a->d_state, running);
@@ -227,7 +250,7 @@ void forward_task(int64_t begin, int64_t end, void *context) {
 
 // Tiles of a segment, from the shape alone.
 int64_t segment_tiles(const ls_ssd *a, const Sizes &z) {
-  const int64_t most = LS_SSD_PACKED / (a->batch * a->n_groups * Packed::size(z));
+  const int64_t most = LS_SSD_PACKED / (a->batch * a->n_groups * Packed::size(z, false));
   return most < 1 ? 1 : most < z.n_tiles ? most : z.n_tiles;
 }
 
@@ -289,7 +312,7 @@ void ssd_unpack_state(const ls_ssd *a, float *to, const float *from) {
 
 int64_t ssd_workspace(const ls_ssd *a) {
   const Sizes z(a);
-  return a->batch * (a->n_heads * z.state + a->n_groups * segment_tiles(a, z) * Packed::size(z));
+  return a->batch * (a->n_heads * z.state + a->n_groups * segment_tiles(a, z) * Packed::size(z, false));
 }
 
 int32_t ssd_step(const ls_ssd *a) {
@@ -306,8 +329,8 @@ int32_t ssd_forward(const ls_ssd *a) {
   const int64_t most = segment_tiles(a, z);
   for (int64_t first = 0; first < z.n_tiles; first += most) {
     const int64_t tiles = z.n_tiles - first < most ? z.n_tiles - first : most;
-    Segment segment = {a, z, first, tiles, a->workspace + a->batch * a->n_heads * z.state};
-    ls_run(a->batch * a->n_groups * tiles, pack_task, &segment);
+    Segment segment = {a, z, first, tiles, a->workspace + a->batch * a->n_heads * z.state, 1, z.heads, nullptr};
+    ssd_pack(&segment);
     ls_run(a->batch * a->n_heads, forward_task, &segment);
   }
   return 0;

@@ -46,6 +46,7 @@ struct Tile {
 // of a tile would compete for the same few sets of a cache.
 struct Sizes {
   int64_t chunk, n_tiles, heads;  // rows of a tile; heads of a group
+  int64_t padded;                 // rows of a tile, in whole panels
   int64_t head, n_head;           // d_head in whole panels: floats, panels
   int64_t lda, lds;               // leading dimensions of (rows, d_state) and (d_state or rows, rows)
   int64_t state, rows, scores;    // (d_state, head), (rows, d_state), (rows, rows)
@@ -57,19 +58,28 @@ struct Sizes {
     heads = a->n_heads / a->n_groups;
     n_head = panels(a->d_head);
     head = n_head * NR;
-    lda = odd_lines(a->d_state);
-    lds = odd_lines(panels(chunk) * NR);
+    padded = panels(chunk) * NR;
+    lda = odd_lines(panels(a->d_state) * NR);
+    lds = odd_lines(padded);
     state = ls_ssd_state(a->d_head, a->d_state);
     rows = chunk * lda, scores = chunk * lds, across = a->d_state * lds;
   }
   static int64_t odd_lines(int64_t n) { return (ls_ceil(n, 16) | 1) * 16; }
 };
 
-// What a tile's rows are, packed, of one group. Bt is zero beyond the last row, up to a whole panel.
+// B and C of a tile and one group, zero beyond their last rows and columns, up to whole panels.
 struct Packed {
   float *C, *Bt, *scores;  // (rows, lda), (d_state, lds), (rows, lds): C_t . B_s for s up to t's step
-  static int64_t size(const Sizes &z) { return z.rows + z.across + z.scores; }
-  Packed(float *at, const Sizes &z) : C(at), Bt(C + z.rows), scores(Bt + z.across) {}
+  float *B, *Ct;           // likewise, for the backward pass, else null
+  static int64_t size(const Sizes &z, bool backward) {
+    return (z.rows + z.across) * (backward ? 2 : 1) + z.scores;
+  }
+  Packed(float *at, const Sizes &z, bool backward)
+      : C(at),
+        Bt(C + z.rows),
+        scores(Bt + z.across),
+        B(backward ? scores + z.scores : nullptr),
+        Ct(backward ? B + z.rows : nullptr) {}
 };
 
 // Heads and what they need of a tile: the numbers of every row.
@@ -111,17 +121,40 @@ LS_INLINE vec lanes_below(int n) {
 }
 LS_INLINE vec masked(vec x, vec mask) { return (vec)((ivec)x & (ivec)mask); }
 
-void ssd_pack(const ls_ssd *a, const Sizes &z, const Tile &tile, int64_t b, int64_t g, const Packed &to);
 // (d_head, d_state) <-> panels.
 void ssd_pack_state(const ls_ssd *a, float *to, const float *from);
 void ssd_unpack_state(const ls_ssd *a, float *to, const float *from);
 
-// A segment: tiles [first, first + tiles), packed at `packed`.
+// A segment: tiles [first, first + tiles), packed at `packed`. In the backward pass the heads of a group form `blocks`,
+// whose shares of the gradients of B and C are at `shares`.
 struct Segment {
   const ls_ssd *a;
   Sizes z;
   int64_t first, tiles;
   float *packed;
+  int64_t blocks, heads_of_block;
+  float *shares;
+
+  Packed at(int64_t b, int64_t g, int64_t tile) const {
+    const int64_t i = (b * a->n_groups + g) * tiles + tile;
+    return Packed(packed + i * Packed::size(z, shares), z, shares);
+  }
 };
+
+void ssd_pack(const Segment *segment);  // all of its tiles
+
+// dt x, or values as they are, of a tile's rows in panels; returns whether all of it is finite.
+bool ssd_take(const ls_rows &from, int64_t offset, const ls_ssd *a, const Sizes &z, const Tile &tile, const float *dt,
+              float *to);
+
+// Scores times decays of a part, or the decays, with zeros where a tile of results looks ahead of a row.
+void ssd_weigh(const ls_ssd *a, const Sizes &z, const Part &part, const Rows &rows, const float *scores, float *to);
+
+// Fetch a head's rows of a tile to come: they lie far apart, where no hardware looks ahead.
+LS_INLINE void prefetch(const ls_rows &from, int64_t offset, const ls_ssd *a, int64_t chunk, int64_t index) {
+  for (int64_t t = index * chunk; t >= 0 && t < a->seq_len && t < (index + 1) * chunk; ++t)
+    for (int64_t p = 0; p < a->d_head; p += 16)
+      __builtin_prefetch(from.data + offset + t * from.stride_time + p, 0, 2);
+}
 
 }  // namespace LS_ISA
