@@ -78,10 +78,14 @@ static bool bad(const ls_ssd *a) {
          a->seq_len % a->rank;
 }
 LS_EXPORT int32_t ls_ssd_forward(const ls_ssd *args) { return bad(args) ? -1 : kernels->ssd_forward(args); }
+LS_EXPORT int32_t ls_ssd_backward(const ls_ssd *args) { return bad(args) ? -1 : kernels->ssd_backward(args); }
 LS_EXPORT int32_t ls_ssd_step(const ls_ssd *args) {
   return bad(args) || args->seq_len != 1 ? -1 : kernels->ssd_step(args);
 }
-LS_EXPORT int64_t ls_ssd_workspace(const ls_ssd *args) { return bad(args) ? -1 : kernels->ssd_workspace(args); }
+LS_EXPORT int64_t ls_ssd_forward_workspace(const ls_ssd *args) { return bad(args) ? -1 : kernels->ssd_forward_workspace(args); }
+LS_EXPORT int64_t ls_ssd_backward_workspace(const ls_ssd *args) {
+  return bad(args) ? -1 : kernels->ssd_backward_workspace(args);
+}
 LS_EXPORT int32_t ls_conv_forward(const ls_conv *args) { return bad(args) ? -1 : kernels->conv_forward(args); }
 LS_EXPORT int32_t ls_conv_backward(const ls_conv *args) { return bad(args) ? -1 : kernels->conv_backward(args); }
 

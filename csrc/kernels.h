@@ -7,8 +7,10 @@ struct ls_kernels {
   int32_t (*scan_forward)(const ls_scan *);
   int32_t (*scan_backward)(const ls_scan *);
   int32_t (*ssd_forward)(const ls_ssd *);
+  int32_t (*ssd_backward)(const ls_ssd *);
   int32_t (*ssd_step)(const ls_ssd *);
-  int64_t (*ssd_workspace)(const ls_ssd *);
+  int64_t (*ssd_forward_workspace)(const ls_ssd *);
+  int64_t (*ssd_backward_workspace)(const ls_ssd *);
   int32_t (*conv_forward)(const ls_conv *);
   int32_t (*conv_backward)(const ls_conv *);
   int32_t (*diagonal_forward)(const ls_diagonal *);

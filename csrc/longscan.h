@@ -55,7 +55,12 @@ typedef struct {
   const int32_t *seq_idx;
   float *y, *final_state;  // final_state may be initial_state
   float *boundaries;       // (batch, tiles, n_heads, ...): states before each tile; null if no gradient follows
-  float *workspace;        // ls_ssd_workspace(...) floats
+  float *workspace;        // ls_ssd_forward_workspace(...) floats; backward ls_ssd_backward_workspace(...)
+  // backward only
+  ls_rows dy;
+  int64_t dy_stride_head;
+  const float *dfinal;
+  float *dx, *ddt, *dlog_decay, *dB, *dC, *dD, *dinitial_state;
 } ls_ssd;
 
 // Causal depthwise convolution; see src/longscan/ops/conv.py.
@@ -164,8 +169,10 @@ int32_t ls_scan_backward(const ls_scan *args);
 // Floats of workspace that ls_scan_backward needs.
 int64_t ls_scan_workspace(int64_t batch, int64_t seq_len, int64_t d_inner, int64_t d_state, int64_t n_groups);
 int32_t ls_ssd_forward(const ls_ssd *args);
+int32_t ls_ssd_backward(const ls_ssd *args);
 int32_t ls_ssd_step(const ls_ssd *args);  // of one row: the state advances in place, see final_state
-int64_t ls_ssd_workspace(const ls_ssd *args);
+int64_t ls_ssd_forward_workspace(const ls_ssd *args);
+int64_t ls_ssd_backward_workspace(const ls_ssd *args);
 int32_t ls_conv_forward(const ls_conv *args);
 int32_t ls_conv_backward(const ls_conv *args);
 int32_t ls_diagonal_forward(const ls_diagonal *args);

@@ -310,7 +310,7 @@ void ssd_unpack_state(const ls_ssd *a, float *to, const float *from) {
       to[p * a->d_state + n] = from[(p / NR * a->d_state + n) * NR + p % NR];
 }
 
-int64_t ssd_workspace(const ls_ssd *a) {
+int64_t ssd_forward_workspace(const ls_ssd *a) {
   const Sizes z(a);
   return a->batch * (a->n_heads * z.state + a->n_groups * segment_tiles(a, z) * Packed::size(z, false));
 }
