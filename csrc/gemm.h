@@ -35,6 +35,34 @@ struct Results {
   inline __attribute__((always_inline)) void add_panels(const float *a, int64_t panel, const float *b, int64_t ldb, int64_t k) {
     for (int64_t s = 0; s < k; s += NR, a += panel, b += NR * ldb) add(a, NR, 1, b, ldb, k - s < NR ? k - s : NR);
   }
+  // Row i times by[i].
+  inline __attribute__((always_inline)) void scale(const float *by) {
+    LS_UNROLL for (int i = 0; i < M; ++i) {
+      const vec factor = splat(by[i]);
+      at[i][0] *= factor, at[i][1] *= factor;
+    }
+  }
+  // Rows of a panel.
+  inline __attribute__((always_inline)) void take(const float *from, vec factor) {
+    LS_UNROLL for (int i = 0; i < M; ++i) {
+      at[i][0] = load(from + i * NR) * factor;
+      at[i][1] = load(from + i * NR + W) * factor;
+    }
+  }
+  inline __attribute__((always_inline)) void give(float *to, int64_t ld) const {
+    LS_UNROLL for (int i = 0; i < M; ++i) {
+      store(to + i * ld, at[i][0]);
+      store(to + i * ld + W, at[i][1]);
+    }
+  }
+  // this . from, for rows of a panel, added to `total`.
+  inline __attribute__((always_inline)) vec dot(const float *from, vec total) const {
+    LS_UNROLL for (int i = 0; i < M; ++i) {
+      total = fma(at[i][0], load(from + i * NR), total);
+      total = fma(at[i][1], load(from + i * NR + W), total);
+    }
+    return total;
+  }
 };
 
 // Cut [begin, end) into tiles of MR rows, and the rest into one or two about equal ones: body(rows, first row) with a

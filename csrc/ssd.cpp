@@ -45,8 +45,7 @@ void pack_task(int64_t begin, int64_t end, void *context) {
         for (int s = part.begin & ~(NR - 1); s < visible(a, part, (int)t0 + M - 1); s += NR) {
           Results<M> r;
           r.add(to.C + t0 * z.lda, z.lda, 1, to.Bt + s, z.lds, a->d_state);
-          for (int m = 0; m < M; ++m)
-            for (int v = 0; v < NV; ++v) store(to.scores + (t0 + m) * z.lds + s + v * W, r.at[m][v]);
+          r.give(to.scores + t0 * z.lds + s, z.lds);
         }
       });
     }
@@ -59,24 +58,26 @@ void ssd_pack(const Segment *segment) {
   ls_run(segment->a->batch * segment->a->n_groups * segment->tiles, pack_task, (void *)segment);
 }
 
-bool ssd_take(const ls_rows &from, int64_t offset, const ls_ssd *a, const Sizes &z, const Tile &tile, const float *dt,
-              float *to) {
+bool ssd_take(const ls_rows &from, int64_t offset, const ls_ssd *a, const Sizes &z, const Tile &tile, float *to,
+              const float *scale, float *scaled) {
   const int end = (int)panels(tile.rows) * NR;
   vec zeros{};
   for (int j = 0; j < end; ++j) {
     const float *row = j < tile.rows ? from.data + offset + tile.position[j] * from.stride_time : nullptr;
-    const vec scale = splat(row && dt ? dt[j] : 1.0f);
+    const vec factor = splat(row && scale ? scale[j] : 1.0f);
     for (int64_t p = 0; p < z.head; p += W) {
-      const int64_t left = a->d_head - p;
-      const vec v = row && left > 0 ? load_n(row + p, (int)(left < W ? left : W)) * scale : vec{};
+      const int64_t left = a->d_head - p, at = p / NR * z.padded * NR + j * NR + p % NR;
+      const vec v = row && left > 0 ? load_n(row + p, (int)(left < W ? left : W)) : vec{};
       zeros += v * splat(0.0f);
-      store(to + p / NR * z.padded * NR + j * NR + p % NR, v);
+      if (to) store(to + at, v);
+      if (scaled) store(scaled + at, v * factor);
     }
   }
   return sum(zeros) == 0.0f;
 }
 
-void ssd_weigh(const ls_ssd *a, const Sizes &z, const Part &part, const Rows &rows, const float *scores, float *to) {
+void ssd_weigh(const ls_ssd *a, const Sizes &z, const Part &part, const Rows &rows, const float *scores, float D,
+               float *to) {
   alignas(64) float sums[MAX_ROWS + NR] = {};  // of log decays from each earlier row to this one
   const int first = part.begin & ~(W - 1);
   for (int j = part.begin; j < part.end; ++j) {
@@ -91,11 +92,12 @@ void ssd_weigh(const ls_ssd *a, const Sizes &z, const Part &part, const Rows &ro
     int s = first;
     for (; s < end; s += W) {
       vec w = Rows::exp2_sum(load(sums + s));
-      if (scores) w *= load(from + s);
+      if (scores) w *= load(from + s) * load(rows.dt + s);
       store(row + s, s + W <= end ? w : masked(w, lanes_below(end - s)));
     }
     const int ahead = end + MR + (int)a->rank < part.end ? end + MR + (int)a->rank : part.end;
     for (; s < ahead; s += W) store(row + s, vec{});
+    row[j] += D;
   }
 }
 
@@ -107,7 +109,7 @@ constexpr int64_t SHARED = 1 << 15;  // states from which on threads share a ste
 struct Forward {
   const Segment *segment;
   int64_t b, h;
-  float *u, *finite, *weights;
+  float *x, *finite, *u, *weights;  // u: x times dt and the decay to the end of the part
 
   float *panel(float *from, int64_t i) const { return from + i * segment->z.padded * NR; }
 
@@ -123,53 +125,44 @@ struct Forward {
         Results<M> r;
         if (state) {
           r.add(packed.C + t0 * z.lda, z.lda, 1, state + i * a->d_state * NR, NR, a->d_state);
-          for (int m = 0; m < M; ++m)
-            for (int v = 0; v < NV; ++v) r.at[m][v] *= splat(rows.before[t0 + m]);
+          r.scale(rows.before + t0);
         }
         const int end = visible(a, part, (int)t0 + M - 1);
         r.add(weights + t0 * z.lds + part.begin, z.lds, 1, in + part.begin * NR, NR, end - part.begin);
-        for (int v = 0; v < NV; ++v) {
-          const int64_t left = a->d_head - p - v * W;
-          if (left <= 0) break;
-          const int lanes = (int)(left < W ? left : W);
-          vec D{};
-          if (a->D) D = a->D_of_channels ? load_n(a->D + h * a->d_head + p + v * W, lanes) : splat(a->D[h]);
-          for (int m = 0; m < M; ++m) {
-            const int64_t t = tile.position[t0 + m];
-            vec y = r.at[m][v];
-            if (a->D) {
-              const float *x = a->x.data + b * a->x.stride_batch + t * a->x.stride_time + h * a->x_stride_head;
-              y = fma(D, load_n(x + p + v * W, lanes), y);
-            }
-            store_n(a->y + ((b * a->seq_len + t) * a->n_heads + h) * a->d_head + p + v * W, y, lanes);
+        const int64_t width = a->d_head - p, ld = a->n_heads * a->d_head;
+        float *y = a->y + (b * a->seq_len * a->n_heads + h) * a->d_head + p;
+        if (width >= NR && !a->D_of_channels) {
+          LS_UNROLL for (int m = 0; m < M; ++m) {
+            store(y + tile.position[t0 + m] * ld, r.at[m][0]);
+            store(y + tile.position[t0 + m] * ld + W, r.at[m][1]);
           }
+          return;
         }
+        alignas(64) float result[M * NR];
+        r.give(result, NR);
+        for (int m = 0; m < M; ++m)
+          for (int k = 0; k < NR && k < width; ++k) {
+            const float skip = a->D_of_channels ? a->D[h * a->d_head + p + k] * in[(t0 + m) * NR + k] : 0.0f;
+            y[tile.position[t0 + m] * ld + k] = result[m * NR + k] + skip;
+          }
       });
     }
   }
 
-  // The state after a part; `to` may be `from`, which is null for a state of zero. Scales u.
+  // The state after a part; `to` may be `from`, which is null for a state of zero.
   void advance(const Part &part, const Rows &rows, const Packed &packed, const float *from, float *to) const {
     const ls_ssd *a = segment->a;
     const Sizes &z = segment->z;
     const vec decay = splat(rows.before[part.end - 1]);
     for (int64_t i = 0; i < z.n_head; ++i) {
-      float *in = panel(u, i);
-      for (int j = part.begin; j < part.end; ++j)
-        for (int v = 0; v < NV; ++v) {
-          float *at = in + j * NR + v * W;
-          store(at, load(at) * splat(rows.after[j]));
-        }
+      const float *in = panel(u, i);
       for_rows(0, a->d_state, [&](auto count, int64_t n) {
         constexpr int M = decltype(count)::value;
         Results<M> r;
         const int64_t at = (i * a->d_state + n) * NR;
-        if (from)
-          for (int m = 0; m < M; ++m)
-            for (int v = 0; v < NV; ++v) r.at[m][v] = load(from + at + m * NR + v * W) * decay;
+        if (from) r.take(from + at, decay);
         r.add(packed.Bt + n * z.lds + part.begin, z.lds, 1, in + part.begin * NR, NR, part.end - part.begin);
-        for (int m = 0; m < M; ++m)
-          for (int v = 0; v < NV; ++v) store(to + at + m * NR + v * W, r.at[m][v]);
+        r.give(to + at, NR);
       });
     }
   }
@@ -179,14 +172,14 @@ struct Forward {
     const Sizes &z = segment->z;
     for (int64_t i = 0; i < z.n_head; ++i)
       for (int k = 0; k < tile.rows * NR; ++k) {
-        const float v = panel(u, i)[k];
+        const float v = panel(x, i)[k];
         panel(finite, i)[k] = v * 0.0f == 0.0f ? v : 0.0f;
       }
   }
   void add_infinity(const Tile &tile, const Part &part) const {
     const ls_ssd *a = segment->a;
     for (int64_t p = 0; p < a->d_head; ++p) {
-      const float *in = panel(u, p / NR) + p % NR;
+      const float *in = panel(x, p / NR) + p % NR;
       float nan = 0;
       for (int t = part.begin, s = part.begin; t < part.end; ++t) {
         for (; s < visible(a, part, t); ++s) nan += in[s * NR] * 0.0f;
@@ -205,13 +198,16 @@ struct Forward {
         memset(a->y + ((b * a->seq_len + t) * a->n_heads + h) * a->d_head, 0, sizeof(float) * a->d_head);
     const int64_t offset = b * a->x.stride_batch + h * a->x_stride_head;
     prefetch(a->x, offset, a, z.chunk, index + 1);
-    const bool clean = ssd_take(a->x, offset, a, z, tile, rows.dt, u);
+    float scale[MAX_ROWS];
+    for (int j = 0; j < tile.rows; ++j) scale[j] = rows.dt[j] * rows.after[j];
+    const bool clean = ssd_take(a->x, offset, a, z, tile, x, scale, u);
+    const float D = a->D && !a->D_of_channels ? a->D[h] : 0.0f;
     if (!clean) without_infinity(tile);
     for (int i = 0; i < tile.n_parts; ++i) {
       const Part part = tile.parts[i];
       if (part.fresh) from = nullptr;
-      ssd_weigh(a, z, part, rows, packed.scores, weights);
-      outputs(tile, part, rows, packed, from, clean ? u : finite);
+      ssd_weigh(a, z, part, rows, packed.scores, D, weights);
+      outputs(tile, part, rows, packed, from, clean ? x : finite);
       if (!clean) add_infinity(tile, part);
       advance(part, rows, packed, from, to);
       from = to;
@@ -228,11 +224,11 @@ void forward_task(int64_t begin, int64_t end, void *context) {
   const Segment *s = (const Segment *)context;
   const ls_ssd *a = s->a;
   const Sizes &z = s->z;
-  float *scratch = LS_STACK(float, 2 * z.padded * z.head + z.scores);
-  float *finite = scratch + z.padded * z.head, *weights = finite + z.padded * z.head;
+  const int64_t rows = z.padded * z.head;
+  float *scratch = LS_STACK(float, 3 * rows + z.scores);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t b = unit / a->n_heads, h = unit % a->n_heads;
-    const Forward forward = {s, b, h, scratch, finite, weights};
+    const Forward forward = {s, b, h, scratch, scratch + rows, scratch + 2 * rows, scratch + 3 * rows};
     float *running = a->workspace + unit * z.state;
     for (int64_t i = 0; i < s->tiles; ++i) {
       const int64_t tile = s->first + i;

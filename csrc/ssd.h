@@ -143,12 +143,15 @@ struct Segment {
 
 void ssd_pack(const Segment *segment);  // all of its tiles
 
-// dt x, or values as they are, of a tile's rows in panels; returns whether all of it is finite.
-bool ssd_take(const ls_rows &from, int64_t offset, const ls_ssd *a, const Sizes &z, const Tile &tile, const float *dt,
-              float *to);
+// A tile's rows in panels: as they are, or row j times scale[j], or both; null if it is not needed. Returns whether all
+// numbers are finite.
+bool ssd_take(const ls_rows &from, int64_t offset, const ls_ssd *a, const Sizes &z, const Tile &tile, float *to,
+              const float *scale, float *scaled);
 
-// Scores times decays of a part, or the decays, with zeros where a tile of results looks ahead of a row.
-void ssd_weigh(const ls_ssd *a, const Sizes &z, const Part &part, const Rows &rows, const float *scores, float *to);
+// Decays of a part from each row to each later one, with zeros where a tile of results looks ahead of a row. With scores,
+// the weights of x in y: scores times decays times dt, and D of its own x.
+void ssd_weigh(const ls_ssd *a, const Sizes &z, const Part &part, const Rows &rows, const float *scores, float D,
+               float *to);
 
 // Fetch a head's rows of a tile to come: they lie far apart, where no hardware looks ahead.
 LS_INLINE void prefetch(const ls_rows &from, int64_t offset, const ls_ssd *a, int64_t chunk, int64_t index) {

@@ -86,8 +86,8 @@ struct Backward {
       for (int s = part.begin & ~(NR - 1); s < end; s += NR) {
         Results<M> r;
         r.add_panels(scratch.v + t0 * NR, z.padded * NR, scratch.ut + s, z.lds, a->d_head);
-        for (int m = 0; m < M; ++m)
-          for (int v = 0; v < NV; ++v) {
+        LS_UNROLL for (int m = 0; m < M; ++m)
+          LS_UNROLL for (int v = 0; v < NV; ++v) {
             const int64_t at = (t0 + m) * z.lds + s + v * W;
             const vec mask = inside(s + v * W, part.begin, visible(a, part, (int)t0 + m));
             const vec decay = masked(load(scratch.weights + at), mask), score = masked(load(scores + at), mask);
@@ -118,10 +118,10 @@ struct Backward {
       for (int s = part.begin & ~(NR - 1); s < part.end; s += NR) {
         Results<M> r;
         r.add_panels(state + n * NR, a->d_state * NR, x + s, z.lds, a->d_head);
-        for (int v = 0; v < NV; ++v) {
+        LS_UNROLL for (int v = 0; v < NV; ++v) {
           const vec mask = inside(s + v * W, part.begin, part.end);
           vec products = load(sums + s + v * W);
-          for (int m = 0; m < M; ++m) {
+          LS_UNROLL for (int m = 0; m < M; ++m) {
             const int64_t at = (n + m) * z.lds + s + v * W;
             const vec d = masked(r.at[m][v], mask);
             store(to + at, load(to + at) + d);
@@ -142,13 +142,11 @@ struct Backward {
         Results<M> r;
         if (live) {
           r.add(packed.B + s0 * z.lda, z.lda, 1, G + i * a->d_state * NR, NR, a->d_state);
-          for (int m = 0; m < M; ++m)
-            for (int v = 0; v < NV; ++v) r.at[m][v] *= splat(rows.after[s0 + m]);
+          r.scale(rows.after + s0);
         }
         const int64_t t = visible(a, part, (int)s0) - a->rank;
         r.add(scratch.weights + t * z.lds + s0, 1, z.lds, scratch.v + (i * z.padded + t) * NR, NR, part.end - t);
-        for (int m = 0; m < M; ++m)
-          for (int v = 0; v < NV; ++v) store(scratch.du + (i * z.padded + s0 + m) * NR + v * W, r.at[m][v]);
+        r.give(scratch.du + (i * z.padded + s0) * NR, NR);
       });
   }
 
@@ -166,15 +164,10 @@ struct Backward {
         constexpr int M = decltype(count)::value;
         const int64_t at = (i * a->d_state + n) * NR;
         Results<M> r;
-        if (live)
-          for (int m = 0; m < M; ++m)
-            for (int v = 0; v < NV; ++v) {
-              r.at[m][v] = load(G + at + m * NR + v * W) * decay;
-              if (state) through = fma(r.at[m][v], load(state + at + m * NR + v * W), through);
-            }
+        if (live) r.take(G + at, decay);
+        if (live && state) through = r.dot(state + at, through);
         r.add(packed.Ct + n * z.lds + part.begin, z.lds, 1, in + part.begin * NR, NR, part.end - part.begin);
-        for (int m = 0; m < M; ++m)
-          for (int v = 0; v < NV; ++v) store(G + at + m * NR + v * W, r.at[m][v]);
+        r.give(G + at, NR);
       });
     }
     return sum(through);
@@ -237,14 +230,14 @@ struct Backward {
     const int64_t at_dy = b * a->dy.stride_batch + h * a->dy_stride_head;
     prefetch(a->x, at_x, a, z.chunk, index - 1);
     prefetch(a->dy, at_dy, a, z.chunk, index - 1);
-    ssd_take(a->x, at_x, a, z, tile, rows.dt, scratch.u);
-    ssd_take(a->dy, at_dy, a, z, tile, nullptr, scratch.v);
+    ssd_take(a->x, at_x, a, z, tile, nullptr, rows.dt, scratch.u);
+    ssd_take(a->dy, at_dy, a, z, tile, scratch.v, nullptr, nullptr);
     transpose(z, tile, scratch.u, nullptr, scratch.ut);
     transpose(z, tile, scratch.v, rows.before, scratch.vt);
     Sums sums;
     for (int i = tile.n_parts; i-- > 0;) {
       const Part part = tile.parts[i];
-      ssd_weigh(a, z, part, rows, nullptr, scratch.weights);
+      ssd_weigh(a, z, part, rows, nullptr, 0.0f, scratch.weights);
       attend(part, packed.scores, share, &sums);
     }
     transpose(z, tile, scratch.u, rows.after, scratch.ut);
