@@ -117,6 +117,7 @@ struct Forward {
                const float *inner) const {
     const ls_ssd *a = segment->a;
     const Sizes &z = segment->z;
+    const float *next = a->x.data + b * a->x.stride_batch + h * a->x_stride_head;
     for (int64_t i = 0; i < z.n_head; ++i) {
       const int64_t p = i * NR;
       const float *in = inner + i * z.padded * NR;
@@ -126,6 +127,10 @@ struct Forward {
         if (state) {
           r.add(packed.C + t0 * z.lda, z.lda, 1, state + i * a->d_state * NR, NR, a->d_state);
           r.scale(rows.before + t0);
+        }
+        for (int m = 0; m < M; ++m) {  // the same rows of the next tile: far apart, where no hardware looks ahead
+          const int64_t t = tile.position[t0 + m] + z.chunk;
+          if (t < a->seq_len) __builtin_prefetch(next + t * a->x.stride_time + p, 0, 2);
         }
         const int end = visible(a, part, (int)t0 + M - 1);
         r.add(weights + t0 * z.lds + part.begin, z.lds, 1, in + part.begin * NR, NR, end - part.begin);
@@ -197,7 +202,6 @@ struct Forward {
       for (int64_t t = index * z.chunk; t < a->seq_len && t < (index + 1) * z.chunk; ++t)
         memset(a->y + ((b * a->seq_len + t) * a->n_heads + h) * a->d_head, 0, sizeof(float) * a->d_head);
     const int64_t offset = b * a->x.stride_batch + h * a->x_stride_head;
-    prefetch(a->x, offset, a, z.chunk, index + 1);
     float scale[MAX_ROWS];
     for (int j = 0; j < tile.rows; ++j) scale[j] = rows.dt[j] * rows.after[j];
     const bool clean = ssd_take(a->x, offset, a, z, tile, x, scale, u);

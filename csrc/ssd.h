@@ -153,11 +153,4 @@ bool ssd_take(const ls_rows &from, int64_t offset, const ls_ssd *a, const Sizes 
 void ssd_weigh(const ls_ssd *a, const Sizes &z, const Part &part, const Rows &rows, const float *scores, float D,
                float *to);
 
-// Fetch a head's rows of a tile to come: they lie far apart, where no hardware looks ahead.
-LS_INLINE void prefetch(const ls_rows &from, int64_t offset, const ls_ssd *a, int64_t chunk, int64_t index) {
-  for (int64_t t = index * chunk; t >= 0 && t < a->seq_len && t < (index + 1) * chunk; ++t)
-    for (int64_t p = 0; p < a->d_head; p += 16)
-      __builtin_prefetch(from.data + offset + t * from.stride_time + p, 0, 2);
-}
-
 }  // namespace LS_ISA

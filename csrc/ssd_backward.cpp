@@ -74,12 +74,15 @@ struct Backward {
   const Segment *segment;
   int64_t b, h;
   Scratch scratch;
-  float *G, *dD;  // of this head; dD (head)
+  float *G, *dD;            // of this head; dD (head)
+  bool adds;                // to the shares, else it overwrites them
+  int64_t next_x, next_dy;  // from a row's x and dy to those that will be needed next
 
   // The gradient of the scores of a part, added to `share`; the weights; sums over the pairs around each row.
   void attend(const Part &part, const float *scores, const Share &share, Sums *sums) const {
     const ls_ssd *a = segment->a;
     const Sizes &z = segment->z;
+    const bool add = adds;
     for_rows(part.begin, part.end, [&](auto count, int64_t t0) {
       constexpr int M = decltype(count)::value;
       const int seen = visible(a, part, (int)t0 + M - 1) + MR + (int)a->rank, end = seen < part.end ? seen : part.end;
@@ -92,7 +95,7 @@ struct Backward {
             const vec mask = inside(s + v * W, part.begin, visible(a, part, (int)t0 + m));
             const vec decay = masked(load(scratch.weights + at), mask), score = masked(load(scores + at), mask);
             const vec d = masked(r.at[m][v], mask) * decay;
-            store(share.scores + at, load(share.scores + at) + d);
+            store(share.scores + at, add ? load(share.scores + at) + d : d);
             store(scratch.weights + at, decay * score);
             store(scratch.pairs + at, d * score);
           }
@@ -111,31 +114,36 @@ struct Backward {
   // to (d_state, lanes) += state (d_state, head) x (head, lanes) for the rows of a part; sums of the products with
   // `other` (d_state, lanes) over d_state.
   void cross(const Part &part, const float *state, const float *x, const float *other, float *to, float *sums) const {
-    const ls_ssd *a = segment->a;
-    const Sizes &z = segment->z;
-    for_rows(0, a->d_state, [&](auto count, int64_t n) {
-      constexpr int M = decltype(count)::value;
-      for (int s = part.begin & ~(NR - 1); s < part.end; s += NR) {
+    const int64_t N = segment->a->d_state, P = segment->a->d_head, lds = segment->z.lds;
+    const bool add = adds;
+    for (int s = part.begin & ~(NR - 1); s < part.end; s += NR) {
+      const vec mask[NV] = {inside(s, part.begin, part.end), inside(s + W, part.begin, part.end)};
+      vec products[NV] = {};
+      for_rows(0, N, [&](auto count, int64_t n) {
+        constexpr int M = decltype(count)::value;
         Results<M> r;
-        r.add_panels(state + n * NR, a->d_state * NR, x + s, z.lds, a->d_head);
+        r.add_panels(state + n * NR, N * NR, x + s, lds, P);
+        float *at = to + n * lds + s;
+        const float *with = other + n * lds + s;
         LS_UNROLL for (int v = 0; v < NV; ++v) {
-          const vec mask = inside(s + v * W, part.begin, part.end);
-          vec products = load(sums + s + v * W);
+          vec sum_of = products[v];
           LS_UNROLL for (int m = 0; m < M; ++m) {
-            const int64_t at = (n + m) * z.lds + s + v * W;
-            const vec d = masked(r.at[m][v], mask);
-            store(to + at, load(to + at) + d);
-            products = fma(d, load(other + at), products);
+            const vec d = masked(r.at[m][v], mask[v]);
+            store(at + m * lds + v * W, add ? load(at + m * lds + v * W) + d : d);
+            sum_of = fma(d, load(with + m * lds + v * W), sum_of);
           }
-          store(sums + s + v * W, products);
+          products[v] = sum_of;
         }
-      }
-    });
+      });
+      for (int v = 0; v < NV; ++v) store(sums + s + v * W, products[v]);
+    }
   }
 
-  void inputs(const Part &part, const Rows &rows, const Packed &packed, bool live) const {
+  void inputs(const Tile &tile, const Part &part, const Rows &rows, const Packed &packed, bool live) const {
     const ls_ssd *a = segment->a;
     const Sizes &z = segment->z;
+    const float *x = a->x.data + b * a->x.stride_batch + h * a->x_stride_head;
+    const float *dy = a->dy.data + b * a->dy.stride_batch + h * a->dy_stride_head;
     for (int64_t i = 0; i < z.n_head; ++i)
       for_rows(part.begin, part.end, [&](auto count, int64_t s0) {
         constexpr int M = decltype(count)::value;
@@ -143,6 +151,12 @@ struct Backward {
         if (live) {
           r.add(packed.B + s0 * z.lda, z.lda, 1, G + i * a->d_state * NR, NR, a->d_state);
           r.scale(rows.after + s0);
+        }
+        for (int m = 0; m < M; ++m) {  // what is needed soon lies far apart, where no hardware looks ahead
+          const int64_t at = tile.position[s0 + m];
+          __builtin_prefetch(x + at * a->x.stride_time + i * NR + next_x, 0, 2);
+          __builtin_prefetch(dy + at * a->dy.stride_time + i * NR + next_dy, 0, 2);
+          __builtin_prefetch(a->dx + ((b * a->seq_len + at) * a->n_heads + h) * a->d_head + i * NR, 1, 2);
         }
         const int64_t t = visible(a, part, (int)s0) - a->rank;
         r.add(scratch.weights + t * z.lds + s0, 1, z.lds, scratch.v + (i * z.padded + t) * NR, NR, part.end - t);
@@ -177,23 +191,25 @@ struct Backward {
   void give(const Tile &tile, const Part &part, const Rows &rows, const Sums &sums) const {
     const ls_ssd *a = segment->a;
     const Sizes &z = segment->z;
+    const float *x0 = a->x.data + b * a->x.stride_batch + h * a->x_stride_head;
+    const float *dy0 = a->dy.data + b * a->dy.stride_batch + h * a->dy_stride_head;
+    const int64_t P = a->d_head, panel = z.padded * NR;
     for (int j = part.begin; j < part.end; ++j) {
       const int64_t t = tile.position[j], at = (b * a->seq_len + t) * a->n_heads + h;
-      const float *x = a->x.data + b * a->x.stride_batch + t * a->x.stride_time + h * a->x_stride_head;
-      const float *dy = a->dy.data + b * a->dy.stride_batch + t * a->dy.stride_time + h * a->dy_stride_head;
+      const float *x = x0 + t * a->x.stride_time, *dy = dy0 + t * a->dy.stride_time, *du = scratch.du + j * NR;
+      float *dx = a->dx + at * P;
       vec ddt{};
-      for (int64_t p = 0; p < a->d_head; p += W) {
-        const int n = (int)(a->d_head - p < W ? a->d_head - p : W);
-        const vec du = load(scratch.du + (p / NR * z.padded + j) * NR + p % NR), xp = load_n(x + p, n);
-        vec dx = du * splat(rows.dt[j]);
-        ddt = fma(du, xp, ddt);
+      for (int64_t p = 0; p < P; p += W) {
+        const int n = (int)(P - p < W ? P - p : W);
+        const vec d = load(du + p / NR * panel + p % NR), xp = load_n(x + p, n);
+        vec out = d * splat(rows.dt[j]);
+        ddt = fma(d, xp, ddt);
         if (a->D) {
-          const vec dyp = load_n(dy + p, n);
-          const vec D = a->D_of_channels ? load_n(a->D + h * a->d_head + p, n) : splat(a->D[h]);
-          dx = fma(D, dyp, dx);
+          const vec dyp = load_n(dy + p, n), D = a->D_of_channels ? load_n(a->D + h * P + p, n) : splat(a->D[h]);
+          out = fma(D, dyp, out);
           store(dD + p, fma(dyp, xp, load(dD + p)));
         }
-        store_n(a->dx + at * a->d_head + p, dx, n);
+        store_n(dx + p, out, n);
       }
       a->ddt[at] = sum(ddt);
     }
@@ -228,8 +244,6 @@ struct Backward {
     if (a->seq_idx) clear(index);
     const int64_t at_x = b * a->x.stride_batch + h * a->x_stride_head;
     const int64_t at_dy = b * a->dy.stride_batch + h * a->dy_stride_head;
-    prefetch(a->x, at_x, a, z.chunk, index - 1);
-    prefetch(a->dy, at_dy, a, z.chunk, index - 1);
     ssd_take(a->x, at_x, a, z, tile, nullptr, rows.dt, scratch.u);
     ssd_take(a->dy, at_dy, a, z, tile, scratch.v, nullptr, nullptr);
     transpose(z, tile, scratch.u, nullptr, scratch.ut);
@@ -246,7 +260,7 @@ struct Backward {
       const float *before = i || part.fresh ? nullptr : state;
       memset(sums.from_state, 0, sizeof sums.from_state);
       memset(sums.to_state, 0, sizeof sums.to_state);
-      inputs(part, rows, packed, live);
+      inputs(tile, part, rows, packed, live);
       if (live) cross(part, G, scratch.ut, packed.Bt, share.dB, sums.to_state);
       if (before) cross(part, before, scratch.vt, packed.Ct, share.dC, sums.from_state);
       sums.through = retreat(part, rows, packed, before, live);
@@ -269,19 +283,24 @@ void backward_task(int64_t begin, int64_t end, void *context) {
     for (int64_t i = s->tiles; i-- > 0;) {
       const int64_t tile = s->first + i;
       const Share share(s, b, g, block, i);
-      memset(share.dB, 0, sizeof(float) * Share::size(z));
+      const Tile rows(a, z.chunk, b, tile);
+      const bool last = tile + 1 == z.n_tiles, given = tile || a->initial_state, after = !last || a->dfinal;
+      // one part, with states before and after it, fills the shares
+      const bool full = rows.n_parts == 1 && !rows.parts[0].fresh && given && after;
+      if (!full) memset(share.dB, 0, sizeof(float) * Share::size(z));
       for (int64_t h = h0; h < h1; ++h) {
-        const int64_t head = b * a->n_heads + h, last = tile + 1 == z.n_tiles;
+        const int64_t head = b * a->n_heads + h;
         float *G = a->workspace + head * z.state, *dD = a->workspace + a->batch * a->n_heads * z.state + head * z.head;
-        const Backward backward = {s, b, h, Scratch(memory, z), G, dD};
-        if (last) {
-          if (a->dfinal) ssd_pack_state(a, G, a->dfinal + head * a->d_head * a->d_state);
-          memset(dD, 0, sizeof(float) * z.head);
-        }
+        if (last && a->dfinal) ssd_pack_state(a, G, a->dfinal + head * a->d_head * a->d_state);
+        if (last) memset(dD, 0, sizeof(float) * z.head);
+        const bool same_tile = h + 1 < h1;
+        const int64_t heads = same_tile ? 1 : h0 - h, steps = same_tile || !tile ? 0 : -z.chunk;
+        const Backward backward = {s, b, h, Scratch(memory, z), G, dD, !full || h > h0,
+                                   heads * a->x_stride_head + steps * a->x.stride_time,
+                                   heads * a->dy_stride_head + steps * a->dy.stride_time};
         const float *state = a->boundaries + ((b * z.n_tiles + tile) * a->n_heads + h) * z.state;
-        if (!tile && !a->initial_state) state = nullptr;
-        const bool after = last ? a->dfinal != nullptr : true;
-        if (!backward.tile(tile, s->at(b, g, i), share, state, after)) memset(G, 0, sizeof(float) * z.head * a->d_state);
+        const bool live = backward.tile(tile, s->at(b, g, i), share, given ? state : nullptr, after);
+        if (!live) memset(G, 0, sizeof(float) * z.head * a->d_state);
         if (!tile && a->dinitial_state)
           ssd_unpack_state(a, a->dinitial_state + head * a->d_head * a->d_state, G);
       }
