@@ -281,7 +281,12 @@ def _forward(*inputs):  # type: ignore[no-untyped-def]
     layout = _layout(*tensors)
     x, B = layout[0], layout[3]
     y, final_state = x.new_empty(x.shape), x.new_empty(x.shape[0], *x.shape[2:], B.shape[3])
-    boundaries = x.new_empty(boundaries_shape(x, B, rank) if keep else 0)
+    boundaries = x.new_empty(0)
+    if keep:
+        shape = boundaries_shape(x, B, rank)
+        boundaries = (x.new_empty if shape[3] == x.shape[3] else x.new_zeros)(shape)  # padding is unwritten,
+        if layout[6] is None:
+            boundaries[:, 0] = 0.0  # and so is a state of zero
     rest = (seq_idx, y, final_state, boundaries if keep else None)
     _run("ls_ssd_forward", _fields(layout, rank, rest), [0] * 12)
     return y, final_state, boundaries
