@@ -277,7 +277,7 @@ def _forward(*inputs):  # type: ignore[no-untyped-def]
     *tensors, seq_idx, rank, keep = inputs
     if not _use_native(rank, *tensors):
         y, final_state = _ssd_chunked.composite(*inputs[:-1])
-        return y, final_state.clone(), y.new_empty(0)
+        return y.contiguous(), final_state.clone(), y.new_empty(0)
     layout = _layout(*tensors)
     x, B = layout[0], layout[3]
     y, final_state = x.new_empty(x.shape), x.new_empty(x.shape[0], *x.shape[2:], B.shape[3])
@@ -304,7 +304,8 @@ def _native_step(*inputs: Tensor | None) -> Tensor:
 def _backward(*inputs):  # type: ignore[no-untyped-def]
     *tensors, seq_idx, rank, boundaries, dy, dfinal = inputs
     if not boundaries.numel() or not _use_native(rank, *tensors, dy, dfinal):
-        return _ssd_chunked.backward(*tensors, seq_idx, rank, dy, dfinal)  # type: ignore[call-arg]
+        plain = _ssd_chunked.backward(*tensors, seq_idx, rank, dy, dfinal)  # type: ignore[call-arg]
+        return tuple(gradient.contiguous() for gradient in plain)
     gradients = [tensors[0].new_empty(0 if t is None else t.shape) for t in tensors]
     layout, dy, dfinal = _layout(*tensors), _native.rows(dy), _native.dense(dfinal)
     rest = [*_native.row_fields(dy), dy.stride(2), _native.pointer(dfinal)]
