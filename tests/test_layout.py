@@ -27,21 +27,10 @@ ROOMS = (
 )
 # inside models/common, in order too
 COMMON = (
-    *("layers", "model", "entry", "losses", "state_file", "growable", "state", "native_decode", "mixer"),
-    *(
-        "packing",
-        "attention",
-        "feed_forward",
-        "experts",
-        "backbone",
-        "language_model",
-        "state_space",
-        "lti",
-        "dense_lti",
-        "quantization",
-    ),
-    *("encoder_decoder", "summary", "hippo_measures", "patches", "vision", "patch_tokens"),
-    *("gated_mlp", "trapezoid"),
+    *("layers", "model", "entry", "losses", "state_file", "growable", "state", "mixer", "packing"),
+    *("backbone", "native_decode", "attention", "conv_attention", "feed_forward", "experts"),
+    *("language_model", "state_space", "lti", "dense_lti", "quantization", "encoder_decoder", "summary"),
+    *("hippo_measures", "patches", "vision", "patch_tokens", "gated_mlp", "trapezoid"),
 )
 PARENTS = {
     **{entry.name: entry.parents for entry in MODELS.values()},
