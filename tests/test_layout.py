@@ -28,21 +28,9 @@ ROOMS = (
 # inside models/common, in order too
 COMMON = (
     *("layers", "model", "entry", "losses", "state_file", "growable", "state", "native_decode", "mixer"),
-    *(
-        "packing",
-        "attention",
-        "feed_forward",
-        "experts",
-        "backbone",
-        "native_stack",
-        "language_model",
-        "state_space",
-        "lti",
-        "dense_lti",
-        "quantization",
-    ),
-    *("encoder_decoder", "summary", "hippo_measures", "patches", "vision", "patch_tokens"),
-    *("gated_mlp", "trapezoid"),
+    *("packing", "attention", "conv_attention", "feed_forward", "experts", "backbone", "native_stack"),
+    *("language_model", "state_space", "lti", "dense_lti", "quantization", "encoder_decoder", "summary"),
+    *("hippo_measures", "patches", "vision", "patch_tokens", "gated_mlp", "trapezoid"),
 )
 PARENTS = {
     **{entry.name: entry.parents for entry in MODELS.values()},

@@ -147,7 +147,7 @@ def test_names_there_and_back() -> None:
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "'layer_types'"),
         ({"pruned_heads": {"0": [1]}}, "unknown field 'pruned_heads'"),
         ({"hidden_act": ["silu"]}, "hidden_act: expected 'silu'"),
-        ({"model_type": "mamba2"}, "'mamba2' is another model"),
+        ({"model_type": "llama4"}, "'llama4' is another model"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(map(str, value)),
 )

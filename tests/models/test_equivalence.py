@@ -244,9 +244,9 @@ def mamba3_config(pick: Callable[..., Any]) -> Mamba3Config:
 
 
 def hybrid_config(pick: Callable[..., Any]) -> HybridConfig:
-    d_model = pick(6, 12)
+    d_model, pattern = pick(6, 12), pick("M*", "P-", "EP", "-*M", "m-*E")
     return HybridConfig(
-        pattern=pick("M*", "P-", "EP", "-*M", "m-*E"),
+        pattern=pattern,
         vocab_size=11,
         d_model=d_model,
         n_heads=2,
@@ -254,6 +254,7 @@ def hybrid_config(pick: Callable[..., Any]) -> HybridConfig:
         d_head=pick(4, 8),
         rope_theta=pick(None, 50.0),
         rotary_fraction=pick(1.0, 0.5),
+        attention_conv=0 if "P" in pattern else pick(0, 3),
         d_ssm=12,
         d_ssm_head=pick(1, 3),
         n_ssm_groups=pick(1, 2),

@@ -91,7 +91,7 @@ def test_a_pattern_is_repeated_to_the_number_of_layers() -> None:
         ({"n_active_experts": 5}, "n_active_experts: expected at most 4 experts, got 5"),
         ({"n_expert_groups": 3}, "n_expert_groups: expected a divisor of 4 experts"),
         ({"n_expert_groups": 2, "n_active_groups": 3}, "n_active_groups: expected at most 2"),
-        ({"n_ssm_groups": 3}, "n_groups: expected a divisor of 4 heads"),
+        ({"n_ssm_groups": 3}, "n_groups: expected a divisor of 4 recurrent heads"),
         ({"pattern": "m", "d_ssm": 12}, "d_ssm: expected a multiple of d_model = 8"),
         ({"pattern": "m", "ssm_in_bias": True}, "ssm_out_bias: expected ssm_in_bias"),
         ({"d_ssm": 10}, "d_head: expected a divisor of 10"),

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from longscan import ops
 from longscan.models.common.attention import Attention, AttentionPlan
+from longscan.models.common.conv_attention import ConvAttention
 from longscan.models.common.entry import LANGUAGE, ModelEntry
 from longscan.models.common.experts import Experts
 from longscan.models.common.feed_forward import Pointwise, SquaredReLU, SwiGLU
@@ -195,7 +196,9 @@ def _block(config: HybridConfig, letter: str, generator: torch.Generator | None)
         )
         return HybridBlock(config, mixer, config.ssm_in_multiplier, config.ssm_out_multiplier)
     if letter == "*":
-        attention = Attention(config.attention, generator)
+        attention: Mixer[Any] = Attention(config.attention, generator)
+        if config.attention_conv:
+            attention = ConvAttention(config.attention, config.attention_conv, generator)
         return HybridBlock(config, attention, config.attention_in_multiplier, config.attention_out_multiplier)
     if letter == "P":
         return HybridBlock(config, Parallel(config, generator))

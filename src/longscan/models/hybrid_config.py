@@ -1,6 +1,7 @@
 """The configuration of a hybrid, and the sizes that are published; see `hybrid`."""
 
 import dataclasses
+import math
 from typing import Any, ClassVar, Literal, TypeAlias
 
 from longscan.errors import LongscanError
@@ -69,6 +70,7 @@ class HybridConfig(PatternConfig):
     rotary_fraction: float = 1.0  # of each head that rotates
     attention_multiplier: float | None = None  # scale of the scores; None is d_head ** -0.5
     attention_bias: bool = False
+    attention_conv: int = 0  # taps of a convolution of queries, keys and values; 0: there is none
     max_positions: int = 2048  # the context length; longer sequences work, with a warning
 
     d_ssm: int | None = None  # channels of the recurrence; None is 2 d_model
@@ -80,7 +82,7 @@ class HybridConfig(PatternConfig):
     conv_bias: bool = True
     ssm_in_bias: bool = False
     ssm_out_bias: bool = False
-    dt_limit: tuple[float, float] | None = None  # of Mamba-2; None is 0 and infinity
+    dt_limit: tuple[float, float | None] | None = None  # of Mamba-2: least and largest
     dt_rank: int | None = None  # R of Mamba; None is d_model / 16, rounded up
     inner_norms: Literal["none", "plain", "learned"] = "none"  # of Mamba's dt, B and C
 
@@ -124,12 +126,15 @@ class HybridConfig(PatternConfig):
         self.check("n_heads", "n_kv_heads", "d_head", "max_positions", "d_ff")
         self.check("d_ssm", "d_ssm_head", "n_ssm_groups", "d_state", "d_conv", "dt_rank")
         self.check("n_experts", "n_active_experts", "d_expert", "n_expert_groups", "n_active_groups")
-        self.check("d_shared_expert", "d_latent", least=0)
+        self.check("d_shared_expert", "d_latent", "attention_conv", least=0)
         self.check("rope_theta", "attention_multiplier", "logits_divisor", above=0)
         self.check("rotary_fraction", above=0, most=1)
-        if self.dt_limit is not None and not 0 <= self.dt_limit[0] < self.dt_limit[1]:
-            low, high = self.dt_limit
-            raise LongscanError(f"dt_limit: expected 0 <= least < largest, got {low} and {high}.")
+        if self.dt_limit is not None:
+            low, high = self.dt_limit[0], math.inf if self.dt_limit[1] is None else self.dt_limit[1]
+            if not 0 <= low < high:
+                raise LongscanError(f"dt_limit: expected 0 <= least < largest, got {low} and {high}.")
+        if self.attention_conv and "P" in self.pattern:
+            raise LongscanError("attention_conv: expected 0 for the 'P' of the pattern; or use M and *.")
         if self.n_heads and self.d_head is None and self.d_model % self.n_heads:
             got = f"{self.d_model} and {self.n_heads}"
             raise LongscanError(f"n_heads: expected a divisor of d_model, got {got}. Or set d_head.")
@@ -205,7 +210,7 @@ class HybridConfig(PatternConfig):
             n_kv_heads=self.n_heads if self.n_kv_heads is None else self.n_kv_heads,
             d_head=self.head_width,
             rope_theta=self.rope_theta,
-            d_rotary=int(self.head_width * self.rotary_fraction),
+            d_rotary=round(self.head_width * self.rotary_fraction),
             scale=scale * self.key_multiplier,  # which is linear in the keys
             bias=self.attention_bias,
             max_positions=self.max_positions,

@@ -61,6 +61,7 @@ def _official(name: str) -> Format:
     """Import the layout in which a model's authors publish it."""
     if name == "mamba":
         return official.FORMAT
+    name = "official_hybrid" if name == "hybrid" else name
     return cast(Format, importlib.import_module(f"{__name__}.{name}").OFFICIAL)
 
 
@@ -79,7 +80,7 @@ FORMATS: Mapping[str, Format] = LazyMapping(
 )
 #: the authors' own layouts, by the name of the model
 OFFICIAL: Mapping[str, Format] = LazyMapping(
-    {name: partial(_official, name) for name in official.LAYERS.values()}
+    {name: partial(_official, name) for name in (*official.LAYERS.values(), "hybrid")}
 )
 #: of the families of hybrids, by the model_type of their config.json
 HYBRIDS: Mapping[str, Format] = LazyMapping(
@@ -108,7 +109,7 @@ def find_format(raw: Mapping[str, Any]) -> tuple[str, Format]:
     """
     if "model_type" not in raw:
         if "d_model" in raw:
-            stated = official.LAYERS[official.layer_of(raw)]
+            stated = official.model_of(raw)
             return stated, OFFICIAL[stated]
         raise LongscanError(
             "neither a Hugging Face configuration (no model_type) nor an official Mamba one (no d_model)."

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from longscan.checkpoints.formats.base import check_fields
 from longscan.errors import LongscanError
 from longscan.models import HybridConfig
@@ -25,7 +23,7 @@ __all__ = [
 ]
 
 MAX_LAYERS = 10_000
-LARGEST = torch.finfo(torch.float32).max  # stands for infinity, which JSON has no number for
+INFINITE = ("Infinity", "inf", float("inf"))  # as files have it: JSON has no number for it
 
 # of Mamba-2, in most families
 MAMBA = {
@@ -95,8 +93,8 @@ def ssm_widths(fields: Mapping[str, Any], channels: int) -> dict[str, int]:
     return {"d_ssm": channels, "d_ssm_head": d_head}
 
 
-def dt_limit(fields: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return the least and largest time step; None if that is no limit.
+def dt_limit(fields: Mapping[str, Any]) -> tuple[float, float | None] | None:
+    """Return the least and largest time step, None if there is no largest; None if there is no limit.
 
     Args:
         fields: theirs; infinity is written in several ways.
@@ -107,15 +105,16 @@ def dt_limit(fields: Mapping[str, Any]) -> tuple[float, float] | None:
     limit = fields.get("time_step_limit")
     if limit is None:
         return None
-    numbers = []
+    numbers: list[float | None] = []
     for value in limit if isinstance(limit, list) else []:
         value = value.get("__float__") if isinstance(value, dict) else value
-        value = LARGEST if value in ("Infinity", "inf", float("inf")) else value
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            numbers.append(min(float(value), LARGEST))
-    if len(numbers) != 2:
+        if value in INFINITE or value is None:
+            numbers.append(None)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            numbers.append(float(value))
+    if len(numbers) != 2 or numbers[0] is None:
         raise LongscanError(f"time_step_limit: expected two numbers, got {limit!r}.")
-    return None if numbers == [0, LARGEST] else (numbers[0], numbers[1])
+    return None if numbers == [0, None] else (numbers[0], numbers[1])
 
 
 def written_limit(config: HybridConfig) -> dict[str, Any]:
@@ -124,7 +123,10 @@ def written_limit(config: HybridConfig) -> dict[str, Any]:
     Args:
         config: ours.
     """
-    return {} if config.dt_limit is None else {"time_step_limit": list(config.dt_limit)}
+    if config.dt_limit is None:
+        return {}
+    least, largest = config.dt_limit
+    return {"time_step_limit": [least, {"__float__": "Infinity"} if largest is None else largest]}
 
 
 def rotation(fields: Mapping[str, Any], fraction: float = 1.0) -> float:

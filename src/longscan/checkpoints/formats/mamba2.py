@@ -6,6 +6,7 @@ saved in longscan's own layout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,7 @@ from longscan.checkpoints.formats.own import KEY, own
 from longscan.errors import LongscanError
 from longscan.models import Mamba2Config
 
-__all__ = ["FORMAT", "OFFICIAL"]
+__all__ = ["FORMAT", "IDLE_SSM_CFG", "OFFICIAL", "SSM_CFG", "from_authors", "to_authors"]
 
 LARGEST = 3.4028234663852886e38  # of float32
 
@@ -81,6 +82,20 @@ SSM_CFG = {
 }
 # how kernels divide the work, and an initialisation
 IDLE_SSM_CFG = ("chunk_size", "use_mem_eff_path", "process_group", "sequence_parallel", "conv_init")
+
+
+def dt_limit(stated: Any) -> Any:
+    """Return the limit of dt of a Mamba-2 as our Configs have it: without infinity, and None if it is none.
+
+    Args:
+        stated: their pair; JSON has no infinity, and transformers 5 writes {"__float__": "Infinity"}.
+    """
+    if not isinstance(stated, list | tuple) or len(stated) != 2:
+        return stated
+    low, high = stated
+    if high in (math.inf, {"__float__": "Infinity"}):
+        return None if low == 0 else (low, None)
+    return low, high
 
 
 def _read(raw: Mapping[str, Any], tokenizer_size: int | None) -> Mamba2Config:
@@ -157,8 +172,15 @@ def _ours(name: str) -> str | None:
 FORMAT = Format(read=_read, write=_write, ours=_ours, theirs=theirs, copy=TIED_HEAD)
 
 
-def _from_authors(raw: Mapping[str, Any]) -> Mamba2Config:
-    """Return the Config of the authors' fields, those of ssm_cfg among them."""
+def from_authors(raw: Mapping[str, Any]) -> Mamba2Config:
+    """Return the Config of the authors' fields.
+
+    Args:
+        raw: those of ssm_cfg among them.
+
+    Raises:
+        LongscanError: one is impossible.
+    """
     gate = {
         (True, False): "gate-first",
         (True, True): "norm-first",
@@ -177,8 +199,12 @@ def _from_authors(raw: Mapping[str, Any]) -> Mamba2Config:
     )
 
 
-def _to_authors(config: Mamba2Config) -> dict[str, Any]:
-    """Return ssm_cfg."""
+def to_authors(config: Mamba2Config) -> dict[str, Any]:
+    """Return ssm_cfg.
+
+    Args:
+        config: ours.
+    """
     usual = Mamba2Config(d_model=config.d_head, n_layers=1, vocab_size=1, d_head=config.d_head)
     fields = {
         theirs: getattr(config, ours)
@@ -192,5 +218,5 @@ def _to_authors(config: Mamba2Config) -> dict[str, Any]:
 
 
 OFFICIAL = official(
-    "Mamba2", _from_authors, _to_authors, (*SSM_CFG, "rmsnorm", "norm_before_gate"), IDLE_SSM_CFG
+    "Mamba2", from_authors, to_authors, (*SSM_CFG, "rmsnorm", "norm_before_gate"), IDLE_SSM_CFG
 )

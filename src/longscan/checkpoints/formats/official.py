@@ -14,7 +14,17 @@ from longscan.checkpoints.formats.mamba import ONLY, build_mamba, ours, usual_ra
 from longscan.errors import LongscanError
 from longscan.models import LanguageModelConfig, MambaConfig
 
-__all__ = ["FIELDS", "FORMAT", "LAYERS", "layer_of", "official"]
+__all__ = [
+    "FIELDS",
+    "FORMAT",
+    "LAYERS",
+    "NORM_EPS",
+    "SSM_CFG",
+    "layer_of",
+    "model_of",
+    "official",
+    "to_authors",
+]
 
 LAYERS = {
     "Mamba1": "mamba",
@@ -58,6 +68,17 @@ def layer_of(raw: Mapping[str, Any]) -> str:
             f"ssm_cfg: layer: expected {', '.join(map(repr, LAYERS))}, got {layer!r}: not computed here."
         )
     return layer
+
+
+def model_of(raw: Mapping[str, Any]) -> str:
+    """Return the name of the model that an official config.json describes; see `layer_of`.
+
+    Args:
+        raw: its content.
+    """
+    name = LAYERS[layer_of(raw)]
+    has_mlp = bool(raw.get("d_intermediate")) and name != "mamba3"  # which has it in its blocks
+    return "hybrid" if has_mlp or raw.get("attn_layer_idx") else name
 
 
 def official(
@@ -110,8 +131,12 @@ def _read(raw: Mapping[str, Any]) -> MambaConfig:
     return build_mamba(raw, {**FIELDS, **SSM_CFG})
 
 
-def _write(config: MambaConfig) -> dict[str, Any]:
-    """Return ssm_cfg of a Mamba-1."""
+def to_authors(config: MambaConfig) -> dict[str, Any]:
+    """Return ssm_cfg of a Mamba-1.
+
+    Args:
+        config: ours.
+    """
     if config.inner_norms != "none":
         raise LongscanError(
             f"the official layout has no field for inner_norms = {config.inner_norms}: use the Hugging Face "
@@ -121,4 +146,4 @@ def _write(config: MambaConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in SSM_CFG if getattr(config, name) != getattr(usual, name)}
 
 
-FORMAT = official("Mamba1", _read, _write, SSM_CFG, ("use_fast_path",))
+FORMAT = official("Mamba1", _read, to_authors, SSM_CFG, ("use_fast_path",))

@@ -188,7 +188,24 @@ class Attention(Mixer[KV]):
             plan: likewise.
             adapters: of q_proj, k_proj and v_proj: they map x too, and are added.
         """
-        q, k, v = self._project(x, plan, adapters)  # (batch, seq_len, heads, d_head) each
+        return self.attend(self.project(x, adapters), state, plan)
+
+    def project(self, x: Tensor, adapters: Sequence[nn.Module] = ()) -> list[Tensor]:
+        """Return queries, keys and values, (..., heads d_head), of x (..., d_input); see `forward`."""
+        projected = [proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        if adapters:
+            projected = [y + adapter(x) for y, adapter in zip(projected, adapters, strict=True)]
+        return projected
+
+    def attend(self, projected: Sequence[Tensor], state: KV | None, plan: AttentionPlan) -> tuple[Tensor, KV]:
+        """Attend to the past.
+
+        Args:
+            projected: see `project`.
+            state: see `Mixer.forward`.
+            plan: likewise.
+        """
+        q, k, v = self._rotated(projected, plan)  # (batch, seq_len, heads, d_head) each
         if state is not None and plan.past:
             k = torch.cat([state.k[:, : plan.past], k], 1)
             v = torch.cat([state.v[:, : plan.past], v], 1)
@@ -207,13 +224,17 @@ class Attention(Mixer[KV]):
         self, x: Tensor, state: KV, plan: AttentionPlan, /, adapters: Sequence[nn.Module] = ()
     ) -> Tensor:
         """Attend to the past of one more token per row; the cache has capacity. See `forward`."""
-        q, k, v = self._project(x, plan, adapters)  # (batch, heads, d_head) each
+        return self.attend_step(self.project(x, adapters), state, plan)
+
+    def attend_step(self, projected: Sequence[Tensor], state: KV, plan: AttentionPlan) -> Tensor:
+        """Attend to the past of one more token per row; see `attend`."""
+        q, k, v = self._rotated(projected, plan)  # (batch, heads, d_head) each
         k, v = k.to(state.k.dtype), v.to(state.v.dtype)  # autocast may have been switched on or off
         end = plan.past + 1
         if plan.mask is None:
             state.k[:, plan.past], state.v[:, plan.past] = k, v
         else:
-            rows = torch.arange(len(x), device=x.device)
+            rows = torch.arange(len(k), device=k.device)
             state.k[rows, plan.length], state.v[rows, plan.length] = k, v
         state.length.add_(1)
         y = attention(q[:, None], state.k[:, :end], state.v[:, :end], mask=plan.mask, scale=self.layer.scale)
@@ -230,14 +251,9 @@ class Attention(Mixer[KV]):
         weights = ops.AttentionWeights(q, k, v, o, sizes.d_head, scale, frequencies=frequencies)
         return [ops.Sublayer(weights, layer, norm)]
 
-    def _project(
-        self, x: Tensor, plan: AttentionPlan, adapters: Sequence[nn.Module]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rotated queries and keys, and values, (..., heads, d_head), of x (..., d_input)."""
-        wide = [proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj)]
-        if adapters:
-            wide = [y + adapter(x) for y, adapter in zip(wide, adapters, strict=True)]
-        q, k, v = (y.unflatten(-1, (-1, self.layer.d_head)) for y in wide)
+    def _rotated(self, projected: Sequence[Tensor], plan: AttentionPlan) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated queries and keys, and values, (..., heads, d_head); see `project`."""
+        q, k, v = (y.view(*y.shape[:-1], -1, self.layer.d_head) for y in projected)
         if plan.cos is None or plan.sin is None:
             return q, k, v
         cos, sin = plan.cos.to(q.dtype), plan.sin.to(q.dtype)
