@@ -311,6 +311,12 @@ def test_a_file_that_does_not_say_it_rotates(tmp_path: Path) -> None:
     assert load(path)[0].config == load(tmp_path / "a.gguf")[0].config
 
 
+def test_one_epsilon_of_a_nemotron_h_may_be_missing(tmp_path: Path) -> None:
+    save_gguf(make("nemotron", norm_eps=1e-4), tmp_path / "a.gguf", None)
+    path = rewritten(tmp_path / "a.gguf", attention__layer_norm_rms_epsilon=None)
+    assert load(path)[0].config.norm_eps == 1e-4
+
+
 def test_a_bamba_is_read(tmp_path: Path) -> None:
     """Half of each head rotates; the order of its rows in the file is that of whole heads all the same."""
     model = make("granite rope")
