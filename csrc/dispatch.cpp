@@ -116,18 +116,46 @@ static bool bad(const ls_matrix *m) {
 static bool wrong(const ls_matrix *m, int64_t n_out, int64_t n_in) {
   return bad(m) || m->n_out != n_out || m->n_in != n_in;
 }
+static bool bad(const ls_mamba *l, int64_t d_model) {
+  return l->d_state < 1 || l->d_state > LS_MAX_STATE || l->d_conv < 1 || l->d_conv > LS_MAX_CONV ||
+         wrong(&l->in_proj, 2 * l->d_inner, d_model) || wrong(&l->out_proj, d_model, l->d_inner) ||
+         wrong(&l->x_proj, l->dt_rank + 2 * l->d_state, l->d_inner) || wrong(&l->dt_proj, l->d_inner, l->dt_rank);
+}
+static bool bad(const ls_mamba2 *l, int64_t d_model) {
+  const int64_t E = l->n_heads * l->d_head;
+  return l->d_state < 1 || l->d_conv < 1 || l->d_conv > LS_MAX_CONV || l->n_groups < 1 || l->n_heads % l->n_groups ||
+         wrong(&l->in_proj, 2 * E + 2 * l->n_groups * l->d_state + l->n_heads, d_model) ||
+         wrong(&l->out_proj, d_model, E);
+}
+static bool bad(const ls_attention *l, int64_t d_model) {
+  const int64_t kv = l->n_kv_heads * l->d_head;
+  return l->n_kv_heads < 1 || l->n_heads % l->n_kv_heads || l->n_rotated % 2 || l->n_rotated > l->d_head ||
+         wrong(&l->q_proj, l->n_heads * l->d_head, d_model) || wrong(&l->k_proj, kv, d_model) ||
+         wrong(&l->v_proj, kv, d_model) || wrong(&l->o_proj, d_model, l->n_heads * l->d_head);
+}
+static bool bad(const ls_mlp *l, int64_t d_model) {
+  return (l->gated && wrong(&l->gate_proj, l->up_proj.n_out, d_model)) ||
+         wrong(&l->up_proj, l->up_proj.n_out, d_model) || wrong(&l->down_proj, d_model, l->up_proj.n_out);
+}
+static bool bad(const ls_decode *a, const ls_sublayer *layer) {
+  const int64_t D = a->d_model;
+  if (layer->kind == LS_MLP) return bad((const ls_mlp *)layer->weights, D);
+  if (layer->state < 0 || layer->state >= a->n_states) return true;
+  const ls_state *state = a->states + layer->state;
+  if (layer->kind == LS_ATTENTION) {
+    for (int64_t b = 0; b < a->batch; ++b)
+      if (state->length[b] < 0 || state->length[b] + a->steps > state->capacity) return true;
+    return bad((const ls_attention *)layer->weights, D);
+  }
+  return layer->kind == LS_MAMBA ? bad((const ls_mamba *)layer->weights, D)
+                                 : layer->kind != LS_MAMBA2 || bad((const ls_mamba2 *)layer->weights, D);
+}
 static bool bad(const ls_decode *a) {
-  if (a->batch < 1 || a->steps < 1 || a->threads < 1 || a->n_layers < 1 || a->d_state < 1 ||
-      a->d_state > LS_MAX_STATE || a->d_conv < 1 || a->d_conv > LS_MAX_CONV || bad(&a->embedding) ||
+  if (a->batch < 1 || a->steps < 1 || a->threads < 1 || a->n_layers < 1 || bad(&a->embedding) ||
       wrong(&a->embedding, a->embedding.n_out, a->d_model) || wrong(&a->head, a->head.n_out, a->d_model))
     return true;
-  for (int64_t l = 0; l < a->n_layers; ++l) {
-    const ls_layer *layer = a->layers + l;
-    if (wrong(&layer->in_proj, 2 * a->d_inner, a->d_model) || wrong(&layer->out_proj, a->d_model, a->d_inner) ||
-        wrong(&layer->x_proj, a->dt_rank + 2 * a->d_state, a->d_inner) ||
-        wrong(&layer->dt_proj, a->d_inner, a->dt_rank))
-      return true;
-  }
+  for (int64_t l = 0; l < a->n_layers; ++l)
+    if (bad(a, a->layers + l)) return true;
   for (int64_t i = 0; i < a->batch * a->steps; ++i)
     if (a->ids[i] < 0 || a->ids[i] >= a->embedding.n_out) return true;
   return false;

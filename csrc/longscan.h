@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-enum { LS_ABI_VERSION = 6, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_ORDER = 4096, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
+enum { LS_ABI_VERSION = 7, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_ORDER = 4096, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
 enum { LS_ACTIVATIONS = 256 };  // activations that share a scale when they are rounded to 16 bits
 
 // torch's thread pool: run task(begin, end, context) over pieces of [begin, end). Null means one thread.
@@ -118,21 +118,68 @@ typedef struct {
   const float *bias;         // (n_out) or null
 } ls_matrix;
 
-// A Mamba block with its norm. The bias of dt_proj enters the softplus.
-typedef struct {
-  const float *norm;
-  ls_matrix in_proj, x_proj, dt_proj, out_proj;
-  const float *conv_weight, *conv_bias;  // (d_conv, d_inner), (d_inner) or null
-  const float *A, *D;                    // (d_inner, d_state) in powers of two: -exp(A_log) log2(e); (d_inner)
-  const float *dt_norm, *B_norm, *C_norm;  // (dt_rank), (d_state) twice; null: all 1
-} ls_layer;
+// The sublayers of a model for decoding, each residual += out_scale f(in_scale norm(residual)); f by its kind. An absent
+// weight is null. States: see ls_state.
+enum { LS_MAMBA = 0, LS_MAMBA2 = 1, LS_ATTENTION = 2, LS_MLP = 3 };
 
-// A few tokens for every row of a batch, through all blocks. States advance in place.
+// Mamba: conv and ssm. The bias of dt_proj enters the softplus.
 typedef struct {
-  int64_t batch, steps, threads, n_layers, d_model, d_inner, d_state, d_conv, dt_rank;
-  double eps, inner_eps;  // inner_eps: of the norms of dt, B and C; negative: there are none
-  const ls_layer *layers;
-  float *const *conv_states, *const *ssm_states;  // of each layer: (batch, d_conv - 1, d_inner), (batch, d_inner, d_state)
+  int64_t d_inner, d_state, d_conv, dt_rank;
+  double inner_eps;  // of the norms of dt, B and C; negative: there are none
+  ls_matrix in_proj, x_proj, dt_proj, out_proj;
+  const float *conv_weight, *conv_bias;    // (d_conv, d_inner), (d_inner)
+  const float *A, *D;                      // (d_inner, d_state) in powers of two: -exp(A_log) log2(e); (d_inner)
+  const float *dt_norm, *B_norm, *C_norm;  // (dt_rank), (d_state) twice; null: all 1
+} ls_mamba;
+
+// Mamba-2: conv and ssm. in_proj yields [z; x; B; C; dt].
+enum { LS_NO_NORM = 0, LS_GATE_FIRST = 1, LS_NORM_FIRST = 2 };
+typedef struct {
+  int64_t n_heads, d_head, n_groups, d_state, d_conv, order, D_per_channel;
+  double eps, dt_least, dt_most;
+  ls_matrix in_proj, out_proj;
+  const float *factors;                  // (n_out of in_proj), of its outputs
+  const float *conv_weight, *conv_bias;  // (d_conv, channels of x, B and C), (channels)
+  const float *dt_bias, *A, *D, *norm;   // (n_heads), A in powers of two; D (n_heads) or (n_heads d_head); (n_heads d_head)
+} ls_mamba2;
+
+// Causal attention with a KV cache: k, v and length. The first n_rotated numbers of a head turn, halves as pairs.
+typedef struct {
+  int64_t n_heads, n_kv_heads, d_head, n_rotated;
+  double scale, key_scale;
+  ls_matrix q_proj, k_proj, v_proj, o_proj;  // of one format but for o_proj
+  const float *frequencies;                  // (n_rotated / 2)
+} ls_attention;
+
+// down_proj (act(gate_scale gate_proj x) * up_proj x), or down_proj act(up_proj x) without a gate.
+enum { LS_SILU = 0, LS_RELU2 = 1 };
+typedef struct {
+  int64_t activation, gated;
+  double gate_scale;
+  ls_matrix gate_proj, up_proj, down_proj;  // gate_proj and up_proj of one format
+} ls_mlp;
+
+typedef struct {
+  int64_t kind, state;  // state: index among the states
+  double in_scale, out_scale;
+  const float *norm;    // (d_model); null: the input is that of the sublayer before
+  const void *weights;  // an ls_mamba, ls_mamba2, ls_attention or ls_mlp
+} ls_sublayer;
+
+// What a layer remembers: conv (batch, d_conv - 1, channels), ssm (batch, d_inner or n_heads d_head, d_state), k and v
+// (batch, capacity, n_kv_heads, d_head), length (batch). The caller adds the new tokens to length afterwards.
+typedef struct {
+  float *conv, *ssm, *k, *v;
+  const int64_t *length;
+  int64_t capacity;
+} ls_state;
+
+// A few tokens for every row of a batch, through all sublayers. States advance in place.
+typedef struct {
+  int64_t batch, steps, threads, n_layers, d_model, n_states;
+  double eps, embedding_scale, head_scale;
+  const ls_sublayer *layers;
+  const ls_state *states;
   ls_matrix embedding, head;
   const float *norm_f;
   const int64_t *ids;  // (batch, steps)

@@ -41,6 +41,7 @@ COMMON = (
         "quantization",
     ),
     *("encoder_decoder", "summary", "hippo_measures", "patches", "vision", "patch_tokens"),
+    *("gated_mlp", "trapezoid"),
 )
 PARENTS = {
     **{entry.name: entry.parents for entry in MODELS.values()},
@@ -55,6 +56,7 @@ MAX_LINES = 350
 # longer ones, and why they are one idea
 LONG: dict[str, str] = {
     "inference/engine": "one class: the slots, and how rows join, decode and leave",
+    "models/mamba2": "one paper: the sizes of a mixer, the mixer and the model",
     "models/hybrid": "one idea: the letters, their sizes, and the published patterns of them",
     "models/transformer": "one paper: attention, layer and model are read together",
     "models/bert": "one paper: the encoder, its two heads and the pre-training loss",
@@ -164,7 +166,7 @@ def test_a_model_file_names_the_parents_of_its_entry(entry: ModelEntry) -> None:
     text = ast.get_docstring(ast.parse((SOURCE / "models" / f"{entry.name}.py").read_text())) or ""
     told = re.search(r"Parents?: (.*?)\n\n", text, re.DOTALL)
     assert told or not entry.parents
-    words = told[1].lower().replace(" ", "_") if told else ""
+    words = told[1].lower().replace(" ", "_").replace("-", "") if told else ""
     missing = [name for name in entry.parents if name not in words]
     assert not missing, f"{entry.name}: Parent(s) in the docstring leaves out {missing}"
 

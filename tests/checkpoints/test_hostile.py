@@ -233,7 +233,7 @@ def test_impossible_config(saved: Path, changes: dict[str, Any], expected: str) 
 
 
 OFFICIAL_IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
-    "mamba2": ({"ssm_cfg": {"layer": "Mamba9"}}, "'Mamba2', got 'Mamba9'"),
+    "mamba2": ({"ssm_cfg": {"layer": "Mamba9"}}, "'Mamba3', got 'Mamba9'"),
     "attention": ({"attn_layer_idx": [1]}, "attn_layer_idx: expected [], got [1]"),
     "mlp": ({"d_intermediate": 64}, "d_intermediate: expected 0, got 64"),
     "unknown": ({"n_layers": 2}, "unknown field 'n_layers'; did you mean 'n_layer'?"),

@@ -28,6 +28,7 @@ from longscan.models import (
     LlamaConfig,
     LSSLConfig,
     LSTMConfig,
+    Mamba3Config,
     MambaConfig,
     S4Config,
     S4DConfig,
@@ -43,7 +44,7 @@ ROUGHER = {  # each with its reason
     # gradients pass through powers of A, whose P and B lie far from their start here
     ("s4", torch.float64): 5e-11,
 }
-THOROUGH = ("mamba", "llama")  # drawn more often than those whose pieces other tests try too
+THOROUGH = ("mamba", "llama", "mamba3")  # drawn more often than those whose pieces other tests try too
 
 Rows = list[Tensor]
 Reading = tuple[list[Tensor], list[State]]
@@ -222,6 +223,25 @@ def s4d_config(pick: Callable[..., Any]) -> S4DConfig:
     )
 
 
+def mamba3_config(pick: Callable[..., Any]) -> Mamba3Config:
+    d_head = pick(1, 2, 4)
+    return Mamba3Config(
+        d_model=8,
+        n_layers=2,
+        vocab_size=11,
+        d_state=pick(4, 5, 16),
+        d_head=d_head,
+        n_groups=pick(1, 2),
+        expand=pick(1, 2),
+        mimo_rank=pick(None, None, 1, 3),
+        rope_fraction=pick(0.5, 1.0),
+        A_activation=pick("heavy-tail", "heavy-tail", "softplus"),
+        outproj_norm=d_head > 1 and pick(False, True),  # of one channel it leaves the sign only
+        d_intermediate=pick(0, 5),
+        tie_embeddings=pick(True, False),
+    )
+
+
 def hybrid_config(pick: Callable[..., Any]) -> HybridConfig:
     d_model = pick(6, 12)
     return HybridConfig(
@@ -279,6 +299,7 @@ CONFIGS: dict[str, Callable[..., LanguageModelConfig]] = {
     "hyena": hyena_config,
     "llama": llama_config,
     "mamba": mamba_config,
+    "mamba3": mamba3_config,
     "hybrid": hybrid_config,
 }
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from longscan import ops
 from longscan.models import S4Config, S4DConfig
 from longscan.models.common import state_space as ssm
+from longscan.models.common.trapezoid import Tokens, rotate, trapezoid
 from longscan.models.hippo import transition
 from longscan.models.hippo_memory import compress
 from longscan.models.linear_attention import accumulate
@@ -232,3 +233,69 @@ def test_a_fixed_system_cannot_choose() -> None:
     same(mixing(fixed, u), mixing(fixed, other))
     assert not is_toeplitz(mixing(selective, u))
     assert (mixing(selective, u) - mixing(selective, other)).abs().max() > 0.1
+
+
+# Mamba-3
+
+
+def tokens(length: int, heads: int = 2, n: int = 6, p: int = 3) -> Tokens:
+    """Two rows of tokens of rank one."""
+    q, k, v = (randn(2, length, 1, heads, width, seed=seed) for seed, width in enumerate((n, n, p)))
+    log_decay, early, late = (-randn(2, length, heads, seed=seed).abs() for seed in (3, 4, 5))
+    return Tokens(q, k, v, log_decay, -early, -late)
+
+
+def from_nothing(given: Tokens, D: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs (batch, length, heads, p) and final state of the recurrence from zero."""
+    k, v = torch.zeros_like(given.k[:, 0]), torch.zeros_like(given.v[:, 0])
+    state = (v[:, 0, ..., None] * k[:, 0, :, None]).contiguous()
+    y, state = trapezoid(given, k, v, D, state, None)
+    return y[:, :, 0], state
+
+
+def test_mamba_3_without_its_past_and_its_angles_is_mamba_2() -> None:
+    """lambda = 1 leaves the input of the token itself, weighted with dt; theta = 0 rotates nothing."""
+    D, given = randn(2, seed=6), tokens(150)
+    angle = torch.zeros(2, 150, 2, 3, dtype=torch.float64)
+    for halves in (False, True):
+        assert all(map(torch.equal, rotate((given.q, given.k), angle, halves), (given.q, given.k)))
+    still = given._replace(early=torch.zeros_like(given.early))
+    y, state = from_nothing(still, D)
+    x, B, C = given.v[:, :, 0], given.k[:, :, 0], given.q[:, :, 0]
+    expected, expected_state = ops.ssd(x, given.late, given.log_decay, B, C, D)
+    same(y, expected, 1e-14)
+    same(state, expected_state, 1e-14)
+
+
+def test_it_is_the_trapezoidal_rule() -> None:
+    """lambda = 1/2 and A = 0: the state is the integral of v k' over the times of the tokens."""
+    length, given = 90, tokens(90)
+    time = randn(2, length, 2, seed=7).abs().cumsum(1)
+    half = torch.nn.functional.pad(time.diff(dim=1), (0, 0, 1, 0)) / 2
+    still = given._replace(log_decay=torch.zeros_like(half), early=half, late=half)
+    _, state = from_nothing(still, torch.zeros(2, dtype=torch.float64))
+    products = given.v[:, :, 0, ..., None] * given.k[:, :, 0, :, None]  # (2, length, heads, p, n)
+    same(state, torch.trapezoid(products, time[..., None, None], dim=1), 1e-13)
+
+
+def test_rotations_make_a_real_state_complex() -> None:
+    """Pairs of channels, rotated by a sum of angles, are a complex state whose decay has a phase."""
+    length, given = 70, tokens(70)
+    turn = randn(2, length, 2, 3, seed=8)
+    theta = turn.cumsum(1)
+    q, k = rotate((given.q, given.k), theta, halves=False)
+    y, _ = from_nothing(given._replace(q=q, k=k), torch.zeros(2, dtype=torch.float64))
+
+    def pairs(x: Tensor) -> Tensor:
+        return torch.view_as_complex(x[:, :, 0].unflatten(-1, (-1, 2)).contiguous())  # (2, length, heads, 3)
+
+    B, C, v = pairs(given.k), pairs(given.q), given.v[:, :, 0]
+    decay = torch.exp(given.log_decay[..., None] - 1j * turn)
+    h, previous, ys = torch.zeros(2, 2, 3, 3, dtype=torch.complex128), 0.0, []
+    for t in range(length):
+        now = v[:, t, ..., None] * B[:, t, :, None]
+        h = decay[:, t, :, None] * (h + given.early[:, t, :, None, None] * previous)
+        h = h + given.late[:, t, :, None, None] * now
+        ys.append((h * C[:, t, :, None].conj()).sum(-1).real)
+        previous = now
+    same(y, torch.stack(ys, 1), 1e-13)

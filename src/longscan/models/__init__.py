@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from longscan.models.luong import Luong, LuongConfig
     from longscan.models.mamba import Mamba, MambaConfig
     from longscan.models.mamba2 import Mamba2, Mamba2Config
+    from longscan.models.mamba3 import Mamba3, Mamba3Config
     from longscan.models.neural_ode import ODERNN, NeuralODEConfig, ODERNNConfig
     from longscan.models.registry import MODELS, entry_of, preset_owner
     from longscan.models.resnet import ResNet, ResNetConfig
@@ -67,6 +68,7 @@ _HOME = {
     "luong": ("Luong", "LuongConfig"),
     "mamba": ("Mamba", "MambaConfig"),
     "mamba2": ("Mamba2", "Mamba2Config"),
+    "mamba3": ("Mamba3", "Mamba3Config"),
     "neural_ode": ("ODERNN", "NeuralODEConfig", "ODERNNConfig"),
     "registry": ("MODELS", "entry_of", "preset_owner"),
     "resnet": ("ResNet", "ResNetConfig"),
@@ -117,6 +119,8 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "Mamba2Config",
+    "Mamba3",
+    "Mamba3Config",
     "MambaConfig",
     "Model",
     "ModelEntry",

@@ -29,6 +29,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from longscan import ops
 from longscan.errors import LongscanError
 from longscan.models.common.attention import Attention, AttentionLayer, AttentionPlan
 from longscan.models.common.entry import LANGUAGE, ModelEntry
@@ -36,6 +37,7 @@ from longscan.models.common.experts import Experts, ExpertsLayer, RouterKind
 from longscan.models.common.feed_forward import FeedForwardKind, Pointwise, SquaredReLU, SwiGLU
 from longscan.models.common.growable import KV, GrowableState
 from longscan.models.common.language_model import LanguageModel
+from longscan.models.common.layers import GatedRMSNorm
 from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
 from longscan.models.mamba import MambaConfig, MambaMixer
 from longscan.models.mamba2 import GateOrder, Mamba2Layer, Mamba2Mixer, Mamba2State
@@ -312,6 +314,14 @@ class Parallel(Mixer[ParallelState]):
         m = self.mamba.step(_scaled(x, self.inward[0]), recurrent)
         return self._sum(m, self.attention.step(_scaled(x, self.inward[1]), kv, plan[1]))
 
+    def native(self, layer: int, norm: Tensor | None) -> list[ops.Sublayer] | None:
+        """Return both for the native decoder, the second on the input of the first; see `Mixer.native`."""
+        both = self.mamba.native(layer, norm), self.attention.native(layer, None)
+        if both[0] is None or both[1] is None:
+            return None
+        factors = zip((*both[0], *both[1]), self.inward, self.outward, strict=True)
+        return [sublayer._replace(in_scale=i, out_scale=o) for sublayer, i, o in factors]
+
     def _sum(self, m: Tensor, a: Tensor) -> Tensor:
         return _scaled(m, self.outward[0]) + _scaled(a, self.outward[1])
 
@@ -342,6 +352,13 @@ class HybridBlock(Block):
         y = self.mixer.step(_scaled(self.norm(x), self.inward), state, plan)
         return torch.add(x, y, alpha=self.outward)
 
+    def native(self, layer: int) -> list[ops.Sublayer] | None:
+        """Return the sublayers for the native decoder, with all factors; see `Block.native`."""
+        return [
+            s._replace(in_scale=s.in_scale * self.inward, out_scale=s.out_scale * self.outward)
+            for s in super().native(layer) or ()
+        ] or None
+
 
 class Hybrid(LanguageModel):
     """A language model of layers of several kinds.
@@ -352,6 +369,10 @@ class Hybrid(LanguageModel):
     """
 
     config: HybridConfig
+    decodable = (
+        *(HybridBlock, Mamba2Mixer, GatedRMSNorm, Attention, Parallel),
+        *(Pointwise, SwiGLU, SquaredReLU),
+    )
 
     def __init__(self, config: HybridConfig, generator: torch.Generator | None = None) -> None:
         super().__init__(config, generator)

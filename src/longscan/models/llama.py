@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longscan import ops
 from longscan.errors import LongscanError
 from longscan.models.common.attention import Attention, AttentionLayer
 from longscan.models.common.entry import LANGUAGE, ModelEntry
@@ -125,6 +126,11 @@ class LlamaBlock(Block):
         y: Tensor = x + self.mlp(self.mlp_norm(x))
         return y
 
+    def native(self, layer: int) -> list[ops.Sublayer] | None:
+        """Return both sublayers for the native decoder; see `Block.native`."""
+        attention, mlp = super().native(layer), self.mlp.native(layer, self.mlp_norm.weight)
+        return None if attention is None or mlp is None else attention + mlp
+
 
 class Llama(LanguageModel):
     """A decoder-only Transformer.
@@ -135,6 +141,7 @@ class Llama(LanguageModel):
     """
 
     config: LlamaConfig
+    decodable = (LlamaBlock, Attention, SwiGLU)
 
     @staticmethod
     def block(config: LlamaConfig, generator: torch.Generator | None = None) -> Block:

@@ -40,12 +40,11 @@ from torch import Tensor, nn
 
 from longscan import ops
 from longscan.errors import LongscanError
-from longscan.models.common.backbone import Backbone
 from longscan.models.common.entry import LANGUAGE, ModelEntry
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import DtProjection, PlainRMSNorm, RMSNorm, blank, linear
-from longscan.models.common.mixer import Block, Blocks, LanguageModelConfig, Mixer
-from longscan.models.common.native_decode import matrix, plain, sizes, usual
+from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
+from longscan.models.common.native_decode import matrix, plain
 from longscan.ops import causal_conv1d, causal_conv1d_step, selective_scan, selective_scan_step
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -133,6 +132,7 @@ class MambaMixer(Mixer[MambaState]):
     """
 
     recurrence = ("A_log", "D", "dt_proj.bias")
+    copied = ("A_log", "conv1d.weight")
 
     def __init__(self, config: MambaConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -207,41 +207,33 @@ class MambaMixer(Mixer[MambaState]):
         """Return the norms of dt, B and C, if there are any."""
         return (self.dt_layernorm, self.b_layernorm, self.c_layernorm) if self.normalises else ()
 
-    def native(self, norm: Tensor, config: MambaConfig) -> ops.MambaBlock | None:
-        """Return the block's weights for the native decoder, or None if it cannot use them in place.
-
-        Args:
-            norm: (d_model,) the weight of the norm before this mixer.
-            config: the sizes that all blocks must have.
-        """
-        d_model, d_inner, d_state, rank = config.d_model, config.d_inner, config.d_state, config.rank
+    def native(self, layer: int, norm: Tensor | None) -> list[ops.Sublayer] | None:
+        """Return the weights for the native decoder; see `Mixer.native`."""
         weight, bias = self.conv1d.weight, self.conv1d.bias
         projections = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
-        matrices = [matrix(module) for module in projections]
-        inner = [getattr(module, "weight", None) for module in self.inner_norms()]
-        if not plain(norm, weight, bias, self.A_log, self.D, *inner) or None in matrices:
+        in_proj, x_proj, dt_proj, out_proj = map(matrix, projections)
+        norms = self.inner_norms()
+        inner = [getattr(module, "weight", None) for module in norms]
+        eps = {norm.eps for norm in norms}
+        if not plain(weight, bias, self.A_log, self.D, *inner) or len(eps) > 1:
+            return None
+        if in_proj is None or x_proj is None or dt_proj is None or out_proj is None:
             return None
         if any(w is not None and w.shape != (width,) for w, width in zip(inner, self.widths, strict=False)):
             return None
-        in_proj, x_proj, dt_proj, out_proj = cast(list[ops.Matrix], matrices)
-        shapes = (2 * d_inner, d_model), (rank + 2 * d_state, d_inner), (d_inner, rank), (d_model, d_inner)
-        ends = (d_model,), (d_inner, 1, config.d_conv), (d_inner, d_state), (d_inner,)
-        if tuple(map(sizes, (in_proj, x_proj, dt_proj, out_proj))) != shapes or ends != tuple(
-            tuple(tensor.shape) for tensor in (norm, weight, self.A_log, self.D)
-        ):
-            return None  # other sizes, as after pruning
-        return ops.MambaBlock(
-            norm=norm,
-            in_proj=in_proj,
-            x_proj=x_proj,
-            dt_proj=dt_proj,
-            out_proj=out_proj,
+        weights = ops.MambaWeights(
+            in_proj,
+            x_proj,
+            dt_proj,
+            out_proj,
             conv_weight=weight.detach().squeeze(1).T.contiguous(),
             conv_bias=bias,
             A=self.A_log.detach().exp() * -math.log2(math.e),
             D=self.D,
             inner_norms=(inner[0], inner[1], inner[2]) if inner else (None, None, None),
+            inner_eps=eps.pop() if eps else None,
         )
+        return [ops.Sublayer(weights, layer, norm)]
 
 
 class Mamba(LanguageModel):
@@ -253,39 +245,12 @@ class Mamba(LanguageModel):
     """
 
     config: MambaConfig
+    decodable = (MambaMixer,)
 
     @staticmethod
     def block(config: MambaConfig, generator: torch.Generator | None = None) -> Block:
         """Return one block."""
         return Block(config, MambaMixer(config, generator))
-
-    def stack(self) -> tuple[ops.MambaStack, list[Tensor]] | None:
-        """Return the weights for the native decoder; see `LanguageModel.stack`."""
-        body, config = self.backbone, self.config
-        untouched = (
-            usual(self, (Backbone, Blocks, Block, MambaMixer)) and type(self).head is LanguageModel.head
-        )
-        if not (untouched and body.residual_in_fp32 and ops.decodes(config.d_state, config.d_conv)):
-            return None
-        head = matrix(body.embedding if self.lm_head is None else self.lm_head)
-        embedding, last = matrix(body.embedding), body.norm_f.weight
-        if embedding is None or head is None or not plain(last) or last.shape != (config.d_model,):
-            return None
-        mixers = [cast(MambaMixer, layer.mixer) for layer in body.layers]
-        norms = [layer.norm for layer in body.layers]
-        blocks = [mixer.native(norm.weight, config) for mixer, norm in zip(mixers, norms, strict=True)]
-        eps = {body.norm_f.eps, *(norm.eps for norm in norms)}
-        inner = {norm.eps for mixer in mixers for norm in mixer.inner_norms()}
-        if (
-            None in blocks
-            or len(eps) > 1
-            or len(inner) > 1
-            or {sizes(head)[1], sizes(embedding)[1]} != {config.d_model}
-        ):
-            return None
-        known = cast(list[ops.MambaBlock], blocks)
-        described = ops.MambaStack(known, embedding, head, last, eps.pop(), inner.pop() if inner else None)
-        return described, [p for mixer in mixers for p in (mixer.A_log, mixer.conv1d.weight)]
 
 
 ENTRY = ModelEntry(

@@ -38,11 +38,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longscan import ops
 from longscan.errors import LongscanError
 from longscan.models.common.entry import LANGUAGE, ModelEntry
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import GatedRMSNorm, blank, linear
 from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
+from longscan.models.common.native_decode import matrix, plain
 from longscan.ops import causal_conv1d, causal_conv1d_step, ssd, ssd_step
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -227,6 +229,7 @@ class Mamba2Mixer(Mixer[Mamba2State]):
     """
 
     recurrence = ("A_log", "D", "dt_bias")
+    copied = ("A_log", "conv1d.weight")
 
     def __init__(self, layer: Mamba2Layer, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -289,6 +292,38 @@ class Mamba2Mixer(Mixer[Mamba2State]):
         y = ssd_step(state.ssm, x, dt, dt * -torch.exp(self.A_log), B, C, self._skip())
         return self._out(mlp, y.flatten(1), z)
 
+    def native(self, layer: int, norm: Tensor | None) -> list[ops.Sublayer] | None:
+        """Return the weights for the native decoder; see `Mixer.native`."""
+        sizes, weight, bias = self.layer, self.conv1d.weight, self.conv1d.bias
+        in_proj, out_proj = matrix(self.in_proj), matrix(self.out_proj)
+        gated = None if self.norm is None else self.norm.weight
+        if in_proj is None or out_proj is None or sizes.d_mlp:
+            return None
+        if not plain(weight, bias, self.dt_bias, self.A_log, self.D, gated):
+            return None
+        least, most = sizes.dt_limit or (0.0, None)
+        factors = None
+        if sizes.multipliers is not None:
+            counts = torch.tensor([sizes.d_ssm, *sizes.widths, sizes.n_heads])
+            factors = torch.tensor(sizes.multipliers).repeat_interleave(counts)
+        weights = ops.Mamba2Weights(
+            in_proj=in_proj,
+            out_proj=out_proj,
+            factors=factors,
+            conv_weight=weight.detach().squeeze(1).T.contiguous(),
+            conv_bias=bias,
+            dt_bias=self.dt_bias,
+            A=self.A_log.detach().exp() * -math.log2(math.e),
+            D=self.D,
+            norm=gated,
+            norm_first=sizes.norm == "norm-first",
+            eps=sizes.norm_eps,
+            d_head=sizes.d_head,
+            n_groups=sizes.n_groups,
+            dt_limit=(least, math.inf if most is None else most),
+        )
+        return [ops.Sublayer(weights, layer, norm)]
+
     def _project(self, u: Tensor) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """Return the gated MLP beside the recurrence, if any, z, [x; B; C] and dt of u (..., d_model)."""
         projected: Tensor = self.in_proj(u)
@@ -327,6 +362,7 @@ class Mamba2(LanguageModel):
     """
 
     config: Mamba2Config
+    decodable = (Mamba2Mixer, GatedRMSNorm)
 
     @staticmethod
     def block(config: Mamba2Config, generator: torch.Generator | None = None) -> Block:

@@ -41,6 +41,7 @@ NAMES = (
     "vmamba",
     "videomamba",
     "mamba2",
+    "mamba3",
     "hybrid",
 )
 

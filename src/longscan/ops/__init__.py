@@ -21,7 +21,15 @@ from longscan.ops.cross_scan import (
     cross_scan_ref,
     scan_pattern,
 )
-from longscan.ops.decode import MambaBlock, MambaStack, Matrix, decodes
+from longscan.ops.decode import Stack, Sublayer, decodes
+from longscan.ops.decode_weights import (
+    AttentionWeights,
+    Mamba2Weights,
+    MambaWeights,
+    Matrix,
+    MLPWeights,
+    Weights,
+)
 from longscan.ops.diagonal import diagonal_ssm, diagonal_ssm_ref, diagonal_ssm_step
 from longscan.ops.dropout import dropout
 from longscan.ops.legs import LegsMethod, legs_matrices, legs_scan, legs_scan_ref
@@ -42,14 +50,19 @@ from longscan.ops.ssd import ssd, ssd_ref, ssd_step
 from longscan.ops.vandermonde import vandermonde, vandermonde_ref
 
 __all__ = [
+    "AttentionWeights",
     "Kind",
     "LegsMethod",
-    "MambaBlock",
-    "MambaStack",
+    "MLPWeights",
+    "Mamba2Weights",
+    "MambaWeights",
     "Matrix",
     "NativeInfo",
     "ScanMode",
     "ScanPattern",
+    "Stack",
+    "Sublayer",
+    "Weights",
     "attention",
     "attention_ref",
     "backend",

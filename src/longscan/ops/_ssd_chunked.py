@@ -177,7 +177,7 @@ def _take(tensor: Tensor, chunks: Chunks, n_groups: int) -> Tensor:
     """Return (batch, n_chunks, n_groups, heads of each, Q, channels) of (batch, seq_len, heads, channels)."""
     taken = chunks.take(tensor.flatten(2), chunks.left)
     taken = taken.unflatten(3, (n_groups, -1, tensor.shape[3]))  # type: ignore[no-untyped-call]
-    return taken.transpose(2, 3).transpose(3, 4)
+    return taken.transpose(2, 3).transpose(3, 4)  # type: ignore[no-any-return]
 
 
 def _tokens(x: Tensor, seq_idx: Tensor | None) -> Tensor:

@@ -1,124 +1,133 @@
-"""Decoding in one native call: a few tokens per row of a batch, through all Mamba blocks and the head.
+"""Decoding in one native call: a few tokens per row of a batch, through all layers of a model and the head.
 
 The reference is the model's own `step`, which computes the same op by op, and which decodes without the
 native library. There are no gradients.
 """
 
+from __future__ import annotations
+
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from longscan.ops import _native
+from longscan.ops.decode_weights import AttentionWeights, Matrix, MLPWeights, Weights
 
-MAX_STATE, MAX_CONV = 256, 8  # of the native library
-
-
-def decodes(d_state: int, d_conv: int) -> bool:
-    """Return whether the native decoder is available and supports a Mamba of these sizes."""
-    return _native.available() and d_state <= MAX_STATE and d_conv <= MAX_CONV
+__all__ = ["Stack", "States", "Sublayer", "decodes"]
 
 
-class Matrix(NamedTuple):
-    """The weight of a Linear: float32, or in a quantised format of quant.py.
-
-    Attributes:
-        weight: (n_out, n_in), or packed.
-        scale: of a quantised format, or None.
-        bias: (n_out,) float32, or None.
-    """
-
-    weight: Tensor
-    scale: Tensor | None = None
-    bias: Tensor | None = None
+def decodes() -> bool:
+    """Return whether the native decoder is available."""
+    return _native.available()
 
 
-class MambaBlock(NamedTuple):
-    """The weights of a Mamba block and its norm, all float32 but for the matrices.
+class Sublayer(NamedTuple):
+    """One term of the residual stream: residual += out_scale f(in_scale norm(residual)).
 
     Attributes:
-        norm: (d_model,).
-        in_proj: (2 d_inner, d_model).
-        x_proj: (dt_rank + 2 d_state, d_inner).
-        dt_proj: (d_inner, dt_rank); its bias enters the softplus.
-        out_proj: (d_model, d_inner).
-        conv_weight: (d_conv, d_inner), oldest tap first.
-        conv_bias: (d_inner,), or None.
-        A: (d_inner, d_state) for powers of two: -exp(A_log) log2(e).
-        D: (d_inner,).
-        inner_norms: (dt_rank,), (d_state,) and (d_state,), weights of the norms of dt, B and C; None is 1.
+        weights: of f.
+        layer: index of the layer whose state it has.
+        norm: (d_model,), or None where the input is that of the sublayer before.
+        in_scale: of the input.
+        out_scale: of the output; 1 where the last projection has a bias.
     """
 
-    norm: Tensor
-    in_proj: Matrix
-    x_proj: Matrix
-    dt_proj: Matrix
-    out_proj: Matrix
-    conv_weight: Tensor
-    conv_bias: Tensor | None
-    A: Tensor
-    D: Tensor
-    inner_norms: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    weights: Weights
+    layer: int
+    norm: Tensor | None
+    in_scale: float = 1.0
+    out_scale: float = 1.0
 
 
-class MambaStack:
-    """All weights of a Mamba for the native decoder, used in place and kept alive.
+class Stack:
+    """All weights of a language model for the native decoder, used in place and held alive.
 
     Args:
-        blocks: in order.
+        sublayers: in order.
         embedding: (vocab_size, d_model), without bias.
         head: likewise.
         norm: (d_model,), before the head.
         eps: of all norms along the residual stream.
-        inner_eps: of the norms of dt, B and C; None: there are none.
+        embedding_scale: of the embedded tokens.
+        head_scale: of the logits.
+
+    Raises:
+        ValueError: the decoder does not support these shapes.
     """
 
     def __init__(
         self,
-        blocks: Sequence[MambaBlock],
+        sublayers: Sequence[Sublayer],
         embedding: Matrix,
         head: Matrix,
         norm: Tensor,
         eps: float,
-        inner_eps: float | None = None,
+        embedding_scale: float = 1.0,
+        head_scale: float = 1.0,
     ) -> None:
-        self._alive = (blocks, embedding, head, norm)  # the native decoder points to these
-        first = blocks[0]
-        self.vocab_size, self.ids = head.weight.shape[0], embedding.weight.shape[0]
-        (d_conv, d_inner), d_state = first.conv_weight.shape, first.A.shape[1]
-        rank = first.x_proj.weight.shape[0] - 2 * d_state
-        self._shapes = (d_conv - 1, d_inner), (d_inner, d_state)
-        layers = [value for block in blocks for value in _block_fields(block)]
-        self._layers = struct.pack(f"{len(layers)}q", *layers)
-        self._sizes = struct.pack("6q", len(blocks), norm.shape[0], d_inner, d_state, d_conv, rank)
-        self._sizes += struct.pack("2d", eps, -1.0 if inner_eps is None else inner_eps)
-        self._matrices = struct.pack("12q", *_matrix_fields(embedding), *_matrix_fields(head))
+        self._alive = (sublayers, embedding, head, norm)  # the native decoder points to these
+        self.vocab_size, self.ids = head.sizes[0], embedding.sizes[0]
+        d_model = norm.shape[0]
+        packed = [sublayer.weights.pack(d_model) for sublayer in sublayers]
+        scaled = any(s.out_scale != 1 and _last(s.weights).bias is not None for s in sublayers)
+        if None in packed or scaled or {head.sizes[1], embedding.sizes[1]} != {d_model}:
+            raise ValueError("the native decoder does not support these shapes")
+        self._weights = [weights for weights in packed if weights is not None]
+        self._shapes = {s.layer: s.weights.state_shapes() for s in sublayers}
+        for sublayer in sublayers:  # several sublayers may share the state of one layer
+            self._shapes[sublayer.layer] = self._shapes[sublayer.layer] | sublayer.weights.state_shapes()
+        self._layers = b"".join(
+            struct.pack("2q2d2q", s.weights.kind, s.layer, s.in_scale, s.out_scale, pointer, address)
+            for s, pointer, address in zip(
+                sublayers,
+                (_native.pointer(s.norm) for s in sublayers),
+                map(_native.address, self._weights),
+                strict=True,
+            )
+        )
+        self._sizes = struct.pack("2q", len(sublayers), d_model)
+        self._scales = struct.pack("3d", eps, embedding_scale, head_scale)
+        self._matrices = struct.pack("12q", *embedding.fields, *head.fields)
         self._norm = norm.data_ptr()
 
-    def states(self, layers: Sequence[tuple[Tensor, Tensor]]) -> bytes | None:
+    def states(self, layers: Sequence[Any]) -> States | None:
         """Return the addresses of states, for `run`, valid while these tensors are alive.
 
         Args:
-            layers: conv (batch, d_conv - 1, d_inner) and ssm (batch, d_inner, d_state) of each block.
+            layers: the named tuple of each layer, with conv, ssm, k, v and length as its sublayers need them.
 
         Returns:
             None if a tensor is not contiguous float32 on the CPU, or has another shape.
         """
-        batch = layers[0][0].shape[0]
-        for layer in layers:
-            for tensor, shape in zip(layer, self._shapes, strict=True):
+        batch, records, lengths = len(next(layer[0] for layer in layers if layer)), [], []
+        for index, layer in enumerate(layers):
+            pointers, capacity = dict.fromkeys(("conv", "ssm", "k", "v", "length"), 0), 0
+            for name, shape in self._shapes.get(index, {}).items():
+                tensor: Tensor = getattr(layer, name)
+                if name in ("k", "v"):
+                    capacity = tensor.shape[1]
+                    shape = (capacity, *shape)
                 if tensor.shape != (batch, *shape) or not _native.plain(tensor):
                     return None
-        return struct.pack(f"{2 * len(layers)}q", *(layer[i].data_ptr() for i in (0, 1) for layer in layers))
+                pointers[name] = tensor.data_ptr()
+            if capacity or "k" in self._shapes.get(index, {}):
+                length: Tensor = layer.length
+                if length.dtype != torch.int64 or not length.is_contiguous() or length.device.type != "cpu":
+                    return None
+                pointers["length"] = length.data_ptr()
+                lengths.append(length)
+            records.append(struct.pack("6q", *pointers.values(), capacity))
+        return States(b"".join(records), len(records), lengths)
 
-    def run(self, ids: Tensor, states: bytes) -> Tensor:
+    def run(self, ids: Tensor, states: States) -> Tensor:
         """Return the logits after each token, updating the states in place.
 
         Args:
             ids: (batch, steps) int64, contiguous on the CPU.
-            states: addresses of states with as many rows.
+            states: addresses of states with as many rows, and capacity for as many tokens.
 
         Returns:
             (batch, steps, vocab_size) float32.
@@ -128,26 +137,36 @@ class MambaStack:
         """
         batch, steps = ids.shape
         logits = torch.empty(batch, steps, self.vocab_size, dtype=torch.float32, device="cpu")
-        pointers = _native.address(states)
-        head = struct.pack("3q", batch, steps, torch.get_num_threads())
-        rest = struct.pack("3q", _native.address(self._layers), pointers, pointers + len(states) // 2)
+        head = struct.pack("3q", batch, steps, torch.get_num_threads()) + self._sizes
+        rest = struct.pack("2q", _native.address(self._layers), _native.address(states.records))
         tail = struct.pack("3q", self._norm, ids.data_ptr(), logits.data_ptr())
-        if not _native.decode(head + self._sizes + rest + self._matrices + tail):
+        count = struct.pack("q", states.n_layers)
+        if not _native.decode(head + count + self._scales + rest + self._matrices + tail):
             bad = [i for i in ids.flatten().tolist() if not 0 <= i < self.ids]
             if not bad:
                 raise RuntimeError("ls_decode_tokens refused its arguments; please report this defect")
             raise ValueError(f"ids: expected 0 to {self.ids - 1:,}, got {bad[0]:,}")
+        for length in states.lengths:
+            length.add_(steps)
         return logits
 
 
-def _block_fields(block: MambaBlock) -> list[int]:
-    """Return the C struct ls_layer."""
-    fields = [block.norm.data_ptr()]
-    for matrix in (block.in_proj, block.x_proj, block.dt_proj, block.out_proj):
-        fields += _matrix_fields(matrix)
-    ends = (block.conv_weight, block.conv_bias, block.A, block.D, *block.inner_norms)
-    return fields + [_native.pointer(tensor) for tensor in ends]
+class States(NamedTuple):
+    """The addresses of a model's states.
+
+    Attributes:
+        records: the C structs ``ls_state``.
+        n_layers: how many.
+        lengths: of the KV caches.
+    """
+
+    records: bytes
+    n_layers: int
+    lengths: list[Tensor]
 
 
-def _matrix_fields(matrix: Matrix) -> tuple[int, ...]:
-    return _native.matrix_fields(matrix.weight, matrix.scale, matrix.bias)
+def _last(weights: Weights) -> Matrix:
+    """Return the projection at the end of a sublayer."""
+    if isinstance(weights, AttentionWeights):
+        return weights.o_proj
+    return weights.down_proj if isinstance(weights, MLPWeights) else weights.out_proj

@@ -16,7 +16,11 @@ from longscan.models import LanguageModelConfig, MambaConfig
 
 __all__ = ["FIELDS", "FORMAT", "LAYERS", "layer_of", "official"]
 
-LAYERS = {"Mamba1": "mamba", "Mamba2": "mamba2"}  # their name of a mixer -> our name of the model
+LAYERS = {
+    "Mamba1": "mamba",
+    "Mamba2": "mamba2",
+    "Mamba3": "mamba3",
+}  # their name of a mixer -> our name of the model
 # their name -> ours, of the fields around the mixers
 FIELDS = {
     "d_model": "d_model",
@@ -62,6 +66,7 @@ def official(
     write: Callable[[Any], dict[str, Any]],
     known: Collection[str],
     idle: Collection[str] = (),
+    more: Mapping[str, str] | None = None,
 ) -> Format:
     """Return the authors' layout of a model.
 
@@ -71,10 +76,13 @@ def official(
         write: ssm_cfg, of the Config; only what is not the default, as in the published files.
         known: fields of ssm_cfg that are understood.
         idle: those that leave the numbers alone.
+        more: fields beside those of FIELDS, their name -> ours.
     """
+    fields = {**FIELDS, **(more or {})}
+    only = {name: values for name, values in ONLY.items() if name not in fields}
 
     def read_config(raw: Mapping[str, Any], tokenizer_size: int | None) -> LanguageModelConfig:
-        check_fields(raw, FIELDS, ONLY, {"ssm_cfg", "fused_add_norm"})
+        check_fields(raw, fields, only, {"ssm_cfg", "fused_add_norm"})
         assert layer_of(raw) == layer
         ssm_cfg = raw.get("ssm_cfg", {})
         check_fields(ssm_cfg, known, {"layer": (layer,)}, idle)
@@ -88,7 +96,7 @@ def official(
             )
         named = {} if layer == "Mamba1" else {"layer": layer}
         return {
-            **{theirs: getattr(config, ours) for theirs, ours in FIELDS.items()},
+            **{theirs: getattr(config, ours) for theirs, ours in fields.items()},
             "ssm_cfg": {**named, **write(config)},
             "rms_norm": True,
             "fused_add_norm": True,

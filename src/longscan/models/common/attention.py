@@ -8,10 +8,12 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from longscan import ops
 from longscan.errors import LongscanError
 from longscan.models.common.growable import KV
 from longscan.models.common.layers import WeightOnly, normal_linear
 from longscan.models.common.mixer import Mixer
+from longscan.models.common.native_decode import matrix
 from longscan.models.common.packing import warn_beyond
 from longscan.ops import attention
 from longscan.ops._segments import check_seq_idx, segments
@@ -161,14 +163,18 @@ class Attention(Mixer[KV]):
         """Return the plan, with the rotary embeddings of positions (...)."""
         if self.layer.rope_theta is None:
             return AttentionPlan(None, None, past, mask, order, length)
-        half = self.layer.rotary_width // 2
-        # float32 whatever the weights: distant positions would coincide in fewer bits
-        exponents = torch.arange(half, device=positions.device, dtype=torch.float32) / half
-        frequencies = 1.0 / self.layer.rope_theta**exponents
-        angles = positions[..., None].float() * frequencies  # (..., d_rotary / 2)
+        angles = positions[..., None].float() * self._frequencies()  # (..., d_rotary / 2)
         return AttentionPlan(
             angles.cos()[..., None, :], angles.sin()[..., None, :], past, mask, order, length
         )
+
+    def _frequencies(self) -> Tensor:
+        """Return the radians per position (d_rotary / 2,) of each pair."""
+        assert self.layer.rope_theta is not None
+        half = self.layer.rotary_width // 2
+        # float32 whatever the weights: distant positions would coincide in fewer bits
+        exponents = torch.arange(half, device=self.q_proj.weight.device, dtype=torch.float32) / half
+        return 1.0 / self.layer.rope_theta**exponents
 
     def forward(self, x: Tensor, state: KV | None, plan: AttentionPlan, /) -> tuple[Tensor, KV]:
         """Attend to the past; see `Mixer.forward`."""
@@ -204,6 +210,17 @@ class Attention(Mixer[KV]):
         state.length.add_(1)
         y = attention(q[:, None], state.k[:, :end], state.v[:, :end], mask=plan.mask, scale=self.layer.scale)
         return cast(Tensor, self.o_proj(y.flatten(1)))
+
+    def native(self, layer: int, norm: Tensor | None) -> list[ops.Sublayer] | None:
+        """Return the weights for the native decoder; see `Mixer.native`."""
+        q, k, v, o = map(matrix, (self.q_proj, self.k_proj, self.v_proj, self.o_proj))
+        if q is None or k is None or v is None or o is None:
+            return None
+        sizes = self.layer
+        scale = sizes.d_head**-0.5 if sizes.scale is None else sizes.scale
+        frequencies = None if sizes.rope_theta is None else self._frequencies()
+        weights = ops.AttentionWeights(q, k, v, o, sizes.d_head, scale, frequencies=frequencies)
+        return [ops.Sublayer(weights, layer, norm)]
 
     def _project(self, x: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor, Tensor]:
         """Return rotated queries and keys, and values, (..., heads, d_head), of x (..., d_model)."""

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longscan import ops
 from longscan.models.common.layers import normal_linear
 from longscan.models.common.mixer import Mixer
+from longscan.models.common.native_decode import matrix
 
 __all__ = ["FeedForwardKind", "NoState", "Pointwise", "SquaredReLU", "SwiGLU", "feed_forward"]
 
@@ -52,6 +54,15 @@ class SwiGLU(nn.Module):
         y: Tensor = self.down_proj(gate * self.up_proj(x))
         return y if of_result == 1 else y * of_result
 
+    def native(self, layer: int, norm: Tensor | None) -> list[ops.Sublayer] | None:
+        """Return the weights for the native decoder; see `Mixer.native`."""
+        gate, up, down = map(matrix, (self.gate_proj, self.up_proj, self.down_proj))
+        if gate is None or up is None or down is None:
+            return None
+        of_gate, of_result = self.multipliers
+        weights = ops.MLPWeights(gate, up, down, gate_scale=of_gate)
+        return [ops.Sublayer(weights, layer, norm, out_scale=of_result)]
+
 
 class SquaredReLU(nn.Module):
     """W_down max(0, W_up x)^2 (Primer, arXiv 2109.08668).
@@ -81,6 +92,13 @@ class SquaredReLU(nn.Module):
         """Map (..., d_model) to (..., d_model)."""
         return cast(Tensor, self.down_proj(F.relu(self.up_proj(x)).square()))
 
+    def native(self, layer: int, norm: Tensor | None) -> list[ops.Sublayer] | None:
+        """Return the weights for the native decoder; see `Mixer.native`."""
+        up, down = map(matrix, (self.up_proj, self.down_proj))
+        if up is None or down is None:
+            return None
+        return [ops.Sublayer(ops.MLPWeights(None, up, down, activation="relu2"), layer, norm)]
+
 
 class NoState(NamedTuple):
     """The state of a layer that maps each token by itself: nothing."""
@@ -108,6 +126,11 @@ class Pointwise(Mixer[NoState]):
     def step(self, x: Tensor, state: NoState, plan: Any, /) -> Tensor:
         """Map one more token per row; see `Mixer.step`."""
         return cast(Tensor, self.mlp(x))
+
+    def native(self, layer: int, norm: Tensor | None) -> list[ops.Sublayer] | None:
+        """Return the weights for the native decoder; see `Mixer.native`."""
+        mlp = self.mlp
+        return mlp.native(layer, norm) if isinstance(mlp, SwiGLU | SquaredReLU) else None
 
 
 def feed_forward(

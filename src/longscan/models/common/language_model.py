@@ -10,13 +10,12 @@ from typing import Any, NamedTuple, Self, cast
 import torch
 from torch import Tensor, nn
 
-from longscan import ops
 from longscan.models.common.backbone import Backbone
 from longscan.models.common.layers import WeightOnly, linear, project, untouched
 from longscan.models.common.losses import count, linear_loss, nats, next_tokens, row_chunks
 from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
 from longscan.models.common.model import Model
-from longscan.models.common.native_decode import Decoder
+from longscan.models.common.native_decode import Decoder, stack_of
 from longscan.models.common.packing import latest
 from longscan.models.common.state import State
 from longscan.ops._derivatives import composed
@@ -47,9 +46,13 @@ class LanguageModel(Model):
     Args:
         config: available as `model.config`.
         generator: randomness of the initialisation; torch's global one if None.
+
+    Attributes:
+        decodable: the model's own module types, if the native decoder knows them.
     """
 
     config: LanguageModelConfig
+    decodable: tuple[type[nn.Module], ...] = ()
 
     def __init__(self, config: LanguageModelConfig, generator: torch.Generator | None = None) -> None:
         super().__init__(config)
@@ -249,25 +252,17 @@ class LanguageModel(Model):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
-    def stack(self) -> tuple[ops.MambaStack, list[Tensor]] | None:
-        """Return the weights for the native decoder, or None if it cannot run this model as it is.
-
-        Returns:
-            stack: the weights.
-            copied: the parameters it holds in another form.
-        """
-        return None
-
     def _decode(self, ids: Tensor, state: State, assume_unchanged: bool) -> Tensor | None:
         """Return the logits of ids (batch, steps) from the native decoder; None if it does not apply."""
         if torch.compiler.is_compiling() or composed():
             return None
         if self._decoder is None or not (assume_unchanged or self._decoder.fresh()):
-            described = self.stack()
+            usual = type(self).head is LanguageModel.head and self.decodable
+            described = stack_of(self, self.decodable) if usual else None
             self._decoder = None if described is None else Decoder(described[0], self, described[1])
             if self._decoder is None or not self._decoder.fresh():
                 return None
-        return self._decoder.run(ids, state)
+        return self._decoder.run(ids, state, self.max_positions)
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy of each target, in nats, without materialising all logits at once.

@@ -59,7 +59,7 @@ class GatedRMSNorm(nn.Module):
         """Return (..., d_inner) in the weight's dtype, computed in at least float32; y and z are alike."""
         y, z = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (y, z))
         gate = F.silu(z)
-        groups = (y if self.norm_first else y * gate).unflatten(-1, (self.n_groups, -1))
+        groups = torch.unflatten(y if self.norm_first else y * gate, -1, (self.n_groups, -1))
         normed = F.rms_norm(groups, groups.shape[-1:], None, self.eps).flatten(-2) * self.weight.to(y.dtype)
         return (normed * gate if self.norm_first else normed).to(self.weight.dtype)
 

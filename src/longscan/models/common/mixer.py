@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from torch import Tensor, nn
 
+from longscan import ops
 from longscan.core.config import Config
 from longscan.errors import LongscanError
 from longscan.models.common.layers import Recurrent, RMSNorm
@@ -56,9 +57,11 @@ class Mixer(Recurrent, Generic[StateT]):
 
     Attributes:
         slow: parameters of the recurrence whose learning rate is at most `ssm_lr`, as in the papers.
+        copied: parameters that `native` returns in another form.
     """
 
     slow: tuple[str, ...] = ()
+    copied: tuple[str, ...] = ()
 
     @property
     def kind(self) -> type[nn.Module]:
@@ -113,6 +116,16 @@ class Mixer(Recurrent, Generic[StateT]):
         """
         raise NotImplementedError
 
+    def native(self, layer: int, norm: Tensor | None) -> list[ops.Sublayer] | None:
+        """Return the weights for the native decoder, used in place; None if it cannot use them.
+
+        Args:
+            layer: index of the block, and of the state.
+            norm: (d_model,) weight of the norm before the mixer; None: the input is that of the sublayer
+                before.
+        """
+        return None
+
     def rescale_time(self, factor: float) -> None:
         """Scale every time step, for signals of another sampling rate than the training data.
 
@@ -144,6 +157,14 @@ class Block(nn.Module):
     def step(self, x: Tensor, state: Any, plan: Any) -> Tensor:
         """Add the mixer's output for one token per row, x (batch, d_model); see `Mixer.step`."""
         return x + self.mixer.step(self.norm(x), state, plan)
+
+    def native(self, layer: int) -> list[ops.Sublayer] | None:
+        """Return the sublayers for the native decoder; None if it cannot run the block.
+
+        Args:
+            layer: index of the block, and of its state.
+        """
+        return self.mixer.native(layer, self.norm.weight)
 
 
 class Blocks(nn.ModuleList):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from longscan import ops
+from longscan.models.common.backbone import Backbone
 from longscan.models.common.layers import (
     DtProjection,
     Linear,
@@ -26,7 +27,10 @@ from longscan.models.common.layers import (
     WeightOnlyEmbedding,
     WeightOnlyLinear,
 )
+from longscan.models.common.mixer import Block, Blocks, Mixer
+from longscan.models.common.packing import warn_beyond
 
+SHARED = (Backbone, Blocks, Block)
 USUAL = (
     *(Linear, DtProjection, PlainRMSNorm, RMSNorm, WeightOnlyLinear, WeightOnlyEmbedding),
     *(nn.Embedding, nn.Conv1d),
@@ -48,7 +52,7 @@ class Decoder:
             content: a change through `.data` alters neither address nor version.
     """
 
-    def __init__(self, stack: ops.MambaStack, model: nn.Module, copied: Sequence[Tensor]) -> None:
+    def __init__(self, stack: ops.Stack, model: nn.Module, copied: Sequence[Tensor]) -> None:
         self._stack = stack
         # keeps the memory alive that the stack points to
         self._memory = [tensor.detach() for tensor in model.state_dict().values()]
@@ -89,16 +93,18 @@ class Decoder:
             and not any(map(_differ, *self._compared))
         )
 
-    def run(self, ids: Tensor, state: Any) -> Tensor | None:
+    def run(self, ids: Tensor, state: Any, max_positions: int | None = None) -> Tensor | None:
         """Return the logits after each token, and advance the state.
 
         Args:
             ids: (batch, steps) int64.
             state: a State of as many rows, updated in place.
+            max_positions: beyond which a warning is due; None: there is no such length.
 
         Returns:
             (batch, steps, padded_vocab_size), or None if the decoder does not support these ids or states.
         """
+        state.reserve(ids.shape[1])
         known = getattr(state, "native", None)
         if known is None or known[0] is not self._stack or not all(map(is_, known[1], state.layers)):
             addresses = self._stack.states(state.layers)
@@ -107,8 +113,10 @@ class Decoder:
             known = state.native = (self._stack, list(state.layers), addresses)
         if ids.dtype != torch.int64 or ids.device.type != "cpu" or not ids.is_contiguous():
             ids = ids.to("cpu", torch.int64).contiguous()
-        if len(known[1][0][0]) != len(ids):
+        if state.batch_size != len(ids):
             return None
+        if max_positions is not None and known[2].lengths:
+            warn_beyond(int(known[2].lengths[0].max()) + ids.shape[1], max_positions)
         return self._stack.run(ids, known[2])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -122,6 +130,39 @@ class Decoder:
 
 def _nothing() -> None:
     return None
+
+
+def stack_of(model: Any, kinds: tuple[type[nn.Module], ...]) -> tuple[ops.Stack, list[Tensor]] | None:
+    """Return the weights of a language model for the native decoder; None if it cannot run it as it is.
+
+    Args:
+        model: a LanguageModel.
+        kinds: the model's own module types, beside the shared ones.
+
+    Returns:
+        stack: the weights.
+        copied: the parameters it holds in another form.
+    """
+    body = model.backbone
+    if not (usual(model, (*SHARED, *kinds)) and body.residual_in_fp32 and ops.decodes()):
+        return None
+    embedding = matrix(body.embedding)
+    head = embedding if model.lm_head is None else matrix(model.lm_head)
+    norms = [body.norm_f, *(m for block in body.layers for m in block.children() if type(m) is RMSNorm)]
+    found = [block.native(index) for index, block in enumerate(body.layers)]
+    if embedding is None or head is None or None in found or len({norm.eps for norm in norms}) > 1:
+        return None
+    width = (model.config.d_model,)
+    if not all(plain(norm.weight) and norm.weight.shape == width for norm in norms):
+        return None
+    sublayers = [sublayer for block in found for sublayer in block or ()]
+    try:
+        factors = body.embedding_multiplier, body.hidden_multiplier
+        stack = ops.Stack(sublayers, embedding, head, norms[0].weight, norms[0].eps, *factors)
+    except ValueError:  # other shapes, as after pruning
+        return None
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    return stack, [mixer.get_parameter(name) for mixer in mixers for name in mixer.copied]
 
 
 def usual(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
@@ -147,12 +188,6 @@ def matrix(module: nn.Module) -> ops.Matrix | None:
     if scale is not None and not scale.is_contiguous():
         return None
     return ops.Matrix(weight, scale, bias)
-
-
-def sizes(matrix: ops.Matrix) -> tuple[int, int]:
-    """Return n_out and n_in, also of a matrix packed to two values per byte."""
-    n_out, width = matrix.weight.shape
-    return n_out, 2 * width if matrix.weight.dtype == torch.uint8 else width
 
 
 def plain(*tensors: Tensor | None) -> bool:

@@ -1,0 +1,177 @@
+// How the threads of one decoding call work together, and what they share.
+//
+// The work is a sequence of phases, each cut into units that do not depend on each other. All threads enter once. In
+// a phase each has a run of neighbouring units, takes over what others have left when its own are done, and then
+// waits until the last one is finished; any number of threads will do, also one. No unit splits a sum: the
+// results do not depend on the number of threads, nor on which rows share a call.
+//
+// Memory is what limits decoding, so it must never idle: who computes a recurrence or waits asks for the weights
+// of its next units meanwhile.
+#pragma once
+#include <atomic>
+
+#include "matrix.h"
+#include "simd.h"
+
+namespace LS_ISA {
+
+struct alignas(64) Counter {
+  std::atomic<int64_t> value;
+};
+
+constexpr int64_t FAR = 3 << 16;  // bytes of the next weights to ask for: they fit the second-level cache
+constexpr int64_t UNITS = 4;      // of a thread in a phase
+constexpr int64_t FEW = 4;        // so many rows every thread prepares for itself, which is quicker than to wait
+
+// [0, n) in about `units` pieces of whole cache lines.
+struct Pieces {
+  int64_t n, size, units;
+};
+LS_INLINE Pieces pieces(int64_t n, int64_t units) {
+  const int64_t size = ls_ceil(ls_ceil(n, units), 16) * 16;
+  return {n, size, ls_ceil(n, size)};
+}
+LS_INLINE int64_t end_of(const Pieces &p, int64_t unit) {
+  return (unit + 1) * p.size < p.n ? (unit + 1) * p.size : p.n;
+}
+
+// [begin, end) of the units of a thread's run.
+LS_INLINE int64_t run_begin(int64_t units, int64_t threads, int64_t id) { return units * id / threads; }
+
+// Where a call keeps what is between the phases.
+struct Scratch {
+  float *residual;         // (rows, d_model)
+  float *normed, *gated;   // (rows, d_model), (rows, widest): for every thread if the rows are few
+  float *wide, *narrow;    // of a sublayer: (rows, n_wide), (rows, n_narrow)
+  float *dt, *y;           // (rows, widest)
+  char *prepared;          // (rows, widest), for every thread if the rows are few
+  Counter *counters;       // the first counts the threads that have come
+  int64_t widest, n_wide, n_narrow, prepared_size, n_counters, bytes;
+};
+
+// x / sqrt(mean(x^2) + eps) * weight; y may be x; without a weight it is 1.
+void rms_norm(const float *x, const float *weight, float eps, int64_t n, float *y);
+
+// One thread's view of the call.
+struct Member {
+  const ls_decode *a;
+  const Scratch *s;
+  int64_t rows, id;
+  bool few;
+  Counter *counters;       // of each phase: units done, and units taken of every thread's run
+  char *ready;             // prepared rows, the thread's own if the rows are few
+  const char *next, *end;  // weights worth asking for
+
+  Pieces cut(int64_t n) const { return pieces(n, UNITS * a->threads); }
+  int64_t mine(int64_t row) const { return (few ? id * rows : 0) + row; }
+  float *normed_row(int64_t row) const { return s->normed + mine(row) * a->d_model; }
+  float *gated_row(int64_t row) const { return s->gated + mine(row) * s->widest; }
+
+  // The first weights of this thread's run, if they are multiplied by in pieces like these.
+  void expect(const ls_matrix *m, const Pieces &p) {
+    const int64_t first = run_begin(p.units, a->threads, id) * p.size;
+    const int64_t last = run_begin(p.units, a->threads, id + 1) * p.size;
+    const int64_t row = m->format == LS_F32    ? 4 * m->n_in
+                        : m->format == LS_BF16 ? 2 * m->n_in
+                        : m->format == LS_INT4 ? m->n_in / 2
+                                               : m->n_in;
+    const int64_t length = ((last < p.n ? last : p.n) - first) * row;
+    next = (const char *)m->data + first * row;
+    end = next + (length < FAR ? length : FAR);
+  }
+  void expect(const ls_matrix *m) { expect(m, cut(m->n_out)); }
+  void prefetch(int lines) {
+    for (; lines > 0 && next < end; --lines, next += 64) __builtin_prefetch(next);
+  }
+
+  template <typename Body>
+  void phase(int64_t units, const Body &body) {
+    const int64_t threads = a->threads;
+    Counter *done = counters, *taken = done + 1;
+    counters += 1 + threads;
+    int64_t worked = 0;
+    for (int64_t turn = 0; turn < threads; ++turn) {
+      const int64_t whose = (id + turn) % threads;
+      const int64_t first = run_begin(units, threads, whose), last = run_begin(units, threads, whose + 1);
+      while (taken[whose].value.load(std::memory_order_relaxed) < last - first) {
+        const int64_t unit = first + taken[whose].value.fetch_add(1, std::memory_order_relaxed);
+        if (unit >= last) break;
+        body(unit);
+        ++worked;
+      }
+    }
+    if (worked) done->value.fetch_add(worked, std::memory_order_acq_rel);
+    for (int64_t turn = 0; done->value.load(std::memory_order_acquire) < units; ++turn) {
+      prefetch(2);
+#if defined(__SSE2__)
+      _mm_pause();
+#endif
+      if (turn > 4000) ls_yield();  // the others may need this processor
+    }
+  }
+
+  template <typename RowOf>
+  void prepare_rows(const ls_matrix *matrix, const RowOf &row_of) {
+    const int64_t size = prepared_bytes(matrix->n_in);
+    if (few)
+      for (int64_t row = 0; row < rows; ++row) prepare(matrix, row_of(row), ready + row * size);
+    else
+      phase(rows, [&](int64_t row) { prepare(matrix, row_of(row), ready + row * size); });
+  }
+
+  void multiply(const ls_matrix *matrix, float *y, int64_t stride, bool add, int64_t first, int64_t last) const {
+    const Product product = {matrix, ready, rows, y, stride, add};
+    outputs(&product, first, last);
+  }
+
+  // Every sublayer begins with in_scale norm(residual), prepared for a matrix ...
+  void begin(const ls_sublayer *layer, const ls_matrix *matrix) {
+    prepare_rows(matrix, [&](int64_t row) -> const float * {
+      float *x = normed_row(row);
+      if (layer->norm) rms_norm(s->residual + row * a->d_model, layer->norm, (float)a->eps, a->d_model, x);
+      return scaled(x, layer->in_scale, a->d_model, row);
+    });
+  }
+
+  // ... and ends with residual += out_proj (out_scale row). `then` is the matrix that comes next.
+  template <typename RowOf>
+  void finish(const ls_sublayer *layer, const ls_matrix *out_proj, const ls_matrix *then, const RowOf &row_of) {
+    prepare_rows(out_proj, [&](int64_t row) { return scaled(row_of(row), layer->out_scale, out_proj->n_in, row); });
+    expect(then);
+    const Pieces p = cut(a->d_model);
+    phase(p.units, [&](int64_t unit) {
+      multiply(out_proj, s->residual, a->d_model, true, unit * p.size, end_of(p, unit));
+    });
+  }
+
+ private:
+  const float *scaled(const float *x, double factor, int64_t n, int64_t row) const {
+    if (factor == 1.0) return x;
+    float *to = gated_row(row);  // which may be x
+    for (int64_t i = 0; i < n; ++i) to[i] = (float)factor * x[i];
+    return to;
+  }
+};
+
+// The sublayers; each in decode_<kind>.cpp, with the floats of a row that it needs.
+struct Needs {
+  int64_t wide, narrow, widest;
+};
+Needs needs_of(const ls_mamba *);
+Needs needs_of(const ls_mamba2 *);
+Needs needs_of(const ls_attention *);
+Needs needs_of(const ls_mlp *);
+void advance(Member *, const ls_sublayer *, const ls_mamba *, const ls_matrix *then);
+void advance(Member *, const ls_sublayer *, const ls_mamba2 *, const ls_matrix *then);
+void advance(Member *, const ls_sublayer *, const ls_attention *, const ls_matrix *then);
+void advance(Member *, const ls_sublayer *, const ls_mlp *, const ls_matrix *then);
+
+// The causal convolution and SiLU of channels [begin, end) of one sequence, in place: x (steps, stride) with `channels`
+// numbers a row, past (d_conv - 1, channels), weight (d_conv, channels).
+struct Convolution {
+  const float *weight, *bias;
+  int64_t channels, d_conv;
+};
+void convolve(const Convolution *c, float *x, int64_t stride, int64_t steps, float *past, int64_t begin, int64_t end);
+
+}  // namespace LS_ISA

@@ -1,0 +1,139 @@
+// Causal attention over a KV cache, and gated MLPs, while decoding.
+#include <math.h>
+
+#include "decode.h"
+
+namespace LS_ISA {
+namespace {
+
+constexpr int64_t BLOCK = 64;  // cached tokens at a time; blocks begin at multiples of it, whatever the call
+
+float dot(const float *x, const float *y, int64_t n) {
+  vec total = vec{};
+  for (int64_t i = 0; i < n; i += W) {
+    const int lanes = n - i < W ? (int)(n - i) : W;
+    total += load_n(x + i, lanes) * load_n(y + i, lanes);
+  }
+  return sum(total);
+}
+
+// Turn the pairs (x_i, x_{i + half}) of a head by their angles.
+void rotate(float *x, const float *cosines, const float *sines, int64_t half) {
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = x[i], b = x[i + half];
+    x[i] = a * cosines[i] - b * sines[i];
+    x[i + half] = b * cosines[i] + a * sines[i];
+  }
+}
+
+// y = softmax(scale q K') V over n cached tokens, block by block, with a running maximum.
+void attend(const float *q, const float *K, const float *V, int64_t n, int64_t stride, float scale, int64_t d, float *y) {
+  float largest = -INFINITY, total = 0.0f;
+  for (int64_t i = 0; i < d; ++i) y[i] = 0.0f;
+  for (int64_t begin = 0; begin < n; begin += BLOCK) {
+    const int64_t count = n - begin < BLOCK ? n - begin : BLOCK;
+    float weights[BLOCK], most = largest;
+    for (int64_t s = 0; s < count; ++s) {
+      weights[s] = scale * dot(q, K + (begin + s) * stride, d);
+      most = weights[s] > most ? weights[s] : most;
+    }
+    const float fade = expv(splat(largest - most))[0];
+    largest = most, total *= fade;
+    for (int64_t s = 0; s < count; s += W) {
+      const int lanes = count - s < W ? (int)(count - s) : W;
+      store_n(weights + s, expv(load_n(weights + s, lanes) - splat(most)), lanes);
+    }
+    for (int64_t s = 0; s < count; ++s) total += weights[s];
+    for (int64_t i = 0; i < d; i += W) {
+      const int lanes = d - i < W ? (int)(d - i) : W;
+      vec sum_ = load_n(y + i, lanes) * splat(fade);
+      for (int64_t s = 0; s < count; ++s) sum_ += splat(weights[s]) * load_n(V + (begin + s) * stride + i, lanes);
+      store_n(y + i, sum_, lanes);
+    }
+  }
+  for (int64_t i = 0; i < d; ++i) y[i] /= total;
+}
+
+// One head of keys and values of one sequence, and the queries that share it. Row: [q; k; v].
+LS_APART void attend_heads(Member *me, const ls_attention *l, const ls_state *state, int64_t b, int64_t head) {
+  const int64_t d = l->d_head, half = l->n_rotated / 2, queries = l->n_heads / l->n_kv_heads;
+  const int64_t E = l->n_heads * d, stride = l->n_kv_heads * d, width = E + 2 * stride;
+  float *K = state->k + b * state->capacity * stride + head * d, *V = state->v + (K - state->k);
+  float *cosines = LS_STACK(float, half + 1), *sines = LS_STACK(float, half + 1);
+  for (int64_t t = 0; t < me->a->steps; ++t) {
+    const int64_t row = b * me->a->steps + t, position = state->length[b] + t;
+    float *q = me->s->wide + row * width + head * queries * d, *k = me->s->wide + row * width + E + head * d;
+    for (int64_t i = 0; i < half; ++i) {
+      const float angle = (float)position * l->frequencies[i];
+      cosines[i] = cosf(angle), sines[i] = sinf(angle);
+    }
+    float *to = K + position * stride;
+    for (int64_t i = 0; i < d; ++i) to[i] = (float)l->key_scale * k[i];
+    rotate(to, cosines, sines, half);
+    memcpy(V + position * stride, k + stride, sizeof(float) * (size_t)d);
+    for (int64_t j = 0; j < queries; ++j) {
+      rotate(q + j * d, cosines, sines, half);
+      attend(q + j * d, K, V, position + 1, stride, (float)l->scale, d,
+             me->s->y + row * E + (head * queries + j) * d);
+    }
+  }
+}
+
+}  // namespace
+
+Needs needs_of(const ls_attention *l) {
+  const int64_t E = l->n_heads * l->d_head;
+  return {E + 2 * l->n_kv_heads * l->d_head, 0, E};
+}
+
+void advance(Member *me, const ls_sublayer *sublayer, const ls_attention *layer, const ls_matrix *then) {
+  const ls_decode *a = me->a;
+  const Scratch &s = *me->s;
+  const ls_matrix *matrices[] = {&layer->q_proj, &layer->k_proj, &layer->v_proj};
+  const int64_t E = layer->n_heads * layer->d_head, width = E + 2 * layer->n_kv_heads * layer->d_head;
+
+  me->begin(sublayer, &layer->q_proj);
+  me->expect(&layer->o_proj);
+  const Pieces q = me->cut(layer->q_proj.n_out), kv = me->cut(layer->k_proj.n_out);
+  me->phase(q.units + 2 * kv.units, [&](int64_t unit) {
+    const int64_t which = unit < q.units ? 0 : 1 + (unit - q.units) / kv.units;
+    const Pieces &p = which ? kv : q;
+    const int64_t piece = which ? (unit - q.units) % kv.units : unit;
+    const int64_t offset = which ? E + (which - 1) * kv.n : 0;
+    me->multiply(matrices[which], s.wide + offset, width, false, piece * p.size, end_of(p, piece));
+  });
+  me->phase(a->batch * layer->n_kv_heads, [&](int64_t unit) {
+    attend_heads(me, layer, a->states + sublayer->state, unit / layer->n_kv_heads, unit % layer->n_kv_heads);
+  });
+  me->finish(sublayer, &layer->o_proj, then, [&](int64_t row) { return s.y + row * E; });
+}
+
+Needs needs_of(const ls_mlp *l) { return {2 * l->up_proj.n_out, 0, l->up_proj.n_out}; }
+
+void advance(Member *me, const ls_sublayer *sublayer, const ls_mlp *layer, const ls_matrix *then) {
+  const Scratch &s = *me->s;
+  const int64_t F = layer->up_proj.n_out;
+  const Pieces p = me->cut(F);
+  float *const up = s.wide, *const gate = s.wide + F;
+
+  me->begin(sublayer, &layer->up_proj);
+  me->expect(&layer->down_proj);
+  me->phase(p.units, [&](int64_t unit) {
+    const int64_t begin = unit * p.size, end = end_of(p, unit);
+    me->multiply(&layer->up_proj, up, 2 * F, false, begin, end);
+    if (layer->gated) me->multiply(&layer->gate_proj, gate, 2 * F, false, begin, end);
+    for (int64_t row = 0; row < me->rows; ++row)
+      for (int64_t i = begin; i < end; i += W) {
+        const int lanes = end - i < W ? (int)(end - i) : W;
+        float *const to = up + row * 2 * F + i;
+        const vec value = load_n(to, lanes);
+        const vec x = layer->gated ? load_n(gate + row * 2 * F + i, lanes) * splat((float)layer->gate_scale) : value;
+        const vec positive = vmax(vec{}, x);  // in this order NaN stays NaN
+        const vec activated = layer->activation == LS_RELU2 ? positive * positive : x * sigmoid(x);
+        store_n(to, layer->gated ? activated * value : activated, lanes);
+      }
+  });
+  me->finish(sublayer, &layer->down_proj, then, [&](int64_t row) { return up + row * 2 * F; });
+}
+
+}  // namespace LS_ISA
