@@ -48,6 +48,12 @@ JAMBA = {
     **{"attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     **{"num_experts": 6, "num_experts_per_tok": 2},
 }
+ZAMBA = {
+    **{"vocab_size": 37, "hidden_size": 24, "intermediate_size": 28, "num_attention_heads": 4},
+    **{"mamba_d_state": 5, "mamba_ngroups": 2, "n_mamba_heads": 6, "chunk_size": 8, "adapter_rank": 3},
+    **{"layers_block_type": ["mamba", "hybrid", "hybrid", "mamba", "hybrid"], "num_mem_blocks": 1},
+    **{"num_hidden_layers": 5, "time_step_min": 1e-9, "rope_parameters": {"rope_theta": 50.0}},
+}
 
 #: a name of each variant -> the class in transformers, the fields of its configuration
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -105,6 +111,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **{**JAMBA, "tie_word_embeddings": True, "mamba_proj_bias": True, "mamba_conv_bias": False},
             **{"expert_layer_period": 1, "expert_layer_offset": 0, "attn_layer_period": 9},
+        },
+    ),
+    "zamba2": ("Zamba2", ZAMBA),
+    "zamba2 two blocks": (
+        "Zamba2",
+        {
+            **{**ZAMBA, "num_mem_blocks": 2, "use_shared_attention_adapter": True, "use_mem_rope": True},
+            "add_bias_linear": True,
         },
     ),
 }

@@ -47,6 +47,8 @@ PARENTS = {
     **{entry.name: entry.parents for entry in MODELS.values()},
     # what is no language model or translator of its own
     "hippo_memory": ("hippo",),
+    "hybrid_config": ("llama", "mamba", "mamba2"),
+    "hybrid": ("hybrid_config",),
     "neural_ode": ("lstm",),
 }
 # in models/, what is made of any of them
@@ -57,7 +59,6 @@ MAX_LINES = 350
 LONG: dict[str, str] = {
     "inference/engine": "one class: the slots, and how rows join, decode and leave",
     "models/mamba2": "one paper: the sizes of a mixer, the mixer and the model",
-    "models/hybrid": "one idea: the letters, their sizes, and the published patterns of them",
     "models/transformer": "one paper: attention, layer and model are read together",
     "models/bert": "one paper: the encoder, its two heads and the pre-training loss",
     "models/s4": "one paper: the decomposition, the kernel and the recurrence of one system",

@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hybrid_families import FAMILIES, build, draw_ids, saved
-from longscan import load, save
+from longscan import load, quantize, save
+from longscan.checkpoints.formats import HYBRIDS, read_config
 from longscan.errors import LongscanError
+from longscan.models import HybridConfig
+from longscan.models.hybrid_config import PRESETS
 
 transformers = pytest.importorskip("transformers")
 
@@ -159,10 +162,11 @@ def test_steps_are_clamped_as_a_pass_is(variant: str, tmp_path: Path) -> None:
     assert (unlimited - expected).abs().max() > 1e-3 * expected.abs().max()
 
 
+@pytest.mark.parametrize("variant", ["nemotron_h", "zamba2"])
 @torch.no_grad()
-def test_nemotron_has_no_floor_of_time_steps(tmp_path: Path) -> None:
-    """time_step_min: transformers clamps with it in a pass, not in steps; it was not so trained."""
-    peer, ids = build("nemotron_h"), draw_ids()
+def test_time_steps_have_no_floor(variant: str, tmp_path: Path) -> None:
+    """time_step_min: transformers clamps with it in a pass, not in steps; Nemotron was not so trained."""
+    peer, ids = build(variant), draw_ids()
     for name, parameter in peer.named_parameters():
         if name.endswith("dt_bias"):
             parameter -= 12
@@ -189,6 +193,69 @@ def test_older_fields_of_nemotron(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+PUBLISHED: dict[str, dict[str, Any]] = {  # as in the files, but for what leaves the numbers alone
+    "falcon-h1-0.5b": {
+        **{"attention_bias": False, "attention_dropout": 0.0, "attention_in_multiplier": 1.0},
+        **{"attention_out_multiplier": 0.9375, "attn_layer_indices": None, "head_dim": 64},
+        **{"embedding_multiplier": 5.656854249492381, "hidden_act": "silu", "hidden_size": 1024},
+        **{"intermediate_size": 2048, "key_multiplier": 0.39062499999999994},
+        **{"lm_head_multiplier": 0.0390625, "mamba_chunk_size": 128, "mamba_conv_bias": True},
+        **{"mamba_d_conv": 4, "mamba_d_head": 64, "mamba_d_ssm": 1536, "mamba_d_state": 128},
+        **{"mamba_expand": 2, "mamba_n_groups": 1, "mamba_n_heads": 24, "mamba_rms_norm": False},
+        **{"mamba_norm_before_gate": False, "mamba_proj_bias": False, "mamba_use_mlp": True},
+        **{"max_position_embeddings": 16384, "mlp_bias": False, "model_type": "falcon_h1"},
+        **{"mlp_multipliers": [0.8838834764831844, 0.5859375], "num_attention_heads": 8},
+        **{"num_hidden_layers": 36, "num_key_value_heads": 2, "projectors_bias": False},
+        **{"rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 100000000000.0},
+        **{"ssm_in_multiplier": 1.25, "ssm_out_multiplier": 0.23570226039551587},
+        "ssm_multipliers": [0.3535533905932738, 0.25, 0.3535533905932738, 0.5, 0.3535533905932738],
+        **{"tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 32784},
+    },
+    "nemotron-h-8b": {
+        **{"attention_bias": False, "attention_head_dim": 128, "chunk_size": 256, "conv_kernel": 4},
+        **{"expand": 2, "hidden_dropout": 0.0, "hidden_size": 4096, "intermediate_size": 21504},
+        "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+        **{"layer_norm_epsilon": 1e-5, "rms_norm_eps": 1e-5, "mamba_head_dim": 64, "n_groups": 8},
+        **{"mamba_hidden_act": "silu", "mamba_num_heads": 128, "mamba_proj_bias": False},
+        **{"max_position_embeddings": 8192, "mlp_bias": False, "mlp_hidden_act": "relu2"},
+        **{"model_type": "nemotron_h", "num_attention_heads": 32, "num_hidden_layers": 52},
+        **{"num_key_value_heads": 8, "rescale_prenorm_residual": True, "residual_in_fp32": False},
+        **{"sliding_window": None, "ssm_state_size": 128, "tie_word_embeddings": False},
+        **{"use_bias": False, "use_conv_bias": True, "use_mamba_kernels": True, "vocab_size": 131072},
+        "time_step_limit": [0.0, float("inf")],
+    },
+    "jamba-v0.1": {
+        **{"attn_layer_offset": 4, "attn_layer_period": 8, "expert_layer_offset": 1},
+        **{"expert_layer_period": 2, "hidden_act": "silu", "hidden_size": 4096},
+        **{"intermediate_size": 14336, "mamba_conv_bias": True, "mamba_d_conv": 4, "mamba_d_state": 16},
+        **{"mamba_dt_rank": 256, "mamba_expand": 2, "mamba_proj_bias": False, "model_type": "jamba"},
+        **{"max_position_embeddings": 262144, "num_attention_heads": 32, "num_experts": 16},
+        **{"num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8},
+        **{"num_logits_to_keep": 1, "rms_norm_eps": 1e-6, "sliding_window": None},
+        **{"tie_word_embeddings": False, "use_mamba_kernels": False, "vocab_size": 65536},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_configuration_is_the_preset(name: str) -> None:
+    config = read_config(PUBLISHED[name])[1]
+    expected = HybridConfig.from_dict(PRESETS[name])
+    multiple = {"pad_vocab_size_multiple": config.pad_vocab_size_multiple}
+    assert config == expected.replace(**multiple)
+
+
+PRESETS_OF_FAMILIES = [name for name, fields in PRESETS.items() if "family" in fields]
+
+
+@pytest.mark.parametrize("name", PRESETS_OF_FAMILIES)
+def test_a_preset_round_trips_in_the_layout_of_its_family(name: str) -> None:
+    config = HybridConfig.from_dict(PRESETS[name])
+    fields = HYBRIDS[config.family].write(config)
+    again = read_config(json.loads(json.dumps(fields, allow_nan=False)))
+    assert again == ("hybrid", config)
+
+
 @torch.no_grad()
 def test_the_only_expert_of_an_old_jamba_is_its_feed_forward_layer(tmp_path: Path) -> None:
     peer = saved("jamba dense", tmp_path)
@@ -197,3 +264,48 @@ def test_the_only_expert_of_an_old_jamba_is_its_feed_forward_layer(tmp_path: Pat
     save_file(old, tmp_path / "model.safetensors", {"format": "pt"})
     ids = draw_ids()
     assert_close(load(tmp_path)[0](ids).logits, peer(ids).logits)
+
+
+@every
+@torch.no_grad()
+def test_pieces_padding_and_packing_are_one_pass(variant: str, tmp_path: Path) -> None:
+    """In float64, from an own reference: transformers corrupts states under right padding."""
+    saved(variant, tmp_path)
+    model, [first, second] = load(tmp_path)[0].double(), draw_ids(3)
+    second = second[:13]
+    expected = [model(row[None]) for row in (first, second)]
+    state, pieces = None, []
+    for piece in first.split([5, 1, 11, 12]):
+        output = model(piece[None], state=state)
+        state = output.state
+        pieces.append(output.logits[0])
+    assert_equal(torch.cat(pieces), expected[0].logits[0])
+    for pad in ("left", "right"):
+        ids, seq_idx = torch.zeros(2, 29, dtype=torch.long), torch.full((2, 29), -1)
+        for number, row in enumerate((first, second)):
+            where = slice(29 - len(row), 29) if pad == "left" else slice(len(row))
+            ids[number, where], seq_idx[number, where] = row, 0
+        output = model(ids, seq_idx=seq_idx)
+        state = output.state
+        for number in range(2):
+            assert_equal(output.logits[number][seq_idx[number] == 0], expected[number].logits[0])
+            after, _ = model.step(torch.tensor([7]), state.select([number]))
+            assert_equal(after, model.step(torch.tensor([7]), expected[number].state.clone())[0])
+    packed = torch.cat([first, second])[None]
+    seq_idx = torch.tensor([0] * len(first) + [1] * len(second))[None]
+    both = torch.cat([output.logits[0] for output in expected])
+    assert_equal(model(packed, seq_idx=seq_idx).logits[0], both)
+
+
+def assert_equal(got: Tensor, expected: Tensor) -> None:
+    assert (got - expected).abs().max() <= 1e-11 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "bf16"])
+@pytest.mark.parametrize("variant", ["granite experts", "nemotron_h experts", "zamba2 two blocks"])
+@torch.no_grad()
+def test_quantised_models_round_trip(variant: str, kind: str, tmp_path: Path) -> None:
+    saved(variant, tmp_path / "theirs")
+    model, ids = quantize(tmp_path / "theirs", tmp_path / "ours", kind), draw_ids()
+    again = load(tmp_path / "ours")[0]
+    assert torch.equal(again(ids).logits, model(ids).logits)

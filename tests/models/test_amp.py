@@ -12,7 +12,13 @@ from longscan.models import MODELS
 
 NAMES = [name for name, entry in MODELS.items() if entry.kind == "language"]
 HALVES = {torch.bfloat16: 0.01, torch.float16: 0.002}  # how far the loss may move
-STATELESS = {"llama", "gau", "cnn", "hybrid"}  # what they keep are tokens, in the type of the products
+STATELESS = {
+    "llama",
+    "gau",
+    "cnn",
+    "hybrid",
+    "zamba2",
+}  # what they keep are tokens, in the type of the products
 
 halves = pytest.mark.parametrize("dtype", HALVES, ids=str)
 every = pytest.mark.parametrize("name", NAMES)

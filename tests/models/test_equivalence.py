@@ -33,6 +33,7 @@ from longscan.models import (
     S4Config,
     S4DConfig,
     State,
+    Zamba2Config,
 )
 from longscan.models.linear_attention import LinearAttentionState
 
@@ -286,6 +287,28 @@ def hybrid_config(pick: Callable[..., Any]) -> HybridConfig:
     )
 
 
+def zamba2_config(pick: Callable[..., Any]) -> Zamba2Config:
+    return Zamba2Config(
+        pattern=pick("ZM", "MZZ"),
+        vocab_size=11,
+        d_model=pick(4, 6),
+        n_heads=2,
+        n_kv_heads=pick(None, 1),
+        rope_theta=pick(None, 50.0),
+        d_ff=5,
+        n_shared=1,
+        adapter_rank=2,
+        attention_adapters=pick(True, False),
+        d_ssm=12,
+        d_ssm_head=3,
+        n_ssm_groups=pick(1, 2),
+        d_state=pick(1, 5),
+        d_conv=pick(1, 4),
+        bias=pick(True, False),
+        tie_embeddings=pick(True, False),
+    )
+
+
 CONFIGS: dict[str, Callable[..., LanguageModelConfig]] = {
     "lstm": lstm_config,
     "cnn": cnn_config,
@@ -301,6 +324,7 @@ CONFIGS: dict[str, Callable[..., LanguageModelConfig]] = {
     "mamba": mamba_config,
     "mamba3": mamba3_config,
     "hybrid": hybrid_config,
+    "zamba2": zamba2_config,
 }
 
 

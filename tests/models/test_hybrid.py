@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longscan.errors import LongscanError
-from longscan.models import Hybrid, HybridConfig
+from longscan.models import Hybrid, HybridConfig, Zamba2, Zamba2Config
 from longscan.models.common.experts import Experts, ExpertsLayer
 from longscan.models.hybrid import PRESETS
+from longscan.models.zamba2 import PRESETS as ZAMBA_PRESETS
 
 FIELDS: dict[str, Any] = {
     **{"d_model": 8, "vocab_size": 11, "pattern": "M-*E", "n_heads": 2, "d_ff": 6, "d_ssm_head": 4},
@@ -37,6 +38,9 @@ PARAMETERS = {
 }
 
 
+ZAMBA_PARAMETERS = {"zamba2-1.2b": 1_215_064_704, "zamba2-2.7b": 2_662_214_560}
+
+
 def config(**change: Any) -> HybridConfig:
     return HybridConfig.from_dict({**FIELDS, **change})
 
@@ -46,6 +50,26 @@ def test_a_published_size_has_its_number_of_parameters(name: str) -> None:
     with torch.device("meta"):
         model = Hybrid(HybridConfig.from_dict(PRESETS[name]))
     assert model.num_parameters() == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", ZAMBA_PARAMETERS)
+def test_a_published_zamba2_has_its_number_of_parameters(name: str) -> None:
+    with torch.device("meta"):
+        model = Zamba2(Zamba2Config.from_dict(ZAMBA_PRESETS[name]))
+    assert model.num_parameters() == ZAMBA_PARAMETERS[name]
+
+
+def test_blocks_are_shared_in_turn() -> None:
+    fields = {"d_model": 4, "pattern": "ZMMZZ", "vocab_size": 7, "n_heads": 2, "d_ff": 3, "d_ssm_head": 4}
+    model = Zamba2(Zamba2Config(**fields, n_shared=2, adapter_rank=1))
+    x = torch.zeros(1, 3, 4)
+    plans = model.backbone.plans(x, [None] * 5, None)
+    blocks = list(model.backbone.shared)
+    assert [plans[number].shared for number in (0, 3, 4)] == [blocks[0], blocks[1], blocks[0]]
+    with pytest.raises(LongscanError, match="n_shared: expected at most 3"):
+        Zamba2Config(**fields, n_shared=4)
+    with pytest.raises(LongscanError, match="n_heads: expected a divisor of 2 d_model"):
+        Zamba2Config(**{**fields, "n_heads": 3})
 
 
 def test_a_pattern_is_repeated_to_the_number_of_layers() -> None:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from longscan.models.gau import GAU, GAUConfig
     from longscan.models.h3 import H3, H3Config
     from longscan.models.hippo import HippoConfig, HippoRNN
-    from longscan.models.hybrid import Hybrid, HybridConfig
+    from longscan.models.hybrid import Hybrid
+    from longscan.models.hybrid_config import HybridConfig
     from longscan.models.hyena import Hyena, HyenaConfig
     from longscan.models.linear_attention import LinearAttentionConfig, LinearTransformer
     from longscan.models.llama import Llama, LlamaConfig
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from longscan.models.vim import Vim, VimConfig
     from longscan.models.vit import ViT, ViTConfig
     from longscan.models.vmamba import VMamba, VMambaConfig
+    from longscan.models.zamba2 import Zamba2, Zamba2Config
 
 _HOME = {
     "bahdanau": ("Bahdanau", "BahdanauConfig"),
@@ -59,7 +61,8 @@ _HOME = {
     "gau": ("GAU", "GAUConfig"),
     "h3": ("H3", "H3Config"),
     "hippo": ("HippoConfig", "HippoRNN"),
-    "hybrid": ("Hybrid", "HybridConfig"),
+    "hybrid": ("Hybrid",),
+    "hybrid_config": ("HybridConfig",),
     "hyena": ("Hyena", "HyenaConfig"),
     "linear_attention": ("LinearAttentionConfig", "LinearTransformer"),
     "llama": ("Llama", "LlamaConfig"),
@@ -80,6 +83,7 @@ _HOME = {
     "vim": ("Vim", "VimConfig"),
     "vit": ("ViT", "ViTConfig"),
     "vmamba": ("VMamba", "VMambaConfig"),
+    "zamba2": ("Zamba2", "Zamba2Config"),
 }
 
 __all__ = [
@@ -148,6 +152,8 @@ __all__ = [
     "VideoMambaConfig",
     "Vim",
     "VimConfig",
+    "Zamba2",
+    "Zamba2Config",
     "entry_of",
     "preset_owner",
 ]

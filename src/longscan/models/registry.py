@@ -43,6 +43,7 @@ NAMES = (
     "mamba2",
     "mamba3",
     "hybrid",
+    "zamba2",
 )
 
 

@@ -42,7 +42,8 @@ class Body(NamedTuple):
     timed: bool = False
 
 
-#: the available kinds of block: those of all language models, and of the neural ODE
+#: the available kinds of block: those of language models that depend on their input alone, and of the neural
+#: ODE
 BODIES: dict[str, Body] = {
     entry.name: Body(
         cast(type[LanguageModelConfig], entry.config),
@@ -50,7 +51,7 @@ BODIES: dict[str, Body] = {
         cast(type[LanguageModel], entry.cls).blocks,
     )
     for entry in MODELS.values()
-    if entry.kind == "language"
+    if entry.kind == "language" and "classify" in entry.verbs
 } | {
     "neural_ode": Body(neural_ode.NeuralODEConfig, neural_ode.PRESETS, neural_ode.blocks, timed=True),
 }

@@ -73,7 +73,7 @@ def _bare(name: str) -> BareFormat:
 FORMATS: Mapping[str, Format] = LazyMapping(
     {
         **{name: partial(own, name) for name in MODELS},
-        **{name: partial(_format, name) for name in ("bert", "llama", "mamba", "mamba2")},
+        **{name: partial(_format, name) for name in ("bert", "llama", "mamba", "mamba2", "zamba2")},
         SEQUENCE: partial(_format, "sequence_classifier"),
     }
 )

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from longscan.checkpoints.formats.hybrid import (
+from longscan.checkpoints.formats.hybrid import Family, layout
+from longscan.checkpoints.formats.hybrid_fields import (
     MAMBA,
     MAMBA_MISSING,
     MAX_LAYERS,
-    Family,
     dt_limit,
-    layout,
     rotation,
     ssm_widths,
     whole,

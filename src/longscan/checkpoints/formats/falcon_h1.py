@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from longscan.checkpoints.formats.hybrid import (
+from longscan.checkpoints.formats.hybrid import Family, layout
+from longscan.checkpoints.formats.hybrid_fields import (
     MAMBA,
     MAMBA_MISSING,
-    Family,
+    MAX_LAYERS,
     dt_limit,
-    layout,
     rotation,
     ssm_widths,
     whole,
     written_limit,
 )
-from longscan.checkpoints.formats.hybrid import MAX_LAYERS as MAX
 from longscan.errors import LongscanError
 from longscan.models import HybridConfig
 
@@ -82,7 +81,7 @@ def _derive(fields: Mapping[str, Any]) -> dict[str, Any]:
     else:
         channels = whole(fields, "mamba_d_ssm")
     return {
-        "pattern": "P-" * whole(fields, "num_hidden_layers", MAX),
+        "pattern": "P-" * whole(fields, "num_hidden_layers", MAX_LAYERS),
         "rope_theta": rotation(fields),
         "gated_norm": ORDERS[order],
         "dt_limit": dt_limit(fields),

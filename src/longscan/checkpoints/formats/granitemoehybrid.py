@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longscan.checkpoints.formats.hybrid import (
+from longscan.checkpoints.formats.hybrid import Family, layout
+from longscan.checkpoints.formats.hybrid_fields import (
     LAYERS,
     MAMBA,
     MAMBA_MISSING,
-    Family,
     dt_limit,
     layer_letters,
-    layout,
     rotation,
     ssm_widths,
     whole,
@@ -161,7 +160,7 @@ FORMAT = layout(
         derived=DERIVED,
         derive=_derive,
         express=_express,
-        only={},
+        only={"normalization_function": ("rmsnorm",)},
         idle=IDLE,
         outer={"model.embed_tokens.": "backbone.embedding.", "model.norm.": "backbone.norm_f."},
         inner={

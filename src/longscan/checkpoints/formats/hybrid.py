@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from longscan.checkpoints.formats.base import (
@@ -26,24 +25,9 @@ from longscan.checkpoints.formats.own import own
 from longscan.core.config import Config
 from longscan.errors import LongscanError
 from longscan.models import HybridConfig
+from longscan.models.hybrid_config import PatternConfig
 
-__all__ = [
-    "FORMAT",
-    "LAYERS",
-    "MAMBA",
-    "MAMBA_MISSING",
-    "Family",
-    "dt_limit",
-    "layer_letters",
-    "layout",
-    "rotation",
-    "ssm_widths",
-    "whole",
-    "written_limit",
-]
-
-MAX_LAYERS = 10_000
-LARGEST = torch.finfo(torch.float32).max  # stands for infinity, which JSON has no number for
+__all__ = ["FORMAT", "Family", "layout"]
 
 # their name -> ours, in every family
 SHARED = {
@@ -68,18 +52,14 @@ SHARED_ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "is_encoder_decoder": (False,),
 }
-# of Mamba-2, in most families
-MAMBA = {
-    "mamba_d_state": "d_state",
-    "mamba_d_conv": "d_conv",
-    "mamba_n_groups": "n_ssm_groups",
-    "mamba_conv_bias": "conv_bias",
-}
-MAMBA_MISSING: dict[str, Any] = {"mamba_conv_bias": True, "mamba_proj_bias": False, "attention_bias": False}
-LAYERS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*"}
 
 
-def _same(tensors: dict[str, Tensor], config: HybridConfig) -> dict[str, Tensor]:
+def _none(config: Any) -> dict[str, str]:
+    """Return no names beside those of the tables."""
+    return {}
+
+
+def _same(tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     """Return tensors that have our shapes."""
     return tensors
 
@@ -106,6 +86,8 @@ class Family:
         fuse: the inverse of `split`.
         dropped: beginnings of names that say nothing.
         older: names of fields in older files -> names.
+        kind: our Config.
+        others: beginnings of names that depend on more than the letter of a layer, theirs -> ours.
     """
 
     name: str
@@ -114,21 +96,23 @@ class Family:
     missing: Mapping[str, Any]
     derived: Collection[str]
     derive: Callable[[Mapping[str, Any]], dict[str, Any]]
-    express: Callable[[HybridConfig], dict[str, Any]]
+    express: Callable[[Any], dict[str, Any]]
     only: Mapping[str, tuple[Any, ...]]
     idle: Collection[str]
     outer: Mapping[str, str]
     inner: Mapping[str, Mapping[str, str]]
     layers: str = "model.layers."
     per_layer: int = 2
-    split: Callable[[dict[str, Tensor], HybridConfig], dict[str, Tensor]] = _same
-    fuse: Callable[[dict[str, Tensor], HybridConfig], dict[str, Tensor]] = _same
+    split: Callable[[dict[str, Tensor], Any], dict[str, Tensor]] = _same
+    fuse: Callable[[dict[str, Tensor], Any], dict[str, Tensor]] = _same
     dropped: tuple[str, ...] = ()
     older: Mapping[str, str] = field(default_factory=dict)
+    kind: type[PatternConfig] = HybridConfig
+    others: Callable[[Any], dict[str, str]] = _none
 
-    def names(self, config: HybridConfig) -> dict[str, str]:
+    def names(self, config: PatternConfig) -> dict[str, str]:
         """Return the beginnings of all names, theirs -> ours."""
-        names = dict(self.outer)
+        names = {**self.outer, **self.others(config)}
         for number, letter in enumerate(config.pattern):
             for theirs, ours in self.inner.get(letter, {}).items():
                 start = f"{self.layers}{number // self.per_layer}.{theirs}"
@@ -145,9 +129,10 @@ def layout(family: Family) -> Format:
     table = {**SHARED, **family.fields}
     missing = {**SHARED_MISSING, **family.missing}
     only = {**SHARED_ONLY, **family.only}
+    own_family = family.kind is HybridConfig  # which has a field for it
 
-    def read(raw: Mapping[str, Any], tokenizer_size: int | None) -> HybridConfig:
-        raw = {family.older.get(name, name): value for name, value in raw.items()}
+    def read(raw: Mapping[str, Any], tokenizer_size: int | None) -> PatternConfig:
+        raw = _renewed(raw, family.older)
         known_here = [*table, *family.derived, *only, *family.idle]
         check_fields(raw, known_here, only, IDLE.union(family.idle, [QUANTIZATION]))
         known = {**missing, **raw}
@@ -156,14 +141,14 @@ def layout(family: Family) -> Format:
                 f"config.json of a {family.name} needs {', '.join(map(repr, lacking))}: without them it "
                 "would be another model. Fetch the file again."
             )
-        derived = {"family": family.name, **family.derive(known)}
+        derived = {**({"family": family.name} if own_family else {}), **family.derive(known)}
         fields = {theirs: known[theirs] for theirs in table if table[theirs] not in derived}
         names = {**table, **{name: name for name in derived}}
-        config = build(HybridConfig, {**fields, **derived}, names)
+        config = build(family.kind, {**fields, **derived}, names)
         multiple = config.pad_vocab_size_multiple
         return usual(config.replace(**unpadded(raw, config.vocab_size, multiple, tokenizer_size)))
 
-    def write(config: HybridConfig) -> dict[str, Any]:
+    def write(config: Any) -> dict[str, Any]:
         fields = {
             "architectures": [family.architecture],
             "model_type": family.name,
@@ -179,14 +164,15 @@ def layout(family: Family) -> Format:
         again = read(fields, None).to_dict()
         for name, value in usual(config).to_dict().items():
             if again[name] != value:
+                remedy = "set family to 'own'" if own_family else "leave it at that"
                 raise LongscanError(
                     f"the layout of {family.name} has no field for {name} = {value!r} (it means "
-                    f"{again[name]!r}): set family to 'own'."
+                    f"{again[name]!r}): {remedy}."
                 )
         return fields
 
     def arrange(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-        assert isinstance(config, HybridConfig)
+        assert isinstance(config, PatternConfig)
         names = family.names(config)
         renamed = {
             _renamed(name, names): tensor
@@ -198,12 +184,21 @@ def layout(family: Family) -> Format:
         return family.split(renamed, config)
 
     def restore(tensors: dict[str, Tensor], config: Config) -> dict[str, Tensor]:
-        assert isinstance(config, HybridConfig)
+        assert isinstance(config, PatternConfig)
         names = {ours: theirs for theirs, ours in family.names(config).items()}
         fused = family.fuse(dict(tensors), config)
         return {_renamed(name, names): tensor for name, tensor in fused.items()}
 
     return Format(read=read, write=write, copy=TIED_HEAD, arrange=arrange, restore=restore)
+
+
+def _renewed(raw: Mapping[str, Any], older: Mapping[str, str]) -> dict[str, Any]:
+    """Return fields under their present names; where both are there they have to agree."""
+    fields = {name: value for name, value in raw.items() if name not in older}
+    for name, present in older.items():
+        if name in raw and fields.setdefault(present, raw[name]) != raw[name]:
+            raise LongscanError(f"{name}: expected {fields[present]!r}, as {present}, got {raw[name]!r}.")
+    return fields
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:
@@ -214,133 +209,17 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
     return names.get(start, "") + name.removeprefix(start)
 
 
-def usual(config: HybridConfig) -> HybridConfig:
+def usual(config: PatternConfig) -> PatternConfig:
     """Return a Config with the usual sizes as None, so that it is equal to itself after a round trip.
 
     Args:
         config: any.
     """
-    defaults = {"n_kv_heads": config.n_heads, "d_ssm": 2 * config.d_model}
-    if config.n_heads and config.d_model % config.n_heads == 0:
-        defaults["d_head"] = config.d_model // config.n_heads
-    return config.replace(
-        **{name: None for name, value in defaults.items() if getattr(config, name) == value}
-    )
-
-
-def whole(fields: Mapping[str, Any], name: str, most: int | None = None) -> int:
-    """Return a number of theirs.
-
-    Args:
-        fields: theirs.
-        name: of the number.
-        most: the largest one that is possible.
-
-    Raises:
-        LongscanError: it is no whole number from 1 on.
-    """
-    value = fields[name]
-    if type(value) is not int or value < 1 or (most and value > most):
-        upper = f" to {most:,}" if most else " on"
-        raise LongscanError(f"{name}: expected a whole number from 1{upper}, got {value!r}.")
-    return value
-
-
-def layer_letters(fields: Mapping[str, Any], name: str, letters: Mapping[str, str]) -> str:
-    """Return the letters of a list of kinds of layers.
-
-    Args:
-        fields: theirs.
-        name: of the list.
-        letters: of each kind.
-
-    Raises:
-        LongscanError: it is no list, or has an unknown kind.
-    """
-    kinds = fields[name]
-    if not isinstance(kinds, list) or not kinds:
-        raise LongscanError(f"{name}: expected a list of kinds of layers, got {kinds!r}.")
-    for kind in kinds:
-        if not isinstance(kind, str) or kind not in letters:
-            raise LongscanError(f"{name}: expected {', '.join(letters)}, got {kind!r}.")
-    return "".join(letters[kind] for kind in kinds)
-
-
-def ssm_widths(fields: Mapping[str, Any], channels: int) -> dict[str, int]:
-    """Return d_ssm and d_ssm_head.
-
-    Args:
-        fields: theirs; "auto" is a width of heads too.
-        channels: of the recurrence.
-
-    Raises:
-        LongscanError: heads and channels do not fit.
-    """
-    n_heads = whole(fields, "mamba_n_heads")
-    d_head = channels // n_heads if fields["mamba_d_head"] == "auto" else whole(fields, "mamba_d_head")
-    if n_heads * d_head != channels:
-        raise LongscanError(
-            f"mamba_n_heads, mamba_d_head: expected {channels} channels, got {n_heads} heads of {d_head}."
-        )
-    return {"d_ssm": channels, "d_ssm_head": d_head}
-
-
-def dt_limit(fields: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return the least and largest time step; None if that is no limit.
-
-    Args:
-        fields: theirs; infinity is written in several ways.
-
-    Raises:
-        LongscanError: they are no two numbers.
-    """
-    limit = fields.get("time_step_limit")
-    if limit is None:
-        return None
-    numbers = []
-    for value in limit if isinstance(limit, list) else []:
-        value = value.get("__float__") if isinstance(value, dict) else value
-        value = LARGEST if value in ("Infinity", "inf", float("inf")) else value
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            numbers.append(min(float(value), LARGEST))
-    if len(numbers) != 2:
-        raise LongscanError(f"time_step_limit: expected two numbers, got {limit!r}.")
-    return None if numbers == [0, LARGEST] else (numbers[0], numbers[1])
-
-
-def written_limit(config: HybridConfig) -> dict[str, Any]:
-    """Return the field of the time steps; missing, it is no limit.
-
-    Args:
-        config: ours.
-    """
-    return {} if config.dt_limit is None else {"time_step_limit": list(config.dt_limit)}
-
-
-def rotation(fields: Mapping[str, Any], fraction: float = 1.0) -> float:
-    """Return the base of the rotary embeddings, which stands in one of two places.
-
-    Args:
-        fields: theirs.
-        fraction: of a head that rotates, where the file says it.
-
-    Raises:
-        LongscanError: positions are stretched, or the places disagree.
-    """
-    found = [fields["rope_theta"]] if "rope_theta" in fields else []
-    for name in ("rope_parameters", "rope_scaling"):
-        stated = fields.get(name) or {}
-        if not isinstance(stated, dict):
-            raise LongscanError(f"{name}: expected an object {{...}}, got {stated!r}.")
-        only = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (fraction, None)}
-        check_fields(stated, ["rope_theta", *only], only, ())
-        found += [stated["rope_theta"]] if "rope_theta" in stated else []
-    if any(value != found[0] for value in found):
-        raise LongscanError(f"rope_theta: expected one value, got {found[0]!r} and {found[-1]!r}.")
-    theta = found[0] if found else 10000.0
-    if not isinstance(theta, int | float) or isinstance(theta, bool):
-        raise LongscanError(f"rope_theta: expected a number, got {theta!r}.")
-    return float(theta)
+    fields = config.to_dict()
+    defaults = {"n_kv_heads": fields["n_heads"], "d_ssm": 2 * config.d_model}
+    if fields["n_heads"] and config.d_model % fields["n_heads"] == 0:
+        defaults["d_head"] = config.d_model // fields["n_heads"]
+    return config.replace(**{name: None for name, value in defaults.items() if fields.get(name) == value})
 
 
 FORMAT = own("hybrid")

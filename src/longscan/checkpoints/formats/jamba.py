@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from longscan.checkpoints.formats.hybrid import MAX_LAYERS, Family, layout, whole
+from longscan.checkpoints.formats.hybrid import Family, layout
+from longscan.checkpoints.formats.hybrid_fields import MAX_LAYERS, whole
 from longscan.errors import LongscanError
 from longscan.models import HybridConfig
 

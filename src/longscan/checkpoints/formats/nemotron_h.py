@@ -9,15 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from longscan.checkpoints.formats.hybrid import (
-    LAYERS,
-    Family,
-    dt_limit,
-    layer_letters,
-    layout,
-    whole,
-    written_limit,
-)
+from longscan.checkpoints.formats.hybrid import Family, layout
+from longscan.checkpoints.formats.hybrid_fields import LAYERS, dt_limit, layer_letters, whole, written_limit
 from longscan.errors import LongscanError
 from longscan.models import HybridConfig
 

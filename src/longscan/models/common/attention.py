@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longscan import ops
 from longscan.errors import LongscanError
@@ -18,7 +19,7 @@ from longscan.models.common.packing import warn_beyond
 from longscan.ops import attention
 from longscan.ops._segments import check_seq_idx, segments
 
-__all__ = ["Attention", "AttentionLayer", "AttentionPlan", "rotate"]
+__all__ = ["Attention", "AttentionLayer", "AttentionPlan", "empty_cache", "rotate"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,9 +177,18 @@ class Attention(Mixer[KV]):
         exponents = torch.arange(half, device=self.q_proj.weight.device, dtype=torch.float32) / half
         return 1.0 / self.layer.rope_theta**exponents
 
-    def forward(self, x: Tensor, state: KV | None, plan: AttentionPlan, /) -> tuple[Tensor, KV]:
-        """Attend to the past; see `Mixer.forward`."""
-        q, k, v = self._project(x, plan)  # (batch, seq_len, heads, d_head) each
+    def forward(
+        self, x: Tensor, state: KV | None, plan: AttentionPlan, /, adapters: Sequence[nn.Module] = ()
+    ) -> tuple[Tensor, KV]:
+        """Attend to the past; see `Mixer.forward`.
+
+        Args:
+            x: (batch, seq_len, d_input).
+            state: see `Mixer.forward`.
+            plan: likewise.
+            adapters: of q_proj, k_proj and v_proj: they map x too, and are added.
+        """
+        q, k, v = self._project(x, plan, adapters)  # (batch, seq_len, heads, d_head) each
         if state is not None and plan.past:
             k = torch.cat([state.k[:, : plan.past], k], 1)
             v = torch.cat([state.v[:, : plan.past], v], 1)
@@ -191,15 +201,13 @@ class Attention(Mixer[KV]):
 
     def init_state(self, batch_size: int) -> KV:
         """Return an empty KV cache; see `Mixer.init_state`."""
-        weight = self.k_proj.weight
-        quantised = isinstance(self.k_proj, WeightOnly)  # then the activations are float32
-        shape = (batch_size, 0, self.layer.n_kv_heads, self.layer.d_head)
-        empty = torch.empty(shape, dtype=torch.float32 if quantised else weight.dtype, device=weight.device)
-        return KV(empty, empty.clone(), torch.zeros(batch_size, dtype=torch.int64, device=weight.device))
+        return empty_cache(self.layer, self.k_proj, batch_size)
 
-    def step(self, x: Tensor, state: KV, plan: AttentionPlan, /) -> Tensor:
-        """Attend to the past of one more token per row; the cache has capacity. See `Mixer.step`."""
-        q, k, v = self._project(x, plan)  # (batch, heads, d_head) each
+    def step(
+        self, x: Tensor, state: KV, plan: AttentionPlan, /, adapters: Sequence[nn.Module] = ()
+    ) -> Tensor:
+        """Attend to the past of one more token per row; the cache has capacity. See `forward`."""
+        q, k, v = self._project(x, plan, adapters)  # (batch, heads, d_head) each
         k, v = k.to(state.k.dtype), v.to(state.v.dtype)  # autocast may have been switched on or off
         end = plan.past + 1
         if plan.mask is None:
@@ -222,14 +230,34 @@ class Attention(Mixer[KV]):
         weights = ops.AttentionWeights(q, k, v, o, sizes.d_head, scale, frequencies=frequencies)
         return [ops.Sublayer(weights, layer, norm)]
 
-    def _project(self, x: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rotated queries and keys, and values, (..., heads, d_head), of x (..., d_model)."""
-        split = (-1, self.layer.d_head)
-        q, k, v = (proj(x).unflatten(-1, split) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def _project(
+        self, x: Tensor, plan: AttentionPlan, adapters: Sequence[nn.Module]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated queries and keys, and values, (..., heads, d_head), of x (..., d_input)."""
+        wide = [proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        if adapters:
+            wide = [y + adapter(x) for y, adapter in zip(wide, adapters, strict=True)]
+        q, k, v = (y.unflatten(-1, (-1, self.layer.d_head)) for y in wide)
         if plan.cos is None or plan.sin is None:
             return q, k, v
         cos, sin = plan.cos.to(q.dtype), plan.sin.to(q.dtype)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def empty_cache(layer: AttentionLayer, like: nn.Module, batch_size: int) -> KV:
+    """Return the KV cache of no tokens.
+
+    Args:
+        layer: sizes.
+        like: a projection, whose outputs have the dtype of the cache.
+        batch_size: rows.
+    """
+    weight = like.weight
+    assert isinstance(weight, Tensor)
+    quantised = isinstance(like, WeightOnly)  # then the activations are float32
+    shape = (batch_size, 0, layer.n_kv_heads, layer.d_head)
+    empty = torch.empty(shape, dtype=torch.float32 if quantised else weight.dtype, device=weight.device)
+    return KV(empty, empty.clone(), torch.zeros(batch_size, dtype=torch.int64, device=weight.device))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ class Backbone(nn.Module):
             state: after the last vector.
         """
         before = [None] * len(self.layers) if state is None else state.layers
-        plans, after = self.layers.plans(x[..., 0], before, seq_idx), []
+        plans, after = self.plans(x, before, seq_idx), []
         for layer, layer_state, plan in zip(self.layers, before, plans, strict=True):
             if streams is not None:
                 streams.append(x)
@@ -93,10 +94,21 @@ class Backbone(nn.Module):
     def step(self, ids: Tensor, state: State) -> Tensor:
         """Decode one token per row, ids (batch,), updating the state; return hidden (batch, d_model)."""
         state.reserve(1)
-        x, plans = self._embed(ids), self.layers.plans(ids, state.layers, None)
+        x = self._embed(ids)
+        plans = self.plans(x, state.layers, None)
         for layer, layer_state, plan in zip(self.layers, state.layers, plans, strict=True):
             x = layer.step(x, layer_state, plan)
         return self._last(x)
+
+    def plans(self, x: Tensor, states: Sequence[Any], seq_idx: Tensor | None) -> list[Any]:
+        """Return what each block needs to know of all tokens: the plan of its mixer.
+
+        Args:
+            x: (batch, seq_len, d_model) embedded tokens, or (batch, d_model) before a step.
+            states: of each block; None is the initial one.
+            seq_idx: (batch, seq_len), see `Mixer.plan`.
+        """
+        return self.layers.plans(x[..., 0], states, seq_idx)
 
     def _embed(self, ids: Tensor) -> Tensor:
         """Return the initial residual stream, in float32 so that many small additions are not lost."""

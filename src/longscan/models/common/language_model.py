@@ -5,7 +5,7 @@ stream in `backbone`. Parameters have the names of the official Mamba checkpoint
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +53,12 @@ class LanguageModel(Model):
 
     config: LanguageModelConfig
     decodable: tuple[type[nn.Module], ...] = ()
+    body: ClassVar[type[Backbone]] = Backbone
 
     def __init__(self, config: LanguageModelConfig, generator: torch.Generator | None = None) -> None:
         super().__init__(config)
         self._decoder: Decoder | None = None
-        self.backbone = Backbone(config, self.blocks(config, generator), generator)
+        self.backbone = self.body(config, self.blocks(config, generator), generator)
         self.lm_head = None  # tied: no copy that could drift, and files hold the embedding once
         if not config.tie_embeddings:
             self.lm_head = linear(config.d_model, config.padded_vocab_size, False, generator)

@@ -20,6 +20,7 @@ from longscan import ops
 from longscan.models.common.backbone import Backbone
 from longscan.models.common.layers import (
     DtProjection,
+    GatedRMSNorm,
     Linear,
     PlainRMSNorm,
     RMSNorm,
@@ -35,6 +36,7 @@ USUAL = (
     *(Linear, DtProjection, PlainRMSNorm, RMSNorm, WeightOnlyLinear, WeightOnlyEmbedding),
     *(nn.Embedding, nn.Conv1d),
 )
+NORMS = (PlainRMSNorm, RMSNorm, GatedRMSNorm)
 HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)  # of all modules
 
 _EPS = attrgetter("eps")
@@ -64,7 +66,7 @@ class Decoder:
         self._methods = [(module.__dict__, "forward") for module in self._all]
         self._methods += [(module.__dict__, "step") for module in self._all if hasattr(module, "step")]
         self._methods.append((model.__dict__, "head"))
-        self._norms = [module for module in self._all if isinstance(module, PlainRMSNorm | RMSNorm)]
+        self._norms = [module for module in self._all if isinstance(module, NORMS)]
         self._eps = list(map(_EPS, self._norms))
         owners = [owner for module in self._all for owner in (module._parameters, module._buffers)]
         self._owners: list[dict[str, Tensor | None]] = [owner for owner in owners if owner]  # type: ignore[misc]
