@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -257,11 +259,14 @@ def rewritten(path: Path, **changes: Any) -> Path:
     """A copy of a file with other metadata, of which None removes one; `__` is a dot."""
     reader, new = gguf.GGUFReader(path), path.with_name("new.gguf")
     name = reader.fields["general.architecture"].contents()
-    writer, integer = gguf.GGUFWriter(new, name), gguf.GGUFValueType.UINT32
+    writer, kinds = gguf.GGUFWriter(new, name), gguf.GGUFValueType
     known = {key: (field.contents(), field.types) for key, field in reader.fields.items()}
+    types = {
+        **{bool: [kinds.BOOL], int: [kinds.INT32], float: [kinds.FLOAT32], str: [kinds.STRING]},
+        **{list: [kinds.ARRAY, kinds.INT32], type(None): []},
+    }
     for key, value in changes.items():
-        key = f"{name}.{key.replace('__', '.')}"
-        known[key] = (value, known[key][1] if key in known else [integer])
+        known[f"{name}.{key.replace('__', '.')}"] = value, types[type(value)]
     for key, (value, types) in known.items():
         if not key.startswith("GGUF.") and key != "general.architecture" and value is not None:
             is_list = types[0] == gguf.GGUFValueType.ARRAY
@@ -303,6 +308,18 @@ def test_wrong_metadata(tmp_path: Path, variant: str, changes: dict[str, Any], w
     with pytest.raises(LongscanError) as caught:
         load(rewritten(tmp_path / "a.gguf", **changes))
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("variant", ["falcon-h1", "nemotron latent"])
+def test_no_value_of_the_metadata_is_trusted(tmp_path: Path, variant: str) -> None:
+    save_gguf(make(variant), tmp_path / "a.gguf", None)
+    metadata = check(tmp_path / "a.gguf").metadata
+    prefix = f"{metadata['general.architecture']}."
+    for key in [key.removeprefix(prefix) for key in metadata if key.startswith(prefix)]:
+        for value in (HUGE, -1, "x", float("nan"), [0, -1, 2]):
+            path = rewritten(tmp_path / "a.gguf", **{key.replace(".", "__"): value})
+            with contextlib.suppress(LongscanError), warnings.catch_warnings(action="ignore"):
+                load(path)
 
 
 def test_a_file_that_does_not_say_it_rotates(tmp_path: Path) -> None:

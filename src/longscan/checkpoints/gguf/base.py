@@ -64,7 +64,7 @@ class Slot(NamedTuple):
 
 
 def everything(config: Config) -> bool:
-    """Return that a Config is one of an architecture's."""
+    """Return True, for an architecture that takes all Configs of its model."""
     return True
 
 
