@@ -72,6 +72,20 @@ static bool bad(const ls_conv *a) {
 
 LS_EXPORT int32_t ls_scan_forward(const ls_scan *args) { return bad(args) ? -1 : kernels->scan_forward(args); }
 LS_EXPORT int32_t ls_scan_backward(const ls_scan *args) { return bad(args) ? -1 : kernels->scan_backward(args); }
+static bool bad(const ls_ssd *a) {
+  return a->batch < 1 || a->seq_len < 1 || a->n_heads < 1 || a->d_head < 1 || a->d_head > LS_SSD_MAX_HEAD ||
+         a->n_groups < 1 || a->n_heads % a->n_groups || a->d_state < 1 || a->rank < 1 || a->rank > LS_SSD_CHUNK ||
+         a->seq_len % a->rank;
+}
+LS_EXPORT int32_t ls_ssd_forward(const ls_ssd *args) { return bad(args) ? -1 : kernels->ssd_forward(args); }
+LS_EXPORT int32_t ls_ssd_backward(const ls_ssd *args) { return bad(args) ? -1 : kernels->ssd_backward(args); }
+LS_EXPORT int32_t ls_ssd_step(const ls_ssd *args) {
+  return bad(args) || args->seq_len != 1 ? -1 : kernels->ssd_step(args);
+}
+LS_EXPORT int64_t ls_ssd_forward_workspace(const ls_ssd *args) { return bad(args) ? -1 : kernels->ssd_forward_workspace(args); }
+LS_EXPORT int64_t ls_ssd_backward_workspace(const ls_ssd *args) {
+  return bad(args) ? -1 : kernels->ssd_backward_workspace(args);
+}
 LS_EXPORT int32_t ls_conv_forward(const ls_conv *args) { return bad(args) ? -1 : kernels->conv_forward(args); }
 LS_EXPORT int32_t ls_conv_backward(const ls_conv *args) { return bad(args) ? -1 : kernels->conv_backward(args); }
 

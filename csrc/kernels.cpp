@@ -37,6 +37,11 @@ void probe_read(const float *data, int64_t n, float *sink) {
 namespace LS_ISA {
 int32_t scan_forward(const ls_scan *);
 int32_t scan_backward(const ls_scan *);
+int32_t ssd_forward(const ls_ssd *);
+int32_t ssd_backward(const ls_ssd *);
+int32_t ssd_step(const ls_ssd *);
+int64_t ssd_forward_workspace(const ls_ssd *);
+int64_t ssd_backward_workspace(const ls_ssd *);
 int32_t conv_forward(const ls_conv *);
 int32_t conv_backward(const ls_conv *);
 int32_t diagonal_forward(const ls_diagonal *);
@@ -55,8 +60,11 @@ int64_t decode_workspace(const ls_decode *);
 
 extern const ls_kernels LS_NAME(LS_ISA);
 const ls_kernels LS_NAME(LS_ISA) = {
-    LS_STRING(LS_ISA),          LS_ISA::scan_forward,        LS_ISA::scan_backward,        LS_ISA::conv_forward,
-    LS_ISA::conv_backward,      LS_ISA::diagonal_forward,    LS_ISA::diagonal_backward,    LS_ISA::vandermonde_forward,
-    LS_ISA::vandermonde_backward, LS_ISA::cauchy_forward,    LS_ISA::cauchy_backward,      LS_ISA::legs,
-    LS_ISA::multiply,           LS_ISA::multiply_workspace,  LS_ISA::dequantize,           LS_ISA::decode,
-    LS_ISA::decode_workspace,   LS_ISA::probe_exp_fma,       LS_ISA::probe_read};
+    LS_STRING(LS_ISA), LS_ISA::scan_forward, LS_ISA::scan_backward,
+    LS_ISA::ssd_forward, LS_ISA::ssd_backward, LS_ISA::ssd_step,
+    LS_ISA::ssd_forward_workspace, LS_ISA::ssd_backward_workspace, LS_ISA::conv_forward,
+    LS_ISA::conv_backward, LS_ISA::diagonal_forward, LS_ISA::diagonal_backward,
+    LS_ISA::vandermonde_forward, LS_ISA::vandermonde_backward, LS_ISA::cauchy_forward,
+    LS_ISA::cauchy_backward, LS_ISA::legs, LS_ISA::multiply,
+    LS_ISA::multiply_workspace, LS_ISA::dequantize, LS_ISA::decode,
+    LS_ISA::decode_workspace, LS_ISA::probe_exp_fma, LS_ISA::probe_read};

@@ -6,6 +6,11 @@ struct ls_kernels {
   const char *isa;
   int32_t (*scan_forward)(const ls_scan *);
   int32_t (*scan_backward)(const ls_scan *);
+  int32_t (*ssd_forward)(const ls_ssd *);
+  int32_t (*ssd_backward)(const ls_ssd *);
+  int32_t (*ssd_step)(const ls_ssd *);
+  int64_t (*ssd_forward_workspace)(const ls_ssd *);
+  int64_t (*ssd_backward_workspace)(const ls_ssd *);
   int32_t (*conv_forward)(const ls_conv *);
   int32_t (*conv_backward)(const ls_conv *);
   int32_t (*diagonal_forward)(const ls_diagonal *);
@@ -33,3 +38,6 @@ inline int64_t ls_unit_channels(int64_t batch, int64_t channels_of_group) {
   return batch * channels_of_group < 1024 ? 64 : 128;
 }
 inline int64_t ls_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Floats of a head's state, with d_head padded for the widest vectors.
+inline int64_t ls_ssd_state(int64_t d_head, int64_t d_state) { return ls_ceil(d_head, 32) * 32 * d_state; }

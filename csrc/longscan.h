@@ -45,6 +45,24 @@ typedef struct {
   int64_t dt_stride_group;  // between the channels of two groups of dt
 } ls_scan;
 
+// State space duality; see src/longscan/ops/ssd.py. Heads are strided, the channels of a head are not.
+enum { LS_SSD_CHUNK = 64, LS_SSD_MAX_HEAD = 512, LS_SSD_PACKED = 1 << 20 };  // rows of a tile; floats of packed operands at a time, if it can be
+typedef struct {
+  int64_t batch, seq_len, n_heads, d_head, n_groups, d_state, rank, D_of_channels;
+  ls_rows x, B, C;
+  int64_t x_stride_head, B_stride_group, C_stride_group;
+  const float *dt, *log_decay, *D, *initial_state;  // D (n_heads), or (n_heads, d_head) if D_of_channels
+  const int32_t *seq_idx;
+  float *y, *final_state;  // final_state may be initial_state
+  float *boundaries;       // (batch, tiles, n_heads, ...): states before each tile; null if no gradient follows
+  float *workspace;        // ls_ssd_forward_workspace(...) floats; backward ls_ssd_backward_workspace(...)
+  // backward only
+  ls_rows dy;
+  int64_t dy_stride_head;
+  const float *dfinal;
+  float *dx, *ddt, *dlog_decay, *dB, *dC, *dD, *dinitial_state;
+} ls_ssd;
+
 // Causal depthwise convolution; see src/longscan/ops/conv.py.
 typedef struct {
   int64_t batch, seq_len, d_inner, d_conv, silu;
@@ -198,6 +216,11 @@ int32_t ls_scan_forward(const ls_scan *args);
 int32_t ls_scan_backward(const ls_scan *args);
 // Floats of workspace that ls_scan_backward needs.
 int64_t ls_scan_workspace(int64_t batch, int64_t seq_len, int64_t d_inner, int64_t d_state, int64_t n_groups);
+int32_t ls_ssd_forward(const ls_ssd *args);
+int32_t ls_ssd_backward(const ls_ssd *args);
+int32_t ls_ssd_step(const ls_ssd *args);  // of one row: the state advances in place, see final_state
+int64_t ls_ssd_forward_workspace(const ls_ssd *args);
+int64_t ls_ssd_backward_workspace(const ls_ssd *args);
 int32_t ls_conv_forward(const ls_conv *args);
 int32_t ls_conv_backward(const ls_conv *args);
 int32_t ls_diagonal_forward(const ls_diagonal *args);

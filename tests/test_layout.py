@@ -34,6 +34,7 @@ COMMON = (
         "feed_forward",
         "experts",
         "backbone",
+        "native_stack",
         "language_model",
         "state_space",
         "lti",

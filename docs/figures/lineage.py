@@ -43,6 +43,10 @@ MODELS = {
     "vim": ("Vim", "from both ends", 8, 2, STATE_SPACE),
     "videomamba": ("VideoMamba", "all frames at once", 9, 2, STATE_SPACE),
     "vmamba": ("VMamba", "scanned four ways", 8, 1, STATE_SPACE),
+    "mamba2": ("Mamba-2", "a decay per head", 8, 0, STATE_SPACE),
+    "mamba3": ("Mamba-3", "a state that turns", 9, 0, STATE_SPACE),
+    "hybrid": ("Hybrids", "a few layers attend", 9, -1, STATE_SPACE),
+    "zamba2": ("Zamba2", "one shared attention", 10, -1, STATE_SPACE),
     "hyena": ("Hyena", "a long implicit filter", 7, 3, CONVOLUTION),
     "resnet": ("ResNet", "a sum over layers", 2, 1.5, CONVOLUTION),
     "cnn": ("CNN", "a dilated window", 3, 1.5, CONVOLUTION),
@@ -71,7 +75,7 @@ def arrow(ax: Axes, parent: str, child: str) -> None:
 
 def draw() -> Figure:
     """Return the figure."""
-    figure = Figure(figsize=(16.4, 4.5), facecolor=PAPER)
+    figure = Figure(figsize=(18.2, 4.5), facecolor=PAPER)
     ax = figure.add_axes((0.005, 0.02, 0.99, 0.96))
     for entry in LINE.values():
         label, memory, _, _, colour = MODELS[entry.name]
@@ -102,7 +106,7 @@ def draw() -> Figure:
         ax.text(-0.58, y, kind, va="center", size=9.5, color=INK)
     title = "What does a sequence model remember of the past?"
     ax.text(1.3, Y * 1.12, title, size=14, weight="bold", color=INK, va="center")
-    ax.set_xlim(-1.05, 9 * X + 1.05)
+    ax.set_xlim(-1.05, 10 * X + 1.05)
     ax.set_ylim(-3.5 * Y, 1.55 * Y)
     ax.axis("off")
     return figure

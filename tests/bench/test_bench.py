@@ -195,7 +195,7 @@ def test_ops_for_real_as_json(cli: Any, tmp_path: Path) -> None:
     (suite,) = found["suites"]
     assert suite["suite"] == "ops"
     ours = [row for row in suite["rows"] if row["contender"] == ops.OURS]
-    assert len(ours) == 10  # scan, convolution and three ops of state spaces, forward and with backward
+    assert len(ours) == 12  # scan, ssd, convolution, three ops of state spaces, forward and with backward
     for row in ours:
         assert row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
         assert row["rate"] > 0

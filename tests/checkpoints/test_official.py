@@ -74,6 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "untied": {"tie_embeddings": False, "vocab_size": 301, "pad_vocab_size_multiple": 16},
     "groups": {"n_groups": 2, "bias": True, "conv_bias": False, "residual_in_fp32": False},
     "limits": {"dt_limit": (0.01, 0.2), "A_init_range": (2.0, 3.0), "dt_min": 0.01},
+    "least": {"dt_limit": (0.01, None)},
     "part": {"d_ssm": 32, "gated_norm": "none"},
     "norm-first": {"gated_norm": "norm-first", "D_per_channel": True, "d_conv": 3, "expand": 3},
 }

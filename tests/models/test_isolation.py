@@ -19,6 +19,7 @@ from op_inputs import (
     long_conv_inputs,
     narrow,
     scan_inputs,
+    ssd_inputs,
     vandermonde_inputs,
 )
 
@@ -57,6 +58,7 @@ def attention_inputs() -> dict[str, Any]:
 OPS: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = {
     "scan": (ops.selective_scan, lambda: scan_inputs((2, 37, 7, 5), 0, True)),
     "scan-packed-units": (ops.selective_scan, lambda: scan_inputs((1, 33, 64, 16), 2, True)),
+    "ssd": (ops.ssd, lambda: ssd_inputs((2, 70, 4, 5, 2, 7), 1, True)),
     "conv": (ops.causal_conv1d, lambda: conv_inputs((2, 19, 7, 4), True)),
     "diagonal": (ops.diagonal_ssm, lambda: narrow(diagonal_inputs((2, 40, 7, 3), True), torch.float32)),
     "vandermonde": (ops.vandermonde, lambda: narrow(vandermonde_inputs(2, 3, 4, 50), torch.float32)),
@@ -120,9 +122,12 @@ def step_inputs() -> dict[str, tuple[Callable[..., Tensor], Tensor, dict[str, An
     """Each step op with its state and what one token brings."""
     scan, conv = scan_inputs((2, 1, 20, 7), 0, True), conv_inputs((2, 1, 20, 4), True)
     diagonal = narrow(diagonal_inputs((2, 1, 5, 3), True), torch.float32)
+    ssd = ssd_inputs((2, 1, 4, 5, 2, 7), 1, True)
+    del ssd["rank"]
     found = {}
     for name, op, state, inputs in (
         ("scan", ops.selective_scan_step, "initial_state", scan),
+        ("ssd", ops.ssd_step, "initial_state", ssd),
         ("conv", ops.causal_conv1d_step, "initial_state", conv),
         ("diagonal", ops.diagonal_ssm_step, "state", diagonal),
     ):
@@ -134,7 +139,7 @@ def step_inputs() -> dict[str, tuple[Callable[..., Tensor], Tensor, dict[str, An
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["scan", "conv", "diagonal"])
+@pytest.mark.parametrize("name", ["scan", "ssd", "conv", "diagonal"])
 def test_steps_ignore_the_default_type(name: str, dtype: torch.dtype) -> None:
     op, state, inputs = step_inputs()[name]
     after = state.clone()

@@ -83,6 +83,8 @@ def _load() -> tuple[ctypes.CDLL | None, NativeInfo]:
     library.ls_decode_workspace.restype = ctypes.c_int64
     library.ls_scan_workspace.restype = ctypes.c_int64
     library.ls_scan_workspace.argtypes = [ctypes.c_int64] * 5
+    library.ls_ssd_forward_workspace.restype = ctypes.c_int64
+    library.ls_ssd_backward_workspace.restype = ctypes.c_int64
     library.ls_set_parallel_for.argtypes = [ctypes.c_void_p]
     library.ls_set_parallel_for(_torch_parallel_for())
     isa = os.environ.get("LONGSCAN_ISA", "")
@@ -168,6 +170,12 @@ def scan_workspace(*sizes: int) -> int:
     """Return the scan backward's workspace in floats, for (batch, seq_len, d_inner, d_state, n_groups)."""
     assert _library is not None
     return int(_library.ls_scan_workspace(*sizes))
+
+
+def workspace(function: str, arguments: Sequence[int]) -> int:
+    """Return the floats of workspace that a kernel needs, from its C struct as in `call`."""
+    assert _library is not None
+    return int(getattr(_library, function)(struct.pack(f"{len(arguments)}q", *arguments)))
 
 
 def call(function: str, arguments: Sequence[int]) -> None:

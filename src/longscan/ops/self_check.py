@@ -48,6 +48,12 @@ def run_checks() -> Iterator[tuple[str, Tensor, Tensor]]:
     two = (random(batch, seq_len, 2, d_inner), torch.stack([A, A]), *along, torch.stack([D, D]))
     points = torch.linspace(0.0, 5.0, 300, dtype=torch.float64)
     legs = (random(batch, 300), random(batch, 11))
+    n_heads, d_head, n_groups = 4, 5, 2
+    heads = (random(batch, seq_len, n_heads, d_head), random(batch, seq_len, n_heads))
+    decay = -random(batch, seq_len, n_heads).exp()
+    matrices = (random(batch, seq_len, n_groups, d_state) for _ in range(2))
+    matrix_state = random(batch, n_heads, d_head, d_state)
+    ssd = (*heads, decay, *matrices, random(n_heads), matrix_state)
 
     for name, op, reference, arguments in (
         ("selective_scan", ops.selective_scan, ops.selective_scan_ref, scan),
@@ -57,6 +63,7 @@ def run_checks() -> Iterator[tuple[str, Tensor, Tensor]]:
             lambda *tensors: ops.path_scan_ref(*[*tensors, None, paths]),
             (x, *two),
         ),
+        ("ssd", ops.ssd, ops.ssd_ref, ssd),
         ("causal_conv1d", ops.causal_conv1d, ops.causal_conv1d_ref, conv),
         ("diagonal_ssm", ops.diagonal_ssm, ops.diagonal_ssm_ref, diagonal),
         ("vandermonde", ops.vandermonde, ops.vandermonde_ref, (waves(d_inner, 5), log_ratio, 300)),
@@ -89,6 +96,15 @@ def run_checks() -> Iterator[tuple[str, Tensor, Tensor]]:
     )
     yield (
         "selective_scan_step",
+        torch.cat([y.flatten(), stepped.flatten()]),
+        torch.cat([t.flatten() for t in one]),
+    )
+
+    stepped = matrix_state.clone()
+    y = ops.ssd_step(stepped, *[*(t[:, 0] for t in ssd[:5]), ssd[5]])
+    one = ops.ssd_ref(*_float64((*(t[:, :1] for t in ssd[:5]), *ssd[5:])))
+    yield (
+        "ssd_step",
         torch.cat([y.flatten(), stepped.flatten()]),
         torch.cat([t.flatten() for t in one]),
     )

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longscan.ops import _ssd_chunked
+from longscan.ops import _native, _ssd_chunked
 from longscan.ops._derivatives import composed, register_second
 from longscan.ops._segments import check_seq_idx, segments
 
@@ -130,6 +130,9 @@ def ssd_step(
         y: (batch, n_heads, d_head).
     """
     with torch.no_grad():
+        if _native.direct(state) and _use_native(1, x, dt, log_decay, B, C, D, state):
+            _check(x[:, None], dt[:, None], log_decay[:, None], B[:, None], C[:, None], D, state, 1)
+            return _native_step(x, dt, log_decay, B, C, D, state)
         heads = x.shape[1] // B.shape[1]
         B, C = (M.to(state.dtype).repeat_interleave(heads, 1) for M in (B, C))
         added = (dt[..., None] * x).to(state.dtype)[..., None] * B[:, :, None]
@@ -193,10 +196,27 @@ _lib.define(
 # --- 3. shapes ----------------------------------------------------------------------------------------------
 
 
+MAX_NATIVE_HEAD, MAX_NATIVE_RANK = 512, 64  # LS_SSD_MAX_HEAD and LS_SSD_CHUNK of the kernel
+
+
+def _use_native(rank: int, *tensors: Tensor | None) -> bool:
+    x = tensors[0]
+    assert x is not None
+    fits = x.shape[-1] <= MAX_NATIVE_HEAD and rank <= MAX_NATIVE_RANK
+    return fits and _native.available(*tensors)
+
+
+def boundaries_shape(x: Tensor, B: Tensor, rank: int) -> tuple[int, ...]:
+    """Return the shape of the kernel's boundaries, with d_head padded to whole vectors."""
+    tiles = -(-x.shape[1] // (rank * (MAX_NATIVE_RANK // rank)))
+    return x.shape[0], tiles, x.shape[2], -(-x.shape[3] // 32) * 32, B.shape[3]
+
+
 @torch.library.register_fake("longscan::ssd", lib=_lib)
 def _(x, dt, log_decay, B, C, D, initial_state, seq_idx, rank, keep):  # type: ignore[no-untyped-def]
     final_state = x.new_empty(x.shape[0], x.shape[2], x.shape[3], B.shape[3])
-    return x.new_empty(x.shape), final_state, x.new_empty(0)
+    saved = keep and _use_native(rank, x, dt, log_decay, B, C, D, initial_state)
+    return x.new_empty(x.shape), final_state, x.new_empty(boundaries_shape(x, B, rank) if saved else 0)
 
 
 @torch.library.register_fake("longscan::ssd_backward", lib=_lib)
@@ -229,15 +249,69 @@ register_second("longscan::ssd_backward", _lib, _ssd_chunked.composite, n_inputs
 # --- 5. the native kernel -----------------------------------------------------------------------------------
 
 
+def _layout(*tensors: Tensor | None) -> list[Any]:
+    """Return x, dt, log_decay, B, C, D and the initial state in the kernel's layout; rows may be strided."""
+    rows, dense = _native.rows, _native.dense
+    arrange: tuple[Any, ...] = (rows, dense, dense, rows, rows, dense, dense)
+    return [None if t is None else place(t) for place, t in zip(arrange, tensors, strict=True)]
+
+
+def _fields(layout: list[Any], rank: int, rest: tuple[Tensor | None, ...]) -> list[int]:
+    """Return the C struct ``ls_ssd`` up to ``boundaries``, for what `_layout` returned."""
+    x, dt, log_decay, B, C, D, initial_state = layout
+    sizes = (*x.shape, *B.shape[2:], rank, int(D is not None and D.dim() == 2))
+    operands = (*_native.row_fields(x), *_native.row_fields(B), *_native.row_fields(C))
+    strides = (x.stride(2), B.stride(2), C.stride(2))
+    pointers = (_native.pointer(t) for t in (dt, log_decay, D, initial_state, *rest))
+    return [*sizes, *operands, *strides, *pointers]
+
+
+def _run(function: str, fields: list[int], backward_fields: list[int]) -> None:
+    """Run a kernel of the C struct's fields before and after its workspace."""
+    size = _native.workspace(f"{function}_workspace", [*fields, 0, *backward_fields])
+    workspace = torch.empty(size, dtype=torch.float32, device="cpu")
+    _native.call(function, [*fields, workspace.data_ptr(), *backward_fields])
+
+
 def _forward(*inputs):  # type: ignore[no-untyped-def]
-    *rest, _ = inputs
-    y, final_state = _ssd_chunked.composite(*rest)
-    return y, final_state.clone(), y.new_empty(0)
+    *tensors, seq_idx, rank, keep = inputs
+    if not _use_native(rank, *tensors):
+        y, final_state = _ssd_chunked.composite(*inputs[:-1])
+        return y.contiguous(), final_state.clone(), y.new_empty(0)
+    layout = _layout(*tensors)
+    x, B = layout[0], layout[3]
+    y, final_state = x.new_empty(x.shape), x.new_empty(x.shape[0], *x.shape[2:], B.shape[3])
+    boundaries = x.new_empty(0)
+    if keep:
+        shape = boundaries_shape(x, B, rank)
+        boundaries = (x.new_empty if shape[3] == x.shape[3] else x.new_zeros)(shape)  # padding is unwritten,
+        if layout[6] is None:
+            boundaries[:, 0] = 0.0  # and so is a state of zero
+    rest = (seq_idx, y, final_state, boundaries if keep else None)
+    _run("ls_ssd_forward", _fields(layout, rank, rest), [0] * 12)
+    return y, final_state, boundaries
+
+
+def _native_step(*inputs: Tensor | None) -> Tensor:
+    """Run the kernel of one step on x, dt, log_decay, B, C, D and a contiguous state, which it updates."""
+    layout = _layout(*(t if t is None else t[:, None] for t in inputs[:5]), *inputs[5:])
+    x, state = layout[0], layout[6]
+    y: Tensor = x.new_empty(x[:, 0].shape)
+    _native.call("ls_ssd_step", _fields(layout, 1, (None, y, state, None)) + [0] * 13)
+    return y
 
 
 def _backward(*inputs):  # type: ignore[no-untyped-def]
-    *rest, _, dy, dfinal = inputs
-    return _ssd_chunked.backward(*rest, dy, dfinal)  # type: ignore[call-arg]
+    *tensors, seq_idx, rank, boundaries, dy, dfinal = inputs
+    if not boundaries.numel() or not _use_native(rank, *tensors, dy, dfinal):
+        plain = _ssd_chunked.backward(*tensors, seq_idx, rank, dy, dfinal)  # type: ignore[call-arg]
+        return tuple(gradient.contiguous() for gradient in plain)
+    gradients = [tensors[0].new_empty(0 if t is None else t.shape) for t in tensors]
+    layout, dy, dfinal = _layout(*tensors), _native.rows(dy), _native.dense(dfinal)
+    rest = [*_native.row_fields(dy), dy.stride(2), _native.pointer(dfinal)]
+    rest += [g.data_ptr() if g.numel() else 0 for g in gradients]
+    _run("ls_ssd_backward", _fields(layout, rank, (seq_idx, None, None, boundaries)), rest)
+    return tuple(gradients)
 
 
 _lib.impl("ssd", _forward, "CompositeExplicitAutograd")

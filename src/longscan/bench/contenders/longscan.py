@@ -33,6 +33,8 @@ __all__ = [
     "prefill_stream",
     "ready",
     "scan",
+    "ssd",
+    "ssd_fallback",
     "train",
     "vandermonde",
 ]
@@ -45,6 +47,17 @@ def scan(sizes: list[int], backward: bool) -> workloads.OpRun:
     return workloads.differentiable(
         lambda *x: ops.selective_scan(*x)[0], workloads.scan_inputs(*sizes), backward
     )
+
+
+def ssd(sizes: list[int], backward: bool) -> workloads.OpRun:
+    """Prepare state space duality; sizes are (batch, seq_len, n_heads, d_head, d_state)."""
+    return workloads.differentiable(lambda *x: ops.ssd(*x)[0], workloads.ssd_inputs(*sizes), backward)
+
+
+def ssd_fallback(sizes: list[int], backward: bool) -> workloads.OpRun:
+    """Prepare state space duality as it runs without the native library, which this process then gives up."""
+    _native._library = None
+    return ssd(sizes, backward)
 
 
 def conv(sizes: list[int], d_conv: int, backward: bool) -> workloads.OpRun:

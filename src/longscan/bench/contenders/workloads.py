@@ -23,6 +23,7 @@ __all__ = [
     "random_ids",
     "scan_inputs",
     "signal",
+    "ssd_inputs",
     "training",
 ]
 
@@ -47,6 +48,27 @@ def scan_inputs(batch: int, seq_len: int, d_inner: int, d_state: int) -> tuple[T
     A = -torch.arange(1.0, d_state + 1).repeat(d_inner, 1)
     B, C = (torch.randn(batch, seq_len, d_state, generator=random) for _ in range(2))
     return u, F.softplus(dt - 4), A, B, C, torch.ones(d_inner)
+
+
+def ssd_inputs(batch: int, seq_len: int, n_heads: int, d_head: int, d_state: int) -> tuple[Tensor, ...]:
+    """Return the arguments of state space duality as Mamba-2 has them, with one group.
+
+    Args:
+        batch: rows.
+        seq_len: steps.
+        n_heads: heads.
+        d_head: channels per head.
+        d_state: states per channel.
+
+    Returns:
+        x (batch, seq_len, n_heads, d_head), dt and log_decay (batch, seq_len, n_heads), B and C
+        (batch, seq_len, 1, d_state), D (n_heads,).
+    """
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, seq_len, n_heads, d_head, generator=random)
+    dt = F.softplus(torch.randn(batch, seq_len, n_heads, generator=random) - 4)
+    B, C = (torch.randn(batch, seq_len, 1, d_state, generator=random) for _ in range(2))
+    return x, dt, -dt * torch.linspace(1.0, 16.0, n_heads), B, C, torch.ones(n_heads)
 
 
 def conv_inputs(sizes: Sequence[int], d_conv: int) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""`longscan bench ops`: scans, convolution and kernels beside loops, mambapy, torch and the ceiling."""
+"""`longscan bench ops`: scans, ssd, convolution and kernels beside loops, mambapy, torch and the ceiling."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ __all__ = ["run"]
 
 SHAPES = ((1, 2048, 1536, 16), (8, 512, 512, 16))  # (batch, seq_len, d_inner, d_state)
 QUICK = ((1, 128, 64, 16),)
+SSD_SHAPES = ((1, 2048, 24, 64, 128), (8, 512, 8, 64, 64))  # (batch, seq_len, n_heads, d_head, d_state)
+SSD_QUICK = ((1, 128, 2, 16, 16),)
+SSD_CHUNK = 64  # rows of a tile in the kernel
 D_CONV = 4
 # of the state spaces: (batch, seq_len, channels, n), and (1, length, channels, n) of their kernels
 RUN, KERNEL = (8, 1024, 256, 32), (1, 4096, 256, 32)
@@ -24,12 +27,14 @@ SPACES = {  # our job -> its name, and the peers' jobs
     "vandermonde": ("vandermonde", {"torch, the whole matrix": "vandermonde_torch"}),
     "cauchy": ("cauchy", {"torch, the whole matrix": "cauchy_torch"}),
 }
-OURS, LOOPS, MAMBAPY, TORCH, CEILING = (
+OURS, LOOPS, MAMBAPY, TORCH, CEILING, FALLBACK, GEMM = (
     "longscan",
     ("torch loop, step by step", "torch loop, exp at once"),
     "mambapy pscan",
     "torch conv1d + silu",
     "ceiling: exp + 3 fma",
+    "longscan without kernels",
+    "ceiling: float32 GEMM",
 )
 
 
@@ -45,6 +50,8 @@ def run(settings: Settings, quick: bool) -> Report:
         forward = _scan(report, shape, False, settings)
         both = _scan(report, shape, True, settings)
         _scan_ratios(report, shape, forward, both)
+    for heads in SSD_QUICK if quick else SSD_SHAPES:
+        _ssd(report, heads, settings)
     for shape in QUICK if quick else SHAPES:
         for backward in (False, True):
             _conv(report, shape[:3], backward, settings)
@@ -54,8 +61,9 @@ def run(settings: Settings, quick: bool) -> Report:
             _space(report, job, sizes[job != "diagonal"], backward, settings)
     report.notes.append(
         "u, dt (after softplus), A, B, C and D are given; of the state spaces u, dt A and C. Extra memory "
-        "counts outputs and gradients, over the size of u or, for a kernel, over its own. The ceiling is the "
-        "fastest turn of a probe that does the same arithmetic in registers."
+        "counts outputs and gradients, over the size of u, of x or, for a kernel, over its own. The ceiling "
+        "is the fastest turn of a probe that does the same arithmetic in registers; for ssd that of torch's "
+        f"matrix products, for tiles of {SSD_CHUNK} rows, where pairs count of a row and an earlier one only."
     )
     return report
 
@@ -96,6 +104,53 @@ def _scan(
     results = settings.compare(case, contenders, settings, memory=True)
     _add(report, case, results, states, shape, backward)
     return results
+
+
+def _ssd(report: Report, shape: tuple[int, ...], settings: Settings) -> None:
+    """Compare state space duality, forward and with the backward pass; add tables and ratios."""
+    times = []
+    for backward, word in ((False, "forward"), (True, "forward + backward")):
+        here: dict[str, Any] = {"sizes": shape, "backward": backward}
+        work = ssd_operations(shape, backward)
+        products = {"n_rows": 1024, "shapes": [[1024, 1024]], "backward": False, "operations": work}
+        contenders = [
+            Contender(name=OURS, job="longscan.bench.contenders.longscan:ssd", arguments=here),
+            Contender(name=GEMM, job="longscan.bench.contenders.ceilings:matmul", arguments=products),
+            Contender(name=FALLBACK, job="longscan.bench.contenders.longscan:ssd_fallback", arguments=here),
+        ]
+        case = f"ssd {word} {shape}"
+        results = settings.compare(case, contenders, settings, memory=True)
+        _add(report, case, results, work, shape, backward, "operations/s")
+        times.append(results[OURS].median)
+        share = Ratio(
+            what=f"{case}: share of the GEMM ceiling",
+            measured=_of_ceiling(results, OURS),
+            goal="≥ 60 %",
+            percent=True,
+        )
+        fallback = Ratio(
+            what=f"{case}: faster than without kernels",
+            measured=faster(results, OURS, FALLBACK),
+            goal="≥ 5 ×",
+        )
+        report.ratios += [share, fallback]
+    what = f"ssd {shape} forward + backward: slower than forward"
+    report.ratios.append(Ratio(what=what, measured=times[1] / times[0], goal="≤ 4 ×"))
+
+
+def ssd_operations(shape: tuple[int, ...], backward: bool) -> int:
+    """Return the floating-point operations of state space duality in tiles, with one group.
+
+    Per row and head: to write and to read the state 2 d_state d_head each, and half the weights of a tile
+    times x; the scores are shared. The backward pass takes twice those, and the scores once more.
+
+    Args:
+        shape: (batch, seq_len, n_heads, d_head, d_state).
+        backward: whether to count the backward pass too.
+    """
+    batch, seq_len, n_heads, d_head, d_state = shape
+    heads, scores = n_heads * d_head * (4 * d_state + SSD_CHUNK), SSD_CHUNK * d_state
+    return batch * seq_len * (3 * heads + 4 * scores if backward else heads + scores)
 
 
 def _conv(report: Report, shape: tuple[int, ...], backward: bool, settings: Settings) -> None:
@@ -147,13 +202,12 @@ def _add(
     work: int,
     shape: tuple[int, ...],
     backward: bool,
+    unit: str = "updates/s",
 ) -> None:
     """Add the rows and the table of a comparison."""
-    u_bytes = 4 * math.prod(shape[:3])
+    u_bytes = 4 * math.prod(shape[: 4 if len(shape) > 4 else 3])
     first = len(report.rows)
-    report.add(
-        case, results.values(), work, "updates/s", shape=list(shape), backward=backward, u_bytes=u_bytes
-    )
+    report.add(case, results.values(), work, unit, shape=list(shape), backward=backward, u_bytes=u_bytes)
     body = []
     for row in report.rows[first:]:
         name, extra = row["contender"], row["extra_bytes"]
@@ -164,11 +218,13 @@ def _add(
                 spread(row, lambda seconds: 1e3 * seconds, ",.2f"),
                 f"{row['rate'] / 1e9:.2f}" if row["rate"] else "–",
                 "–" if math.isnan(share) else f"{100 * share:.0f} %",
-                "" if name in (OURS, CEILING) or not row["rate"] else f"{faster(results, OURS, name):.1f} ×",
-                "–" if extra is None or name == CEILING else f"{extra / u_bytes:.2f}",
+                ""
+                if name in (OURS, CEILING, GEMM) or not row["rate"]
+                else f"{faster(results, OURS, name):.1f} ×",
+                "–" if extra is None or name in (CEILING, GEMM) else f"{extra / u_bytes:.2f}",
             ]
         )
-    columns = ["", "ms (min–max)", "G updates/s", "of ceiling", "longscan is faster", "extra memory / u"]
+    columns = ["", "ms (min–max)", f"G {unit}", "of ceiling", "longscan is faster", "extra memory / u"]
     report.tables.append(table(f"{case} float32", columns, body))
 
 
@@ -199,6 +255,7 @@ def _scan_ratios(
 
 def _of_ceiling(results: dict[str, Measurement], name: str) -> float:
     """Return a contender's median rate over that of the fastest turn of the probe; NaN without the probe."""
-    if CEILING not in results or not results[CEILING].seconds or not results[name].seconds:
+    ceiling = next((results[known] for known in (CEILING, GEMM) if known in results), None)
+    if ceiling is None or not ceiling.seconds or not results[name].seconds:
         return math.nan
-    return min(results[CEILING].seconds) / results[name].median
+    return min(ceiling.seconds) / results[name].median

@@ -6,7 +6,6 @@ have changed.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ __all__ = [
     "build",
     "check_fields",
     "check_twins",
-    "dt_limit",
     "unpadded",
 ]
 
@@ -289,20 +287,6 @@ def check_twins(raw: Mapping[str, Any], twins: Mapping[str, Any]) -> None:
     for name, value in twins.items():
         if raw.get(name, value) != value:
             raise LongscanError(f"{name}: expected {value}, as the other fields say, got {raw[name]!r}.")
-
-
-def dt_limit(stated: Any) -> Any:
-    """Return the limit of dt of a Mamba-2 as our Configs have it: without infinity, and None if it is none.
-
-    Args:
-        stated: their pair; JSON has no infinity, and transformers 5 writes {"__float__": "Infinity"}.
-    """
-    if not isinstance(stated, list | tuple) or len(stated) != 2:
-        return stated
-    low, high = stated
-    if high in (math.inf, {"__float__": "Infinity"}):
-        return None if low == 0 else (low, None)
-    return low, high
 
 
 def unpadded(

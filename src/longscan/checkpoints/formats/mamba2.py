@@ -17,7 +17,6 @@ from longscan.checkpoints.formats.base import (
     build,
     check_fields,
     check_twins,
-    dt_limit,
     unpadded,
 )
 from longscan.checkpoints.formats.mamba import ours, theirs
@@ -27,6 +26,8 @@ from longscan.errors import LongscanError
 from longscan.models import Mamba2Config
 
 __all__ = ["FORMAT", "OFFICIAL"]
+
+LARGEST = 3.4028234663852886e38  # of float32
 
 # their name -> ours
 HUGGINGFACE = {
@@ -96,7 +97,7 @@ def _read(raw: Mapping[str, Any], tokenizer_size: int | None) -> Mamba2Config:
     known = {**MISSING, **raw}
     fields = {name: known[name] for name in HUGGINGFACE if name in known}
     config = build(
-        Mamba2Config, {**fields, "time_step_limit": dt_limit(fields.get("time_step_limit"))}, HUGGINGFACE
+        Mamba2Config, {**fields, "time_step_limit": _limit(fields.get("time_step_limit"))}, HUGGINGFACE
     )
     check_twins(raw, dict(zip(twins, (config.layer.n_heads, config.d_inner), strict=True)))
     multiple = config.pad_vocab_size_multiple
@@ -110,6 +111,8 @@ def _write(config: Mamba2Config) -> dict[str, Any]:
     fields = {theirs: getattr(config, ours) for theirs, ours in HUGGINGFACE.items()}
     if config.dt_limit is None:
         del fields["time_step_limit"]
+    else:
+        fields["time_step_limit"] = _stated(config.dt_limit)
     return {
         "architectures": ["Mamba2ForCausalLM"],
         "model_type": "mamba2",
@@ -127,6 +130,23 @@ def _write(config: Mamba2Config) -> dict[str, Any]:
 def _usual(config: Mamba2Config) -> int | None:
     """Return d_ssm, None where it is the default."""
     return None if config.channels == config.d_inner else config.d_ssm
+
+
+def _limit(stated: Any) -> Any:
+    """Return the limit of dt as our Config has it: None for no largest one, and for none at all.
+
+    JSON has no infinity, which transformers 5 writes as {"__float__": "Infinity"}.
+    """
+    if not isinstance(stated, list | tuple) or len(stated) != 2:
+        return stated
+    low, high = stated
+    unlimited = high == {"__float__": "Infinity"} or (isinstance(high, float) and high >= LARGEST)
+    return (None if low == 0 else (low, None)) if unlimited else (low, high)
+
+
+def _stated(limit: tuple[float, float | None]) -> list[float]:
+    """Return a limit of dt as files have it, with two numbers."""
+    return [limit[0], LARGEST if limit[1] is None else limit[1]]
 
 
 def _ours(name: str) -> str | None:
@@ -153,7 +173,7 @@ def _from_authors(raw: Mapping[str, Any]) -> Mamba2Config:
     names = {**FIELDS, **SSM_CFG, "gated_norm": "gated_norm"}
     fields = {name: raw[name] for name in names if name in raw}
     return build(
-        Mamba2Config, {**fields, "gated_norm": gate[order], "dt_limit": dt_limit(raw.get("dt_limit"))}, names
+        Mamba2Config, {**fields, "gated_norm": gate[order], "dt_limit": _limit(raw.get("dt_limit"))}, names
     )
 
 
@@ -163,8 +183,10 @@ def _to_authors(config: Mamba2Config) -> dict[str, Any]:
     fields = {
         theirs: getattr(config, ours)
         for theirs, ours in SSM_CFG.items()
-        if ours in ("d_head",) or getattr(config, ours) != getattr(usual, ours)
+        if ours == "d_head" or getattr(config, ours) != getattr(usual, ours)
     }
+    if config.dt_limit is not None:
+        fields["dt_limit"] = _stated(config.dt_limit)
     norm = {"none": {"rmsnorm": False}, "norm-first": {"norm_before_gate": True}, "gate-first": {}}
     return {**fields, **norm[config.gated_norm]}
 

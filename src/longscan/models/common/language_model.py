@@ -15,8 +15,9 @@ from longscan.models.common.layers import WeightOnly, linear, project, untouched
 from longscan.models.common.losses import count, linear_loss, nats, next_tokens, row_chunks
 from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
 from longscan.models.common.model import Model
-from longscan.models.common.native_decode import Decoder, stack_of
-from longscan.models.common.packing import latest
+from longscan.models.common.native_decode import Decoder
+from longscan.models.common.native_stack import stack_of
+from longscan.models.common.packing import latest, warn_beyond
 from longscan.models.common.state import State
 from longscan.ops._derivatives import composed
 
@@ -263,7 +264,10 @@ class LanguageModel(Model):
             self._decoder = None if described is None else Decoder(described[0], self, described[1])
             if self._decoder is None or not self._decoder.fresh():
                 return None
-        return self._decoder.run(ids, state, self.max_positions)
+        logits = self._decoder.run(ids, state)
+        if logits is not None and self.max_positions is not None:
+            warn_beyond(self._decoder.longest, self.max_positions)
+        return logits
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy of each target, in nats, without materialising all logits at once.

@@ -17,25 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from longscan import ops
-from longscan.models.common.backbone import Backbone
 from longscan.models.common.layers import (
-    DtProjection,
     GatedRMSNorm,
-    Linear,
     PlainRMSNorm,
     RMSNorm,
     WeightOnly,
-    WeightOnlyEmbedding,
-    WeightOnlyLinear,
 )
-from longscan.models.common.mixer import Block, Blocks, Mixer
-from longscan.models.common.packing import warn_beyond
 
-SHARED = (Backbone, Blocks, Block)
-USUAL = (
-    *(Linear, DtProjection, PlainRMSNorm, RMSNorm, WeightOnlyLinear, WeightOnlyEmbedding),
-    *(nn.Embedding, nn.Conv1d),
-)
 NORMS = (PlainRMSNorm, RMSNorm, GatedRMSNorm)
 HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)  # of all modules
 
@@ -52,7 +40,12 @@ class Decoder:
         model: the model.
         copied: the parameters that the stack holds in another form, contiguous. They are compared by
             content: a change through `.data` alters neither address nor version.
+
+    Attributes:
+        longest: tokens of the longest KV cache after the last run; 0 if there is none.
     """
+
+    longest = 0
 
     def __init__(self, stack: ops.Stack, model: nn.Module, copied: Sequence[Tensor]) -> None:
         self._stack = stack
@@ -95,13 +88,12 @@ class Decoder:
             and not any(map(_differ, *self._compared))
         )
 
-    def run(self, ids: Tensor, state: Any, max_positions: int | None = None) -> Tensor | None:
+    def run(self, ids: Tensor, state: Any) -> Tensor | None:
         """Return the logits after each token, and advance the state.
 
         Args:
             ids: (batch, steps) int64.
             state: a State of as many rows, updated in place.
-            max_positions: beyond which a warning is due; None: there is no such length.
 
         Returns:
             (batch, steps, padded_vocab_size), or None if the decoder does not support these ids or states.
@@ -117,8 +109,8 @@ class Decoder:
             ids = ids.to("cpu", torch.int64).contiguous()
         if state.batch_size != len(ids):
             return None
-        if max_positions is not None and known[2].lengths:
-            warn_beyond(int(known[2].lengths[0].max()) + ids.shape[1], max_positions)
+        if known[2].lengths:
+            self.longest = int(known[2].lengths[0].max()) + ids.shape[1]
         return self._stack.run(ids, known[2])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -132,50 +124,6 @@ class Decoder:
 
 def _nothing() -> None:
     return None
-
-
-def stack_of(model: Any, kinds: tuple[type[nn.Module], ...]) -> tuple[ops.Stack, list[Tensor]] | None:
-    """Return the weights of a language model for the native decoder; None if it cannot run it as it is.
-
-    Args:
-        model: a LanguageModel.
-        kinds: the model's own module types, beside the shared ones.
-
-    Returns:
-        stack: the weights.
-        copied: the parameters it holds in another form.
-    """
-    body = model.backbone
-    if not (usual(model, (*SHARED, *kinds)) and body.residual_in_fp32 and ops.decodes()):
-        return None
-    embedding = matrix(body.embedding)
-    head = embedding if model.lm_head is None else matrix(model.lm_head)
-    norms = [body.norm_f, *(m for block in body.layers for m in block.children() if type(m) is RMSNorm)]
-    found = [block.native(index) for index, block in enumerate(body.layers)]
-    if embedding is None or head is None or None in found or len({norm.eps for norm in norms}) > 1:
-        return None
-    width = (model.config.d_model,)
-    if not all(plain(norm.weight) and norm.weight.shape == width for norm in norms):
-        return None
-    sublayers = [sublayer for block in found for sublayer in block or ()]
-    try:
-        factors = body.embedding_multiplier, body.hidden_multiplier
-        stack = ops.Stack(sublayers, embedding, head, norms[0].weight, norms[0].eps, *factors)
-    except ValueError:  # other shapes, as after pruning
-        return None
-    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
-    return stack, [mixer.get_parameter(name) for mixer in mixers for name in mixer.copied]
-
-
-def usual(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Return whether the decoder supports all modules of a model: no adapter, no parametrisation.
-
-    Args:
-        model: any.
-        kinds: the model's own module types, beside the shared layers.
-    """
-    known = {*USUAL, *kinds}
-    return all(type(module) in known for module in model.modules() if module is not model)
 
 
 def matrix(module: nn.Module) -> ops.Matrix | None:
