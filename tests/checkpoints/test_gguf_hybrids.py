@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -257,11 +259,14 @@ def rewritten(path: Path, **changes: Any) -> Path:
     """A copy of a file with other metadata, of which None removes one; `__` is a dot."""
     reader, new = gguf.GGUFReader(path), path.with_name("new.gguf")
     name = reader.fields["general.architecture"].contents()
-    writer, integer = gguf.GGUFWriter(new, name), gguf.GGUFValueType.UINT32
+    writer, kinds = gguf.GGUFWriter(new, name), gguf.GGUFValueType
     known = {key: (field.contents(), field.types) for key, field in reader.fields.items()}
+    types = {
+        **{bool: [kinds.BOOL], int: [kinds.INT32], float: [kinds.FLOAT32], str: [kinds.STRING]},
+        **{list: [kinds.ARRAY, kinds.INT32], type(None): []},
+    }
     for key, value in changes.items():
-        key = f"{name}.{key.replace('__', '.')}"
-        known[key] = (value, known[key][1] if key in known else [integer])
+        known[f"{name}.{key.replace('__', '.')}"] = value, types[type(value)]
     for key, (value, types) in known.items():
         if not key.startswith("GGUF.") and key != "general.architecture" and value is not None:
             is_list = types[0] == gguf.GGUFValueType.ARRAY
@@ -305,10 +310,28 @@ def test_wrong_metadata(tmp_path: Path, variant: str, changes: dict[str, Any], w
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("variant", ["falcon-h1", "nemotron latent"])
+def test_no_value_of_the_metadata_is_trusted(tmp_path: Path, variant: str) -> None:
+    save_gguf(make(variant), tmp_path / "a.gguf", None)
+    metadata = check(tmp_path / "a.gguf").metadata
+    prefix = f"{metadata['general.architecture']}."
+    for key in [key.removeprefix(prefix) for key in metadata if key.startswith(prefix)]:
+        for value in (HUGE, -1, "x", float("nan"), [0, -1, 2]):
+            path = rewritten(tmp_path / "a.gguf", **{key.replace(".", "__"): value})
+            with contextlib.suppress(LongscanError), warnings.catch_warnings(action="ignore"):
+                load(path)
+
+
 def test_a_file_that_does_not_say_it_rotates(tmp_path: Path) -> None:
     save_gguf(make("granite rope", rope_theta=1e4), tmp_path / "a.gguf", None)
     path = rewritten(tmp_path / "a.gguf", rope__scaling__finetuned=None, rope__freq_base=None)
     assert load(path)[0].config == load(tmp_path / "a.gguf")[0].config
+
+
+def test_one_epsilon_of_a_nemotron_h_may_be_missing(tmp_path: Path) -> None:
+    save_gguf(make("nemotron", norm_eps=1e-4), tmp_path / "a.gguf", None)
+    path = rewritten(tmp_path / "a.gguf", attention__layer_norm_rms_epsilon=None)
+    assert load(path)[0].config.norm_eps == 1e-4
 
 
 def test_a_bamba_is_read(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class Slot(NamedTuple):
 
 
 def everything(config: Config) -> bool:
-    """Return that a Config is one of an architecture's."""
+    """Return True, for an architecture that takes all Configs of its model."""
     return True
 
 
@@ -211,17 +211,18 @@ def read_epsilon(header: Header, key: str) -> float:
     return read_number(header, key, most=1)
 
 
-def read_shared(header: Header, architecture: str) -> dict[str, Any]:
+def read_shared(header: Header, architecture: str, epsilon: str = EPSILON) -> dict[str, Any]:
     """Return the fields of all language models, as transformers calls them.
 
     Args:
         header: of the file.
         architecture: its name.
+        epsilon: key of that of the norms.
 
     Raises:
         LongscanError: one is missing or impossible.
     """
-    epsilon = read_epsilon(header, f"{architecture}.{EPSILON}")
+    norm_eps = read_epsilon(header, f"{architecture}.{epsilon}")
     embedding = header.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise LongscanError("token_embd.weight is missing or no matrix: fetch the file again.")
@@ -234,6 +235,6 @@ def read_shared(header: Header, architecture: str) -> dict[str, Any]:
     return {
         "vocab_size": n_rows,
         "unpadded_vocab_size": read_count(header, VOCAB_SIZE) if VOCAB_SIZE in header.metadata else listed,
-        "layer_norm_epsilon": epsilon,
+        "layer_norm_epsilon": norm_eps,
         "tie_word_embeddings": "output.weight" not in header.tensors,
     }

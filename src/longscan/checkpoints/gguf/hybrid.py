@@ -155,12 +155,13 @@ def _has(header: Header, name: str) -> bool:
     return any(each.endswith(f".{name}") for each in header.tensors)
 
 
-def read_sizes(header: Header, architecture: str) -> dict[str, Any]:
+def read_sizes(header: Header, architecture: str, epsilon: str = EPSILON) -> dict[str, Any]:
     """Return our fields that all hybrids have.
 
     Args:
         header: of the file.
         architecture: its name.
+        epsilon: key of that of the norms.
 
     Raises:
         LongscanError: one is missing or impossible.
@@ -171,7 +172,7 @@ def read_sizes(header: Header, architecture: str) -> dict[str, Any]:
         sizes["d_head"] = read_count(header, f"{architecture}.{KEY_WIDTH}")
         if sizes["d_head"] * sizes["n_heads"] == sizes["d_model"]:
             sizes["d_head"] = None
-    shared = read_shared(header, architecture)
+    shared = read_shared(header, architecture, epsilon)
     return {
         **sizes,
         **unpadded(shared, shared["vocab_size"], 8, None),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from longscan.checkpoints.gguf.base import Architecture, read_count, read_flag, read_number
+from longscan.checkpoints.gguf.base import EPSILON, Architecture, read_count, read_flag, read_number
 from longscan.checkpoints.gguf.hybrid import (
     ACTIVE,
     D_FF,
@@ -35,7 +35,7 @@ OF_EXPERTS = (
     *("n_experts", "n_active_experts", "d_expert", "d_shared_expert", "d_latent", "router"),
     *("normalize_experts", "experts_multiplier"),
 )
-OLD_EPSILON = "attention.layer_norm_epsilon"  # which llama.cpp wants beside the one that it uses
+OLD_EPSILON = "attention.layer_norm_epsilon"  # which llama.cpp wants, and uses where the other one is missing
 
 
 def _read(name: str, header: Header) -> HybridConfig:
@@ -47,7 +47,7 @@ def _read(name: str, header: Header) -> HybridConfig:
     d_ff = one_of(widths, f"{name}.{D_FF}")
     return HybridConfig.from_dict(
         {
-            **read_sizes(header, name),
+            **read_sizes(header, name, EPSILON if f"{name}.{EPSILON}" in header.metadata else OLD_EPSILON),
             **read_mamba2(header, name),
             **(_experts(name, header) if experts else {"d_ff": d_ff}),
             "family": "nemotron_h",
