@@ -46,7 +46,7 @@ typedef struct {
 } ls_scan;
 
 // State space duality; see src/longscan/ops/ssd.py. Heads are strided, the channels of a head are not.
-enum { LS_SSD_CHUNK = 64, LS_SSD_MAX_HEAD = 512, LS_SSD_PACKED = 1 << 20 };  // rows of a tile; floats of packed operands at a time, if it can be
+enum { LS_SSD_CHUNK = 64, LS_SSD_MAX_HEAD = 512 };  // rows of a tile; d_head
 typedef struct {
   int64_t batch, seq_len, n_heads, d_head, n_groups, d_state, rank, D_of_channels;
   ls_rows x, B, C;

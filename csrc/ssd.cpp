@@ -110,6 +110,7 @@ struct Forward {
   const Segment *segment;
   int64_t b, h;
   float *x, *finite, *u, *weights;  // u: x times dt and the decay to the end of the part
+  int64_t next_x;                   // from a row's x to that which will be needed next
 
   float *panel(float *from, int64_t i) const { return from + i * segment->z.padded * NR; }
 
@@ -117,7 +118,7 @@ struct Forward {
                const float *inner) const {
     const ls_ssd *a = segment->a;
     const Sizes &z = segment->z;
-    const float *next = a->x.data + b * a->x.stride_batch + h * a->x_stride_head;
+    const float *next = a->x.data + b * a->x.stride_batch + h * a->x_stride_head + next_x;
     for (int64_t i = 0; i < z.n_head; ++i) {
       const int64_t p = i * NR;
       const float *in = inner + i * z.padded * NR;
@@ -128,10 +129,8 @@ struct Forward {
           r.add(packed.C + t0 * z.lda, z.lda, 1, state + i * a->d_state * NR, NR, a->d_state);
           r.scale(rows.before + t0);
         }
-        for (int m = 0; m < M; ++m) {  // the same rows of the next tile: far apart, where no hardware looks ahead
-          const int64_t t = tile.position[t0 + m] + z.chunk;
-          if (t < a->seq_len) __builtin_prefetch(next + t * a->x.stride_time + p, 0, 2);
-        }
+        for (int m = 0; m < M; ++m)  // rows lie far apart, where no hardware looks ahead
+          __builtin_prefetch(next + tile.position[t0 + m] * a->x.stride_time + p, 0, 2);
         const int end = visible(a, part, (int)t0 + M - 1);
         r.add(weights + t0 * z.lds + part.begin, z.lds, 1, in + part.begin * NR, NR, end - part.begin);
         const int64_t width = a->d_head - p, ld = a->n_heads * a->d_head;
@@ -228,30 +227,24 @@ void forward_task(int64_t begin, int64_t end, void *context) {
   const Segment *s = (const Segment *)context;
   const ls_ssd *a = s->a;
   const Sizes &z = s->z;
-  const int64_t rows = z.padded * z.head;
+  const int64_t rows = z.padded * z.head, given = a->d_head * a->d_state;
   float *scratch = LS_STACK(float, 3 * rows + z.scores);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t b = unit / a->n_heads, h = unit % a->n_heads;
-    const Forward forward = {s, b, h, scratch, scratch + rows, scratch + 2 * rows, scratch + 3 * rows};
-    float *running = a->workspace + unit * z.state;
-    for (int64_t i = 0; i < s->tiles; ++i) {
-      const int64_t tile = s->first + i;
-      const auto saved = [&](int64_t t) { return a->boundaries + ((b * z.n_tiles + t) * a->n_heads + h) * z.state; };
-      float *from = a->boundaries ? saved(tile) : running;
-      float *to = a->boundaries && tile + 1 < z.n_tiles ? saved(tile + 1) : running;
-      const bool zero = !tile && !a->initial_state;
-      if (!tile && a->initial_state) ssd_pack_state(a, from, a->initial_state + unit * a->d_head * a->d_state);
-      forward.tile(tile, s->at(b, h / z.heads, i), zero ? nullptr : from, to);
-    }
-    if (s->first + s->tiles == z.n_tiles)
-      ssd_unpack_state(a, a->final_state + unit * a->d_head * a->d_state, running);
+  for (int64_t i = begin; i < end; ++i) {
+    const Unit unit(s, i);
+    for (int64_t k = 0; k < s->tiles; ++k)
+      for (int64_t h = unit.h0; h < unit.h1; ++h) {
+        const int64_t tile = s->first + k, head = unit.b * a->n_heads + h;
+        float *running = a->workspace + head * z.state;
+        float *saved = a->boundaries + ((unit.b * z.n_tiles + tile) * a->n_heads + h) * z.state;
+        float *from = a->boundaries ? saved : running;
+        float *to = a->boundaries && tile + 1 < z.n_tiles ? saved + a->n_heads * z.state : running;
+        if (!tile && a->initial_state) ssd_pack_state(a, from, a->initial_state + head * given);
+        const Forward forward = {s, unit.b, h, scratch, scratch + rows, scratch + 2 * rows, scratch + 3 * rows,
+                                 unit.next(s, h, 1, a->x_stride_head, a->x.stride_time)};
+        forward.tile(tile, s->at(unit.b, unit.g, k), tile || a->initial_state ? from : nullptr, to);
+        if (tile + 1 == z.n_tiles) ssd_unpack_state(a, a->final_state + head * given, running);
+      }
   }
-}
-
-// Tiles of a segment, from the shape alone.
-int64_t segment_tiles(const ls_ssd *a, const Sizes &z) {
-  const int64_t most = LS_SSD_PACKED / (a->batch * a->n_groups * Packed::size(z, false));
-  return most < 1 ? 1 : most < z.n_tiles ? most : z.n_tiles;
 }
 
 // The new state of rows [p, p + R) of a head, and what they put out.
@@ -312,7 +305,8 @@ void ssd_unpack_state(const ls_ssd *a, float *to, const float *from) {
 
 int64_t ssd_forward_workspace(const ls_ssd *a) {
   const Sizes z(a);
-  return a->batch * (a->n_heads * z.state + a->n_groups * segment_tiles(a, z) * Packed::size(z, false));
+  const int64_t tile = a->batch * a->n_groups * Packed::size(z, false);
+  return a->batch * a->n_heads * z.state + segment_tiles(z, PACKED, tile) * tile;
 }
 
 int32_t ssd_step(const ls_ssd *a) {
@@ -326,12 +320,14 @@ int32_t ssd_step(const ls_ssd *a) {
 
 int32_t ssd_forward(const ls_ssd *a) {
   const Sizes z(a);
-  const int64_t most = segment_tiles(a, z);
+  const Blocks blocks(a, z);
+  float *packed = a->workspace + a->batch * a->n_heads * z.state;
+  const int64_t most = segment_tiles(z, PACKED, a->batch * a->n_groups * Packed::size(z, false));
   for (int64_t first = 0; first < z.n_tiles; first += most) {
     const int64_t tiles = z.n_tiles - first < most ? z.n_tiles - first : most;
-    Segment segment = {a, z, first, tiles, a->workspace + a->batch * a->n_heads * z.state, 1, z.heads, nullptr};
+    const Segment segment = {a, z, blocks, first, tiles, packed, nullptr};
     ssd_pack(&segment);
-    ls_run(a->batch * a->n_heads, forward_task, &segment);
+    ls_run(a->batch * a->n_groups * blocks.count, forward_task, (void *)&segment);
   }
   return 0;
 }

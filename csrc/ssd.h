@@ -1,8 +1,8 @@
 // What the passes of the state space duality share; see src/longscan/ops/ssd.py for the equations.
 //
 // Time goes in tiles of about LS_SSD_CHUNK rows. What the heads of a group share is packed once: C, B and their products,
-// the scores. Then every head of every batch row is a unit of parallel work, which walks the tiles with products of
-// matrices of a tile's size. To bound the memory, a few tiles (a segment) are packed at a time.
+// the scores. Then a few heads of a group (a block) of a batch row are a unit of parallel work, which walks the tiles
+// with products of matrices of a tile's size. To bound the memory, a few tiles (a segment) are packed at a time.
 // States are held transposed, (d_state, d_head), in the panels of gemm.h.
 #pragma once
 #include "gemm.h"
@@ -125,19 +125,53 @@ LS_INLINE vec masked(vec x, vec mask) { return (vec)((ivec)x & (ivec)mask); }
 void ssd_pack_state(const ls_ssd *a, float *to, const float *from);
 void ssd_unpack_state(const ls_ssd *a, float *to, const float *from);
 
-// A segment: tiles [first, first + tiles), packed at `packed`. In the backward pass the heads of a group form `blocks`,
-// whose shares of the gradients of B and C are at `shares`.
+constexpr int64_t UNITS = 16;       // of parallel work, or more; a block of many heads needs less memory and traffic
+constexpr int64_t PACKED = 1 << 20;  // floats to pack at a time, unless one tile is more
+
+// How the heads of a group are divided: from the shape alone, so that sums always run in one order.
+struct Blocks {
+  int64_t heads, count;  // of a block, but for the last one; of a group
+  Blocks(const ls_ssd *a, const Sizes &z) {
+    const int64_t most = ls_ceil(UNITS, a->batch * a->n_groups);
+    heads = ls_ceil(z.heads, most < z.heads ? most : z.heads);
+    count = ls_ceil(z.heads, heads);
+  }
+};
+
+// Tiles of a segment that takes so many floats per tile.
+LS_INLINE int64_t segment_tiles(const Sizes &z, int64_t most, int64_t size) {
+  const int64_t tiles = most / size;
+  return tiles < 1 ? 1 : tiles < z.n_tiles ? tiles : z.n_tiles;
+}
+
+// A segment: tiles [first, first + tiles), packed at `packed`. In the backward pass the blocks' shares of the gradients
+// of B and C are at `shares`.
 struct Segment {
   const ls_ssd *a;
   Sizes z;
+  Blocks blocks;
   int64_t first, tiles;
-  float *packed;
-  int64_t blocks, heads_of_block;
-  float *shares;
+  float *packed, *shares;
 
   Packed at(int64_t b, int64_t g, int64_t tile) const {
     const int64_t i = (b * a->n_groups + g) * tiles + tile;
     return Packed(packed + i * Packed::size(z, shares), z, shares);
+  }
+};
+
+// Heads [h0, h1) of group g of row b.
+struct Unit {
+  int64_t b, g, block, h0, h1;
+  Unit(const Segment *s, int64_t i) {
+    block = i % s->blocks.count, i /= s->blocks.count;
+    g = i % s->a->n_groups, b = i / s->a->n_groups;
+    h0 = g * s->z.heads + block * s->blocks.heads;
+    const int64_t end = (g + 1) * s->z.heads;
+    h1 = h0 + s->blocks.heads < end ? h0 + s->blocks.heads : end;
+  }
+  // From a row of head h to the row that a walk in direction `steps` (1 or -1) through the tiles needs next.
+  int64_t next(const Segment *s, int64_t h, int64_t steps, int64_t stride_head, int64_t stride_time) const {
+    return h + 1 < h1 ? stride_head : (h0 - h) * stride_head + steps * s->z.chunk * stride_time;
   }
 };
 

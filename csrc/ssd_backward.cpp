@@ -16,14 +16,12 @@
 namespace LS_ISA {
 namespace {
 
-constexpr int64_t UNITS = 16;  // of parallel work, if there are so many heads: fewer mean less memory for shares
-
 // A block's share of the gradients of B and C, transposed (d_state, lds), and of the scores (rows, lds).
 struct Share {
   float *dB, *dC, *scores;
   static int64_t size(const Sizes &z) { return 2 * z.across + z.scores; }
   Share(const Segment *s, int64_t b, int64_t g, int64_t block, int64_t tile)
-      : dB(s->shares + (((b * s->a->n_groups + g) * s->blocks + block) * s->tiles + tile) * size(s->z)),
+      : dB(s->shares + (((b * s->a->n_groups + g) * s->blocks.count + block) * s->tiles + tile) * size(s->z)),
         dC(dB + s->z.across),
         scores(dC + s->z.across) {}
 };
@@ -276,28 +274,25 @@ void backward_task(int64_t begin, int64_t end, void *context) {
   const ls_ssd *a = s->a;
   const Sizes &z = s->z;
   float *memory = LS_STACK(float, Scratch::size(z));
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t block = unit % s->blocks, g = unit / s->blocks % a->n_groups, b = unit / s->blocks / a->n_groups;
-    const int64_t h0 = g * z.heads + block * s->heads_of_block, left = (g + 1) * z.heads - h0;
-    const int64_t h1 = h0 + (left < s->heads_of_block ? left : s->heads_of_block);
+  for (int64_t index = begin; index < end; ++index) {
+    const Unit unit(s, index);
+    const int64_t b = unit.b, g = unit.g;
     for (int64_t i = s->tiles; i-- > 0;) {
       const int64_t tile = s->first + i;
-      const Share share(s, b, g, block, i);
+      const Share share(s, b, g, unit.block, i);
       const Tile rows(a, z.chunk, b, tile);
       const bool last = tile + 1 == z.n_tiles, given = tile || a->initial_state, after = !last || a->dfinal;
       // one part, with states before and after it, fills the shares
       const bool full = rows.n_parts == 1 && !rows.parts[0].fresh && given && after;
       if (!full) memset(share.dB, 0, sizeof(float) * Share::size(z));
-      for (int64_t h = h0; h < h1; ++h) {
+      for (int64_t h = unit.h0; h < unit.h1; ++h) {
         const int64_t head = b * a->n_heads + h;
         float *G = a->workspace + head * z.state, *dD = a->workspace + a->batch * a->n_heads * z.state + head * z.head;
         if (last && a->dfinal) ssd_pack_state(a, G, a->dfinal + head * a->d_head * a->d_state);
         if (last) memset(dD, 0, sizeof(float) * z.head);
-        const bool same_tile = h + 1 < h1;
-        const int64_t heads = same_tile ? 1 : h0 - h, steps = same_tile || !tile ? 0 : -z.chunk;
-        const Backward backward = {s, b, h, Scratch(memory, z), G, dD, !full || h > h0,
-                                   heads * a->x_stride_head + steps * a->x.stride_time,
-                                   heads * a->dy_stride_head + steps * a->dy.stride_time};
+        const Backward backward = {s, b, h, Scratch(memory, z), G, dD, !full || h > unit.h0,
+                                   unit.next(s, h, -1, a->x_stride_head, a->x.stride_time),
+                                   unit.next(s, h, -1, a->dy_stride_head, a->dy.stride_time)};
         const float *state = a->boundaries + ((b * z.n_tiles + tile) * a->n_heads + h) * z.state;
         const bool live = backward.tile(tile, s->at(b, g, i), share, given ? state : nullptr, after);
         if (!live) memset(G, 0, sizeof(float) * z.head * a->d_state);
@@ -351,7 +346,7 @@ void share_task(int64_t begin, int64_t end, void *context) {
     const int64_t i = unit % s->tiles, g = unit / s->tiles % a->n_groups, b = unit / s->tiles / a->n_groups;
     const Tile tile(a, z.chunk, b, s->first + i);
     const Share total(s, b, g, 0, i);
-    for (int64_t block = 1; block < s->blocks; ++block) {
+    for (int64_t block = 1; block < s->blocks.count; ++block) {
       const Share share(s, b, g, block, i);
       for (int64_t k = 0; k < Share::size(z); k += W) store(total.dB + k, load(total.dB + k) + load(share.dB + k));
     }
@@ -379,38 +374,36 @@ void reduce_D(const ls_ssd *a, const Sizes &z, const float *shares) {
   }
 }
 
-// How work and memory are divided: from the shape alone, so that sums always run in one order.
-struct Division {
-  int64_t heads_of_block, blocks, tiles;
-  Division(const ls_ssd *a, const Sizes &z) {
-    const int64_t most = ls_ceil(UNITS, a->batch * a->n_groups);
-    heads_of_block = ls_ceil(z.heads, most < z.heads ? most : z.heads);
-    blocks = ls_ceil(z.heads, heads_of_block);
-    const int64_t tile = a->batch * a->n_groups * (Packed::size(z, true) + blocks * Share::size(z));
-    tiles = 2 * LS_SSD_PACKED / tile;
-    tiles = tiles < 1 ? 1 : tiles < z.n_tiles ? tiles : z.n_tiles;
+// Where the workspace has what; in floats.
+struct Memory {
+  int64_t tile, share, tiles, states, packed;  // of a tile over all rows and groups; tiles of a segment; sizes
+  Memory(const ls_ssd *a, const Sizes &z, const Blocks &blocks) {
+    tile = a->batch * a->n_groups * Packed::size(z, true);
+    share = a->batch * a->n_groups * blocks.count * Share::size(z);
+    tiles = segment_tiles(z, 2 * PACKED, tile + share);
+    states = a->batch * a->n_heads * (z.state + z.head);
+    packed = tiles * tile;
   }
-  int64_t states(const ls_ssd *a, const Sizes &z) const { return a->batch * a->n_heads * (z.state + z.head); }
-  int64_t packed(const ls_ssd *a, const Sizes &z) const { return a->batch * a->n_groups * tiles * Packed::size(z, true); }
 };
 
 }  // namespace
 
 int64_t ssd_backward_workspace(const ls_ssd *a) {
   const Sizes z(a);
-  const Division by(a, z);
-  return by.states(a, z) + by.packed(a, z) + a->batch * a->n_groups * by.blocks * by.tiles * Share::size(z);
+  const Memory memory(a, z, Blocks(a, z));
+  return memory.states + memory.packed + memory.tiles * memory.share;
 }
 
 int32_t ssd_backward(const ls_ssd *a) {
   const Sizes z(a);
-  const Division by(a, z);
-  float *packed = a->workspace + by.states(a, z), *shares = packed + by.packed(a, z);
-  for (int64_t end = z.n_tiles; end > 0; end -= by.tiles) {
-    const int64_t tiles = end < by.tiles ? end : by.tiles;
-    const Segment segment = {a, z, end - tiles, tiles, packed, by.blocks, by.heads_of_block, shares};
+  const Blocks blocks(a, z);
+  const Memory memory(a, z, blocks);
+  float *packed = a->workspace + memory.states, *shares = packed + memory.packed;
+  for (int64_t end = z.n_tiles; end > 0; end -= memory.tiles) {
+    const int64_t tiles = end < memory.tiles ? end : memory.tiles;
+    const Segment segment = {a, z, blocks, end - tiles, tiles, packed, shares};
     ssd_pack(&segment);
-    ls_run(a->batch * a->n_groups * by.blocks, backward_task, (void *)&segment);
+    ls_run(a->batch * a->n_groups * blocks.count, backward_task, (void *)&segment);
     ls_run(a->batch * a->n_groups * tiles, share_task, (void *)&segment);
   }
   if (a->D) reduce_D(a, z, a->workspace + a->batch * a->n_heads * z.state);
