@@ -32,7 +32,16 @@ PAIRS = (
     READMES,
     *(
         (f"docs/{name}.md", f"docs/{name}.zh-CN.md")
-        for name in ("attention", "benchmarks", "compat", "library", "memory", "quantization", "vision")
+        for name in (
+            "attention",
+            "benchmarks",
+            "compat",
+            "library",
+            "memory",
+            "quantization",
+            "selection",
+            "vision",
+        )
     ),
 )
 DOCUMENTS = (
@@ -201,6 +210,19 @@ def test_the_figure_of_the_line_shows_every_model() -> None:
     assert len(figure["draw"]().axes) == 1
 
 
+def test_the_figure_of_the_block_shows_every_parameter() -> None:
+    pytest.importorskip("matplotlib")
+    figure = runpy.run_path(str(ROOT / "docs" / "figures" / "selection.py"))
+    names = {
+        name.split(".")[0]
+        for name, _ in Mamba.block(MambaConfig(d_model=16, n_layers=1, vocab_size=2)).mixer.named_parameters()
+    }
+    assert set(figure["PARAMETERS"]) == names
+    assert len(figure["draw_block"]().axes) == 1
+    mask = figure["decay"](torch.tensor([1.0, 2.0, 3.0]))
+    assert torch.allclose(mask[2], torch.tensor([-5.0, -3.0, 0.0]).exp())
+
+
 def test_the_changelog_begins_with_this_version() -> None:
     newest = re.search(r"^## \[(.+?)\]", read("CHANGELOG.md"), re.MULTILINE)
     assert newest
@@ -237,7 +259,7 @@ def test_commands_parse(document: str) -> None:
             } <= set(extras)
 
 
-@pytest.mark.parametrize("page", ["attention", "memory", "vision"])
+@pytest.mark.parametrize("page", ["attention", "memory", "selection", "vision"])
 def test_the_answers_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where blocks write
     names: dict[str, Any] = {}
