@@ -16,7 +16,8 @@ A model is a string with a letter per layer, and each layer is
     x = x + residual_multiplier f(norm(x))
 
     M    Mamba-2                            m    Mamba
-    *    attention                          P    Mamba-2 and attention of the same input, added
+    *    attention, also after a convolution (attention_conv), as in the hybrids of Mamba-2's paper
+    P    Mamba-2 and attention of the same input, added
     -    feed-forward layer                 E    mixture of experts
 
 Glossary: as in Mamba-2 and LLaMA. The multipliers are those of muP (Falcon-H1, Granite): constants beside the
