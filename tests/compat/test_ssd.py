@@ -74,8 +74,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
 
 @pytest.mark.parametrize("seq_len", [1, 3, 4, 13])
 @pytest.mark.parametrize("packed", [False, True])
-def test_scan_states_and_gradients(monkeypatch: pytest.MonkeyPatch, seq_len: int, packed: bool) -> None:
-    monkeypatch.setattr(ssd, "CHUNK", 4)
+def test_scan_states_and_gradients(seq_len: int, packed: bool) -> None:
     seq_idx = None
     if packed:  # the second value comes back after another one
         seq_idx = torch.tensor([[0] * 3 + [1] * 4 + [0] * 6, [2] * 5 + [3] * 8])[:, :seq_len]

@@ -1,21 +1,18 @@
-"""mamba_ssm.ops.triton.ssd_combined: Mamba-2's scan (SSD), as matrix products within chunks.
+"""mamba_ssm.ops.triton.ssd_combined: Mamba-2's scan (SSD, arXiv 2405.21060), computed by `ops.ssd`.
 
-With one scalar a_t = exp(dt_t A) per head the recurrence h_t = a_t h_(t-1) + dt_t x_t B_t', y_t = h_t C_t is
-within a chunk a masked product, y = (L * C B') (dt x) with L_ts = a_t ... a_(s+1); only the state at the end
-of each chunk passes on (Dao and Gu 2024, arXiv 2405.21060, section 6). The chunk size changes the speed and
-not the result.
+The chunk size of their kernels changes the speed and not the result; here it is without effect.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longscan import ops
 from longscan.compat.checks import INTEGER, check_boundaries, expect, requires_tensors
 from longscan.compat.norms import wide
 
 __all__ = ["check_ssd", "mamba_chunk_scan", "mamba_chunk_scan_combined", "ssd_minimal_discrete"]
 
-CHUNK = 64
 Limits = tuple[float, float]
 NO_LIMIT: Limits = (0.0, float("inf"))
 
@@ -131,8 +128,8 @@ def ssd_minimal_discrete(
     expect(sizes, initial_states=(initial_states, "batch 1 n_heads d_head d_state"))
     _check_steps("X", sizes)
     initial = None if initial_states is None else initial_states[:, 0]
-    y, state = _chunked(X, A, B, C, initial, None)
-    return y.to(X.dtype), state.to(X.dtype)
+    y, state = ops.ssd(X, torch.ones_like(A), A, B, C, None, initial)
+    return y, state.to(X.dtype)
 
 
 def check_ssd(
@@ -188,62 +185,7 @@ def ssd(
     seq_idx: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return y (batch, seq_len, n_heads, d_head) and the final state; dt is (batch, seq_len, n_heads)."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dt, A = dt.to(dtype), A.to(dtype)
-    return _chunked(x.to(dtype) * dt[..., None], dt * A, B.to(dtype), C.to(dtype), initial_state, seq_idx)
-
-
-def _chunked(
-    x: Tensor, log_a: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None, seq_idx: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return y and the final state of h_t = exp(log_a_t) h_(t-1) + x_t B_t', y_t = h_t C_t."""
-    (batch, seq_len, n_heads, d_head), (n_groups, d_state) = x.shape, B.shape[2:]
-    length = min(CHUNK, seq_len)
-    n_chunks, per_group = -(-seq_len // length), n_heads // n_groups
-    padding = n_chunks * length - seq_len  # zeros: no decay and no input, so the state stays
-    x, B, C = (F.pad(t, (0, 0, 0, 0, 0, padding)) for t in (x, B, C))
-    # (batch, chunk, group, head of the group, step, channel)
-    x = x.view(batch, n_chunks, length, n_groups, per_group, d_head).permute(0, 1, 3, 4, 2, 5)
-    log_a = F.pad(log_a, (0, 0, 0, padding)).view(batch, n_chunks, length, n_groups, per_group)
-    total = log_a.permute(0, 1, 3, 4, 2).cumsum(-1)
-    B, C = (t.view(batch, n_chunks, length, n_groups, 1, d_state).permute(0, 1, 3, 4, 2, 5) for t in (B, C))
-    start, end, same = _sequences(seq_idx, batch, n_chunks, length, padding, x.device)
-
-    decay = (total[..., None] - total[..., None, :]).masked_fill(~same, -torch.inf).exp()
-    y = (decay * (C @ B.transpose(-1, -2))) @ x
-    to_end = (total[..., -1:] - total).masked_fill(~end, -torch.inf).exp()
-    added = (x * to_end[..., None]).transpose(-1, -2) @ B  # (..., d_head, d_state)
-    from_start = total.masked_fill(~start, -torch.inf).exp()
-    whole = from_start[..., -1].unbind(1)
-
-    shape = (batch, n_groups, per_group, d_head, d_state)
-    state = x.new_zeros(shape) if initial_state is None else initial_state.to(x.dtype).reshape(shape)
-    states = []
-    for decayed, new in zip(whole, added.unbind(1), strict=True):
-        states.append(state)
-        state = decayed[..., None, None] * state + new
-    y = y + from_start[..., None] * (C @ torch.stack(states, 1).transpose(-1, -2))
-    y = y.permute(0, 1, 4, 2, 3, 5).reshape(batch, n_chunks * length, n_heads, d_head)
-    return y[:, :seq_len].contiguous(), state.reshape(batch, n_heads, d_head, d_state)
-
-
-def _sequences(
-    seq_idx: Tensor | None, batch: int, n_chunks: int, length: int, padding: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which steps see the state before their chunk, reach the one after it, and see each other.
-
-    Returns:
-        start: (batch, n_chunks, 1, 1, length).
-        end: likewise.
-        same: (batch, n_chunks, 1, 1, length, length), row t and column s <= t.
-    """
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    if seq_idx is None:
-        every = causal.new_ones(1, 1, 1, 1, length)
-        return every, every, causal.expand(1, 1, 1, 1, -1, -1)
-    # a value may come back later in the row: number the runs
-    runs = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long().cumsum(1), (1, 0))
-    runs = torch.cat([runs, runs[:, -1:].expand(-1, padding)], 1).view(batch, n_chunks, 1, 1, length)
-    last = runs[..., -1:]
-    before = torch.cat([torch.zeros_like(last[:, :1]), last[:, :-1]], 1)
-    return runs == before, runs == last, (runs[..., None] == runs[..., None, :]) & causal
+    if seq_idx is not None:  # a value may come back later in the row, or be negative: number the runs
+        seq_idx = F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long().cumsum(1), (1, 0))
+    x, dt = wide(x), wide(dt)
+    return ops.ssd(x, dt, dt * A.to(dt.dtype), B, C, None, initial_state, seq_idx)
