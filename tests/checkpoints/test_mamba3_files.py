@@ -89,7 +89,7 @@ def test_idle_fields_are_read(tmp_path: Path) -> None:
             "A_activation: expected one of 'heavy-tail', 'softplus'",
         ),
         "unknown": ({}, {"d_conv": 4}, "unknown field 'd_conv'"),
-        "attention": ({"attn_layer_idx": [1]}, {}, r"attn_layer_idx: expected \[\], got \[1\]"),
+        "attention": ({"attn_layer_idx": [1]}, {}, r"attn_layer_idx: expected \[\], got attention"),
         "mlp": ({"d_intermediate": 64}, {}, "mlp"),
         "negative": ({"d_intermediate": -1}, {}, "d_intermediate: expected 0 or more, got -1"),
     }.values(),

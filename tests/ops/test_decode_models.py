@@ -185,3 +185,24 @@ def test_a_text_beyond_the_context_is_warned_of() -> None:
         model.advance(tokens(model, 1, 8), state)
     with pytest.warns(UserWarning, match="longer than the 8 positions"):
         model.step(tokens(model, 1), state)
+
+
+@pytest.mark.parametrize("shape", ["falcon-h1", "granite", "mamba2"])
+def test_changed_factors_are_noticed(shape: str) -> None:
+    """Constants beside the weights are copied into the stack."""
+    model = build(shape)
+    ids = tokens(model, 2)
+    model.step(ids, model.init_state(2))
+    model.backbone.embedding_multiplier *= 2
+    model.backbone.hidden_multiplier *= 0.7
+    for block in model.backbone.layers:
+        for module in (block, block.mixer):
+            if hasattr(module, "outward"):
+                factors: Any = module.outward
+                module.outward = (
+                    3 * factors if isinstance(factors, float) else tuple(3 * factor for factor in factors)
+                )
+    logits = model.step(ids, model.init_state(2))[0]
+    with torch.no_grad():
+        expected = model(ids[:, None]).logits[:, 0]
+    assert largest(logits - expected, expected) < 5e-6

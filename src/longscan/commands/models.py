@@ -108,7 +108,7 @@ def _details(entry: ModelEntry) -> dict[str, Any]:
         "paper": entry.paper,
         "arxiv": entry.arxiv,
         "parents": list(entry.parents),
-        "file": str(Path(inspect.getfile(entry.config)).resolve()),
+        "file": str(Path(inspect.getfile(entry.cls)).resolve()),
         "presets": presets,
     }
 

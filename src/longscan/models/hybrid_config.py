@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any, ClassVar, Literal, TypeAlias
 
+from longscan.core.checks import check_range
 from longscan.errors import LongscanError
 from longscan.models.common.attention import AttentionLayer
 from longscan.models.common.experts import ExpertsLayer, RouterKind
@@ -12,6 +13,7 @@ from longscan.models.common.mixer import LanguageModelConfig
 from longscan.models.mamba import MambaConfig
 from longscan.models.mamba2 import GateOrder, Mamba2Layer
 
+MAX_LAYERS = 10_000  # a pattern is not repeated further
 NEEDED = {
     "*": ("n_heads",),
     "P": ("n_heads",),
@@ -42,6 +44,7 @@ class PatternConfig(LanguageModelConfig):
             LongscanError: a letter is unknown, or a value out of range.
         """
         if isinstance(self.pattern, str) and self.pattern and type(self.n_layers) is int:
+            check_range("n_layers", self.n_layers, least=0, most=MAX_LAYERS)
             n_layers = self.n_layers or len(self.pattern)
             repeated = self.pattern * -(-n_layers // len(self.pattern))
             object.__setattr__(self, "n_layers", n_layers)
@@ -127,7 +130,7 @@ class HybridConfig(PatternConfig):
         self.check("d_ssm", "d_ssm_head", "n_ssm_groups", "d_state", "d_conv", "dt_rank")
         self.check("n_experts", "n_active_experts", "d_expert", "n_expert_groups", "n_active_groups")
         self.check("d_shared_expert", "d_latent", "attention_conv", least=0)
-        self.check("rope_theta", "attention_multiplier", "logits_divisor", above=0)
+        self.check("rope_theta", "attention_multiplier", "key_multiplier", "logits_divisor", above=0)
         self.check("rotary_fraction", above=0, most=1)
         if self.dt_limit is not None:
             low, high = self.dt_limit[0], math.inf if self.dt_limit[1] is None else self.dt_limit[1]

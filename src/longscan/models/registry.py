@@ -41,9 +41,9 @@ NAMES = (
     "vmamba",
     "videomamba",
     "mamba2",
-    "mamba3",
     "hybrid",
     "zamba2",
+    "mamba3",
 )
 
 

@@ -95,6 +95,8 @@ class Zamba2Config(PatternConfig):
         if (2 * self.d_model) % self.n_heads:
             got = f"{self.d_model} and {self.n_heads}"
             raise LongscanError(f"n_heads: expected a divisor of 2 d_model, got {got}.")
+        if "Z" not in self.pattern:
+            raise LongscanError(f"pattern: expected a Z, a layer with attention, got {self.pattern!r}.")
         if self.n_shared > self.pattern.count("Z"):
             raise LongscanError(
                 f"n_shared: expected at most {self.pattern.count('Z')}, one for each 'Z' of the pattern, got "

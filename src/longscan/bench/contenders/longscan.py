@@ -5,9 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -54,10 +55,15 @@ def ssd(sizes: list[int], backward: bool) -> workloads.OpRun:
     return workloads.differentiable(lambda *x: ops.ssd(*x)[0], workloads.ssd_inputs(*sizes), backward)
 
 
-def ssd_fallback(sizes: list[int], backward: bool) -> workloads.OpRun:
-    """Prepare state space duality as it runs without the native library, which this process then gives up."""
-    _native._library = None
-    return ssd(sizes, backward)
+def ssd_fallback(sizes: list[int], backward: bool) -> Callable[[], None]:
+    """Prepare state space duality as it runs without the native library."""
+    run = ssd(sizes, backward)
+
+    def without() -> None:
+        with mock.patch.object(_native, "_library", None):
+            run()
+
+    return without
 
 
 def conv(sizes: list[int], d_conv: int, backward: bool) -> workloads.OpRun:

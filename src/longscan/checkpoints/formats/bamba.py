@@ -47,10 +47,11 @@ IDLE = ("mamba_chunk_size", "num_logits_to_keep", "z_loss_coefficient", "attn_ro
 
 def _derive(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return our fields that several of theirs give."""
-    n_layers, indices = whole(fields, "num_hidden_layers", MAX_LAYERS), fields["attn_layer_indices"] or []
+    n_layers = whole(fields, "num_hidden_layers", MAX_LAYERS)
+    indices = [] if fields["attn_layer_indices"] is None else fields["attn_layer_indices"]
     if not isinstance(indices, list) or not all(type(i) is int and 0 <= i < n_layers for i in indices):
         raise LongscanError(
-            f"attn_layer_indices: expected numbers below {n_layers}, got {fields['attn_layer_indices']!r}."
+            f"attn_layer_indices: expected a list of numbers below {n_layers}, got {indices!r}."
         )
     return {
         "pattern": "".join("*-" if number in indices else "M-" for number in range(n_layers)),

@@ -8,6 +8,7 @@ from typing import Any
 from longscan.checkpoints.formats.base import check_fields
 from longscan.errors import LongscanError
 from longscan.models import HybridConfig
+from longscan.models.hybrid_config import MAX_LAYERS
 
 __all__ = [
     "LAYERS",
@@ -22,7 +23,6 @@ __all__ = [
     "written_limit",
 ]
 
-MAX_LAYERS = 10_000
 INFINITE = ("Infinity", "inf", float("inf"))  # as files have it: JSON has no number for it
 
 # of Mamba-2, in most families
@@ -112,7 +112,7 @@ def dt_limit(fields: Mapping[str, Any]) -> tuple[float, float | None] | None:
             numbers.append(None)
         elif isinstance(value, int | float) and not isinstance(value, bool):
             numbers.append(float(value))
-    if len(numbers) != 2 or numbers[0] is None:
+    if len(numbers) != 2 or len(limit) != 2 or numbers[0] is None:
         raise LongscanError(f"time_step_limit: expected two numbers, got {limit!r}.")
     return None if numbers == [0, None] else (numbers[0], numbers[1])
 
@@ -141,7 +141,7 @@ def rotation(fields: Mapping[str, Any], fraction: float = 1.0) -> float:
     """
     found = [fields["rope_theta"]] if "rope_theta" in fields else []
     for name in ("rope_parameters", "rope_scaling"):
-        stated = fields.get(name) or {}
+        stated = {} if fields.get(name) is None else fields[name]
         if not isinstance(stated, dict):
             raise LongscanError(f"{name}: expected an object {{...}}, got {stated!r}.")
         only = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (fraction, None)}

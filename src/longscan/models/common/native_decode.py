@@ -25,6 +25,8 @@ from longscan.models.common.layers import (
 )
 
 NORMS = (PlainRMSNorm, RMSNorm, GatedRMSNorm)
+# constants beside the weights
+FACTORS = ("embedding_multiplier", "hidden_multiplier", "inward", "outward", "multipliers")
 HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)  # of all modules
 
 _EPS = attrgetter("eps")
@@ -61,6 +63,8 @@ class Decoder:
         self._methods.append((model.__dict__, "head"))
         self._norms = [module for module in self._all if isinstance(module, NORMS)]
         self._eps = list(map(_EPS, self._norms))
+        self._factors = [(m, name) for m in self._all for name in FACTORS if hasattr(m, name)]
+        self._values = list(starmap(getattr, self._factors))
         owners = [owner for module in self._all for owner in (module._parameters, module._buffers)]
         self._owners: list[dict[str, Tensor | None]] = [owner for owner in owners if owner]  # type: ignore[misc]
         self._owned: list[Tensor | None] = [tensor for owner in self._owners for tensor in owner.values()]
@@ -83,6 +87,7 @@ class Decoder:
             and list(chain.from_iterable(map(dict.values, self._parents))) == self._children
             and not any(starmap(contains, self._methods))
             and list(map(_EPS, self._norms)) == self._eps
+            and list(starmap(getattr, self._factors)) == self._values
             and all(map(is_, chain.from_iterable(map(dict.values, self._owners)), self._owned))
             and all(map(eq, map(Tensor.data_ptr, self._tensors), self._pointers))
             and not any(map(_differ, *self._compared))
