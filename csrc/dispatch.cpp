@@ -10,8 +10,10 @@
 extern const ls_kernels ls_kernels_baseline;
 #if defined(__x86_64__)
 extern const ls_kernels ls_kernels_avx2;
+#if !defined(LS_NO_AVX512)
 extern const ls_kernels ls_kernels_avx512;
 extern const ls_kernels ls_kernels_avx512vnni;
+#endif
 #endif
 
 static ls_parallel_for pool = nullptr;
@@ -26,10 +28,12 @@ void ls_yield(void) { sched_yield(); }
 static bool runs(const ls_kernels *candidate) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+#if !defined(LS_NO_AVX512)
   if (candidate == &ls_kernels_avx512vnni && !__builtin_cpu_supports("avx512vnni")) return false;
   if (candidate == &ls_kernels_avx512vnni || candidate == &ls_kernels_avx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#endif
   if (candidate == &ls_kernels_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return true;
@@ -38,7 +42,10 @@ static bool runs(const ls_kernels *candidate) {
 LS_EXPORT int32_t ls_choose_isa(const char *name) {
   const ls_kernels *best_first[] = {
 #if defined(__x86_64__)
-      &ls_kernels_avx512vnni, &ls_kernels_avx512, &ls_kernels_avx2,
+#if !defined(LS_NO_AVX512)
+      &ls_kernels_avx512vnni, &ls_kernels_avx512,
+#endif
+      &ls_kernels_avx2,
 #endif
       &ls_kernels_baseline};
   for (const ls_kernels *candidate : best_first) {
