@@ -154,9 +154,9 @@ def test_parents_come_before_their_children() -> None:
 @pytest.mark.parametrize("entry", MODELS.values(), ids=lambda entry: entry.name)
 def test_a_model_file_names_the_parents_of_its_entry(entry: ModelEntry) -> None:
     text = ast.get_docstring(ast.parse((SOURCE / "models" / f"{entry.name}.py").read_text())) or ""
-    told = re.search(r"Parents?: (.*?)\n\n", text, re.DOTALL)
-    assert told or not entry.parents
-    words = told[1].lower().replace(" ", "_").replace("-", "") if told else ""
+    stated = re.search(r"Parents?: (.*?)\n\n", text, re.DOTALL)
+    assert stated or not entry.parents
+    words = stated[1].lower().replace(" ", "_").replace("-", "") if stated else ""
     missing = [name for name in entry.parents if name not in words]
     assert not missing, f"{entry.name}: Parent(s) in the docstring leaves out {missing}"
 
