@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 import longscan
-from longscan.bench.contenders import ceilings, llama, peers, workloads
+from longscan.bench.contenders import ceilings, hugging_face, llama, peers, workloads
 from longscan.bench.contenders import longscan as ours
 from longscan.bench.suites import generate, train
+from longscan.bench.suites.work import ssd_operations, work_of
 from longscan.models import Mamba, MambaConfig
 
 
@@ -92,27 +93,45 @@ def test_equal_sizes() -> None:
             peers.LSTM(d_model, **train.LSTM),
         )
         lms = [peers.TiedLM(vocab_size, d_model, body, torch.nn.LayerNorm(d_model)) for body in bodies]
-        lms.append(ours.fresh(train.SHAPE | train.LLAMA))
+        lms += [ours.fresh(train.SHAPE | more) for more in (train.LLAMA, train.MAMBA2, train.MAMBA3)]
     for lm in lms:
-        assert sum(p.numel() for p in lm.parameters()) == pytest.approx(mamba.num_parameters(), rel=0.01)
+        assert sum(p.numel() for p in lm.parameters()) == pytest.approx(mamba.num_parameters(), rel=0.011)
 
 
 def test_matrix_parameters_are_those_of_the_model() -> None:
     with torch.device("meta"):
         mamba = Mamba(MambaConfig(**train.SHAPE))
     shapes = [(m.in_features, m.out_features) for m in mamba.modules() if isinstance(m, torch.nn.Linear)]
-    assert shapes == train.matrices(train.SHAPE["d_model"]) * train.SHAPE["n_layers"]
     head = mamba.backbone.embedding.weight.numel()
-    assert train.matrix_parameters(**train.SHAPE) == sum(a * b for a, b in shapes) + head
+    work = work_of(train.SHAPE)
+    assert work.parameters == sum(a * b for a, b in shapes) + head
+    assert work.updates == train.SHAPE["n_layers"] * 512 * 16
+    assert work.mixing(7) == 0
+
+
+def test_work_of_a_hybrid() -> None:
+    work = work_of(generate.tiny("falcon-h1").model)
+    assert work.updates == 0
+    assert work.ssd == ((6, 16, 16, 1),)
+    assert work.attention == (64,)
+    assert work.mixing(10) == ssd_operations((1, 10, 6, 16, 16), False) + 2 * 10 * 10 * 64
+    assert (64, 512) not in work.matrices  # the head
+    assert work.shapes == [[a, b, n] for (a, b), n in work.matrices.items()]
 
 
 @pytest.mark.parametrize(
-    "job", ["train_mambapy", "train_transformers", "prefill_transformers", "decode_transformers"]
+    "job",
+    [
+        "peers:train_mambapy",
+        "peers:train_transformers",
+        "hugging_face:prefill_llama",
+        "hugging_face:decode_llama",
+    ],
 )
 @pytest.mark.parametrize("more_of_it", [{}, {"model": "llama", "n_heads": 2}], ids=["mamba", "llama"])
 def test_peers_run(job: str, more_of_it: dict[str, Any]) -> None:
-    pytest.importorskip("mambapy" if job == "train_mambapy" else "transformers")
-    if job == "train_mambapy" and more_of_it:
+    pytest.importorskip("mambapy" if "mambapy" in job else "transformers")
+    if "mambapy" in job and more_of_it:
         return  # it has no Transformer
     arguments: dict[str, Any] = {"model": {"d_model": 16, "n_layers": 2, "vocab_size": 32} | more_of_it}
     more: dict[str, dict[str, int]] = {
@@ -120,7 +139,21 @@ def test_peers_run(job: str, more_of_it: dict[str, Any]) -> None:
         "prefill": {"seq_len": 8},
         "decode": {"prompt": 4, "n_tokens": 2},
     }
-    prepare(f"longscan.bench.contenders.peers:{job}", arguments | more[job.split("_")[0]])()
+    phase = job.split(":")[1].split("_")[0]
+    prepare(f"longscan.bench.contenders.{job}", arguments | more[phase])()
+
+
+@pytest.mark.parametrize("shape", ["130m", "mamba2", "falcon-h1", "granite-h"])
+def test_transformers_computes_the_same(shape: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    model = generate.tiny(shape).model
+    here = {"vocab_size": model["vocab_size"], "prompt": 9, "n_tokens": 2}
+    directory = str(hugging_face.export(model, tmp_path / "model"))
+    expected = ours.decode(model, 9, 2)()["excerpt"]
+    for precision, error in (("float32", 1e-5), ("bf16", 5e-2)):
+        details = hugging_face.decode_transformers(directory, **here, precision=precision)()
+        assert generate.distance(expected, details["excerpt"]) < error
+    hugging_face.prefill_transformers(directory, model["vocab_size"], 9)()
 
 
 SMALL: dict[str, Any] = {"d_model": 64, "n_layers": 2, "vocab_size": 512}
@@ -159,8 +192,9 @@ def test_llama_keeps_rows_apart(tmp_path: Path) -> None:
 def test_decoding_reads_what_it_says(precision: str) -> None:
     details = ours.decode(SMALL, 8, 2, precision, 3)()
     bits = {"float32": 32, "bf16": 16, "int8": 8, "int4": 4}[precision]
-    least = train.matrix_parameters(**SMALL) * bits // 8
-    assert least < details["weight_bytes"] < least + train.matrix_parameters(**SMALL)
+    parameters = work_of(SMALL).parameters
+    least = parameters * bits // 8
+    assert least < details["weight_bytes"] < least + parameters
     assert details["state_bytes"] == ours.ready(SMALL).init_state(1).nbytes
 
 
@@ -214,6 +248,5 @@ def test_without_the_backward_pass_no_gradient_is_computed() -> None:
 
 @pytest.mark.parametrize("precision", generate.PRECISIONS)
 def test_each_precision_has_its_own_ceiling(precision: str) -> None:
-    shapes = [[16, 24]]
-    measure = ceilings.matmul(8, shapes, backward=True, operations=3 * 2 * 8 * 16 * 24, precision=precision)
+    measure = ceilings.matmul(8, [[16, 24, 1.5]], backward=True, precision=precision)
     assert 0 < measure()["seconds"] < 1

@@ -14,6 +14,7 @@ from longscan.bench import report
 from longscan.bench.contenders import llama
 from longscan.bench.measure import Contender, Measurement, Settings, faster
 from longscan.bench.suites import generate, stream, train
+from longscan.bench.suites.work import work_of
 
 
 def measurement(name: str, *seconds: float, **more: Any) -> Measurement:
@@ -40,11 +41,11 @@ def test_goals_stand_beside_ratios() -> None:
 
 def test_generation_beside_its_goals() -> None:
     slow = {"llama.cpp f32": 3.0, "llama.cpp q4_0": 2.0, "llama.cpp q4_K": 1.8, generate.HF: 10.0}
-    slow |= {"longscan int4": 0.5, "longscan int8 × 8": 2.0, generate.UPDATES: 0.2}
+    slow |= {"longscan int4": 0.5, "longscan int8 × 8": 2.0, generate.MIXING: 0.2}
     products = {"float32": 0.5, "bf16": 0.4, "int8": 0.3, "int4": 0.3}
     slow |= {f"{generate.PRODUCTS}, {precision}": seconds for precision, seconds in products.items()}
     slow |= {generate.READING: 0.9}
-    weights = 4 * train.matrix_parameters(**generate.SHAPES["130m"].model)
+    weights = 4 * work_of(generate.SHAPES["130m"].model).parameters
 
     def fake(title: str, contenders: Sequence[Contender], settings: Settings) -> dict[str, Measurement]:
         details: dict[str, Any] = {"weight_bytes": weights, "state_bytes": 0, "python_share": 0.04}
@@ -52,8 +53,8 @@ def test_generation_beside_its_goals() -> None:
             details["excerpt"] = [1.0, 3.0]
         return {c.name: measurement(c.name, slow.get(c.name, 1.0), details=dict(details)) for c in contenders}
 
-    def export(model: dict[str, Any], folder: Path) -> dict[str, Path]:
-        return {name: folder / name for name in llama.FORMATS}
+    def export(model: dict[str, Any], folder: Path, settings: Settings) -> generate.Files:
+        return generate.Files(gguf={name: folder / name for name in llama.FORMATS}, directory=folder)
 
     settings = Settings(compare=fake, installed=lambda _: True)
     found = generate.run(settings, quick=False, export=export)
@@ -79,6 +80,15 @@ def test_generation_beside_its_goals() -> None:
     assert "excerpt" not in json.dumps(found.as_dict(), allow_nan=False)
     larger = generate.run(settings, quick=False, shape="370m", export=export)
     assert {r.what: r.goal for r in larger.ratios}["decode 1: int8 over llama.cpp q8_0"] == "≥ 1.26 ×"
+    slow |= {"OpenVINO int4": 1.5, "transformers bf16": 5.0}
+    granite = generate.run(settings, quick=False, shape="granite-h", export=export)
+    ratios = {ratio.what: ratio for ratio in granite.ratios}
+    assert shown("prefill 512: int4 over the best peer") == (3.0, "≥ 2 ×")
+    assert shown("decode 1: bf16 over the best peer") == (1.0, "≥ 1.2 ×")  # llama.cpp's
+    assert not [row for row in granite.rows if "Llama" in row["contender"]]
+    falcon = generate.run(settings, quick=False, shape="falcon-h1", export=export)
+    assert not [row for row in falcon.rows if "OpenVINO" in row["contender"]]
+    assert any("OpenVINO" in note for note in falcon.notes)
 
 
 def test_marks_of_single_and_extrapolated_runs() -> None:

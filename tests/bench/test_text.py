@@ -243,7 +243,7 @@ def test_a_separator_parts_the_documents(cli: Any, folder: Path) -> None:
         (("text", "--quick"), 2, "no options but --train"),
         (("text", "--figure", "a.png"), 2, "no options but --train"),
         (("ops", "--test", "a.txt"), 2, "are for the suites text and quality"),
-        (("--model", "mine"), 2, "are for the suites text and quality"),
+        (("--model", "mine"), 2, "is for the suites text and quality"),
         (("texd",), 2, "did you mean 'text'"),
         (("text", "--train", "none.txt", "--test", "none.txt"), 1, "no such file or folder: none.txt"),
     ],

@@ -14,7 +14,7 @@ from longscan import ops
 
 __all__ = ["OthersLoad", "available_memory", "installed", "machine", "versions"]
 
-_PACKAGES = ("torch", "numpy", "mambapy", "transformers", "llama-cpp-python")
+_PACKAGES = ("torch", "numpy", "mambapy", "transformers", "llama-cpp-python", "openvino")
 
 
 def machine(threads: int) -> dict[str, Any]:

@@ -37,6 +37,7 @@ __all__ = ["command"]
 TEXT, QUALITY = "text", "quality"
 SUITES = (*runner.SUITES, TEXT, QUALITY)
 REPEATS = 5
+GENERATE = ("mamba", "mamba2", "falcon-h1", "granite-h")
 SHIPPED, SEPARATOR = "longscan-tiny-en", "\n\n\n"  # the shipped model, and the separator of its training text
 
 Files = list[Path] | None
@@ -60,9 +61,7 @@ def command(
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny sizes: to see that it works, not to quote.")
     ] = False,
-    shape: Annotated[
-        Literal["130m", "370m"], typer.Option(help="generate: the size of the random model.")
-    ] = "130m",
+    shape: Annotated[Literal["130m", "370m"], typer.Option(help="generate: the size of the Mamba.")] = "130m",
     train: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="text: training files or folders of the n-gram model; repeatable."),
@@ -71,8 +70,12 @@ def command(
         list[Path] | None, typer.Option(metavar="FILE", help="text, quality: held-out files; repeatable.")
     ] = None,
     model: Annotated[
-        str, typer.Option(help="text, quality: a shipped model, a directory, or a hub id.")
-    ] = SHIPPED,
+        str | None,
+        typer.Option(
+            help=f"generate: {', '.join(GENERATE)}; default: mamba. text, quality: a shipped model, a "
+            f"directory, or a hub id; default: {SHIPPED}."
+        ),
+    ] = None,
     separator: Annotated[
         str,
         typer.Option(help="text, quality: between the documents of a file.", show_default="two empty lines"),
@@ -96,7 +99,7 @@ def command(
         peers: whether to run the peers.
         threads: at least 1.
         quick: tiny sizes.
-        shape: of the suite generate.
+        shape: of Mamba in the suite generate.
         train: of the suite text alone.
         test: of text and quality, as what follows; excluded from the training text.
         model: the one to measure.
@@ -111,17 +114,16 @@ def command(
     chosen = _chosen(suites)
     alone = next((suite for suite in (TEXT, QUALITY) if suite in chosen), None)
     if alone is None:
-        if train or test or (model, separator) != (SHIPPED, SEPARATOR):
-            raise UsageError(
-                "--train, --test, --model and --separator are for the suites text and quality: name one."
-            )
+        if train or test or separator != SEPARATOR:
+            raise UsageError("--train, --test and --separator are for the suites text and quality: name one.")
+        size = _size(chosen, model, shape)
         settings = Settings(
             repeats=repeats,
             budget=0.05 if quick else 0.5,
             threads=threads or torch.get_num_threads(),
             peers=peers,
         )
-        _compare(chosen, settings, quick, shape, figure, as_json)
+        _compare(chosen, settings, quick, size, figure, as_json)
         return
     if len(chosen) > 1 or figure or quick or not peers or (repeats, shape) != (REPEATS, "130m"):
         raise UsageError(
@@ -129,6 +131,7 @@ def command(
             "--model, --separator, --threads and --json."
         )
     use_threads(threads)
+    model = SHIPPED if model is None else model
     if alone == TEXT:
         _text(model, train, test, separator, as_json)
     else:
@@ -141,6 +144,22 @@ def _chosen(suites: list[str] | None) -> list[str]:
         if suite not in SUITES:
             raise UsageError(f"no suite called {suite!r}{nearest(suite, SUITES)}")
     return list(dict.fromkeys(suites or runner.SUITES))
+
+
+def _size(suites: list[str], model: str | None, shape: str) -> str:
+    """Return the model of the suite generate, as `runner.run` has it."""
+    if model is None:
+        return shape
+    if "generate" not in suites:
+        raise UsageError("--model: expected the suite generate, text or quality beside it.")
+    if model not in GENERATE:
+        raise UsageError(
+            "--model: a directory or a hub id is for the suites text and quality; generate has no "
+            f"{model!r}{nearest(model, GENERATE)}"
+        )
+    if model != "mamba" and shape != "130m":
+        raise UsageError(f"--shape {shape}: is for --model mamba, the others have one size.")
+    return shape if model == "mamba" else model
 
 
 def _compare(

@@ -24,6 +24,7 @@ EXTRAS = {
     "transformers": ("transformers", "peers"),
     "mambapy": ("mambapy", "peers"),
     "llama-cpp-python": ("llama_cpp", "llama"),
+    "optimum-intel": ("optimum.intel", "openvino"),
     "onnx": ("onnx", "onnx"),
     "onnxscript": ("onnxscript", "onnx"),
     "onnxruntime": ("onnxruntime", "onnx"),
@@ -57,7 +58,10 @@ def installed(package: str) -> bool:
     Args:
         package: a key of EXTRAS.
     """
-    return find_spec(EXTRAS[package][0]) is not None
+    try:
+        return find_spec(EXTRAS[package][0]) is not None
+    except ModuleNotFoundError:  # the package around it is missing too
+        return False
 
 
 def remedy(package: str, purpose: str) -> str:

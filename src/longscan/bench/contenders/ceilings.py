@@ -46,28 +46,26 @@ def exp_fma(n_states: int) -> Run:
     return run
 
 
-def matmul(
-    n_rows: int, shapes: list[list[int]], backward: bool, operations: float, precision: str = "float32"
-) -> Run:
-    """Prepare the matrix products of a layer.
+def matmul(n_rows: int, shapes: list[list[float]], backward: bool, precision: str = "float32") -> Run:
+    """Prepare the matrix products of a model; one of each size is measured.
 
     Args:
         n_rows: tokens.
-        shapes: (width in, width out) of each weight.
+        shapes: (width in, width out, how many) of the weights of each size.
         backward: whether to multiply for the gradients of inputs and weights too.
-        operations: of the whole work, of which these are a sample.
         precision: of the weights; the fastest of their TYPES counts.
 
     Returns:
         What to measure.
     """
     products: list[tuple[Tensor, Tensor]] = []
-    for n_in, n_out in shapes:
-        x, weight, dy = torch.randn(n_rows, n_in), torch.randn(n_out, n_in), torch.randn(n_rows, n_out)
-        products.append((x, weight.T))
-        if backward:
-            products += [(dy, weight), (dy.T, x)]
-    done = sum(2 * left.shape[0] * left.shape[1] * right.shape[1] for left, right in products)
+    times: list[float] = []
+    for n_in, n_out, n in shapes:
+        x, weight = torch.randn(n_rows, int(n_in)), torch.randn(int(n_out), int(n_in))
+        dy = torch.randn(n_rows, int(n_out))
+        more = [(x, weight.T), *([(dy, weight), (dy.T, x)] if backward else [])]
+        products += more
+        times += [n] * len(more)
 
     ways = [(kind, way) for kind in TYPES[precision] for way in WAYS[kind]]
     cast = {kind: [(_as(x, kind), _as(y, kind)) for x, y in products] for kind in TYPES[precision]}
@@ -79,9 +77,8 @@ def matmul(
 
     def run() -> dict[str, Any]:
         # each product by the fastest type and library of torch
-        each = range(len(products))
-        best = (min(seconds(way, *cast[kind][i]) for kind, way in ways) for i in each)
-        return {"seconds": sum(best) * operations / done}
+        best = (min(seconds(way, *cast[kind][i]) for kind, way in ways) for i in range(len(products)))
+        return {"seconds": sum(n * each for n, each in zip(times, best, strict=True))}
 
     return run
 

@@ -61,7 +61,7 @@ def export(model: dict[str, Any], directory: Path, formats: Sequence[str] = FORM
     """Return GGUF files of the contenders' random model, format -> file.
 
     Args:
-        model: fields of MambaConfig.
+        model: see `contenders.longscan.fresh`.
         directory: for the files.
         formats: of FORMATS.
     """

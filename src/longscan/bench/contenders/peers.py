@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longscan.bench.contenders import workloads
+from longscan.bench.contenders.hugging_face import random_transformers
 from longscan.bench.worker import Clock, Run
 
 __all__ = [
     "Transformer",
     "cauchy_torch",
     "conv_torch",
-    "decode_transformers",
     "diagonal_fft",
     "diagonal_loop",
-    "prefill_transformers",
     "scan_loop",
     "scan_mambapy",
     "train_lstm",
@@ -250,7 +249,7 @@ def train_transformers(
     n_layers = model["n_layers"]
 
     def step_of(n: int) -> Run:
-        peer = _transformers(model | {"n_layers": n}, use_mambapy=use_mambapy)
+        peer = random_transformers(model | {"n_layers": n}, use_mambapy=use_mambapy)
         return _train(peer.train(), lambda ids: peer(ids).logits, model, batch, seq_len)
 
     if not one_layer:
@@ -275,52 +274,3 @@ def _train(
     """Prepare a training step of a module on random tokens."""
     ids = workloads.random_ids(batch, seq_len, model["vocab_size"])
     return workloads.training(module.parameters(), lambda: workloads.next_token_loss(logits(ids), ids))
-
-
-# --- generation ---------------------------------------------------------------------------------------------
-
-
-def prefill_transformers(model: dict[str, Any], seq_len: int) -> Run:
-    """Prepare the prefill of a prompt; only the last logits are requested."""
-    peer = _transformers(model).eval()
-    ids = workloads.random_ids(1, seq_len, model["vocab_size"])
-
-    def run() -> None:
-        with torch.no_grad():
-            peer(ids, use_cache=True, logits_to_keep=1)
-
-    return run
-
-
-def decode_transformers(model: dict[str, Any], prompt: int, n_tokens: int) -> Run:
-    """Prepare greedy decoding after a prompt."""
-    peer = _transformers(model).eval()
-    with torch.no_grad():
-        output = peer(workloads.random_ids(1, prompt, model["vocab_size"]), use_cache=True, logits_to_keep=1)
-    cache = "past_key_values" if model.get("model") == "llama" else "cache_params"
-    past = {cache: output[cache], "use_cache": True}
-
-    def advance(ids: Tensor) -> Tensor:
-        logits: Tensor = peer(ids[:, None], **past).logits[:, -1]
-        return logits
-
-    return workloads.decoding(output.logits[:, -1].argmax(-1), n_tokens, advance)
-
-
-def _transformers(model: dict[str, Any], use_mambapy: bool = False) -> Any:
-    """Return transformers' Mamba, or Llama, in float32; model is as in `contenders.longscan.fresh`."""
-    from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
-
-    sizes = {
-        "hidden_size": model["d_model"],
-        "num_hidden_layers": model["n_layers"],
-        "vocab_size": model["vocab_size"],
-        "tie_word_embeddings": True,
-    }
-    if model.get("model") != "llama":
-        return MambaForCausalLM(MambaConfig(**sizes, use_mambapy=use_mambapy))
-    from longscan.models import LlamaConfig as Ours
-
-    ours = Ours.from_dict({name: value for name, value in model.items() if name != "model"})
-    heads, d_ff = ours.n_heads, ours.ff_width
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=heads, intermediate_size=d_ff))

@@ -1,20 +1,19 @@
 """`longscan bench generate`: prefill and decode, at every precision of the weights.
 
-The peers are llama.cpp on GGUF files of the same weights, and transformers in float32; the ceilings are the
-matrix products and state updates of a prompt, and reading the weights for a token.
+The peers are llama.cpp, transformers and OpenVINO with the same weights; the ceilings are the matrix
+products, scans and attention of a prompt, and reading weights and states for a token.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from longscan.bench.contenders import llama
+from longscan.bench.contenders import hugging_face, llama
 from longscan.bench.measure import Measurement, Settings, faster
 from longscan.bench.report import Ratio, Report, rate, rate_table, table
 from longscan.bench.suites.generate_contenders import (
@@ -23,52 +22,54 @@ from longscan.bench.suites.generate_contenders import (
     LLAMA_HF,
     LLAMA_OURS,
     LOOP,
+    MIXING,
+    OPENVINO,
     PRECISIONS,
     PRODUCTS,
-    QUICK,
     READING,
     SHAPES,
-    UPDATES,
+    Files,
     Sizes,
     decode_contenders,
     prefill_contenders,
     times,
+    tiny,
 )
-from longscan.bench.suites.train import describe, matrix_parameters
+from longscan.bench.suites.work import work_of
 
-__all__ = ["SHAPES", "distance", "run"]
+__all__ = ["SHAPES", "Files", "distance", "export_files", "run", "tiny"]
 
-Export: TypeAlias = Callable[[dict[str, Any], Path], Mapping[str, Path]]
+Export: TypeAlias = Callable[[dict[str, Any], Path, Settings], Files]
 
-# our precision -> formats of llama.cpp, of which the fastest counts, and the goal over them (0: none)
-PREFILL: dict[str, tuple[tuple[str, ...], float]] = {
-    "float32": (("f32",), 2.2),
-    "bf16": (("bf16",), 0.0),
-    "int8": (("q8_0",), 2.5),
-    "int4": (("q4_0",), 2.5),
+# our precision -> formats of llama.cpp, of which the fastest counts
+FORMATS: dict[str, tuple[str, ...]] = {
+    "float32": ("f32",),
+    "bf16": ("bf16",),
+    "int8": ("q8_0",),
+    "int4": ("q4_0", "q4_K"),
 }
-DECODE: dict[str, tuple[tuple[str, ...], float]] = {
-    "float32": (("f32",), 1.05),
-    "bf16": (("bf16",), 1.2),
-    "int8": (("q8_0",), 1.4),
-    "int4": (("q4_0", "q4_K"), 1.6),
-}
+# of Mamba: the goal over llama.cpp (0: none); of the others: over the best peer
+PREFILL = {"float32": 2.2, "bf16": 0.0, "int8": 2.5, "int4": 2.5}
+DECODE = {"float32": 1.05, "bf16": 1.2, "int8": 1.4, "int4": 1.6}
+BEST = {"prefill": 2.0, "decode": 1.2}
 SHARES = {"float32": 90, "bf16": 90, "int8": 70, "int4": 70}  # percent of the memory bandwidth
 GROWTH = {8: 4, 32: 8}  # batch size -> throughput over that of one sequence, in int8
 
 
-def run(settings: Settings, quick: bool, shape: str = "130m", export: Export = llama.export) -> Report:
+def run(settings: Settings, quick: bool, shape: str = "130m", export: Export | None = None) -> Report:
     """Return a report of prefill and decode.
 
     Args:
         settings: of the benchmark.
         quick: a small model and a short prompt, to see that it works.
         shape: of SHAPES.
-        export: writes a model's files for llama.cpp into a folder and returns format -> file.
+        export: writes the weights for the peers; `export_files` if None.
     """
     report = Report(suite="generate")
-    sizes = QUICK if quick else SHAPES[shape]
-    with _files(sizes, settings, export) as files:
+    sizes = tiny(shape) if quick else SHAPES[shape]
+    with tempfile.TemporaryDirectory(prefix="longscan-bench-") as folder:
+        write = export_files if export is None else export
+        files = write(sizes.model, Path(folder), settings) if settings.peers else Files()
         for seq_len in sizes.prompts:
             _prefill(report, sizes, seq_len, files, settings)
         _decode(report, sizes, files, settings)
@@ -80,55 +81,60 @@ def run(settings: Settings, quick: bool, shape: str = "130m", export: Export = l
         rate_table("decode, by batch size: tokens/s of the batch (min–max)", decode, rate),
         _costs([row for row in decode if row["case"] == "decode 1"]),
     ]
+    millions = work_of(sizes.model).parameters / 1e6
     report.notes += [
-        f"Random weights, the same for longscan and llama.cpp; {describe(sizes.model)}. Prefill computes the "
-        "last logits only; decode is greedy, after a prompt.",
-        "Prefill is bound by matrix products, in the fastest type that weights are unpacked to, and by the "
-        "exponentials of the state updates; decode of one sequence by reading the weights, of a batch "
-        "also by the states. Every process holds Python and torch too.",
+        f"{sizes.title}, {millions:,.1f} million parameters in matrices, random weights, the same for all "
+        "but the Llamas. Prefill computes the last logits only, except in OpenVINO; decode is greedy, after "
+        "a prompt.",
+        "Prefill is bound by matrix products, in the fastest type that weights are unpacked to, and by scans "
+        "and attention; decode of one sequence by reading the weights, of a batch also by the states. Every "
+        "process holds Python and torch too.",
     ]
+    if settings.peers and not sizes.openvino:
+        report.notes.append(f"{OPENVINO}'s exporter does not know this model.")
     return report
 
 
-@contextmanager
-def _files(sizes: Sizes, settings: Settings, export: Export) -> Iterator[Mapping[str, Path]]:
-    """Yield temporary files for llama.cpp, format -> file; none if it does not run."""
-    if not (settings.peers and settings.installed(llama.PACKAGE) and settings.installed("gguf")):
-        yield {}
-        return
-    settings.notify("generate: writing the weights for llama.cpp")
-    with tempfile.TemporaryDirectory(prefix="longscan-bench-") as folder:
-        yield export(sizes.model, Path(folder))
+def export_files(model: dict[str, Any], folder: Path, settings: Settings) -> Files:
+    """Write the weights for the peers that are installed.
+
+    Args:
+        model: see `contenders.longscan.fresh`.
+        folder: for the files.
+        settings: of the benchmark.
+    """
+    gguf = settings.installed(llama.PACKAGE) and settings.installed("gguf")
+    directory = settings.installed("transformers")
+    if gguf or directory:
+        settings.notify("generate: writing the weights for the peers")
+    return Files(
+        gguf=llama.export(model, folder) if gguf else {},
+        directory=hugging_face.export(model, folder / "model") if directory else None,
+    )
 
 
-def _prefill(
-    report: Report, sizes: Sizes, seq_len: int, files: Mapping[str, Path], settings: Settings
-) -> None:
+def _prefill(report: Report, sizes: Sizes, seq_len: int, files: Files, settings: Settings) -> None:
     """Add the rows and ratios of prefill."""
     case = f"prefill {seq_len}"
     results = settings.compare(case, prefill_contenders(sizes, seq_len, files), settings)
     report.add(case, results.values(), seq_len, "tokens/s")
-    ratios = [
-        (f"float32 over {HF}", faster(results, "longscan float32", HF), 5.0),
-        *_beside_llamas(results),
-        *(_over(results, precision, *PREFILL[precision]) for precision in PRECISIONS),
-    ]
+    ratios = list(_over_peers(results, sizes, "prefill"))
     slowest = max((f"longscan {p}" for p in PRECISIONS), key=lambda name: _seconds(results, name))
-    peers = [f"llama.cpp {name}" for name in files]
+    peers = [f"llama.cpp {name}" for name in files.gguf]
     ratios.append(("our slowest over the fastest llama.cpp", faster(results, slowest, *peers), 0.0))
     report.ratios += [_ratio(f"{case}: {what}", value, goal, sizes) for what, value, goal in ratios]
     for precision in PRECISIONS:
-        floor = _seconds(results, f"{PRODUCTS}, {precision}") + _seconds(results, UPDATES)
+        floor = _seconds(results, f"{PRODUCTS}, {precision}") + _seconds(results, MIXING)
         share = floor / _seconds(results, f"longscan {precision}")
         what = f"{case}: {precision}, share of both ceilings in turn"
         report.ratios.append(Ratio(what=what, measured=share, percent=True))
 
 
-def _decode(report: Report, sizes: Sizes, files: Mapping[str, Path], settings: Settings) -> None:
+def _decode(report: Report, sizes: Sizes, files: Files, settings: Settings) -> None:
     """Add the rows and ratios of decode, by batch size."""
     n_tokens, results = sizes.n_tokens, settings.compare("decode", decode_contenders(sizes, files), settings)
     excerpts = {name: m.details.pop("excerpt", None) for name, m in results.items()}
-    excerpts[LLAMA_OURS] = None  # another model: there is nothing to compare
+    excerpts[LLAMA_OURS] = excerpts[LLAMA_HF] = None  # other models: there is nothing to compare
     for name, m in results.items():
         m.details["logits_error"] = distance(excerpts["longscan float32"], excerpts[name])
     for batch in (1, *sizes.batches):
@@ -139,11 +145,7 @@ def _decode(report: Report, sizes: Sizes, files: Mapping[str, Path], settings: S
             if (" × " not in name if batch == 1 else name.endswith(suffix))
         ]
         report.add(f"decode {batch}", here, batch * n_tokens, "tokens/s", batch=batch)
-    ratios = [
-        (f"float32 over {HF}", faster(results, "longscan float32", HF), 2.5),
-        *_beside_llamas(results),
-        *(_over(results, precision, *DECODE[precision]) for precision in PRECISIONS),
-    ]
+    ratios = _over_peers(results, sizes, "decode")
     report.ratios += [_ratio(f"decode 1: {what}", value, goal, sizes) for what, value, goal in ratios]
     _shares(report, sizes, results)
     for precision, peer in IN_BATCHES.items():
@@ -160,18 +162,20 @@ def _decode(report: Report, sizes: Sizes, files: Mapping[str, Path], settings: S
 
 def _shares(report: Report, sizes: Sizes, results: Mapping[str, Measurement]) -> None:
     """Add the ratios of decode to memory bandwidth, and the share of Python."""
-    bandwidth = 4 * matrix_parameters(**sizes.model) * sizes.n_tokens / _seconds(results, READING)
+    bandwidth = 4 * work_of(sizes.model).parameters * sizes.n_tokens / _seconds(results, READING)
     for batch in (1, *sizes.batches):
         for precision in PRECISIONS if batch == 1 else IN_BATCHES:
             m = results[f"longscan {precision}{times(batch)}"]
-            states = 0 if batch == 1 else 2 * batch * m.details.get("state_bytes", 0)  # read and written
-            needs = (m.details.get("weight_bytes", math.nan) + states) * sizes.n_tokens
-            what = f"decode {batch}: {precision}, share of reading " + (
-                "the weights" if batch == 1 else "weights and states"
-            )
-            goal = f"≥ {SHARES[precision]} %" if batch == 1 else ""
-            share = needs / bandwidth / m.median
-            report.ratios.append(Ratio(what=what, measured=share, goal=goal, percent=True))
+            weights = m.details.get("weight_bytes", math.nan)
+            states = 2 * batch * m.details.get("state_bytes", 0)  # read and written
+            needs = {"weights and states": weights + states}
+            if batch == 1:
+                needs = {"the weights": weights, **needs}
+            for what, n_bytes in needs.items():
+                goal = f"≥ {SHARES[precision]} %" if what == "the weights" else ""
+                share = n_bytes * sizes.n_tokens / bandwidth / m.median
+                what = f"decode {batch}: {precision}, share of reading {what}"
+                report.ratios.append(Ratio(what=what, measured=share, goal=goal, percent=True))
     if not math.isnan(bandwidth):
         report.notes.append(f"Memory is read at {bandwidth / 1e9:.1f} GB/s.")
     python = results[LOOP].details.get("python_share", math.nan)
@@ -210,26 +214,29 @@ def distance(reference: list[float] | None, other: list[float] | None) -> float 
     return math.sqrt(error / spread)
 
 
-def _beside_llamas(results: Mapping[str, Measurement]) -> list[tuple[str, float, float]]:
-    """Return the ratios of Mamba to Llama, and of our Llama to that of transformers."""
-    return [
-        ("float32 over our Llama", faster(results, "longscan float32", LLAMA_OURS), 0.0),
-        ("our Llama over transformers'", faster(results, LLAMA_OURS, LLAMA_HF), 1.0),
-    ]
+def _over_peers(
+    results: Mapping[str, Measurement], sizes: Sizes, phase: str
+) -> Iterable[tuple[str, float, float]]:
+    """Yield the ratios of each precision of ours to the peers: what, the ratio, and its goal."""
+    others: tuple[str, ...] = ()
+    if sizes.model["model"] == "mamba":
+        ours = "longscan float32"
+        yield f"float32 over {HF}", faster(results, ours, HF), {"prefill": 5.0, "decode": 2.5}[phase]
+        yield "float32 over our Llama", faster(results, ours, LLAMA_OURS), 0.0
+        yield "our Llama over transformers'", faster(results, LLAMA_OURS, LLAMA_HF), 1.0
+        goals = {"prefill": PREFILL, "decode": DECODE}[phase]
+    else:
+        goals, others = dict.fromkeys(PRECISIONS, BEST[phase]), ("transformers", OPENVINO)
+    for precision in PRECISIONS:
+        formats = FORMATS[precision][: 1 if phase == "prefill" else None]
+        peers = [*(f"llama.cpp {name}" for name in formats), *(f"{name} {precision}" for name in others)]
+        what = "the best peer" if others else f"llama.cpp {' or '.join(formats)}"
+        yield f"{precision} over {what}", faster(results, f"longscan {precision}", *peers), goals[precision]
 
 
 def _seconds(results: Mapping[str, Measurement], name: str) -> float:
     """Return the median of a contender; NaN if it was not measured."""
     return results[name].median if name in results else math.nan
-
-
-def _over(
-    results: Mapping[str, Measurement], precision: str, formats: tuple[str, ...], goal: float
-) -> tuple[str, float, float]:
-    """Return the ratio of a precision of ours to llama.cpp at about as many bits."""
-    peers = [f"llama.cpp {name}" for name in formats]
-    what = f"{precision} over llama.cpp {' or '.join(formats)}"
-    return what, faster(results, f"longscan {precision}", *peers), goal
 
 
 def _ratio(what: str, measured: float, goal: float, sizes: Sizes) -> Ratio:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from longscan.bench.contenders import llama
+from longscan.bench.contenders import llama, openvino
 from longscan.bench.measure import Contender
-from longscan.bench.suites.train import matrices, matrix_parameters
+from longscan.bench.suites.work import probe, work_of
+from longscan.models import MODELS
 
 __all__ = [
     "HF",
@@ -17,16 +18,18 @@ __all__ = [
     "LLAMA_HF",
     "LLAMA_OURS",
     "LOOP",
+    "MIXING",
+    "OPENVINO",
     "PRECISIONS",
     "PRODUCTS",
-    "QUICK",
     "READING",
     "SHAPES",
-    "UPDATES",
+    "Files",
     "Sizes",
     "decode_contenders",
     "prefill_contenders",
     "times",
+    "tiny",
 ]
 
 
@@ -35,80 +38,136 @@ class Sizes:
     """The sizes of a benchmark.
 
     Attributes:
-        model: fields of MambaConfig.
-        llama: those of a Llama of about as many parameters, see `contenders.longscan.fresh`.
+        model: see `contenders.longscan.fresh`.
+        title: what it is called.
+        llama: fields of a Llama of about as many parameters; none: no such contender.
         prompts: their lengths.
         batches: batch sizes of decode, beside 1.
         n_tokens: decoded per sequence.
         slack: the factor of every goal.
-        probe: bytes read to measure the memory bandwidth: far more than any cache holds.
+        bandwidth: bytes read to measure the memory bandwidth: far more than any cache holds.
+        openvino: whether OpenVINO's exporter knows the model.
     """
 
-    model: dict[str, int]
-    llama: dict[str, Any]
+    model: dict[str, Any]
+    title: str
+    llama: dict[str, Any] = field(default_factory=dict)
     prompts: tuple[int, ...] = (512, 2048)
     batches: tuple[int, ...] = (8, 32)
     n_tokens: int = 64
     slack: float = 1.0
-    probe: int = 2**29
+    bandwidth: int = 2**29
+    openvino: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """The same weights in the layouts of other programs, as far as these are installed.
+
+    Attributes:
+        gguf: format -> file for llama.cpp.
+        directory: a model directory for transformers and OpenVINO.
+    """
+
+    gguf: Mapping[str, Path] = field(default_factory=dict)
+    directory: Path | None = None
+
+
+def _preset(model: str, preset: str) -> dict[str, Any]:
+    """Return a preset as `contenders.longscan.fresh` takes it."""
+    return {"model": model, **MODELS[model].presets[preset]}
 
 
 LLAMA: dict[str, Any] = {"model": "llama", "max_positions": 4096}
-# the presets, padded
-SHAPES = {
+LLAMA_130M = LLAMA | {"n_layers": 12, "n_heads": 12, "d_model": 768, "vocab_size": 50280}
+SHAPES = {  # as published, vocabularies padded
     "130m": Sizes(
-        model={"d_model": 768, "n_layers": 24, "vocab_size": 50280},
-        llama=LLAMA | {"n_layers": 12, "n_heads": 12},
+        model={"model": "mamba", "d_model": 768, "n_layers": 24, "vocab_size": 50280},
+        title="Mamba 130m",
+        llama=LLAMA_130M,
+        openvino=True,
     ),
     "370m": Sizes(
-        model={"d_model": 1024, "n_layers": 48, "vocab_size": 50280},
-        llama=LLAMA | {"n_layers": 24, "n_heads": 16},
+        model={"model": "mamba", "d_model": 1024, "n_layers": 48, "vocab_size": 50280},
+        title="Mamba 370m",
+        llama=LLAMA | {"n_layers": 24, "n_heads": 16, "d_model": 1024, "vocab_size": 50280},
         prompts=(512,),
         batches=(),
         slack=0.9,
+        openvino=True,
+    ),
+    "mamba2": Sizes(model=_preset("mamba2", "130m"), title="Mamba-2 130m", llama=LLAMA_130M, batches=(8,)),
+    "falcon-h1": Sizes(model=_preset("hybrid", "falcon-h1-90m"), title="Falcon-H1 90m", batches=(8,)),
+    "granite-h": Sizes(
+        model=_preset("hybrid", "granite-4.0-h-350m"),
+        title="Granite 4.0-H 350m",
+        prompts=(512,),
+        batches=(8,),
+        openvino=True,
     ),
 }
-QUICK = Sizes(
-    model={"d_model": 64, "n_layers": 2, "vocab_size": 512},
-    llama=LLAMA | {"n_layers": 1, "n_heads": 4},
-    prompts=(32,),
-    batches=(2,),
-    n_tokens=8,
-    probe=2**20,
-)
-D_STATE = 16
+SMALL: dict[str, Any] = {"d_model": 64, "vocab_size": 512}
+HEADS: dict[str, Any] = {"n_heads": 4, "n_kv_heads": 2, "d_ff": 64, "d_ssm_head": 16, "d_state": 16}
+QUICK = {  # shape -> what is smaller
+    "130m": SMALL | {"n_layers": 2},
+    "370m": SMALL | {"n_layers": 2},
+    "mamba2": SMALL | {"n_layers": 2, "d_head": 16, "d_state": 16},
+    "falcon-h1": SMALL | HEADS | {"pattern": "P-", "d_ssm": 96},
+    "granite-h": SMALL | HEADS | {"pattern": "M-*-"},
+}
 
-HF, LLAMA_OURS, LLAMA_HF, PRODUCTS, UPDATES, READING = (
+
+def tiny(shape: str) -> Sizes:
+    """Return small sizes of a model, to see that its benchmark works.
+
+    Args:
+        shape: of SHAPES.
+    """
+    full = SHAPES[shape]
+    return replace(
+        full,
+        model=full.model | QUICK[shape],
+        title=f"{full.title}, made tiny",
+        llama=full.llama and LLAMA | SMALL | {"n_layers": 1, "n_heads": 4},
+        prompts=(32,),
+        batches=(2,),
+        n_tokens=8,
+        bandwidth=2**20,
+    )
+
+
+HF, LLAMA_OURS, LLAMA_HF, PRODUCTS, MIXING, READING = (
     "transformers float32",
     "no Mamba: Llama float32, longscan",
     "no Mamba: Llama float32, transformers",
     "ceiling: matrix products alone",
-    "ceiling: state updates alone",
+    "ceiling: scans and attention alone",
     "ceiling: reading the float32 weights",
 )
+OPENVINO = "OpenVINO"
 PRECISIONS = ("float32", "bf16", "int8", "int4")
 IN_BATCHES = {"int8": "q8_0", "float32": "f32"}  # our precision -> the peer's
 LOOP = "longscan int4, generate_ids"
 
 
-def prefill_contenders(sizes: Sizes, seq_len: int, files: Mapping[str, Path]) -> list[Contender]:
+def prefill_contenders(sizes: Sizes, seq_len: int, files: Files) -> list[Contender]:
     """Return the contenders of the prefill of a prompt.
 
     Args:
         sizes: of the models.
         seq_len: tokens of the prompt.
-        files: of llama.cpp, format -> file.
+        files: of the weights.
     """
-    model = sizes.model
-    here = {"model": model, "seq_len": seq_len}
-    body = matrix_parameters(**model) - model["vocab_size"] * model["d_model"]  # the head sees one token
-    shapes = matrices(model["d_model"])
-    products = {"n_rows": seq_len, "shapes": shapes, "backward": False, "operations": 2 * body * seq_len}
-    updates = {"n_states": seq_len * model["n_layers"] * 2 * model["d_model"] * D_STATE}
+    work = work_of(sizes.model)
+    here = {"model": sizes.model, "seq_len": seq_len}
+    products = {"n_rows": seq_len, "shapes": work.shapes, "backward": False}  # the head sees one token
+    if work.updates:
+        mixing: dict[str, Any] = {"n_states": seq_len * work.updates}
+    else:
+        mixing = probe(work.mixing(seq_len))
     return [
         *(_ours(precision, "prefill", here | {"precision": precision}) for precision in PRECISIONS),
-        *(_llama(name, path, "prefill", sizes, seq_len=seq_len) for name, path in files.items()),
-        _transformers("prefill", here),
+        *_peers("prefill", sizes, files, seq_len=seq_len),
         *_llamas("prefill", here, sizes),
         *(
             Contender(
@@ -118,29 +177,34 @@ def prefill_contenders(sizes: Sizes, seq_len: int, files: Mapping[str, Path]) ->
             )
             for precision in PRECISIONS
         ),
-        Contender(name=UPDATES, job="longscan.bench.contenders.ceilings:exp_fma", arguments=updates),
+        Contender(
+            name=MIXING,
+            job=f"longscan.bench.contenders.ceilings:{'exp_fma' if work.updates else 'matmul'}",
+            arguments=mixing,
+        ),
     ]
 
 
-def decode_contenders(sizes: Sizes, files: Mapping[str, Path]) -> list[Contender]:
+def decode_contenders(sizes: Sizes, files: Files) -> list[Contender]:
     """Return the contenders of decode, at all batch sizes: all ratios are of the same minutes.
 
     Args:
         sizes: of the models.
-        files: of llama.cpp, format -> file.
+        files: of the weights.
     """
-    here = {"model": sizes.model, "prompt": sizes.prompts[0], "n_tokens": sizes.n_tokens}
-    weights = 4 * matrix_parameters(**sizes.model) * sizes.n_tokens
     rest = {"prompt": sizes.prompts[0], "n_tokens": sizes.n_tokens}
+    here = {"model": sizes.model, **rest}
     contenders = [
         *(_ours(precision, "decode", here | {"precision": precision}) for precision in PRECISIONS),
-        *(_llama(name, path, "decode", sizes, **rest) for name, path in files.items()),
-        _transformers("decode", here),
+        *_peers("decode", sizes, files, **rest),
         *_llamas("decode", here, sizes),
         Contender(
             name=READING,
             job="longscan.bench.contenders.ceilings:read_memory",
-            arguments={"n_bytes": weights, "probe": sizes.probe},
+            arguments={
+                "n_bytes": 4 * work_of(sizes.model).parameters * sizes.n_tokens,
+                "probe": sizes.bandwidth,
+            },
         ),
         Contender(
             name=LOOP,
@@ -152,8 +216,8 @@ def decode_contenders(sizes: Sizes, files: Mapping[str, Path]) -> list[Contender
         for batch in sizes.batches:
             more = here | {"precision": precision, "batch": batch}
             contenders.append(_ours(precision, "decode", more))
-            if peer in files:
-                contenders.append(_llama(peer, files[peer], "decode", sizes, **rest, batch=batch))
+            if peer in files.gguf:
+                contenders.append(_llama(peer, files.gguf[peer], "decode", sizes, **rest, batch=batch))
     return contenders
 
 
@@ -175,19 +239,36 @@ def _llama(name: str, path: Path, job: str, sizes: Sizes, **arguments: int) -> C
     )
 
 
-def _transformers(job: str, arguments: dict[str, Any], name: str = HF) -> Contender:
-    """Return transformers as a contender."""
-    job = f"longscan.bench.contenders.peers:{job}_transformers"
-    return Contender(
-        name=name, job=job, arguments=arguments, packages=("transformers",), peer=True, patience=30.0
-    )
+def _peers(job: str, sizes: Sizes, files: Files, **arguments: int) -> list[Contender]:
+    """Return other programs with the same weights as contenders."""
+    peers = [_llama(name, path, job, sizes, **arguments) for name, path in files.gguf.items()]
+    if files.directory is None:
+        return peers
+    same = {"directory": str(files.directory), "vocab_size": sizes.model["vocab_size"], **arguments}
+    for precision in ("float32", "bf16"):
+        name = HF.replace("float32", precision)
+        peers.append(_peer(name, f"hugging_face:{job}_transformers", same | {"precision": precision}))
+    if sizes.openvino:
+        peers += [
+            _peer(f"{OPENVINO} {name}", f"openvino:{job}", same | {"precision": name}, openvino.PACKAGE)
+            for name in openvino.PRECISIONS
+        ]
+    return peers
+
+
+def _peer(name: str, job: str, arguments: dict[str, Any], package: str = "transformers") -> Contender:
+    """Return another program as a contender."""
+    job = f"longscan.bench.contenders.{job}"
+    return Contender(name=name, job=job, arguments=arguments, packages=(package,), peer=True, patience=30.0)
 
 
 def _llamas(job: str, arguments: dict[str, Any], sizes: Sizes) -> list[Contender]:
     """Return two Llamas as contenders, ours and that of transformers."""
-    arguments = arguments | {"model": sizes.model | sizes.llama}
+    if not sizes.llama:
+        return []
+    arguments = arguments | {"model": sizes.llama}
     ours = Contender(name=LLAMA_OURS, job=f"longscan.bench.contenders.longscan:{job}", arguments=arguments)
-    return [ours, _transformers(job, arguments, LLAMA_HF)]
+    return [ours, _peer(LLAMA_HF, f"hugging_face:{job}_llama", arguments)]
 
 
 def times(batch: int) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from longscan.bench.measure import Contender, Measurement, Settings, faster
 from longscan.bench.report import Ratio, Report, spread, table
+from longscan.bench.suites.work import SSD_CHUNK, probe, ssd_operations
 
 __all__ = ["run"]
 
@@ -14,7 +15,6 @@ SHAPES = ((1, 2048, 1536, 16), (8, 512, 512, 16))  # (batch, seq_len, d_inner, d
 QUICK = ((1, 128, 64, 16),)
 SSD_SHAPES = ((1, 2048, 24, 64, 128), (8, 512, 8, 64, 64))  # (batch, seq_len, n_heads, d_head, d_state)
 SSD_QUICK = ((1, 128, 2, 16, 16),)
-SSD_CHUNK = 64  # rows of a tile in the kernel
 D_CONV = 4
 # of the state spaces: (batch, seq_len, channels, n), and (1, length, channels, n) of their kernels
 RUN, KERNEL = (8, 1024, 256, 32), (1, 4096, 256, 32)
@@ -112,10 +112,9 @@ def _ssd(report: Report, shape: tuple[int, ...], settings: Settings) -> None:
     for backward, word in ((False, "forward"), (True, "forward + backward")):
         here: dict[str, Any] = {"sizes": shape, "backward": backward}
         work = ssd_operations(shape, backward)
-        products = {"n_rows": 1024, "shapes": [[1024, 1024]], "backward": False, "operations": work}
         contenders = [
             Contender(name=OURS, job="longscan.bench.contenders.longscan:ssd", arguments=here),
-            Contender(name=GEMM, job="longscan.bench.contenders.ceilings:matmul", arguments=products),
+            Contender(name=GEMM, job="longscan.bench.contenders.ceilings:matmul", arguments=probe(work)),
             Contender(name=FALLBACK, job="longscan.bench.contenders.longscan:ssd_fallback", arguments=here),
         ]
         case = f"ssd {word} {shape}"
@@ -136,21 +135,6 @@ def _ssd(report: Report, shape: tuple[int, ...], settings: Settings) -> None:
         report.ratios += [share, fallback]
     what = f"ssd {shape} forward + backward: slower than forward"
     report.ratios.append(Ratio(what=what, measured=times[1] / times[0], goal="≤ 4 ×"))
-
-
-def ssd_operations(shape: tuple[int, ...], backward: bool) -> int:
-    """Return the floating-point operations of state space duality in tiles, with one group.
-
-    Per row and head: to write and to read the state 2 d_state d_head each, and half the weights of a tile
-    times x; the scores are shared. The backward pass takes twice those, and the scores once more.
-
-    Args:
-        shape: (batch, seq_len, n_heads, d_head, d_state).
-        backward: whether to count the backward pass too.
-    """
-    batch, seq_len, n_heads, d_head, d_state = shape
-    heads, scores = n_heads * d_head * (4 * d_state + SSD_CHUNK), SSD_CHUNK * d_state
-    return batch * seq_len * (3 * heads + 4 * scores if backward else heads + scores)
 
 
 def _conv(report: Report, shape: tuple[int, ...], backward: bool, settings: Settings) -> None:

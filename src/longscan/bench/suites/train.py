@@ -7,8 +7,9 @@ from typing import Any
 
 from longscan.bench.measure import Contender, Measurement, Settings, faster
 from longscan.bench.report import Ratio, Report, rate, rate_table
+from longscan.bench.suites.work import work_of
 
-__all__ = ["LLAMA", "LSTM", "SHAPE", "TRANSFORMER", "describe", "matrices", "matrix_parameters", "run"]
+__all__ = ["LLAMA", "LSTM", "MAMBA2", "MAMBA3", "SHAPE", "TRANSFORMER", "describe", "run"]
 
 SHAPE = {"d_model": 256, "n_layers": 8, "vocab_size": 4096}
 LENGTHS, TOKENS = (128, 512, 2048, 8192), 4096
@@ -18,9 +19,13 @@ QUICK_LENGTHS, QUICK_TOKENS = (32, 128), 128
 TRANSFORMER = {"n_layers": 4, "n_heads": 4, "d_ff": 1200}
 LLAMA: dict[str, Any] = {"model": "llama", "n_layers": 4, "n_heads": 4, "d_ff": 800}
 LSTM = {"n_layers": 2, "d_hidden": 488}
+MAMBA2: dict[str, Any] = {"model": "mamba2", "d_state": 64}
+MAMBA3: dict[str, Any] = {"model": "mamba3", "d_state": 64}
 
-OURS, LLAMA_OURS, LLAMA_HF, MAMBAPY, HF_MAMBAPY, HF, GPT, RNN, CEILING = (
+OURS, SECOND, THIRD, LLAMA_OURS, LLAMA_HF, MAMBAPY, HF_MAMBAPY, HF, GPT, RNN, CEILING = (
     "longscan",
+    "Mamba-2, longscan",
+    "Mamba-3, longscan",
     "no Mamba: Llama, longscan",
     "no Mamba: Llama, transformers",
     "mambapy",
@@ -63,8 +68,7 @@ def run(settings: Settings, quick: bool) -> Report:
     ]
     report.notes.append(
         f"A step: forward, backward and AdamW in float32 on {least:,} tokens, or on one sequence if that is "
-        f"longer; {describe(model)}"
-        + ("." if quick else "; Llama, Transformer and LSTM have as many parameters.")
+        f"longer; {describe(model)}" + ("." if quick else "; all models have as many parameters.")
     )
     return report
 
@@ -76,33 +80,6 @@ def describe(model: dict[str, int]) -> str:
         model: d_model, n_layers and vocab_size.
     """
     return f"d_model {model['d_model']}, {model['n_layers']} layers, vocabulary {model['vocab_size']:,}"
-
-
-def matrices(d_model: int) -> list[tuple[int, int]]:
-    """Return the sizes of a Mamba layer's weight matrices.
-
-    Args:
-        d_model: width.
-
-    Returns:
-        (width in, width out) of in_proj, x_proj, dt_proj and out_proj.
-    """
-    d_inner, d_state, rank = 2 * d_model, 16, math.ceil(d_model / 16)
-    return [(d_model, 2 * d_inner), (d_inner, rank + 2 * d_state), (rank, d_inner), (d_inner, d_model)]
-
-
-def matrix_parameters(d_model: int, n_layers: int, vocab_size: int) -> int:
-    """Return the number of parameters in Mamba's matrix products, the head included.
-
-    Args:
-        d_model: width.
-        n_layers: layers.
-        vocab_size: rows of the head.
-
-    Returns:
-        Their number; a product takes 2 operations per parameter and token, with its gradients 6.
-    """
-    return n_layers * sum(n_in * n_out for n_in, n_out in matrices(d_model)) + vocab_size * d_model
 
 
 def _contenders(model: dict[str, int], batch: int, seq_len: int) -> list[Contender]:
@@ -129,15 +106,21 @@ def _contenders(model: dict[str, int], batch: int, seq_len: int) -> list[Contend
 
     products = {
         "n_rows": tokens,
-        "shapes": matrices(d_model),
+        "shapes": [*work_of(model).shapes, [d_model, model["vocab_size"], 1]],
         "backward": True,
-        "operations": 6 * matrix_parameters(**model) * tokens,
     }
     gpt, rnn = with_layers(TRANSFORMER["n_layers"]), with_layers(LSTM["n_layers"])
     llama = here | {"model": model | LLAMA | {"max_positions": seq_len}}
     contenders = [
         Contender(name=OURS, job="longscan.bench.contenders.longscan:train", arguments=here),
-        Contender(name=LLAMA_OURS, job="longscan.bench.contenders.longscan:train", arguments=llama),
+        *(
+            Contender(name=name, job="longscan.bench.contenders.longscan:train", arguments=arguments)
+            for name, arguments in (
+                (SECOND, here | {"model": model | MAMBA2}),
+                (THIRD, here | {"model": model | MAMBA3}),
+                (LLAMA_OURS, llama),
+            )
+        ),
         peer(LLAMA_HF, "train_transformers", ("transformers",), **llama),
         Contender(name=CEILING, job="longscan.bench.contenders.ceilings:matmul", arguments=products),
         peer(GPT, "train_transformer", **gpt, n_heads=TRANSFORMER["n_heads"], d_ff=TRANSFORMER["d_ff"]),
@@ -173,6 +156,14 @@ def _ratios(seq_len: int, results: dict[str, Measurement]) -> list[Ratio]:
         ("peak memory, share of transformers'", _memory_share(results, HF_MAMBAPY), "≤ 25 %", True),
         ("speed, share of the Transformer's", faster(results, OURS, GPT), gpt_goal, True),
         ("speed, share of our Llama's", faster(results, OURS, LLAMA_OURS), "", True),
+        *(
+            (f"{name}'s speed, share of {of}", faster(results, name, other), goal, True)
+            for name in (SECOND, THIRD)
+            for of, other, goal in (
+                ("Mamba's", OURS, "≥ 100 %" if seq_len >= 512 else ""),
+                ("the Transformer's", GPT, "> 100 %" if seq_len >= 2048 else ""),
+            )
+        ),
         ("our Llama faster than transformers'", faster(results, LLAMA_OURS, LLAMA_HF), "≥ 1 ×", False),
         ("speed, share of the ceiling", faster(results, OURS, CEILING), "", True),
     )
