@@ -45,6 +45,17 @@ def test_loops_compute_the_scan(at_once: bool) -> None:
     torch.testing.assert_close(output("peers:scan_loop", sizes | {"at_once": at_once}), ours)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "package"),
+    [("ssd_loop", "torch"), ("ssd_mambapy", "mambapy"), ("ssd_transformers", "transformers")],
+)
+def test_peers_compute_ssd(theirs: str, package: str) -> None:
+    pytest.importorskip(package)
+    sizes: dict[str, Any] = {"sizes": [2, 19, 3, 4, 5]}
+    ours = output("longscan:ssd", sizes)
+    torch.testing.assert_close(output(f"peers:{theirs}", sizes), ours, rtol=1e-4, atol=1e-5)
+
+
 def test_mambapy_computes_the_scan() -> None:
     pytest.importorskip("mambapy")
     sizes: dict[str, Any] = {"sizes": [2, 16, 5, 3]}

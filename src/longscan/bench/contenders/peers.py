@@ -26,6 +26,9 @@ __all__ = [
     "diagonal_loop",
     "scan_loop",
     "scan_mambapy",
+    "ssd_loop",
+    "ssd_mambapy",
+    "ssd_transformers",
     "train_lstm",
     "train_mambapy",
     "train_transformer",
@@ -75,6 +78,49 @@ def scan_mambapy(sizes: list[int], backward: bool) -> workloads.OpRun:
         return (h @ C[..., None]).squeeze(-1) + D * u
 
     return workloads.differentiable(op, workloads.scan_inputs(*sizes), backward)
+
+
+def ssd_loop(sizes: list[int], backward: bool) -> workloads.OpRun:
+    """Prepare state space duality as a loop over time."""
+
+    def op(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+        S = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[-1])  # (batch, n_heads, d_head, d_state)
+        ys = []
+        decays, inputs = log_decay.exp()[..., None, None].unbind(1), (dt[..., None] * x).unbind(1)
+        for decay, value, b, c in zip(decays, inputs, B.unbind(1), C.unbind(1), strict=True):
+            S = decay * S + value[..., None] * b[:, :, None]
+            ys.append((S @ c[..., None]).squeeze(-1))
+        return torch.stack(ys, 1) + D[:, None] * x
+
+    return workloads.differentiable(op, workloads.ssd_inputs(*sizes), backward)
+
+
+def ssd_mambapy(sizes: list[int], backward: bool) -> workloads.OpRun:
+    """Prepare state space duality around mambapy's pscan, which knows no heads: all states in memory."""
+    from mambapy.pscan import pscan
+
+    def op(x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+        heads = (*x.shape, B.shape[-1])  # (batch, seq_len, n_heads, d_head, d_state)
+        inputs = (dt[..., None] * x)[..., None] * B[:, :, :, None]
+        decay = log_decay.exp()[..., None, None].expand(heads)
+        S: Tensor = pscan(decay.flatten(2, 3), inputs.flatten(2, 3)).view(heads)
+        return (S @ C[..., None]).squeeze(-1) + D[:, None] * x
+
+    return workloads.differentiable(op, workloads.ssd_inputs(*sizes), backward)
+
+
+def ssd_transformers(sizes: list[int], backward: bool) -> workloads.OpRun:
+    """Prepare state space duality as transformers computes it without CUDA, in chunks of 256 steps."""
+    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+
+    x, dt, log_decay, *rest = workloads.ssd_inputs(*sizes)
+    A = (log_decay / dt)[0, 0]
+
+    def op(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+        y: Tensor = mamba2_chunk_scan(x, dt, A, B, C, chunk_size=256, D=D)
+        return y
+
+    return workloads.differentiable(op, (x, dt, A, *rest), backward)
 
 
 def conv_torch(sizes: list[int], d_conv: int, backward: bool) -> workloads.OpRun:
