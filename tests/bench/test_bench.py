@@ -221,6 +221,8 @@ def test_everything_prints_without_peers(reports: list[report.Report]) -> None:
         "decoding after a prompt",
         "training a translator",
         "evaluate: 20,000 tokens",
+        "decode, by position",
+        "Llama 130m: speed at 64, share of that at 8",
     ):
         assert title in text
     assert "longscan" in text

@@ -209,6 +209,17 @@ def test_decoding_reads_what_it_says(precision: str) -> None:
     assert details["state_bytes"] == ours.ready(SMALL).init_state(1).nbytes
 
 
+def test_decoding_at_a_position_starts_there_each_time() -> None:
+    model = generate.tiny("falcon-h1").model
+    run = ours.decode_at(model, position=50, n_tokens=3)
+    first, second = run(), run()
+    empty = ours.ready(model).init_state(1)
+    assert first == second
+    assert first["growth"] == empty.growth > 0
+    assert first["state_bytes"] == empty.nbytes + 50 * empty.growth
+    assert ours.decode_at(SMALL, 50, 3)()["state_bytes"] == ours.ready(SMALL).init_state(1).nbytes
+
+
 def test_the_loop_knows_its_share_of_python() -> None:
     found = ours.generate(SMALL, prompt=4, n_tokens=16)()
     assert ("python_share" in found) == (longscan.ops.backend() != "reference")

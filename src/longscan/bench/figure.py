@@ -52,6 +52,7 @@ def draw(reports: Sequence[Report], title: str, path: Path) -> None:
         "generate": _rates,
         "translate": _rates,
         "shipped": _milliseconds,
+        "position": _positions,
         "stream": _quarters,
         "vision": _rates,
     }
@@ -111,6 +112,16 @@ def _points(ax: Axes, rows: list[dict[str, Any]], values: Sequence[tuple[float, 
 
 
 def _lengths(ax: Axes, report: Report) -> None:
+    """Draw the speed of training against seq_len."""
+    _curves(ax, report, "sequence length (tokens)", "training speed (tokens/s)")
+
+
+def _positions(ax: Axes, report: Report) -> None:
+    """Draw the speed of decoding against the position."""
+    _curves(ax, report, "position (tokens before)", "decoding speed (tokens/s)")
+
+
+def _curves(ax: Axes, report: Report, x: str, y: str) -> None:
     """Draw tokens per second against seq_len, both on log scales."""
     rows = [row for row in report.rows if row["rate"]]
     for name, (colour, marker) in styles(rows).items():
@@ -122,7 +133,7 @@ def _lengths(ax: Axes, report: Report) -> None:
         ax.plot(lengths, middle, color=colour, marker=marker, linestyle="--" if guess else "-", label=label)
         ax.fill_between(lengths, low, high, color=colour, alpha=0.2, linewidth=0)
     lengths = sorted({row["seq_len"] for row in rows})
-    ax.set(xscale="log", yscale="log", xlabel="sequence length (tokens)", ylabel="training speed (tokens/s)")
+    ax.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
     ax.set_xticks(lengths, [f"{length:,}" for length in lengths])
     ax.minorticks_off()
     ax.grid(alpha=0.25)

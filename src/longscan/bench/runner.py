@@ -10,7 +10,7 @@ from typing import Any
 from longscan.bench.machine import OthersLoad, machine, versions
 from longscan.bench.measure import Settings
 from longscan.bench.report import Report
-from longscan.bench.suites import generate, ops, shipped, stream, train, translate, vision
+from longscan.bench.suites import generate, ops, position, shipped, stream, train, translate, vision
 from longscan.core.optional import EXTRAS
 
 __all__ = ["SUITES", "about", "heading", "install_peers", "missing_peers", "run"]
@@ -21,6 +21,7 @@ SUITES = {
     "generate": generate.run,
     "translate": translate.run,
     "shipped": shipped.run,
+    "position": position.run,
     "stream": stream.run,
     "vision": vision.run,
 }

@@ -17,6 +17,7 @@ from longscan import ops
 from longscan.bench.contenders import workloads
 from longscan.bench.worker import Run, resident_memory, settle
 from longscan.models import MODELS, LanguageModel
+from longscan.models.common.growable import GrowableState
 from longscan.models.common.quantization import quantize_model
 from longscan.ops import _native
 
@@ -24,6 +25,7 @@ __all__ = [
     "cauchy",
     "conv",
     "decode",
+    "decode_at",
     "decode_far",
     "diagonal",
     "evaluate_stream",
@@ -221,6 +223,36 @@ def decode_far(model: dict[str, Any] | str, prompt: int, n_tokens: int, precisio
     details = {"state_bytes": state.nbytes, "resident_bytes": resident_memory()}
     steps = workloads.decoding(logits.argmax(-1), n_tokens, lambda ids: lm.step(ids, after, True)[0])
     return lambda: (steps() or {}) | details
+
+
+def decode_at(model: dict[str, Any], position: int, n_tokens: int) -> Run:
+    """Prepare greedy decoding at a position, from a KV cache of random numbers; all runs start there."""
+    lm = ready(model)
+    state = lm.init_state(1)
+    state.layers = [_filled(layer, position, n_tokens) for layer in state.layers]
+    mark = state.mark()
+    used = state.used()
+    details = {"state_bytes": used.nbytes, "growth": state.growth}
+    steps = workloads.decoding(torch.tensor([0]), n_tokens, lambda ids: lm.step(ids, state, True)[0])
+
+    def run() -> dict[str, Any]:
+        state.rewind(mark)
+        return (steps() or {}) | details
+
+    return run
+
+
+def _filled(layer: Any, position: int, spare: int) -> Any:
+    """Return the state of a layer with random entries up to a position, and capacity for more."""
+    if not isinstance(layer, GrowableState):
+        return layer
+    random = torch.Generator().manual_seed(0)
+    caches = {
+        name: torch.randn(1, position + spare, *tensor.shape[2:], generator=random)
+        for name, tensor in layer.growing.items()
+    }
+    filled: Any = layer
+    return filled._replace(**caches, length=torch.full_like(layer.length, position))
 
 
 def first_output(argv: list[str]) -> Run:
