@@ -11,6 +11,7 @@ from longscan.core.config import nearest
 from longscan.core.files import find_directory
 from longscan.errors import LongscanError
 from longscan.models import MODELS, preset_owner
+from longscan.tokenizers import chat_templates
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.bpe import load_tokenizer
 
@@ -20,7 +21,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 
 # what is downloaded from a hub repository, which often holds the same weights in other formats too
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json"]
-MODEL_FILES = ["config.json", "generation_config.json", *TOKENIZER_FILES]
+MODEL_FILES = ["config.json", "generation_config.json", *TOKENIZER_FILES, *chat_templates.FILES]
 MODEL_FILES += ["vocab.txt", "modules.json", "sentence_bert_config.json", "1_Pooling/config.json"]
 MODEL_FILES += ["config_sentence_transformers.json"]
 SAFETENSORS_FILES = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]

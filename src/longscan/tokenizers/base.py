@@ -11,6 +11,7 @@ import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import tokenizers
 from longscan.core.checks import check_texts
@@ -59,6 +60,7 @@ class Tokenizer(ABC):
 
     vocab_size: int  # one more than the largest id
     eos_id: int  # ends a document
+    chat_templates: Mapping[str, str] = MappingProxyType({})  # name -> Jinja; "default" is the usual one
     prefix: tuple[int, ...] = ()  # the special ids a text begins with, such as that of <s>; often none
 
     @property
@@ -94,7 +96,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def save(self, directory: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, which `load_tokenizer` and transformers read.
+        """Write `tokenizer.json`, `tokenizer_config.json` and chat templates as transformers reads them.
 
         Args:
             directory: where to; created if missing.

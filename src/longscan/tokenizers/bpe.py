@@ -23,6 +23,7 @@ from longscan.tokenizers.base import (
     save_files,
     utf8_bytes,
 )
+from longscan.tokenizers.chat_templates import read_templates, write_templates
 from longscan.tokenizers.rules import build_tokenizer, guarded
 from longscan.tokenizers.special_tokens import (
     END_NAMES,
@@ -57,6 +58,7 @@ class BPETokenizer(Tokenizer):
         others: more ids that end a text.
         roles: names of special tokens by their role: bos_token, unk_token, pad_token.
         adds_bos: whether bos_token stands before every text; None leaves that to the post-processor.
+        chat_templates: see `Tokenizer`.
 
     Raises:
         LongscanError: an id or a name is not in the vocabulary, or an added token is ambiguous.
@@ -70,11 +72,13 @@ class BPETokenizer(Tokenizer):
         others: Sequence[int] = (),
         roles: Mapping[str, str] | None = None,
         adds_bos: bool | None = None,
+        chat_templates: Mapping[str, str] | None = None,
     ) -> None:
         eos = name_of(tokenizer, eos_id)
         if eos is None:
             raise LongscanError(f"eos_id: expected an id of the vocabulary, got {eos_id}.")
         self._roles = dict(roles or {}) | {"eos_token": eos}
+        self.chat_templates = dict(chat_templates or {})
         for role, name in self._roles.items():
             if tokenizer.token_to_id(name) is None:
                 raise LongscanError(f"{role}: expected a token of the vocabulary, got {name!r}.")
@@ -123,6 +127,7 @@ class BPETokenizer(Tokenizer):
     def save(self, directory: str | Path) -> None:
         """Write the files that `load_tokenizer` and transformers read; see `Tokenizer.save`."""
         save_files(directory, self._tokenizer, self._roles)
+        write_templates(Path(directory), self.chat_templates)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -175,7 +180,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises:
         LongscanError: no tokenizer there, a damaged file, an id that is none, or nothing says which token
-            ends a text.
+            ends a text; or a chat template is no text.
     """
     path = Path(path)
     file = path if path.is_file() else path / "tokenizer.json"
@@ -205,6 +210,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         eos_id,
         others=find_others(tokenizer, configs),
         roles=find_roles(tokenizer, configs),
+        chat_templates=read_templates(path, configs.get("tokenizer_config.json", {})),
     )
 
 

@@ -21,6 +21,7 @@ from longscan.core.files import read_json
 from longscan.errors import LongscanError
 from longscan.tokenizers.base import BYTES_KIND, ByteTokenizer, Tokenizer
 from longscan.tokenizers.bpe import BPETokenizer
+from longscan.tokenizers.chat_templates import DEFAULT, check_templates
 from longscan.tokenizers.rules import build_tokenizer
 from longscan.tokenizers.special_tokens import END_NAMES
 from tokenizers import decoders, models, pre_tokenizers
@@ -29,6 +30,7 @@ __all__ = ["describe_tokenizer", "read_tokenizer", "vocabulary_size"]
 
 PREFIX = "tokenizer.ggml."
 TOKENS, TYPES, MERGES, WORDS = PREFIX + "tokens", PREFIX + "token_type", PREFIX + "merges", PREFIX + "pre"
+CHAT, CHATS = "tokenizer.chat_template", "tokenizer.chat_templates"  # the default one, names of the others
 WHOLE, BYTES = "tokenizer.huggingface.json", "longscan.tokenizer"
 ENDS, ALL_ENDS, ADD_BOS = ("eot_token_id", "eom_token_id"), "longscan.eos_token_ids", "add_bos_token"
 ROLE_KEYS = {"bos_token": "bos_token_id", "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
@@ -89,6 +91,7 @@ def read_tokenizer(metadata: Mapping[str, Value]) -> Tokenizer | None:
         others=[index for index in others if type(index) is int and index in names],
         roles={role: names[index] for role, index in stated.items() if type(index) is int and index in names},
         adds_bos=adds_bos if isinstance(adds_bos, bool) else None,
+        chat_templates=_chat_templates(metadata),
     )
 
 
@@ -133,6 +136,7 @@ def describe_tokenizer(tokenizer: Tokenizer | None, n_rows: int) -> dict[str, An
             "a GGUF file says only whether a text begins with bos_token, and this tokenizer begins one with "
             f"{len(tokenizer.prefix)} other tokens. Use a directory."
         )
+    chats = {name: text for name, text in tokenizer.chat_templates.items() if name != DEFAULT}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in whole["model"].get("merges", [])]
     added = {entry["content"]: entry["special"] for entry in whole["added_tokens"]}
     ids = {entry["content"]: entry["id"] for entry in whole["added_tokens"]}
@@ -161,7 +165,19 @@ def describe_tokenizer(tokenizer: Tokenizer | None, n_rows: int) -> dict[str, An
             if role != "bos_token" and role in stated
         },
         **({BYTES: kind} if kind else {}),
+        **{f"{CHAT}.{name}": text for name, text in chats.items()},
+        **({CHATS: list(chats)} if chats else {}),
+        **({CHAT: tokenizer.chat_templates[DEFAULT]} if DEFAULT in tokenizer.chat_templates else {}),
     }
+
+
+def _chat_templates(metadata: Mapping[str, Value]) -> dict[str, str]:
+    """Return the chat templates of a GGUF file."""
+    names = metadata.get(CHATS, [])
+    templates = {name: metadata.get(f"{CHAT}.{name}") for name in (names if isinstance(names, list) else [])}
+    if CHAT in metadata:
+        templates[DEFAULT] = metadata[CHAT]
+    return check_templates(templates, CHAT)
 
 
 def _vocabulary(metadata: Mapping[str, Value]) -> dict[str, int]:
