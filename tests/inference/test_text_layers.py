@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from longscan.errors import LongscanError
 from longscan.inference.layer_scans import ChannelScan, HeadScan
 from longscan.inference.text_layers import TextLayer, mixing_layers, states, time_steps, visit_layers
 from longscan.models import MODELS
@@ -251,6 +252,15 @@ def test_a_model_is_as_before_after_an_error() -> None:
         visit_layers(model, ids, fail)
     assert torch.equal(model(ids[None]).logits, before)
     assert [each.number for each in mixing_layers(model)] == [0, 1]
+
+
+@pytest.mark.parametrize("variant", ["mamba", "mamba3", "hybrid"])
+def test_damaged_weights_are_refused(variant: str) -> None:
+    model = make(VARIANTS[variant])
+    with torch.no_grad():
+        model.backbone.layers[0].mixer.in_proj.weight.fill_(torch.nan)
+    with pytest.raises(LongscanError, match="layer 0 computes NaN or infinity: the model's weights"):
+        time_steps(model, draw_ids())
 
 
 def test_nothing_is_retained_but_results() -> None:

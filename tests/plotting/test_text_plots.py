@@ -47,7 +47,8 @@ def test_lines_break_after_line_breaks_and_between_tokens() -> None:
 
 def test_signs_are_explained_where_they_stand() -> None:
     assert explained(["a", " b"]) == ""
-    assert explained(["a", "↵", " ", "·"]) == "↵ line break, ␣ space, · part of a character"
+    meanings = explained(["a", "↵", " ", "·"]).replace("\u00a0", " ")
+    assert meanings == "↵ line break, ␣ space, · part of a character"
 
 
 def test_black_is_legible_on_every_colour_of_a_text() -> None:

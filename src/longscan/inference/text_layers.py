@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from longscan.errors import LongscanError
 from longscan.inference.layer_scans import ChannelScan, HeadScan, Scan, Softmax
 from longscan.models import LanguageModel
 from longscan.models.common.trapezoid import Tokens
@@ -56,6 +57,9 @@ def visit_layers(model: LanguageModel, ids: Tensor, visit: Callable[[TextLayer],
 
     Returns:
         What the function returned for each of them.
+
+    Raises:
+        LongscanError: a layer computes NaN or infinity.
     """
     results, recorder = list[Result](), _Recorder()
 
@@ -65,8 +69,10 @@ def visit_layers(model: LanguageModel, ids: Tensor, visit: Callable[[TextLayer],
 
     def leave(number: int, *_: Any) -> None:
         recording.close()  # every call of torch takes longer inside
-        if recorder.scan is not None or recorder.attention is not None:
-            results.append(visit(TextLayer(number, recorder.scan, recorder.attention)))
+        layer = TextLayer(number, recorder.scan, recorder.attention)
+        if layer.scan is not None or layer.attention is not None:
+            _check_finite(layer)
+            results.append(visit(layer))
 
     with ExitStack() as hooks, ExitStack() as recording:
         for number, block in enumerate(model.backbone.layers):
@@ -146,6 +152,17 @@ class _Recorder(TorchFunctionMode):
             q, k, v = (x[0].transpose(0, 1) for x in args[:3])
             self.attention = Softmax(q, k, v, kwargs["scale"])
         return func(*args, **(kwargs or {}))
+
+
+def _check_finite(layer: TextLayer) -> None:
+    """Raise LongscanError if what a layer takes holds NaN or infinity."""
+    scan = layer.scan.tokens if isinstance(layer.scan, HeadScan) else layer.scan
+    tensors = [*(scan or ()), *(layer.attention[:3] if layer.attention else ())]
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise LongscanError(
+            f"layer {layer.number} computes NaN or infinity: the model's weights are damaged, or their dtype "
+            "is too narrow (load it in float32)."
+        )
 
 
 def _channels(*args: Any) -> ChannelScan:

@@ -91,7 +91,8 @@ def explained(tokens: Sequence[str]) -> str:
         tokens: as `visible` returns them.
     """
     texts = "".join(_label(token) for token in tokens)
-    return ", ".join(f"{sign} {meaning}" for sign, meaning in MEANINGS.items() if sign in texts)
+    found = (f"{sign} {meaning}" for sign, meaning in MEANINGS.items() if sign in texts)
+    return ", ".join(each.replace(" ", "\u00a0") for each in found)  # no line of a caption ends inside
 
 
 def text_height(tokens: Sequence[str]) -> float:
