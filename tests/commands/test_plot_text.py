@@ -147,8 +147,16 @@ def test_attention_of_attention(cli: Cli, models: Path, tmp_path: Path) -> None:
         (["attention", "MAMBA2", "a" * 513], 2, "TEXT: expected at most 512 tokens, got 513"),
         (["delta", "a", "--layer", "8"], 2, "--layer: expected 0 to 7, got 8"),
         (["delta", "a", "--layer", "-9"], 2, "--layer: expected 0 to 7, got -9"),
-        (["delta", "a", "--model", "HYBRID", "--layer", "1"], 2, "--layer: expected 0, 2, got 1"),
-        (["attention", "HYBRID", "a", "--layer", "1"], 2, "--layer: expected 0, 2, 3, got 1"),
+        (
+            ["delta", "a", "--model", "HYBRID", "--layer", "1"],
+            2,
+            "--layer: expected 0, 2, the layers with a selective state; got 1",
+        ),
+        (
+            ["attention", "HYBRID", "a", "--layer", "1"],
+            2,
+            "expected 0, 2, 3, the layers with a selective state or attention; got 1",
+        ),
         (["attention", "MAMBA2", "a", "--head", "8"], 2, "--head: expected 0 to 7, got 8"),
         (
             ["attention", "longscan-tiny-en", "a", "--channel", "-1"],

@@ -47,6 +47,7 @@ def test_lines_break_after_line_breaks_and_between_tokens() -> None:
 
 def test_signs_are_explained_where_they_stand() -> None:
     assert explained(["a", " b"]) == ""
+    assert explained(["#1", "a", "#1"]).replace("\u00a0", " ") == "#1 special token"
     meanings = explained(["a", "↵", " ", "·"]).replace("\u00a0", " ")
     assert meanings == "↵ line break, ␣ space, · part of a character"
 

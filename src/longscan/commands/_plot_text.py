@@ -30,6 +30,7 @@ __all__ = ["attention_of_text", "delta", "state"]
 
 MAX_TOKENS = 2048
 MAX_SQUARE = 512  # tokens of a matrix
+STATE = "a selective state"
 HALF_LIFE = (
     "Half-life of what is stored at a token: the further tokens until exp(sum of Δ A) is at most ½; after "
     "the end of the text, at its mean rate."
@@ -81,7 +82,7 @@ def delta(
     subject = _subject(model, text, tokenizer_name, MAX_TOKENS)
     layers = _scanning(subject)
     numbers = [number for number, _ in layers]
-    index = None if layer is None else _index(subject.model, numbers, layer)
+    index = None if layer is None else _index(subject.model, numbers, STATE, layer)
     steps = time_steps(subject.model, subject.ids)
     mean = "mean over " + " or ".join(dict.fromkeys(f"{scan.noun}s" for _, scan in layers))
     title = f"Δ of {subject.title}: how far each token opens the state"
@@ -144,10 +145,11 @@ def attention_of_text(
     if not layers:
         kind = type(subject.model).__name__
         raise LongscanError(
-            f"{name}: expected a model with a selective state or attention, such as mamba, mamba2 or llama; "
-            f"got {kind}."
+            f"{name}: expected a model with {STATE} or attention, such as mamba, mamba2 or llama; got {kind}."
         )
-    chosen = layers[-1 if layer is None else _index(subject.model, [each.number for each in layers], layer)]
+    numbers = [each.number for each in layers]
+    index = -1 if layer is None else _index(subject.model, numbers, f"{STATE} or attention", layer)
+    chosen = layers[index]
     for part in (chosen.scan, chosen.attention):
         if part is not None and lane is not None and not 0 <= lane < _lanes(part):
             raise UsageError(f"--{part.noun}: expected 0 to {_lanes(part) - 1}, got {lane}.")
@@ -195,20 +197,22 @@ def _scanning(subject: Subject) -> list[tuple[int, Scan]]:
     layers = [(each.number, each.scan) for each in mixing_layers(subject.model) if each.scan is not None]
     if not layers:
         raise LongscanError(
-            f"{subject.title}: expected a model with a selective state, such as mamba, mamba2 or mamba3; "
+            f"{subject.title}: expected a model with {STATE}, such as mamba, mamba2 or mamba3; "
             f"got {type(subject.model).__name__}, which has no Δ."
         )
     return layers
 
 
-def _index(model: LanguageModel, numbers: Sequence[int], layer: int) -> int:
-    """Return the index of a layer among those that count, by its number; negative ones are from the end."""
+def _index(model: LanguageModel, numbers: Sequence[int], what: str, layer: int) -> int:
+    """Return the index of a layer among those with something, by its number, from the end if negative."""
     n_layers = len(model.backbone.layers)
     number = layer + n_layers if -n_layers <= layer < 0 else layer
     if number in numbers:
         return numbers.index(number)
-    every = f"0 to {n_layers - 1}" if len(numbers) == n_layers else ", ".join(map(str, numbers))
-    raise UsageError(f"--layer: expected {every}, got {layer}.")
+    if len(numbers) == n_layers:
+        raise UsageError(f"--layer: expected 0 to {n_layers - 1}, got {layer}.")
+    listed = ", ".join(map(str, numbers))
+    raise UsageError(f"--layer: expected {listed}, the layers with {what}; got {layer}.")
 
 
 def _subject(name: str, text: str | None, tokenizer_name: str | None, most: int) -> Subject:

@@ -139,7 +139,7 @@ def save_figure(figure: Figure, path: Path, note: str = "", fonts: Sequence[str]
         texts = [artist for artist in figure.findobj(Text) if isinstance(artist, Text)]
         for text in texts:
             fixed = text.get_fontfamily() == [MONOSPACE]
-            text.set_fontfamily([MONOSPACE, *chinese] if fixed else family)
+            text.set_fontfamily([MONOSPACE, *chinese, "monospace"] if fixed else family)
         with atomic_file(path) as temporary:
             figure.savefig(temporary, dpi=150, format=path.suffix[1:])
     if not chinese and path.suffix != ".svg" and any(CJK.search(text.get_text()) for text in texts):

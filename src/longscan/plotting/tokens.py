@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +22,7 @@ COLUMNS = 96  # characters of a line of the coloured text
 SIZE = 9.5  # of its letters, in points
 LINE = 0.22  # height of a line, in inches
 BREAK = "↵"
+SPECIAL = re.compile(r"#\d+")
 MEANINGS = {BREAK: "line break", "⇥": "tab", "␣": "space", "·": "part of a character"}
 
 
@@ -91,7 +93,8 @@ def explained(tokens: Sequence[str]) -> str:
         tokens: as `visible` returns them.
     """
     texts = "".join(_label(token) for token in tokens)
-    found = (f"{sign} {meaning}" for sign, meaning in MEANINGS.items() if sign in texts)
+    found = [f"{sign} {meaning}" for sign, meaning in MEANINGS.items() if sign in texts]
+    found += [f"{token} special token" for token in dict.fromkeys(tokens) if SPECIAL.fullmatch(token)]
     return ", ".join(each.replace(" ", "\u00a0") for each in found)  # no line of a caption ends inside
 
 
