@@ -48,7 +48,7 @@ VERBS = {
     "models": ("longscan.commands.models", "List the models and what each supports."),
     "plot": (
         "longscan.commands.plot",
-        "Figures of a model: attention, alignments, kernels, scans.",
+        "Figures of a model: attention, alignments, kernels, scans, states.",
     ),
     "reproduce": ("longscan.commands.reproduce", "Repeat a published experiment and compare the results."),
     "bench": ("longscan.commands.bench", "Benchmark this machine: ops, training, generation."),

@@ -1,4 +1,4 @@
-"""`longscan plot`: alignments, attention, positions, BLEU by length, HiPPO bases, kernels, scans."""
+"""`longscan plot`: alignments, attention, positions, BLEU by length, HiPPO bases, kernels, scans, states."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from longscan.checkpoints.formats.sequence_classifier import is_sequence_model
 from longscan.checkpoints.load import load, load_translator
-from longscan.commands._options import FigureOut
+from longscan.checkpoints.open import stored_kind
+from longscan.commands._options import FigureOut, TokenizerName
+from longscan.commands._plot_text import attention_of_text, delta, state
 from longscan.commands._plot_vision import (
     Seed,
     Size,
@@ -66,11 +68,12 @@ def attention(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A translator's directory, or a model that scans images, such as vim."
+            metavar="MODEL",
+            help="A translator's directory, a language model, or a model that scans images, such as vim.",
         ),
     ],
     sentence: Annotated[
-        str, typer.Argument(metavar="INPUT", help="Sentence to translate, or an image file.")
+        str, typer.Argument(metavar="INPUT", help="Sentence to translate, text, or an image file.")
     ],
     target: Annotated[
         str | None, typer.Option(help="Translation of a sentence; default: the model's own.")
@@ -88,27 +91,50 @@ def attention(
             help="Patch that attends, or class; repeatable; default: the class token or the centre.",
         ),
     ] = None,
+    lane: Annotated[
+        int | None,
+        typer.Option(
+            "--head", "--channel", help="Head or channel of a language model; default: the mean over all."
+        ),
+    ] = None,
+    tokenizer_name: TokenizerName = None,
     size: Size = None,
     seed: Seed = 0,
     out: FigureOut = Path("attention.png"),
 ) -> None:
-    """The attention weights of each head of a translator, or the hidden attention of a scan over an image.
+    """The attention weights of a translator or a language model, or the hidden attention of a scan.
 
-    A scan is a product with a matrix alpha of decaying weights, which attention would compute with a softmax.
+    A scan, over an image or a text, is a product with a matrix alpha of decaying weights, which attention
+    would compute with a softmax. In a language model, layers are numbered as in the model.
 
     Raises:
-        UsageError: there is no such part, layer or patch; a flag is for others; or the figure has no format.
+        UsageError: there is no such part, layer, head or patch; a flag is for others; or the figure has no
+            format.
         LongscanError: the model has no attention, or a file can't be read or written.
     """
     check_out(out)
+    about_texts = lane is not None or tokenizer_name is not None
     if scans_images(model):
         if target or part or pieces:
             raise UsageError("--target, --part, --pieces: these are for translators, the model is of images.")
+        if about_texts:
+            raise UsageError(
+                "--head, --channel, --tokenizer: these are for language models, the model is of images."
+            )
         layer = -1 if layer is None else layer
         attention_of_image(model, Path(sentence), layer, query or [], size, seed, out)
         return
     if query or size:
         raise UsageError("--query, --size: these are for models of images, the model is none.")
+    if stored_kind(model) == "language":
+        if target or part or pieces:
+            raise UsageError(
+                "--target, --part, --pieces: these are for translators, the model is a language model."
+            )
+        attention_of_text(model, sentence, layer, lane, tokenizer_name, out)
+        return
+    if about_texts:
+        raise UsageError("--head, --channel, --tokenizer: these are for language models, the model is none.")
     weights, sides = _weights(model, sentence, target, pieces)
     name = _pick(weights, part or "cross", layer)
     panels = {f"head {number}": head for number, head in enumerate(weights[name])}
@@ -257,6 +283,8 @@ def kernel(
 commands = {
     "alignment": alignment,
     "attention": attention,
+    "delta": delta,
+    "state": state,
     "positions": positions,
     "bleu": bleu,
     "basis": basis_command,

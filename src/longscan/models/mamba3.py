@@ -225,6 +225,11 @@ class Mamba3Mixer(Mixer[Mamba3State]):
         after = Mamba3State(theta, ssm, last(tokens.k, state.k, past), last(x, state.v, past))
         return self._out(y, z), after
 
+    def tokens(self, u: Tensor) -> Tokens:
+        """Return what the recurrence takes, q and k rotated, of a text u (batch, seq_len, d_model)."""
+        _, _, turn, tokens = self._project(u)
+        return self._rotate(tokens, accumulate(turn, torch.zeros_like(turn[:, 0]), None))
+
     def init_state(self, batch_size: int) -> Mamba3State:
         """Return zeros in float32, or in float64 in a float64 model; see `Mixer.init_state`."""
         config, zeros = self.config, self.D.new_zeros

@@ -24,9 +24,12 @@ __all__ = [
     "BLUE",
     "CEILING",
     "COLOURS",
+    "DEEP",
     "DIVERGING",
     "GREY",
+    "HIGHLIGHT",
     "MARKERS",
+    "MONOSPACE",
     "SEQUENTIAL",
     "VERMILION",
     "check_out",
@@ -46,6 +49,9 @@ COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 CEILING = (GREY, "x")  # colour and marker of what the hardware allows
 SEQUENTIAL, DIVERGING = "cividis", "PuOr"  # colour maps, safe in the same sense
+HIGHLIGHT = ("#FFFBF2", "#E69F00")  # ends of a colour map on all of which black text is legible
+DEEP = (*HIGHLIGHT, "#4A2400")  # the same, and further, where nothing stands on the colours
+MONOSPACE = "DejaVu Sans Mono"  # comes with matplotlib, like the other one
 
 FONTS = (  # with Chinese characters, on Linux, Windows and macOS
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK TC", "Noto Serif CJK SC", "Noto Sans SC"),
@@ -132,7 +138,8 @@ def save_figure(figure: Figure, path: Path, note: str = "", fonts: Sequence[str]
         warnings.filterwarnings("ignore", "Glyph")  # SVG files leave the font to the reader
         texts = [artist for artist in figure.findobj(Text) if isinstance(artist, Text)]
         for text in texts:
-            text.set_fontfamily(family)
+            fixed = text.get_fontfamily() == [MONOSPACE]
+            text.set_fontfamily([MONOSPACE, *chinese, "monospace"] if fixed else family)
         with atomic_file(path) as temporary:
             figure.savefig(temporary, dpi=150, format=path.suffix[1:])
     if not chinese and path.suffix != ".svg" and any(CJK.search(text.get_text()) for text in texts):

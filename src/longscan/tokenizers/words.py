@@ -1,7 +1,8 @@
-"""Tokens grouped into words, for displaying attention."""
+"""Tokens as a figure shows them: grouped into words, or each for itself."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from longscan.tokenizers.base import Tokenizer
 
-__all__ = ["Grouping", "group"]
+__all__ = ["Grouping", "group", "visible"]
 
 START, END = "<s>", "</s>"
+SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥"}
+PART = "·"  # a part of a character, or a character without a shape
 CJK = "\u2e80"  # from here on scripts are written without spaces: a token is a word by itself
 
 
@@ -65,3 +68,29 @@ def group(tokenizer: Tokenizer, ids: Sequence[int], pieces: bool = False) -> Gro
     if words:
         words[-1] += stream.flush()
     return Grouping([*words, END], [*word_of, len(words)])
+
+
+def visible(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
+    """Return the text of each token, with a sign for each character that could not be seen.
+
+    A line break is ↵, a tab ⇥, any other control character a middle dot; spaces stay. A token that ends
+    inside a character is a middle dot, and the one that completes it has the character. A special token is
+    its id after #.
+
+    Args:
+        tokenizer: that made the ids.
+        ids: of a text.
+    """
+    stream = tokenizer.stream()
+    return [
+        _signs(stream.push(token)) or (PART if tokenizer.decode([token]) else f"#{token}") for token in ids
+    ]
+
+
+def _signs(text: str) -> str:
+    """Return a text with signs for what has no shape."""
+    hidden = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")
+    return "".join(
+        SIGNS.get(letter, PART if letter == "\ufffd" or unicodedata.category(letter) in hidden else letter)
+        for letter in text
+    )
