@@ -20,6 +20,8 @@ SANITIZED_PYTEST = import sys; \
 	sys.meta_path = [finder for finder in sys.meta_path if "ScikitBuild" not in type(finder).__name__]; \
 	sys.path.insert(0, "$(SANITIZED)/src"); import pytest; from longscan import ops; \
 	assert "sanitize" in str(ops.native_info().path), ops.native_info(); sys.exit(pytest.main(sys.argv[1:]))
+# a process for each core, with one thread; ARGS="-n 0" is a single process, for a debugger
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 KERNEL_TESTS := tests/ops tests/models/test_hippo.py
 PROMPT ?= It was a bright morning, and the Captain
 
@@ -30,7 +32,7 @@ run: $(VENV)/run.done ## set up, then let the small model that ships with longsc
 	@$(BIN)/longscan generate "$(PROMPT)" --max-new-tokens 200
 
 test: $(VENV)/dev.done ## set up for development and run the tests; ARGS="-k scan" to choose
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 lint: $(VENV)/dev.done ## check format, style and types
 	@$(BIN)/ruff format --check --quiet .
