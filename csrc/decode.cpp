@@ -4,22 +4,26 @@
 namespace LS_ISA {
 namespace {
 
-constexpr int64_t PHASES_OF_LAYER = 9, OTHER_PHASES = 3;
+constexpr int64_t PHASES_OF_LAYER = 12, OTHER_PHASES = 3;
 
 template <typename Body>
 auto visit(const ls_sublayer *layer, const Body &body) {
   switch (layer->kind) {
     case LS_MAMBA: return body((const ls_mamba *)layer->weights);
     case LS_MAMBA2: return body((const ls_mamba2 *)layer->weights);
+    case LS_MAMBA3: return body((const ls_mamba3 *)layer->weights);
     case LS_ATTENTION: return body((const ls_attention *)layer->weights);
+    case LS_EXPERTS: return body((const ls_experts *)layer->weights);
     default: return body((const ls_mlp *)layer->weights);
   }
 }
 
 const ls_matrix *first_of(const ls_mamba *l) { return &l->in_proj; }
 const ls_matrix *first_of(const ls_mamba2 *l) { return &l->in_proj; }
+const ls_matrix *first_of(const ls_mamba3 *l) { return &l->in_proj; }
 const ls_matrix *first_of(const ls_attention *l) { return &l->q_proj; }
 const ls_matrix *first_of(const ls_mlp *l) { return l->gated ? &l->gate_proj : &l->up_proj; }
+const ls_matrix *first_of(const ls_experts *l) { return &l->router; }
 
 void more(int64_t *most, int64_t value) { *most = value > *most ? value : *most; }
 
@@ -32,10 +36,12 @@ Scratch scratch_of(const ls_decode *a) {
     return where;
   };
   Scratch s;
-  s.widest = a->d_model, s.n_wide = s.n_narrow = 1;
+  s.widest = a->d_model, s.n_wide = s.n_narrow = 1, s.n_choices = 0;
+  int64_t prepared = 0;
   for (int64_t l = 0; l < a->n_layers; ++l) {
     const Needs needs = visit(a->layers + l, [](const auto *weights) { return needs_of(weights); });
     more(&s.n_wide, needs.wide), more(&s.n_narrow, needs.narrow), more(&s.widest, needs.widest);
+    more(&s.n_choices, needs.n_choices), more(&prepared, needs.prepared);
   }
   s.n_counters = 1 + (PHASES_OF_LAYER * a->n_layers + OTHER_PHASES) * (1 + a->threads);
   s.counters = (Counter *)take((int64_t)sizeof(Counter) * s.n_counters);
@@ -46,8 +52,12 @@ Scratch scratch_of(const ls_decode *a) {
   s.narrow = (float *)take(4 * rows * s.n_narrow);
   s.dt = (float *)take(4 * rows * s.widest);
   s.y = (float *)take(4 * rows * s.widest);
-  s.prepared_size = rows * prepared_bytes(s.widest);
+  more(&prepared, prepared_bytes(s.widest));
+  s.prepared_size = rows * prepared;
   s.prepared = take(s.prepared_size * copies);
+  s.chosen = (Choice *)take((int64_t)sizeof(Choice) * rows * s.n_choices);
+  s.sorted = (Choice *)take((int64_t)sizeof(Choice) * rows * s.n_choices);
+  s.groups = (int64_t *)take(8 * (rows * s.n_choices + 2));
   s.bytes = at;
   return s;
 }

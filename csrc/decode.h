@@ -38,6 +38,12 @@ LS_INLINE int64_t end_of(const Pieces &p, int64_t unit) {
 // [begin, end) of the units of a thread's run.
 LS_INLINE int64_t run_begin(int64_t units, int64_t threads, int64_t id) { return units * id / threads; }
 
+// An expert that a token passes through, and its weight.
+struct Choice {
+  int64_t expert, row;
+  float weight;
+};
+
 // Where a call keeps what is between the phases.
 struct Scratch {
   float *residual;         // (rows, d_model)
@@ -45,8 +51,10 @@ struct Scratch {
   float *wide, *narrow;    // of a sublayer: (rows, n_wide), (rows, n_narrow)
   float *dt, *y;           // (rows, widest)
   char *prepared;          // (rows, widest), for every thread if the rows are few
+  Choice *chosen, *sorted;  // (rows, n_choices) by token and by expert
+  int64_t *groups;          // of one expert in `sorted`: how many, where each begins, where the last one ends
   Counter *counters;       // the first counts the threads that have come
-  int64_t widest, n_wide, n_narrow, prepared_size, n_counters, bytes;
+  int64_t widest, n_wide, n_narrow, n_choices, prepared_size, n_counters, bytes;
 };
 
 // x / sqrt(mean(x^2) + eps) * weight; y may be x; without a weight it is 1.
@@ -112,15 +120,25 @@ struct Member {
 
   template <typename RowOf>
   void prepare_rows(const ls_matrix *matrix, const RowOf &row_of) {
-    const int64_t size = prepared_bytes(matrix->n_in);
+    prepare_each(rows, [&](int64_t) { return matrix; }, row_of);
+  }
+  // The same for n rows, each of a matrix of its own, with as many inputs.
+  template <typename MatrixOf, typename RowOf>
+  void prepare_each(int64_t n, const MatrixOf &matrix_of, const RowOf &row_of) {
+    const int64_t size = prepared_bytes(matrix_of(0)->n_in);
     if (few)
-      for (int64_t row = 0; row < rows; ++row) prepare(matrix, row_of(row), ready + row * size);
+      for (int64_t row = 0; row < n; ++row) prepare(matrix_of(row), row_of(row), ready + row * size);
     else
-      phase(rows, [&](int64_t row) { prepare(matrix, row_of(row), ready + row * size); });
+      phase(n, [&](int64_t row) { prepare(matrix_of(row), row_of(row), ready + row * size); });
   }
 
   void multiply(const ls_matrix *matrix, float *y, int64_t stride, bool add, int64_t first, int64_t last) const {
     const Product product = {matrix, ready, rows, y, stride, add};
+    outputs(&product, first, last);
+  }
+  // Of one prepared row alone.
+  void multiply_row(const ls_matrix *matrix, int64_t row, float *y, bool add, int64_t first, int64_t last) const {
+    const Product product = {matrix, ready + row * prepared_bytes(matrix->n_in), 1, y, 0, add};
     outputs(&product, first, last);
   }
 
@@ -131,6 +149,11 @@ struct Member {
       if (layer->norm) rms_norm(s->residual + row * a->d_model, layer->norm, (float)a->eps, a->d_model, x);
       return scaled(x, layer->in_scale, a->d_model, row);
     });
+  }
+
+  // ... which is still there while the sublayer scales nothing else ...
+  const float *input_row(const ls_sublayer *layer, int64_t row) const {
+    return layer->in_scale == 1.0 ? normed_row(row) : gated_row(row);
   }
 
   // ... and ends with residual += out_proj (out_scale row). `then` is the matrix that comes next.
@@ -153,18 +176,28 @@ struct Member {
   }
 };
 
-// The sublayers; each in decode_<kind>.cpp, with the floats of a row that it needs.
+// The sublayers; each in decode_<kind>.cpp, with the floats of a row that it needs, its choices of experts and the
+// bytes of prepared rows, if they are more than one that is as wide as the widest.
 struct Needs {
-  int64_t wide, narrow, widest;
+  int64_t wide, narrow, widest, n_choices = 0, prepared = 0;
 };
 Needs needs_of(const ls_mamba *);
 Needs needs_of(const ls_mamba2 *);
 Needs needs_of(const ls_attention *);
 Needs needs_of(const ls_mlp *);
+Needs needs_of(const ls_mamba3 *);
+Needs needs_of(const ls_experts *);
 void advance(Member *, const ls_sublayer *, const ls_mamba *, const ls_matrix *then);
 void advance(Member *, const ls_sublayer *, const ls_mamba2 *, const ls_matrix *then);
 void advance(Member *, const ls_sublayer *, const ls_attention *, const ls_matrix *then);
 void advance(Member *, const ls_sublayer *, const ls_mlp *, const ls_matrix *then);
+void advance(Member *, const ls_sublayer *, const ls_mamba3 *, const ls_matrix *then);
+void advance(Member *, const ls_sublayer *, const ls_experts *, const ls_matrix *then);
+
+// up = scale act(gate) up of an MLP's hidden channels [begin, end), or scale act(up) without a gate.
+void activate(const ls_mlp *mlp, float *up, const float *gate, float scale, int64_t begin, int64_t end);
+// The experts' MLPs, behind the struct itself.
+inline const ls_mlp *experts_of(const ls_experts *l) { return (const ls_mlp *)(l + 1); }
 
 // The causal convolution and SiLU of channels [begin, end) of one sequence, in place: x (steps, stride) with `channels`
 // numbers a row, past (d_conv - 1, channels), weight (d_conv, channels).

@@ -108,6 +108,17 @@ void advance(Member *me, const ls_sublayer *sublayer, const ls_attention *layer,
   me->finish(sublayer, &layer->o_proj, then, [&](int64_t row) { return s.y + row * E; });
 }
 
+void activate(const ls_mlp *mlp, float *up, const float *gate, float scale, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += W) {
+    const int lanes = end - i < W ? (int)(end - i) : W;
+    const vec value = load_n(up + i, lanes);
+    const vec x = mlp->gated ? load_n(gate + i, lanes) * splat((float)mlp->gate_scale) : value;
+    const vec positive = vmax(vec{}, x);  // in this order NaN stays NaN
+    const vec activated = mlp->activation == LS_RELU2 ? positive * positive : x * sigmoid(x);
+    store_n(up + i, splat(scale) * (mlp->gated ? activated * value : activated), lanes);
+  }
+}
+
 Needs needs_of(const ls_mlp *l) { return {2 * l->up_proj.n_out, 0, l->up_proj.n_out}; }
 
 void advance(Member *me, const ls_sublayer *sublayer, const ls_mlp *layer, const ls_matrix *then) {
@@ -123,15 +134,7 @@ void advance(Member *me, const ls_sublayer *sublayer, const ls_mlp *layer, const
     me->multiply(&layer->up_proj, up, 2 * F, false, begin, end);
     if (layer->gated) me->multiply(&layer->gate_proj, gate, 2 * F, false, begin, end);
     for (int64_t row = 0; row < me->rows; ++row)
-      for (int64_t i = begin; i < end; i += W) {
-        const int lanes = end - i < W ? (int)(end - i) : W;
-        float *const to = up + row * 2 * F + i;
-        const vec value = load_n(to, lanes);
-        const vec x = layer->gated ? load_n(gate + row * 2 * F + i, lanes) * splat((float)layer->gate_scale) : value;
-        const vec positive = vmax(vec{}, x);  // in this order NaN stays NaN
-        const vec activated = layer->activation == LS_RELU2 ? positive * positive : x * sigmoid(x);
-        store_n(to, layer->gated ? activated * value : activated, lanes);
-      }
+      activate(layer, up + row * 2 * F, gate + row * 2 * F, 1.0f, begin, end);
   });
   me->finish(sublayer, &layer->down_proj, then, [&](int64_t row) { return up + row * 2 * F; });
 }

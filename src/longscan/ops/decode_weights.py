@@ -1,4 +1,4 @@
-"""The weights of the sublayers that the native decoder knows, and their C structs (csrc/longscan.h)."""
+"""The weights of attention, MLPs and experts for the native decoder: C structs of csrc/longscan.h."""
 
 from __future__ import annotations
 
@@ -12,9 +12,20 @@ from torch import Tensor
 
 from longscan.ops import _native
 
-__all__ = ["AttentionWeights", "MLPWeights", "Mamba2Weights", "MambaWeights", "Matrix", "Weights"]
+__all__ = [
+    "AttentionWeights",
+    "ExpertsWeights",
+    "MLPWeights",
+    "Matrix",
+    "Router",
+    "Shapes",
+    "pack_struct",
+    "sizes_of",
+]
 
-MAX_STATE, MAX_CONV = 256, 8  # of the native library
+
+# of each state by its name, without batch; None is the capacity of a cache
+Shapes: TypeAlias = dict[str, tuple[int | None, ...]]
 
 
 class Matrix(NamedTuple):
@@ -48,126 +59,6 @@ class Matrix(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MambaWeights:
-    """The weights of a Mamba mixer, all float32 but for the matrices.
-
-    Attributes:
-        in_proj: (2 d_inner, d_model).
-        x_proj: (dt_rank + 2 d_state, d_inner).
-        dt_proj: (d_inner, dt_rank); its bias enters the softplus.
-        out_proj: (d_model, d_inner).
-        conv_weight: (d_conv, d_inner), oldest tap first.
-        conv_bias: (d_inner,), or None.
-        A: (d_inner, d_state) for powers of two: -exp(A_log) log2(e).
-        D: (d_inner,).
-        inner_norms: (dt_rank,), (d_state,) and (d_state,), weights of the norms of dt, B and C; None is 1.
-        inner_eps: of these norms; None: there are none.
-    """
-
-    in_proj: Matrix
-    x_proj: Matrix
-    dt_proj: Matrix
-    out_proj: Matrix
-    conv_weight: Tensor
-    conv_bias: Tensor | None
-    A: Tensor
-    D: Tensor
-    inner_norms: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    inner_eps: float | None = None
-
-    kind: ClassVar[int] = 0
-
-    def pack(self, d_model: int) -> bytes | None:
-        """Return the C struct ``ls_mamba``; None if the shapes are no Mamba's, as after pruning."""
-        (d_conv, d_inner), d_state = self.conv_weight.shape, self.A.shape[1]
-        rank = self.dt_proj.sizes[1]
-        matrices = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
-        expected = (
-            *((2 * d_inner, d_model), (rank + 2 * d_state, d_inner)),
-            *((d_inner, rank), (d_model, d_inner)),
-        )
-        vectors = (self.A.shape, self.D.shape) == ((d_inner, d_state), (d_inner,))
-        if _sizes(matrices) != expected or not vectors or d_state > MAX_STATE or d_conv > MAX_CONV:
-            return None
-        ends = (self.conv_weight, self.conv_bias, self.A, self.D, *self.inner_norms)
-        eps = -1.0 if self.inner_eps is None else self.inner_eps
-        return _pack((d_inner, d_state, d_conv, rank, eps), matrices, ends)
-
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each state, without batch."""
-        (d_conv, d_inner), d_state = self.conv_weight.shape, self.A.shape[1]
-        return {"conv": (d_conv - 1, d_inner), "ssm": (d_inner, d_state)}
-
-
-@dataclass(frozen=True)
-class Mamba2Weights:
-    """The weights of a Mamba-2 mixer, all float32 but for the matrices.
-
-    Attributes:
-        in_proj: (2 d_ssm + 2 n_groups d_state + n_heads, d_model), rows of z, x, B, C and dt.
-        out_proj: (d_model, d_ssm).
-        factors: of the outputs of in_proj, as many; None: all are 1.
-        conv_weight: (d_conv, d_ssm + 2 n_groups d_state), oldest tap first.
-        conv_bias: one per channel, or None.
-        dt_bias: (n_heads,).
-        A: (n_heads,) for powers of two: -exp(A_log) log2(e).
-        D: (n_heads,) or (n_heads d_head,).
-        norm: (d_ssm,) weight of the gated norm, or None.
-        norm_first: whether the gate comes after the norm.
-        eps: of that norm.
-        d_head: channels of a head.
-        n_groups: of B and C.
-        dt_limit: least and largest dt.
-    """
-
-    in_proj: Matrix
-    out_proj: Matrix
-    factors: Tensor | None
-    conv_weight: Tensor
-    conv_bias: Tensor | None
-    dt_bias: Tensor
-    A: Tensor
-    D: Tensor
-    norm: Tensor | None
-    norm_first: bool
-    eps: float
-    d_head: int
-    n_groups: int
-    dt_limit: tuple[float, float]
-
-    kind: ClassVar[int] = 1
-
-    @property
-    def d_state(self) -> int:
-        """N."""
-        return (self.conv_weight.shape[1] - self.A.shape[0] * self.d_head) // (2 * self.n_groups)
-
-    def pack(self, d_model: int) -> bytes | None:
-        """Return the C struct ``ls_mamba2``; None if the shapes do not fit, as after pruning."""
-        n_heads, (d_conv, channels) = self.A.shape[0], self.conv_weight.shape
-        d_ssm, d_state = n_heads * self.d_head, self.d_state
-        expected = ((d_ssm + channels + n_heads, d_model), (d_model, d_ssm))
-        vectors = (
-            channels == d_ssm + 2 * self.n_groups * d_state
-            and self.dt_bias.shape == self.A.shape
-            and self.D.shape in ((n_heads,), (d_ssm,))
-            and (self.norm is None or self.norm.shape == (d_ssm,))
-        )
-        if _sizes((self.in_proj, self.out_proj)) != expected or not vectors or d_conv > MAX_CONV:
-            return None
-        order = 0 if self.norm is None else 2 if self.norm_first else 1
-        per_channel = int(self.D.shape[0] != n_heads or self.d_head == 1)
-        sizes = (n_heads, self.d_head, self.n_groups, d_state, d_conv, order, per_channel)
-        ends = (self.factors, self.conv_weight, self.conv_bias, self.dt_bias, self.A, self.D, self.norm)
-        return _pack((*sizes, self.eps, *self.dt_limit), (self.in_proj, self.out_proj), ends)
-
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each state, without batch."""
-        d_conv, channels = self.conv_weight.shape
-        return {"conv": (d_conv - 1, channels), "ssm": (self.A.shape[0], self.d_head, self.d_state)}
-
-
-@dataclass(frozen=True)
 class AttentionWeights:
     """The weights of causal attention.
 
@@ -198,17 +89,22 @@ class AttentionWeights:
         d_q, d_kv = self.q_proj.sizes[0], self.k_proj.sizes[0]
         matrices = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
         expected = ((d_q, d_model), (d_kv, d_model), (d_kv, d_model), (d_model, d_q))
-        if _sizes(matrices) != expected or d_q % self.d_head or d_kv % self.d_head or d_q % d_kv:
+        if sizes_of(matrices) != expected or d_q % self.d_head or d_kv % self.d_head or d_q % d_kv:
             return None
         if len({matrix.format for matrix in matrices[:3]}) > 1:  # they share their prepared inputs
             return None
         rotated = 0 if self.frequencies is None else 2 * len(self.frequencies)
         sizes = (d_q // self.d_head, d_kv // self.d_head, self.d_head, rotated)
-        return _pack((*sizes, float(self.scale), float(self.key_scale)), matrices, (self.frequencies,))
+        return pack_struct((*sizes, float(self.scale), float(self.key_scale)), matrices, (self.frequencies,))
 
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each state, without batch and capacity."""
-        shape = (self.k_proj.sizes[0] // self.d_head, self.d_head)
+    @property
+    def last(self) -> Matrix:
+        """The projection at the end."""
+        return self.o_proj
+
+    def state_shapes(self) -> Shapes:
+        """Return the shape of each state, without batch."""
+        shape = (None, self.k_proj.sizes[0] // self.d_head, self.d_head)
         return {"k": shape, "v": shape}
 
 
@@ -236,29 +132,115 @@ class MLPWeights:
         """Return the C struct ``ls_mlp``; None if the shapes do not fit, as after pruning."""
         gate, d_ff = self.gate_proj or self.up_proj, self.up_proj.sizes[0]
         matrices = (gate, self.up_proj, self.down_proj)
-        if _sizes(matrices) != ((d_ff, d_model), (d_ff, d_model), (d_model, d_ff)):
+        if sizes_of(matrices) != ((d_ff, d_model), (d_ff, d_model), (d_model, d_ff)):
             return None
         if gate.format != self.up_proj.format:  # they share their prepared inputs
             return None
         flags = (int(self.activation == "relu2"), int(self.gate_proj is not None))
-        return _pack((*flags, float(self.gate_scale)), matrices, ())
+        return pack_struct((*flags, float(self.gate_scale)), matrices, ())
 
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+    @property
+    def last(self) -> Matrix:
+        """The projection at the end."""
+        return self.down_proj
+
+    def state_shapes(self) -> Shapes:
         """Return nothing: an MLP has no state."""
         return {}
 
 
-Weights: TypeAlias = MambaWeights | Mamba2Weights | AttentionWeights | MLPWeights
+class Router(NamedTuple):
+    """How a mixture chooses the experts of a token, and weighs them; see `models.common.experts`.
+
+    Of equal scores the first experts win.
+
+    Attributes:
+        weight: (n_experts, d_model) float32.
+        correction: (n_experts,) float32, of a "sigmoid" router; else None.
+        kind: how weights follow from scores.
+        n_active: experts of a token.
+        n_groups: of adjacent experts.
+        n_active_groups: that the experts of a token are in.
+        normalize: whether a "sigmoid" router divides the weights by their sum.
+        scale: constant factor of its weights.
+    """
+
+    weight: Tensor
+    correction: Tensor | None
+    kind: Literal["topk-softmax", "softmax-topk", "sigmoid"]
+    n_active: int
+    n_groups: int = 1
+    n_active_groups: int = 1
+    normalize: bool = True
+    scale: float = 1.0
 
 
-def _sizes(matrices: Sequence[Matrix]) -> tuple[tuple[int, int], ...]:
+@dataclass(frozen=True)
+class ExpertsWeights:
+    """The weights of a mixture of experts, without an expert that all tokens pass through.
+
+    Attributes:
+        router: chooses.
+        experts: MLPs of one width and format, whose down_proj has no bias.
+        latent: (d_latent, d_model) and (d_model, d_latent): the experts map the product with the first, and
+            the second maps their sum; None: they map d_model.
+    """
+
+    router: Router
+    experts: tuple[MLPWeights, ...]
+    latent: tuple[Matrix, Matrix] | None = None
+
+    kind: ClassVar[int] = 5
+
+    def pack(self, d_model: int) -> bytes | None:
+        """Return the C structs ``ls_experts`` and those of the experts; None if the shapes do not fit."""
+        n, router = len(self.experts), self.router
+        latent = self.latent or (Matrix(router.weight),) * 2
+        d_latent = latent[0].sizes[0] if self.latent else 0
+        experts = [expert.pack(d_latent or d_model) for expert in self.experts]
+        if None in experts or len({(e.up_proj.format, e.up_proj.sizes) for e in self.experts}) > 1:
+            return None
+        if router.weight.shape != (n, d_model) or any(e.down_proj.bias is not None for e in self.experts):
+            return None
+        if self.latent and sizes_of(latent) != ((d_latent, d_model), (d_model, d_latent)):
+            return None
+        if router.kind == "sigmoid" and (router.correction is None or router.correction.shape != (n,)):
+            return None
+        kind = ("topk-softmax", "softmax-topk", "sigmoid").index(router.kind)
+        groups = (router.n_groups, router.n_active_groups, int(router.normalize))
+        numbers = (n, router.n_active, kind, *groups, d_latent, float(router.scale))
+        head = pack_struct(numbers, (Matrix(router.weight), *latent), (router.correction,))
+        return head + b"".join(expert for expert in experts if expert)
+
+    @property
+    def last(self) -> Matrix:
+        """The projection at the end: of the first expert, if each has one."""
+        return self.latent[1] if self.latent else self.experts[0].down_proj
+
+    def state_shapes(self) -> Shapes:
+        """Return nothing: experts have no state."""
+        return {}
+
+
+def sizes_of(matrices: Sequence[Matrix]) -> tuple[tuple[int, int], ...]:
+    """Return n_out and n_in of each matrix.
+
+    Args:
+        matrices: any number.
+    """
     return tuple(matrix.sizes for matrix in matrices)
 
 
-def _pack(
+def pack_struct(
     numbers: Sequence[int | float], matrices: Sequence[Matrix], pointers: Sequence[Tensor | None]
 ) -> bytes:
-    """Return a C struct of numbers, matrices and pointers, all fields of 8 bytes."""
+    """Return a C struct, all fields of which take 8 bytes.
+
+    Args:
+        numbers: its first fields.
+        matrices: the next ones.
+        pointers: the last ones, null for None.
+    """
     form = "".join("q" if isinstance(number, int) else "d" for number in numbers)
     fields = [field for matrix in matrices for field in matrix.fields]
     fields += [_native.pointer(tensor) for tensor in pointers]

@@ -24,7 +24,7 @@ __all__ = ["stack_of"]
 SHARED = (Backbone, Blocks, Block)
 USUAL = (
     *(Linear, DtProjection, PlainRMSNorm, RMSNorm, WeightOnlyLinear, WeightOnlyEmbedding),
-    *(nn.Embedding, nn.Conv1d),
+    *(nn.Embedding, nn.Conv1d, nn.ModuleList),
 )
 
 
