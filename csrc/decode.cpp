@@ -128,7 +128,7 @@ void convolve(const Convolution *conv, float *x, int64_t stride, int64_t steps, 
       window[K - 1] = load_n(at, lanes);
       vec y = bias;
       for (int64_t k = 0; k < K; ++k) y += taps[k] * window[k];
-      store_n(at, y * sigmoid(y), lanes);
+      store_n(at, conv->silu ? y * sigmoid(y) : y, lanes);
       for (int64_t k = 0; k + 1 < K; ++k) window[k] = window[k + 1];
     }
     for (int64_t k = 0; k + 1 < K; ++k) store_n(past + k * E + c, window[k], lanes);

@@ -199,11 +199,12 @@ void activate(const ls_mlp *mlp, float *up, const float *gate, float scale, int6
 // The experts' MLPs, behind the struct itself.
 inline const ls_mlp *experts_of(const ls_experts *l) { return (const ls_mlp *)(l + 1); }
 
-// The causal convolution and SiLU of channels [begin, end) of one sequence, in place: x (steps, stride) with `channels`
+// The causal convolution of channels [begin, end) of one sequence, in place, with SiLU or without: x (steps, stride) with `channels`
 // numbers a row, past (d_conv - 1, channels), weight (d_conv, channels).
 struct Convolution {
   const float *weight, *bias;
   int64_t channels, d_conv;
+  bool silu;
 };
 void convolve(const Convolution *c, float *x, int64_t stride, int64_t steps, float *past, int64_t begin, int64_t end);
 

@@ -91,6 +91,8 @@ void advance(Member *me, const ls_sublayer *sublayer, const ls_attention *layer,
   const Scratch &s = *me->s;
   const ls_matrix *matrices[] = {&layer->q_proj, &layer->k_proj, &layer->v_proj};
   const int64_t E = layer->n_heads * layer->d_head, width = E + 2 * layer->n_kv_heads * layer->d_head;
+  const int64_t steps = a->steps, past = (layer->d_conv - 1) * width;
+  const Convolution conv = {layer->conv_weight, layer->conv_bias, width, layer->d_conv, false};
 
   me->begin(sublayer, &layer->q_proj);
   me->expect(&layer->o_proj);
@@ -100,7 +102,11 @@ void advance(Member *me, const ls_sublayer *sublayer, const ls_attention *layer,
     const Pieces &p = which ? kv : q;
     const int64_t piece = which ? (unit - q.units) % kv.units : unit;
     const int64_t offset = which ? E + (which - 1) * kv.n : 0;
-    me->multiply(matrices[which], s.wide + offset, width, false, piece * p.size, end_of(p, piece));
+    const int64_t begin = piece * p.size, end = end_of(p, piece);
+    me->multiply(matrices[which], s.wide + offset, width, false, begin, end);
+    for (int64_t b = 0; layer->d_conv && b < a->batch; ++b)
+      convolve(&conv, s.wide + b * steps * width, width, steps, a->states[sublayer->state].conv + b * past,
+               offset + begin, offset + end);
   });
   me->phase(a->batch * layer->n_kv_heads, [&](int64_t unit) {
     attend_heads(me, layer, a->states + sublayer->state, unit / layer->n_kv_heads, unit % layer->n_kv_heads);

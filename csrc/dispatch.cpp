@@ -158,6 +158,7 @@ static bool bad(const ls_mamba3 *l, int64_t d_model) {
 static bool bad(const ls_attention *l, int64_t d_model) {
   const int64_t kv = l->n_kv_heads * l->d_head;
   return l->n_kv_heads < 1 || l->n_heads % l->n_kv_heads || l->n_rotated % 2 || l->n_rotated > l->d_head ||
+         l->d_conv < 0 || l->d_conv > LS_MAX_CONV ||
          wrong(&l->q_proj, l->n_heads * l->d_head, d_model) || wrong(&l->k_proj, kv, d_model) ||
          wrong(&l->v_proj, kv, d_model) || wrong(&l->o_proj, d_model, l->n_heads * l->d_head);
 }

@@ -174,12 +174,14 @@ typedef struct {
   const float *mimo_x, *mimo_z, *mimo_o;    // (n_heads, rank, d_head); null: rank is 1, and pairs that turn are adjacent
 } ls_mamba3;
 
-// Causal attention with a KV cache: k, v and length. The first n_rotated numbers of a head turn, halves as pairs.
+// Causal attention with a KV cache: k, v and length, and conv if queries, keys and values pass through a convolution.
+// The first n_rotated numbers of a head turn, halves as pairs.
 typedef struct {
-  int64_t n_heads, n_kv_heads, d_head, n_rotated;
+  int64_t n_heads, n_kv_heads, d_head, n_rotated, d_conv;  // d_conv 0: there is no convolution
   double scale, key_scale;
   ls_matrix q_proj, k_proj, v_proj, o_proj;  // of one format but for o_proj
   const float *frequencies;                  // (n_rotated / 2)
+  const float *conv_weight, *conv_bias;      // (d_conv, channels of q, k and v), (channels)
 } ls_attention;
 
 // down_proj (act(gate_scale gate_proj x) * up_proj x), or down_proj act(up_proj x) without a gate.

@@ -93,6 +93,13 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         {**SMALL, "d_state": 20, "d_head": 16, "mimo_rank": 2, "d_intermediate": 9},
     ),
     "mamba3-mimo-one": ("mamba3", {**SMALL, "d_state": 20, "d_head": 16, "mimo_rank": 1}),
+    "conv-attention": (
+        "hybrid",
+        {
+            **{"d_model": 48, "pattern": "M*-*", "vocab_size": 61, "n_heads": 6, "n_kv_heads": 2},
+            **{"rope_theta": 1e3, "attention_conv": 3, "d_ssm_head": 16, "d_state": 16, "d_ff": 50},
+        },
+    ),
     "granite-experts": (
         "hybrid",
         {

@@ -116,6 +116,8 @@ CHANGES: dict[str, tuple[str, Callable[[LanguageModel], None]]] = {
     "one inner eps": ("mamba3-odd", other_eps(f"{MIXER}.C_norm")),
     "both inner eps": ("mamba3-odd", other_eps(f"{MIXER}.B_norm", f"{MIXER}.C_norm")),
     "the eps of y": ("mamba3-odd", other_eps(f"{MIXER}.norm")),
+    "the convolution through data": ("conv-attention", halve(f"{MIXER}.conv1d.weight")),
+    "the convolution's bias": ("conv-attention", halve(f"{MIXER}.conv1d.bias")),
     "the forward of an inner norm": ("mamba3", doubled(f"{MIXER}.B_norm")),
     "the correction": ("nemotron-latent", halve(f"{MLP}.router.correction")),
     "the forward of a router": ("nemotron-latent", doubled(f"{MLP}.router")),

@@ -169,7 +169,7 @@ class Hybrid(LanguageModel):
 
     config: HybridConfig
     decodable = (
-        *(HybridBlock, MambaMixer, Mamba2Mixer, GatedRMSNorm, Attention, Parallel),
+        *(HybridBlock, MambaMixer, Mamba2Mixer, GatedRMSNorm, Attention, ConvAttention, Parallel),
         *(Pointwise, SwiGLU, SquaredReLU, Experts, Router),
     )
 

@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from longscan.ops.decode_weights import Matrix, Shapes, pack_struct, sizes_of
+from longscan.ops.decode_weights import MAX_CONV, Matrix, Shapes, pack_struct, sizes_of
 
 __all__ = ["Mamba2Weights", "Mamba3Weights", "MambaWeights"]
 
-MAX_STATE, MAX_CONV, MAX_HEAD, MAX_RANK = 256, 8, 512, 16  # of the native library
+MAX_STATE, MAX_HEAD, MAX_RANK = 256, 512, 16  # of the native library
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ __all__ = [
 ]
 
 
+MAX_CONV = 8  # of the native library
+
 # of each state by its name, without batch; None is the capacity of a cache
 Shapes: TypeAlias = dict[str, tuple[int | None, ...]]
 
@@ -71,6 +73,9 @@ class AttentionWeights:
         scale: of the products of queries and keys.
         key_scale: of the keys, before they turn.
         frequencies: (n_rotated / 2,) float32: radians per position of each pair; None: nothing turns.
+        conv_weight: (d_conv, (n_heads + 2 n_kv_heads) d_head) of the convolution that queries, keys and
+            values pass through, oldest tap first; None: there is none.
+        conv_bias: one per channel, or None.
     """
 
     q_proj: Matrix
@@ -81,6 +86,8 @@ class AttentionWeights:
     scale: float
     key_scale: float = 1.0
     frequencies: Tensor | None = None
+    conv_weight: Tensor | None = None
+    conv_bias: Tensor | None = None
 
     kind: ClassVar[int] = 2
 
@@ -93,9 +100,15 @@ class AttentionWeights:
             return None
         if len({matrix.format for matrix in matrices[:3]}) > 1:  # they share their prepared inputs
             return None
+        d_conv = 0 if self.conv_weight is None else self.conv_weight.shape[0]
+        if d_conv > MAX_CONV or (
+            self.conv_weight is not None and self.conv_weight.shape[1] != d_q + 2 * d_kv
+        ):
+            return None
         rotated = 0 if self.frequencies is None else 2 * len(self.frequencies)
-        sizes = (d_q // self.d_head, d_kv // self.d_head, self.d_head, rotated)
-        return pack_struct((*sizes, float(self.scale), float(self.key_scale)), matrices, (self.frequencies,))
+        sizes = (d_q // self.d_head, d_kv // self.d_head, self.d_head, rotated, d_conv)
+        ends = (self.frequencies, self.conv_weight, self.conv_bias)
+        return pack_struct((*sizes, float(self.scale), float(self.key_scale)), matrices, ends)
 
     @property
     def last(self) -> Matrix:
@@ -105,7 +118,11 @@ class AttentionWeights:
     def state_shapes(self) -> Shapes:
         """Return the shape of each state, without batch."""
         shape = (None, self.k_proj.sizes[0] // self.d_head, self.d_head)
-        return {"k": shape, "v": shape}
+        cache: Shapes = {"k": shape, "v": shape}
+        if self.conv_weight is None:
+            return cache
+        d_conv, channels = self.conv_weight.shape
+        return {"conv": (d_conv - 1, channels), **cache}
 
 
 @dataclass(frozen=True)
