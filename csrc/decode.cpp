@@ -37,16 +37,21 @@ Scratch scratch_of(const ls_decode *a) {
   };
   Scratch s;
   s.widest = a->d_model, s.n_wide = s.n_narrow = 1, s.n_choices = 0;
-  int64_t prepared = 0;
+  int64_t prepared = 0, streams = 0;
   for (int64_t l = 0; l < a->n_layers; ++l) {
     const Needs needs = visit(a->layers + l, [](const auto *weights) { return needs_of(weights); });
     more(&s.n_wide, needs.wide), more(&s.n_narrow, needs.narrow), more(&s.widest, needs.widest);
     more(&s.n_choices, needs.n_choices), more(&prepared, needs.prepared);
+    if (a->layers[l].reads != LS_RESIDUAL || a->layers[l].writes != LS_RESIDUAL) streams = 2;
   }
+  s.n_normed = (streams ? 2 : 1) * a->d_model;
+  more(&s.widest, s.n_normed);
   s.n_counters = 1 + (PHASES_OF_LAYER * a->n_layers + OTHER_PHASES) * (1 + a->threads);
   s.counters = (Counter *)take((int64_t)sizeof(Counter) * s.n_counters);
   s.residual = (float *)take(4 * rows * a->d_model);
-  s.normed = (float *)take(4 * rows * a->d_model * copies);
+  s.embedded = (float *)take(4 * rows * a->d_model * streams);
+  s.side = s.embedded + (streams ? rows * a->d_model : 0);
+  s.normed = (float *)take(4 * rows * s.n_normed * copies);
   s.gated = (float *)take(4 * rows * s.widest * copies);
   s.wide = (float *)take(4 * rows * s.n_wide);
   s.narrow = (float *)take(4 * rows * s.n_narrow);
@@ -81,6 +86,7 @@ void work(const Decode *d) {
     dequantize_row(&a->embedding, a->ids[row], x);
     if (a->embedding_scale != 1.0)
       for (int64_t i = 0; i < D; ++i) x[i] *= (float)a->embedding_scale;
+    if (s.n_normed > D) memcpy(s.embedded + row * D, x, sizeof(float) * (size_t)D);
   });
   for (int64_t l = 0; l < a->n_layers; ++l) {
     const ls_sublayer *layer = a->layers + l;
@@ -88,7 +94,7 @@ void work(const Decode *d) {
     if (l + 1 < a->n_layers) then = visit(layer + 1, [](const auto *weights) { return first_of(weights); });
     visit(layer, [&](const auto *weights) { advance(&me, layer, weights, then); });
   }
-  const ls_sublayer last = {0, 0, a->head_scale, 1.0, a->norm_f, nullptr};
+  const ls_sublayer last = {0, 0, LS_RESIDUAL, LS_RESIDUAL, a->head_scale, 1.0, a->norm_f, nullptr};
   me.begin(&last, &a->head);
   const Pieces vocabulary = pieces(a->head.n_out, 4 * UNITS * a->threads);
   me.phase(vocabulary.units, [&](int64_t unit) {

@@ -47,14 +47,15 @@ struct Choice {
 // Where a call keeps what is between the phases.
 struct Scratch {
   float *residual;         // (rows, d_model)
-  float *normed, *gated;   // (rows, d_model), (rows, widest): for every thread if the rows are few
+  float *embedded, *side;  // likewise, if a sublayer needs them
+  float *normed, *gated;   // (rows, n_normed), (rows, widest): for every thread if the rows are few
   float *wide, *narrow;    // of a sublayer: (rows, n_wide), (rows, n_narrow)
   float *dt, *y;           // (rows, widest)
   char *prepared;          // (rows, widest), for every thread if the rows are few
   Choice *chosen, *sorted;  // (rows, n_choices) by token and by expert
   int64_t *groups;          // of one expert in `sorted`: how many, where each begins, where the last one ends
   Counter *counters;       // the first counts the threads that have come
-  int64_t widest, n_wide, n_narrow, n_choices, prepared_size, n_counters, bytes;
+  int64_t widest, n_normed, n_wide, n_narrow, n_choices, prepared_size, n_counters, bytes;
 };
 
 // x / sqrt(mean(x^2) + eps) * weight; y may be x; without a weight it is 1.
@@ -72,7 +73,7 @@ struct Member {
 
   Pieces cut(int64_t n) const { return pieces(n, UNITS * a->threads); }
   int64_t mine(int64_t row) const { return (few ? id * rows : 0) + row; }
-  float *normed_row(int64_t row) const { return s->normed + mine(row) * a->d_model; }
+  float *normed_row(int64_t row) const { return s->normed + mine(row) * s->n_normed; }
   float *gated_row(int64_t row) const { return s->gated + mine(row) * s->widest; }
 
   // The first weights of this thread's run, if they are multiplied by in pieces like these.
@@ -145,9 +146,16 @@ struct Member {
   // Every sublayer begins with in_scale norm(residual), prepared for a matrix ...
   void begin(const ls_sublayer *layer, const ls_matrix *matrix) {
     prepare_rows(matrix, [&](int64_t row) -> const float * {
+      const int64_t D = a->d_model, width = layer->reads == LS_JOINED ? 2 * D : D;
       float *x = normed_row(row);
-      if (layer->norm) rms_norm(s->residual + row * a->d_model, layer->norm, (float)a->eps, a->d_model, x);
-      return scaled(x, layer->in_scale, a->d_model, row);
+      const float *from = (layer->reads == LS_SIDE ? s->side : s->residual) + row * D;
+      if (layer->norm && layer->reads == LS_JOINED) {
+        memcpy(x, from, sizeof(float) * (size_t)D);
+        memcpy(x + D, s->embedded + row * D, sizeof(float) * (size_t)D);
+        from = x;
+      }
+      if (layer->norm) rms_norm(from, layer->norm, (float)a->eps, width, x);
+      return scaled(x, layer->in_scale, width, row);
     });
   }
 
@@ -156,14 +164,23 @@ struct Member {
     return layer->in_scale == 1.0 ? normed_row(row) : gated_row(row);
   }
 
-  // ... and ends with residual += out_proj (out_scale row). `then` is the matrix that comes next.
+  // ... and ends with residual += out_proj (out_scale row), or writes to the side. `then` is the matrix that comes next.
   template <typename RowOf>
   void finish(const ls_sublayer *layer, const ls_matrix *out_proj, const ls_matrix *then, const RowOf &row_of) {
     prepare_rows(out_proj, [&](int64_t row) { return scaled(row_of(row), layer->out_scale, out_proj->n_in, row); });
     expect(then);
     const Pieces p = cut(a->d_model);
     phase(p.units, [&](int64_t unit) {
-      multiply(out_proj, s->residual, a->d_model, true, unit * p.size, end_of(p, unit));
+      const int64_t begin = unit * p.size, end = end_of(p, unit), D = a->d_model;
+      const size_t bytes = sizeof(float) * (size_t)(end - begin);
+      for (int64_t row = 0; layer->writes != LS_RESIDUAL && row < rows; ++row) {
+        float *side = s->side + row * D + begin;
+        if (layer->writes == LS_SUM)
+          memcpy(side, s->residual + row * D + begin, bytes);
+        else
+          memset(side, 0, bytes);
+      }
+      multiply(out_proj, layer->writes == LS_RESIDUAL ? s->residual : s->side, D, true, begin, end);
     });
   }
 

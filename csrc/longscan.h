@@ -137,7 +137,7 @@ typedef struct {
 } ls_matrix;
 
 // The sublayers of a model for decoding, each residual += out_scale f(in_scale norm(residual)); f by its kind. An absent
-// weight is null. States: see ls_state.
+// weight is null. States: see ls_state. A side stream carries what is not for the residual stream.
 enum { LS_MAMBA = 0, LS_MAMBA2 = 1, LS_ATTENTION = 2, LS_MLP = 3, LS_MAMBA3 = 4, LS_EXPERTS = 5 };
 
 // Mamba: conv and ssm. The bias of dt_proj enters the softplus.
@@ -177,19 +177,22 @@ typedef struct {
 // Causal attention with a KV cache: k, v and length, and conv if queries, keys and values pass through a convolution.
 // The first n_rotated numbers of a head turn, halves as pairs.
 typedef struct {
-  int64_t n_heads, n_kv_heads, d_head, n_rotated, d_conv;  // d_conv 0: there is no convolution
+  int64_t n_heads, n_kv_heads, d_head, n_rotated, d_conv, rank;  // d_conv 0: there is no convolution
   double scale, key_scale;
   ls_matrix q_proj, k_proj, v_proj, o_proj;  // of one format but for o_proj
+  ls_matrix adapters[6];                     // of q, k and v, if rank is not 0: into (rank), of that format, and out
   const float *frequencies;                  // (n_rotated / 2)
   const float *conv_weight, *conv_bias;      // (d_conv, channels of q, k and v), (channels)
 } ls_attention;
 
 // down_proj (act(gate_scale gate_proj x) * up_proj x), or down_proj act(up_proj x) without a gate.
-enum { LS_SILU = 0, LS_RELU2 = 1 };
+enum { LS_SILU = 0, LS_RELU2 = 1, LS_GELU = 2 };
 typedef struct {
-  int64_t activation, gated;
+  int64_t activation, gated, rank, has_after;
   double gate_scale;
   ls_matrix gate_proj, up_proj, down_proj;  // gate_proj and up_proj of one format
+  ls_matrix adapter[2];                     // of [gate; up], if rank is not 0: into (rank), of that format, and out
+  ls_matrix after;                          // maps the result, if has_after
 } ls_mlp;
 
 // The sum of w_e f_e(x) over a few of n_experts MLPs, as the router chooses them for each token; of equal scores the
@@ -203,8 +206,12 @@ typedef struct {
   const float *correction;                          // (n_experts) of the scores that choose, of LS_SIGMOID
 } ls_experts;
 
+// What a sublayer reads: the residual stream, that beside the embedded tokens (2 d_model), or the side stream; and what
+// it writes: residual += f, side = f or side = residual + f.
+enum { LS_RESIDUAL = 0, LS_JOINED = 1, LS_SIDE = 2, LS_SUM = 3 };
 typedef struct {
   int64_t kind, state;  // state: index among the states
+  int64_t reads, writes;
   double in_scale, out_scale;
   const float *norm;    // (d_model); null: the input is that of the sublayer before
   const void *weights;  // of the struct of this kind

@@ -125,6 +125,21 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             **{"d_latent": 33, "residual_multiplier": 0.7},
         },
     ),
+    "zamba2": (
+        "zamba2",
+        {
+            **{"d_model": 48, "pattern": "MZZMZ", "vocab_size": 61, "n_heads": 6, "d_ff": 50, "n_shared": 2},
+            **{"adapter_rank": 5, "attention_adapters": True, "rope_theta": 1e3, "d_ssm_head": 16},
+            **{"d_state": 16, "n_kv_heads": 3, "bias": True},
+        },
+    ),
+    "zamba2-plain": (
+        "zamba2",
+        {
+            **{"d_model": 64, "pattern": "ZMZ", "vocab_size": 61, "n_heads": 4, "d_ff": 96},
+            **{"adapter_rank": 32, "d_ssm_head": 32, "d_state": 16, "tie_embeddings": False},
+        },
+    ),
     "jamba": (
         "hybrid",
         {

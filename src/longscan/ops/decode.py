@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,12 +32,16 @@ def decodes() -> bool:
 class Sublayer(NamedTuple):
     """One term of the residual stream: residual += out_scale f(in_scale norm(residual)).
 
+    A side stream carries what does not enter the residual stream.
+
     Attributes:
         weights: of f.
         layer: index of the layer whose state it has.
         norm: (d_model,), or None where the input is that of the sublayer before.
         in_scale: of the input.
         out_scale: of the output; 1 where the last projection has a bias.
+        reads: the residual stream, that joined with the embedded tokens (attention only), or the side stream.
+        writes: residual += f, side = f, or side = residual + f ("sum").
     """
 
     weights: Weights
@@ -45,6 +49,8 @@ class Sublayer(NamedTuple):
     norm: Tensor | None
     in_scale: float = 1.0
     out_scale: float = 1.0
+    reads: Literal["residual", "joined", "side"] = "residual"
+    writes: Literal["residual", "side", "sum"] = "residual"
 
 
 class Stack:
@@ -78,15 +84,16 @@ class Stack:
         d_model = norm.shape[0]
         packed = [sublayer.weights.pack(d_model) for sublayer in sublayers]
         scaled = any(s.out_scale != 1 and s.weights.last.bias is not None for s in sublayers)
-        if None in packed or scaled or {head.sizes[1], embedding.sizes[1]} != {d_model}:
+        wide = any((s.reads == "joined") != _doubled(s.weights, d_model) for s in sublayers)
+        if None in packed or scaled or wide or {head.sizes[1], embedding.sizes[1]} != {d_model}:
             raise ValueError("the native decoder does not support these shapes")
         self._weights = [weights for weights in packed if weights is not None]
         self._shapes = {s.layer: s.weights.state_shapes() for s in sublayers}
         for sublayer in sublayers:  # several sublayers may share the state of one layer
             self._shapes[sublayer.layer] = self._shapes[sublayer.layer] | sublayer.weights.state_shapes()
         self._layers = b"".join(
-            struct.pack("2q2d2q", s.weights.kind, s.layer, s.in_scale, s.out_scale, pointer, address)
-            for s, pointer, address in zip(
+            struct.pack("4q2d2q", s.weights.kind, s.layer, *_streams(s), s.in_scale, s.out_scale, *pointers)
+            for s, *pointers in zip(
                 sublayers,
                 (_native.pointer(s.norm) for s in sublayers),
                 map(_native.address, self._weights),
@@ -170,3 +177,14 @@ class States(NamedTuple):
     records: bytes
     n_layers: int
     lengths: list[Tensor]
+
+
+def _streams(sublayer: Sublayer) -> tuple[int, int]:
+    """Return the library's numbers for what a sublayer reads and writes."""
+    numbers = {"residual": 0, "joined": 1, "side": 2, "sum": 3}
+    return numbers[sublayer.reads], numbers[sublayer.writes]
+
+
+def _doubled(weights: Weights, d_model: int) -> bool:
+    """Return whether a sublayer has inputs of another width than d_model."""
+    return isinstance(weights, AttentionWeights) and weights.d_input != d_model

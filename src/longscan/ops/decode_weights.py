@@ -59,6 +59,16 @@ class Matrix(NamedTuple):
         """Its first field."""
         return self.fields[0]
 
+    @property
+    def halves(self) -> tuple[Matrix, Matrix]:
+        """The first and the second half of the rows."""
+        half = self.sizes[0] // 2
+        first, second = (
+            Matrix(self.weight[rows], *(None if t is None else t[rows] for t in self[1:]))
+            for rows in (slice(half), slice(half, None))
+        )
+        return first, second
+
 
 @dataclass(frozen=True)
 class AttentionWeights:
@@ -76,6 +86,8 @@ class AttentionWeights:
         conv_weight: (d_conv, (n_heads + 2 n_kv_heads) d_head) of the convolution that queries, keys and
             values pass through, oldest tap first; None: there is none.
         conv_bias: one per channel, or None.
+        adapters: of queries, keys and values: (rank, d_input), of the format of q_proj, and (n_out, rank),
+            whose product is added to each projection; or none. Not beside a convolution.
     """
 
     q_proj: Matrix
@@ -88,27 +100,47 @@ class AttentionWeights:
     frequencies: Tensor | None = None
     conv_weight: Tensor | None = None
     conv_bias: Tensor | None = None
+    adapters: tuple[tuple[Matrix, Matrix], ...] = ()
 
     kind: ClassVar[int] = 2
 
+    @property
+    def d_input(self) -> int:
+        """Width of the input: d_model, or twice that beside the embedded tokens."""
+        return self.q_proj.sizes[1]
+
     def pack(self, d_model: int) -> bytes | None:
         """Return the C struct ``ls_attention``; None if the shapes do not fit, as after pruning."""
-        d_q, d_kv = self.q_proj.sizes[0], self.k_proj.sizes[0]
+        low = tuple(matrix for pair in self.adapters for matrix in pair)
         matrices = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
-        expected = ((d_q, d_model), (d_kv, d_model), (d_kv, d_model), (d_model, d_q))
-        if sizes_of(matrices) != expected or d_q % self.d_head or d_kv % self.d_head or d_q % d_kv:
-            return None
-        if len({matrix.format for matrix in matrices[:3]}) > 1:  # they share their prepared inputs
-            return None
+        if not self._fits(d_model, low) or len({m.format for m in (*matrices[:3], *low[::2])}) > 1:
+            return None  # one prepared input is for matrices of one format
+        d_q, d_kv = self.q_proj.sizes[0], self.k_proj.sizes[0]
         d_conv = 0 if self.conv_weight is None else self.conv_weight.shape[0]
-        if d_conv > MAX_CONV or (
-            self.conv_weight is not None and self.conv_weight.shape[1] != d_q + 2 * d_kv
-        ):
-            return None
+        rank = low[0].sizes[0] if low else 0
         rotated = 0 if self.frequencies is None else 2 * len(self.frequencies)
-        sizes = (d_q // self.d_head, d_kv // self.d_head, self.d_head, rotated, d_conv)
+        sizes = (d_q // self.d_head, d_kv // self.d_head, self.d_head, rotated, d_conv, rank)
+        numbers = (*sizes, float(self.scale), float(self.key_scale))
         ends = (self.frequencies, self.conv_weight, self.conv_bias)
-        return pack_struct((*sizes, float(self.scale), float(self.key_scale)), matrices, ends)
+        return pack_struct(numbers, (*matrices, *(low or (self.q_proj,) * 6)), ends)
+
+    def _fits(self, d_model: int, low: tuple[Matrix, ...]) -> bool:
+        """Return whether the shapes are those of attention, low being the matrices of the adapters."""
+        d_q, d_kv, d_input = self.q_proj.sizes[0], self.k_proj.sizes[0], self.d_input
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        expected = ((d_q, d_input), (d_kv, d_input), (d_kv, d_input), (d_model, d_q))
+        heads = d_q % self.d_head == d_kv % self.d_head == d_q % d_kv == 0
+        if d_input not in (d_model, 2 * d_model) or sizes_of(projections) != expected or not heads:
+            return False
+        if low:
+            rank = low[0].sizes[0]
+            pairs = (((rank, d_input), (n_out, rank)) for n_out in (d_q, d_kv, d_kv))
+            return self.conv_weight is None and sizes_of(low) == tuple(
+                size for pair in pairs for size in pair
+            )
+        if self.conv_weight is None:
+            return True
+        return self.conv_weight.shape[0] <= MAX_CONV and self.conv_weight.shape[1] == d_q + 2 * d_kv
 
     @property
     def last(self) -> Matrix:
@@ -135,13 +167,18 @@ class MLPWeights:
         down_proj: (d_model, d_ff).
         activation: of the gate, or of up_proj where there is none.
         gate_scale: of the gate, before the activation.
+        adapter: (rank, d_model), of the format of gate_proj, and (2 d_ff, rank), whose product is added to
+            gate and up; or None.
+        after: (d_model, d_model) maps the result; or None.
     """
 
     gate_proj: Matrix | None
     up_proj: Matrix
     down_proj: Matrix
-    activation: Literal["silu", "relu2"] = "silu"
+    activation: Literal["silu", "relu2", "gelu"] = "silu"
     gate_scale: float = 1.0
+    adapter: tuple[Matrix, Matrix] | None = None
+    after: Matrix | None = None
 
     kind: ClassVar[int] = 3
 
@@ -151,15 +188,22 @@ class MLPWeights:
         matrices = (gate, self.up_proj, self.down_proj)
         if sizes_of(matrices) != ((d_ff, d_model), (d_ff, d_model), (d_model, d_ff)):
             return None
-        if gate.format != self.up_proj.format:  # they share their prepared inputs
+        rank = self.adapter[0].sizes[0] if self.adapter else 0
+        low = self.adapter or (gate, gate)
+        if self.adapter and (self.gate_proj is None or sizes_of(low) != ((rank, d_model), (2 * d_ff, rank))):
             return None
-        flags = (int(self.activation == "relu2"), int(self.gate_proj is not None))
-        return pack_struct((*flags, float(self.gate_scale)), matrices, ())
+        if len({gate.format, self.up_proj.format, low[0].format}) > 1:  # they share their prepared inputs
+            return None
+        if self.after is not None and self.after.sizes != (d_model, d_model):
+            return None
+        activation = ("silu", "relu2", "gelu").index(self.activation)
+        flags = (activation, int(self.gate_proj is not None), rank, int(self.after is not None))
+        return pack_struct((*flags, float(self.gate_scale)), (*matrices, *low, self.after or gate), ())
 
     @property
     def last(self) -> Matrix:
         """The projection at the end."""
-        return self.down_proj
+        return self.after or self.down_proj
 
     def state_shapes(self) -> Shapes:
         """Return nothing: an MLP has no state."""
@@ -215,7 +259,9 @@ class ExpertsWeights:
         latent = self.latent or (Matrix(router.weight),) * 2
         d_latent = latent[0].sizes[0] if self.latent else 0
         experts = [expert.pack(d_latent or d_model) for expert in self.experts]
-        if None in experts or len({(e.up_proj.format, e.up_proj.sizes) for e in self.experts}) > 1:
+        if None in experts or any(e.adapter or e.after for e in self.experts):
+            return None
+        if len({(e.up_proj.format, e.up_proj.sizes) for e in self.experts}) > 1:
             return None
         if router.weight.shape != (n, d_model) or any(e.down_proj.bias is not None for e in self.experts):
             return None

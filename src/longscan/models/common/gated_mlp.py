@@ -58,11 +58,7 @@ class GatedMLP(nn.Module):
         both, down = matrix(self.fc1), matrix(self.fc2)
         if both is None or down is None:
             return None
-        half = both.sizes[0] // 2
-        up, gate = (
-            ops.Matrix(*(None if tensor is None else tensor[rows] for tensor in both))  # type: ignore[arg-type]
-            for rows in (slice(half), slice(half, None))
-        )
+        up, gate = both.halves
         return [ops.Sublayer(ops.MLPWeights(gate, up, down), layer, norm)]
 
 

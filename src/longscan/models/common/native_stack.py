@@ -45,7 +45,7 @@ def stack_of(model: Any, kinds: tuple[type[nn.Module], ...]) -> tuple[ops.Stack,
     embedding = matrix(body.embedding)
     head = embedding if model.lm_head is None else matrix(model.lm_head)
     norms = [body.norm_f, *(m for block in body.layers for m in block.children() if type(m) is RMSNorm)]
-    found = [block.native(index) for index, block in enumerate(body.layers)]
+    found = body.native()
     if embedding is None or head is None or None in found or len({norm.eps for norm in norms}) > 1:
         return None
     width = (model.config.d_model,)

@@ -1,4 +1,4 @@
-"""Mamba-3 and experts in the native decoder: ties, few rows, what is changed or not supported."""
+"""Mamba-3, experts and Zamba2 in the native decoder: ties, few rows, what is changed or not supported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def stepped(model: LanguageModel, ids: Tensor) -> Tensor:
     return torch.stack([model.step(column, state)[0] for column in ids.unbind(1)], 1)
 
 
-@pytest.mark.parametrize("shape", ["mamba3-mimo-odd", "granite-experts", "nemotron-latent"])
+@pytest.mark.parametrize("shape", ["mamba3-mimo-odd", "granite-experts", "nemotron-latent", "zamba2"])
 def test_few_rows_on_many_threads_change_no_bit(shape: str) -> None:
     """Every thread prepares a few rows for itself, which is another path than that of many rows."""
     model, before, found = build(shape), torch.get_num_threads(), []
@@ -124,6 +124,13 @@ CHANGES: dict[str, tuple[str, Callable[[LanguageModel], None]]] = {
     "the forward of an expert": ("granite-experts", doubled(f"{MLP}.experts.4")),
     "an expert's bias at the end": ("granite-experts", biased(f"{MLP}.experts.2.down_proj")),
     "an expert's bias inside": ("granite-experts", biased(f"{MLP}.experts.2.up_proj")),
+    "an adapter of keys": ("zamba2", halve(f"{MIXER}.adapters.1.0.weight")),
+    "an adapter's bias": ("zamba2", biased(f"{MIXER}.adapters.1.0")),
+    "another bias of an adapter": ("zamba2", biased(f"{MIXER}.gate_up_adapter.1")),
+    "the forward of an adapter": ("zamba2", doubled(f"{MIXER}.gate_up_adapter")),
+    "the way into Mamba-2": ("zamba2", halve(f"{MIXER}.linear.weight")),
+    "a norm of the shared block": ("zamba2", halve("backbone.shared.1.input_layernorm.weight")),
+    "the eps of the shared block": ("zamba2", other_eps("backbone.shared.1.pre_ff_layernorm")),
     "the shared expert": ("granite-experts", halve(f"{MLP}.shared.up_proj.weight")),
 }
 
