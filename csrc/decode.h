@@ -216,8 +216,8 @@ void activate(const ls_mlp *mlp, float *up, const float *gate, float scale, int6
 // The experts' MLPs, behind the struct itself.
 inline const ls_mlp *experts_of(const ls_experts *l) { return (const ls_mlp *)(l + 1); }
 
-// The causal convolution of channels [begin, end) of one sequence, in place, with SiLU or without: x (steps, stride) with `channels`
-// numbers a row, past (d_conv - 1, channels), weight (d_conv, channels).
+// The causal convolution of channels [begin, end) of one sequence, in place, with SiLU or without: x (steps, stride)
+// with `channels` numbers a row, past (d_conv - 1, channels), weight (d_conv, channels).
 struct Convolution {
   const float *weight, *bias;
   int64_t channels, d_conv;

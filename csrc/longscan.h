@@ -165,13 +165,13 @@ typedef struct {
 enum { LS_MAX_RANK = 16 };
 typedef struct {
   int64_t n_heads, d_head, n_groups, d_state, rank, n_angles;
-  int64_t A_softplus;        // else the heavy tail
+  int64_t A_softplus;          // else the heavy tail
   double eps, y_eps, A_floor;  // eps of the norms of B and C, and of that of y
   ls_matrix in_proj, out_proj;
-  const float *dt_bias, *D;                 // (n_heads)
-  const float *B_bias, *C_bias;             // (n_heads, rank, d_state)
-  const float *B_norm, *C_norm, *norm;      // (d_state) twice; (n_heads d_head), null: y has no norm
-  const float *mimo_x, *mimo_z, *mimo_o;    // (n_heads, rank, d_head); null: rank is 1, and pairs that turn are adjacent
+  const float *dt_bias, *D;               // (n_heads)
+  const float *B_bias, *C_bias;           // (n_heads, rank, d_state)
+  const float *B_norm, *C_norm, *norm;    // (d_state) twice; (n_heads d_head), null: y has no norm
+  const float *mimo_x, *mimo_z, *mimo_o;  // (n_heads, rank, d_head); null: rank is 1, and pairs that turn are adjacent
 } ls_mamba3;
 
 // Causal attention with a KV cache: k, v and length, and conv if queries, keys and values pass through a convolution.
@@ -201,9 +201,9 @@ typedef struct {
 enum { LS_TOPK_SOFTMAX = 0, LS_SOFTMAX_TOPK = 1, LS_SIGMOID = 2 };
 typedef struct {
   int64_t n_experts, n_active, router_kind, n_groups, n_active_groups, normalize, d_latent;
-  double scale;                                     // of the weights, of LS_SIGMOID
-  ls_matrix router, to_latent, from_latent;         // float32; (d_latent, d_model) and back, if d_latent is not 0
-  const float *correction;                          // (n_experts) of the scores that choose, of LS_SIGMOID
+  double scale;                              // of the weights, of LS_SIGMOID
+  ls_matrix router, to_latent, from_latent;  // float32; (d_latent, d_model) and back, if d_latent is not 0
+  const float *correction;                   // (n_experts) of the scores that choose, of LS_SIGMOID
 } ls_experts;
 
 // What a sublayer reads: the residual stream, that beside the embedded tokens (2 d_model), or the side stream; and what

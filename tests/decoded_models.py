@@ -60,7 +60,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **{"d_model": 64, "pattern": "-M*MM-", "vocab_size": 61, "n_heads": 4, "feed_forward": "relu2"},
             **{"d_ssm": 96, "d_ssm_head": 16, "n_ssm_groups": 3, "d_state": 16, "d_ff": 100},
-            **{"feed_forward_bias": True, "attention_bias": True},
+            **{"feed_forward_bias": True, "attention_bias": True, "residual_in_fp32": False},
         },
     ),
     "bamba": (

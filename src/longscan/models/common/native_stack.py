@@ -40,8 +40,8 @@ def stack_of(model: Any, kinds: tuple[type[nn.Module], ...]) -> tuple[ops.Stack,
         copied: the parameters it holds in another form.
     """
     body = model.backbone
-    if not (usual(model, (*SHARED, *kinds)) and body.residual_in_fp32 and ops.decodes()):
-        return None
+    if not (usual(model, (*SHARED, *kinds)) and ops.decodes()):
+        return None  # below, embedded tokens and weights are float32, and so is the residual stream
     embedding = matrix(body.embedding)
     head = embedding if model.lm_head is None else matrix(model.lm_head)
     norms = [body.norm_f, *(m for block in body.layers for m in block.children() if type(m) is RMSNorm)]
