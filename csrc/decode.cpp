@@ -4,22 +4,26 @@
 namespace LS_ISA {
 namespace {
 
-constexpr int64_t PHASES_OF_LAYER = 9, OTHER_PHASES = 3;
+constexpr int64_t PHASES_OF_LAYER = 12, OTHER_PHASES = 3;
 
 template <typename Body>
 auto visit(const ls_sublayer *layer, const Body &body) {
   switch (layer->kind) {
     case LS_MAMBA: return body((const ls_mamba *)layer->weights);
     case LS_MAMBA2: return body((const ls_mamba2 *)layer->weights);
+    case LS_MAMBA3: return body((const ls_mamba3 *)layer->weights);
     case LS_ATTENTION: return body((const ls_attention *)layer->weights);
+    case LS_EXPERTS: return body((const ls_experts *)layer->weights);
     default: return body((const ls_mlp *)layer->weights);
   }
 }
 
 const ls_matrix *first_of(const ls_mamba *l) { return &l->in_proj; }
 const ls_matrix *first_of(const ls_mamba2 *l) { return &l->in_proj; }
+const ls_matrix *first_of(const ls_mamba3 *l) { return &l->in_proj; }
 const ls_matrix *first_of(const ls_attention *l) { return &l->q_proj; }
 const ls_matrix *first_of(const ls_mlp *l) { return l->gated ? &l->gate_proj : &l->up_proj; }
+const ls_matrix *first_of(const ls_experts *l) { return &l->router; }
 
 void more(int64_t *most, int64_t value) { *most = value > *most ? value : *most; }
 
@@ -32,22 +36,33 @@ Scratch scratch_of(const ls_decode *a) {
     return where;
   };
   Scratch s;
-  s.widest = a->d_model, s.n_wide = s.n_narrow = 1;
+  s.widest = a->d_model, s.n_wide = s.n_narrow = 1, s.n_choices = 0;
+  int64_t prepared = 0, streams = 0;
   for (int64_t l = 0; l < a->n_layers; ++l) {
     const Needs needs = visit(a->layers + l, [](const auto *weights) { return needs_of(weights); });
     more(&s.n_wide, needs.wide), more(&s.n_narrow, needs.narrow), more(&s.widest, needs.widest);
+    more(&s.n_choices, needs.n_choices), more(&prepared, needs.prepared);
+    if (a->layers[l].reads != LS_RESIDUAL || a->layers[l].writes != LS_RESIDUAL) streams = 2;
   }
+  s.n_normed = (streams ? 2 : 1) * a->d_model;
+  more(&s.widest, s.n_normed);
   s.n_counters = 1 + (PHASES_OF_LAYER * a->n_layers + OTHER_PHASES) * (1 + a->threads);
   s.counters = (Counter *)take((int64_t)sizeof(Counter) * s.n_counters);
   s.residual = (float *)take(4 * rows * a->d_model);
-  s.normed = (float *)take(4 * rows * a->d_model * copies);
+  s.embedded = (float *)take(4 * rows * a->d_model * streams);
+  s.side = s.embedded + (streams ? rows * a->d_model : 0);
+  s.normed = (float *)take(4 * rows * s.n_normed * copies);
   s.gated = (float *)take(4 * rows * s.widest * copies);
   s.wide = (float *)take(4 * rows * s.n_wide);
   s.narrow = (float *)take(4 * rows * s.n_narrow);
   s.dt = (float *)take(4 * rows * s.widest);
   s.y = (float *)take(4 * rows * s.widest);
-  s.prepared_size = rows * prepared_bytes(s.widest);
+  more(&prepared, prepared_bytes(s.widest));
+  s.prepared_size = rows * prepared;
   s.prepared = take(s.prepared_size * copies);
+  s.chosen = (Choice *)take((int64_t)sizeof(Choice) * rows * s.n_choices);
+  s.sorted = (Choice *)take((int64_t)sizeof(Choice) * rows * s.n_choices);
+  s.groups = (int64_t *)take(8 * (rows * s.n_choices + 2));
   s.bytes = at;
   return s;
 }
@@ -71,6 +86,7 @@ void work(const Decode *d) {
     dequantize_row(&a->embedding, a->ids[row], x);
     if (a->embedding_scale != 1.0)
       for (int64_t i = 0; i < D; ++i) x[i] *= (float)a->embedding_scale;
+    if (s.n_normed > D) memcpy(s.embedded + row * D, x, sizeof(float) * (size_t)D);
   });
   for (int64_t l = 0; l < a->n_layers; ++l) {
     const ls_sublayer *layer = a->layers + l;
@@ -78,7 +94,7 @@ void work(const Decode *d) {
     if (l + 1 < a->n_layers) then = visit(layer + 1, [](const auto *weights) { return first_of(weights); });
     visit(layer, [&](const auto *weights) { advance(&me, layer, weights, then); });
   }
-  const ls_sublayer last = {0, 0, a->head_scale, 1.0, a->norm_f, nullptr};
+  const ls_sublayer last = {0, 0, LS_RESIDUAL, LS_RESIDUAL, a->head_scale, 1.0, a->norm_f, nullptr};
   me.begin(&last, &a->head);
   const Pieces vocabulary = pieces(a->head.n_out, 4 * UNITS * a->threads);
   me.phase(vocabulary.units, [&](int64_t unit) {
@@ -118,7 +134,7 @@ void convolve(const Convolution *conv, float *x, int64_t stride, int64_t steps, 
       window[K - 1] = load_n(at, lanes);
       vec y = bias;
       for (int64_t k = 0; k < K; ++k) y += taps[k] * window[k];
-      store_n(at, y * sigmoid(y), lanes);
+      store_n(at, conv->silu ? y * sigmoid(y) : y, lanes);
       for (int64_t k = 0; k + 1 < K; ++k) window[k] = window[k + 1];
     }
     for (int64_t k = 0; k + 1 < K; ++k) store_n(past + k * E + c, window[k], lanes);

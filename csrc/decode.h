@@ -38,15 +38,24 @@ LS_INLINE int64_t end_of(const Pieces &p, int64_t unit) {
 // [begin, end) of the units of a thread's run.
 LS_INLINE int64_t run_begin(int64_t units, int64_t threads, int64_t id) { return units * id / threads; }
 
+// An expert that a token passes through, and its weight.
+struct Choice {
+  int64_t expert, row;
+  float weight;
+};
+
 // Where a call keeps what is between the phases.
 struct Scratch {
   float *residual;         // (rows, d_model)
-  float *normed, *gated;   // (rows, d_model), (rows, widest): for every thread if the rows are few
+  float *embedded, *side;  // likewise, if a sublayer needs them
+  float *normed, *gated;   // (rows, n_normed), (rows, widest): for every thread if the rows are few
   float *wide, *narrow;    // of a sublayer: (rows, n_wide), (rows, n_narrow)
   float *dt, *y;           // (rows, widest)
   char *prepared;          // (rows, widest), for every thread if the rows are few
+  Choice *chosen, *sorted;  // (rows, n_choices) by token and by expert
+  int64_t *groups;          // of one expert in `sorted`: how many, where each begins, where the last one ends
   Counter *counters;       // the first counts the threads that have come
-  int64_t widest, n_wide, n_narrow, prepared_size, n_counters, bytes;
+  int64_t widest, n_normed, n_wide, n_narrow, n_choices, prepared_size, n_counters, bytes;
 };
 
 // x / sqrt(mean(x^2) + eps) * weight; y may be x; without a weight it is 1.
@@ -64,7 +73,7 @@ struct Member {
 
   Pieces cut(int64_t n) const { return pieces(n, UNITS * a->threads); }
   int64_t mine(int64_t row) const { return (few ? id * rows : 0) + row; }
-  float *normed_row(int64_t row) const { return s->normed + mine(row) * a->d_model; }
+  float *normed_row(int64_t row) const { return s->normed + mine(row) * s->n_normed; }
   float *gated_row(int64_t row) const { return s->gated + mine(row) * s->widest; }
 
   // The first weights of this thread's run, if they are multiplied by in pieces like these.
@@ -112,35 +121,66 @@ struct Member {
 
   template <typename RowOf>
   void prepare_rows(const ls_matrix *matrix, const RowOf &row_of) {
-    const int64_t size = prepared_bytes(matrix->n_in);
+    prepare_each(rows, [&](int64_t) { return matrix; }, row_of);
+  }
+  // The same for n rows, each of a matrix of its own, with as many inputs.
+  template <typename MatrixOf, typename RowOf>
+  void prepare_each(int64_t n, const MatrixOf &matrix_of, const RowOf &row_of) {
+    const int64_t size = prepared_bytes(matrix_of(0)->n_in);
     if (few)
-      for (int64_t row = 0; row < rows; ++row) prepare(matrix, row_of(row), ready + row * size);
+      for (int64_t row = 0; row < n; ++row) prepare(matrix_of(row), row_of(row), ready + row * size);
     else
-      phase(rows, [&](int64_t row) { prepare(matrix, row_of(row), ready + row * size); });
+      phase(n, [&](int64_t row) { prepare(matrix_of(row), row_of(row), ready + row * size); });
   }
 
   void multiply(const ls_matrix *matrix, float *y, int64_t stride, bool add, int64_t first, int64_t last) const {
     const Product product = {matrix, ready, rows, y, stride, add};
     outputs(&product, first, last);
   }
+  // Of one prepared row alone.
+  void multiply_row(const ls_matrix *matrix, int64_t row, float *y, bool add, int64_t first, int64_t last) const {
+    const Product product = {matrix, ready + row * prepared_bytes(matrix->n_in), 1, y, 0, add};
+    outputs(&product, first, last);
+  }
 
   // Every sublayer begins with in_scale norm(residual), prepared for a matrix ...
   void begin(const ls_sublayer *layer, const ls_matrix *matrix) {
     prepare_rows(matrix, [&](int64_t row) -> const float * {
+      const int64_t D = a->d_model, width = layer->reads == LS_JOINED ? 2 * D : D;
       float *x = normed_row(row);
-      if (layer->norm) rms_norm(s->residual + row * a->d_model, layer->norm, (float)a->eps, a->d_model, x);
-      return scaled(x, layer->in_scale, a->d_model, row);
+      const float *from = (layer->reads == LS_SIDE ? s->side : s->residual) + row * D;
+      if (layer->norm && layer->reads == LS_JOINED) {
+        memcpy(x, from, sizeof(float) * (size_t)D);
+        memcpy(x + D, s->embedded + row * D, sizeof(float) * (size_t)D);
+        from = x;
+      }
+      if (layer->norm) rms_norm(from, layer->norm, (float)a->eps, width, x);
+      return scaled(x, layer->in_scale, width, row);
     });
   }
 
-  // ... and ends with residual += out_proj (out_scale row). `then` is the matrix that comes next.
+  // ... which is still there while the sublayer scales nothing else ...
+  const float *input_row(const ls_sublayer *layer, int64_t row) const {
+    return layer->in_scale == 1.0 ? normed_row(row) : gated_row(row);
+  }
+
+  // ... and ends with residual += out_proj (out_scale row), or writes to the side. `then` is the matrix that comes next.
   template <typename RowOf>
   void finish(const ls_sublayer *layer, const ls_matrix *out_proj, const ls_matrix *then, const RowOf &row_of) {
     prepare_rows(out_proj, [&](int64_t row) { return scaled(row_of(row), layer->out_scale, out_proj->n_in, row); });
     expect(then);
     const Pieces p = cut(a->d_model);
     phase(p.units, [&](int64_t unit) {
-      multiply(out_proj, s->residual, a->d_model, true, unit * p.size, end_of(p, unit));
+      const int64_t begin = unit * p.size, end = end_of(p, unit), D = a->d_model;
+      const size_t bytes = sizeof(float) * (size_t)(end - begin);
+      for (int64_t row = 0; layer->writes != LS_RESIDUAL && row < rows; ++row) {
+        float *side = s->side + row * D + begin;
+        if (layer->writes == LS_SUM)
+          memcpy(side, s->residual + row * D + begin, bytes);
+        else
+          memset(side, 0, bytes);
+      }
+      multiply(out_proj, layer->writes == LS_RESIDUAL ? s->residual : s->side, D, true, begin, end);
     });
   }
 
@@ -153,24 +193,35 @@ struct Member {
   }
 };
 
-// The sublayers; each in decode_<kind>.cpp, with the floats of a row that it needs.
+// The sublayers; each in decode_<kind>.cpp, with the floats of a row that it needs, its choices of experts and the
+// bytes of prepared rows, if they are more than one that is as wide as the widest.
 struct Needs {
-  int64_t wide, narrow, widest;
+  int64_t wide, narrow, widest, n_choices = 0, prepared = 0;
 };
 Needs needs_of(const ls_mamba *);
 Needs needs_of(const ls_mamba2 *);
 Needs needs_of(const ls_attention *);
 Needs needs_of(const ls_mlp *);
+Needs needs_of(const ls_mamba3 *);
+Needs needs_of(const ls_experts *);
 void advance(Member *, const ls_sublayer *, const ls_mamba *, const ls_matrix *then);
 void advance(Member *, const ls_sublayer *, const ls_mamba2 *, const ls_matrix *then);
 void advance(Member *, const ls_sublayer *, const ls_attention *, const ls_matrix *then);
 void advance(Member *, const ls_sublayer *, const ls_mlp *, const ls_matrix *then);
+void advance(Member *, const ls_sublayer *, const ls_mamba3 *, const ls_matrix *then);
+void advance(Member *, const ls_sublayer *, const ls_experts *, const ls_matrix *then);
 
-// The causal convolution and SiLU of channels [begin, end) of one sequence, in place: x (steps, stride) with `channels`
-// numbers a row, past (d_conv - 1, channels), weight (d_conv, channels).
+// up = scale act(gate) up of an MLP's hidden channels [begin, end), or scale act(up) without a gate.
+void activate(const ls_mlp *mlp, float *up, const float *gate, float scale, int64_t begin, int64_t end);
+// The experts' MLPs, behind the struct itself.
+inline const ls_mlp *experts_of(const ls_experts *l) { return (const ls_mlp *)(l + 1); }
+
+// The causal convolution of channels [begin, end) of one sequence, in place, with SiLU or without: x (steps, stride)
+// with `channels` numbers a row, past (d_conv - 1, channels), weight (d_conv, channels).
 struct Convolution {
   const float *weight, *bias;
   int64_t channels, d_conv;
+  bool silu;
 };
 void convolve(const Convolution *c, float *x, int64_t stride, int64_t steps, float *past, int64_t begin, int64_t end);
 

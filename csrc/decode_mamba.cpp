@@ -130,7 +130,7 @@ void advance(Member *me, const ls_sublayer *sublayer, const ls_mamba *layer, con
   const ls_state *state = a->states + sublayer->state;
   const int64_t E = layer->d_inner, N = layer->d_state, K = layer->d_conv, width = layer->dt_rank + 2 * N;
   const Pieces channels = me->cut(E), narrow = me->cut(width);
-  const Convolution conv = {layer->conv_weight, layer->conv_bias, E, K};
+  const Convolution conv = {layer->conv_weight, layer->conv_bias, E, K, true};
 
   me->begin(sublayer, &layer->in_proj);
   me->expect(&layer->x_proj);
@@ -172,7 +172,7 @@ void advance(Member *me, const ls_sublayer *sublayer, const ls_mamba2 *layer, co
   const int64_t H = layer->n_heads, E = H * layer->d_head, N = layer->d_state, K = layer->d_conv;
   const int64_t width = layer->in_proj.n_out, channels = E + 2 * layer->n_groups * N;
   const Pieces p = me->cut(width);
-  const Convolution conv = {layer->conv_weight, layer->conv_bias, channels, K};
+  const Convolution conv = {layer->conv_weight, layer->conv_bias, channels, K, true};
 
   me->begin(sublayer, &layer->in_proj);
   me->expect(&layer->out_proj);

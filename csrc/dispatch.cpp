@@ -148,26 +148,60 @@ static bool bad(const ls_mamba2 *l, int64_t d_model) {
          wrong(&l->in_proj, 2 * E + 2 * l->n_groups * l->d_state + l->n_heads, d_model) ||
          wrong(&l->out_proj, d_model, E);
 }
-static bool bad(const ls_attention *l, int64_t d_model) {
+static bool bad(const ls_mamba3 *l, int64_t d_model) {
+  const int64_t E = l->n_heads * l->d_head, BC = l->rank * l->n_groups * l->d_state;
+  return l->d_state < 1 || l->d_state > LS_MAX_STATE || l->d_head < 1 || l->d_head > LS_SSD_MAX_HEAD || l->rank < 1 ||
+         l->rank > (l->mimo_x ? LS_MAX_RANK : 1) || l->n_groups < 1 || l->n_heads % l->n_groups || l->n_angles < 0 ||
+         2 * l->n_angles > l->d_state || wrong(&l->in_proj, 2 * E + 2 * BC + 3 * l->n_heads + l->n_angles, d_model) ||
+         wrong(&l->out_proj, d_model, E);
+}
+static bool bad(const ls_attention *l, int64_t d_input, int64_t d_model) {
   const int64_t kv = l->n_kv_heads * l->d_head;
+  for (int64_t i = 0; l->rank && i < 6; i += 2)
+    if (wrong(l->adapters + i, l->rank, d_input) || wrong(l->adapters + i + 1, i ? kv : l->n_heads * l->d_head, l->rank))
+      return true;
   return l->n_kv_heads < 1 || l->n_heads % l->n_kv_heads || l->n_rotated % 2 || l->n_rotated > l->d_head ||
-         wrong(&l->q_proj, l->n_heads * l->d_head, d_model) || wrong(&l->k_proj, kv, d_model) ||
-         wrong(&l->v_proj, kv, d_model) || wrong(&l->o_proj, d_model, l->n_heads * l->d_head);
+         l->d_conv < 0 || l->d_conv > LS_MAX_CONV || l->rank < 0 || (l->rank && l->d_conv) ||
+         wrong(&l->q_proj, l->n_heads * l->d_head, d_input) || wrong(&l->k_proj, kv, d_input) ||
+         wrong(&l->v_proj, kv, d_input) || wrong(&l->o_proj, d_model, l->n_heads * l->d_head);
 }
 static bool bad(const ls_mlp *l, int64_t d_model) {
   return (l->gated && wrong(&l->gate_proj, l->up_proj.n_out, d_model)) ||
-         wrong(&l->up_proj, l->up_proj.n_out, d_model) || wrong(&l->down_proj, d_model, l->up_proj.n_out);
+         wrong(&l->up_proj, l->up_proj.n_out, d_model) || wrong(&l->down_proj, d_model, l->up_proj.n_out) ||
+         (l->rank && (!l->gated || wrong(l->adapter, l->rank, d_model) ||
+                      wrong(l->adapter + 1, 2 * l->up_proj.n_out, l->rank))) ||
+         (l->has_after && wrong(&l->after, d_model, d_model));
+}
+static bool bad(const ls_experts *l, int64_t d_model) {
+  const int64_t width = l->d_latent ? l->d_latent : d_model;
+  if (l->n_active < 1 || l->n_active > l->n_experts || l->n_groups < 1 || l->n_experts % l->n_groups ||
+      l->n_active_groups < 1 || l->n_active_groups > l->n_groups ||
+      l->n_active > l->n_active_groups * (l->n_experts / l->n_groups) ||
+      wrong(&l->router, l->n_experts, d_model) || l->router.format != LS_F32 ||
+      (l->d_latent && (wrong(&l->to_latent, width, d_model) || wrong(&l->from_latent, d_model, width))))
+    return true;
+  const ls_mlp *experts = (const ls_mlp *)(l + 1);
+  for (int64_t e = 0; e < l->n_experts; ++e)
+    if (bad(experts + e, width) || experts[e].rank || experts[e].has_after || experts[e].up_proj.n_out != experts[0].up_proj.n_out ||
+        experts[e].up_proj.format != experts[0].up_proj.format)
+      return true;
+  return false;
 }
 static bool bad(const ls_decode *a, const ls_sublayer *layer) {
   const int64_t D = a->d_model;
+  if (layer->reads < LS_RESIDUAL || layer->reads > LS_SIDE || (layer->reads == LS_JOINED && layer->kind != LS_ATTENTION))
+    return true;
+  if (layer->writes != LS_RESIDUAL && layer->writes != LS_SIDE && layer->writes != LS_SUM) return true;
   if (layer->kind == LS_MLP) return bad((const ls_mlp *)layer->weights, D);
+  if (layer->kind == LS_EXPERTS) return layer->writes != LS_RESIDUAL || bad((const ls_experts *)layer->weights, D);
   if (layer->state < 0 || layer->state >= a->n_states) return true;
   const ls_state *state = a->states + layer->state;
   if (layer->kind == LS_ATTENTION) {
     for (int64_t b = 0; b < a->batch; ++b)
       if (state->length[b] < 0 || state->length[b] + a->steps > state->capacity) return true;
-    return bad((const ls_attention *)layer->weights, D);
+    return bad((const ls_attention *)layer->weights, layer->reads == LS_JOINED ? 2 * D : D, D);
   }
+  if (layer->kind == LS_MAMBA3) return bad((const ls_mamba3 *)layer->weights, D);
   return layer->kind == LS_MAMBA ? bad((const ls_mamba *)layer->weights, D)
                                  : layer->kind != LS_MAMBA2 || bad((const ls_mamba2 *)layer->weights, D);
 }

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-enum { LS_ABI_VERSION = 7, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_ORDER = 4096, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
+enum { LS_ABI_VERSION = 8, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_ORDER = 4096, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
 enum { LS_ACTIVATIONS = 256 };  // activations that share a scale when they are rounded to 16 bits
 
 // torch's thread pool: run task(begin, end, context) over pieces of [begin, end). Null means one thread.
@@ -137,8 +137,8 @@ typedef struct {
 } ls_matrix;
 
 // The sublayers of a model for decoding, each residual += out_scale f(in_scale norm(residual)); f by its kind. An absent
-// weight is null. States: see ls_state.
-enum { LS_MAMBA = 0, LS_MAMBA2 = 1, LS_ATTENTION = 2, LS_MLP = 3 };
+// weight is null. States: see ls_state. A side stream carries what is not for the residual stream.
+enum { LS_MAMBA = 0, LS_MAMBA2 = 1, LS_ATTENTION = 2, LS_MLP = 3, LS_MAMBA3 = 4, LS_EXPERTS = 5 };
 
 // Mamba: conv and ssm. The bias of dt_proj enters the softplus.
 typedef struct {
@@ -161,33 +161,68 @@ typedef struct {
   const float *dt_bias, *A, *D, *norm;   // (n_heads), A in powers of two; D (n_heads) or (n_heads d_head); (n_heads d_head)
 } ls_mamba2;
 
-// Causal attention with a KV cache: k, v and length. The first n_rotated numbers of a head turn, halves as pairs.
+// Mamba-3: angle, ssm, k and v. in_proj yields [z; x; B; C; dt; A; trap; angle], B and C of every vector and group.
+enum { LS_MAX_RANK = 16 };
 typedef struct {
-  int64_t n_heads, n_kv_heads, d_head, n_rotated;
+  int64_t n_heads, d_head, n_groups, d_state, rank, n_angles;
+  int64_t A_softplus;          // else the heavy tail
+  double eps, y_eps, A_floor;  // eps of the norms of B and C, and of that of y
+  ls_matrix in_proj, out_proj;
+  const float *dt_bias, *D;               // (n_heads)
+  const float *B_bias, *C_bias;           // (n_heads, rank, d_state)
+  const float *B_norm, *C_norm, *norm;    // (d_state) twice; (n_heads d_head), null: y has no norm
+  const float *mimo_x, *mimo_z, *mimo_o;  // (n_heads, rank, d_head); null: rank is 1, and pairs that turn are adjacent
+} ls_mamba3;
+
+// Causal attention with a KV cache: k, v and length, and conv if queries, keys and values pass through a convolution.
+// The first n_rotated numbers of a head turn, halves as pairs.
+typedef struct {
+  int64_t n_heads, n_kv_heads, d_head, n_rotated, d_conv, rank;  // d_conv 0: there is no convolution
   double scale, key_scale;
   ls_matrix q_proj, k_proj, v_proj, o_proj;  // of one format but for o_proj
+  ls_matrix adapters[6];                     // of q, k and v, if rank is not 0: into (rank), of that format, and out
   const float *frequencies;                  // (n_rotated / 2)
+  const float *conv_weight, *conv_bias;      // (d_conv, channels of q, k and v), (channels)
 } ls_attention;
 
 // down_proj (act(gate_scale gate_proj x) * up_proj x), or down_proj act(up_proj x) without a gate.
-enum { LS_SILU = 0, LS_RELU2 = 1 };
+enum { LS_SILU = 0, LS_RELU2 = 1, LS_GELU = 2 };
 typedef struct {
-  int64_t activation, gated;
+  int64_t activation, gated, rank, has_after;
   double gate_scale;
   ls_matrix gate_proj, up_proj, down_proj;  // gate_proj and up_proj of one format
+  ls_matrix adapter[2];                     // of [gate; up], if rank is not 0: into (rank), of that format, and out
+  ls_matrix after;                          // maps the result, if has_after
 } ls_mlp;
 
+// The sum of w_e f_e(x) over a few of n_experts MLPs, as the router chooses them for each token; of equal scores the
+// first ones win. Their ls_mlp, whose up and gate projections are of one format, follow this struct in memory. With a
+// latent width the experts map to_latent x, and from_latent the sum.
+enum { LS_TOPK_SOFTMAX = 0, LS_SOFTMAX_TOPK = 1, LS_SIGMOID = 2 };
+typedef struct {
+  int64_t n_experts, n_active, router_kind, n_groups, n_active_groups, normalize, d_latent;
+  double scale;                              // of the weights, of LS_SIGMOID
+  ls_matrix router, to_latent, from_latent;  // float32; (d_latent, d_model) and back, if d_latent is not 0
+  const float *correction;                   // (n_experts) of the scores that choose, of LS_SIGMOID
+} ls_experts;
+
+// What a sublayer reads: the residual stream, that beside the embedded tokens (2 d_model), or the side stream; and what
+// it writes: residual += f, side = f or side = residual + f.
+enum { LS_RESIDUAL = 0, LS_JOINED = 1, LS_SIDE = 2, LS_SUM = 3 };
 typedef struct {
   int64_t kind, state;  // state: index among the states
+  int64_t reads, writes;
   double in_scale, out_scale;
   const float *norm;    // (d_model); null: the input is that of the sublayer before
-  const void *weights;  // an ls_mamba, ls_mamba2, ls_attention or ls_mlp
+  const void *weights;  // of the struct of this kind
 } ls_sublayer;
 
 // What a layer remembers: conv (batch, d_conv - 1, channels), ssm (batch, d_inner or n_heads d_head, d_state), k and v
-// (batch, capacity, n_kv_heads, d_head), length (batch). The caller adds the new tokens to length afterwards.
+// (batch, capacity, n_kv_heads, d_head), length (batch). The caller adds the new tokens to length afterwards. Of Mamba-3
+// angle (batch, n_heads, n_angles), and of the last token alone k (batch, rank, n_heads, d_state) and v (batch, n_heads,
+// d_head).
 typedef struct {
-  float *conv, *ssm, *k, *v;
+  float *conv, *ssm, *angle, *k, *v;
   const int64_t *length;
   int64_t capacity;
 } ls_state;

@@ -48,6 +48,8 @@ MAX_LINES = 350
 LONG: dict[str, str] = {
     "inference/engine": "one class: the slots, and how rows join, decode and leave",
     "models/mamba2": "one paper: the sizes of a mixer, the mixer and the model",
+    "models/mamba3": "one paper: the sizes of a mixer, the mixer and the model",
+    "models/zamba2": "one paper: the shared block, its layers and the model",
     "models/transformer": "one paper: attention, layer and model are read together",
     "models/bert": "one paper: the encoder, its two heads and the pre-training loss",
     "models/s4": "one paper: the decomposition, the kernel and the recurrence of one system",

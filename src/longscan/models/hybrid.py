@@ -33,7 +33,7 @@ from longscan import ops
 from longscan.models.common.attention import Attention, AttentionPlan
 from longscan.models.common.conv_attention import ConvAttention
 from longscan.models.common.entry import LANGUAGE, ModelEntry
-from longscan.models.common.experts import Experts
+from longscan.models.common.experts import Experts, Router
 from longscan.models.common.feed_forward import Pointwise, SquaredReLU, SwiGLU
 from longscan.models.common.growable import KV, GrowableState
 from longscan.models.common.language_model import LanguageModel
@@ -169,8 +169,8 @@ class Hybrid(LanguageModel):
 
     config: HybridConfig
     decodable = (
-        *(HybridBlock, MambaMixer, Mamba2Mixer, GatedRMSNorm, Attention, Parallel),
-        *(Pointwise, SwiGLU, SquaredReLU),
+        *(HybridBlock, MambaMixer, Mamba2Mixer, GatedRMSNorm, Attention, ConvAttention, Parallel),
+        *(Pointwise, SwiGLU, SquaredReLU, Experts, Router),
     )
 
     def __init__(self, config: HybridConfig, generator: torch.Generator | None = None) -> None:

@@ -45,12 +45,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longscan import ops
 from longscan.errors import LongscanError
 from longscan.models.common.entry import LANGUAGE, ModelEntry
-from longscan.models.common.gated_mlp import MLPBlock, rounded
+from longscan.models.common.gated_mlp import GatedMLP, MLPBlock, rounded
 from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import GatedRMSNorm, RMSNorm, linear
 from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
+from longscan.models.common.native_decode import matrix, plain
 from longscan.models.common.trapezoid import (
     Past,
     Tokens,
@@ -250,6 +252,35 @@ class Mamba3Mixer(Mixer[Mamba3State]):
             old.copy_(new)
         return self._out(y, z)
 
+    def native(self, layer: int, norm: Tensor | None) -> list[ops.Sublayer] | None:
+        """Return the weights for the native decoder; see `Mixer.native`."""
+        config, in_proj, out_proj = self.config, matrix(self.in_proj), matrix(self.out_proj)
+        norms, biases = (self.B_norm.weight, self.C_norm.weight), (self.B_bias, self.C_bias)
+        mimo = None if config.mimo_rank is None else (self.mimo_x, self.mimo_z, self.mimo_o)
+        gated = None if self.norm is None else self.norm.weight
+        if in_proj is None or out_proj is None or self.B_norm.eps != self.C_norm.eps:
+            return None
+        if not plain(self.dt_bias, self.D, *biases, *norms, *(mimo or ()), gated):
+            return None
+        weights = ops.Mamba3Weights(
+            in_proj=in_proj,
+            out_proj=out_proj,
+            dt_bias=self.dt_bias,
+            D=self.D,
+            biases=biases,
+            norms=norms,
+            eps=self.B_norm.eps,
+            mimo=mimo,
+            norm=gated,
+            norm_eps=0.0 if self.norm is None else self.norm.eps,
+            d_head=config.d_head,
+            n_groups=config.n_groups,
+            n_angles=config.n_angles,
+            A_softplus=config.A_activation == "softplus",
+            A_floor=config.A_floor,
+        )
+        return [ops.Sublayer(weights, layer, norm)]
+
     def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tokens]:
         """Return z, x, the turn of the angles and what the recurrence takes, of u (..., d_model)."""
         config, dtype = self.config, self.D.dtype
@@ -320,6 +351,7 @@ class Mamba3(LanguageModel):
     """
 
     config: Mamba3Config
+    decodable = (Mamba3Mixer, GatedRMSNorm, MLPBlock, GatedMLP)
 
     @staticmethod
     def block(config: Mamba3Config, generator: torch.Generator | None = None) -> Block:

@@ -29,14 +29,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longscan import ops
 from longscan.errors import LongscanError
 from longscan.models.common.attention import Attention, AttentionLayer, AttentionPlan, empty_cache
 from longscan.models.common.backbone import Backbone
 from longscan.models.common.entry import ModelEntry
 from longscan.models.common.growable import KV
 from longscan.models.common.language_model import LanguageModel
-from longscan.models.common.layers import RMSNorm, normal_linear
+from longscan.models.common.layers import GatedRMSNorm, RMSNorm, normal_linear
 from longscan.models.common.mixer import Block, Mixer
+from longscan.models.common.native_decode import matrix, plain
 from longscan.models.hybrid import ParallelState
 from longscan.models.hybrid_config import PatternConfig
 from longscan.models.mamba2 import Mamba2Layer, Mamba2Mixer
@@ -242,6 +244,37 @@ class Zamba2Block(Block):
         u = self.norm(x + mixer.linear(shared.write(y, mixer.gate_up_adapter)))
         return x + mixer.mamba.step(u, recurrent)
 
+    def sublayers(self, layer: int, shared: SharedBlock) -> list[ops.Sublayer] | None:
+        """Return attention, MLP and Mamba-2 for the native decoder; None if it cannot run the block.
+
+        Args:
+            layer: index of the block, and of its state.
+            shared: the block of attention and MLP.
+        """
+        first, second, mixer = shared.input_layernorm, shared.pre_ff_layernorm, self.mixer
+        attention = shared.self_attn.native(layer, first.weight)
+        mamba = mixer.mamba.native(layer, self.norm.weight)
+        both, down, after = map(matrix, (shared.gate_up_proj, shared.down_proj, mixer.linear))
+        low = [_pair(adapter) for adapter in (*mixer.adapters, mixer.gate_up_adapter)]
+        adapters = [pair for pair in low if pair is not None]
+        if attention is None or mamba is None or both is None or down is None or after is None:
+            return None
+        width = self.norm.weight.numel()
+        norms = first.eps == second.eps == self.norm.eps and plain(first.weight, second.weight)
+        widths = first.weight.shape, second.weight.shape
+        if not norms or widths != ((2 * width,), (width,)) or len(adapters) < len(low):
+            return None
+        gate, up = both.halves
+        attends = attention[0].weights
+        assert isinstance(attends, ops.AttentionWeights)
+        attends = dataclasses.replace(attends, adapters=tuple(adapters[:-1]))
+        mlp = ops.MLPWeights(gate, up, down, "gelu", adapter=adapters[-1], after=after)
+        return [
+            ops.Sublayer(attends, layer, first.weight, reads="joined", writes="side"),
+            ops.Sublayer(mlp, layer, second.weight, reads="side", writes="sum"),
+            *(sublayer._replace(reads="side") for sublayer in mamba),
+        ]
+
 
 class Zamba2Backbone(Backbone):
     """Holds the shared blocks, and gives them to the layers in turn."""
@@ -251,6 +284,18 @@ class Zamba2Backbone(Backbone):
     ) -> None:
         super().__init__(config, blocks, generator)
         self.shared = nn.ModuleList(SharedBlock(config, generator) for _ in range(config.n_shared))
+
+    def native(self) -> list[list[ops.Sublayer] | None]:
+        """Return the sublayers, with the shared block of each layer; see `Backbone.native`."""
+        blocks, turn = [cast(SharedBlock, block) for block in self.shared], 0
+        found: list[list[ops.Sublayer] | None] = []
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, Zamba2Block):
+                found.append(layer.sublayers(index, blocks[turn % len(blocks)]))
+                turn += 1
+            else:
+                found.append(layer.native(index))
+        return found
 
     def plans(self, x: Tensor, states: Sequence[Any], seq_idx: Tensor | None) -> list[Any]:
         """Return the plans, with the embedded tokens and the shared block; see `Backbone.plans`."""
@@ -273,6 +318,10 @@ class Zamba2(LanguageModel):
     """
 
     config: Zamba2Config
+    decodable = (
+        *(Zamba2Backbone, Zamba2Block, SharedMixer, SharedBlock, Attention),
+        *(Mamba2Mixer, GatedRMSNorm, nn.Sequential),
+    )
     body = Zamba2Backbone
 
     @classmethod
@@ -289,6 +338,14 @@ class Zamba2(LanguageModel):
     def max_positions(self) -> int | None:
         """The context length that the model was trained for."""
         return self.config.max_positions
+
+
+def _pair(adapter: nn.Module) -> tuple[ops.Matrix, ops.Matrix] | None:
+    """Return the two matrices of an adapter for the native decoder, if they are no more than that."""
+    found = [matrix(layer) for layer in adapter.children()]
+    if len(found) != 2 or found[0] is None or found[1] is None or found[0].bias is not None:
+        return None
+    return found[0], found[1]
 
 
 def _adapter(d_in: int, rank: int, d_out: int, generator: torch.Generator | None) -> nn.Sequential:

@@ -21,15 +21,9 @@ from longscan.ops.cross_scan import (
     cross_scan_ref,
     scan_pattern,
 )
-from longscan.ops.decode import Stack, Sublayer, decodes
-from longscan.ops.decode_weights import (
-    AttentionWeights,
-    Mamba2Weights,
-    MambaWeights,
-    Matrix,
-    MLPWeights,
-    Weights,
-)
+from longscan.ops.decode import Stack, Sublayer, Weights, decodes
+from longscan.ops.decode_mixers import Mamba2Weights, Mamba3Weights, MambaWeights
+from longscan.ops.decode_weights import AttentionWeights, ExpertsWeights, Matrix, MLPWeights, Router
 from longscan.ops.diagonal import diagonal_ssm, diagonal_ssm_ref, diagonal_ssm_step
 from longscan.ops.dropout import dropout
 from longscan.ops.legs import LegsMethod, legs_matrices, legs_scan, legs_scan_ref
@@ -51,13 +45,16 @@ from longscan.ops.vandermonde import vandermonde, vandermonde_ref
 
 __all__ = [
     "AttentionWeights",
+    "ExpertsWeights",
     "Kind",
     "LegsMethod",
     "MLPWeights",
     "Mamba2Weights",
+    "Mamba3Weights",
     "MambaWeights",
     "Matrix",
     "NativeInfo",
+    "Router",
     "ScanMode",
     "ScanPattern",
     "Stack",

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from longscan.ops import _native
-from longscan.ops.decode_weights import AttentionWeights, Matrix, MLPWeights, Weights
+from longscan.ops.decode_mixers import Mamba2Weights, Mamba3Weights, MambaWeights
+from longscan.ops.decode_weights import AttentionWeights, ExpertsWeights, Matrix, MLPWeights
 
-__all__ = ["Stack", "States", "Sublayer", "decodes"]
+__all__ = ["Stack", "States", "Sublayer", "Weights", "decodes"]
+
+Weights: TypeAlias = (
+    MambaWeights | Mamba2Weights | Mamba3Weights | AttentionWeights | MLPWeights | ExpertsWeights
+)
 
 
 def decodes() -> bool:
@@ -27,12 +32,16 @@ def decodes() -> bool:
 class Sublayer(NamedTuple):
     """One term of the residual stream: residual += out_scale f(in_scale norm(residual)).
 
+    A side stream carries what does not enter the residual stream.
+
     Attributes:
         weights: of f.
         layer: index of the layer whose state it has.
         norm: (d_model,), or None where the input is that of the sublayer before.
         in_scale: of the input.
         out_scale: of the output; 1 where the last projection has a bias.
+        reads: the residual stream, that joined with the embedded tokens (attention only), or the side stream.
+        writes: residual += f, side = f, or side = residual + f ("sum").
     """
 
     weights: Weights
@@ -40,6 +49,8 @@ class Sublayer(NamedTuple):
     norm: Tensor | None
     in_scale: float = 1.0
     out_scale: float = 1.0
+    reads: Literal["residual", "joined", "side"] = "residual"
+    writes: Literal["residual", "side", "sum"] = "residual"
 
 
 class Stack:
@@ -72,16 +83,17 @@ class Stack:
         self.vocab_size, self.ids = head.sizes[0], embedding.sizes[0]
         d_model = norm.shape[0]
         packed = [sublayer.weights.pack(d_model) for sublayer in sublayers]
-        scaled = any(s.out_scale != 1 and _last(s.weights).bias is not None for s in sublayers)
-        if None in packed or scaled or {head.sizes[1], embedding.sizes[1]} != {d_model}:
+        scaled = any(s.out_scale != 1 and s.weights.last.bias is not None for s in sublayers)
+        wide = any((s.reads == "joined") != _doubled(s.weights, d_model) for s in sublayers)
+        if None in packed or scaled or wide or {head.sizes[1], embedding.sizes[1]} != {d_model}:
             raise ValueError("the native decoder does not support these shapes")
         self._weights = [weights for weights in packed if weights is not None]
         self._shapes = {s.layer: s.weights.state_shapes() for s in sublayers}
         for sublayer in sublayers:  # several sublayers may share the state of one layer
             self._shapes[sublayer.layer] = self._shapes[sublayer.layer] | sublayer.weights.state_shapes()
         self._layers = b"".join(
-            struct.pack("2q2d2q", s.weights.kind, s.layer, s.in_scale, s.out_scale, pointer, address)
-            for s, pointer, address in zip(
+            struct.pack("4q2d2q", s.weights.kind, s.layer, *_streams(s), s.in_scale, s.out_scale, *pointers)
+            for s, *pointers in zip(
                 sublayers,
                 (_native.pointer(s.norm) for s in sublayers),
                 map(_native.address, self._weights),
@@ -97,29 +109,31 @@ class Stack:
         """Return the addresses of states, for `run`, valid while these tensors are alive.
 
         Args:
-            layers: the named tuple of each layer, with conv, ssm, k, v and length as its sublayers need them.
+            layers: the named tuple of each layer, with what its sublayers need of conv, ssm, angle, k, v and
+                length.
 
         Returns:
             None if a tensor is not contiguous float32 on the CPU, or has another shape.
         """
         batch, records, lengths = len(next(layer[0] for layer in layers if layer)), [], []
         for index, layer in enumerate(layers):
-            pointers, capacity = dict.fromkeys(("conv", "ssm", "k", "v", "length"), 0), 0
-            for name, shape in self._shapes.get(index, {}).items():
+            pointers, capacity = dict.fromkeys(("conv", "ssm", "angle", "k", "v", "length"), 0), 0
+            shapes = self._shapes.get(index, {})
+            for name, shape in shapes.items():
                 tensor: Tensor = getattr(layer, name)
-                if name in ("k", "v"):
+                if None in shape:
                     capacity = tensor.shape[1]
-                    shape = (capacity, *shape)
+                    shape = (capacity, *shape[1:])
                 if tensor.shape != (batch, *shape) or not _native.plain(tensor):
                     return None
                 pointers[name] = tensor.data_ptr()
-            if capacity or "k" in self._shapes.get(index, {}):
+            if any(None in shape for shape in shapes.values()):
                 length: Tensor = layer.length
                 if length.dtype != torch.int64 or not length.is_contiguous() or length.device.type != "cpu":
                     return None
                 pointers["length"] = length.data_ptr()
                 lengths.append(length)
-            records.append(struct.pack("6q", *pointers.values(), capacity))
+            records.append(struct.pack("7q", *pointers.values(), capacity))
         return States(b"".join(records), len(records), lengths)
 
     def run(self, ids: Tensor, states: States) -> Tensor:
@@ -165,8 +179,12 @@ class States(NamedTuple):
     lengths: list[Tensor]
 
 
-def _last(weights: Weights) -> Matrix:
-    """Return the projection at the end of a sublayer."""
-    if isinstance(weights, AttentionWeights):
-        return weights.o_proj
-    return weights.down_proj if isinstance(weights, MLPWeights) else weights.out_proj
+def _streams(sublayer: Sublayer) -> tuple[int, int]:
+    """Return the library's numbers for what a sublayer reads and writes."""
+    numbers = {"residual": 0, "joined": 1, "side": 2, "sum": 3}
+    return numbers[sublayer.reads], numbers[sublayer.writes]
+
+
+def _doubled(weights: Weights, d_model: int) -> bool:
+    """Return whether a sublayer has inputs of another width than d_model."""
+    return isinstance(weights, AttentionWeights) and weights.d_input != d_model

@@ -1,4 +1,4 @@
-"""The weights of the sublayers that the native decoder knows, and their C structs (csrc/longscan.h)."""
+"""The weights of attention, MLPs and experts for the native decoder: C structs of csrc/longscan.h."""
 
 from __future__ import annotations
 
@@ -12,9 +12,22 @@ from torch import Tensor
 
 from longscan.ops import _native
 
-__all__ = ["AttentionWeights", "MLPWeights", "Mamba2Weights", "MambaWeights", "Matrix", "Weights"]
+__all__ = [
+    "AttentionWeights",
+    "ExpertsWeights",
+    "MLPWeights",
+    "Matrix",
+    "Router",
+    "Shapes",
+    "pack_struct",
+    "sizes_of",
+]
 
-MAX_STATE, MAX_CONV = 256, 8  # of the native library
+
+MAX_CONV = 8  # of the native library
+
+# of each state by its name, without batch; None is the capacity of a cache
+Shapes: TypeAlias = dict[str, tuple[int | None, ...]]
 
 
 class Matrix(NamedTuple):
@@ -46,125 +59,15 @@ class Matrix(NamedTuple):
         """Its first field."""
         return self.fields[0]
 
-
-@dataclass(frozen=True)
-class MambaWeights:
-    """The weights of a Mamba mixer, all float32 but for the matrices.
-
-    Attributes:
-        in_proj: (2 d_inner, d_model).
-        x_proj: (dt_rank + 2 d_state, d_inner).
-        dt_proj: (d_inner, dt_rank); its bias enters the softplus.
-        out_proj: (d_model, d_inner).
-        conv_weight: (d_conv, d_inner), oldest tap first.
-        conv_bias: (d_inner,), or None.
-        A: (d_inner, d_state) for powers of two: -exp(A_log) log2(e).
-        D: (d_inner,).
-        inner_norms: (dt_rank,), (d_state,) and (d_state,), weights of the norms of dt, B and C; None is 1.
-        inner_eps: of these norms; None: there are none.
-    """
-
-    in_proj: Matrix
-    x_proj: Matrix
-    dt_proj: Matrix
-    out_proj: Matrix
-    conv_weight: Tensor
-    conv_bias: Tensor | None
-    A: Tensor
-    D: Tensor
-    inner_norms: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    inner_eps: float | None = None
-
-    kind: ClassVar[int] = 0
-
-    def pack(self, d_model: int) -> bytes | None:
-        """Return the C struct ``ls_mamba``; None if the shapes are no Mamba's, as after pruning."""
-        (d_conv, d_inner), d_state = self.conv_weight.shape, self.A.shape[1]
-        rank = self.dt_proj.sizes[1]
-        matrices = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
-        expected = (
-            *((2 * d_inner, d_model), (rank + 2 * d_state, d_inner)),
-            *((d_inner, rank), (d_model, d_inner)),
-        )
-        vectors = (self.A.shape, self.D.shape) == ((d_inner, d_state), (d_inner,))
-        if _sizes(matrices) != expected or not vectors or d_state > MAX_STATE or d_conv > MAX_CONV:
-            return None
-        ends = (self.conv_weight, self.conv_bias, self.A, self.D, *self.inner_norms)
-        eps = -1.0 if self.inner_eps is None else self.inner_eps
-        return _pack((d_inner, d_state, d_conv, rank, eps), matrices, ends)
-
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each state, without batch."""
-        (d_conv, d_inner), d_state = self.conv_weight.shape, self.A.shape[1]
-        return {"conv": (d_conv - 1, d_inner), "ssm": (d_inner, d_state)}
-
-
-@dataclass(frozen=True)
-class Mamba2Weights:
-    """The weights of a Mamba-2 mixer, all float32 but for the matrices.
-
-    Attributes:
-        in_proj: (2 d_ssm + 2 n_groups d_state + n_heads, d_model), rows of z, x, B, C and dt.
-        out_proj: (d_model, d_ssm).
-        factors: of the outputs of in_proj, as many; None: all are 1.
-        conv_weight: (d_conv, d_ssm + 2 n_groups d_state), oldest tap first.
-        conv_bias: one per channel, or None.
-        dt_bias: (n_heads,).
-        A: (n_heads,) for powers of two: -exp(A_log) log2(e).
-        D: (n_heads,) or (n_heads d_head,).
-        norm: (d_ssm,) weight of the gated norm, or None.
-        norm_first: whether the gate comes after the norm.
-        eps: of that norm.
-        d_head: channels of a head.
-        n_groups: of B and C.
-        dt_limit: least and largest dt.
-    """
-
-    in_proj: Matrix
-    out_proj: Matrix
-    factors: Tensor | None
-    conv_weight: Tensor
-    conv_bias: Tensor | None
-    dt_bias: Tensor
-    A: Tensor
-    D: Tensor
-    norm: Tensor | None
-    norm_first: bool
-    eps: float
-    d_head: int
-    n_groups: int
-    dt_limit: tuple[float, float]
-
-    kind: ClassVar[int] = 1
-
     @property
-    def d_state(self) -> int:
-        """N."""
-        return (self.conv_weight.shape[1] - self.A.shape[0] * self.d_head) // (2 * self.n_groups)
-
-    def pack(self, d_model: int) -> bytes | None:
-        """Return the C struct ``ls_mamba2``; None if the shapes do not fit, as after pruning."""
-        n_heads, (d_conv, channels) = self.A.shape[0], self.conv_weight.shape
-        d_ssm, d_state = n_heads * self.d_head, self.d_state
-        expected = ((d_ssm + channels + n_heads, d_model), (d_model, d_ssm))
-        vectors = (
-            channels == d_ssm + 2 * self.n_groups * d_state
-            and self.dt_bias.shape == self.A.shape
-            and self.D.shape in ((n_heads,), (d_ssm,))
-            and (self.norm is None or self.norm.shape == (d_ssm,))
+    def halves(self) -> tuple[Matrix, Matrix]:
+        """The first and the second half of the rows."""
+        half = self.sizes[0] // 2
+        first, second = (
+            Matrix(self.weight[rows], *(None if t is None else t[rows] for t in self[1:]))
+            for rows in (slice(half), slice(half, None))
         )
-        if _sizes((self.in_proj, self.out_proj)) != expected or not vectors or d_conv > MAX_CONV:
-            return None
-        order = 0 if self.norm is None else 2 if self.norm_first else 1
-        per_channel = int(self.D.shape[0] != n_heads or self.d_head == 1)
-        sizes = (n_heads, self.d_head, self.n_groups, d_state, d_conv, order, per_channel)
-        ends = (self.factors, self.conv_weight, self.conv_bias, self.dt_bias, self.A, self.D, self.norm)
-        return _pack((*sizes, self.eps, *self.dt_limit), (self.in_proj, self.out_proj), ends)
-
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each state, without batch."""
-        d_conv, channels = self.conv_weight.shape
-        return {"conv": (d_conv - 1, channels), "ssm": (self.A.shape[0], self.d_head, self.d_state)}
+        return first, second
 
 
 @dataclass(frozen=True)
@@ -180,6 +83,11 @@ class AttentionWeights:
         scale: of the products of queries and keys.
         key_scale: of the keys, before they turn.
         frequencies: (n_rotated / 2,) float32: radians per position of each pair; None: nothing turns.
+        conv_weight: (d_conv, (n_heads + 2 n_kv_heads) d_head) of the convolution that queries, keys and
+            values pass through, oldest tap first; None: there is none.
+        conv_bias: one per channel, or None.
+        adapters: of queries, keys and values: (rank, d_input), of the format of q_proj, and (n_out, rank),
+            whose product is added to each projection; or none. Not beside a convolution.
     """
 
     q_proj: Matrix
@@ -190,26 +98,63 @@ class AttentionWeights:
     scale: float
     key_scale: float = 1.0
     frequencies: Tensor | None = None
+    conv_weight: Tensor | None = None
+    conv_bias: Tensor | None = None
+    adapters: tuple[tuple[Matrix, Matrix], ...] = ()
 
     kind: ClassVar[int] = 2
 
+    @property
+    def d_input(self) -> int:
+        """Width of the input: d_model, or twice that beside the embedded tokens."""
+        return self.q_proj.sizes[1]
+
     def pack(self, d_model: int) -> bytes | None:
         """Return the C struct ``ls_attention``; None if the shapes do not fit, as after pruning."""
-        d_q, d_kv = self.q_proj.sizes[0], self.k_proj.sizes[0]
+        low = tuple(matrix for pair in self.adapters for matrix in pair)
         matrices = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
-        expected = ((d_q, d_model), (d_kv, d_model), (d_kv, d_model), (d_model, d_q))
-        if _sizes(matrices) != expected or d_q % self.d_head or d_kv % self.d_head or d_q % d_kv:
-            return None
-        if len({matrix.format for matrix in matrices[:3]}) > 1:  # they share their prepared inputs
-            return None
+        if not self._fits(d_model, low) or len({m.format for m in (*matrices[:3], *low[::2])}) > 1:
+            return None  # one prepared input is for matrices of one format
+        d_q, d_kv = self.q_proj.sizes[0], self.k_proj.sizes[0]
+        d_conv = 0 if self.conv_weight is None else self.conv_weight.shape[0]
+        rank = low[0].sizes[0] if low else 0
         rotated = 0 if self.frequencies is None else 2 * len(self.frequencies)
-        sizes = (d_q // self.d_head, d_kv // self.d_head, self.d_head, rotated)
-        return _pack((*sizes, float(self.scale), float(self.key_scale)), matrices, (self.frequencies,))
+        sizes = (d_q // self.d_head, d_kv // self.d_head, self.d_head, rotated, d_conv, rank)
+        numbers = (*sizes, float(self.scale), float(self.key_scale))
+        ends = (self.frequencies, self.conv_weight, self.conv_bias)
+        return pack_struct(numbers, (*matrices, *(low or (self.q_proj,) * 6)), ends)
 
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each state, without batch and capacity."""
-        shape = (self.k_proj.sizes[0] // self.d_head, self.d_head)
-        return {"k": shape, "v": shape}
+    def _fits(self, d_model: int, low: tuple[Matrix, ...]) -> bool:
+        """Return whether the shapes are those of attention, low being the matrices of the adapters."""
+        d_q, d_kv, d_input = self.q_proj.sizes[0], self.k_proj.sizes[0], self.d_input
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        expected = ((d_q, d_input), (d_kv, d_input), (d_kv, d_input), (d_model, d_q))
+        heads = d_q % self.d_head == d_kv % self.d_head == d_q % d_kv == 0
+        if d_input not in (d_model, 2 * d_model) or sizes_of(projections) != expected or not heads:
+            return False
+        if low:
+            rank = low[0].sizes[0]
+            pairs = (((rank, d_input), (n_out, rank)) for n_out in (d_q, d_kv, d_kv))
+            return self.conv_weight is None and sizes_of(low) == tuple(
+                size for pair in pairs for size in pair
+            )
+        if self.conv_weight is None:
+            return True
+        return self.conv_weight.shape[0] <= MAX_CONV and self.conv_weight.shape[1] == d_q + 2 * d_kv
+
+    @property
+    def last(self) -> Matrix:
+        """The projection at the end."""
+        return self.o_proj
+
+    def state_shapes(self) -> Shapes:
+        """Return the shape of each state, without batch."""
+        shape = (None, self.k_proj.sizes[0] // self.d_head, self.d_head)
+        cache: Shapes = {"k": shape, "v": shape}
+        if self.conv_weight is None:
+            return cache
+        d_conv, channels = self.conv_weight.shape
+        return {"conv": (d_conv - 1, channels), **cache}
 
 
 @dataclass(frozen=True)
@@ -222,13 +167,18 @@ class MLPWeights:
         down_proj: (d_model, d_ff).
         activation: of the gate, or of up_proj where there is none.
         gate_scale: of the gate, before the activation.
+        adapter: (rank, d_model), of the format of gate_proj, and (2 d_ff, rank), whose product is added to
+            gate and up; or None.
+        after: (d_model, d_model) maps the result; or None.
     """
 
     gate_proj: Matrix | None
     up_proj: Matrix
     down_proj: Matrix
-    activation: Literal["silu", "relu2"] = "silu"
+    activation: Literal["silu", "relu2", "gelu"] = "silu"
     gate_scale: float = 1.0
+    adapter: tuple[Matrix, Matrix] | None = None
+    after: Matrix | None = None
 
     kind: ClassVar[int] = 3
 
@@ -236,29 +186,124 @@ class MLPWeights:
         """Return the C struct ``ls_mlp``; None if the shapes do not fit, as after pruning."""
         gate, d_ff = self.gate_proj or self.up_proj, self.up_proj.sizes[0]
         matrices = (gate, self.up_proj, self.down_proj)
-        if _sizes(matrices) != ((d_ff, d_model), (d_ff, d_model), (d_model, d_ff)):
+        if sizes_of(matrices) != ((d_ff, d_model), (d_ff, d_model), (d_model, d_ff)):
             return None
-        if gate.format != self.up_proj.format:  # they share their prepared inputs
+        rank = self.adapter[0].sizes[0] if self.adapter else 0
+        low = self.adapter or (gate, gate)
+        if self.adapter and (self.gate_proj is None or sizes_of(low) != ((rank, d_model), (2 * d_ff, rank))):
             return None
-        flags = (int(self.activation == "relu2"), int(self.gate_proj is not None))
-        return _pack((*flags, float(self.gate_scale)), matrices, ())
+        if len({gate.format, self.up_proj.format, low[0].format}) > 1:  # they share their prepared inputs
+            return None
+        if self.after is not None and self.after.sizes != (d_model, d_model):
+            return None
+        activation = ("silu", "relu2", "gelu").index(self.activation)
+        flags = (activation, int(self.gate_proj is not None), rank, int(self.after is not None))
+        return pack_struct((*flags, float(self.gate_scale)), (*matrices, *low, self.after or gate), ())
 
-    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+    @property
+    def last(self) -> Matrix:
+        """The projection at the end."""
+        return self.after or self.down_proj
+
+    def state_shapes(self) -> Shapes:
         """Return nothing: an MLP has no state."""
         return {}
 
 
-Weights: TypeAlias = MambaWeights | Mamba2Weights | AttentionWeights | MLPWeights
+class Router(NamedTuple):
+    """How a mixture chooses the experts of a token, and weighs them; see `models.common.experts`.
+
+    Of equal scores the first experts win.
+
+    Attributes:
+        weight: (n_experts, d_model) float32.
+        correction: (n_experts,) float32, of a "sigmoid" router; else None.
+        kind: how weights follow from scores.
+        n_active: experts of a token.
+        n_groups: of adjacent experts.
+        n_active_groups: that the experts of a token are in.
+        normalize: whether a "sigmoid" router divides the weights by their sum.
+        scale: constant factor of its weights.
+    """
+
+    weight: Tensor
+    correction: Tensor | None
+    kind: Literal["topk-softmax", "softmax-topk", "sigmoid"]
+    n_active: int
+    n_groups: int = 1
+    n_active_groups: int = 1
+    normalize: bool = True
+    scale: float = 1.0
 
 
-def _sizes(matrices: Sequence[Matrix]) -> tuple[tuple[int, int], ...]:
+@dataclass(frozen=True)
+class ExpertsWeights:
+    """The weights of a mixture of experts, without an expert that all tokens pass through.
+
+    Attributes:
+        router: chooses.
+        experts: MLPs of one width and format, whose down_proj has no bias.
+        latent: (d_latent, d_model) and (d_model, d_latent): the experts map the product with the first, and
+            the second maps their sum; None: they map d_model.
+    """
+
+    router: Router
+    experts: tuple[MLPWeights, ...]
+    latent: tuple[Matrix, Matrix] | None = None
+
+    kind: ClassVar[int] = 5
+
+    def pack(self, d_model: int) -> bytes | None:
+        """Return the C structs ``ls_experts`` and those of the experts; None if the shapes do not fit."""
+        n, router = len(self.experts), self.router
+        latent = self.latent or (Matrix(router.weight),) * 2
+        d_latent = latent[0].sizes[0] if self.latent else 0
+        experts = [expert.pack(d_latent or d_model) for expert in self.experts]
+        if None in experts or any(e.adapter or e.after for e in self.experts):
+            return None
+        if len({(e.up_proj.format, e.up_proj.sizes) for e in self.experts}) > 1:
+            return None
+        if router.weight.shape != (n, d_model) or any(e.down_proj.bias is not None for e in self.experts):
+            return None
+        if self.latent and sizes_of(latent) != ((d_latent, d_model), (d_model, d_latent)):
+            return None
+        if router.kind == "sigmoid" and (router.correction is None or router.correction.shape != (n,)):
+            return None
+        kind = ("topk-softmax", "softmax-topk", "sigmoid").index(router.kind)
+        groups = (router.n_groups, router.n_active_groups, int(router.normalize))
+        numbers = (n, router.n_active, kind, *groups, d_latent, float(router.scale))
+        head = pack_struct(numbers, (Matrix(router.weight), *latent), (router.correction,))
+        return head + b"".join(expert for expert in experts if expert)
+
+    @property
+    def last(self) -> Matrix:
+        """The projection at the end: of the first expert, if each has one."""
+        return self.latent[1] if self.latent else self.experts[0].down_proj
+
+    def state_shapes(self) -> Shapes:
+        """Return nothing: experts have no state."""
+        return {}
+
+
+def sizes_of(matrices: Sequence[Matrix]) -> tuple[tuple[int, int], ...]:
+    """Return n_out and n_in of each matrix.
+
+    Args:
+        matrices: any number.
+    """
     return tuple(matrix.sizes for matrix in matrices)
 
 
-def _pack(
+def pack_struct(
     numbers: Sequence[int | float], matrices: Sequence[Matrix], pointers: Sequence[Tensor | None]
 ) -> bytes:
-    """Return a C struct of numbers, matrices and pointers, all fields of 8 bytes."""
+    """Return a C struct, all fields of which take 8 bytes.
+
+    Args:
+        numbers: its first fields.
+        matrices: the next ones.
+        pointers: the last ones, null for None.
+    """
     form = "".join("q" if isinstance(number, int) else "d" for number in numbers)
     fields = [field for matrix in matrices for field in matrix.fields]
     fields += [_native.pointer(tensor) for tensor in pointers]

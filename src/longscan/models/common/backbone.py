@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longscan import ops
 from longscan.models.common.layers import RMSNorm, blank
 from longscan.models.common.mixer import Block, Blocks, LanguageModelConfig
 from longscan.models.common.state import State
@@ -99,6 +100,10 @@ class Backbone(nn.Module):
         for layer, layer_state, plan in zip(self.layers, state.layers, plans, strict=True):
             x = layer.step(x, layer_state, plan)
         return self._last(x)
+
+    def native(self) -> list[list[ops.Sublayer] | None]:
+        """Return the sublayers of each block for the native decoder; None for a block it cannot run."""
+        return [block.native(index) for index, block in enumerate(self.layers)]
 
     def plans(self, x: Tensor, states: Sequence[Any], seq_idx: Tensor | None) -> list[Any]:
         """Return what each block needs to know of all tokens: the plan of its mixer.

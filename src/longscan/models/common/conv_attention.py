@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from longscan import ops
 from longscan.models.common.attention import Attention, AttentionLayer, AttentionPlan
 from longscan.models.common.growable import KV, GrowableState
 from longscan.models.common.layers import blank
 from longscan.models.common.mixer import Mixer
+from longscan.models.common.native_decode import plain
 from longscan.ops import causal_conv1d, causal_conv1d_step
 
 __all__ = ["ConvAttention", "ConvKV"]
@@ -53,6 +56,8 @@ class ConvAttention(Mixer[ConvKV]):
         d_conv: taps of the convolution.
         generator: randomness of the initialisation; torch's global generator if None.
     """
+
+    copied = ("conv1d.weight",)
 
     def __init__(self, layer: AttentionLayer, d_conv: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -100,3 +105,14 @@ class ConvAttention(Mixer[ConvKV]):
         qkv = torch.cat(self.attention.project(x), -1)
         qkv = causal_conv1d_step(state.conv, qkv, self.conv1d.weight.squeeze(1), self.conv1d.bias)
         return self.attention.attend_step(torch.split(qkv, self.widths, -1), state.kv, plan[1])
+
+    def native(self, layer: int, norm: Tensor | None) -> list[ops.Sublayer] | None:
+        """Return the weights for the native decoder; see `Mixer.native`."""
+        weight, bias, found = self.conv1d.weight, self.conv1d.bias, self.attention.native(layer, norm)
+        if found is None or not plain(weight, bias):
+            return None
+        [sublayer] = found
+        assert isinstance(sublayer.weights, ops.AttentionWeights)
+        taps = weight.detach().squeeze(1).T.contiguous()
+        weights = dataclasses.replace(sublayer.weights, conv_weight=taps, conv_bias=bias)
+        return [sublayer._replace(weights=weights)]

@@ -13,18 +13,20 @@ Three routers, which differ in the weights w:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longscan import ops
 from longscan.errors import LongscanError
-from longscan.models.common.feed_forward import FeedForwardKind, feed_forward
+from longscan.models.common.feed_forward import FeedForward, FeedForwardKind, feed_forward
 from longscan.models.common.layers import normal_linear
+from longscan.models.common.native_decode import matrix, plain
 
-__all__ = ["Experts", "ExpertsLayer", "RouterKind"]
+__all__ = ["Experts", "ExpertsLayer", "Router", "RouterKind"]
 
 RouterKind: TypeAlias = Literal["topk-softmax", "softmax-topk", "sigmoid"]
 
@@ -150,7 +152,7 @@ class Router(nn.Module):
         return inside.flatten(1)
 
 
-class Experts(nn.Module):
+class Experts(FeedForward):
     """The mixture; each expert maps all of its tokens at once.
 
     Args:
@@ -185,6 +187,34 @@ class Experts(nn.Module):
             y = y + self.shared(flat)
         return y.view_as(x)
 
+    def native(self, layer: int, norm: Tensor | None) -> list[ops.Sublayer] | None:
+        """Return mixture and shared layer, of the same input, for the native decoder; see `Mixer.native`.
+
+        Of equal scores it chooses the first experts, where torch may choose any.
+        """
+        sizes, router = self.router.layer, self.router
+        experts, shared = _mlps(self.experts, layer), _mlps([self.shared] if self.shared else [], layer)
+        if experts is None or shared is None or not plain(router.weight, router.correction):
+            return None
+        latent = None
+        if self.fc1_latent_proj is not None and self.fc2_latent_proj is not None:
+            both = matrix(self.fc1_latent_proj), matrix(self.fc2_latent_proj)
+            if both[0] is None or both[1] is None:
+                return None
+            latent = both[0], both[1]
+        chooses = ops.Router(
+            router.weight,
+            router.correction,
+            sizes.router,
+            sizes.n_active,
+            n_groups=sizes.n_groups,
+            n_active_groups=sizes.n_active_groups,
+            normalize=sizes.normalize,
+            scale=sizes.scale,
+        )
+        weights = ops.ExpertsWeights(chooses, tuple(experts), latent)
+        return [ops.Sublayer(weights, layer, norm), *(ops.Sublayer(mlp, layer, None) for mlp in shared)]
+
     def _mix(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
         """Return the weighted sum over the chosen experts (n, n_active) of tokens x (n, width)."""
         order = chosen.flatten().argsort(stable=True)  # pairs of token and expert, grouped by expert
@@ -196,3 +226,17 @@ class Experts(nn.Module):
         ]
         pairs = torch.cat(mapped)[order.argsort()].view(*chosen.shape, -1)  # (n, n_active, width)
         return (pairs * weights.to(pairs.dtype)[..., None]).sum(1)
+
+
+def _mlps(layers: Iterable[nn.Module], layer: int) -> list[ops.MLPWeights] | None:
+    """Return the weights of feed-forward layers for the native decoder; None if one has others or factors."""
+    weights = []
+    for module in layers:
+        found = module.native(layer, None) if isinstance(module, FeedForward) else None
+        if found is None or len(found) != 1 or found[0].out_scale != 1:
+            return None
+        [sublayer] = found
+        if not isinstance(sublayer.weights, ops.MLPWeights):
+            return None
+        weights.append(sublayer.weights)
+    return weights

@@ -13,12 +13,25 @@ from longscan.models.common.layers import normal_linear
 from longscan.models.common.mixer import Mixer
 from longscan.models.common.native_decode import matrix
 
-__all__ = ["FeedForwardKind", "NoState", "Pointwise", "SquaredReLU", "SwiGLU", "feed_forward"]
+__all__ = ["FeedForward", "FeedForwardKind", "NoState", "Pointwise", "SquaredReLU", "SwiGLU", "feed_forward"]
 
 FeedForwardKind: TypeAlias = Literal["swiglu", "relu2"]
 
 
-class SwiGLU(nn.Module):
+class FeedForward(nn.Module):
+    """A layer that maps each token by itself."""
+
+    def native(self, layer: int, norm: Tensor | None) -> list[ops.Sublayer] | None:
+        """Return the weights for the native decoder, used in place; None if it cannot use them.
+
+        Args:
+            layer: index of the block.
+            norm: see `Mixer.native`.
+        """
+        raise NotImplementedError
+
+
+class SwiGLU(FeedForward):
     """W_down (silu(W_gate x) * W_up x).
 
     Args:
@@ -64,7 +77,7 @@ class SwiGLU(nn.Module):
         return [ops.Sublayer(weights, layer, norm, out_scale=of_result)]
 
 
-class SquaredReLU(nn.Module):
+class SquaredReLU(FeedForward):
     """W_down max(0, W_up x)^2 (Primer, arXiv 2109.08668).
 
     Args:
@@ -111,7 +124,7 @@ class Pointwise(Mixer[NoState]):
         mlp: maps each token.
     """
 
-    def __init__(self, mlp: nn.Module) -> None:
+    def __init__(self, mlp: FeedForward) -> None:
         super().__init__()
         self.mlp = mlp
 
@@ -130,7 +143,7 @@ class Pointwise(Mixer[NoState]):
     def native(self, layer: int, norm: Tensor | None) -> list[ops.Sublayer] | None:
         """Return the weights for the native decoder; see `Mixer.native`."""
         mlp = self.mlp
-        return mlp.native(layer, norm) if isinstance(mlp, SwiGLU | SquaredReLU) else None
+        return mlp.native(layer, norm) if isinstance(mlp, FeedForward) else None  # it may be adapted
 
 
 def feed_forward(
@@ -141,7 +154,7 @@ def feed_forward(
     *,
     bias: bool = False,
     depth: int = 1,
-) -> nn.Module:
+) -> FeedForward:
     """Return a feed-forward layer.
 
     Args:

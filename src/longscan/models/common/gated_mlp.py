@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longscan import ops
 from longscan.models.common.layers import RMSNorm, linear
 from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
+from longscan.models.common.native_decode import matrix
 
 __all__ = ["MULTIPLE", "GatedMLP", "MLPBlock", "rounded"]
 
@@ -51,6 +53,14 @@ class GatedMLP(nn.Module):
         y, gate = self.fc1(x).chunk(2, dim=-1)
         return cast(Tensor, self.fc2(y * F.silu(gate)))
 
+    def native(self, layer: int, norm: Tensor | None) -> list[ops.Sublayer] | None:
+        """Return the weights for the native decoder, fc1 in two halves; see `Mixer.native`."""
+        both, down = matrix(self.fc1), matrix(self.fc2)
+        if both is None or down is None:
+            return None
+        up, gate = both.halves
+        return [ops.Sublayer(ops.MLPWeights(gate, up, down), layer, norm)]
+
 
 class MLPBlock(Block):
     """x + mixer(norm(x)), then x + mlp(norm2(x)).
@@ -82,3 +92,8 @@ class MLPBlock(Block):
         """Add the outputs of both sublayers for one token per row, x (batch, d_model)."""
         x = super().step(x, state, plan)
         return cast(Tensor, x + self.mlp(self.norm2(x)))
+
+    def native(self, layer: int) -> list[ops.Sublayer] | None:
+        """Return both sublayers for the native decoder; see `Block.native`."""
+        mixer, mlp = super().native(layer), self.mlp.native(layer, self.norm2.weight)
+        return None if mixer is None or mlp is None else [*mixer, *mlp]

@@ -24,7 +24,7 @@ __all__ = ["stack_of"]
 SHARED = (Backbone, Blocks, Block)
 USUAL = (
     *(Linear, DtProjection, PlainRMSNorm, RMSNorm, WeightOnlyLinear, WeightOnlyEmbedding),
-    *(nn.Embedding, nn.Conv1d),
+    *(nn.Embedding, nn.Conv1d, nn.ModuleList),
 )
 
 
@@ -40,12 +40,12 @@ def stack_of(model: Any, kinds: tuple[type[nn.Module], ...]) -> tuple[ops.Stack,
         copied: the parameters it holds in another form.
     """
     body = model.backbone
-    if not (usual(model, (*SHARED, *kinds)) and body.residual_in_fp32 and ops.decodes()):
-        return None
+    if not (usual(model, (*SHARED, *kinds)) and ops.decodes()):
+        return None  # below, embedded tokens and weights are float32, and so is the residual stream
     embedding = matrix(body.embedding)
     head = embedding if model.lm_head is None else matrix(model.lm_head)
     norms = [body.norm_f, *(m for block in body.layers for m in block.children() if type(m) is RMSNorm)]
-    found = [block.native(index) for index, block in enumerate(body.layers)]
+    found = body.native()
     if embedding is None or head is None or None in found or len({norm.eps for norm in norms}) > 1:
         return None
     width = (model.config.d_model,)
