@@ -73,7 +73,7 @@ class VariantMixer(MambaMixer):
         if not config.gate:
             self.in_proj = linear(config.d_model, d_inner, config.bias, generator)
         if not config.select_dt:
-            self.dt_proj.weight = nn.Parameter(torch.empty(d_inner, 0))  # dt is its bias
+            self.dt_proj.register_parameter("weight", None)  # dt is its bias
         if any(self.widths):
             self.x_proj = linear(d_inner, sum(self.widths), False, generator)
         else:
