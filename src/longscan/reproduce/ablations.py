@@ -27,7 +27,7 @@ __all__ = ["FILES", "SOURCE", "run", "show", "write_text"]
 
 FILES, SOURCE = (), ""
 SEEDS = (0, 1, 2)  # of --full
-STEPS, FULL_STEPS = 1000, 8000
+STEPS, FULL_STEPS = 600, 8000
 PUBLISHED = 8.71  # perplexity of the whole
 HELD_OUT = 10  # every tenth block of paragraphs
 BLOCK = 16  # paragraphs
