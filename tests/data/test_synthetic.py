@@ -7,12 +7,22 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from longscan.data.synthetic import IGNORED, Examples, adding, copying, distinct, induction, recall, selective
+from longscan.data.synthetic import (
+    IGNORED,
+    Examples,
+    adding,
+    copying,
+    distinct,
+    induction,
+    mqar,
+    recall,
+    selective,
+)
 from longscan.errors import UsageError
 from longscan.evaluation.classification import accuracy
 from small_models import build
 
-MAKERS = [recall, induction, selective, copying]
+MAKERS = [recall, induction, mqar, selective, copying]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -46,6 +56,25 @@ def test_induction() -> None:
         assert ids[30] == 5
         assert answers(examples, row) == [ids[place + 1]]
     assert {ids.index(5) for ids in examples.ids.tolist()} == set(range(29))
+
+
+def test_mqar() -> None:
+    examples = mqar(200, seeded(), vocab_size=20, length=30, pairs=5)
+    assert examples.ids.shape == examples.targets.shape == (200, 30)
+    gaps = []
+    for ids, targets in zip(examples.ids.tolist(), examples.targets.tolist(), strict=True):
+        values = dict(zip(ids[:10:2], ids[1:10:2], strict=True))
+        assert len(values) == 5
+        assert all(0 <= key < 10 <= value < 20 for key, value in values.items())
+        queries = {position: answer for position, answer in enumerate(targets) if answer != IGNORED}
+        assert sorted(ids[position] for position in queries) == sorted(values)
+        assert all(values[ids[position]] == answer for position, answer in queries.items())
+        assert all(ids[position] >= 10 for position in range(10, 30) if position not in queries)
+        assert min(queries) >= 10
+        gaps += [(position - 10) // 2 for position in queries]
+    counts = [gaps.count(gap) for gap in range(10)]
+    assert len(gaps) == sum(counts) == 1000
+    assert counts[0] > counts[3] > counts[9] > 0
 
 
 @pytest.mark.parametrize("make", [selective, copying])
@@ -116,6 +145,8 @@ def test_accuracy(name: str, chunk_size: int) -> None:
         (recall, {"length": 1}),
         (induction, {"vocab_size": 1}),
         (induction, {"length": 1}),
+        (mqar, {"vocab_size": 14}),
+        (mqar, {"length": 31}),
         (selective, {"length": 3, "tokens": 4}),
         (copying, {"vocab_size": 2}),
         (adding, {"length": 1}),

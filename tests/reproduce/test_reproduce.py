@@ -293,6 +293,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
         ("h3-recall", ["published", "induction", "recall", "35.6", "99.8", "by chance 5.0 and 25.0"]),
         ("selective-copying", ["selective copying", "plain copying", "99.8", "4,096"]),
         ("induction", ["4,096", "80.9", "parameters", "the state carried"]),
+        ("state-tracking", ["parity", "brackets", "320", "chance is 0"]),
+        ("mqar", ["width 16", "width 64", "8 pairs"]),
         ("vowels", ["half, dt doubled", "370 held-out"]),
         ("digits", ["half, as it is", "low-passed", "98.32"]),
         ("hippo-ablation", ["random", "spread", "84.27"]),
@@ -316,6 +318,43 @@ def test_right_answers(
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.json")}
     assert json.loads(cli(*arguments, "--json").out)["runs"] == report["runs"]
     assert {path: path.stat().st_mtime_ns for path in times} == times  # nothing was trained or measured again
+
+
+def test_ablations(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("longscan.reproduce.ablations")
+    used = {name for rows in module.TABLES.values() for name, _ in rows.values()}
+    assert used == set(module.VARIANTS)  # nothing is trained in vain
+    monkeypatch.setitem(module.SHARED, "d_model", 8)
+    monkeypatch.setitem(module.SHARED, "n_layers", 1)
+    rows = {"all": ("mamba", 8.71), "none": ("none", 10.93), "half": ("half", None)}
+    monkeypatch.setattr(module, "TABLES", {"some (table 0)": rows})
+    monkeypatch.setattr(module, "VARIANTS", {name: module.VARIANTS[name] for name, _ in rows.values()})
+    arguments = ("reproduce", "ablations", "--out", tmp_path, "--quick", "--threads", 1)
+    done = cli(*arguments)
+    assert done.code == 0, done.err
+    for word in (
+        "some (table 0)",
+        "10.93",
+        "reduced: a few steps only: no result",
+        "bits per byte",
+        "seeds:",
+    ):
+        assert word in done.out
+    report = json.loads((tmp_path / "ablations.json").read_text())
+    (whole,), (none,), (half,) = (report["runs"][name] for name, _ in rows.values())
+    assert whole["parameters"] == half["parameters"] != none["parameters"]
+    assert all(5 < row["bits_per_byte"] < 9 for row in (whole, none, half))
+    assert (tmp_path / "ablations.png").stat().st_size > 1000
+
+    train, valid = ((tmp_path / f"ablations-{part}.txt").read_text() for part in ("train", "valid"))
+    assert 8 < len(train) / len(valid) < 11
+    paragraphs = [part for part in (train + "\n" + valid).split("\n\n") if part.strip()]
+    assert len(set(paragraphs)) == len(paragraphs) > 1000  # what is held out occurs nowhere else
+
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/checkpoints/*/state.json")}
+    assert json.loads(cli(*arguments, "--json").out)["runs"] == report["runs"]
+    assert len(times) == 3
+    assert {path: path.stat().st_mtime_ns for path in times} == times  # nothing was trained again
 
 
 def test_half_the_rate_is_measured_where_there_is_time(

@@ -5,6 +5,7 @@ where there is none. Each is a function of the torch.Generator it is given.
 
     recall      a 5 b 7 c 6 a 5 => b        7              which value belongs to the key (Fu et al. 2022)
     induction   3 1 => 7 2 2 9 4 =>         7              what stood behind the mark (Olsson et al. 2022)
+    mqar        a 5 b 7 6 b 5 a => . . . . . 7 . 5    the values of many keys (Arora et al. 2023)
     selective   . 5 . . 2 . 7 . : : :       5 2 7          the tokens without the blanks (Gu and Dao 2023)
     copying     5 2 7 . . . . . : : :       5 2 7          the tokens at the front (Arjovsky et al. 2016)
     adding      numbers, two of them marked                their sum (Hochreiter and Schmidhuber 1997)
@@ -20,10 +21,11 @@ from torch import Tensor
 
 from longscan.errors import UsageError
 
-__all__ = ["IGNORED", "Examples", "adding", "copying", "distinct", "induction", "recall", "selective"]
+__all__ = ["IGNORED", "Examples", "adding", "copying", "distinct", "induction", "mqar", "recall", "selective"]
 
 
 IGNORED = -100
+GAP_POWER = 0.01  # of the gaps of mqar: their distribution function is a power of the distance
 
 
 class Examples(NamedTuple):
@@ -100,6 +102,40 @@ def induction(n: int, generator: torch.Generator, vocab_size: int = 16, length: 
     position = _draw(length - 1, (n, 1), generator)
     ids.scatter_(1, position, mark)
     return _at_the_end(torch.cat([ids, torch.full((n, 1), mark)], 1), ids.gather(1, position + 1))
+
+
+def mqar(
+    n: int, generator: torch.Generator, vocab_size: int = 256, length: int = 64, pairs: int = 8
+) -> Examples:
+    """Return pairs of a key and its value, then each key once more among other tokens: multi-query recall.
+
+    As in Zoology, queries stand at even distances from the pairs, d with a probability about 1 / d, so that
+    most follow soon and some late; here all other tokens after the pairs are random values.
+
+    Args:
+        n: sequences.
+        generator: randomness.
+        vocab_size: half of the tokens are keys, half are values.
+        length: tokens.
+        pairs: keys in a sequence, all different, each with a random value.
+
+    Returns:
+        ids (n, length); asked is the value of each key where it occurs again.
+
+    Raises:
+        UsageError: the sizes are impossible.
+    """
+    n_keys, slots = vocab_size // 2, (length - 2 * pairs) // 2
+    _check(0 < pairs <= min(n_keys, slots), "mqar", "vocab_size of 2 pairs, length of 4 pairs or more")
+    keys = torch.rand(n, n_keys, generator=generator).argsort(1)[:, :pairs]
+    ids = n_keys + _draw(vocab_size - n_keys, (n, length), generator)
+    values = ids[:, 1 : 2 * pairs : 2]
+    ids[:, 0 : 2 * pairs : 2] = keys
+    likely = torch.arange(1, slots + 1) ** (GAP_POWER - 1)
+    slot = torch.multinomial(likely.expand(max(n, 1), -1), pairs, generator=generator)[:n]  # not of no rows
+    positions = 2 * pairs + 2 * slot
+    targets = torch.full_like(ids, IGNORED).scatter_(1, positions, values)
+    return Examples(ids.scatter_(1, positions, keys), targets)
 
 
 def selective(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,14 +10,24 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from longscan import ops
 from longscan.checkpoints.load import load
 from longscan.core.config import count
 from longscan.core.random import EpochOrder
 from longscan.core.runtime import StopSignals
-from longscan.data import synthetic as synthetics
-from longscan.data.synthetic import IGNORED, Examples, distinct
+from longscan.data.expressions import arithmetic, brackets, parity
+from longscan.data.synthetic import (
+    IGNORED,
+    Examples,
+    copying,
+    distinct,
+    induction,
+    mqar,
+    recall,
+    selective,
+)
 from longscan.evaluation.classification import accuracy
 from longscan.models import LanguageModel, Model
 from longscan.reproduce.experiment import Plan
@@ -25,7 +35,12 @@ from longscan.training.build import make_model
 from longscan.training.config import FreshConfig, setting
 from longscan.training.run import Run
 
-__all__ = ["SyntheticConfig", "SyntheticRun", "train_and_measure"]
+__all__ = ["MAKERS", "SyntheticConfig", "SyntheticRun", "train_and_measure"]
+
+MAKERS: dict[str, Callable[..., Examples]] = {
+    make.__name__: make
+    for make in (recall, induction, mqar, selective, copying, parity, arithmetic, brackets)
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +50,18 @@ class SyntheticConfig(FreshConfig):
     KINDS = ("language",)
     EPOCHS: ClassVar[float] = 1.0
 
-    task: Literal["recall", "induction", "selective", "copying"] = setting("recall", "The task.")
+    task: Literal[
+        "recall", "induction", "mqar", "selective", "copying", "parity", "arithmetic", "brackets"
+    ] = setting("recall", "The task.")
     vocab_size: int = setting(10, "Tokens.")
     length: int = setting(20, "Positions before the query.")
+    pairs: int | None = setting(None, "Keys of mqar.")
+    uneven: bool = setting(False, "Draw the share of zeros of each sequence, for parity.")
     train_examples: int = setting(0, "Training sequences; 0 = new ones at every step.")
     test_examples: int = setting(500, "Test sequences.")
     everywhere: bool = setting(False, "Train on every next token, not on the answers alone.")
     embed_dropout: float = setting(0.0, "Embedding dropout.")
+    smoothing: float = setting(0.0, "Label smoothing.")
     batch_size: int = setting(32, "Sequences per step.")
     start: str | None = setting(None, "Model directory to start from; default: random weights.", path=True)
     enough: float | None = setting(None, "Early stopping: at this accuracy in three validations in a row.")
@@ -53,7 +73,9 @@ class SyntheticConfig(FreshConfig):
             n: how many.
             generator: randomness.
         """
-        return cast(Examples, getattr(synthetics, self.task)(n, generator, self.vocab_size, self.length))
+        more: dict[str, Any] = {} if self.pairs is None else {"pairs": self.pairs}
+        more |= {"uneven": True} if self.uneven else {}
+        return MAKERS[self.task](n, generator, self.vocab_size, self.length, **more)
 
 
 class SyntheticRun(Run[SyntheticConfig]):
@@ -109,7 +131,10 @@ class SyntheticRun(Run[SyntheticConfig]):
         x = ops.dropout(model.backbone.embedding(ids), self.config.embed_dropout, model.training)
         hidden, _ = model.backbone.mix(x)
         answers = targets != IGNORED
-        return model.token_losses(hidden[answers], targets[answers]).mean()
+        if not self.config.smoothing:
+            return model.token_losses(hidden[answers], targets[answers]).mean()
+        logits = model.head(hidden[answers])[:, : self.config.vocab_size]
+        return F.cross_entropy(logits.float(), targets[answers], label_smoothing=self.config.smoothing)
 
     @cached_property
     def fingerprint(self) -> str:

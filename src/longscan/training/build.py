@@ -15,7 +15,7 @@ from longscan.core.progress import duration
 from longscan.data.documents import training_text
 from longscan.data.token_files import TokenFiles, prepare
 from longscan.errors import LongscanError, UsageError
-from longscan.models import MODELS, Model, preset_owner
+from longscan.models import MODELS, Model, ModelEntry, preset_owner
 from longscan.tokenizers.base import ByteTokenizer, Tokenizer
 from longscan.tokenizers.bpe import load_tokenizer, train_bpe
 from longscan.tokenizers.wordpiece import load_wordpiece, train_wordpiece
@@ -157,9 +157,10 @@ def make_model(config: FreshConfig, vocab_size: int) -> Model:
         LongscanError: the model does not fit into memory.
     """
     settings = model_settings(config, vocab_size=vocab_size)
-    generator = torch.Generator().manual_seed(config.seed)
+    entry, generator = config.choice[config.model], torch.Generator().manual_seed(config.seed)
+    assert isinstance(entry, ModelEntry)  # whose class is MODELS', unless an experiment has its own
     try:
-        return MODELS[config.model].cls(settings, generator=generator).to(config.device)
+        return entry.cls(settings, generator=generator).to(config.device)
     except RuntimeError as error:  # torch's error for a lack of memory, on any device
         if "allocate" not in str(error) and "memory" not in str(error):
             raise
