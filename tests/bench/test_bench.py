@@ -264,12 +264,13 @@ def test_figure(reports: list[report.Report], tmp_path: Path) -> None:
         (("generate", "--shape", "131m"), 2, "131m"),
         (("generate", "--model", "mamba3"), 2, "generate has no 'mamba3'; known: falcon-h1"),
         (("generate", "--model", "mamba2", "--shape", "370m"), 2, "--shape 370m: is for --model mamba"),
+        (("ops", "--shape", "370m"), 2, "--shape 370m: is for the suite generate"),
         (("ops", "--model", "mamba2"), 2, "--model: expected the suite generate, text or quality"),
         (("ops", "--threads", -1), 2, "--threads: expected 1 or more, got -1"),
         (("ops", "--figure", "bench.txt"), 2, "ends in .png, .svg or .pdf"),
         (("ops", "--figure", "nowhere/bench.png"), 1, "there is no directory"),
     ],
-    ids=["suite", "repeats", "shape", "model", "size", "other suite", "threads", "suffix", "directory"],
+    ids="suite repeats shape model size no-shape other-suite threads suffix directory".split(),
 )
 def test_misuse(cli: Any, argv: tuple[object, ...], code: int, words: str) -> None:
     done = cli("bench", *argv)

@@ -211,7 +211,7 @@ def test_states_that_cannot_be_saved(cli: Cli, directory: Path, tmp_path: Path) 
     for path in (tmp_path, tmp_path / "nowhere" / "s"):
         done = cli("generate", "a", "--model", directory, "--save-state", path)
         assert (done.code, done.out) == (1, "")
-        assert "expected a file in a directory that exists" in done.err
+        assert "expected a new or another file, in a directory that exists" in done.err
 
 
 def test_ctrl_c_ends_a_text_between_two_tokens(cli: Cli, directory: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from longscan import LongscanError
 from longscan.checkpoints.gguf.tokenizer import describe_tokenizer, read_tokenizer
+from longscan.tokenizers.base import ByteTokenizer
 from longscan.tokenizers.bpe import BPETokenizer, load_tokenizer, train_bpe
 
 CHAT = "{% for message in messages %}<|{{ message.role }}|>\r\n{{ message.content }}é\n{% endfor %}"
@@ -91,14 +92,37 @@ def test_templates_come_back_from_gguf(plain: BPETokenizer) -> None:
         ([{"name": "../../x", "template": "y"}], "expected a name of letters"),
         ([{"template": "y"}], "got None"),
         ([3], "got list"),
+        ([{"name": ["x"], "template": "y"}], "expected a name of letters"),
+        ("\ud800 lone", "got a lone surrogate"),
     ],
-    ids=["number", "huge", "path", "nameless", "numbers"],
+    ids=["number", "huge", "path", "nameless", "numbers", "list", "surrogate"],
 )
 def test_templates_that_are_none_are_refused(
     plain: BPETokenizer, tmp_path: Path, stated: Any, words: str
 ) -> None:
     with pytest.raises(LongscanError, match=words):
         load_tokenizer(with_templates(plain, tmp_path, stated))
+
+
+def test_a_file_with_an_impossible_name_is_named(plain: BPETokenizer, tmp_path: Path) -> None:
+    plain.save(tmp_path)
+    (tmp_path / "additional_chat_templates" / "folder.jinja").mkdir(parents=True)
+    assert load_tokenizer(tmp_path).chat_templates == {}
+    (tmp_path / "additional_chat_templates" / "my own.jinja").write_text("x")
+    with pytest.raises(LongscanError, match=r"my own\.jinja: expected a name of letters"):
+        load_tokenizer(tmp_path)
+
+
+def test_bytes_have_templates_too(tmp_path: Path) -> None:
+    ByteTokenizer(TEMPLATES).save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert isinstance(again, ByteTokenizer)
+    assert again.chat_templates == TEMPLATES
+    entries = describe_tokenizer(again, again.vocab_size)
+    del entries["tokenizer.ggml.token_type"]
+    from_gguf = read_tokenizer(entries)
+    assert isinstance(from_gguf, ByteTokenizer)
+    assert from_gguf.chat_templates == TEMPLATES
 
 
 def test_a_file_that_is_not_text_is_refused(plain: BPETokenizer, tmp_path: Path) -> None:

@@ -148,6 +148,8 @@ def _chosen(suites: list[str] | None) -> list[str]:
 
 def _size(suites: list[str], model: str | None, shape: str) -> str:
     """Return the model of the suite generate, as `runner.run` has it."""
+    if "generate" not in suites and shape != "130m":
+        raise UsageError(f"--shape {shape}: is for the suite generate, name it too.")
     if model is None:
         return shape
     if "generate" not in suites:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longscan.checkpoints.load import load_with_tokenizer
+from longscan.checkpoints.load import load, load_with_tokenizer
 from longscan.commands._input import read_prompts
 from longscan.commands._options import (
     Json,
@@ -172,7 +172,7 @@ def _check_usage(texts: list[str], save_state: Path | None, speculate: bool, dra
     if save_state is not None and len(texts) > 1:
         raise UsageError(f"--save-state: expected one prompt, got {len(texts):,}.")
     if save_state is not None and (save_state.is_dir() or not save_state.absolute().parent.is_dir()):
-        raise LongscanError(f"{save_state}: expected a file in a directory that exists. Create it first.")
+        raise LongscanError(f"{save_state}: expected a new or another file, in a directory that exists.")
 
 
 def _load_state(path: Path, model: LanguageModel, texts: list[str]) -> SavedState:
@@ -186,9 +186,9 @@ def _load_state(path: Path, model: LanguageModel, texts: list[str]) -> SavedStat
 
 
 def _draft_model(name: str, tokenizer: Tokenizer, offline: bool) -> Drafter:
-    """Return a drafter for a model with this tokenizer."""
-    network, other = load_with_tokenizer(name, None, offline)
-    if other.fingerprint != tokenizer.fingerprint:
+    """Return a drafter for a model with this tokenizer; a draft model without one is trusted to have it."""
+    network, other = load(name, offline=offline)
+    if other is not None and other.fingerprint != tokenizer.fingerprint:
         raise LongscanError(
             f"the draft model {name} has another tokenizer than the model, so its ids mean other text. "
             "Expected a smaller model that was trained with the same tokenizer."

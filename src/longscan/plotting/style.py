@@ -73,10 +73,12 @@ def check_out(path: Path, option: str = "--out") -> None:
 
     Raises:
         UsageError: its suffix is no format.
-        LongscanError: there is no such directory.
+        LongscanError: there is no such directory, or a directory has this name.
     """
     if path.suffix not in SUFFIXES:
         raise UsageError(f"{option}: expected a name that ends in .png, .svg or .pdf, got {path}.")
+    if path.is_dir():
+        raise LongscanError(f"{option}: expected the name of a file, got the directory {path}.")
     if not path.absolute().parent.is_dir():
         raise LongscanError(f"{option}: there is no directory {path.absolute().parent}.")
 

@@ -17,6 +17,7 @@ import tokenizers
 from longscan.core.checks import check_texts
 from longscan.core.files import atomic_write, write_json
 from longscan.errors import LongscanError
+from longscan.tokenizers.chat_templates import write_templates
 from longscan.tokenizers.special_tokens import (
     END_OF_TEXT,
     IDS,
@@ -126,11 +127,18 @@ class Tokenizer(ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8 and an end-of-text id: no training, no files, four times the tokens."""
+    """The 256 bytes of UTF-8 and an end-of-text id: no training, no files, four times the tokens.
+
+    Args:
+        chat_templates: see `Tokenizer`.
+    """
 
     vocab_size = 257
     eos_id = 256
     fingerprint = "bytes-1"
+
+    def __init__(self, chat_templates: Mapping[str, str] | None = None) -> None:
+        self.chat_templates = dict(chat_templates or {})
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the UTF-8 bytes of each text; see `Tokenizer.encode_batch`."""
@@ -147,7 +155,8 @@ class ByteTokenizer(Tokenizer):
         model = models.BPE(vocab={char: byte for byte, char in alphabet.items()}, merges=[])
         twin = byte_level(model, use_regex=False)
         twin.add_special_tokens([END_OF_TEXT])
-        save_files(directory, twin, {"eos_token": END_OF_TEXT, BYTES_KIND: "bytes"})
+        special = {"eos_token": END_OF_TEXT, BYTES_KIND: "bytes"}
+        save_files(directory, twin, special, self.chat_templates)
 
 
 class ByteStream(StreamDecoder):
@@ -186,8 +195,13 @@ def byte_alphabet() -> dict[int, str]:
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
 
-def save_files(directory: str | Path, tokenizer: tokenizers.Tokenizer, special: Mapping[str, str]) -> None:
-    """Write the two files of a Hugging Face tokenizer."""
+def save_files(
+    directory: str | Path,
+    tokenizer: tokenizers.Tokenizer,
+    special: Mapping[str, str],
+    chat_templates: Mapping[str, str],
+) -> None:
+    """Write the two files of a Hugging Face tokenizer, and its chat templates."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     atomic_write(directory / "tokenizer.json", tokenizer.to_str(pretty=True))
@@ -197,6 +211,7 @@ def save_files(directory: str | Path, tokenizer: tokenizers.Tokenizer, special: 
         "clean_up_tokenization_spaces": False,  # or transformers drops the space in "a ,"
     }
     write_json(directory / "tokenizer_config.json", config)
+    write_templates(directory, chat_templates)
 
 
 def utf8_bytes(text: str) -> bytes:

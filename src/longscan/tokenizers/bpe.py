@@ -23,7 +23,7 @@ from longscan.tokenizers.base import (
     save_files,
     utf8_bytes,
 )
-from longscan.tokenizers.chat_templates import read_templates, write_templates
+from longscan.tokenizers.chat_templates import read_templates
 from longscan.tokenizers.rules import build_tokenizer, guarded
 from longscan.tokenizers.special_tokens import (
     END_NAMES,
@@ -126,8 +126,7 @@ class BPETokenizer(Tokenizer):
 
     def save(self, directory: str | Path) -> None:
         """Write the files that `load_tokenizer` and transformers read; see `Tokenizer.save`."""
-        save_files(directory, self._tokenizer, self._roles)
-        write_templates(Path(directory), self.chat_templates)
+        save_files(directory, self._tokenizer, self._roles, self.chat_templates)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -187,8 +186,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     names = ("tokenizer_config.json", "generation_config.json", "config.json")
     configs = {name: read_json(path / name) for name in names if (path / name).is_file()}
     check_ids(path, configs)
-    if configs.get("tokenizer_config.json", {}).get(BYTES_KIND) == "bytes":
-        return ByteTokenizer()
+    stated = configs.get("tokenizer_config.json", {})
+    chat_templates = read_templates(path, stated)
+    if stated.get(BYTES_KIND) == "bytes":
+        return ByteTokenizer(chat_templates)
     if not file.is_file():
         found = ", ".join(sorted(item.name for item in path.iterdir())[:8]) if path.is_dir() else ""
         raise LongscanError(
@@ -210,7 +211,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         eos_id,
         others=find_others(tokenizer, configs),
         roles=find_roles(tokenizer, configs),
-        chat_templates=read_templates(path, configs.get("tokenizer_config.json", {})),
+        chat_templates=chat_templates,
     )
 
 

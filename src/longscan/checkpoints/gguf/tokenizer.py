@@ -73,7 +73,7 @@ def read_tokenizer(metadata: Mapping[str, Value]) -> Tokenizer | None:
             raise LongscanError(
                 f"{BYTES}: expected {ByteTokenizer.vocab_size} tokens, got {len(vocabulary)}."
             )
-        return ByteTokenizer()
+        return ByteTokenizer(_chat_templates(metadata))
     try:
         built = _whole(metadata, vocabulary) if WHOLE in metadata else _built(metadata, vocabulary, words)
     except LongscanError:
@@ -177,7 +177,7 @@ def _chat_templates(metadata: Mapping[str, Value]) -> dict[str, str]:
     templates = {name: metadata.get(f"{CHAT}.{name}") for name in (names if isinstance(names, list) else [])}
     if CHAT in metadata:
         templates[DEFAULT] = metadata[CHAT]
-    return check_templates(templates, CHAT)
+    return check_templates(templates.items(), CHAT)
 
 
 def _vocabulary(metadata: Mapping[str, Value]) -> dict[str, int]:
