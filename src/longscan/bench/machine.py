@@ -12,7 +12,7 @@ from typing import Any
 import longscan
 from longscan import ops
 
-__all__ = ["OthersLoad", "available_memory", "installed", "machine", "versions"]
+__all__ = ["OthersLoad", "available_memory", "installed", "machine", "multiplies_bf16", "versions"]
 
 _PACKAGES = ("torch", "numpy", "mambapy", "transformers", "llama-cpp-python", "openvino")
 
@@ -45,6 +45,15 @@ def versions() -> dict[str, str]:
 def installed(package: str) -> bool:
     """Return whether a package can be used here."""
     return _version(package) is not None
+
+
+def multiplies_bf16() -> bool:
+    """Return whether the processor multiplies bfloat16; where it does not, torch takes minutes for it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(text.split())
 
 
 def available_memory() -> int | None:

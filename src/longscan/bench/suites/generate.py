@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from longscan.bench.contenders import hugging_face, llama
+from longscan.bench.machine import multiplies_bf16
 from longscan.bench.measure import Measurement, Settings, faster
 from longscan.bench.report import Ratio, Report, rate, rate_table, table
 from longscan.bench.suites.generate_contenders import (
@@ -90,6 +91,8 @@ def run(settings: Settings, quick: bool, shape: str = "130m", export: Export | N
         "and attention; decode of one sequence by reading the weights, of a batch also by the states. Every "
         "process holds Python and torch too.",
     ]
+    if settings.peers and not multiplies_bf16():
+        report.notes.append("transformers runs in float32 only: this processor does not multiply bfloat16.")
     if settings.peers and not sizes.openvino:
         report.notes.append(f"{OPENVINO}'s exporter does not know this model.")
     return report

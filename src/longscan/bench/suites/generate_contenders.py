@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longscan.bench.contenders import llama, openvino
+from longscan.bench.machine import multiplies_bf16
 from longscan.bench.measure import Contender
 from longscan.bench.suites.work import probe, work_of
 from longscan.models import MODELS
@@ -245,7 +246,7 @@ def _peers(job: str, sizes: Sizes, files: Files, **arguments: int) -> list[Conte
     if files.directory is None:
         return peers
     same = {"directory": str(files.directory), "vocab_size": sizes.model["vocab_size"], **arguments}
-    for precision in ("float32", "bf16"):
+    for precision in ("float32", "bf16") if multiplies_bf16() else ("float32",):
         name = HF.replace("float32", precision)
         peers.append(_peer(name, f"hugging_face:{job}_transformers", same | {"precision": precision}))
     if sizes.openvino:
