@@ -136,6 +136,16 @@ def test_attention_of_attention(cli: Cli, models: Path, tmp_path: Path) -> None:
     assert not [text for text in shown if "α" in text]
 
 
+def test_a_head_that_only_the_scan_has(cli: Cli, models: Path, tmp_path: Path) -> None:
+    argv = ("plot", "attention", models / "hybrid", TEXT, "--layer", 2, "--out", tmp_path / "a.svg")
+    for head, titles in ((3, {"hidden attention of the scan", "attention"}), (7, set())):
+        done = cli(*argv, "--head", head)  # 8 heads of the scan, 4 of attention
+        assert done.code == 0, done.err
+        assert titles <= set(texts_in(tmp_path / "a.svg"))
+    assert "attention" not in texts_in(tmp_path / "a.svg")
+    assert "--head: expected 0 to 7, got 8" in cli(*argv, "--head", 8).err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -150,14 +160,15 @@ def test_attention_of_attention(cli: Cli, models: Path, tmp_path: Path) -> None:
         (
             ["delta", "a", "--model", "HYBRID", "--layer", "1"],
             2,
-            "--layer: expected 0, 2, the layers with a selective state; got 1",
+            "--layer: expected one with a selective state: 0, 2; got 1",
         ),
         (
             ["attention", "HYBRID", "a", "--layer", "1"],
             2,
-            "expected 0, 2, 3, the layers with a selective state or attention; got 1",
+            "expected one with a selective state or attention: 0, 2, 3; got 1",
         ),
         (["attention", "MAMBA2", "a", "--head", "8"], 2, "--head: expected 0 to 7, got 8"),
+        (["attention", "MAMBA2", "a", "--seed", "1"], 2, "--seed: these are for models of images"),
         (
             ["attention", "longscan-tiny-en", "a", "--channel", "-1"],
             2,

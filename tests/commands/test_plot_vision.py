@@ -146,7 +146,7 @@ def test_the_image_is_shown_with_all_its_pixels(cli: Cli, tmp_path: Path) -> Non
         (
             ["attention", "longscan-tiny-en", "a", "--query", "0,0"],
             2,
-            "--query, --size: these are for models of",
+            "--query, --size, --seed: these are for models of",
         ),
         (["scan", "IMAGE", "--out", "x.bmp"], 2, "--out: expected a name that ends in .png, .svg or .pdf"),
     ],

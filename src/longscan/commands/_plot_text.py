@@ -130,7 +130,8 @@ def attention_of_text(
         name: of the model.
         text: its input.
         layer: its number; None: the last one that has either.
-        lane: a channel or a head; None: the mean over all.
+        lane: a channel or a head, drawn of scan or attention if only one has so many; None: the mean over
+            all.
         tokenizer_name: see `TokenizerName`.
         out: the figure.
 
@@ -150,9 +151,10 @@ def attention_of_text(
     numbers = [each.number for each in layers]
     index = -1 if layer is None else _index(subject.model, numbers, f"{STATE} or attention", layer)
     chosen = layers[index]
-    for part in (chosen.scan, chosen.attention):
-        if part is not None and lane is not None and not 0 <= lane < _lanes(part):
-            raise UsageError(f"--{part.noun}: expected 0 to {_lanes(part) - 1}, got {lane}.")
+    parts = [part for part in (chosen.scan, chosen.attention) if part is not None]
+    most = max(parts, key=_lanes)
+    if lane is not None and not 0 <= lane < _lanes(most):
+        raise UsageError(f"--{most.noun}: expected 0 to {_lanes(most) - 1}, got {lane}.")
 
     def panels(found: TextLayer) -> dict[str, tuple[Tensor, str]]:
         return _panels(found, lane) if found.number == chosen.number else {}
@@ -176,7 +178,7 @@ def _panels(layer: TextLayer, lane: int | None) -> dict[str, tuple[Tensor, str]]
         ("hidden attention of the scan", "α", layer.scan),
         ("attention", "weight", layer.attention),
     ):
-        if part is None:
+        if part is None or (lane is not None and lane >= _lanes(part)):
             continue
         if lane is not None:
             label = f"{symbol} of {part.noun} {lane}"
@@ -212,7 +214,7 @@ def _index(model: LanguageModel, numbers: Sequence[int], what: str, layer: int) 
     if len(numbers) == n_layers:
         raise UsageError(f"--layer: expected 0 to {n_layers - 1}, got {layer}.")
     listed = ", ".join(map(str, numbers))
-    raise UsageError(f"--layer: expected {listed}, the layers with {what}; got {layer}.")
+    raise UsageError(f"--layer: expected one with {what}: {listed}; got {layer}.")
 
 
 def _subject(name: str, text: str | None, tokenizer_name: str | None, most: int) -> Subject:

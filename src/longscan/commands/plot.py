@@ -16,7 +16,6 @@ from longscan.checkpoints.open import stored_kind
 from longscan.commands._options import FigureOut, TokenizerName
 from longscan.commands._plot_text import attention_of_text, delta, state
 from longscan.commands._plot_vision import (
-    Seed,
     Size,
     activation,
     attention_of_image,
@@ -99,7 +98,9 @@ def attention(
     ] = None,
     tokenizer_name: TokenizerName = None,
     size: Size = None,
-    seed: Seed = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of random weights of a model of images.", show_default="0")
+    ] = None,
     out: FigureOut = Path("attention.png"),
 ) -> None:
     """The attention weights of a translator or a language model, or the hidden attention of a scan.
@@ -122,10 +123,10 @@ def attention(
                 "--head, --channel, --tokenizer: these are for language models, the model is of images."
             )
         layer = -1 if layer is None else layer
-        attention_of_image(model, Path(sentence), layer, query or [], size, seed, out)
+        attention_of_image(model, Path(sentence), layer, query or [], size, seed or 0, out)
         return
-    if query or size:
-        raise UsageError("--query, --size: these are for models of images, the model is none.")
+    if query or size or seed is not None:
+        raise UsageError("--query, --size, --seed: these are for models of images, the model is none.")
     if stored_kind(model) == "language":
         if target or part or pieces:
             raise UsageError(
