@@ -51,7 +51,7 @@ Scratch scratch_of(const ls_decode *a) {
   s.residual = (float *)take(4 * rows * a->d_model);
   s.embedded = (float *)take(4 * rows * a->d_model * streams);
   s.side = s.embedded + (streams ? rows * a->d_model : 0);
-  s.normed = (float *)take(4 * rows * s.n_normed * copies);
+  s.normed = (float *)take(4 * rows * s.n_normed * (copies + 1));
   s.gated = (float *)take(4 * rows * s.widest * copies);
   s.wide = (float *)take(4 * rows * s.n_wide);
   s.narrow = (float *)take(4 * rows * s.n_narrow);
@@ -79,7 +79,8 @@ void work(const Decode *d) {
   const int64_t rows = a->batch * a->steps, D = a->d_model;
   const int64_t id = s.counters->value.fetch_add(1, std::memory_order_relaxed) % a->threads;
   const bool few = rows <= FEW;
-  Member me = {a, &s, rows, id, few, s.counters + 1, s.prepared + (few ? id * s.prepared_size : 0), nullptr, nullptr};
+  char *const ready = s.prepared + (few ? id * s.prepared_size : 0);
+  Member me = {a, &s, rows, id, few, s.counters + 1, ready, nullptr, nullptr, false};
 
   me.phase(rows, [&](int64_t row) {
     float *x = s.residual + row * D;

@@ -70,10 +70,13 @@ struct Member {
   Counter *counters;       // of each phase: units done, and units taken of every thread's run
   char *ready;             // prepared rows, the thread's own if the rows are few
   const char *next, *end;  // weights worth asking for
+  bool together;           // whether all threads have the same normed rows
 
   Pieces cut(int64_t n) const { return pieces(n, UNITS * a->threads); }
   int64_t mine(int64_t row) const { return (few ? id * rows : 0) + row; }
-  float *normed_row(int64_t row) const { return s->normed + mine(row) * s->n_normed; }
+  float *normed_row(int64_t row) const {
+    return s->normed + (together ? a->threads * rows + row : mine(row)) * s->n_normed;  // behind those of the threads
+  }
   float *gated_row(int64_t row) const { return s->gated + mine(row) * s->widest; }
 
   // The first weights of this thread's run, if they are multiplied by in pieces like these.
@@ -143,20 +146,29 @@ struct Member {
     outputs(&product, first, last);
   }
 
-  // Every sublayer begins with in_scale norm(residual), prepared for a matrix ...
+  // Every sublayer begins with in_scale norm(residual), prepared for a matrix. Threads that each normalise a few rows for
+  // themselves may do it so late that the others have changed the residual stream; they have nothing left to do in
+  // that sublayer then, but they would in the next one of the same input: it gets rows that are normalised once ...
   void begin(const ls_sublayer *layer, const ls_matrix *matrix) {
+    const bool again = layer->weights && layer + 1 < a->layers + a->n_layers && !layer[1].norm;
+    if (layer->norm) together = few && again;
+    if (layer->norm && together) phase(rows, [&](int64_t row) { normalize(layer, row); });
     prepare_rows(matrix, [&](int64_t row) -> const float * {
-      const int64_t D = a->d_model, width = layer->reads == LS_JOINED ? 2 * D : D;
-      float *x = normed_row(row);
-      const float *from = (layer->reads == LS_SIDE ? s->side : s->residual) + row * D;
-      if (layer->norm && layer->reads == LS_JOINED) {
-        memcpy(x, from, sizeof(float) * (size_t)D);
-        memcpy(x + D, s->embedded + row * D, sizeof(float) * (size_t)D);
-        from = x;
-      }
-      if (layer->norm) rms_norm(from, layer->norm, (float)a->eps, width, x);
-      return scaled(x, layer->in_scale, width, row);
+      if (layer->norm && !together) normalize(layer, row);
+      return scaled(normed_row(row), layer->in_scale, layer->reads == LS_JOINED ? 2 * a->d_model : a->d_model, row);
     });
+  }
+
+  void normalize(const ls_sublayer *layer, int64_t row) {
+    const int64_t D = a->d_model, width = layer->reads == LS_JOINED ? 2 * D : D;
+    float *x = normed_row(row);
+    const float *from = (layer->reads == LS_SIDE ? s->side : s->residual) + row * D;
+    if (layer->reads == LS_JOINED) {
+      memcpy(x, from, sizeof(float) * (size_t)D);
+      memcpy(x + D, s->embedded + row * D, sizeof(float) * (size_t)D);
+      from = x;
+    }
+    rms_norm(from, layer->norm, (float)a->eps, width, x);
   }
 
   // ... which is still there while the sublayer scales nothing else ...

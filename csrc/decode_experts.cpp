@@ -122,7 +122,10 @@ void advance(Member *me, const ls_sublayer *sublayer, const ls_experts *layer, c
   me->phase(me->rows, [&](int64_t row) { choose(layer, s.narrow + row * E, row, s.chosen + row * k); });
   me->phase(1, [&](int64_t) { group(s, n_choices, E); });
   prepare_inputs(me, sublayer, layer);
-  me->phase(s.groups[0] * hidden.units, [&](int64_t unit) {
+  // as many units as there may be groups: how many there are is valid only until the last unit is done, since the other
+  // threads may then be in a later layer already
+  me->phase((n_choices < E ? n_choices : E) * hidden.units, [&](int64_t unit) {
+    if (unit / hidden.units >= s.groups[0]) return;
     const int64_t *of = s.groups + 1 + unit / hidden.units, piece = unit % hidden.units;
     const int64_t begin = piece * hidden.size, end = end_of(hidden, piece);
     for (int64_t i = of[0]; i < of[1]; ++i) {
