@@ -182,7 +182,8 @@ static bool bad(const ls_experts *l, int64_t d_model) {
     return true;
   const ls_mlp *experts = (const ls_mlp *)(l + 1);
   for (int64_t e = 0; e < l->n_experts; ++e)
-    if (bad(experts + e, width) || experts[e].rank || experts[e].has_after || experts[e].up_proj.n_out != experts[0].up_proj.n_out ||
+    if (bad(experts + e, width) || experts[e].rank || experts[e].has_after ||
+        experts[e].up_proj.n_out != experts[0].up_proj.n_out ||
         experts[e].up_proj.format != experts[0].up_proj.format)
       return true;
   return false;
