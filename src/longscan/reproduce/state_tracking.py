@@ -182,7 +182,7 @@ def _plot(report: Mapping[str, Any], path: Path) -> None:
         ax.axvline(TRAINED, color=GREY, linewidth=0.8, linestyle="--")
         ax.set_xscale("log", base=2)
         ax.set_xticks([k * TRAINED for k in FACTORS], [f"{k * TRAINED}" for k in FACTORS])
-        ax.set(xlabel="tokens", title=task, ylim=(-10, 105))
+        ax.set(xlabel="tokens", title=task, ylim=(-15, 105))
         tidy(ax)
     panels[0].set_ylabel("accuracy (%); dotted: published")
     panels[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
