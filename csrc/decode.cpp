@@ -37,11 +37,13 @@ Scratch scratch_of(const ls_decode *a) {
   };
   Scratch s;
   s.widest = a->d_model, s.n_wide = s.n_narrow = 1, s.n_choices = 0;
-  int64_t prepared = 0, streams = 0;
+  int64_t prepared = 0, streams = 0, partials = 0;
   for (int64_t l = 0; l < a->n_layers; ++l) {
     const Needs needs = visit(a->layers + l, [](const auto *weights) { return needs_of(weights); });
     more(&s.n_wide, needs.wide), more(&s.n_narrow, needs.narrow), more(&s.widest, needs.widest);
     more(&s.n_choices, needs.n_choices), more(&prepared, needs.prepared);
+    if (a->layers[l].kind == LS_ATTENTION)
+      more(&partials, n_partials(a, (const ls_attention *)a->layers[l].weights, a->states + a->layers[l].state));
     if (a->layers[l].reads != LS_RESIDUAL || a->layers[l].writes != LS_RESIDUAL) streams = 2;
   }
   s.n_normed = (streams ? 2 : 1) * a->d_model;
@@ -57,6 +59,7 @@ Scratch scratch_of(const ls_decode *a) {
   s.narrow = (float *)take(4 * rows * s.n_narrow);
   s.dt = (float *)take(4 * rows * s.widest);
   s.y = (float *)take(4 * rows * s.widest);
+  s.partials = (float *)take(4 * partials);
   more(&prepared, prepared_bytes(s.widest));
   s.prepared_size = rows * prepared;
   s.prepared = take(s.prepared_size * copies);

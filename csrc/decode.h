@@ -51,6 +51,7 @@ struct Scratch {
   float *normed, *gated;   // (rows, n_normed), (rows, widest): for every thread if the rows are few
   float *wide, *narrow;    // of a sublayer: (rows, n_wide), (rows, n_narrow)
   float *dt, *y;           // (rows, widest)
+  float *partials;         // of attention over spans of a cache
   char *prepared;          // (rows, widest), for every thread if the rows are few
   Choice *chosen, *sorted;  // (rows, n_choices) by token and by expert
   int64_t *groups;          // of one expert in `sorted`: how many, where each begins, where the last one ends
@@ -216,6 +217,7 @@ Needs needs_of(const ls_attention *);
 Needs needs_of(const ls_mlp *);
 Needs needs_of(const ls_mamba3 *);
 Needs needs_of(const ls_experts *);
+int64_t n_partials(const ls_decode *, const ls_attention *, const ls_state *);  // floats, for all rows
 void advance(Member *, const ls_sublayer *, const ls_mamba *, const ls_matrix *then);
 void advance(Member *, const ls_sublayer *, const ls_mamba2 *, const ls_matrix *then);
 void advance(Member *, const ls_sublayer *, const ls_attention *, const ls_matrix *then);

@@ -105,6 +105,34 @@ def test_goes_on_from_prompts_of_different_lengths(shape: str) -> None:
         assert largest(logits[row] - whole, whole) < 1e-5
 
 
+@pytest.mark.parametrize("shape", ["llama", "llama-odd"])
+def test_long_caches_are_read_in_spans(isa: str, shape: str) -> None:
+    """Rows whose caches end before, at and behind a border of 1,024 tokens: the forward pass; bits by themselves."""
+    model, before = build(shape), torch.get_num_threads()
+    lengths, size = (3, 1_020, 1_023, 1_024, 2_041), 2_041
+    ids, following = tokens(model, 5, size), tokens(model, 5, 7)
+    seq_idx = torch.tensor([[-1] * (size - n) + [0] * n for n in lengths])
+    _, state = model.prefill(ids, seq_idx=seq_idx)
+    mark = state.mark()
+    logits = model.advance(following, state)[0]
+    assert model._decoder is not None
+    for row, n in enumerate(lengths):
+        whole = model(torch.cat([ids[row, size - n :], following[row]])[None]).logits[0, n:]
+        assert largest(logits[row] - whole, whole) < 1e-5
+    try:
+        for threads in (1, 3, 16):
+            torch.set_num_threads(threads)
+            state.rewind(mark)
+            pieces = [model.advance(piece, state)[0] for piece in following.split((1, 2, 4), 1)]
+            assert torch.equal(torch.cat(pieces, 1), logits)
+            state.rewind(mark)
+            for row in range(5):
+                alone = model.advance(following[row : row + 1], state.select([row]))[0]
+                assert torch.equal(alone[0], logits[row])
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_cache_grows_and_rewinds() -> None:
     model = build("llama")
     ids = tokens(model, 2, 40)
