@@ -15,7 +15,8 @@ from generating import generate_batch
 from longscan.errors import LongscanError, UsageError
 from longscan.inference.generate import generate, generate_ids
 from longscan.inference.prefill import CHUNK, encode
-from longscan.inference.sampling import SamplingConfig, TextWriter
+from longscan.inference.sampling import SamplingConfig
+from longscan.inference.text_writer import TextWriter
 from longscan.models import LanguageModel, State
 from longscan.tokenizers.base import ByteTokenizer, Tokenizer
 from longscan.tokenizers.bpe import train_bpe

@@ -13,6 +13,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from operator import is_not
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -26,16 +27,16 @@ from longscan.inference.drafters import Drafter
 from longscan.inference.prefill import Progress
 from longscan.inference.prefix_cache import PrefixCache
 from longscan.inference.request import Request, tokens_of
-from longscan.inference.row import Row
+from longscan.inference.row import Prompt, Row
 from longscan.inference.sampling import (
-    CONTEXT,
     Event,
     Sampler,
-    TextWriter,
     check_fit,
+    log_probabilities,
     to_array,
 )
 from longscan.inference.speculative import Speculator
+from longscan.inference.text_writer import CONTEXT, TextWriter
 from longscan.models import LanguageModel, State
 from longscan.models.common.state import SavedState
 from longscan.tokenizers.base import Tokenizer
@@ -130,7 +131,7 @@ class Engine:
         self._vocab_size = min([model.config.vocab_size, *([tokenizer.vocab_size] if tokenizer else [])])
         self._device = model.device
         self._number = self._rounds = 0
-        self._waiting: deque[Row] = deque()  # the first of them may be partly prefilled
+        self._waiting: deque[Row] = deque()  # some of them may be partly prefilled
         self._rows: list[Row] = []  # row i has slot i
         self._state: State | None = None
         self._grows = False  # whether the state grows with each token
@@ -161,7 +162,6 @@ class Engine:
         """The number of draft tokens accepted so far."""
         return self._speculator.accepted if self._speculator else 0
 
-    @_alone
     def submit(self, request: Request) -> int:
         """Return the number of a new request, from 0: the `row` of its events.
 
@@ -174,15 +174,34 @@ class Engine:
             LongscanError: it has no tokens or too many, an id is not of this model, or the state is not.
             UsageError: stop strings without a tokenizer.
         """
+        return self.submit_copies(request, 1)[0]
+
+    @_alone
+    def submit_copies(self, request: Request, n: int) -> list[int]:
+        """Return the numbers of n continuations of a prompt, which is prefilled once; number i uses seed + i.
+
+        Args:
+            request: what to generate.
+            n: continuations.
+
+        Raises:
+            LongscanError: see `submit`.
+            UsageError: stop strings without a tokenizer, or n is less than 1.
+        """
+        check_whole("n", n, 1)
         ids = tokens_of(request, self.model, self._max_tokens)
-        if request.config.stop and self.tokenizer is None:
+        config = request.config
+        if config.stop and self.tokenizer is None:
             raise UsageError("stop: stop strings are text, so the engine needs a tokenizer to find them.")
-        row = Row(self._number, request, ids)
-        row.sampler = Sampler(request.config, self._vocab_size, ids)
-        row.writer = TextWriter(self.tokenizer, ids[-CONTEXT:].tolist(), request.config.stop)
-        self._number, self._submitted = self._number + 1, self._submitted + len(ids)
-        self._waiting.append(row)
-        return row.number
+        prompt = Prompt(request, ids, n)
+        rows = [Row(self._number + i, request, prompt) for i in range(n)]
+        for i, row in enumerate(rows):
+            seed = config.seed if config.seed is None else (config.seed + i) % 2**64
+            row.sampler = Sampler(replace(config, seed=seed), self._vocab_size, ids, request.logit_bias)
+            row.writer = TextWriter(self.tokenizer, ids[-CONTEXT:].tolist(), config.stop)
+        self._number, self._submitted = self._number + n, self._submitted + len(ids)
+        self._waiting.extend(rows)
+        return [row.number for row in rows]
 
     @_alone
     def cancel(self, number: int) -> bool:
@@ -196,9 +215,10 @@ class Engine:
         """
         for row in self._waiting:
             if row.number == number:
-                self._submitted -= len(row.ids)
-                self._prefilled -= row.done
                 self._waiting.remove(row)
+                if row.prompt.leave():
+                    self._submitted -= len(row.prompt.ids)
+                    self._prefilled -= row.prompt.done
                 return True
         for slot, row in enumerate(self._rows):
             if row.number == number:
@@ -280,15 +300,22 @@ class Engine:
 
     def _draw_token(self, row: Row, logits: np.ndarray, events: list[Event]) -> int:
         """Return the next token of a row and append its event; -1 if the logits are invalid."""
+        constraint, config = row.constraint, row.request.config
         try:
-            token = row.sampler.draw(logits)
+            token = row.sampler.draw(logits, constraint.allowed() if constraint else None)
+            if constraint:
+                constraint.accept(token)
         except LongscanError as error:
             row.finish = "error"
             events.append(Event(row.number, -1, "", "error", error))
             return -1
         row.left -= 1
         text, row.finish = row.writer.push(token, is_eos=token in row.ends, is_last=not row.left)
-        events.append(Event(row.number, token, text, row.finish))
+        event = Event(row.number, token, text, row.finish)
+        if config.logprobs is not None:
+            logprob, top = log_probabilities(logits[: self._vocab_size], token, config.logprobs)
+            event = event._replace(logprob=logprob, top=top)
+        events.append(event)
         return token
 
     def _speculate(self, speculator: Speculator, events: list[Event]) -> None:
@@ -319,43 +346,50 @@ class Engine:
         """Prefill prompts for the free slots, within the budget of a step."""
         budget = self._read_tokens
         while self._waiting and len(self._rows) < self.slots and (budget is None or budget > 0):
-            row = self._waiting[0]
-            before = row.done
-            try:
-                logits = row.prefill(self.model, budget, self._cache, self._show_progress(before))
-            except LongscanError as error:
-                self._waiting.popleft()
-                events.append(Event(row.number, -1, "", "error", error))
-                continue
-            finally:
-                self._prefilled += row.done - before
-            budget = None if budget is None else budget - (row.done - before)
-            if row.done == len(row.ids):
-                self._waiting.popleft()
-                self._join(row, logits)
+            row = self._waiting.popleft()
+            prompt, before = row.prompt, row.prompt.done
+            if not prompt.complete:
+                try:
+                    prompt.prefill(self.model, budget, self._cache, self._show_progress(before))
+                except LongscanError as error:
+                    prompt.leave()
+                    events.append(Event(row.number, -1, "", "error", error))
+                    continue
+                except BaseException:
+                    self._waiting.appendleft(row)
+                    raise
+                finally:
+                    self._prefilled += prompt.done - before
+            budget = None if budget is None else budget - (prompt.done - before)
+            if prompt.complete:
+                self._join(row)
+            else:  # a long prompt takes turns with those behind it, as many as there are slots
+                self._waiting.insert(min(len(self._waiting), self.slots - 1), row)
 
     def _show_progress(self, before: int) -> Callable[[int], None] | None:
         """Return what to call during the prefill of a row whose first `before` tokens are counted already."""
         progress, prefilled = self._progress, self._prefilled - before
         return progress and (lambda done: progress(prefilled + done, self._submitted))
 
-    def _join(self, row: Row, logits: Tensor) -> None:
+    def _join(self, row: Row) -> None:
         """Give a prefilled row a slot."""
-        assert row.state is not None
+        prompt = row.prompt
+        assert prompt.state is not None
+        assert prompt.logits is not None
         self._settle()
         if self._state is None:
             self._state = self.model.init_state(self.slots)
             self._grows = bool(self._state.growth)
             self._make_views()
         layers = list(self._state.layers)
-        self._state.copy_row_(len(self._rows), row.state, 0)
+        self._state.copy_row_(len(self._rows), prompt.state, 0)
         if self._grows and any(map(is_not, self._state.layers, layers)):
             self._make_views()
-        row.release()
-        row.logits = to_array(logits)
-        row.progress.position = row.request.position + len(row.ids)
+        row.logits = to_array(prompt.logits)
+        row.progress.position = row.request.position + len(prompt.ids)
         if self._speculator:
-            row.progress.ids = row.ids.tolist()
+            row.progress.ids = prompt.ids.tolist()
+        prompt.leave()
         self._rows.append(row)
 
     def _reserve(self, n: int) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longscan.core.checks import check_whole
+from longscan.core.checks import check_range, check_whole
 from longscan.errors import LongscanError
 from longscan.inference.prefill import Ids
-from longscan.inference.sampling import SamplingConfig
+from longscan.inference.sampling import Constraint, SamplingConfig
 from longscan.models import LanguageModel, State
 from longscan.models.common.growable import GrowableState
 from longscan.models.common.state import SavedState
@@ -35,6 +35,8 @@ class Request:
         pending: the tokens after them, as in `SavedState.pending`: the engine decodes them step by step, so
             that the text continues bit-exactly as if it had not been saved.
         keep: whether `Engine.saved` still has the state when the text has ended.
+        logit_bias: id -> what is added to its logit before sampling.
+        constraint: makes what decides which tokens may come next, a grammar say; None allows all.
     """
 
     ids: Ids
@@ -44,6 +46,8 @@ class Request:
     position: int = 0
     pending: Sequence[int] = ()
     keep: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    constraint: Callable[[], Constraint] | None = None
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -113,6 +117,11 @@ def tokens_of(request: Request, model: LanguageModel, max_tokens: int | None = N
         check_whole("eos_id", end, 0)
         if end >= size:
             raise LongscanError(f"eos_id: expected 0 to {size - 1:,}, or None, got {end:,}.")
+    for token, bias in request.logit_bias.items():
+        check_whole("logit_bias", token, 0)
+        if token >= size:
+            raise LongscanError(f"logit_bias: expected ids from 0 to {size - 1:,}, got {token:,}.")
+        check_range("logit_bias", bias, least=-100, most=100)
     check_whole("position", request.position, 0)
     known, new = request.position + len(ids), request.config.max_new_tokens
     if max_tokens is not None and known + new > max_tokens:

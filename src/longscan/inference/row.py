@@ -12,10 +12,11 @@ from torch import Tensor
 from longscan.inference.prefill import CHUNK, read
 from longscan.inference.prefix_cache import PrefixCache
 from longscan.inference.request import Request
-from longscan.inference.sampling import Finish, Sampler, TextWriter
+from longscan.inference.sampling import Finish, Sampler
+from longscan.inference.text_writer import TextWriter
 from longscan.models import LanguageModel, State
 
-__all__ = ["MAX_PENDING", "Row", "RowProgress"]
+__all__ = ["MAX_PENDING", "Prompt", "Row", "RowProgress"]
 
 MAX_PENDING = 16  # tokens that one pass decodes before the drafts; more are decoded without drafts first
 
@@ -35,28 +36,26 @@ class RowProgress:
     ids: list[int] = field(default_factory=list)
 
 
-class Row:
-    """A request in the engine.
+class Prompt:
+    """The prefill of a prompt, in pieces if need be; several rows may wait for it.
 
     Args:
-        number: of the request.
         request: what to generate.
         ids: (n,) the tokens of the prompt, pending ones first.
+        rows: that wait for it.
     """
 
-    sampler: Sampler
-    writer: TextWriter
-
-    def __init__(self, number: int, request: Request, ids: np.ndarray) -> None:
-        self.number, self.request, self.ids = number, request, ids
-        self.state: State | None = request.state  # until the prefill is complete
-        self.ends = request.ends
-        self.done = 0  # tokens of the prompt that are prefilled
-        self.left = request.config.max_new_tokens
-        self.logits: np.ndarray | None = None  # (padded_vocab_size,) to draw the next token from
-        self.progress = RowProgress()
-        self.finish: Finish | None = None
+    def __init__(self, request: Request, ids: np.ndarray, rows: int) -> None:
+        self.request, self.ids, self._rows = request, ids, rows
+        self.state: State | None = request.state
+        self.done = 0  # tokens that are prefilled
+        self.logits: Tensor | None = None  # (padded_vocab_size,) after them
         self._store: Callable[[int, State], None] | None = None  # for the prefix cache
+
+    @property
+    def complete(self) -> bool:
+        """Whether all tokens are prefilled."""
+        return self.done == len(self.ids)
 
     def prefill(
         self,
@@ -64,7 +63,7 @@ class Row:
         budget: int | None,
         cache: PrefixCache | None,
         progress: Callable[[int], None] | None,
-    ) -> Tensor:
+    ) -> None:
         """Process the next part of the prompt.
 
         Args:
@@ -72,15 +71,12 @@ class Row:
             budget: tokens to process, about; None for all that are left.
             cache: of states of prefixes.
             progress: called after each chunk with the tokens of this prompt that are prefilled.
-
-        Returns:
-            (padded_vocab_size,) the logits after it.
         """
         ids, start, n_pending = self.ids, self.request.position, len(self.request.pending)
         if self.done < n_pending:
-            logits = self._decode_pending(model)
-            if n_pending == len(ids):
-                return logits
+            self._decode_pending(model)
+            if self.complete:
+                return
         if cache and not self.done and self.request.state is None:
             self.done, self.state, self._store = cache.begin(ids)
         begin, end = self.done, len(ids)
@@ -92,22 +88,45 @@ class Row:
             if progress:
                 progress(begin + done)
 
-        logits, self.state = read(
+        self.logits, self.state = read(
             model, ids[begin:end], self.state, start + begin, progress=notify, boundary=self._store
         )
         self.done = end
-        return logits
 
-    def _decode_pending(self, model: LanguageModel) -> Tensor:
-        """Decode the pending tokens of a saved text; return the logits (padded_vocab_size,) after them."""
+    def _decode_pending(self, model: LanguageModel) -> None:
+        """Decode the pending tokens of a saved text."""
         state, n_pending = self.request.state, len(self.request.pending)
         self.state = model.init_state(1) if state is None else state.clone()
         for begin in range(0, n_pending, MAX_PENDING):
             part = self.ids[begin : min(begin + MAX_PENDING, n_pending)]
             logits, _ = model.advance(torch.from_numpy(part)[None].to(model.device), self.state)
-        self.done = n_pending
-        return logits[0, -1]
+        self.done, self.logits = n_pending, logits[0, -1]
 
-    def release(self) -> None:
-        """Free what only the prefill needs."""
-        self.state = self._store = None
+    def leave(self) -> bool:
+        """Count a row that waits no longer; return whether it was the last, and all memory is freed."""
+        self._rows -= 1
+        if not self._rows:
+            self.state = self.logits = self._store = None
+        return not self._rows
+
+
+class Row:
+    """A request in the engine.
+
+    Args:
+        number: of the request.
+        request: what to generate.
+        prompt: its prefill.
+    """
+
+    sampler: Sampler
+    writer: TextWriter
+
+    def __init__(self, number: int, request: Request, prompt: Prompt) -> None:
+        self.number, self.request, self.prompt = number, request, prompt
+        self.ends = request.ends
+        self.constraint = request.constraint() if request.constraint else None
+        self.left = request.config.max_new_tokens
+        self.logits: np.ndarray | None = None  # (padded_vocab_size,) to draw the next token from
+        self.progress = RowProgress()
+        self.finish: Finish | None = None

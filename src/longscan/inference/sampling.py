@@ -1,4 +1,4 @@
-"""Sampling the next token of a text, and decoding tokens into the text that is safe to show.
+"""Sampling the next token of a text.
 
 A row of a batch has its own settings, random generator and thresholds, so its samples do not depend on the
 other rows. It draws exactly one random number for each token, whatever the settings: so speculative decoding
@@ -7,9 +7,9 @@ does not change the text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -22,13 +22,14 @@ from longscan.models import LanguageModel
 from longscan.tokenizers.base import Tokenizer
 
 __all__ = [
+    "Constraint",
     "Event",
     "Finish",
     "Sampler",
     "SamplingConfig",
-    "TextWriter",
     "candidates",
     "check_fit",
+    "log_probabilities",
     "to_array",
 ]
 
@@ -38,7 +39,6 @@ Finish: TypeAlias = Literal["eos", "stop", "length", "error"]
 # do not suffice
 THRESHOLDS = (1e-2, 1e-4, 1e-6, 0.0)
 BLOCK = 256  # weights per partial sum, when the sampled one is searched for
-CONTEXT = 8  # tokens of a prompt that may affect the text of the first new one
 MIN_TEMPERATURE = 1e-30  # below it, the division would overflow float32; sampling is greedy anyway
 
 
@@ -54,6 +54,10 @@ class SamplingConfig(Config):
         min_p: drop tokens below this fraction of the largest probability; 0 is off.
         repetition_penalty: above 1 makes tokens of the prompt and of the text so far less likely (CTRL,
             Keskar et al. 2019, arXiv:1909.05858, section 4.1).
+        presence_penalty: subtracted from the logits of tokens that the new text has already.
+        frequency_penalty: likewise, times how often.
+        logprobs: None, or how many of the most likely tokens each event lists with their log-probabilities,
+            beside its own token's.
         stop: strings that end a text, without being part of it.
         seed: of the random numbers; None draws one from torch's global generator. If several texts share
             their settings, row i uses seed + i.
@@ -68,6 +72,9 @@ class SamplingConfig(Config):
     top_p: float = 0.95
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logprobs: int | None = None
     stop: tuple[str, ...] = ()
     seed: int | None = None
 
@@ -79,6 +86,8 @@ class SamplingConfig(Config):
         self.check("top_p", above=0, most=1)
         self.check("min_p", least=0, below=1)
         self.check("repetition_penalty", above=0)
+        self.check("presence_penalty", "frequency_penalty", least=-2, most=2)
+        self.check("logprobs", least=0)
         self.check("seed", least=0, most=2**64 - 1)
         if not all(self.stop):
             raise UsageError(f"stop: expected strings that are not empty, got {self.stop!r}.")
@@ -94,6 +103,9 @@ class Event(NamedTuple):
         finish: why the text ends here: the end-of-text token, a stop string, max_new_tokens, an error; or
             None.
         error: the error of this text, which affects no other.
+        logprob: the natural logarithm of the token's probability, before temperature and penalties; only if
+            `SamplingConfig.logprobs` asks for it.
+        top: ids and log-probabilities of the most likely tokens, the largest first.
     """
 
     row: int
@@ -101,6 +113,22 @@ class Event(NamedTuple):
     text: str
     finish: Finish | None = None
     error: LongscanError | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Constraint(Protocol):
+    """Decides which tokens may come next in one text."""
+
+    def allowed(self) -> np.ndarray | None:
+        """Return (n,) bool, n at most the vocabulary: which ids may be next; None for all."""
+
+    def accept(self, token: int) -> None:
+        """Take notice of the next token.
+
+        Args:
+            token: its id.
+        """
 
 
 def check_fit(model: LanguageModel, tokenizer: Tokenizer | None) -> None:
@@ -146,9 +174,16 @@ class Sampler:
         config: the sampling settings.
         vocab_size: of the tokenizer; larger ids are padding and never sampled.
         prompt: the ids so far, for the repetition penalty.
+        bias: id -> what is added to its logit.
     """
 
-    def __init__(self, config: SamplingConfig, vocab_size: int, prompt: Ids = ()) -> None:
+    def __init__(
+        self,
+        config: SamplingConfig,
+        vocab_size: int,
+        prompt: Ids = (),
+        bias: Mapping[int, float] | None = None,
+    ) -> None:
         self._config, self._vocab_size = config, vocab_size
         self._greedy = config.temperature == 0
         seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
@@ -158,15 +193,23 @@ class Sampler:
             ids = np.asarray(prompt, np.int64)
             self._seen = np.zeros(vocab_size, bool)
             self._seen[ids[ids < vocab_size]] = True
+        self._added: np.ndarray | None = None  # (vocab_size,) float32, to the logits
+        if bias or config.presence_penalty or config.frequency_penalty:
+            self._added = np.zeros(vocab_size, np.float32)
+            for token, value in (bias or {}).items():
+                if token < vocab_size:
+                    self._added[token] = value
+        self._written: set[int] = set()
 
-    def draw(self, logits: np.ndarray) -> int:
+    def draw(self, logits: np.ndarray, allowed: np.ndarray | None = None) -> int:
         """Return the id of the next token.
 
         Args:
             logits: (padded_vocab_size,) float32, not modified.
+            allowed: (n,) bool, which of the first n ids may be drawn, and no others; None for all.
 
         Raises:
-            LongscanError: the logits are not numbers.
+            LongscanError: the logits are not numbers, or no token is allowed.
         """
         logits = logits[: self._vocab_size]
         token = int(logits.argmax())  # the first NaN, if there is one
@@ -178,6 +221,12 @@ class Sampler:
         if self._seen is not None:
             logits = _penalize(logits, self._seen, self._config.repetition_penalty)
             token = int(logits.argmax())
+        if self._added is not None:
+            logits = logits + self._added
+        if allowed is not None:
+            logits = _mask(logits, allowed)
+        if self._added is not None or allowed is not None:
+            token = int(logits.argmax())
         if not self._greedy:
             u = float(torch.rand((), generator=self._generator, dtype=torch.float64))
             ids, weights = candidates(logits, self._config)
@@ -185,6 +234,10 @@ class Sampler:
             token = index if ids is None else int(ids[index])
         if self._seen is not None:
             self._seen[token] = True
+        if self._added is not None:
+            first = token not in self._written
+            self._added[token] -= self._config.frequency_penalty + first * self._config.presence_penalty
+            self._written.add(token)
         return token
 
 
@@ -257,50 +310,34 @@ def _penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarra
     return logits
 
 
-class TextWriter:
-    """Decodes the tokens of a row into text, which ends before a stop string.
+def _mask(logits: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """Return logits (vocab_size,) in which ids that are not allowed are impossible."""
+    masked = np.full_like(logits, -np.inf)
+    n = min(len(logits), len(allowed))
+    masked[:n][allowed[:n]] = logits[:n][allowed[:n]]
+    if not masked.max() > -np.inf:
+        raise LongscanError("no token is allowed here: the constraint and the vocabulary do not fit.")
+    return masked
 
-    A possible start of a stop string is held back, so that no text has to be retracted.
+
+def log_probabilities(logits: np.ndarray, token: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Return the log-probability of a token, and the n most likely tokens with theirs.
 
     Args:
-        tokenizer: decodes the tokens; without one there is no text.
-        prompt: the ids before the first new one.
-        stop: strings that end the text.
+        logits: (vocab_size,) float32.
+        token: its id.
+        n: at least 0; ties go to the smaller id.
+
+    Returns:
+        In natural logarithms, computed in float64, the largest first.
     """
-
-    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stop: tuple[str, ...]) -> None:
-        self._stop, self._held = stop, ""
-        self._stream = tokenizer.stream() if tokenizer else None
-        if self._stream:
-            for token in prompt[-CONTEXT:]:
-                self._stream.push(token)  # in some vocabularies a space depends on the token before it
-
-    def push(self, token: int, *, is_eos: bool, is_last: bool) -> tuple[str, Finish | None]:
-        """Return the new text after a token, and why the row ends here, or None.
-
-        Args:
-            token: its id.
-            is_eos: whether it is an end-of-text token, which has no text.
-            is_last: whether it is the last token allowed.
-        """
-        text = ""
-        if self._stream:
-            text = "" if is_eos else self._stream.push(token)
-            text += self._stream.flush() if is_eos or is_last else ""
-        text, stopped = self._release(self._held + text)
-        if stopped:
-            return text, "stop"
-        if is_eos or is_last:
-            return text + self._held, "eos" if is_eos else "length"
-        return text, None
-
-    def _release(self, text: str) -> tuple[str, bool]:
-        """Return the text before the first stop string; without one, hold back a possible start of one."""
-        # the first to be complete counts, so the result does not depend on how the text is split
-        complete = [(text.index(stop) + len(stop), text.index(stop)) for stop in self._stop if stop in text]
-        if complete:
-            return text[: min(complete)[1]], True
-        started = [n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
-        cut = len(text) - max(started, default=0)
-        self._held = text[cut:]
-        return text[:cut], False
+    values = logits.astype(np.float64)
+    values -= values.max()
+    values -= np.log(np.exp(values).sum())
+    n = min(n, len(values))
+    if not n:
+        return float(values[token]), ()
+    least = np.partition(values, -n)[-n]
+    likely = (values >= least).nonzero()[0]
+    order = likely[np.argsort(-values[likely], kind="stable")][:n]
+    return float(values[token]), tuple((int(index), float(values[index])) for index in order)

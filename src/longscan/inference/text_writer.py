@@ -1,0 +1,61 @@
+"""Decoding tokens into the text that is safe to show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from longscan.inference.sampling import Finish
+from longscan.tokenizers.base import Tokenizer
+
+__all__ = ["CONTEXT", "TextWriter"]
+
+CONTEXT = 8  # tokens of a prompt that may affect the text of the first new one
+
+
+class TextWriter:
+    """Decodes the tokens of a row into text, which ends before a stop string.
+
+    A possible start of a stop string is held back, so that no text has to be retracted.
+
+    Args:
+        tokenizer: decodes the tokens; without one there is no text.
+        prompt: the ids before the first new one.
+        stop: strings that end the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stop: tuple[str, ...]) -> None:
+        self._stop, self._held = stop, ""
+        self._stream = tokenizer.stream() if tokenizer else None
+        if self._stream:
+            for token in prompt[-CONTEXT:]:
+                self._stream.push(token)  # in some vocabularies a space depends on the token before it
+
+    def push(self, token: int, *, is_eos: bool, is_last: bool) -> tuple[str, Finish | None]:
+        """Return the new text after a token, and why the row ends here, or None.
+
+        Args:
+            token: its id.
+            is_eos: whether it is an end-of-text token, which has no text.
+            is_last: whether it is the last token allowed.
+        """
+        text = ""
+        if self._stream:
+            text = "" if is_eos else self._stream.push(token)
+            text += self._stream.flush() if is_eos or is_last else ""
+        text, stopped = self._release(self._held + text)
+        if stopped:
+            return text, "stop"
+        if is_eos or is_last:
+            return text + self._held, "eos" if is_eos else "length"
+        return text, None
+
+    def _release(self, text: str) -> tuple[str, bool]:
+        """Return the text before the first stop string; without one, hold back a possible start of one."""
+        # the first to be complete counts, so the result does not depend on how the text is split
+        complete = [(text.index(stop) + len(stop), text.index(stop)) for stop in self._stop if stop in text]
+        if complete:
+            return text[: min(complete)[1]], True
+        started = [n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        cut = len(text) - max(started, default=0)
+        self._held = text[cut:]
+        return text[:cut], False
