@@ -23,7 +23,7 @@ FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init
 # a room imports only from the rooms to its left
 ROOMS = (
     *("errors", "core", "ops", "models", "tokenizers", "data", "checkpoints", "plotting", "inference"),
-    *("evaluation", "training", "reproduce", "bench", "compat", "commands", "cli"),
+    *("evaluation", "training", "reproduce", "bench", "compat", "commands", "cli", "__main__"),
 )
 # inside models/common, in order too
 COMMON = (
@@ -57,7 +57,7 @@ LONG: dict[str, str] = {
     "training/run": "one class: how a run starts, stops and resumes",
 }
 # where results are printed and the process may end
-SHELL = ("commands", "cli")
+SHELL = ("commands", "cli", "__main__")
 
 
 @cache
