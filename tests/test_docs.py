@@ -297,7 +297,7 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     shutil.copy(ROOT / "docs" / "figures" / "house.png", "photo.png")
     names: dict[str, Any] = {}
     code = blocks("docs/library.md", "python")
-    assert len(code) == 7
+    assert len(code) == 8
     assert blocks(ENGLISH, "python") == code[:1]
     for number, block in enumerate(code):
         exec(compile(block, f"docs/library.md, Python block {number + 1}", "exec"), names)

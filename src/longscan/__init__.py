@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from longscan.errors import LongscanError, UsageError
     from longscan.evaluation.perplexity import Evaluation, evaluate
     from longscan.inference.bert import embed, fill_mask
+    from longscan.inference.chat import Conversation
     from longscan.inference.drafters import DraftModel, PromptLookup
     from longscan.inference.engine import Engine
     from longscan.inference.generate import generate
@@ -67,6 +68,7 @@ _HOME = {
     "inference.request": ("Request",),
     "inference.sampling": ("SamplingConfig",),
     "inference.snapshots": ("Snapshots",),
+    "inference.chat": ("Conversation",),
     "inference.drafters": (
         "DraftModel",
         "PromptLookup",
@@ -81,6 +83,7 @@ _HOME = {
 
 __all__ = [
     "Config",
+    "Conversation",
     "DraftModel",
     "Engine",
     "Evaluation",

@@ -107,7 +107,7 @@ def test_goes_on_from_prompts_of_different_lengths(shape: str) -> None:
 
 @pytest.mark.parametrize("shape", ["llama", "llama-odd"])
 def test_long_caches_are_read_in_spans(isa: str, shape: str) -> None:
-    """Rows whose caches end before, at and behind a border of 1,024 tokens: the forward pass; bits by themselves."""
+    """Caches that end before, at and behind a border of 1,024 tokens: the forward pass; bits alone."""
     model, before = build(shape), torch.get_num_threads()
     lengths, size = (3, 1_020, 1_023, 1_024, 2_041), 2_041
     ids, following = tokens(model, 5, size), tokens(model, 5, 7)

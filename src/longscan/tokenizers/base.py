@@ -75,6 +75,16 @@ class Tokenizer(ABC):
         return self.prefix or (self.eos_id,)
 
     @property
+    def special_tokens(self) -> dict[str, int]:
+        """The names of the special tokens and their ids."""
+        return {}
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The names of special tokens by their role in chat templates: bos_token, eos_token, ..."""
+        return {}
+
+    @property
     def special_ids(self) -> dict[str, int | list[int]]:
         """bos_token_id, eos_token_id and pad_token_id, as a config.json has them."""
         ends = self.eos_ids
@@ -139,6 +149,16 @@ class ByteTokenizer(Tokenizer):
 
     def __init__(self, chat_templates: Mapping[str, str] | None = None) -> None:
         self.chat_templates = dict(chat_templates or {})
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The name of the end of a text."""
+        return {END_OF_TEXT: self.eos_id}
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """See `Tokenizer.roles`."""
+        return {"eos_token": END_OF_TEXT}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the UTF-8 bytes of each text; see `Tokenizer.encode_batch`."""

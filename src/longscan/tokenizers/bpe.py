@@ -110,6 +110,17 @@ class BPETokenizer(Tokenizer):
         """All ids that end a text when they are generated, `eos_id` first."""
         return self._ends
 
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The names of the special tokens and their ids."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {entry.content: token for token, entry in added.items() if entry.special}
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The names of special tokens by their role in chat templates."""
+        return dict(self._roles)
+
     @property
     def special_ids(self) -> dict[str, int | list[int]]:
         """The ids of config.json and generation_config.json; a role that no token has falls to `eos_id`."""
@@ -137,8 +148,7 @@ class BPETokenizer(Tokenizer):
     @cached_property
     def _special(self) -> frozenset[int]:
         """The ids that give no text."""
-        added = self._tokenizer.get_added_tokens_decoder()
-        return frozenset(token for token, entry in added.items() if entry.special)
+        return frozenset(self.special_tokens.values())
 
     @cached_property
     def _table(self) -> list[bytes]:

@@ -1,0 +1,304 @@
+"""Conversations: messages, and the states of a model after some of them.
+
+A turn costs its new tokens. The state after an answer already holds the conversation; the next prompt is
+rendered as a whole, and only what follows the part that a state has seen is prefilled. Parts are compared
+as text, not as ids: the ids that a model wrote are often not those that its text is encoded as. So a state
+holds the ids that were written, and by decoding steps, not by a prefill, which is equal up to rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longscan.errors import UsageError
+from longscan.inference.chat_file import Known, load_chat, save_chat
+from longscan.inference.engine import Engine
+from longscan.inference.prefill import Progress, encode, read
+from longscan.inference.request import Request
+from longscan.inference.sampling import Finish, SamplingConfig, check_fit
+from longscan.models import LanguageModel
+from longscan.models.common.state import SavedState
+from longscan.tokenizers.base import Tokenizer
+from longscan.tokenizers.chat import ChatTemplate, Pieces, find_template, join
+
+__all__ = ["Conversation", "Turn"]
+
+BUDGET = 256 << 20  # bytes of states
+DEFAULT = SamplingConfig(max_new_tokens=512, temperature=0.7, top_p=0.9)
+
+
+@dataclass
+class Turn:
+    """What an answer took.
+
+    Attributes:
+        read: tokens that were prefilled.
+        remembered: tokens before them that a state held already.
+        written: tokens of the answer.
+        finish: why it ended; None if it was stopped.
+        first: seconds until its first token.
+        seconds: from the first token to the last.
+    """
+
+    read: int = 0
+    remembered: int = 0
+    written: int = 0
+    finish: Finish | None = None
+    first: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
+class _Written:
+    """An answer so far."""
+
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+
+
+class Conversation:
+    """A conversation with a language model.
+
+    Args:
+        model: any causal model.
+        tokenizer: the one it was trained with.
+        template: how it wants to be talked to; None for the tokenizer's own, or a plain one if it has none.
+        config: the sampling settings; answer i uses seed + i.
+        system: the message that comes first.
+        variables: others that the template reads.
+        progress: called while messages are prefilled.
+
+    Attributes:
+        messages: so far, each with `role` and `content`.
+        turn: what the last answer took.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None = None,
+        *,
+        config: SamplingConfig | None = None,
+        system: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        check_fit(model, tokenizer)
+        self.model, self.tokenizer = model, tokenizer
+        self.template = find_template(tokenizer) if template is None else template
+        self.messages: list[dict[str, Any]] = []
+        self.turn = Turn()
+        self._config, self._variables, self._progress = config or DEFAULT, dict(variables or {}), progress
+        self._ends = self.template.ends(tokenizer)
+        self._special = frozenset(tokenizer.special_tokens.values())
+        self._known: list[Known] = []  # oldest first
+        self._answers = 0
+        if system is not None:
+            self.system(system)
+
+    def system(self, text: str) -> None:
+        """Replace the system message; the rest stays, and is prefilled anew.
+
+        Args:
+            text: of the message; "" removes it.
+        """
+        rest = [message for message in self.messages if message["role"] != "system"]
+        self.messages = [*([{"role": "system", "content": text}] if text else []), *rest]
+
+    def say(self, text: str) -> Generator[str, None, None]:
+        """Append a message and yield the answer, piece by piece; what it took is in `turn` afterwards.
+
+        If the iterator is closed early, the answer ends there and stays part of the conversation.
+
+        Args:
+            text: of the user's message.
+
+        Raises:
+            UsageError: the template rejects the messages.
+            LongscanError: the model's logits are invalid, or the template is at fault.
+        """
+        yield from self._answer([*self.messages, {"role": "user", "content": text}])
+
+    def retry(self) -> Generator[str, None, None]:
+        """Replace the last answer by another one; see `say`.
+
+        Raises:
+            UsageError: there is none.
+        """
+        asked = self._before_answer()
+        if asked is None:
+            raise UsageError("there is no answer yet: nothing to repeat.")
+        yield from self._answer(self.messages[:asked])
+
+    def undo(self) -> bool:
+        """Remove the last message of the user and the answer; return whether there was one."""
+        asked = self._before_answer()
+        if asked is None:
+            return False
+        self.messages = self.messages[: asked - 1]
+        return True
+
+    @property
+    def position(self) -> int:
+        """The tokens that the last state holds."""
+        if not self._known:
+            return 0
+        return self._known[-1].saved.position + len(self._known[-1].saved.pending)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the last state in bytes."""
+        return self._known[-1].saved.state.nbytes if self._known else self.model.init_state(1).used().nbytes
+
+    def save(self, path: str | Path) -> None:
+        """Write the messages as JSON, and beside them the last state, which spares prefilling them again.
+
+        Args:
+            path: of the JSON file; the state is in PATH.state.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        save_chat(Path(path), self.messages, self._known[-1] if self._known else None, self.model)
+
+    def load(self, path: str | Path) -> bool:
+        """Replace the conversation by a saved one.
+
+        Args:
+            path: what `save` wrote, or a JSON file with `messages` alone.
+
+        Returns:
+            Whether its state was of use; if not, the next turn prefills all messages.
+
+        Raises:
+            LongscanError: the file holds no messages.
+            OSError: it cannot be read.
+        """
+        self.messages, known = load_chat(Path(path), self.model)
+        self._known = [known] if known else []
+        return known is not None
+
+    def _before_answer(self) -> int | None:
+        """Return the number of messages up to the last one of the user."""
+        asked = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        return asked[-1] + 1 if asked else None
+
+    def _answer(self, messages: list[dict[str, Any]]) -> Generator[str, None, None]:
+        """Yield the answer to messages, which replace those of the conversation."""
+        begin = time.perf_counter()
+        question = self._render(messages, prompt=False)
+        prompt = self._render(messages, prompt=True)
+        turn = Turn()
+        before = self._prefilled(question, prompt, turn)
+        rest = self._encode(_after(prompt, before.pieces) or [])
+        turn.read += len(rest)
+        seed = self._config.seed
+        config = replace(self._config, seed=None if seed is None else (seed + self._answers) % 2**64)
+        config = replace(config, stop=(*config.stop, *self.template.stop))
+        engine = Engine(self.model, self.tokenizer, slots=1, progress=self._progress)
+        state, position, pending = before.saved
+        number = engine.submit(
+            Request(
+                ids=rest,
+                config=config,
+                eos_id=self._ends,
+                state=state if position else None,
+                position=position,
+                pending=pending,
+                keep=True,
+            )
+        )
+        previous, self.messages = self.messages, messages
+        self.turn, self._answers = turn, self._answers + 1
+        written, last = _Written(), begin
+        try:
+            for event in engine.run():
+                if event.error is not None:
+                    raise event.error
+                last = time.perf_counter()
+                turn.first = turn.first or last - begin
+                written.ids.append(event.token)
+                written.text += event.text
+                turn.finish = event.finish
+                yield event.text
+            self._keep(prompt, written, turn, engine.saved(number))
+        finally:
+            turn.written, turn.seconds = len(written.ids), last - begin - turn.first
+            answer = {"role": "assistant", "content": written.text}
+            self.messages = [*messages, answer] if written.ids else previous
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], *, prompt: bool) -> Pieces:
+        """Return the pieces of messages."""
+        return self.template.render(self.tokenizer, messages, prompt=prompt, **self._variables)
+
+    def _prefilled(self, question: Pieces, prompt: Pieces, turn: Turn) -> Known:
+        """Return a state that holds the messages up to the prompt of the answer, or as much as there is.
+
+        It is stored, so that another answer, or another question, can begin there.
+        """
+        best = Known([], SavedState(self.model.init_state(1), 0, []))
+        border = (
+            question if _after(prompt, question) else None
+        )  # there must be something to prefill behind it
+        for known in self._known:
+            if _after(border or prompt, known.pieces) is not None and len(known.pieces) >= len(best.pieces):
+                best = known
+        turn.remembered = best.saved.position + len(best.saved.pending)
+        if border is None:
+            return best
+        new = self._encode(_after(border, best.pieces) or [])
+        if not len(new):
+            return best
+        ids = np.concatenate([np.array(best.saved.pending, np.int64), new])
+        start = best.saved.position
+        _, state = read(self.model, ids, best.saved.state if start else None, start, progress=self._progress)
+        turn.read += len(new)
+        found = Known(border, SavedState(state, start + len(ids), []))
+        self._store(found)
+        return found
+
+    def _keep(self, prompt: Pieces, written: _Written, turn: Turn, saved: SavedState) -> None:
+        """Store the state after an answer, if it holds what the answer's text says and nothing else."""
+        *body, last = written.ids
+        ended = turn.finish == "eos"
+        if turn.finish not in ("eos", "length") or self._special & set(body if ended else written.ids):
+            return
+        self._store(Known(join([*prompt, written.text, *([last] if ended else [])]), saved))
+
+    def _store(self, known: Known) -> None:
+        """Store a state; old ones make way, but for the two last."""
+        self._known = [one for one in self._known if one.pieces != known.pieces] + [known]
+        while len(self._known) > 2 and sum(one.saved.state.nbytes for one in self._known) > BUDGET:
+            self._known.pop(0)
+
+    def _encode(self, pieces: Pieces) -> np.ndarray:
+        """Return the ids of pieces (n,)."""
+        parts = [
+            np.array([piece], np.int64)
+            if isinstance(piece, int)
+            else encode(self.tokenizer, [piece], begins=False)[0]
+            for piece in pieces
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
+
+def _after(whole: Pieces, part: Pieces) -> Pieces | None:
+    """Return what follows a part of a conversation, or None if it does not begin with it."""
+    if not part:
+        return whole
+    n = len(part) - 1
+    if whole[:n] != part[:n] or n >= len(whole):
+        return None
+    ours, theirs = whole[n], part[n]
+    if ours == theirs:
+        return whole[n + 1 :]
+    if isinstance(ours, str) and isinstance(theirs, str) and ours.startswith(theirs):
+        return [ours[len(theirs) :], *whole[n + 1 :]]
+    return None

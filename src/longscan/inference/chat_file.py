@@ -1,0 +1,102 @@
+"""Conversations as files: the messages, which are the truth, and a state, which only saves time.
+
+The JSON names the state by its hash and is written last. So whatever is interrupted, a state is used only
+with the messages it belongs to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from longscan.core.files import read_json, write_json
+from longscan.errors import LongscanError, UsageError
+from longscan.models import LanguageModel, State
+from longscan.models.common.state import SavedState
+from longscan.tokenizers.chat import Pieces, check_messages
+
+__all__ = ["Known", "load_chat", "save_chat"]
+
+FORMAT = "longscan chat 1"
+
+
+class Known(NamedTuple):
+    """A state, and the part of a conversation it holds.
+
+    Attributes:
+        pieces: the rendered text and special tokens.
+        saved: after them.
+    """
+
+    pieces: Pieces
+    saved: SavedState
+
+
+def save_chat(path: Path, messages: list[dict[str, Any]], known: Known | None, model: LanguageModel) -> None:
+    """Write a conversation.
+
+    Args:
+        path: of the JSON file; the state is in PATH.state.
+        messages: see `Conversation.messages`.
+        known: its last state, if there is one.
+        model: of the state.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    content: dict[str, Any] = {"format": FORMAT, "messages": messages}
+    if known is not None:
+        file, saved = _state_file(path), known.saved
+        saved.state.save(file, position=saved.position, pending=saved.pending, model=model)
+        content["state"] = {"sha256": _hash(file), "holds": known.pieces}
+    write_json(path, content)
+
+
+def load_chat(path: Path, model: LanguageModel) -> tuple[list[dict[str, Any]], Known | None]:
+    """Return the messages of a conversation, and its state, if it is there and this model's.
+
+    Args:
+        path: of the JSON file.
+        model: of the state.
+
+    Raises:
+        LongscanError: the file holds no messages.
+        OSError: it cannot be read.
+    """
+    content = read_json(path)
+    messages, state = content.get("messages"), content.get("state")
+    if not isinstance(messages, list):
+        raise LongscanError(f"{path}: expected a JSON object with a list of messages.")
+    try:
+        if messages:
+            check_messages(messages)
+    except UsageError as error:
+        raise LongscanError(f"{path}: {error}") from error
+    return messages, _load_state(state, _state_file(path), model) if isinstance(state, dict) else None
+
+
+def _load_state(stated: Mapping[str, Any], file: Path, model: LanguageModel) -> Known | None:
+    """Return the state of a conversation, or None if it is missing, another one, or another model's."""
+    pieces = stated.get("holds")
+    if not isinstance(pieces, list) or not all(type(piece) in (str, int) for piece in pieces):
+        return None
+    try:
+        if _hash(file) != stated.get("sha256"):
+            return None
+        saved = State.load(file, model)
+    except (OSError, LongscanError):
+        return None
+    return Known(pieces, saved) if saved.state.batch_size == 1 else None
+
+
+def _state_file(path: Path) -> Path:
+    """Return where the state of a conversation is."""
+    return path.with_name(path.name + ".state")
+
+
+def _hash(file: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

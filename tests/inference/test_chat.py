@@ -1,0 +1,237 @@
+"""Conversations: a turn prefills only what is new, and says what a fresh start would say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longscan.errors import LongscanError, UsageError
+from longscan.inference.chat import Conversation
+from longscan.inference.generate import generate_ids
+from longscan.inference.sampling import SamplingConfig
+from longscan.models import LanguageModel
+from longscan.tokenizers.bpe import train_bpe
+from longscan.tokenizers.chat import find_template
+from longscan.tokenizers.special_tokens import END_OF_TEXT
+from small_models import NAMES, build
+
+SPECIAL = ("<|im_start|>", "<|im_end|>", END_OF_TEXT)
+TOKENIZER = train_bpe(["a few words to learn from, and a few more words"], 290, SPECIAL)
+END = 1
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    return build(TOKENIZER.vocab_size, name=request.param)
+
+
+@pytest.fixture(scope="module")
+def mamba() -> LanguageModel:
+    return build(TOKENIZER.vocab_size)
+
+
+def talk(
+    model: LanguageModel, template: str = "chatml", system: str | None = None, **sampling: Any
+) -> Conversation:
+    config = SamplingConfig.from_dict({"temperature": 0, "max_new_tokens": 12, "seed": 0, **sampling})
+    return Conversation(model, TOKENIZER, find_template(TOKENIZER, template), config=config, system=system)
+
+
+def say(conversation: Conversation, text: str) -> str:
+    return "".join(conversation.say(text))
+
+
+class Recorded(Conversation):
+    """Notes all ids that the model has seen, and the answers."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.seen: list[int] = []
+        self.before: list[int] = []
+        super().__init__(*arguments, **options)
+
+    def _encode(self, pieces: Any) -> Any:
+        ids = super()._encode(pieces)
+        self.seen += ids.tolist()
+        self.before = list(self.seen)
+        return ids
+
+    def _keep(self, prompt: Any, written: Any, turn: Any, saved: Any) -> None:
+        self.seen += written.ids
+        super()._keep(prompt, written, turn, saved)
+
+
+def test_a_turn_prefills_only_what_is_new(model: LanguageModel) -> None:
+    config = SamplingConfig(temperature=0, max_new_tokens=12)
+    system = "You are a " + "very " * 300 + "patient listener."
+    template = find_template(TOKENIZER, "chatml")
+    conversation = Recorded(model, TOKENIZER, template, config=config, system=system)
+    for turn in range(5):
+        say(conversation, f"question {turn}")
+        from_scratch = generate_ids(model, [conversation.before], config, eos_id=None)
+        assert [event.token for event in from_scratch] == conversation.seen[len(conversation.before) :]
+        fresh = talk(model)
+        fresh.messages = conversation.messages[:-2]
+        say(fresh, f"question {turn}")
+        assert fresh.turn.remembered == 0
+        took = conversation.turn
+        assert took.written == 12
+        assert took.finish == "length"
+        # the end of the last answer, the roles, the question: not what came before
+        assert took.read < 40 if turn else took.read > 600
+        assert took.read + took.remembered == pytest.approx(fresh.turn.read, abs=12 * (turn + 1))
+        assert conversation.position == took.read + took.remembered + 12
+
+
+def test_an_answer_that_ends_itself_needs_no_tokens_again(mamba: LanguageModel) -> None:
+    conversation = talk(mamba, temperature=50.0, top_p=1.0, max_new_tokens=5_000)
+    for _ in range(4):
+        say(conversation, "more")
+        assert conversation.turn.finish == "eos"
+    if conversation.turn.remembered:
+        assert conversation.turn.read < 40
+
+
+def test_answers_go_on_behind_their_end_token(mamba: LanguageModel) -> None:
+    conversation = talk(mamba, system="s")
+    say(conversation, "a")
+    written = conversation._known[-1]
+    with_end = written._replace(pieces=[*written.pieces, END])
+    with_end = with_end._replace(saved=written.saved._replace(pending=[*written.saved.pending, END]))
+    conversation._known = [with_end]
+    answer = say(conversation, "b")
+    fresh = talk(mamba)
+    fresh.messages = conversation.messages[:-2]
+    assert say(fresh, "b") == answer
+
+
+@pytest.mark.parametrize("template", ["chatml", "plain"])
+def test_retry_and_back(mamba: LanguageModel, template: str) -> None:
+    conversation = talk(mamba, template, temperature=1.5)
+    with pytest.raises(UsageError, match="no answer yet"):
+        next(conversation.retry())
+    assert not conversation.undo()
+    first = say(conversation, "one")
+    second = say(conversation, "two")
+    again = "".join(conversation.retry())
+    assert again != second
+    assert conversation.turn.read < 12  # the generation prompt: the question is known
+    assert [m["content"] for m in conversation.messages] == ["one", first, "two", again]
+    assert conversation.undo()
+    assert [m["content"] for m in conversation.messages] == ["one", first]
+    say(conversation, "three")
+    assert len(conversation.messages) == 4
+    # the plain template puts a space before an answer, whether or not the model wrote one
+    assert conversation.turn.read < (40 if template == "chatml" else 80)
+    conversation.system("now different")
+    say(conversation, "four")
+    assert conversation.turn.remembered == 0
+    assert [m["role"] for m in conversation.messages[:2]] == ["system", "user"]
+    conversation.system("")
+    assert conversation.messages[0]["role"] == "user"
+
+
+def test_a_stopped_answer_stays(model: LanguageModel) -> None:
+    conversation = talk(model, max_new_tokens=200)
+    answer = conversation.say("go on")
+    begun = "".join(next(answer) for _ in range(5))
+    answer.close()
+    assert conversation.messages[-1] == {"role": "assistant", "content": begun}
+    assert conversation.turn.finish is None
+    assert conversation.turn.written == 5
+    after = say(conversation, "and now?")
+    fresh = talk(model, max_new_tokens=200)
+    fresh.messages = conversation.messages[:-2]
+    assert say(fresh, "and now?") == after
+
+
+def test_a_message_that_the_template_rejects_changes_nothing(mamba: LanguageModel, tmp_path: Path) -> None:
+    file = tmp_path / "strict.jinja"
+    file.write_text(
+        "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('bad word') }}{% endif %}"
+        "{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    conversation = talk(mamba, str(file))
+    say(conversation, "good")
+    before = list(conversation.messages)
+    with pytest.raises(UsageError, match="bad word"):
+        say(conversation, "bad")
+    assert conversation.messages == before
+    say(conversation, "good again")  # and a template without a generation prompt works
+    assert conversation.turn.remembered > 0
+
+
+def test_saved_and_loaded(model: LanguageModel, tmp_path: Path) -> None:
+    conversation = talk(model, system="s")
+    say(conversation, "first")
+    conversation.save(tmp_path / "talk.json")
+    loaded = talk(model)
+    assert loaded.load(tmp_path / "talk.json")
+    assert loaded.messages == conversation.messages
+    assert say(loaded, "second") == say(conversation, "second")
+    assert loaded.turn.remembered == conversation.turn.remembered > 0
+    loaded.save(tmp_path / "talk.json")  # over the old one
+    assert talk(model).load(tmp_path / "talk.json")
+
+
+@pytest.mark.parametrize("damage", ["missing", "older", "cut", "other model", "no pieces", "no hash"])
+def test_a_state_that_does_not_belong_is_not_used(mamba: LanguageModel, tmp_path: Path, damage: str) -> None:
+    path, state = tmp_path / "talk.json", tmp_path / "talk.json.state"
+    conversation = talk(mamba)
+    say(conversation, "first")
+    conversation.save(path)
+    older = state.read_bytes()
+    say(conversation, "second")
+    conversation.save(path)
+    content = json.loads(path.read_text())
+    model = mamba
+    if damage == "missing":
+        state.unlink()
+    elif damage == "older":
+        state.write_bytes(older)  # killed between the two files
+    elif damage == "cut":
+        state.write_bytes(state.read_bytes()[:-4])
+    elif damage == "other model":
+        model = build(TOKENIZER.vocab_size, seed=1)
+    else:
+        content["state"].pop({"no pieces": "holds", "no hash": "sha256"}[damage])
+        path.write_text(json.dumps(content))
+    loaded = talk(model)
+    assert not loaded.load(path)
+    assert loaded.messages == conversation.messages
+    answer = say(loaded, "third")
+    fresh = talk(model)
+    fresh.messages = conversation.messages
+    assert say(fresh, "third") == answer
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[]", "expected"),
+        ("{}", "a list of messages"),
+        ('{"messages": [{"role": "god"}]}', r"messages\[0\].role"),
+        ("not JSON", "JSON"),
+    ],
+)
+def test_a_damaged_conversation_is_an_error(
+    mamba: LanguageModel, tmp_path: Path, content: str, words: str
+) -> None:
+    (tmp_path / "talk.json").write_text(content)
+    conversation = talk(mamba)
+    with pytest.raises(LongscanError, match=words):
+        conversation.load(tmp_path / "talk.json")
+    assert conversation.messages == []
+
+
+def test_old_states_make_way(mamba: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longscan.inference import chat
+
+    monkeypatch.setattr(chat, "BUDGET", 1)
+    conversation = talk(mamba)
+    for _ in range(4):
+        say(conversation, "more")
+        assert len(conversation._known) == 2
+    assert conversation.turn.read < 40
