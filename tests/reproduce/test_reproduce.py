@@ -294,7 +294,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
         ("selective-copying", ["selective copying", "plain copying", "99.8", "4,096"]),
         ("induction", ["4,096", "80.9", "parameters", "the state carried"]),
         ("state-tracking", ["parity", "brackets", "320", "chance is 0"]),
-        ("mqar", ["width 16", "width 64", "8 pairs"]),
+        ("mqar", ["width 16", "width 64", "4 pairs"]),
         ("vowels", ["half, dt doubled", "370 held-out"]),
         ("digits", ["half, as it is", "low-passed", "98.32"]),
         ("hippo-ablation", ["random", "spread", "84.27"]),
