@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def test_a_conversation_goes_on_in_its_file(cli: Cli, directory: Path, tmp_path:
     cli("chat", "--model", directory, *FEW, "--file", file, stdin="one")
     assert "system" not in file.read_text()
     done = cli("chat", "--model", directory, *FEW, "--file", file, stdin="two\n", terminal=True)
-    assert "user  one" in done.err
+    assert "user       one" in done.err
     assert "prefills all" not in done.err
     assert " 0 remembered" not in done.err
     assert [m["role"] for m in json.loads(file.read_text())["messages"]] == ["user", "assistant"] * 2
@@ -92,7 +93,10 @@ def test_a_base_model_is_told_apart(cli: Cli, base: Path) -> None:
     done = cli("chat", "--model", base, *FEW, stdin="hello\n", terminal=True)
     assert "has no chat template: using 'plain'" in done.err
     assert "Falcon-H1-Tiny-90M-Instruct" in done.err
-    assert cli("chat", "--model", base, *FEW, "--quiet", stdin="hello\n", terminal=True).err.strip() == ""
+    assert cli("chat", "--model", base, *FEW, "--quiet", stdin="hello\n", terminal=True).err.split() == [
+        "you",
+        "you",
+    ]
 
 
 def test_an_answer_does_not_steer_the_terminal(cli: Cli, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +115,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(
     def interrupted(self: Mamba, *arguments: Any) -> tuple[torch.Tensor, Any]:
         steps.append(1)
         if len(steps) == 5:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
         return step(self, *arguments)
 
     monkeypatch.setattr(Mamba, "step", interrupted)
@@ -124,12 +128,42 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(
     assert [m["role"] for m in json.loads(file.read_text())["messages"]] == ["user", "assistant"] * 2
 
 
+def test_what_begins_with_a_slash(cli: Cli, directory: Path, tmp_path: Path) -> None:
+    other = tmp_path / "notes.json"
+    other.write_text('{"a": 1}')
+    file, second = tmp_path / "talk.json", tmp_path / "second.json"
+    second.write_text('[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]')
+    lines = [
+        *('"""/etc is a folder"""', f"/save {other}", "/back 2", "/load", "/save", "/quit now? no"),
+        "never",
+    ]
+    done = cli("chat", "--model", directory, *FEW, "--file", file, stdin="\n".join(lines), terminal=True)
+    assert json.loads(file.read_text())["messages"][0]["content"] == "/etc is a folder"
+    assert len(json.loads(file.read_text())["messages"]) == 2
+    assert f"{other} exists and is no conversation" in done.err
+    assert other.read_text() == '{"a": 1}'
+    for words in ("expected nothing behind it", "/load: expected a file name", "/save: expected a file name"):
+        assert words in done.err
+    lines = [f"/load {second}", "more", "/clear", "/state", "/system @/nowhere"]
+    done = cli("chat", "--model", directory, *FEW, "--file", file, stdin="\n".join(lines), terminal=True)
+    assert len(json.loads(file.read_text())["messages"]) == 2  # the file is left to its conversation
+    assert json.loads(second.read_text())["messages"] == []
+    assert "after 0 tokens" in done.err
+    assert "error: /nowhere: No such file" in done.err
+
+
+def test_bytes_that_are_no_text(cli: Cli, directory: Path) -> None:
+    done = cli("chat", "--model", directory, *FEW, stdin=b"a\xffb\nok\n", terminal=True)
+    assert done.code in (0, 1)
+    assert "UTF-8" in done.err or "utf-8" in done.err
+
+
 @pytest.mark.parametrize(
     ("flags", "stdin", "code", "words"),
     [
         (["--temperature", "-1"], "x", 2, "temperature: expected 0 or more"),
         (["--template", "nope"], "x", 2, "no chat template 'nope': expected one of chatml, default, plain"),
-        (["--system", "@/nowhere"], "x", 1, "/nowhere: No such file"),
+        (["--system", "@/nowhere"], "x", 2, "--system @/nowhere: No such file"),
         (["--file", "/nowhere/talk.json"], "x", 1, "in a directory that exists"),
         ([], "", 2, "expected a message on stdin, got nothing"),
         ([], b"\xff", 1, "the message on stdin"),

@@ -144,7 +144,7 @@ def test_a_template_may_reject_messages(tokenizer: BPETokenizer) -> None:
     template = ChatTemplate("{{ raise_exception('roles must alternate') }}", "default", own=True)
     with pytest.raises(UsageError, match="'default' rejects these messages: roles must alternate"):
         template.render(tokenizer, TALK)
-    assert template.ends(tokenizer) == tokenizer.eos_ids
+    assert template.ends(tokenizer) == (tokenizer.eos_ids, ())
 
 
 @pytest.mark.parametrize(
@@ -167,12 +167,12 @@ def test_messages_are_checked(tokenizer: BPETokenizer, messages: list[Any], word
 
 
 def test_what_ends_an_answer(tokenizer: BPETokenizer) -> None:
-    assert find_template(tokenizer, "chatml").ends(tokenizer) == (
-        1,
-        2,
-    )  # <|im_end|>, then the tokenizer's own
-    assert find_template(tokenizer, "plain").ends(tokenizer) == (2,)
-    assert find_template(tokenizer, "plain").stop[0] == "\nUser:"
+    # <|im_end|>, then the tokenizer's own
+    assert find_template(tokenizer, "chatml").ends(tokenizer) == ((1, 2), ())
+    ends, stops = find_template(tokenizer, "plain").ends(tokenizer)
+    assert (ends, stops[0]) == ((2,), "\nUser:")
+    # without such a token the text ends an answer
+    assert find_template(ByteTokenizer(), "chatml").ends(ByteTokenizer()) == ((256,), (END,))
 
 
 def test_which_template(tmp_path: Path) -> None:

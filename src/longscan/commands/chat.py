@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
 import secrets
 import sys
-from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Annotated
 
@@ -14,30 +11,18 @@ import typer
 
 from longscan.checkpoints.load import load_with_tokenizer
 from longscan.commands._options import Offline, PrecisionOption, Quiet, Revision, Threads, TokenizerName
-from longscan.core.config import count
+from longscan.commands._talk import Talk, text_or_file
 from longscan.core.files import utf8
-from longscan.core.progress import Bar
 from longscan.core.runtime import use_threads
 from longscan.errors import LongscanError, UsageError
 from longscan.inference.chat import Conversation
 from longscan.inference.sampling import SamplingConfig
-from longscan.models.common.summary import describe, scaled
+from longscan.models.common.summary import describe
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.chat import ChatTemplate, find_template
 
 __all__ = ["command"]
 
-# controls such as ESC, and what reverses the direction of text: an answer must not steer the terminal
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-QUOTES = '"""'
-HELP = """/back          remove the last question and its answer
-/retry         answer the last question again
-/system TEXT   set the system message; without TEXT, remove it
-/save FILE     write the conversation as JSON, with its state beside it
-/load FILE     continue a saved conversation
-/state         size of the memory
-/quit          or Ctrl-D; Ctrl-C stops an answer
-\"\"\"            begins and ends a message of several lines"""
 SUGGESTION = (
     "This model continues texts and was not trained to answer. To talk to one that was: "
     "longscan chat --model tiiuae/Falcon-H1-Tiny-90M-Instruct, or ibm-granite/granite-4.0-h-350m"
@@ -98,147 +83,23 @@ def command(
     use_threads(threads)
     instruction = _system(system)
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise LongscanError(f"{file}: expected a new or another file, in a directory that exists.")
+        raise LongscanError(f"{file}: expected the name of a file, in a directory that exists.")
     network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name)
-    found = find_template(tokenizer, template)
-    bar = Bar()
-    conversation = Conversation(
-        network,
-        tokenizer,
-        found,
-        config=config,
-        progress=lambda done, total: bar.show("prefill", done, total),
-    )
-    talk = _Talk(conversation, bar, file, quiet)
+    conversation = Conversation(network, tokenizer, find_template(tokenizer, template), config=config)
+    talk = Talk(conversation, file, quiet)
     if file is not None and file.exists():
-        talk.load(file)
+        talk.load(str(file))
     if instruction is not None:
         conversation.system(instruction)
     if sys.stdin is None or not sys.stdin.isatty():
         message = utf8(sys.stdin.buffer.read() if sys.stdin else b"", "the message on stdin").strip()
         if not message:
             raise UsageError("expected a message on stdin, got nothing.")
-        talk.answer(conversation.say(message))
+        talk.answer_pipe(message)
         return
     if not quiet:
-        _introduce(model, describe(model, network), tokenizer, found)
+        _introduce(model, describe(model, network), tokenizer, conversation.template)
     talk.run()
-
-
-class _Talk:
-    """Reads messages and commands from a terminal, and prints answers."""
-
-    def __init__(self, conversation: Conversation, bar: Bar, file: Path | None, quiet: bool) -> None:
-        self._conversation, self._bar, self._file, self._quiet = conversation, bar, file, quiet
-        self._verbs: dict[str, Callable[[str], None]] = {
-            "help": lambda _: typer.echo(HELP, err=True),
-            "back": self._back,
-            "retry": lambda _: self.answer(self._conversation.retry()),
-            "system": self._system,
-            "save": self._save,
-            "load": lambda name: self.load(Path(name)),
-            "state": self._state,
-        }
-
-    def run(self) -> None:
-        """Talk until the end of the input."""
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 - gives input() a history and editing
-        while True:
-            try:
-                message = _read_message()
-            except EOFError:
-                typer.echo(err=True)
-                return
-            except KeyboardInterrupt:
-                typer.echo("  (Ctrl-D leaves)", err=True)
-                continue
-            verb, _, rest = message.removeprefix("/").partition(" ")
-            if message in ("/quit", "/exit"):
-                return
-            try:
-                if message.startswith("/") and verb not in self._verbs:
-                    raise UsageError(f"no command /{verb}: see /help.")
-                if message.startswith("/"):
-                    self._verbs[verb](rest.strip())
-                elif message:
-                    self.answer(self._conversation.say(message))
-            except LongscanError as error:
-                typer.echo(f"error: {error}", err=True)
-            except OSError as error:
-                typer.echo(f"error: {error.filename}: {error.strerror or error}", err=True)
-
-    def answer(self, pieces: Generator[str, None, None]) -> None:
-        """Print an answer while it is written; Ctrl-C ends it."""
-        begun = False
-        try:
-            for piece in pieces:
-                self._bar.clear()
-                shown = CONTROLS.sub("", piece if begun else piece.lstrip())
-                begun = begun or bool(shown)
-                typer.echo(shown, nl=False)
-                sys.stdout.flush()
-        except KeyboardInterrupt:
-            typer.echo(" …", nl=False)
-        finally:
-            pieces.close()
-            self._bar.clear()
-        typer.echo()
-        if self._file is not None:
-            self._conversation.save(self._file)
-        if sys.stdin is not None and sys.stdin.isatty() and not self._quiet:
-            typer.echo(self._footer(), err=True)
-
-    def _footer(self) -> str:
-        """Return one line about the last answer."""
-        turn = self._conversation.turn
-        parts = [f"{count(turn.written, 'token')}"]
-        if turn.written > 1 and turn.seconds:
-            parts.append(f"{(turn.written - 1) / turn.seconds:,.0f} tok/s")
-        parts.append(f"first token {turn.first:.2g} s")
-        parts.append(f"{count(turn.read, 'new token')} read, {turn.remembered:,} remembered")
-        if turn.finish == "length":
-            parts.append("cut off by --max-new-tokens")
-        return "▏ " + " · ".join(parts)
-
-    def _back(self, _: str) -> None:
-        """Remove the last turn."""
-        if not self._conversation.undo():
-            raise UsageError("there is nothing to remove.")
-        self._changed()
-
-    def _system(self, text: str) -> None:
-        """Replace the system message."""
-        self._conversation.system(text)
-        self._changed()
-
-    def _save(self, name: str) -> None:
-        """Write the conversation."""
-        if not name:
-            raise UsageError("/save: expected a file name.")
-        self._conversation.save(name)
-        typer.echo(f"saved {count(len(self._conversation.messages), 'message')} in {name}", err=True)
-
-    def load(self, path: Path) -> None:
-        """Read a conversation and show it."""
-        warm = self._conversation.load(path)
-        for message in self._conversation.messages if sys.stdin and sys.stdin.isatty() else ():
-            typer.echo(CONTROLS.sub("", f"{message['role']}  {message['content']}"), err=True)
-        if not warm and self._conversation.messages and not self._quiet:
-            typer.echo("The state was not saved or is another model's: the next turn prefills all.", err=True)
-
-    def _state(self, _: str) -> None:
-        """Show the size of the memory."""
-        held, grows = self._conversation.position, self._conversation.model.init_state(1).growth
-        growth = f" + {scaled(grows, 'kMG')}B a token" if grows else ", however long the conversation gets"
-        typer.echo(
-            f"{scaled(self._conversation.nbytes, 'kMG')}B after {count(held, 'token')}{growth}", err=True
-        )
-
-    def _changed(self) -> None:
-        """Save what a command has changed."""
-        if self._file is not None:
-            self._conversation.save(self._file)
 
 
 def _introduce(name: str, summary: str, tokenizer: Tokenizer, template: ChatTemplate) -> None:
@@ -250,23 +111,12 @@ def _introduce(name: str, summary: str, tokenizer: Tokenizer, template: ChatTemp
         typer.echo(SUGGESTION + "\n", err=True)
 
 
-def _read_message() -> str:
-    """Return a message, of several lines between triple quotes."""
-    line = input("you  ").strip()
-    if not line.startswith(QUOTES):
-        return line
-    lines = [line.removeprefix(QUOTES)]
-    while not lines[-1].rstrip().endswith(QUOTES) or (len(lines) == 1 and not lines[0]):
-        lines.append(input("…    "))
-    lines[-1] = lines[-1].rstrip().removesuffix(QUOTES)
-    return "\n".join(lines).strip()
-
-
 def _system(given: str | None) -> str | None:
     """Return the system message of the flag."""
-    if given is None or not given.startswith("@"):
-        return given
-    return utf8(Path(given[1:]).read_bytes(), given[1:]).strip()
+    try:
+        return None if given is None else text_or_file(given)
+    except OSError as error:
+        raise UsageError(f"--system {given}: {error.strerror}.") from error
 
 
 def _sampling_config(**fields: object) -> SamplingConfig:

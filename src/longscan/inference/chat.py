@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from longscan.errors import UsageError
+from longscan.errors import LongscanError, UsageError
 from longscan.inference.chat_file import Known, load_chat, save_chat
 from longscan.inference.engine import Engine
 from longscan.inference.prefill import Progress, encode, read
@@ -68,7 +68,8 @@ class Conversation:
     Args:
         model: any causal model.
         tokenizer: the one it was trained with.
-        template: how it wants to be talked to; None for the tokenizer's own, or a plain one if it has none.
+        template: how it wants to be talked to, or its name, see `find_template`; None for the tokenizer's
+            own, or a plain one if it has none.
         config: the sampling settings; answer i uses seed + i.
         system: the message that comes first.
         variables: others that the template reads.
@@ -77,13 +78,14 @@ class Conversation:
     Attributes:
         messages: so far, each with `role` and `content`.
         turn: what the last answer took.
+        progress: called while messages are prefilled.
     """
 
     def __init__(
         self,
         model: LanguageModel,
         tokenizer: Tokenizer,
-        template: ChatTemplate | None = None,
+        template: ChatTemplate | str | None = None,
         *,
         config: SamplingConfig | None = None,
         system: str | None = None,
@@ -92,14 +94,17 @@ class Conversation:
     ) -> None:
         check_fit(model, tokenizer)
         self.model, self.tokenizer = model, tokenizer
-        self.template = find_template(tokenizer) if template is None else template
+        found = template if isinstance(template, ChatTemplate) else find_template(tokenizer, template)
+        self.template: ChatTemplate = found
         self.messages: list[dict[str, Any]] = []
         self.turn = Turn()
-        self._config, self._variables, self._progress = config or DEFAULT, dict(variables or {}), progress
-        self._ends = self.template.ends(tokenizer)
+        self._config, self._variables, self.progress = config or DEFAULT, dict(variables or {}), progress
+        self._ends, stops = self.template.ends(tokenizer)
+        self._config = replace(self._config, stop=(*self._config.stop, *stops))
         self._special = frozenset(tokenizer.special_tokens.values())
         self._known: list[Known] = []  # oldest first
-        self._answers = 0
+        self._retries = 0
+        self._answering = False
         if system is not None:
             self.system(system)
 
@@ -135,6 +140,7 @@ class Conversation:
         asked = self._before_answer()
         if asked is None:
             raise UsageError("there is no answer yet: nothing to repeat.")
+        self._retries += 1
         yield from self._answer(self.messages[:asked])
 
     def undo(self) -> bool:
@@ -147,15 +153,31 @@ class Conversation:
 
     @property
     def position(self) -> int:
-        """The tokens that the last state holds."""
-        if not self._known:
-            return 0
-        return self._known[-1].saved.position + len(self._known[-1].saved.pending)
+        """The tokens of this conversation that a state holds."""
+        return self._current().length
 
     @property
     def nbytes(self) -> int:
-        """The size of the last state in bytes."""
-        return self._known[-1].saved.state.nbytes if self._known else self.model.init_state(1).used().nbytes
+        """The size of that state in bytes."""
+        return self._current().saved.state.used().nbytes
+
+    def _current(self) -> Known:
+        """Return the state that holds the most of the messages."""
+        if not self.messages:
+            return self._nothing()
+        try:
+            return self._best(self._render(self.messages, prompt=False))
+        except LongscanError:  # the template is for questions only
+            return self._nothing()
+
+    def _nothing(self) -> Known:
+        """Return the state before the first token."""
+        return Known([], SavedState(self.model.init_state(1), 0, []))
+
+    def _best(self, whole: Pieces) -> Known:
+        """Return the state that holds the longest beginning of a conversation."""
+        fitting = [known for known in self._known if _after(whole, known.pieces) is not None]
+        return max(fitting, key=lambda known: known.length, default=self._nothing())
 
     def save(self, path: str | Path) -> None:
         """Write the messages as JSON, and beside them the last state, which spares prefilling them again.
@@ -166,7 +188,8 @@ class Conversation:
         Raises:
             OSError: a file cannot be written.
         """
-        save_chat(Path(path), self.messages, self._known[-1] if self._known else None, self.model)
+        known = self._current()
+        save_chat(Path(path), self.messages, known if known.pieces else None, self.model)
 
     def load(self, path: str | Path) -> bool:
         """Replace the conversation by a saved one.
@@ -192,17 +215,29 @@ class Conversation:
 
     def _answer(self, messages: list[dict[str, Any]]) -> Generator[str, None, None]:
         """Yield the answer to messages, which replace those of the conversation."""
+        if self._answering:
+            raise UsageError("an answer is being written: finish it first, or close its iterator.")
+        self._answering = True
+        try:
+            yield from self._write(messages)
+        finally:
+            self._answering = False
+
+    def _write(self, messages: list[dict[str, Any]]) -> Generator[str, None, None]:
+        """Do the work of `_answer`."""
         begin = time.perf_counter()
         question = self._render(messages, prompt=False)
         prompt = self._render(messages, prompt=True)
         turn = Turn()
         before = self._prefilled(question, prompt, turn)
         rest = self._encode(_after(prompt, before.pieces) or [])
+        if not len(rest) and not before.saved.pending:
+            raise LongscanError(f"the chat template {self.template.name!r} renders nothing to answer.")
         turn.read += len(rest)
-        seed = self._config.seed
-        config = replace(self._config, seed=None if seed is None else (seed + self._answers) % 2**64)
-        config = replace(config, stop=(*config.stop, *self.template.stop))
-        engine = Engine(self.model, self.tokenizer, slots=1, progress=self._progress)
+        answers = sum(message["role"] == "assistant" for message in messages) + self._retries
+        seed = None if self._config.seed is None else (self._config.seed + answers) % 2**64
+        config = replace(self._config, seed=seed)
+        engine = Engine(self.model, self.tokenizer, slots=1, progress=self.progress)
         state, position, pending = before.saved
         number = engine.submit(
             Request(
@@ -216,7 +251,7 @@ class Conversation:
             )
         )
         previous, self.messages = self.messages, messages
-        self.turn, self._answers = turn, self._answers + 1
+        self.turn = turn
         written, last = _Written(), begin
         try:
             for event in engine.run():
@@ -228,7 +263,10 @@ class Conversation:
                 written.text += event.text
                 turn.finish = event.finish
                 yield event.text
-            self._keep(prompt, written, turn, engine.saved(number))
+            self._keep(prompt, written, engine.saved(number), ended=turn.finish == "eos")
+        except GeneratorExit:
+            self._keep(prompt, written, engine.saved(number))
+            raise
         finally:
             turn.written, turn.seconds = len(written.ids), last - begin - turn.first
             answer = {"role": "assistant", "content": written.text}
@@ -243,14 +281,9 @@ class Conversation:
 
         It is stored, so that another answer, or another question, can begin there.
         """
-        best = Known([], SavedState(self.model.init_state(1), 0, []))
-        border = (
-            question if _after(prompt, question) else None
-        )  # there must be something to prefill behind it
-        for known in self._known:
-            if _after(border or prompt, known.pieces) is not None and len(known.pieces) >= len(best.pieces):
-                best = known
-        turn.remembered = best.saved.position + len(best.saved.pending)
+        border = question if _after(prompt, question) else None  # if there is something to prefill behind it
+        best = self._best(border or prompt)
+        turn.remembered = best.length
         if border is None:
             return best
         new = self._encode(_after(border, best.pieces) or [])
@@ -258,19 +291,23 @@ class Conversation:
             return best
         ids = np.concatenate([np.array(best.saved.pending, np.int64), new])
         start = best.saved.position
-        _, state = read(self.model, ids, best.saved.state if start else None, start, progress=self._progress)
+        _, state = read(self.model, ids, best.saved.state if start else None, start, progress=self.progress)
         turn.read += len(new)
         found = Known(border, SavedState(state, start + len(ids), []))
         self._store(found)
         return found
 
-    def _keep(self, prompt: Pieces, written: _Written, turn: Turn, saved: SavedState) -> None:
+    def _keep(self, prompt: Pieces, written: _Written, saved: SavedState, ended: bool = False) -> None:
         """Store the state after an answer, if it holds what the answer's text says and nothing else."""
-        *body, last = written.ids
-        ended = turn.finish == "eos"
-        if turn.finish not in ("eos", "length") or self._special & set(body if ended else written.ids):
-            return
-        self._store(Known(join([*prompt, written.text, *([last] if ended else [])]), saved))
+        ids = written.ids
+        if ended:  # the template says what follows an answer
+            ids, saved = ids[:-1], saved._replace(pending=[])
+        if (
+            ids
+            and not self._special & set(ids)
+            and self.tokenizer.decode(ids).strip() == written.text.strip()
+        ):
+            self._store(Known(join([*prompt, written.text]), saved))
 
     def _store(self, known: Known) -> None:
         """Store a state; old ones make way, but for the two last."""

@@ -7,11 +7,12 @@ with the messages it belongs to.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from longscan.core.files import read_json, write_json
+from longscan.core.files import utf8, write_json
 from longscan.errors import LongscanError, UsageError
 from longscan.models import LanguageModel, State
 from longscan.models.common.state import SavedState
@@ -33,6 +34,11 @@ class Known(NamedTuple):
     pieces: Pieces
     saved: SavedState
 
+    @property
+    def length(self) -> int:
+        """The tokens it holds."""
+        return self.saved.position + len(self.saved.pending)
+
 
 def save_chat(path: Path, messages: list[dict[str, Any]], known: Known | None, model: LanguageModel) -> None:
     """Write a conversation.
@@ -52,6 +58,8 @@ def save_chat(path: Path, messages: list[dict[str, Any]], known: Known | None, m
         saved.state.save(file, position=saved.position, pending=saved.pending, model=model)
         content["state"] = {"sha256": _hash(file), "holds": known.pieces}
     write_json(path, content)
+    if known is None:  # what was removed from a conversation must not stay in its old state
+        _state_file(path).unlink(missing_ok=True)
 
 
 def load_chat(path: Path, model: LanguageModel) -> tuple[list[dict[str, Any]], Known | None]:
@@ -65,10 +73,15 @@ def load_chat(path: Path, model: LanguageModel) -> tuple[list[dict[str, Any]], K
         LongscanError: the file holds no messages.
         OSError: it cannot be read.
     """
-    content = read_json(path)
-    messages, state = content.get("messages"), content.get("state")
+    try:
+        content = json.loads(utf8(path.read_bytes(), str(path)))
+    except (ValueError, RecursionError) as error:
+        raise LongscanError(f"{path}: expected a conversation as JSON: {error}.") from error
+    messages, state = (
+        (content.get("messages"), content.get("state")) if isinstance(content, dict) else (content, None)
+    )
     if not isinstance(messages, list):
-        raise LongscanError(f"{path}: expected a JSON object with a list of messages.")
+        raise LongscanError(f"{path}: expected a JSON object with a list of messages, or such a list.")
     try:
         if messages:
             check_messages(messages)

@@ -35,11 +35,11 @@ ROLES = ("system", "user", "assistant", "tool")
 MAX_SOURCE = 64 << 10  # characters of a template
 SECONDS = 5.0  # that a template may take
 LIMIT = 16 << 20  # characters that it may write
-PROBE = "0"  # an answer of the assistant, to see what ends it
+PROBE = "an answer"  # of the assistant, to see what ends it
 
 # an answer usually begins with the space behind "Assistant:"
 PLAIN = """{% for message in messages %}
-{{ message.role | capitalize }}:{{ '' if message.content[:1] == ' ' else ' ' }}{{ message.content }}
+{{ message.role | capitalize }}:{{ ' ' if message.content[:1] | trim }}{{ message.content }}
 
 {% endfor %}
 {% if add_generation_prompt %}
@@ -71,11 +71,6 @@ class ChatTemplate:
     name: str
     own: bool
     time: float = field(default_factory=time.time)
-
-    @property
-    def stop(self) -> tuple[str, ...]:
-        """The strings that end an answer; other templates have a token for that."""
-        return STOPS.get(self.name, ()) if not self.own else ()
 
     def render(
         self,
@@ -114,27 +109,33 @@ class ChatTemplate:
         what = f"the chat template {self.name!r}"
         if got["kind"] == "rejected":
             raise UsageError(f"{what} rejects these messages: {got['error']}")
-        raise LongscanError(f"{what} failed: {got['error']}. Choose another one with --template.")
+        raise LongscanError(f"{what} failed: {got['error'].rstrip('.')}. Use another one, with --template.")
 
-    def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """The tokens that end an answer: what the template writes after one, and the tokenizer's own.
+    def ends(self, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Return what ends an answer.
 
         Args:
             tokenizer: of the model.
 
+        Returns:
+            The tokens: the one that the template writes after an answer, and the tokenizer's own; and
+            strings, if the template writes text there.
+
         Raises:
             LongscanError: see `render`.
         """
+        stops = () if self.own else STOPS.get(self.name, ())
         messages = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}]
         try:
             pieces = self.render(tokenizer, messages, prompt=False)
         except UsageError:  # it has demands on messages
-            return tokenizer.eos_ids
+            return tokenizer.eos_ids, stops
         last = max(
             (i for i, piece in enumerate(pieces) if isinstance(piece, str) and PROBE in piece), default=-1
         )
         after = [piece for piece in pieces[last + 1 :] if isinstance(piece, int)][:1]
-        return tuple(dict.fromkeys([*after, *tokenizer.eos_ids]))
+        behind = str(pieces[last]).rpartition(PROBE)[2].strip() if last >= 0 else ""
+        return tuple(dict.fromkeys([*after, *tokenizer.eos_ids])), (*stops, *([behind] if behind else []))
 
 
 def find_template(tokenizer: Tokenizer, name: str | None = None) -> ChatTemplate:
