@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 import longscan
+from longscan.core.printable import printable
 from longscan.errors import LongscanError, UsageError
 
 __all__ = ["VERBS", "main"]
@@ -190,7 +191,7 @@ def _message(error: Exception) -> str:
 
 def _complain(message: str) -> None:
     """Print `error: ...` to stderr, later lines indented below the first, wrapped on a terminal."""
-    lines = message.splitlines() or [""]
+    lines = printable(message).splitlines() or [""]
     if sys.stderr.isatty():
         width = max(20, shutil.get_terminal_size().columns - len("error: "))
         lines = [part for line in lines for part in textwrap.wrap(line, width, **_WRAP) or [""]]

@@ -152,6 +152,16 @@ def test_what_begins_with_a_slash(cli: Cli, directory: Path, tmp_path: Path) -> 
     assert "error: /nowhere: No such file" in done.err
 
 
+def test_errors_do_not_steer_the_terminal(cli: Cli, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "esc.jinja").write_text(r"{{ raise_exception('\x1b]0;pwn\x07\x1b[31mred') }}")
+    done = cli("chat", "--model", base, "--template", tmp_path / "esc.jinja", stdin="hi")
+    assert (done.code, done.out) == (2, "")
+    assert "rejects these messages: ]0;pwn[31mred" in done.err
+    done = cli("chat", "--model", base, "--template", tmp_path / "esc.jinja", stdin="hi\n", terminal=True)
+    assert "\x1b" not in done.err
+    assert "rejects these messages" in done.err
+
+
 def test_bytes_that_are_no_text(cli: Cli, directory: Path) -> None:
     done = cli("chat", "--model", directory, *FEW, stdin=b"a\xffb\nok\n", terminal=True)
     assert done.code in (0, 1)

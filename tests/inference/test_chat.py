@@ -180,6 +180,18 @@ def test_what_was_removed_is_not_saved(mamba: LanguageModel, tmp_path: Path) -> 
     assert not talk(mamba).load(file)
 
 
+def test_what_changed_during_an_answer_stays(mamba: LanguageModel, tmp_path: Path) -> None:
+    (tmp_path / "l.json").write_text('[{"role": "user", "content": "loaded"}]')
+    conversation = talk(mamba)
+    answer = conversation.say("a")
+    next(answer)
+    conversation.load(tmp_path / "l.json")
+    answer.close()
+    assert conversation.messages == [{"role": "user", "content": "loaded"}]
+    with pytest.raises(LongscanError, match="got a directory"):
+        conversation.save(tmp_path)
+
+
 def test_one_answer_at_a_time(mamba: LanguageModel) -> None:
     conversation = talk(mamba)
     answer = conversation.say("a")

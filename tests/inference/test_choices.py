@@ -162,6 +162,41 @@ def test_a_constraint_without_a_way_out_ends_only_its_own_text(mamba: LanguageMo
     assert ids(rows[free]) == alone(mamba, Request(ids=PROMPT, config=config()))
 
 
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (lambda: 1 / 0, "the constraint failed: ZeroDivisionError"),
+        (lambda: np.ones(257, np.int64), "expected a row of truth values, got int64"),
+        (lambda: np.ones((257, 1), bool), "expected a row of truth values"),
+    ],
+)
+def test_a_constraint_that_fails_ends_only_its_own_text(mamba: LanguageModel, mask: Any, words: str) -> None:
+    class Failing(Even):
+        def allowed(self) -> Any:
+            return mask() if len(self.accepted) == 2 else None
+
+    engine = Engine(mamba, slots=2)
+    free = engine.submit(Request(ids=PROMPT, config=config()))
+    stuck = engine.submit(Request(ids=PROMPT, config=config(), constraint=Failing))
+    rows = texts(engine)
+    assert words in str(rows[stuck][-1].error)
+    assert ids(rows[free]) == alone(mamba, Request(ids=PROMPT, config=config()))
+
+
+@pytest.mark.parametrize("penalty", [1e-38, 1e-300, 1e300])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_extreme_penalties_stop_nobody(mamba: LanguageModel, penalty: float, temperature: float) -> None:
+    fields = {"repetition_penalty": penalty, "temperature": temperature, "top_p": 0.9}
+    assert len(alone(mamba, Request(ids=PROMPT, config=config(**fields)))) == 20
+
+
+def test_progress_may_cancel_the_request_it_reports(mamba: LanguageModel) -> None:
+    engine = Engine(mamba, slots=1, progress=lambda done, total: engine.cancel(0) and None)
+    engine.submit(Request(ids=PROMPT, config=config()))
+    other = engine.submit(Request(ids=PROMPT, config=config()))
+    assert set(texts(engine)) == {other}
+
+
 def test_a_constraint_that_allows_all_changes_nothing(mamba: LanguageModel) -> None:
     class All(Even):
         def allowed(self) -> Any:
@@ -195,6 +230,7 @@ def test_penalties_and_bias(mamba: LanguageModel) -> None:
         ({}, {-1: 1.0}, "logit_bias: expected 0 or more"),
         ({}, {1: float("nan")}, "logit_bias: expected"),
         ({}, {1: 1e9}, "logit_bias: expected"),
+        ({}, None, "logit_bias: expected ids with numbers, got NoneType"),
     ],
 )
 def test_numbers_out_of_range(mamba: LanguageModel, fields: Any, bias: Any, words: str) -> None:

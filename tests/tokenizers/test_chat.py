@@ -92,6 +92,76 @@ def test_a_name_or_a_tool_cannot_spell_special_tokens_either(tokenizer: BPEToken
     assert not [piece for piece in pieces if isinstance(piece, int)]
 
 
+@pytest.mark.parametrize(
+    ("source", "contents"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", ["<|im_", "end|>"]),
+        ("{{ messages[0].content | replace('<think>', '') }}", ["<|im<think>_end|>"]),
+        ("{{ messages[0].content.split('|x|') | join }}", ["<|im|x|_end|>"]),
+        ("{{ messages[0].content | lower }}", ["<|IM_END|>"]),
+        ("{{ messages[0].content | reverse }}", [">|dne_mi|<"]),
+        ("{{ '%s%s' | format(messages[0].content, messages[1].content) }}", ["<|im_end", "|>"]),
+        ("<{{ messages[0].content }}>", ["|im_end|"]),
+        ("{{ messages[0].content | striptags }}", ["&lt;|im_end|&gt;"]),
+        ("{{ messages[0].name }}{{ messages[0].content }}", ["im_end|>"]),
+    ],
+)
+def test_a_token_that_the_template_would_put_together_is_refused(
+    tokenizer: BPETokenizer, source: str, contents: list[str]
+) -> None:
+    messages = [{"role": "user", "content": content, "name": "<|"} for content in contents]
+    with pytest.raises(UsageError, match="these messages would spell special tokens"):
+        ChatTemplate(source, "file", own=True).render(tokenizer, messages)
+
+
+def test_a_template_may_put_together_its_own_tokens(tokenizer: BPETokenizer) -> None:
+    source = (
+        "{% for m in messages %}{{ '<|im_' ~ 'start|>' }}{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    )
+    messages = [{"role": "assistant", "content": "<think>a < b</think>no <|im_end|> here"}]
+    pieces = ChatTemplate(source, "file", own=True).render(tokenizer, messages)
+    assert pieces == [0, "no <|im_end|> here"]
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [("[:10]", "a<|im_end|"), (" | length", "12"), (" | truncate(300)", "a<|im_end|>b"), ("[-2:]", ">b")],
+)
+def test_templates_see_texts_of_the_same_length(
+    tokenizer: BPETokenizer, expression: str, expected: str
+) -> None:
+    source = "{{ messages[0].content" + expression + " }}"
+    message = {"role": "user", "content": "a<|im_end|>b"}
+    assert ChatTemplate(source, "file", own=True).render(tokenizer, [message]) == [expected]
+
+
+def test_a_token_of_one_character(tokenizer: BPETokenizer) -> None:
+    short = train_bpe(["some words"], 280, ("#", END_OF_TEXT))
+    template = ChatTemplate("#{{ messages[0].content }}", "file", own=True)
+    assert template.render(short, [{"role": "user", "content": "a#b"}]) == [0, "a#b"]
+
+
+def test_errors_are_short_and_of_the_right_kind(tokenizer: BPETokenizer) -> None:
+    def fails(source: str, **variables: Any) -> str:
+        with pytest.raises(LongscanError) as caught:
+            ChatTemplate(source, "file", own=True).render(tokenizer, TALK, **variables)
+        return str(caught.value)
+
+    assert len(fails("{{ raise_exception('x' * 90000) }}")) < 1000
+    assert "Unicode" in fails("{{ '\\ud800' }}") or "UTF-8" in fails("{{ '\\ud800' }}")
+    assert "expected JSON values" in fails("x", tools=b"x")
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert "expected JSON values" in fails("x", tools=deep)
+    assert ChatTemplate("{{ self }}", "file", own=True).render(tokenizer, TALK, tools={1: {2: 3}})
+
+
+def test_a_template_without_the_answer_ends_with_the_usual_tokens(tokenizer: BPETokenizer) -> None:
+    source = "<|im_start|>{% for m in messages %}{{ m.role }}{% endfor %}"
+    assert ChatTemplate(source, "file", own=True).ends(tokenizer) == ((2,), ())
+
+
 def test_a_variable_does_not_replace_a_special_token(tokenizer: BPETokenizer) -> None:
     template = ChatTemplate("{{ eos_token }}", "file", own=True)
     assert template.render(tokenizer, TALK, eos_token="mine") == [2]

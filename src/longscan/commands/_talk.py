@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import signal
 import sys
 import threading
@@ -14,6 +13,7 @@ import typer
 
 from longscan.core.config import count
 from longscan.core.files import utf8
+from longscan.core.printable import printable
 from longscan.core.progress import Bar
 from longscan.errors import LongscanError, UsageError
 from longscan.inference.chat import Conversation
@@ -21,8 +21,6 @@ from longscan.models.common.summary import scaled
 
 __all__ = ["Talk", "text_or_file"]
 
-# controls such as ESC, and what reverses the direction of text: an answer must not steer the terminal
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 QUOTES = '"""'
 HELP = """/back          remove the last question and its answer
 /retry         answer the last question again
@@ -82,7 +80,7 @@ class Talk:
             except KeyboardInterrupt:
                 typer.echo("  (Ctrl-D leaves)", err=True)
             except LongscanError as error:
-                typer.echo(f"error: {error}", err=True)
+                typer.echo(printable(f"error: {error}"), err=True)
             except OSError as error:
                 typer.echo(f"error: {error.filename}: {error.strerror or error}", err=True)
 
@@ -122,7 +120,7 @@ class Talk:
         """Yield what may be printed of an answer, without space before it."""
         begun = False
         for piece in pieces:
-            shown = CONTROLS.sub("", piece if begun else piece.lstrip())
+            shown = printable(piece if begun else piece.lstrip())
             begun = begun or bool(shown)
             yield shown
 
@@ -230,7 +228,7 @@ class Talk:
         if self._quiet:
             return
         for message in self._conversation.messages if sys.stdin and sys.stdin.isatty() else ():
-            shown = CONTROLS.sub("", (message["content"] or "").strip())
+            shown = printable((message.get("content") or "").strip())
             typer.echo(f"{message['role']:10} {shown}", err=True)
         if not warm and self._conversation.messages:
             typer.echo("The state was not saved or is another model's: the next turn prefills all.", err=True)
@@ -266,7 +264,7 @@ def text_or_file(given: str) -> str:
 
 def _path(verb: str, name: str) -> Path:
     """Return the file of a command."""
-    if not name:
+    if not name or "\0" in name:
         raise UsageError(f"{verb}: expected a file name.")
     return Path(name).expanduser()
 

@@ -270,7 +270,8 @@ class Conversation:
         finally:
             turn.written, turn.seconds = len(written.ids), last - begin - turn.first
             answer = {"role": "assistant", "content": written.text}
-            self.messages = [*messages, answer] if written.ids else previous
+            if self.messages is messages:  # nobody has changed them meanwhile
+                self.messages = [*messages, answer] if written.ids else previous
 
     def _render(self, messages: Sequence[Mapping[str, Any]], *, prompt: bool) -> Pieces:
         """Return the pieces of messages."""

@@ -50,8 +50,11 @@ def save_chat(path: Path, messages: list[dict[str, Any]], known: Known | None, m
         model: of the state.
 
     Raises:
+        LongscanError: the path is a directory.
         OSError: a file cannot be written.
     """
+    if path.is_dir() or not path.name:
+        raise LongscanError(f"{path}: expected the name of a file, got a directory.")
     content: dict[str, Any] = {"format": FORMAT, "messages": messages}
     if known is not None:
         file, saved = _state_file(path), known.saved

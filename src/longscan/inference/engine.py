@@ -300,11 +300,8 @@ class Engine:
 
     def _draw_token(self, row: Row, logits: np.ndarray, events: list[Event]) -> int:
         """Return the next token of a row and append its event; -1 if the logits are invalid."""
-        constraint, config = row.constraint, row.request.config
         try:
-            token = row.sampler.draw(logits, constraint.allowed() if constraint else None)
-            if constraint:
-                constraint.accept(token)
+            token = row.draw(logits)
         except LongscanError as error:
             row.finish = "error"
             events.append(Event(row.number, -1, "", "error", error))
@@ -312,8 +309,8 @@ class Engine:
         row.left -= 1
         text, row.finish = row.writer.push(token, is_eos=token in row.ends, is_last=not row.left)
         event = Event(row.number, token, text, row.finish)
-        if config.logprobs is not None:
-            logprob, top = log_probabilities(logits[: self._vocab_size], token, config.logprobs)
+        if (n := row.request.config.logprobs) is not None:
+            logprob, top = log_probabilities(logits[: self._vocab_size], token, n)
             event = event._replace(logprob=logprob, top=top)
         events.append(event)
         return token
@@ -346,20 +343,21 @@ class Engine:
         """Prefill prompts for the free slots, within the budget of a step."""
         budget = self._read_tokens
         while self._waiting and len(self._rows) < self.slots and (budget is None or budget > 0):
-            row = self._waiting.popleft()
+            row = self._waiting[0]
             prompt, before = row.prompt, row.prompt.done
             if not prompt.complete:
                 try:
                     prompt.prefill(self.model, budget, self._cache, self._show_progress(before))
                 except LongscanError as error:
                     prompt.leave()
+                    self._waiting.remove(row)
                     events.append(Event(row.number, -1, "", "error", error))
                     continue
-                except BaseException:
-                    self._waiting.appendleft(row)
-                    raise
                 finally:
                     self._prefilled += prompt.done - before
+                if row not in self._waiting:  # `progress` has cancelled it
+                    continue
+            self._waiting.remove(row)
             budget = None if budget is None else budget - (prompt.done - before)
             if prompt.complete:
                 self._join(row)

@@ -117,6 +117,10 @@ def tokens_of(request: Request, model: LanguageModel, max_tokens: int | None = N
         check_whole("eos_id", end, 0)
         if end >= size:
             raise LongscanError(f"eos_id: expected 0 to {size - 1:,}, or None, got {end:,}.")
+    if not isinstance(request.logit_bias, Mapping):
+        raise LongscanError(
+            f"logit_bias: expected ids with numbers, got {type(request.logit_bias).__name__}."
+        )
     for token, bias in request.logit_bias.items():
         check_whole("logit_bias", token, 0)
         if token >= size:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longscan.errors import LongscanError
 from longscan.inference.prefill import CHUNK, read
 from longscan.inference.prefix_cache import PrefixCache
 from longscan.inference.request import Request
@@ -130,3 +131,24 @@ class Row:
         self.logits: np.ndarray | None = None  # (padded_vocab_size,) to draw the next token from
         self.progress = RowProgress()
         self.finish: Finish | None = None
+
+    def draw(self, logits: np.ndarray) -> int:
+        """Return the id of the next token.
+
+        Args:
+            logits: (padded_vocab_size,) float32, not modified.
+
+        Raises:
+            LongscanError: the logits are not numbers, or the constraint allows nothing or has failed.
+        """
+        constraint = self.constraint
+        if constraint is None:
+            return self.sampler.draw(logits)
+        try:
+            token = self.sampler.draw(logits, constraint.allowed())
+            constraint.accept(token)
+        except LongscanError:
+            raise
+        except Exception as error:  # somebody else's code must not stop the other rows
+            raise LongscanError(f"the constraint failed: {type(error).__name__}: {error}") from error
+        return token

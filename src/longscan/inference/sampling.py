@@ -39,6 +39,7 @@ Finish: TypeAlias = Literal["eos", "stop", "length", "error"]
 # do not suffice
 THRESHOLDS = (1e-2, 1e-4, 1e-6, 0.0)
 BLOCK = 256  # weights per partial sum, when the sampled one is searched for
+LIMITS = (-3e38, 3e38)  # of float32
 MIN_TEMPERATURE = 1e-30  # below it, the division would overflow float32; sampling is greedy anyway
 
 
@@ -305,13 +306,18 @@ def _penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarra
     """Return logits (vocab_size,) with those of seen ids divided by the penalty, or multiplied below 0."""
     logits, ids = logits.copy(), seen.nonzero()[0]
     values = logits[ids]
-    with np.errstate(over="ignore"):
-        logits[ids] = np.where(values > 0, values / penalty, values * penalty)
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        scaled = np.where(values > 0, values / penalty, values * penalty)
+    logits[ids] = scaled.clip(*LIMITS)  # infinite ones would become NaN
     return logits
 
 
 def _mask(logits: np.ndarray, allowed: np.ndarray) -> np.ndarray:
     """Return logits (vocab_size,) in which ids that are not allowed are impossible."""
+    if allowed.ndim != 1 or allowed.dtype != np.bool_:
+        raise LongscanError(
+            f"the constraint: expected a row of truth values, got {allowed.dtype} {allowed.shape}."
+        )
     masked = np.full_like(logits, -np.inf)
     n = min(len(logits), len(allowed))
     masked[:n][allowed[:n]] = logits[:n][allowed[:n]]

@@ -11,12 +11,11 @@ import contextlib
 import functools
 import json
 import re
-import secrets
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -93,19 +92,34 @@ class ChatTemplate:
             LongscanError: the template is at fault: its syntax, its time, its memory.
         """
         check_messages(messages)
-        marker = f"{secrets.randbelow(10**20):020}"  # digits, which no filter changes
-        broken = functools.partial(_break, names=tuple(tokenizer.special_tokens), marker=marker)
-        given = {**tokenizer.roles, **variables, "messages": messages, "add_generation_prompt": prompt}
-        request = {
-            "source": self.source,
-            "variables": {name: _map(broken, value) for name, value in given.items()} | tokenizer.roles,
-            "time": self.time,
-            "limit": LIMIT,
-        }
+        special = tokenizer.special_tokens
+        given = {**variables, "messages": messages}
+        text = _as_json(given)
+        aliases = _aliases(special, text + self.source)
+        fixed = {**tokenizer.roles, "add_generation_prompt": prompt}
+        pieces = self._run(
+            _map(functools.partial(_hide_names, special, aliases), given) | fixed, special, aliases
+        )
+        if any(char in text for char in aliases):
+            # joined, cut or changed by the template, texts might still spell a special token: without the
+            # characters for it there would be none
+            strict = self._run(_map(functools.partial(_hide_all, aliases), given) | fixed, special, aliases)
+            if [p for p in strict if isinstance(p, int)] != [p for p in pieces if isinstance(p, int)]:
+                raise UsageError(
+                    f"with the chat template {self.name!r} these messages would spell special tokens: "
+                    "expected text that does not."
+                )
+        return [*([] if self.own else tokenizer.prefix), *pieces]
+
+    def _run(
+        self, variables: dict[str, Any], special: Mapping[str, int], aliases: Mapping[str, str]
+    ) -> Pieces:
+        """Return what the template makes of variables, with the characters behind their aliases."""
+        request = {"source": self.source, "variables": variables, "time": self.time, "limit": LIMIT}
         got = _worker().ask(request)
         if "text" in got:
-            prefix = [] if self.own else list(tokenizer.prefix)
-            return [*prefix, *_split(got["text"], tokenizer.special_tokens, marker)]
+            utf8(got["text"].encode(errors="surrogatepass"), f"what the chat template {self.name!r} writes")
+            return _split(got["text"], special, aliases)
         what = f"the chat template {self.name!r}"
         if got["kind"] == "rejected":
             raise UsageError(f"{what} rejects these messages: {got['error']}")
@@ -133,8 +147,10 @@ class ChatTemplate:
         last = max(
             (i for i, piece in enumerate(pieces) if isinstance(piece, str) and PROBE in piece), default=-1
         )
+        if last < 0:
+            return tokenizer.eos_ids, stops
         after = [piece for piece in pieces[last + 1 :] if isinstance(piece, int)][:1]
-        behind = str(pieces[last]).rpartition(PROBE)[2].strip() if last >= 0 else ""
+        behind = str(pieces[last]).rpartition(PROBE)[2].strip()
         return tuple(dict.fromkeys([*after, *tokenizer.eos_ids])), (*stops, *([behind] if behind else []))
 
 
@@ -210,28 +226,60 @@ def join(pieces: Sequence[str | int]) -> Pieces:
     return joined
 
 
-def _map(change: Any, value: Any) -> Any:
-    """Return a JSON value with all its texts changed, those of keys too."""
+def _as_json(variables: Mapping[str, Any]) -> str:
+    """Return variables as JSON, after a check."""
+    try:
+        return json.dumps(variables, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"messages and variables of a chat template: expected JSON values ({error})."
+        ) from error
+
+
+def _map(change: Callable[[str], str], value: Any) -> Any:
+    """Return a JSON value with all its texts changed, those of keys too, but not the roles of messages."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {change(key): _map(change, one) for key, one in value.items()}
+        return {
+            change(key) if isinstance(key, str) else key: one
+            if key == "role" and one in ROLES
+            else _map(change, one)
+            for key, one in value.items()
+        }
     return [_map(change, one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def _break(text: str, names: tuple[str, ...], marker: str) -> str:
-    """Return a text that spells out no special token: a marker follows the first character of each."""
-    if not any(name in text for name in names):
-        return text
-    spelled = re.compile("|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names))
-    return spelled.sub(lambda found: found[0] + marker, text)
+def _aliases(special: Mapping[str, int], text: str) -> dict[str, str]:
+    """Return characters that no text has, for those without which no special token can be spelled.
+
+    These are the first one of each token and all that are neither letters nor digits; "_" is in many keys.
+    """
+    chars = {name[0] for name in special if name}
+    chars |= {char for name in special for char in name if not char.isalnum() and char != "_"}
+    free = (char for char in map(chr, range(0xE000, 0xF900)) if char not in text)
+    return dict(zip(sorted(chars), free, strict=False))
 
 
-def _split(text: str, special: Mapping[str, int], marker: str) -> Pieces:
+def _hide_names(special: Mapping[str, int], aliases: Mapping[str, str], text: str) -> str:
+    """Return a text whose special tokens begin with an alias."""
+    for name in special:
+        if name in text:
+            text = text.replace(name, aliases[name[0]] + name[1:])
+    return text
+
+
+def _hide_all(aliases: Mapping[str, str], text: str) -> str:
+    """Return a text with an alias for each character that has one."""
+    return text.translate({ord(char): alias for char, alias in aliases.items()})
+
+
+def _split(text: str, special: Mapping[str, int], aliases: Mapping[str, str]) -> Pieces:
     """Return what a template wrote, cut at the special tokens."""
-    names = sorted(special, key=len, reverse=True)
+    names = sorted(filter(None, special), key=len, reverse=True)
     cut = re.split("(" + "|".join(map(re.escape, names)) + ")", text) if names else [text]
-    return join([special[part] if i % 2 else part.replace(marker, "") for i, part in enumerate(cut)])
+    back = {ord(alias): char for char, alias in aliases.items()}
+    return join([special[part] if i % 2 else part.translate(back) for i, part in enumerate(cut)])
 
 
 class _Worker:
@@ -262,7 +310,7 @@ class _Worker:
                 raise
             finally:
                 timer.cancel()
-            if not answer:
+            if not answer.endswith("\n"):
                 self.stop()
                 return {"kind": "template", "error": f"it takes more than {SECONDS:g} s, or too much memory"}
         found: dict[str, str] = json.loads(answer)

@@ -57,11 +57,11 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
     try:
         return {"text": _run(**request)}
     except RejectionError as error:
-        return {"kind": "rejected", "error": str(error)}
+        return {"kind": "rejected", "error": str(error)[:500]}
     except TemplateSyntaxError as error:
-        return {"kind": "template", "error": f"line {error.lineno}: {error.message}"}
+        return {"kind": "template", "error": f"line {error.lineno}: {error.message}"[:500]}
     except (SecurityError, UndefinedError) as error:
-        return {"kind": "template", "error": str(error)}
+        return {"kind": "template", "error": str(error)[:500]}
     except RecursionError:
         return {"kind": "template", "error": "it is nested too deeply"}
     except MemoryError:
@@ -82,7 +82,7 @@ def _run(source: str, variables: dict[str, Any], time: float, limit: int) -> str
     now = datetime.datetime.fromtimestamp(time)
     environment.globals["strftime_now"] = now.strftime
     parts, size = [], 0
-    for part in environment.from_string(source).generate(**variables):
+    for part in environment.from_string(source).generate(variables):
         parts.append(part)
         size += len(part)
         if size > limit:
