@@ -238,9 +238,10 @@ def _plot(report: Mapping[str, Any], path: Path) -> None:
         ax.axvline(0, color=GREY, linewidth=0.8)
         ax.set_yticks(range(len(rows)), list(reversed(rows)))
         ax.set_title(title, fontsize="medium")
-        ax.set_xlabel("cross-entropy above Mamba's (%)" if number >= 3 else "")
+        ax.set_xlabel("above Mamba's (%)" if number >= 3 else "")
         tidy(ax)
     for ax in panels[len(report["tables"]) :]:
         ax.set_axis_off()
-    panels[0].legend([ours, line], ["measured", "published"], frameon=False, loc="lower right")
+    labels = ["cross-entropy, measured", "published"]
+    figure.legend([ours, line], labels, frameon=False, loc="outside upper center", ncols=2)
     save_figure(figure, path, reduced_note(report))
