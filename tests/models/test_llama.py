@@ -177,7 +177,8 @@ def test_quantised_weights(kind: Any, tmp_path: Path) -> None:
     state = again.init_state(1)
     for column in ids.unbind(1):
         logits, _ = again.step(column, state)
-    assert_close(logits, output.logits[:, -1], 1e-4)
+    # decoding rounds activations to 16 bits for the integer formats
+    assert_close(logits, output.logits[:, -1], 1e-5 if kind == "bf16" else 3e-4)
 
 
 def test_more_positions_than_it_was_made_for_are_read_with_a_warning() -> None:

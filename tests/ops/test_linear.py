@@ -22,7 +22,15 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.mark.parametrize(
     ("shape", "n_out"),
-    [((1, 5), 3), ((2, 3, 17), 70), ((8, 33), 35), ((3, 40, 20), 7), ((50, 8), 130)],
+    [
+        ((1, 5), 3),
+        ((2, 3, 17), 70),
+        ((8, 33), 35),
+        ((3, 40, 20), 7),
+        ((50, 8), 130),
+        ((0, 6), 4),
+        ((2, 0, 6), 4),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
@@ -49,7 +57,7 @@ def test_a_gradient_that_is_one_number_repeated(path: str) -> None:
         torch.testing.assert_close(tensor.grad, like.detach().sum(0).expand_as(tensor), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [(3, 4, 5), (40, 7, 9), (9, 7, 40)], ids=str)
+@pytest.mark.parametrize("sizes", [(3, 4, 5), (40, 7, 9), (9, 7, 40), (0, 3, 4), (3, 0, 4)], ids=str)
 def test_multiply_takes_any_strides(path: str, sizes: tuple[int, int, int]) -> None:
     m, k, n = sizes
     g = torch.Generator().manual_seed(m)

@@ -98,8 +98,8 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (m, n), not always contiguous.
     """
-    if not (_native.prefers_onednn() and _native.available(a, b)):
-        return a @ b
+    if not (_native.prefers_onednn() and _native.available(a, b) and a.numel() and b.numel()):
+        return a @ b  # oneDNN knows no empty matrices
     if a.shape[0] > b.shape[1]:  # the shorter side first: oneDNN is faster that way
         return _onednn(b.T, a).T
     return _onednn(a, b.T)
@@ -125,7 +125,7 @@ def _forward(x, weight, bias):  # type: ignore[no-untyped-def]
     if 0 < rows <= FEW_ROWS and _native.available(x, weight, bias):
         x, weight, bias = x.contiguous(), weight.contiguous(), _native.dense(bias)
         return _native.multiply(x, weight, None, bias, rows)
-    if _native.prefers_onednn() and _native.available(x, weight, bias):
+    if rows and _native.prefers_onednn() and _native.available(x, weight, bias):
         return _onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -133,7 +133,7 @@ def _forward(x, weight, bias):  # type: ignore[no-untyped-def]
 @exact
 def _backward(x, weight, dy):  # type: ignore[no-untyped-def]
     flat, dflat = x.flatten(0, -2), dy.flatten(0, -2)
-    if _native.prefers_onednn() and _native.available(x, weight, dy):
+    if flat.numel() and _native.prefers_onednn() and _native.available(x, weight, dy):
         dx = _onednn(dflat, weight.T)
     else:
         dx = dflat @ weight
