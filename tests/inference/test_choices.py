@@ -117,7 +117,7 @@ def test_log_probabilities_of_ties_and_of_impossible_tokens() -> None:
 
 
 class Even:
-    """Allows even ids below 100, and counts what it is told."""
+    """Allows even ids below 100, and records what is accepted."""
 
     def __init__(self) -> None:
         self.accepted: list[int] = []

@@ -1,4 +1,4 @@
-"""Texts of the verbs, one per line, and a warning about those that are too long."""
+"""What verbs take in: texts, one per line, a warning about those that are too long, and sampling settings."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from longscan.core.config import count
 from longscan.core.files import utf8
-from longscan.errors import LongscanError
+from longscan.errors import LongscanError, UsageError
 
 if TYPE_CHECKING:
+    from longscan.inference.sampling import SamplingConfig
     from longscan.tokenizers.wordpiece import Framed
 
-__all__ = ["read_prompts", "read_stdin", "warn_of_cut"]
+__all__ = ["read_prompts", "read_stdin", "sampling_config", "warn_of_cut"]
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -79,3 +80,20 @@ def warn_of_cut(framed: Sequence[Framed]) -> None:
         longest = max(len(one.ids) for one in framed)
         cut = f"{n_cut:,} of {count(len(framed), 'text')} {'was' if n_cut == 1 else 'were'} cut"
         typer.echo(f"{cut} at {count(longest, 'token')}", err=True)
+
+
+def sampling_config(**fields: Any) -> SamplingConfig:
+    """Return the sampling settings of flags.
+
+    Args:
+        fields: of `SamplingConfig`.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+    from longscan.inference.sampling import SamplingConfig  # which other verbs need not load
+
+    try:
+        return SamplingConfig.from_dict(fields)
+    except LongscanError as error:
+        raise UsageError(str(error)) from error

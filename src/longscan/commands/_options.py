@@ -17,13 +17,19 @@ __all__ = [
     "ImageSize",
     "Json",
     "JsonLines",
+    "MinP",
     "ModelArgument",
     "Offline",
     "PrecisionOption",
     "Quiet",
+    "RepetitionPenalty",
     "Revision",
+    "SamplingSeed",
+    "Temperature",
     "Threads",
     "TokenizerName",
+    "TopK",
+    "TopP",
 ]
 
 Architecture: TypeAlias = Annotated[
@@ -58,6 +64,16 @@ TokenizerName: TypeAlias = Annotated[
     str | None,
     typer.Option("--tokenizer", help="A tokenizer.json, a directory or a hub id, if MODEL has none."),
 ]
+Temperature: TypeAlias = Annotated[float, typer.Option(help="Sampling temperature; 0 = greedy.")]
+TopK: TypeAlias = Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 = off.")]
+TopP: TypeAlias = Annotated[
+    float, typer.Option(help="Nucleus sampling: from the most likely tokens of this total probability.")
+]
+MinP: TypeAlias = Annotated[
+    float, typer.Option(help="Drop tokens below this fraction of the largest probability.")
+]
+RepetitionPenalty: TypeAlias = Annotated[float, typer.Option(help="Above 1 penalises tokens used before.")]
+SamplingSeed: TypeAlias = Annotated[int | None, typer.Option(help="Random seed; default: a new one.")]
 Threads: TypeAlias = Annotated[int | None, typer.Option(help="CPU threads; default: torch's.")]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 JsonLines: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON object per text.")]

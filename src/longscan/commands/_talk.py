@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-import threading
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from longscan.core.config import count
 from longscan.core.files import utf8
 from longscan.core.printable import printable
 from longscan.core.progress import Bar
+from longscan.core.runtime import StopSignals
 from longscan.errors import LongscanError, UsageError
 from longscan.inference.chat import Conversation
 from longscan.models.common.summary import scaled
@@ -33,6 +33,12 @@ HELP = """/back          remove the last question and its answer
 \"\"\"            begins and ends a message of several lines, or one that begins with a slash"""
 
 
+class _Interrupt(StopSignals):
+    """Records the first Ctrl-C; the second one raises. A conversation ends at other signals as usual."""
+
+    CAUGHT = (signal.SIGINT,)
+
+
 class Talk:
     """Reads messages and commands from a terminal, and prints answers.
 
@@ -44,7 +50,7 @@ class Talk:
 
     def __init__(self, conversation: Conversation, file: Path | None, quiet: bool) -> None:
         self._conversation, self._file, self._quiet = conversation, file, quiet
-        self._bar, self._stopped = Bar(), False
+        self._bar, self._interrupt = Bar(), _Interrupt()
         conversation.progress = self._show_prefill
         self._verbs: dict[str, Callable[[str], bool | None]] = {
             "help": self._help,
@@ -97,13 +103,13 @@ class Talk:
 
     def _answer(self, pieces: Generator[str, None, None]) -> None:
         """Print an answer while it is written; Ctrl-C ends it between tokens, so that its state is of use."""
-        self._stopped = False
+        self._interrupt = _Interrupt()
         self._bar.clear()
         try:
-            with self._interruptible(), contextlib.closing(pieces):
+            with self._interrupt, contextlib.closing(pieces):
                 for piece in self._printable(pieces):
                     self._print(piece)
-                    if self._stopped:
+                    if self._interrupt.received:
                         self._print(" …")
                         break
         except KeyboardInterrupt:
@@ -130,29 +136,11 @@ class Talk:
         typer.echo(text, nl=False)
         sys.stdout.flush()
 
-    @contextlib.contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Let the first Ctrl-C set a flag; the second one raises."""
-
-        def stop(*_: object) -> None:
-            if self._stopped:
-                raise KeyboardInterrupt
-            self._stopped = True
-
-        if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
-            yield
-            return
-        usual = signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, usual)
-
     def _show_prefill(self, done: int, total: int) -> None:
         """Show the progress of the prefill."""
         if not self._quiet:
             self._bar.show("prefill", done, total)
-        if self._stopped:
+        if self._interrupt.received:
             raise KeyboardInterrupt
 
     def _footer(self) -> str:

@@ -10,13 +10,26 @@ from typing import Annotated
 import typer
 
 from longscan.checkpoints.load import load_with_tokenizer
-from longscan.commands._options import Offline, PrecisionOption, Quiet, Revision, Threads, TokenizerName
+from longscan.commands._input import sampling_config
+from longscan.commands._options import (
+    MinP,
+    Offline,
+    PrecisionOption,
+    Quiet,
+    RepetitionPenalty,
+    Revision,
+    SamplingSeed,
+    Temperature,
+    Threads,
+    TokenizerName,
+    TopK,
+    TopP,
+)
 from longscan.commands._talk import Talk, text_or_file
 from longscan.core.files import utf8
 from longscan.core.runtime import use_threads
 from longscan.errors import LongscanError, UsageError
 from longscan.inference.chat import Conversation
-from longscan.inference.sampling import SamplingConfig
 from longscan.models.common.summary import describe
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.chat import ChatTemplate, find_template
@@ -45,16 +58,12 @@ def command(
         typer.Option("--file", help="Continue the conversation of this file, and save each turn there."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 512,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 = greedy.")] = 0.7,
-    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 = off.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="Nucleus sampling: from the most likely tokens of this total probability.")
-    ] = 0.9,
-    min_p: Annotated[
-        float, typer.Option(help="Drop tokens below this fraction of the largest probability.")
-    ] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 penalises tokens used before.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Random seed; default: a new one.")] = None,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 0.9,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: SamplingSeed = None,
     precision: PrecisionOption = None,
     tokenizer_name: TokenizerName = None,
     threads: Threads = None,
@@ -71,7 +80,7 @@ def command(
         UsageError: a flag has an invalid value, or the chat template rejects the messages.
         LongscanError: the model or a file can't be read.
     """
-    config = _sampling_config(
+    config = sampling_config(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -117,11 +126,3 @@ def _system(given: str | None) -> str | None:
         return None if given is None else text_or_file(given)
     except OSError as error:
         raise UsageError(f"--system {given}: {error.strerror}.") from error
-
-
-def _sampling_config(**fields: object) -> SamplingConfig:
-    """Return the sampling settings of the flags."""
-    try:
-        return SamplingConfig.from_dict(fields)
-    except LongscanError as error:
-        raise UsageError(str(error)) from error

@@ -17,15 +17,21 @@ from typing import Annotated, Any
 import typer
 
 from longscan.checkpoints.load import load, load_with_tokenizer
-from longscan.commands._input import read_prompts
+from longscan.commands._input import read_prompts, sampling_config
 from longscan.commands._options import (
     Json,
+    MinP,
     Offline,
     PrecisionOption,
     Quiet,
+    RepetitionPenalty,
     Revision,
+    SamplingSeed,
+    Temperature,
     Threads,
     TokenizerName,
+    TopK,
+    TopP,
 )
 from longscan.core.config import count
 from longscan.core.files import utf8
@@ -61,20 +67,16 @@ def command(
         str, typer.Option(help="A shipped model, a directory, or a hub id.")
     ] = "longscan-tiny-en",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 200,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 = greedy.")] = 0.8,
-    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 = off.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="Nucleus sampling: from the most likely tokens of this total probability.")
-    ] = 0.95,
-    min_p: Annotated[
-        float, typer.Option(help="Drop tokens below this fraction of the largest probability.")
-    ] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 penalises tokens used before.")] = 1.0,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 0,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
     stop: Annotated[
         list[str] | None,
         typer.Option(help="Stop string: end before it; repeatable. A line break is $'\\n'."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed; default: a new one.")] = None,
+    seed: SamplingSeed = None,
     precision: PrecisionOption = None,
     tokenizer_name: TokenizerName = None,
     load_state: Annotated[
@@ -106,7 +108,7 @@ def command(
         UsageError: a flag has an invalid value.
         LongscanError: the model or the prompt can't be read.
     """
-    config = _sampling_config(
+    config = sampling_config(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -149,14 +151,6 @@ def command(
         raise LongscanError(f"stopped before the prompt was processed: {save_state} was not written.")
     if session.stopped:
         raise typer.Exit(130)
-
-
-def _sampling_config(**fields: Any) -> SamplingConfig:
-    """Return the sampling settings of the flags."""
-    try:
-        return SamplingConfig.from_dict(fields)
-    except LongscanError as error:
-        raise UsageError(str(error)) from error
 
 
 def _save_state(path: Path, engine: Engine, model: LanguageModel) -> None:

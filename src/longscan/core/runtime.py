@@ -37,7 +37,7 @@ class StopSignals:
     Signals that the process ignores, such as SIGHUP under nohup, stay ignored.
     """
 
-    CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    CAUGHT: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
