@@ -96,6 +96,29 @@ LS_EXPORT int64_t ls_ssd_backward_workspace(const ls_ssd *args) {
 LS_EXPORT int32_t ls_conv_forward(const ls_conv *args) { return bad(args) ? -1 : kernels->conv_forward(args); }
 LS_EXPORT int32_t ls_conv_backward(const ls_conv *args) { return bad(args) ? -1 : kernels->conv_backward(args); }
 
+static bool bad(const ls_rms_norm *a) { return a->rows < 1 || a->n_groups < 1 || a->d_group < 1; }
+LS_EXPORT int32_t ls_rms_norm_forward(const ls_rms_norm *args) {
+  return bad(args) ? -1 : kernels->rms_norm_forward(args);
+}
+LS_EXPORT int32_t ls_rms_norm_backward(const ls_rms_norm *args) {
+  return bad(args) ? -1 : kernels->rms_norm_backward(args);
+}
+
+static bool bad(const ls_rotary *a) {
+  return a->batch < 1 || a->seq_len < 1 || a->rank < 1 || a->rank > LS_MAX_RANK || a->n_groups < 1 || a->n_heads < 1 ||
+         a->n_heads % a->n_groups || a->d_state < 1 || a->d_state > LS_MAX_STATE || a->n_angles < 0 ||
+         2 * a->n_angles > a->d_state;
+}
+LS_EXPORT int32_t ls_rotary_forward(const ls_rotary *args) { return bad(args) ? -1 : kernels->rotary_forward(args); }
+LS_EXPORT int32_t ls_rotary_backward(const ls_rotary *args) { return bad(args) ? -1 : kernels->rotary_backward(args); }
+LS_EXPORT int64_t ls_rotary_workspace(const ls_rotary *args) {
+  if (bad(args)) return -1;
+  const int64_t units = args->batch * ls_rotary_units(args), angles = args->n_heads * args->n_angles;
+  const int64_t forward = 2 * units * angles + ls_ceil(units, 4);
+  const int64_t vectors = args->rank * args->n_heads * args->d_state;
+  return args->dq ? forward + args->batch * args->seq_len * angles + 2 * units * vectors : forward;
+}
+
 static bool bad(const ls_diagonal *a) {
   return a->batch < 1 || a->seq_len < 1 || a->channels < 1 || a->d_state < 1 || a->d_state > LS_MAX_STATE;
 }

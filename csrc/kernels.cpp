@@ -44,6 +44,10 @@ int64_t ssd_forward_workspace(const ls_ssd *);
 int64_t ssd_backward_workspace(const ls_ssd *);
 int32_t conv_forward(const ls_conv *);
 int32_t conv_backward(const ls_conv *);
+int32_t rms_norm_forward(const ls_rms_norm *);
+int32_t rms_norm_backward(const ls_rms_norm *);
+int32_t rotary_forward(const ls_rotary *);
+int32_t rotary_backward(const ls_rotary *);
 int32_t diagonal_forward(const ls_diagonal *);
 int32_t diagonal_backward(const ls_diagonal *);
 int32_t vandermonde_forward(const ls_vandermonde *);
@@ -63,7 +67,9 @@ const ls_kernels LS_NAME(LS_ISA) = {
     LS_STRING(LS_ISA), LS_ISA::scan_forward, LS_ISA::scan_backward,
     LS_ISA::ssd_forward, LS_ISA::ssd_backward, LS_ISA::ssd_step,
     LS_ISA::ssd_forward_workspace, LS_ISA::ssd_backward_workspace, LS_ISA::conv_forward,
-    LS_ISA::conv_backward, LS_ISA::diagonal_forward, LS_ISA::diagonal_backward,
+    LS_ISA::conv_backward, LS_ISA::rms_norm_forward, LS_ISA::rms_norm_backward,
+    LS_ISA::rotary_forward, LS_ISA::rotary_backward,
+    LS_ISA::diagonal_forward, LS_ISA::diagonal_backward,
     LS_ISA::vandermonde_forward, LS_ISA::vandermonde_backward, LS_ISA::cauchy_forward,
     LS_ISA::cauchy_backward, LS_ISA::legs, LS_ISA::multiply,
     LS_ISA::multiply_workspace, LS_ISA::dequantize, LS_ISA::decode,

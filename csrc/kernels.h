@@ -13,6 +13,10 @@ struct ls_kernels {
   int64_t (*ssd_backward_workspace)(const ls_ssd *);
   int32_t (*conv_forward)(const ls_conv *);
   int32_t (*conv_backward)(const ls_conv *);
+  int32_t (*rms_norm_forward)(const ls_rms_norm *);
+  int32_t (*rms_norm_backward)(const ls_rms_norm *);
+  int32_t (*rotary_forward)(const ls_rotary *);
+  int32_t (*rotary_backward)(const ls_rotary *);
   int32_t (*diagonal_forward)(const ls_diagonal *);
   int32_t (*diagonal_backward)(const ls_diagonal *);
   int32_t (*vandermonde_forward)(const ls_vandermonde *);
@@ -38,6 +42,12 @@ inline int64_t ls_unit_channels(int64_t batch, int64_t channels_of_group) {
   return batch * channels_of_group < 1024 ? 64 : 128;
 }
 inline int64_t ls_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Runs of tokens into which a row is cut: a function of the shape alone, likewise.
+inline int64_t ls_rotary_units(const ls_rotary *a) {
+  const int64_t most = ls_ceil(LS_ROTARY_UNITS, a->batch), of_16 = ls_ceil(a->seq_len, 16);
+  return most < of_16 ? most : of_16;
+}
 
 // Floats of a head's state, with d_head padded for the widest vectors.
 inline int64_t ls_ssd_state(int64_t d_head, int64_t d_state) { return ls_ceil(d_head, 32) * 32 * d_state; }

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-enum { LS_ABI_VERSION = 8, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_ORDER = 4096, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
+enum { LS_ABI_VERSION = 9, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_ORDER = 4096, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
 enum { LS_ACTIVATIONS = 256 };  // activations that share a scale when they are rounded to 16 bits
 
 // torch's thread pool: run task(begin, end, context) over pieces of [begin, end). Null means one thread.
@@ -76,6 +76,38 @@ typedef struct {
   float *dx, *dweight, *dbias, *dinitial_state;
   float *workspace;  // batch * d_inner * (d_conv + 1) floats
 } ls_conv;
+
+// RMSNorm of rows, see src/longscan/ops/rms_norm.py: of each group of d_group adjacent channels. Rows are strided.
+enum { LS_NORM_UNITS = 64 };  // runs of rows, each with a partial sum of dweight
+typedef struct {
+  int64_t rows, n_groups, d_group, norm_first, x_stride, z_stride;
+  double eps;
+  const float *x, *z, *weight;  // z: the gate or null; weight (n_groups d_group) or null
+  float *y;
+  // backward only
+  const float *dy;
+  int64_t dy_stride;
+  float *dx, *dz, *dweight;
+  float *workspace;  // LS_NORM_UNITS * n_groups * d_group floats
+} ls_rms_norm;
+
+// Rotation of B and C by sums of angles over time, see src/longscan/ops/rotary.py. All contiguous.
+enum { LS_STARTS = 1, LS_PADDING = 2, LS_ROTARY_UNITS = 64 };
+typedef struct {
+  int64_t batch, seq_len, rank, n_heads, n_groups, d_state, n_angles, halves;
+  const float *C, *B;            // (batch, seq_len, rank, n_groups, d_state)
+  const float *rate, *dt;        // (batch, seq_len, n_angles), (batch, seq_len, n_heads)
+  const float *C_bias, *B_bias;  // (rank, n_heads, d_state)
+  const float *initial;          // (batch, n_heads, n_angles)
+  const uint8_t *marks;          // (batch, seq_len) LS_STARTS and LS_PADDING, or null
+  float *q, *k;                  // (batch, seq_len, rank, n_heads, d_state)
+  float *products;               // (batch, seq_len, rank, rank, n_heads): of q and k of a token
+  float *final;                  // as initial, between -pi and pi
+  // backward only
+  const float *dq, *dk, *dproducts, *dfinal;
+  float *dC, *dB, *drate, *ddt, *dC_bias, *dB_bias, *dinitial;
+  void *workspace;  // ls_rotary_workspace(args) floats, aligned to 8 bytes
+} ls_rotary;
 
 // Diagonal state space with constant parameters; see src/longscan/ops/diagonal.py. Complex numbers are (re, im) pairs.
 enum { LS_DIAGONAL_CHANNELS = 64, LS_CAUCHY_NUMERATORS = 4 };
@@ -256,6 +288,11 @@ int32_t ls_ssd_backward(const ls_ssd *args);
 int32_t ls_ssd_step(const ls_ssd *args);  // of one row: the state advances in place, see final_state
 int64_t ls_ssd_forward_workspace(const ls_ssd *args);
 int64_t ls_ssd_backward_workspace(const ls_ssd *args);
+int32_t ls_rms_norm_forward(const ls_rms_norm *args);
+int32_t ls_rms_norm_backward(const ls_rms_norm *args);
+int32_t ls_rotary_forward(const ls_rotary *args);
+int32_t ls_rotary_backward(const ls_rotary *args);
+int64_t ls_rotary_workspace(const ls_rotary *args);
 int32_t ls_conv_forward(const ls_conv *args);
 int32_t ls_conv_backward(const ls_conv *args);
 int32_t ls_diagonal_forward(const ls_diagonal *args);

@@ -54,6 +54,7 @@ LONG: dict[str, str] = {
     "models/bert": "one paper: the encoder, its two heads and the pre-training loss",
     "models/s4": "one paper: the decomposition, the kernel and the recurrence of one system",
     "ops/scan": "one op, in the five paragraphs of every op",
+    "ops/rotary": "likewise, and the composite for any device",
     "training/run": "one class: how a run starts, stops and resumes",
 }
 # where results are printed and the process may end

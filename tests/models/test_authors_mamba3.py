@@ -30,8 +30,9 @@ from authors_kernels import (
     print_largest,
     results,
 )
-from longscan.models.common.trapezoid import Past, Tokens, accumulate, advance, last, rotate, trapezoid
+from longscan.models.common.trapezoid import Past, Tokens, advance, last, trapezoid
 from longscan.models.mamba3 import Mamba3Config, Mamba3Mixer
+from longscan.ops.rotary import accumulate, rotate
 
 pytestmark = needs_clone
 Sizes = tuple[int, int, int, int, int, int]  # batch, seq_len, n_heads, d_head, n_groups, d_state
@@ -95,7 +96,8 @@ def tokens_of(i: Tensors, halves: bool, past: Past | None) -> tuple[Tokens, Tens
     mimo, n_heads = "MIMO_V" in i, i["V"].shape[2]
     dt, trap, log_decay = (i[name].mT for name in ("DT", "Trap", "ADT"))
     turn = math.pi * i["Angles"].tanh() * dt[..., None]
-    angle = accumulate(turn, i.get("Angle_State", torch.zeros_like(turn[:, 0])), past)
+    seq_idx = None if past is None else past.seq_idx
+    angle, _ = accumulate(turn, i.get("Angle_State", torch.zeros_like(turn[:, 0])), seq_idx)
     pair = []
     for name in ("Q", "K"):
         x, bias = i[name], i[f"{name}_bias"]

@@ -5,6 +5,7 @@ its final state; both must equal those of the row read alone in one pass. Where 
 of every parameter and of the initial state must be equal too.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,6 +46,8 @@ ROUGHER = {  # each with its reason
     # gradients pass through powers of A, whose P and B lie far from their start here
     ("s4", torch.float64): 5e-11,
 }
+# some draws are so sensitive that the gradients of one pass are further than that from float64
+SENSITIVE = ("mamba3",)
 THOROUGH = ("mamba", "llama", "mamba3")  # drawn more often than those whose pieces other tests try too
 
 Rows = list[Tensor]
@@ -453,6 +456,13 @@ def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
         assert (got - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0)
 
 
+def distance(got: Tensor, expected: Tensor) -> float:
+    """How far apart two tensors are, as `assert_close` counts."""
+    if not expected.numel():
+        return 0.0
+    return float((got - expected).detach().abs().max() / expected.detach().abs().max().clamp(min=1.0))
+
+
 def assert_same(got: Reading, expected: Reading, tolerance: float) -> None:
     for a, b in zip(got[0], expected[0], strict=True):
         assert_close(a, b, tolerance)
@@ -577,8 +587,14 @@ def test_gradients_do_not_depend_on_the_way_either(
         model, rows = build(seed, dtype, name), draw_rows(seed, lengths)
         start = draw_state(model, len(rows))
         expected = gradients(model, rows, start, alone)
-        for got, want in zip(gradients(model, rows, start, way), expected, strict=True):
-            assert_close(got, want, allowed(name, dtype))
+        tolerances = [allowed(name, dtype)] * len(expected)
+        if name in SENSITIVE and dtype == torch.float32:
+            wide = start.map(lambda tensor: tensor.double())
+            exact = gradients(copy.deepcopy(model).double(), rows, wide, alone)
+            tolerances = [max(*pair) for pair in zip(tolerances, map(distance, expected, exact), strict=True)]
+        got = gradients(model, rows, start, way)
+        for ours, theirs, tolerance in zip(got, expected, tolerances, strict=True):
+            assert_close(ours, theirs, tolerance)
 
 
 @names

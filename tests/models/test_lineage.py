@@ -9,12 +9,13 @@ from torch import Tensor
 from longscan import ops
 from longscan.models import S4Config, S4DConfig
 from longscan.models.common import state_space as ssm
-from longscan.models.common.trapezoid import Tokens, rotate, trapezoid
+from longscan.models.common.trapezoid import Tokens, trapezoid
 from longscan.models.hippo import transition
 from longscan.models.hippo_memory import compress
 from longscan.models.linear_attention import accumulate
 from longscan.models.s4 import DPLR, nplr
 from longscan.models.s4d import DiagonalSSM
+from longscan.ops.rotary import rotate
 
 TOLERANCE = 1e-10
 SIZES = {"d_model": 2, "n_layers": 1, "vocab_size": 2}

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longscan.models import MODELS, Mamba3, Mamba3Config
-from longscan.models.common.trapezoid import Past, accumulate, before, last, rotate, wrapped
+from longscan.models.common.trapezoid import Past, before, last
 from longscan.models.mamba3 import Mamba3Mixer, Mamba3State, heavy_tail
+from longscan.ops.rotary import accumulate, rotate, wrapped
 
 TOLERANCE = 1e-12  # of float64 sums in another order
 SIZES: dict[str, dict[str, Any]] = {
@@ -226,7 +227,7 @@ def test_angles_of_a_long_text_are_exact() -> None:
     """A sum in float32 would be off by more than a thousandth; whole turns are left out in the state."""
     turn = torch.full((1, 200_000, 1, 1), 0.3)
     exact = torch.arange(1, 200_001, dtype=torch.float64) * float(turn[0, 0, 0, 0])
-    angle = accumulate(turn, torch.zeros(1, 1, 1), None)[0, :, 0, 0]
+    angle = accumulate(turn, torch.zeros(1, 1, 1), None)[0][0, :, 0, 0]
     assert (angle - exact).abs().max() < 1e-6
     assert (wrapped(angle).abs() <= math.pi + 1e-6).all()
     assert (wrapped(angle).cos() - exact.cos()).abs().max() < 1e-6

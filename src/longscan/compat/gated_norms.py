@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longscan import ops
 from longscan.compat.checks import expect, requires_tensors
 from longscan.compat.norms import wide
 
@@ -41,6 +42,10 @@ def layernorm_fn(
     check_gated(x, weight, bias, z)
     if group_size and x.shape[-1] % group_size:
         raise ValueError(f"group_size: expected a divisor of the width {x.shape[-1]}, got {group_size}")
+    if is_rms_norm and bias is None:
+        n_groups = x.shape[-1] // (group_size or x.shape[-1])
+        gate = None if z is None else wide(z)
+        return ops.rms_norm(wide(x), weight, eps, gate, n_groups, norm_before_gate).to(x.dtype)
     y, gate = wide(x), None if z is None else F.silu(wide(z))
     if gate is not None and not norm_before_gate:
         y = y * gate

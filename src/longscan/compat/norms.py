@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longscan import ops
 from longscan.compat.checks import NUMBER, expect, requires_tensors
 
 __all__ = [
@@ -42,7 +43,7 @@ def normalize(
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if not is_rms_norm:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
-    y = F.rms_norm(x, weight.shape, weight, eps)
+    y = ops.rms_norm(x, weight, eps)
     return y if bias is None else y + bias
 
 

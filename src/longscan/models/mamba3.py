@@ -18,11 +18,11 @@ parameters of the recurrence are float32 whatever the dtype of the other weights
 
 The block, for a token u of width d_model:
 
-    [z; x; B; C; dt; A; trap; angle] = in_proj u
+    [z; x; B; C; dt; A; trap; rate] = in_proj u
     B, C = norm(B) + B_bias, norm(C) + C_bias          of each group, with biases of each head
     A    = -f(A), at most -A_floor                     f(a) = 1 + a for a >= 0, 1 / (1 - a) below
     dt   = softplus(dt + dt_bias)                      lambda = sigmoid(trap)
-    theta = theta + pi tanh(angle) dt                  and B and C are rotated by theta, in pairs of channels
+    theta = theta + pi tanh(rate) dt                   and B and C are rotated by theta, in pairs of channels
     S    = exp(dt A) (S + (1 - lambda) dt x_before B_before') + lambda dt x B'
     y    = S C + D x                                   S is a matrix (d_head, d_state) for each head
     out  = out_proj(y silu(z))
@@ -53,16 +53,7 @@ from longscan.models.common.language_model import LanguageModel
 from longscan.models.common.layers import GatedRMSNorm, RMSNorm, linear
 from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
 from longscan.models.common.native_decode import matrix, plain
-from longscan.models.common.trapezoid import (
-    Past,
-    Tokens,
-    accumulate,
-    advance,
-    last,
-    rotate,
-    trapezoid,
-    wrapped,
-)
+from longscan.models.common.trapezoid import Past, Tokens, advance, last, trapezoid
 
 PUBLISHED = {"vocab_size": 128256}  # Llama-3.1's tokenizer
 SMALL, LARGE = {"d_model": 768, "n_layers": 12}, {"d_model": 2048, "n_layers": 24}
@@ -146,7 +137,7 @@ class Mamba3Config(LanguageModelConfig):
 
     @property
     def splits(self) -> tuple[int, ...]:
-        """Widths of z, x, B, C, dt, A, trap and angle, the rows of in_proj."""
+        """Widths of z, x, B, C, dt, A, trap and rate, the rows of in_proj."""
         d_groups = self.rank * self.n_groups * self.d_state
         return self.d_inner, self.d_inner, d_groups, d_groups, *(3 * [self.n_heads]), self.n_angles
 
@@ -219,18 +210,15 @@ class Mamba3Mixer(Mixer[Mamba3State]):
         if state is not None and len(state.ssm) != len(u):
             raise ValueError(f"state: expected {len(u)} rows, got {len(state.ssm)}")
         state = self.init_state(len(u)) if state is None else state
-        z, x, turn, tokens = self._project(u)
-        angle = accumulate(turn, state.angle, past)
-        tokens = self._rotate(tokens, angle)
-        y, ssm = trapezoid(tokens, state.k, self._values(state.v), self.D, state.ssm, past)
-        theta = last(wrapped(angle).to(state.angle.dtype), state.angle, past)
-        after = Mamba3State(theta, ssm, last(tokens.k, state.k, past), last(x, state.v, past))
+        seq_idx = None if past is None else past.seq_idx
+        z, x, angle, tokens, products = self._project(u, state.angle, seq_idx)
+        y, ssm = trapezoid(tokens, state.k, self._values(state.v), self.D, state.ssm, past, products)
+        after = Mamba3State(angle, ssm, last(tokens.k, state.k, past), last(x, state.v, past))
         return self._out(y, z), after
 
     def tokens(self, u: Tensor) -> Tokens:
-        """Return what the recurrence takes, q and k rotated, of a text u (batch, seq_len, d_model)."""
-        _, _, turn, tokens = self._project(u)
-        return self._rotate(tokens, accumulate(turn, torch.zeros_like(turn[:, 0]), None))
+        """Return what the recurrence takes of a text u (batch, seq_len, d_model)."""
+        return self._project(u, self.init_state(len(u)).angle, None)[3]
 
     def init_state(self, batch_size: int) -> Mamba3State:
         """Return zeros in float32, or in float64 in a float64 model; see `Mixer.init_state`."""
@@ -244,13 +232,12 @@ class Mamba3Mixer(Mixer[Mamba3State]):
 
     def step(self, u: Tensor, state: Mamba3State, plan: None = None, /) -> Tensor:
         """Mix one more token per row; see `Mixer.step`."""
-        z, x, turn, tokens = self._project(u)
-        angle = wrapped(state.angle.double() + turn)
-        tokens = self._rotate(tokens, angle)
+        z, x, angle, tokens, _ = self._project(u[:, None], state.angle, None)
+        x, tokens = x[:, 0], Tokens(*(t[:, 0] for t in tokens))
         y = advance(state.ssm, tokens, state.k, self._values(state.v), self.D)
         for old, new in zip((state.angle, state.k, state.v), (angle, tokens.k, x), strict=True):
             old.copy_(new)
-        return self._out(y, z)
+        return self._out(y, z[:, 0])
 
     def native(self, layer: int, norm: Tensor | None) -> list[ops.Sublayer] | None:
         """Return the weights for the native decoder; see `Mixer.native`."""
@@ -281,45 +268,53 @@ class Mamba3Mixer(Mixer[Mamba3State]):
         )
         return [ops.Sublayer(weights, layer, norm)]
 
-    def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tokens]:
-        """Return z, x, the turn of the angles and what the recurrence takes, of u (..., d_model)."""
+    def _project(
+        self, u: Tensor, angle: Tensor, seq_idx: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tokens, Tensor]:
+        """Return z, x, the angles after the last token, what the recurrence takes, and products of q and k.
+
+        Args:
+            u: (batch, seq_len, d_model).
+            angle: (batch, n_heads, n_angles) before the first token.
+            seq_idx: of packed and padded rows, see `Mixer.plan`.
+        """
         config, dtype = self.config, self.D.dtype
-        z, x, B, C, dt, A, trap, angle = torch.split(self.in_proj(u), list(config.splits), -1)
-        x, dt, A, trap, angle = (t.to(dtype) for t in (x, dt, A, trap, angle))
+        z, x, B, C, dt, A, trap, rate = torch.split(self.in_proj(u), list(config.splits), -1)
+        x, dt, A, trap, rate = (t.to(dtype) for t in (x, dt, A, trap, rate))
         dt = F.softplus(dt + self.dt_bias)
         A = F.softplus(A) if config.A_activation == "softplus" else heavy_tail(A)
         late = trap.sigmoid() * dt
         x = torch.unflatten(x, -1, (config.n_heads, config.d_head))
+        q, k, products, angle = ops.rotary(
+            self.C_norm(self._vectors(C)),
+            self.B_norm(self._vectors(B)),
+            math.pi * rate.tanh(),
+            dt,
+            self.C_bias.transpose(0, 1),
+            self.B_bias.transpose(0, 1),
+            angle,
+            seq_idx,
+            halves=config.mimo_rank is not None,
+        )
         tokens = Tokens(
-            q=self._of_heads(self.C_norm(self._vectors(C)), self.C_bias),
-            k=self._of_heads(self.B_norm(self._vectors(B)), self.B_bias),
+            q=q,
+            k=k,
             v=self._values(x),
             log_decay=-dt * A.clamp(min=config.A_floor),
             early=dt - late,
             late=late,
         )
-        turn = math.pi * angle.tanh()[..., None, :] * dt[..., None]
-        return z, x, turn, tokens
+        return z, x, angle, tokens, products
 
     def _vectors(self, B: Tensor) -> Tensor:
         """Return B or C (..., rank n_groups d_state) as (..., rank, n_groups, d_state)."""
         return torch.unflatten(B, -1, (self.config.rank, self.config.n_groups, self.config.d_state))
-
-    def _of_heads(self, B: Tensor, bias: Tensor) -> Tensor:
-        """Return B or C (..., rank, n_groups, d_state) of each head, (..., rank, n_heads, d_state)."""
-        bias = torch.unflatten(bias.transpose(0, 1), 1, (self.config.n_groups, -1))
-        return (B[..., None, :].to(bias.dtype) + bias).flatten(-3, -2)
 
     def _values(self, x: Tensor) -> Tensor:
         """Return the vectors x_r (..., rank, n_heads, d_head) of x (..., n_heads, d_head)."""
         if self.config.mimo_rank is None:
             return x[..., None, :, :]
         return x[..., None, :, :] * self.mimo_x.transpose(0, 1).to(x.dtype)
-
-    def _rotate(self, tokens: Tokens, angle: Tensor) -> Tokens:
-        """Return the tokens with q and k rotated; pairs are adjacent in SISO, halves in MIMO."""
-        q, k = rotate((tokens.q, tokens.k), angle, halves=self.config.mimo_rank is not None)
-        return tokens._replace(q=q, k=k)
 
     def _out(self, y: Tensor, z: Tensor) -> Tensor:
         """Return the output of y (..., rank, n_heads, d_head) and its gate z (..., d_inner)."""

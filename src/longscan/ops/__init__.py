@@ -39,6 +39,8 @@ from longscan.ops.quant import (
     quantize,
     unpack_int4,
 )
+from longscan.ops.rms_norm import rms_norm, rms_norm_ref
+from longscan.ops.rotary import rotary, rotary_ref
 from longscan.ops.scan import selective_scan, selective_scan_ref, selective_scan_step
 from longscan.ops.ssd import ssd, ssd_ref, ssd_step
 from longscan.ops.vandermonde import vandermonde, vandermonde_ref
@@ -100,6 +102,10 @@ __all__ = [
     "quant_linear",
     "quantize",
     "release_memory",
+    "rms_norm",
+    "rms_norm_ref",
+    "rotary",
+    "rotary_ref",
     "scan_pattern",
     "selective_scan",
     "selective_scan_ref",

@@ -19,7 +19,7 @@ def exact(function: FunctionT) -> FunctionT:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        device = next(x.device.type for x in args if isinstance(x, Tensor))
+        device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
         if device == "meta" or not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):

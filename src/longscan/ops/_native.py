@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longscan.ops._derivatives import composed
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 _LIBRARY = Path(__file__).resolve().parent.parent / "_lib" / "liblongscan.so"
 
 

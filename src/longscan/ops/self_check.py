@@ -54,6 +54,10 @@ def run_checks() -> Iterator[tuple[str, Tensor, Tensor]]:
     matrices = (random(batch, seq_len, n_groups, d_state) for _ in range(2))
     matrix_state = random(batch, n_heads, d_head, d_state)
     ssd = (*heads, decay, *matrices, random(n_heads), matrix_state)
+    norm = (random(batch, seq_len, 6), random(6), 1e-5, random(batch, seq_len, 6), 2, True)
+    groups = (random(batch, seq_len, 1, n_groups, d_state) for _ in range(2))
+    biases = (random(1, n_heads, d_state) for _ in range(2))
+    rotary = (*groups, random(batch, seq_len, 5), heads[1], *biases, random(batch, n_heads, 5))
 
     for name, op, reference, arguments in (
         ("selective_scan", ops.selective_scan, ops.selective_scan_ref, scan),
@@ -64,6 +68,8 @@ def run_checks() -> Iterator[tuple[str, Tensor, Tensor]]:
             (x, *two),
         ),
         ("ssd", ops.ssd, ops.ssd_ref, ssd),
+        ("rms_norm", ops.rms_norm, ops.rms_norm_ref, norm),
+        ("rotary", ops.rotary, ops.rotary_ref, rotary),
         ("causal_conv1d", ops.causal_conv1d, ops.causal_conv1d_ref, conv),
         ("diagonal_ssm", ops.diagonal_ssm, ops.diagonal_ssm_ref, diagonal),
         ("vandermonde", ops.vandermonde, ops.vandermonde_ref, (waves(d_inner, 5), log_ratio, 300)),

@@ -6,7 +6,6 @@ from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from longscan import ops
@@ -25,7 +24,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised tokens, (..., d_model), of x (..., d_model)."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
+        return ops.rms_norm(x, self.weight, self.eps).to(self.weight.dtype)
 
 
 class PlainRMSNorm(nn.Module):
@@ -37,7 +36,7 @@ class PlainRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised vectors of x (..., width)."""
-        return F.rms_norm(x, x.shape[-1:], None, self.eps)
+        return ops.rms_norm(x, None, self.eps)
 
 
 class GatedRMSNorm(nn.Module):
@@ -58,10 +57,8 @@ class GatedRMSNorm(nn.Module):
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         """Return (..., d_inner) in the weight's dtype, computed in at least float32; y and z are alike."""
         y, z = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (y, z))
-        gate = F.silu(z)
-        groups = torch.unflatten(y if self.norm_first else y * gate, -1, (self.n_groups, -1))
-        normed = F.rms_norm(groups, groups.shape[-1:], None, self.eps).flatten(-2) * self.weight.to(y.dtype)
-        return (normed * gate if self.norm_first else normed).to(self.weight.dtype)
+        normed = ops.rms_norm(y, self.weight, self.eps, z, self.n_groups, self.norm_first)
+        return normed.to(self.weight.dtype)
 
 
 class Recurrent(nn.Module):

@@ -10,13 +10,12 @@ with the input of one token, the one before, so that `ops.ssd` computes it:
     S_t  = S'_t + late_t v_t k_t'
     y_t  = S'_t q_t + late_t v_t (k_t . q_t) + D v_t
 
-Each output depends on its own token and earlier ones only, also where numbers are not finite. Rotations of k
-and q by the same angle change no product of the same token.
+Each output depends on its own token and earlier ones only, also where numbers are not finite. q and k come
+from `ops.rotary`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, Self
 
 import torch
@@ -27,7 +26,7 @@ from longscan.ops import ssd
 from longscan.ops._autocast import exact
 from longscan.ops._segments import check_seq_idx, segments
 
-__all__ = ["Past", "Tokens", "accumulate", "advance", "before", "last", "rotate", "trapezoid", "wrapped"]
+__all__ = ["Past", "Tokens", "advance", "before", "last", "trapezoid"]
 
 
 class Past(NamedTuple):
@@ -120,66 +119,15 @@ def last(x: Tensor, first: Tensor, past: Past | None) -> Tensor:
     return torch.where(over(past.last == 0, found), first, found)
 
 
-def accumulate(turn: Tensor, angle: Tensor, past: Past | None) -> Tensor:
-    """Return the angle at each token, the sum of all turns of its sequence, in float64.
-
-    Args:
-        turn: (batch, seq_len, n_heads, n_angles) by how much each token turns.
-        angle: (batch, n_heads, n_angles) before the first token.
-        past: see `before`.
-
-    Returns:
-        (batch, seq_len, n_heads, n_angles); arbitrary in padding.
-    """
-    turn, angle = turn.double(), angle.double()
-    if past is None:
-        return angle[:, None] + turn.cumsum(1)
-    flat = turn.flatten(2)[:, :, None]  # one head that forgets nothing, for all angles
-    one = torch.ones_like(flat[..., :1])
-    no_decay = torch.zeros_like(one[..., 0])
-    total, _ = ssd(
-        flat, one[..., 0], no_decay, one, one, None, angle.flatten(1)[:, None, :, None], past.seq_idx
-    )
-    return total.view(turn.shape)
-
-
-def wrapped(angle: Tensor) -> Tensor:
-    """Return an angle less whole turns, between -pi and pi.
-
-    Args:
-        angle: any shape.
-    """
-    return angle - 2 * math.pi * (angle / (2 * math.pi)).round()
-
-
-def rotate(xs: tuple[Tensor, ...], angle: Tensor, halves: bool) -> tuple[Tensor, ...]:
-    """Return tensors with pairs of channels rotated; channels beyond those of the angles are as they were.
-
-    Args:
-        xs: (..., rank, n_heads, d_state) each, of one dtype.
-        angle: (..., n_heads, n_angles) in at least their precision.
-        halves: whether channel i forms a pair with i + d_state / 2; else pairs are adjacent.
-
-    Returns:
-        One for each of xs.
-    """
-    angle, n, half = wrapped(angle).to(xs[0].dtype)[..., None, :, :], angle.shape[-1], xs[0].shape[-1] // 2
-    cos, sin = angle.cos(), angle.sin()
-    turned = []
-    for x in xs:
-        if halves:
-            a, b = x[..., :n], x[..., half : half + n]
-            parts = [a * cos - b * sin, x[..., n:half], a * sin + b * cos, x[..., half + n :]]
-        else:
-            a, b = x[..., 0 : 2 * n : 2], x[..., 1 : 2 * n : 2]
-            parts = [torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2), x[..., 2 * n :]]
-        turned.append(torch.cat(parts, -1))
-    return tuple(turned)
-
-
 @exact
 def trapezoid(
-    tokens: Tokens, k: Tensor, v: Tensor, D: Tensor, state: Tensor, past: Past | None
+    tokens: Tokens,
+    k: Tensor,
+    v: Tensor,
+    D: Tensor,
+    state: Tensor,
+    past: Past | None,
+    products: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the outputs of the recurrence, and its final state.
 
@@ -190,6 +138,7 @@ def trapezoid(
         D: (n_heads,) skip connection.
         state: (batch, n_heads, d_head, d_state) before the first token.
         past: see `before`.
+        products: (batch, seq_len, rank, rank, n_heads) of each q and each k of a token, if they are known.
 
     Returns:
         y: (batch, seq_len, rank, n_heads, d_head).
@@ -204,7 +153,9 @@ def trapezoid(
     x, B, C = (t.flatten(1, 2) for t in (before(tokens.v, v, past), before(tokens.k, k, past), tokens.q))
     y, state = ssd(x, weight, log_decay, B, C, None, state, seq_idx, rank)
     pair = last(tokens.v, v, past), last(tokens.k, k, past)
-    return y.view(tokens.v.shape) + _own(tokens, D), state + _outer(last(late, none, past), *pair)
+    if products is None:
+        products = torch.einsum("blrhn,blshn->blrsh", tokens.q, tokens.k)
+    return y.view(tokens.v.shape) + _own(tokens, products, D), state + _outer(last(late, none, past), *pair)
 
 
 @torch.no_grad()
@@ -237,10 +188,10 @@ def _outer(weight: Tensor, v: Tensor, k: Tensor) -> Tensor:
     return torch.einsum("brhp,brhn->bhpn", weight[:, None, :, None] * v, k)
 
 
-def _own(tokens: Tokens, D: Tensor) -> Tensor:
+def _own(tokens: Tokens, products: Tensor, D: Tensor) -> Tensor:
     """Return the part of the outputs that is from the token itself: late v (k . q) + D v."""
-    q, k, v, late = tokens.q, tokens.k, tokens.v, tokens.late
+    v, late = tokens.v, tokens.late
     if v.shape[2] == 1:
-        return ((q * k).sum(-1) * late[:, :, None] + D)[..., None] * v
-    products = torch.einsum("blrhn,blshn->blrsh", q, k) * late[:, :, None, None]
+        return (products[:, :, 0] * late[:, :, None] + D)[..., None] * v
+    products = products * late[:, :, None, None]
     return torch.einsum("blrsh,blshp->blrhp", products, v) + D[:, None] * v
