@@ -29,6 +29,7 @@ __all__ = ["VERBS", "main"]
 VERBS = {
     "generate": ("longscan.commands.generate", "Continue a text with a language model, token by token."),
     "chat": ("longscan.commands.chat", "Talk to a language model."),
+    "serve": ("longscan.commands.serve", "Serve a language model over HTTP, for OpenAI's clients."),
     "train": ("longscan.commands.train", "Train a model on your own text files, or resume a run."),
     "evaluate": ("longscan.commands.evaluate", "Perplexity and bits per byte of a model on text files."),
     "translate": ("longscan.commands.translate", "Train a translator, evaluate it, translate with it."),

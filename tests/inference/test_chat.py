@@ -288,5 +288,5 @@ def test_old_states_make_way(mamba: LanguageModel, monkeypatch: pytest.MonkeyPat
     conversation = talk(mamba)
     for _ in range(4):
         say(conversation, "more")
-        assert len(conversation._known) == 2
+        assert conversation._turns.count == 2
     assert conversation.turn.read < 40

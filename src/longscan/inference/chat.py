@@ -1,9 +1,8 @@
 """Conversations: messages, and the states of a model after some of them.
 
 A turn costs its new tokens. The state after an answer already holds the conversation; the next prompt is
-rendered as a whole, and only what follows the part that a state has seen is prefilled. Parts are compared
-as text, not as ids: the ids that a model wrote are often not those that its text is encoded as. So a state
-holds the ids that were written, and by decoding steps, not by a prefill, which is equal up to rounding.
+rendered as a whole, and only what follows the part that a state has seen is prefilled. A state holds the ids
+that were written, and by decoding steps, not by a prefill, which is equal up to rounding.
 """
 
 from __future__ import annotations
@@ -17,15 +16,16 @@ from typing import Any
 import numpy as np
 
 from longscan.errors import LongscanError, UsageError
-from longscan.inference.chat_file import Known, load_chat, save_chat
+from longscan.inference.chat_file import load_chat, save_chat
 from longscan.inference.engine import Engine
-from longscan.inference.prefill import Progress, encode, read
+from longscan.inference.prefill import Progress, read
 from longscan.inference.request import Request
 from longscan.inference.sampling import Finish, SamplingConfig, check_fit
+from longscan.inference.turns import Known, Turns, after, answered, encode_pieces
 from longscan.models import LanguageModel
 from longscan.models.common.state import SavedState
 from longscan.tokenizers.base import Tokenizer
-from longscan.tokenizers.chat import ChatTemplate, Pieces, find_template, join
+from longscan.tokenizers.chat import ChatTemplate, Pieces, find_template
 
 __all__ = ["Conversation", "Turn"]
 
@@ -101,8 +101,7 @@ class Conversation:
         self._config, self._variables, self.progress = config or DEFAULT, dict(variables or {}), progress
         self._ends, stops = self.template.ends(tokenizer)
         self._config = replace(self._config, stop=(*self._config.stop, *stops))
-        self._special = frozenset(tokenizer.special_tokens.values())
-        self._known: list[Known] = []  # oldest first
+        self._turns = Turns(model, BUDGET, least=2)
         self._retries = 0
         self._answering = False
         if system is not None:
@@ -164,20 +163,11 @@ class Conversation:
     def _current(self) -> Known:
         """Return the state that holds the most of the messages."""
         if not self.messages:
-            return self._nothing()
+            return self._turns.nothing()
         try:
-            return self._best(self._render(self.messages, prompt=False))
+            return self._turns.best(self._render(self.messages, prompt=False))
         except LongscanError:  # the template is for questions only
-            return self._nothing()
-
-    def _nothing(self) -> Known:
-        """Return the state before the first token."""
-        return Known([], SavedState(self.model.init_state(1), 0, []))
-
-    def _best(self, whole: Pieces) -> Known:
-        """Return the state that holds the longest beginning of a conversation."""
-        fitting = [known for known in self._known if _after(whole, known.pieces) is not None]
-        return max(fitting, key=lambda known: known.length, default=self._nothing())
+            return self._turns.nothing()
 
     def save(self, path: str | Path) -> None:
         """Write the messages as JSON, and beside them the last state, which spares prefilling them again.
@@ -205,7 +195,9 @@ class Conversation:
             OSError: it cannot be read.
         """
         self.messages, known = load_chat(Path(path), self.model)
-        self._known = [known] if known else []
+        self._turns.clear()
+        if known:
+            self._turns.store(known)
         return known is not None
 
     def _before_answer(self) -> int | None:
@@ -230,7 +222,7 @@ class Conversation:
         prompt = self._render(messages, prompt=True)
         turn = Turn()
         before = self._prefilled(question, prompt, turn)
-        rest = self._encode(_after(prompt, before.pieces) or [])
+        rest = self._encode(after(prompt, before.pieces) or [])
         if not len(rest) and not before.saved.pending:
             raise LongscanError(f"the chat template {self.template.name!r} renders nothing to answer.")
         turn.read += len(rest)
@@ -282,12 +274,12 @@ class Conversation:
 
         It is stored, so that another answer, or another question, can begin there.
         """
-        border = question if _after(prompt, question) else None  # if there is something to prefill behind it
-        best = self._best(border or prompt)
+        border = question if after(prompt, question) else None  # if there is something to prefill behind it
+        best = self._turns.best(border or prompt)
         turn.remembered = best.length
         if border is None:
             return best
-        new = self._encode(_after(border, best.pieces) or [])
+        new = self._encode(after(border, best.pieces) or [])
         if not len(new):
             return best
         ids = np.concatenate([np.array(best.saved.pending, np.int64), new])
@@ -295,48 +287,15 @@ class Conversation:
         _, state = read(self.model, ids, best.saved.state if start else None, start, progress=self.progress)
         turn.read += len(new)
         found = Known(border, SavedState(state, start + len(ids), []))
-        self._store(found)
+        self._turns.store(found)
         return found
 
     def _keep(self, prompt: Pieces, written: _Written, saved: SavedState, ended: bool = False) -> None:
         """Store the state after an answer, if it holds what the answer's text says and nothing else."""
-        ids = written.ids
-        if ended:  # the template says what follows an answer
-            ids, saved = ids[:-1], saved._replace(pending=[])
-        if (
-            ids
-            and not self._special & set(ids)
-            and self.tokenizer.decode(ids).strip() == written.text.strip()
-        ):
-            self._store(Known(join([*prompt, written.text]), saved))
-
-    def _store(self, known: Known) -> None:
-        """Store a state; old ones make way, but for the two last."""
-        self._known = [one for one in self._known if one.pieces != known.pieces] + [known]
-        while len(self._known) > 2 and sum(one.saved.state.nbytes for one in self._known) > BUDGET:
-            self._known.pop(0)
+        known = answered(self.tokenizer, prompt, written.ids, written.text, saved, ended)
+        if known:
+            self._turns.store(known)
 
     def _encode(self, pieces: Pieces) -> np.ndarray:
         """Return the ids of pieces (n,)."""
-        parts = [
-            np.array([piece], np.int64)
-            if isinstance(piece, int)
-            else encode(self.tokenizer, [piece], begins=False)[0]
-            for piece in pieces
-        ]
-        return np.concatenate([np.zeros(0, np.int64), *parts])
-
-
-def _after(whole: Pieces, part: Pieces) -> Pieces | None:
-    """Return what follows a part of a conversation, or None if it does not begin with it."""
-    if not part:
-        return whole
-    n = len(part) - 1
-    if whole[:n] != part[:n] or n >= len(whole):
-        return None
-    ours, theirs = whole[n], part[n]
-    if ours == theirs:
-        return whole[n + 1 :]
-    if isinstance(ours, str) and isinstance(theirs, str) and ours.startswith(theirs):
-        return [ours[len(theirs) :], *whole[n + 1 :]]
-    return None
+        return encode_pieces(self.tokenizer, pieces)

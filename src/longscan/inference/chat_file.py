@@ -10,34 +10,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from longscan.core.files import utf8, write_json
 from longscan.errors import LongscanError, UsageError
+from longscan.inference.turns import Known
 from longscan.models import LanguageModel, State
-from longscan.models.common.state import SavedState
-from longscan.tokenizers.chat import Pieces, check_messages
+from longscan.tokenizers.chat import check_messages
 
-__all__ = ["Known", "load_chat", "save_chat"]
+__all__ = ["load_chat", "save_chat"]
 
 FORMAT = "longscan chat 1"
-
-
-class Known(NamedTuple):
-    """A state, and the part of a conversation it holds.
-
-    Attributes:
-        pieces: the rendered text and special tokens.
-        saved: after them.
-    """
-
-    pieces: Pieces
-    saved: SavedState
-
-    @property
-    def length(self) -> int:
-        """The tokens it holds."""
-        return self.saved.position + len(self.saved.pending)
 
 
 def save_chat(path: Path, messages: list[dict[str, Any]], known: Known | None, model: LanguageModel) -> None:

@@ -153,6 +153,11 @@ class Engine:
         return len(self._waiting)
 
     @property
+    def prefilled(self) -> int:
+        """The number of prompt tokens prefilled so far, without those of cancelled requests."""
+        return self._prefilled
+
+    @property
     def drafted(self) -> int:
         """The number of draft tokens verified so far."""
         return self._speculator.drafted if self._speculator else 0

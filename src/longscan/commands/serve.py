@@ -1,0 +1,144 @@
+"""`longscan serve`: a model over HTTP, for OpenAI's clients."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longscan.checkpoints.load import load_with_tokenizer
+from longscan.commands._options import Offline, PrecisionOption, Quiet, Revision, Threads, TokenizerName
+from longscan.core.checks import check_whole
+from longscan.core.files import utf8
+from longscan.core.optional import require
+from longscan.core.runtime import use_threads
+from longscan.errors import LongscanError, UsageError
+from longscan.models.common.summary import describe
+from longscan.ops import keep_memory
+from longscan.tokenizers.chat import find_template
+
+__all__ = ["command"]
+
+KEY = "LONGSCAN_API_KEY"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+def command(
+    model: Annotated[
+        str, typer.Option(help="A shipped model, a directory, a .gguf file, or a hub id.")
+    ] = "longscan-tiny-en",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes any free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="Model name that clients see; default: --model's.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Chat template: a name, or a Jinja file; default: the model's own.")
+    ] = None,
+    slots: Annotated[int, typer.Option(help="Texts that decode at a time.")] = 8,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; others get 429.")] = 64,
+    max_length: Annotated[int, typer.Option(help="Tokens of a text, prompt and answer together.")] = 32768,
+    cache_mb: Annotated[int, typer.Option(help="MB of states of conversations, and of prefixes.")] = 256,
+    deadline: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
+    drain: Annotated[float, typer.Option(help="Seconds for running texts after the first SIGTERM.")] = 10.0,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option("--api-keys", help=f"File with API keys, one per line; or one in ${KEY}."),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Web page that may send requests, such as http://localhost:3000; repeatable."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Name in the Host header, beside --host; repeatable.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen beyond this machine without an API key.")
+    ] = False,
+    precision: PrecisionOption = None,
+    tokenizer_name: TokenizerName = None,
+    threads: Threads = None,
+    revision: Revision = None,
+    offline: Offline = False,
+    quiet: Quiet = False,
+) -> None:
+    """Serve a language model over HTTP, in the form that OpenAI's clients speak.
+
+    /v1/completions and /v1/chat/completions (streaming, n, stop, seed, logprobs, echo), /v1/models,
+    /tokenize, /detokenize, /health and /metrics. Requests run as one batch; the second turn of a conversation
+    prefills only what is new. Ctrl-C or SIGTERM lets running texts end first.
+
+    Raises:
+        UsageError: a flag has an invalid value.
+        LongscanError: the model can't be read, or the port is in use.
+    """
+    require("fastapi", "servers")
+    require("uvicorn", "servers")
+    from longscan.serve.guard import Access
+    from longscan.serve.run import bind, serve
+    from longscan.serve.service import Limits, Service
+
+    for flag, value, least in (
+        ("--slots", slots, 1),
+        ("--queue", queue, 0),
+        ("--max-length", max_length, 2),
+        ("--cache-mb", cache_mb, 0),
+        ("--port", port, 0),
+    ):
+        check_whole(flag, value, least)
+    if port > 65535 or slots > 256:
+        raise UsageError(f"--port, --slots: expected at most 65535 and 256, got {port} and {slots}.")
+    if not 0 < deadline < math.inf or not 0 <= drain < math.inf:
+        raise UsageError(f"--deadline, --drain: expected seconds, got {deadline} and {drain}.")
+    keys = _keys(api_keys)
+    if host not in LOOPBACK and not keys and not insecure:
+        raise UsageError(
+            f"--host {host}: others could use this server without a key. Set ${KEY} or --api-keys, "
+            "or add --insecure."
+        )
+    use_threads(threads)
+    keep_memory()
+    listener = bind(host, port)
+    network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name)
+    limits = Limits(slots, queue, max_length, deadline, cache_mb << 20)
+    shown = name or (Path(model).name if Path(model).exists() else model)
+    service = Service(network, tokenizer, shown, find_template(tokenizer, template), limits)
+    hosts = (*LOOPBACK, host, *(allow_host or ())) if host in LOOPBACK or allow_host else ()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    if not quiet:
+        logging.getLogger("longscan.serve").setLevel(logging.INFO)
+    url = _url(listener, host)
+
+    def started() -> None:
+        if not quiet:
+            typer.echo(f"{describe(model, network)}\n{_hint(url, shown)}", err=True)
+
+    serve(service, listener, Access(keys, hosts, allow_origin or ()), drain=drain, started=started)
+
+
+def _keys(path: Path | None) -> tuple[str, ...]:
+    """Return the API keys of a file and of the environment."""
+    lines = [] if path is None else utf8(path.read_bytes(), str(path)).splitlines()
+    keys = [key for key in map(str.strip, [*lines, os.environ.get(KEY, "")]) if key]
+    if path is not None and not keys:
+        raise LongscanError(f"{path}: expected API keys, one per line, got none.")
+    if any(not key.isascii() or not key.isprintable() or " " in key for key in keys):
+        raise LongscanError("an API key: expected printable ASCII without spaces.")
+    return tuple(keys)
+
+
+def _url(listener: socket.socket, host: str) -> str:
+    """Return the address of the server."""
+    port = listener.getsockname()[1]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _hint(url: str, name: str) -> str:
+    """Return what to do now."""
+    body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}], "stream": true}}'
+    return (
+        f"▏ serving {name} at {url}/v1 · Ctrl-C ends it\n▏ try: curl -N {url}/v1/chat/completions -d '{body}'"
+    )

@@ -1,0 +1,161 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import BaseModel, ValidationError
+from starlette.exceptions import HTTPException
+
+from longscan.errors import LongscanError
+from longscan.serve import answers
+from longscan.serve.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, UnsupportedError
+from longscan.serve.errors import ApiError, api_error
+from longscan.serve.guard import Access, App, Guard
+from longscan.serve.responses import Chat, Completion
+from longscan.serve.service import Service
+from longscan.serve.worker import BusyError
+
+__all__ = ["make_app"]
+
+BodyT = TypeVar("BodyT", bound=BaseModel)
+
+
+def make_app(service: Service, access: Access | None = None) -> App:
+    """Return the ASGI application of a service.
+
+    Args:
+        service: whose worker runs already, or will.
+        access: who may ask.
+    """
+    app = FastAPI(title="longscan", docs_url=None, redoc_url=None)
+    _add_errors(app)
+    _add_model_routes(app, service)
+    _add_text_routes(app, service)
+    _add_generation_routes(app, service)
+    routes = [route.path for route in app.routes if hasattr(route, "path")]
+    return Guard(app, access or Access(), service.metrics, routes)
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Let every error have OpenAI's shape."""
+
+    def respond(_: Request, error: Exception) -> Response:
+        return _error_response(error)
+
+    for kind in (
+        ApiError,
+        BusyError,
+        LongscanError,
+        TimeoutError,
+        HTTPException,
+        UnsupportedError,
+        Exception,
+    ):
+        app.add_exception_handler(kind, respond)
+
+
+def _error_response(error: Exception) -> Response:
+    found = api_error(error)
+    body = answers.error(str(found), found.kind, found.code, found.param)
+    return JSONResponse(body, found.status, headers=found.headers)
+
+
+def _add_model_routes(app: FastAPI, service: Service) -> None:
+    """Add what describes the server."""
+    model = {"id": service.name, "object": "model", "created": service.created, "owned_by": "longscan"}
+
+    @app.get("/v1/models")
+    async def models() -> Any:
+        return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Any:
+        service.check_model(name)
+        return model
+
+    @app.get("/health")
+    async def health() -> Any:
+        worker = service.worker
+        if worker.failed is not None or worker.draining:
+            state = "draining" if worker.failed is None else "failed"
+            return JSONResponse({"status": state}, 503, headers={"Retry-After": "5"})
+        return {"status": "ok"}
+
+    @app.get("/metrics")
+    async def metrics() -> Any:
+        worker = service.worker
+        gauges = {
+            "running": worker.engine.running,
+            "waiting": worker.engine.waiting,
+            "waiting_tokens": worker.waiting_tokens,
+            "conversation_states": service.turns.count,
+            "conversation_state_bytes": service.turns.nbytes,
+        }
+        return PlainTextResponse(service.metrics.text(worker.counts, gauges))
+
+
+def _add_text_routes(app: FastAPI, service: Service) -> None:
+    """Add the tokenizer."""
+    tokenizer = service.tokenizer
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Any:
+        body = await _body_of(request, TokenizeBody, service)
+        if body.messages is not None:
+            pieces = await asyncio.to_thread(service.render, body.messages, body.add_generation_prompt)
+            ids = [int(i) for i in await asyncio.to_thread(service.encode, pieces)]
+        else:
+            encode = tokenizer.encode_prompts if body.add_special_tokens else tokenizer.encode_batch
+            [ids] = await asyncio.to_thread(encode, [body.prompt or ""])
+        return {"tokens": ids, "count": len(ids), "max_model_len": service.limits.max_length}
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Any:
+        body = await _body_of(request, DetokenizeBody, service)
+        return {"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> Any:
+        return {**tokenizer.roles, "chat_template": service.template.source}
+
+
+def _add_generation_routes(app: FastAPI, service: Service) -> None:
+    """Add completions and chats."""
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Any:
+        body = await _body_of(request, CompletionBody, service)
+        service.check_model(body.model)
+        return await Completion(service, body).respond(request)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Any:
+        body = await _body_of(request, ChatBody, service)
+        service.check_model(body.model)
+        return await Chat(service, body).respond(request)
+
+
+async def _body_of(request: Request, kind: type[BodyT], service: Service) -> BodyT:
+    """Return the checked body of a request."""
+    if service.worker.draining:
+        raise ApiError(503, "the server is shutting down.", "draining", headers={"Retry-After": "5"})
+    most, data = service.limits.body_bytes, bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > most:
+            raise ApiError(413, f"the body: expected at most {most:,} bytes.", "request_too_large")
+    try:
+        return kind.model_validate_json(bytes(data))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, UnsupportedError):
+            raise cause from None
+        where = ".".join(map(str, first["loc"]))
+        code = "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
+        message = f"{where or 'the body'}: {first['msg'][:300]}."
+        raise ApiError(400, message, code, str(first["loc"][0]) if first["loc"] else None) from None

@@ -1,0 +1,223 @@
+"""The bodies of requests, checked: types, ranges, sizes. Unknown fields are ignored, as clients send many."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from longscan.inference.sampling import SamplingConfig
+
+__all__ = ["ChatBody", "CompletionBody", "DetokenizeBody", "TokenizeBody", "UnsupportedError"]
+
+MAX_TOKENS = 2**31 - 1
+MAX_BATCH = 64
+
+Float: TypeAlias = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Int: TypeAlias = Annotated[int, Field(strict=True)]
+Flag: TypeAlias = Annotated[bool, Field(strict=True)]
+Str: TypeAlias = Annotated[str, Field(strict=True)]
+Id: TypeAlias = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+Biases: TypeAlias = Annotated[dict[str, Annotated[Float, Field(ge=-100, le=100)]], Field(max_length=300)]
+StopString: TypeAlias = Annotated[str, Field(strict=True, min_length=1, max_length=256)]
+
+
+class UnsupportedError(ValueError):
+    """A field asks for what this server does not do.
+
+    Attributes:
+        field: its name.
+    """
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class StreamOptions(BaseModel):
+    """What a stream contains beside the text."""
+
+    include_usage: Flag = False
+
+
+class _Sampled(BaseModel):
+    """What completions and chats have in common."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    model: Str | None = None
+    temperature: Annotated[Float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[Float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Int, Field(ge=0, lt=2**31)] | None = None
+    min_p: Annotated[Float, Field(ge=0, lt=1)] | None = None
+    repetition_penalty: Annotated[Float, Field(gt=0, le=100)] | None = None
+    presence_penalty: Annotated[Float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Float, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[Float, Field(ge=-100, le=100)]], Field(max_length=300)] | None
+    ) = None
+    n: Annotated[Int, Field(ge=1, le=8)] | None = None
+    seed: Annotated[Int, Field(ge=0, lt=2**63)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    stream: Flag | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[Int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    ignore_eos: Flag | None = None
+
+    @property
+    def choices(self) -> int:
+        """The number of continuations of a prompt."""
+        return self.n or 1
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """The logit biases by token id.
+
+        Raises:
+            UnsupportedError: a key is no token id.
+        """
+        biases = {}
+        for key, bias in (self.logit_bias or {}).items():
+            if not key.isascii() or not key.isdigit():
+                raise UnsupportedError(
+                    "logit_bias", f"logit_bias: expected token ids as keys, got {key[:40]!r}."
+                )
+            biases[int(key)] = bias
+        return biases
+
+    def sampling(self, max_new_tokens: int, logprobs: int | None, seed: int) -> SamplingConfig:
+        """Return the sampling settings; what is not given is as OpenAI has it.
+
+        Args:
+            max_new_tokens: of each continuation.
+            logprobs: see `SamplingConfig`.
+            seed: if the body has none.
+        """
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return SamplingConfig(
+            max_new_tokens=max_new_tokens,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=self.top_k or 0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logprobs=logprobs,
+            stop=stop,
+            seed=seed if self.seed is None else self.seed,
+        )
+
+
+class CompletionBody(_Sampled):
+    """POST /v1/completions."""
+
+    prompt: (
+        Str
+        | Annotated[list[Id], Field(min_length=1)]
+        | Annotated[list[Str], Field(min_length=1, max_length=MAX_BATCH)]
+        | Annotated[list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=1, max_length=MAX_BATCH)]
+    )
+    logprobs: Annotated[Int, Field(ge=0, le=5)] | None = None
+    echo: Flag | None = None
+    suffix: Str | None = None
+    best_of: Int | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.suffix:
+            raise UnsupportedError("suffix", "suffix: this server does not fill in the middle of a text.")
+        if self.best_of not in (None, self.choices):
+            raise UnsupportedError("best_of", "best_of: expected n, or nothing.")
+        if self.max_tokens == 0 and not self.echo:
+            raise UnsupportedError("max_tokens", "max_tokens: expected at least 1; 0 is for echo alone.")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, each text or ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+
+class ResponseFormat(BaseModel):
+    """What an answer must look like."""
+
+    type: Str
+
+
+class ChatBody(_Sampled):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1000)]
+    max_completion_tokens: Annotated[Int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.tools and self.tool_choice != "none":
+            raise UnsupportedError("tools", "tools: this server does not call tools yet.")
+        if self.response_format is not None and self.response_format.type != "text":
+            raise UnsupportedError("response_format", 'response_format: expected {"type": "text"}.')
+        if self.top_logprobs and not self.logprobs:
+            raise UnsupportedError("top_logprobs", "top_logprobs: expected logprobs to be true with it.")
+        if self.max_tokens == 0:
+            raise UnsupportedError("max_tokens", "max_tokens: expected at least 1.")
+        fixed = {"messages", "add_generation_prompt", "bos_token", "eos_token"}
+        if fixed & set(self.chat_template_kwargs or {}):
+            raise UnsupportedError(
+                "chat_template_kwargs", f"chat_template_kwargs: {sorted(fixed)} are set already."
+            )
+        return self
+
+    @property
+    def plain_messages(self) -> list[dict[str, Any]]:
+        """The messages, with parts of text joined; other parts stay, for the template check to refuse."""
+        plain = []
+        for given in self.messages:
+            message, content = given, given.get("content")
+            if isinstance(content, list):
+                parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+                if not all(isinstance(part, str) for part in parts):
+                    raise UnsupportedError(
+                        "messages", "messages: expected text alone; this model sees no images."
+                    )
+                message = {**message, "content": "".join(map(str, parts))}
+            if message.get("role") == "developer":
+                message = {**message, "role": "system"}
+            plain.append(message)
+        return plain
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """The bound on the answer, if there is one."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class TokenizeBody(BaseModel):
+    """POST /tokenize: a prompt or messages."""
+
+    prompt: Str | None = None
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1000)] | None = None
+    add_special_tokens: Flag = True
+    add_generation_prompt: Flag = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise UnsupportedError("prompt", "expected a prompt or messages, one of them.")
+        return self
+
+
+class DetokenizeBody(BaseModel):
+    """POST /detokenize."""
+
+    tokens: list[Id]

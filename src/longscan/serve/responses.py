@@ -1,0 +1,199 @@
+"""Answers to completions and chats, whole or chunk by chunk."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+
+from longscan.serve import answers
+from longscan.serve.answers import Head, Listing, Scored
+from longscan.serve.bodies import ChatBody, CompletionBody
+from longscan.serve.service import ChatJob, Piece, Service, merged
+from longscan.serve.streaming import stream, while_connected
+from longscan.serve.worker import Job
+
+__all__ = ["Chat", "Completion"]
+
+
+class Completion:
+    """An answer to POST /v1/completions.
+
+    Args:
+        service: what answers.
+        body: of the request.
+    """
+
+    def __init__(self, service: Service, body: CompletionBody) -> None:
+        self._service, self._body, self._begin = service, body, time.monotonic()
+        self._head = Head(answers.new_id("cmpl"), "text_completion", service.name, service.fingerprint)
+        self._echoed: list[tuple[str, list[Scored]]] = []  # of each prompt
+        self._listings: list[Listing] = []  # of each choice
+        self._n_prompt = self._n_written = 0
+
+    async def respond(self, request: Request) -> Response:
+        """Return the response, whole or as a stream.
+
+        Args:
+            request: of the client.
+        """
+        deadline = self._service.seconds_left()
+        if self._body.echo:
+            await while_connected(request, self._echo())
+        jobs: list[Job] = [] if self._body.max_tokens == 0 else await self._service.complete(self._body)
+        if not self._body.echo:
+            self._n_prompt = sum(job.tokens for job in jobs)
+        pieces = merged(jobs, deadline)
+        n = len(self._body.prompts) * self._body.choices
+        self._listings = [Listing(self._service.tokenizer) for _ in range(n)]
+        if self._body.stream:
+            return stream(self._chunks(pieces))
+        try:
+            return JSONResponse(await while_connected(request, self._whole(pieces)))
+        finally:
+            for job in jobs:
+                job.cancel()
+
+    async def _echo(self) -> None:
+        """Find the texts of the prompts, and their log-probabilities if those are asked for."""
+        for prompt, ids in zip(self._body.prompts, await self._service.prompts_of(self._body), strict=True):
+            self._n_prompt += len(ids)
+            text = prompt if isinstance(prompt, str) else self._service.tokenizer.decode(prompt)
+            top = self._body.logprobs
+            scored = [] if top is None else await self._service.scores(ids, top)
+            self._echoed.append((text, scored))
+
+    def _beginning(self, index: int) -> tuple[str, list[Scored]]:
+        """Return what a choice begins with."""
+        return self._echoed[index // self._body.choices] if self._echoed else ("", [])
+
+    def _choice(self, index: int, text: str, scored: list[Scored], finish: str | None) -> dict[str, Any]:
+        """Return a choice, or the next part of one."""
+        listed = None if self._body.logprobs is None else self._listings[index].of(scored)
+        return {"index": index, "text": text, "logprobs": listed, "finish_reason": finish}
+
+    async def _whole(self, pieces: AsyncIterator[Piece]) -> dict[str, Any]:
+        """Return the whole answer."""
+        texts = [self._beginning(i) for i in range(len(self._listings))]
+        found = [(text, list(scored), "length") for text, scored in texts]
+        async with contextlib.aclosing(pieces):  # type: ignore[type-var]
+            async for index, event in pieces:
+                self._count(event.token)
+                text, scored, _ = found[index]
+                scored += [Scored.of(event)] if event.logprob is not None else []
+                found[index] = (text + event.text, scored, answers.finish_reason(event.finish) or "length")
+        choices = [self._choice(i, *parts) for i, parts in enumerate(found)]
+        return self._head.around(choices, usage=answers.usage(self._n_prompt, self._n_written))
+
+    async def _chunks(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[dict[str, Any]]:
+        """Yield the answer chunk by chunk."""
+        for i in range(len(self._listings)):
+            text, scored = self._beginning(i)
+            if text or scored or self._body.max_tokens == 0:
+                finish = "length" if self._body.max_tokens == 0 else None
+                yield self._head.around([self._choice(i, text, scored, finish)])
+        async with contextlib.aclosing(pieces):  # type: ignore[type-var]
+            async for index, event in pieces:
+                self._count(event.token)
+                scored = [Scored.of(event)] if event.logprob is not None else []
+                if event.text or scored or event.finish:
+                    finish = answers.finish_reason(event.finish)
+                    yield self._head.around([self._choice(index, event.text, scored, finish)])
+        if self._body.stream_options and self._body.stream_options.include_usage:
+            yield self._head.around([], usage=answers.usage(self._n_prompt, self._n_written))
+
+    def _count(self, token: int) -> None:
+        """Count a new token."""
+        if not self._n_written:
+            self._service.metrics.first.add(time.monotonic() - self._begin)
+        self._n_written += token >= 0
+
+
+class Chat:
+    """An answer to POST /v1/chat/completions.
+
+    Args:
+        service: what answers.
+        body: of the request.
+    """
+
+    def __init__(self, service: Service, body: ChatBody) -> None:
+        self._service, self._body, self._begin = service, body, time.monotonic()
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        self._head = Head(answers.new_id("chatcmpl"), kind, service.name, service.fingerprint)
+        self._n_written = 0
+
+    async def respond(self, request: Request) -> Response:
+        """Return the response, whole or as a stream.
+
+        Args:
+            request: of the client.
+        """
+        deadline = self._service.seconds_left()
+        chat = await self._service.chat(self._body)
+        self._service.metrics.cached += chat.cached
+        pieces = merged([chat.job], deadline)
+        if self._body.stream:
+            return stream(self._chunks(chat, pieces))
+        try:
+            return JSONResponse(await while_connected(request, self._whole(chat, pieces)))
+        finally:
+            chat.job.cancel()
+
+    async def _events(self, chat: ChatJob, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
+        """Yield the events, and store the states once all texts have ended."""
+        async with contextlib.aclosing(pieces):  # type: ignore[type-var]
+            async for piece in pieces:
+                if not self._n_written:
+                    self._service.metrics.first.add(time.monotonic() - self._begin)
+                self._n_written += piece.event.token >= 0
+                yield piece
+        await asyncio.to_thread(self._service.remember, chat)
+
+    def _logprobs(self, scored: list[Scored]) -> dict[str, Any] | None:
+        """Return log-probabilities if they are asked for."""
+        return answers.chat_logprobs(self._service.tokenizer, scored) if self._body.logprobs else None
+
+    async def _whole(self, chat: ChatJob, pieces: AsyncIterator[Piece]) -> dict[str, Any]:
+        """Return the whole answer."""
+        scored: list[list[Scored]] = [[] for _ in range(self._body.choices)]
+        async for index, event in self._events(chat, pieces):
+            if event.logprob is not None:
+                scored[index].append(Scored.of(event))
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": text.text, "refusal": None},
+                "logprobs": self._logprobs(scored[index]),
+                "finish_reason": answers.finish_reason(text.finish),
+            }
+            for index, text in enumerate(chat.job.texts)
+        ]
+        return self._head.around(choices, usage=self._usage(chat))
+
+    async def _chunks(self, chat: ChatJob, pieces: AsyncIterator[Piece]) -> AsyncIterator[dict[str, Any]]:
+        """Yield the answer chunk by chunk."""
+        for index in range(self._body.choices):
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+        async for index, event in self._events(chat, pieces):
+            scored = [Scored.of(event)] if event.logprob is not None else []
+            if event.text or scored:
+                yield self._chunk(index, {"content": event.text}, self._logprobs(scored))
+            if event.finish:
+                yield self._chunk(index, {}, None, answers.finish_reason(event.finish))
+        if self._body.stream_options and self._body.stream_options.include_usage:
+            yield self._head.around([], usage=self._usage(chat))
+
+    def _chunk(
+        self, index: int, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return self._head.around([choice])
+
+    def _usage(self, chat: ChatJob) -> dict[str, Any]:
+        return answers.usage(chat.n_prompt, self._n_written, chat.cached)

@@ -1,0 +1,139 @@
+"""A server's life: start, serve, drain, end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+
+from longscan.errors import LongscanError
+from longscan.serve.app import make_app
+from longscan.serve.guard import Access
+from longscan.serve.service import Service
+
+__all__ = ["bind", "make_server", "serve"]
+
+DRAIN = 0.05  # seconds between looks whether all texts have ended
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Args:
+        host: a name or address of this machine.
+        port: 0 takes any that is free.
+
+    Raises:
+        LongscanError: the port is in use, or the host is not this machine.
+    """
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, kind, proto)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+        found.listen(128)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise LongscanError(f"{host}:{port}: {reason.lower()}. Choose another one, with --port.") from error
+    return found
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which lets texts end before it stops: a second signal stops it at once."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain: float) -> None:
+        super().__init__(config)
+        self._service, self._drain_seconds = service, drain
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain, or stop at once if it does so already."""
+        worker = self._service.worker
+        if worker.draining or worker.failed is not None:
+            worker.end_all()
+            super().handle_exit(sig, frame)
+            return
+        worker.draining = True
+        with contextlib.suppress(RuntimeError):  # a signal handler runs in the loop's thread
+            self._draining = asyncio.get_running_loop().create_task(self._drain())
+            return
+        self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to stop; called ten times a second."""
+        worker = self._service.worker
+        if worker.draining and self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+        if worker.failed is not None:
+            self.should_exit = True
+        stop: bool = await super().on_tick(counter)
+        return stop
+
+    async def _drain(self) -> None:
+        """Wait for the texts, end those that take too long, then stop."""
+        worker = self._service.worker
+        for _ in range(round(self._drain_seconds / DRAIN)):
+            if not worker.jobs:
+                break
+            await asyncio.sleep(DRAIN)
+        worker.end_all()
+        self.should_exit = True
+
+
+def make_server(service: Service, access: Access, drain: float = 10.0) -> uvicorn.Server:
+    """Return a server; its `run(sockets=[...])` serves until a signal or `should_exit` ends it.
+
+    Args:
+        service: what answers; its worker must run.
+        access: who may ask.
+        drain: seconds that texts may still take after the first signal.
+    """
+    config = uvicorn.Config(
+        make_app(service, access),
+        loop="asyncio",
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+        h11_max_incomplete_event_size=1 << 16,
+    )
+    return _Server(config, service, drain)
+
+
+def serve(
+    service: Service,
+    listener: socket.socket,
+    access: Access,
+    *,
+    drain: float = 10.0,
+    started: Callable[[], None] | None = None,
+) -> None:
+    """Serve until a signal ends it.
+
+    Args:
+        service: what answers.
+        listener: see `bind`.
+        access: who may ask.
+        drain: see `make_server`.
+        started: called once the server answers.
+
+    Raises:
+        LongscanError: the engine failed.
+    """
+    server = make_server(service, access, drain)
+    service.worker.start()
+    if started:
+        started()
+    try:
+        server.run(sockets=[listener])
+    finally:
+        service.worker.stop()
+    if service.worker.failed is not None:
+        raise LongscanError(f"the engine failed: {service.worker.failed}")

@@ -1,0 +1,323 @@
+"""What the routes share: the model, its name, limits, and how a request becomes jobs and texts."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import longscan
+from longscan import ops
+from longscan.errors import UsageError
+from longscan.inference.engine import Engine
+from longscan.inference.prefill import encode
+from longscan.inference.prefix_cache import PrefixCache
+from longscan.inference.prompt_scores import prompt_scores
+from longscan.inference.request import Request
+from longscan.inference.sampling import Event
+from longscan.inference.turns import Turns, after, answered, encode_pieces
+from longscan.models import LanguageModel
+from longscan.serve.answers import Scored
+from longscan.serve.bodies import ChatBody, CompletionBody
+from longscan.serve.errors import ApiError
+from longscan.serve.metrics import Metrics
+from longscan.serve.worker import Job, Worker
+from longscan.tokenizers.base import Tokenizer
+from longscan.tokenizers.chat import ChatTemplate, Pieces
+
+__all__ = ["ChatJob", "Limits", "Piece", "Service", "merged"]
+
+READ_TOKENS = 512  # prompt tokens of a step: what running texts stall for, at most
+SCORE_TOKENS = 128  # of a prompt, between two steps
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server allows.
+
+    Attributes:
+        slots: texts that decode at a time.
+        queue: requests that wait.
+        max_length: tokens of a text, prompt and continuation together.
+        deadline: seconds that a request may take.
+        cache_bytes: of the states of conversations, and as much again of prefixes.
+        body_bytes: of a request.
+    """
+
+    slots: int = 8
+    queue: int = 64
+    max_length: int = 32768
+    deadline: float = 600.0
+    cache_bytes: int = 256 << 20
+    body_bytes: int = 4 << 20
+
+
+class Piece(NamedTuple):
+    """An event of a continuation of a prompt.
+
+    Attributes:
+        choice: its index.
+        event: the token.
+    """
+
+    choice: int
+    event: Event
+
+
+@dataclass
+class ChatJob:
+    """A chat on its way.
+
+    Attributes:
+        job: its continuations.
+        prompt: what is answered.
+        n_prompt: its tokens.
+        cached: those that a state held already.
+    """
+
+    job: Job
+    prompt: Pieces
+    n_prompt: int
+    cached: int
+
+
+class Service:
+    """A model behind a worker.
+
+    Args:
+        model: any causal model.
+        tokenizer: the one it was trained with.
+        name: that clients see.
+        template: how it wants to be talked to.
+        limits: what is allowed.
+
+    Attributes:
+        metrics: of the server.
+        worker: see `Worker`.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        tokenizer: Tokenizer,
+        name: str,
+        template: ChatTemplate,
+        limits: Limits | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.template, self.limits = template, limits or Limits()
+        self.created, self.metrics = int(time.time()), Metrics()
+        self._ends, self._stops = template.ends(tokenizer)
+        cache = PrefixCache(model, self.limits.cache_bytes)
+        engine = Engine(
+            model,
+            tokenizer,
+            slots=self.limits.slots,
+            prefix_cache=cache,
+            read_tokens=READ_TOKENS,
+            max_tokens=self.limits.max_length,
+        )
+        self.worker = Worker(engine, self.limits.queue)
+        self.turns = Turns(model, self.limits.cache_bytes)
+        self.fingerprint = f"{longscan.__version__}-{ops.backend().replace(':', '-')}"
+
+    def seconds_left(self) -> float:
+        """Return the deadline of a request that arrives now, on the clock of `time.monotonic`."""
+        return time.monotonic() + self.limits.deadline
+
+    def check_model(self, name: str | None) -> None:
+        """Raise unless a request is for this model.
+
+        Args:
+            name: of the request; None is any.
+
+        Raises:
+            ApiError: it is for another one.
+        """
+        if name is not None and name != self.name:
+            message = f"the model {name[:80]!r} does not exist here: expected {self.name!r}."
+            raise ApiError(404, message, "model_not_found", "model")
+
+    async def complete(self, body: CompletionBody) -> list[Job]:
+        """Return the jobs of the prompts of a completion.
+
+        Args:
+            body: of the request.
+
+        Raises:
+            ApiError: a prompt is too long.
+            LongscanError: a prompt is invalid.
+            BusyError: too much is waiting.
+        """
+        asked = 16 if body.max_tokens is None else body.max_tokens
+        seed, jobs = secrets.randbelow(2**62), list[Job]()
+        try:
+            for i, ids in enumerate(await self.prompts_of(body)):
+                config = body.sampling(self._bounded(len(ids), asked), body.logprobs, seed)
+                assert config.seed is not None
+                config = replace(config, seed=(config.seed + i * body.choices) % 2**64)
+                ends = () if body.ignore_eos else self.tokenizer.eos_ids
+                request = Request(ids=ids, config=config, eos_id=ends, logit_bias=body.biases)
+                jobs.append(await self.worker.submit(request, body.choices))
+        except BaseException:
+            for job in jobs:
+                job.cancel()
+            raise
+        return jobs
+
+    async def prompts_of(self, body: CompletionBody) -> list[np.ndarray]:
+        """Return the ids of the prompts of a completion; an empty prompt starts a new text.
+
+        Args:
+            body: of the request.
+        """
+
+        def run() -> list[np.ndarray]:
+            texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
+            encoded = iter(encode(self.tokenizer, texts))
+            start = np.array(self.tokenizer.start[-1:], np.int64)
+            found = [
+                next(encoded) if isinstance(prompt, str) else np.array(prompt, np.int64)
+                for prompt in body.prompts
+            ]
+            return [ids if len(ids) else start for ids in found]
+
+        return await asyncio.to_thread(run)
+
+    async def scores(self, ids: np.ndarray, top: int) -> list[Scored]:
+        """Return the tokens of a prompt with their log-probabilities.
+
+        Args:
+            ids: of the prompt.
+            top: how many of the most likely tokens to list.
+        """
+        self._bounded(len(ids), 0)
+        found = prompt_scores(self.model, ids, top, self.tokenizer.vocab_size)
+        scored: list[Scored] = []
+        while part := await self.worker.call(lambda: list(itertools.islice(found, SCORE_TOKENS))):
+            scored += [Scored(*score) for score in part]
+        return scored
+
+    async def chat(self, body: ChatBody) -> ChatJob:
+        """Return the job of a chat.
+
+        Args:
+            body: of the request.
+
+        Raises:
+            ApiError: the messages are too long.
+            LongscanError: they are invalid, or the template rejects them.
+            BusyError: too much is waiting.
+        """
+        messages = body.plain_messages
+        prompt = await asyncio.to_thread(self.render, messages, **(body.chat_template_kwargs or {}))
+        known = self.turns.best(prompt)
+        rest = await asyncio.to_thread(self.encode, after(prompt, known.pieces) or [])
+        if not len(rest) and not known.saved.pending:
+            known = self.turns.nothing()
+            rest = await asyncio.to_thread(self.encode, prompt)
+        if not len(rest) and not known.saved.pending:
+            raise UsageError("messages: the chat template renders nothing to answer.")
+        total = known.length + len(rest)
+        asked = self.limits.max_length if body.max_new_tokens is None else body.max_new_tokens
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+        config = body.sampling(self._bounded(total, asked), logprobs, secrets.randbelow(2**62))
+        state, position, pending = known.saved
+        request = Request(
+            ids=rest,
+            config=replace(config, stop=(*config.stop, *self._stops)),
+            eos_id=() if body.ignore_eos else self._ends,
+            state=state if position else None,
+            position=position,
+            pending=pending,
+            keep=True,
+            logit_bias=body.biases,
+        )
+        job = await self.worker.submit(request, body.choices)
+        return ChatJob(job, prompt, total, known.length)
+
+    def remember(self, chat: ChatJob) -> None:
+        """Store the states after the answers of a chat, for its next turn.
+
+        Args:
+            chat: that has ended.
+        """
+        for text in chat.job.texts:
+            if text.saved is not None:
+                ended = text.finish == "eos"
+                known = answered(self.tokenizer, chat.prompt, text.ids, text.text, text.saved, ended)
+                if known is not None:
+                    self.turns.store(known)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], prompt: bool = True, **variables: Any) -> Pieces:
+        """Return the pieces of messages.
+
+        Args:
+            messages: of a chat.
+            prompt: whether the beginning of an answer follows.
+            variables: others that the template reads.
+        """
+        return self.template.render(self.tokenizer, messages, prompt=prompt, **variables)
+
+    def encode(self, pieces: Pieces) -> np.ndarray:
+        """Return the ids of pieces (n,).
+
+        Args:
+            pieces: see `render`.
+        """
+        return encode_pieces(self.tokenizer, pieces)
+
+    def _bounded(self, n_prompt: int, asked: int) -> int:
+        """Return how many tokens may follow a prompt."""
+        most = self.limits.max_length
+        if n_prompt + min(asked, 1) > most:
+            message = f"the prompt has {n_prompt:,} tokens: expected fewer than {most:,}. Shorten it."
+            raise ApiError(400, message, "context_length_exceeded", "messages")
+        return max(1, min(asked, most - n_prompt))
+
+
+async def merged(jobs: Sequence[Job], deadline: float) -> AsyncIterator[Piece]:
+    """Yield the events of several jobs as they come; what is left is cancelled when the iterator closes.
+
+    Args:
+        jobs: with as many continuations each.
+        deadline: on the clock of `time.monotonic`.
+
+    Raises:
+        LongscanError: a continuation failed.
+        TimeoutError: the deadline has passed before the first token.
+    """
+    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
+
+    async def read(first: int, job: Job) -> None:
+        try:
+            async for index, event in job.events(deadline):
+                queue.put_nowait(Piece(first + index, event))
+            queue.put_nowait(None)
+        except BaseException as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(read(i * len(job.texts), job)) for i, job in enumerate(jobs)]
+    left = len(tasks)
+    try:
+        while left:
+            piece = await queue.get()
+            if piece is None:
+                left -= 1
+            elif isinstance(piece, BaseException):
+                raise piece
+            elif piece.event.error is not None:
+                raise piece.event.error
+            else:
+                yield piece
+    finally:
+        for task in tasks:
+            task.cancel()
+        for job in jobs:
+            job.cancel()

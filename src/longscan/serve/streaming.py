@@ -1,0 +1,80 @@
+"""Answers while clients listen: server-sent events, and noticing that nobody does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+
+from longscan.serve import answers
+from longscan.serve.errors import ApiError, api_error
+
+__all__ = ["stream", "while_connected"]
+
+T = TypeVar("T")
+
+KEEP_ALIVE = 15.0  # seconds without an event, after which a stream shows that it lives
+POLL = 0.25  # seconds between looks whether a client is still there
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+async def while_connected(request: Request, answer: Awaitable[T]) -> T:
+    """Return the answer, or cancel it when the client has gone.
+
+    Args:
+        request: of the client.
+        answer: to it.
+
+    Raises:
+        ApiError: it has gone.
+    """
+    task = asyncio.ensure_future(answer)
+    try:
+        while not (await asyncio.wait([task], timeout=POLL))[0]:
+            if await request.is_disconnected():
+                raise ApiError(499, "the client has gone.")
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+
+def stream(chunks: AsyncIterator[dict[str, Any]]) -> Response:
+    """Return chunks as server-sent events.
+
+    Args:
+        chunks: of the answer.
+    """
+    return StreamingResponse(_sse(chunks), media_type="text/event-stream", headers=HEADERS)
+
+
+async def _sse(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """Yield the bytes of a stream; an error is its last event."""
+    waiting: asyncio.Task[dict[str, Any]] | None = None
+    try:
+        while True:
+            waiting = waiting or asyncio.ensure_future(anext(chunks))
+            if not (await asyncio.wait([waiting], timeout=KEEP_ALIVE))[0]:
+                yield b": keep-alive\n\n"
+                continue
+            chunk, waiting = waiting.result(), None
+            yield answers.sse(chunk)
+    except StopAsyncIteration:
+        yield answers.DONE
+    except Exception as error:
+        found = api_error(error)
+        yield answers.sse(answers.error(str(found), found.kind, found.code, found.param))
+    finally:
+        if waiting is not None and not waiting.done():
+            waiting.cancel()
+            with contextlib.suppress(BaseException):
+                await waiting
+        close: Callable[[], Awaitable[None]] | None = getattr(chunks, "aclose", None)
+        if close is not None:
+            await close()
