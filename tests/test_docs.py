@@ -40,6 +40,7 @@ PAIRS = (
             "memory",
             "quantization",
             "selection",
+            "serving",
             "vision",
         )
     ),
@@ -198,7 +199,7 @@ def test_ticks_are_what_works(document: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_environment_variables_exist(document: str) -> None:
-    source = (SOURCE / "ops" / "_native.py").read_text()
+    source = "".join(path.read_text() for path in SOURCE.rglob("*.py"))
     for name in re.findall(r"LONGSCAN_\w+", read(document)):
         assert f'environ.get("{name}"' in source, name
 

@@ -27,6 +27,7 @@ def test_shipped_model() -> None:
     assert tokenizer is not None
     assert model.config.vocab_size == tokenizer.vocab_size
     assert f"no such directory; did you mean {name!r}?" in refusal(name[:-1])
+    assert "the name of the model is empty" in refusal(" ")
 
 
 def test_no_such_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

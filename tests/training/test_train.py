@@ -316,6 +316,13 @@ def test_a_run_has_one_process(cli: Callable[..., Any], text: Path, whole: Path,
     assert_same(run, whole)
 
 
+# Granite's layout has an MLP in every layer; what it can't hold must not be trained first
+UNSAVED = (
+    "--tokenizer bytes --model hybrid --preset granite-4.0-h-tiny --n-heads 4 --d-ff 64 --d-state 16 "
+    "--d-model 32 --set n_kv_heads=2 --set d_ssm_head=16 --set pattern=MM*M"
+)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -340,6 +347,8 @@ def test_a_run_has_one_process(cli: Callable[..., Any], text: Path, whole: Path,
         (["{binary}", "--out", "{new}"], 1, "NUL"),
         (["{latin}", "--out", "{new}"], 1, "not UTF-8"),
         (["{short}", "--out", "{new}", "--tokenizer", "bytes"], 1, "one sequence needs"),
+        (["{text}", "--out", "{new}", "--model", "jamba"], 2, "--model hybrid --preset jamba-v0.1"),
+        (["{text}", "--out", "{new}", *UNSAVED.split()], 1, "--set family=own"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -48,6 +48,8 @@ def resolve(name_or_dir: str | Path, *, revision: str | None = None, offline: bo
         LongscanError: there is no such model, it cannot be fetched, or the directory is no model directory.
     """
     name = str(name_or_dir)
+    if not name.strip():
+        raise LongscanError("the name of the model is empty: expected a directory, a file or a hub id.")
     if name in shipped():
         return ASSETS / name
     path = find_directory(Path(name).expanduser())

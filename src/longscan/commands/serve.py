@@ -24,7 +24,6 @@ from longscan.tokenizers.chat import find_template
 
 __all__ = ["command"]
 
-KEY = "LONGSCAN_API_KEY"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -46,7 +45,7 @@ def command(
     drain: Annotated[float, typer.Option(help="Seconds for running texts after the first SIGTERM.")] = 10.0,
     api_keys: Annotated[
         Path | None,
-        typer.Option("--api-keys", help=f"File with API keys, one per line; or one in ${KEY}."),
+        typer.Option("--api-keys", help="File with API keys, one per line; or one in $LONGSCAN_API_KEY."),
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
@@ -96,8 +95,8 @@ def command(
     keys = _keys(api_keys)
     if host not in LOOPBACK and not keys and not insecure:
         raise UsageError(
-            f"--host {host}: others could use this server without a key. Set ${KEY} or --api-keys, "
-            "or add --insecure."
+            f"--host {host}: others could use this server without a key. "
+            "Set $LONGSCAN_API_KEY or --api-keys, or add --insecure."
         )
     use_threads(threads)
     keep_memory()
@@ -122,7 +121,7 @@ def command(
 def _keys(path: Path | None) -> tuple[str, ...]:
     """Return the API keys of a file and of the environment."""
     lines = [] if path is None else utf8(path.read_bytes(), str(path)).splitlines()
-    keys = [key for key in map(str.strip, [*lines, os.environ.get(KEY, "")]) if key]
+    keys = [key for key in map(str.strip, [*lines, os.environ.get("LONGSCAN_API_KEY", "")]) if key]
     if path is not None and not keys:
         raise LongscanError(f"{path}: expected API keys, one per line, got none.")
     if any(not key.isascii() or not key.isprintable() or " " in key for key in keys):

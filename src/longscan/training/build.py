@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from longscan.checkpoints.formats import config_fields, format_of
 from longscan.core.config import Config, nearest
 from longscan.core.files import atomic_directory
 from longscan.core.progress import duration
@@ -109,6 +110,11 @@ def model_settings(config: FreshConfig, **known: Any) -> Config:
                 f"--model: {config.model} is a preset. Try --model {owner} --preset {config.model}."
             )
         if config.model not in MODELS:
+            for owner, preset in ((name, preset) for name in choice for preset in choice[name].presets):
+                if preset.startswith(f"{config.model.lower().removesuffix('-h')}-"):
+                    raise UsageError(
+                        f"--model: {config.model} is a family. Try --model {owner} --preset {preset}."
+                    )
             raise UsageError(f"--model: no model called {config.model!r}{nearest(config.model, choice)}")
         kind = MODELS[config.model].kind
         raise UsageError(
@@ -154,19 +160,22 @@ def make_model(config: FreshConfig, vocab_size: int) -> Model:
 
     Raises:
         UsageError: as `model_settings`.
-        LongscanError: the model does not fit into memory.
+        LongscanError: the model does not fit into memory, or its layout has no field for one of its settings.
     """
     settings = model_settings(config, vocab_size=vocab_size)
     entry, generator = config.choice[config.model], torch.Generator().manual_seed(config.seed)
     assert isinstance(entry, ModelEntry)  # whose class is MODELS', unless an experiment has its own
     try:
-        return entry.cls(settings, generator=generator).to(config.device)
+        model = entry.cls(settings, generator=generator).to(config.device)
     except RuntimeError as error:  # torch's error for a lack of memory, on any device
         if "allocate" not in str(error) and "memory" not in str(error):
             raise
         numbers = {name: value for name, value in settings.to_dict().items() if type(value) is int}
         sizes = ", ".join(f"{name} {value:,}" for name, value in numbers.items() if name != "vocab_size")
         raise LongscanError(f"not enough memory for a model of {sizes}. Choose a smaller one.") from error
+    if MODELS.get(config.model) is entry:  # a model that can't be saved must not be trained first
+        config_fields(model, format_of(model), "float32")
+    return model
 
 
 def _split(config: TrainConfig) -> dict[str, Any]:

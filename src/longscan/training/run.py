@@ -30,6 +30,7 @@ from longscan.core.config import brief, count
 from longscan.core.progress import Display, Snapshot
 from longscan.core.runtime import StopSignals, use_threads
 from longscan.errors import LongscanError, UsageError
+from longscan.models.hybrid_config import PatternConfig
 from longscan.ops import release_memory
 from longscan.plotting.training import plot_losses
 from longscan.training.checkpoints import Checkpoints
@@ -116,7 +117,9 @@ class Run(Task[C]):
         items, per_step = self.epoch
         passes = brief(total * per_step / items) if items else ""
         epochs = f" ({passes} epoch{'' if passes == '1' else 's'})" if items else ""
-        name = self.config.to_dict().get("model")
+        name, config = self.config.to_dict().get("model"), self.trainer.model.config
+        if isinstance(config, PatternConfig):  # it may have come from a preset, and been repeated or cut
+            name = f"{name} {config.pattern[:31]}{'…' * (len(config.pattern) > 31)}"
         self.display.line(f"data       {data}")
         self.display.line(f"model      {name} of {size} parameters, {count(total, 'step')} of {each}{epochs}")
 

@@ -35,7 +35,7 @@ def run(settings: Settings, quick: bool) -> Report:
         report.add(case, results[position].values(), n_tokens, "tokens/s", seq_len=position)
     report.tables = [
         rate_table("decode, by position: tokens/s (min–max)", report.rows, rate),
-        rate_table("state, by position: MB", report.rows, _state),
+        rate_table(f"state, by position: {'kB' if quick else 'MB'}", report.rows, _kilo if quick else _state),
     ]
     near, far = results[positions[0]], results[positions[-1]]
     for name in models:
@@ -80,3 +80,8 @@ def _contender(name: str, model: dict[str, Any], position: int, n_tokens: int) -
 def _state(row: dict[str, Any]) -> str:
     """Return the size of the state as a cell."""
     return f"{row['state_bytes'] / 1e6:,.1f}" if "state_bytes" in row else "–"
+
+
+def _kilo(row: dict[str, Any]) -> str:
+    """Return the size of a small model's state as a cell."""
+    return f"{row['state_bytes'] / 1e3:,.1f}" if "state_bytes" in row else "–"

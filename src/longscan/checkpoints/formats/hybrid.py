@@ -164,7 +164,7 @@ def layout(family: Family) -> Format:
         again = read(fields, None).to_dict()
         for name, value in usual(config).to_dict().items():
             if again[name] != value:
-                remedy = "set family to 'own'" if own_family else "leave it at that"
+                remedy = "set family to 'own' (--set family=own)" if own_family else "leave it at that"
                 raise LongscanError(
                     f"the layout of {family.name} has no field for {name} = {value!r} (it means "
                     f"{again[name]!r}): {remedy}."
