@@ -194,6 +194,32 @@ def test_scores_of_a_prompt_are_those_of_one_pass(live: tuple[Service, int]) -> 
         assert [value for _, value in score.top] == pytest.approx(exact[i].topk(3).values.tolist(), abs=2e-4)
 
 
+def test_what_the_evaluation_harness_asks_for(live: tuple[Service, int]) -> None:
+    """lm-eval's local-completions: ids in, scores at [context:-1], greedy if they equal the best one there."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    from longscan.evaluation.likelihood import likelihoods
+
+    service, port = live
+    theirs = LocalCompletionsAPI(
+        base_url=f"http://127.0.0.1:{port}/v1/completions",
+        model=NAME,
+        tokenizer_backend=None,
+        tokenized_requests=True,
+        max_length=2048,
+    )
+    encode = service.tokenizer.encode
+    contexts = ["The king is", "Enter the ghost and", "O"]
+    pairs = [(encode(c), encode(a)) for c in contexts for a in (" dead.", " the fool of them all.")]
+    got = theirs._loglikelihood_tokens([(("", ""), context, answer) for context, answer in pairs])
+    for found, expected in zip(
+        got, likelihoods(service.model, pairs, service.tokenizer.vocab_size), strict=True
+    ):
+        assert found[0] == pytest.approx(expected.logprob, abs=1e-4)
+        assert found[1] == expected.greedy
+
+
 # chats
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import operator
+import os
+import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,10 +24,14 @@ from longscan.commands._options import (
     Threads,
     TokenizerName,
 )
+from longscan.core.checks import check_whole
 from longscan.core.config import count
 from longscan.core.progress import Bar
 from longscan.core.runtime import use_threads
 from longscan.data.documents import find_files, iter_pieces
+from longscan.errors import UsageError
+from longscan.evaluation.likelihood import PairResult, compare_pairs, read_pairs
+from longscan.evaluation.lm_eval import run_tasks
 from longscan.evaluation.perplexity import Evaluation, evaluate
 from longscan.models.common.summary import describe
 
@@ -35,8 +41,22 @@ __all__ = ["command"]
 def command(
     model: ModelArgument,
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILES", help="Text files or directories, as for train.")
-    ],
+        list[Path] | None,
+        typer.Argument(metavar="[FILES]", help="Text files or directories, as for train."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness instead, as A,B; or .yaml files."),
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Examples before each question; default: the task's.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task; default: all.")] = None,
+    include: Annotated[Path | None, typer.Option(help="Directory with more tasks.")] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help='Minimal pairs instead, as BLiMP has them: .jsonl with "good" and "bad".'),
+    ] = None,
     per_file: Annotated[bool, typer.Option("--per-file", help="Print one line per file.")] = False,
     separator: Annotated[
         str | None, typer.Option(help="String that separates the documents of a plain-text file.")
@@ -49,18 +69,48 @@ def command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Perplexity and bits per byte of a model on text files.
+    """Perplexity and bits per byte of a model on text files, or its results in tasks.
 
     Documents of any length stream through the model in constant memory; a model with a maximum length
     processes them in windows of that length. FILES are .txt, .md or .jsonl in UTF-8, also .gz or .xz; a file
     is a document, and so is each line of a .jsonl file. Each document is predicted from its first byte on,
     after an end-of-text token.
 
+    --tasks runs those of lm-evaluation-harness; a context is prefilled once for all of its answers. --pairs
+    counts how often the good sentence of a pair is more likely than the bad one.
+
     Raises:
         UsageError: a flag has an invalid value.
         LongscanError: the model or a file can't be read.
     """
     use_threads(threads)
+    if sum(map(bool, (files, tasks, pairs))) != 1:
+        raise UsageError("expected FILES, --tasks or --pairs, one of them.")
+    if (shots is not None or limit is not None or include is not None) and not tasks:
+        raise UsageError("--shots, --limit and --include are for --tasks.")
+    for flag, number, least in (("--shots", shots, 0), ("--limit", limit, 1)):
+        if number is not None:
+            check_whole(flag, number, least)
+    if tasks or pairs:
+        found = read_pairs(pairs) if pairs else []
+        network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name)
+        if not quiet:
+            typer.echo(describe(model, network) + "\n", err=True)
+        bar = Bar()
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's own bars
+        try:
+            if tasks:
+                names = [name.strip() for name in tasks.split(",") if name.strip()]
+                settings = {"shots": shots, "limit": limit, "include": include}
+                results = run_tasks(network, tokenizer, names, show=bar.show, **settings)  # type: ignore[arg-type]
+            else:
+                by_kind = list(compare_pairs(network, tokenizer, found, partial(bar.show, "pairs")))
+        finally:
+            bar.clear()
+        typer.echo(_task_table(results, as_json) if tasks else _pair_table(by_kind, as_json))
+        return
+    assert files
     paths = find_files(files)
     groups = [[path] for path in paths] if per_file else [paths]
     total = _measure(groups, separator)
@@ -88,6 +138,33 @@ def command(
         typer.echo(json.dumps(report, ensure_ascii=False, indent=2))
     else:
         typer.echo(_row(result, "total") if table else _sentence(result))
+
+
+def _task_table(results: dict[str, Any], as_json: bool) -> str:
+    """Return the results of tasks, one metric a line."""
+    if as_json:
+        return json.dumps(results["results"], ensure_ascii=False, indent=2, default=str)
+    lines = ["task                            metric              value   error   questions"]
+    for task, metrics in results["results"].items():
+        counted = results.get("n-samples", {}).get(task, {}).get("effective", "")
+        for key, value in metrics.items():
+            name, _, kind = key.partition(",")
+            if isinstance(value, int | float) and kind and not name.endswith("_stderr"):
+                error = metrics.get(f"{name}_stderr,{kind}")
+                shown = f"{error:.4f}" if isinstance(error, float) else "–"
+                lines.append(f"{task[:30]:<30}  {name[:16]:<16}  {value:>7.4f} {shown:>7}  {counted:>10}")
+    return "\n".join(lines)
+
+
+def _pair_table(results: list[PairResult], as_json: bool) -> str:
+    """Return the results of pairs, one kind a line."""
+    if as_json:
+        found = {one.kind: {"accuracy": one.accuracy, "pairs": one.total} for one in results}
+        return json.dumps(found, ensure_ascii=False, indent=2)
+    return "\n".join(
+        f"{one.kind[:40]:<40}  {100 * one.accuracy:>6.1f} %  {one.right:,} of {one.total:,}"
+        for one in results
+    )
 
 
 def _sum(parts: list[Evaluation]) -> Evaluation:

@@ -29,6 +29,7 @@ EXTRAS = {
     "onnxscript": ("onnxscript", "onnx"),
     "onnxruntime": ("onnxruntime", "onnx"),
     "timm": ("timm", "timm"),
+    "lm-eval": ("lm_eval", "eval"),
     "fastapi": ("fastapi", "serve"),
     "uvicorn": ("uvicorn", "serve"),
 }
