@@ -78,7 +78,8 @@ def ask(
     text = response.read().decode()
     connection.close()
     found = dict(response.getheaders())
-    return response.status, json.loads(text) if "json" in found.get("content-type", "") else text, found
+    is_json = bool(text) and "json" in found.get("content-type", "")
+    return response.status, json.loads(text) if is_json else text, found
 
 
 def alone(service: Service, prompt: str, **settings: Any) -> list[Any]:
@@ -195,7 +196,7 @@ def test_scores_of_a_prompt_are_those_of_one_pass(live: tuple[Service, int]) -> 
 
 
 def test_what_the_evaluation_harness_asks_for(live: tuple[Service, int]) -> None:
-    """lm-eval's local-completions: ids in, scores at [context:-1], greedy if they equal the best one there."""
+    """lm-eval's local-completions: ids in; greedy is what equals the best score there."""
     pytest.importorskip("lm_eval")
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
@@ -205,17 +206,14 @@ def test_what_the_evaluation_harness_asks_for(live: tuple[Service, int]) -> None
     theirs = LocalCompletionsAPI(
         base_url=f"http://127.0.0.1:{port}/v1/completions",
         model=NAME,
-        tokenizer_backend=None,
-        tokenized_requests=True,
-        max_length=2048,
+        tokenizer=str(Path(longscan.__file__).parent / "assets" / NAME),
     )
     encode = service.tokenizer.encode
     contexts = ["The king is", "Enter the ghost and", "O"]
     pairs = [(encode(c), encode(a)) for c in contexts for a in (" dead.", " the fool of them all.")]
     got = theirs._loglikelihood_tokens([(("", ""), context, answer) for context, answer in pairs])
-    for found, expected in zip(
-        got, likelihoods(service.model, pairs, service.tokenizer.vocab_size), strict=True
-    ):
+    scores = likelihoods(service.model, pairs, service.tokenizer.vocab_size)
+    for found, expected in zip(got, scores, strict=True):
         assert found[0] == pytest.approx(expected.logprob, abs=1e-4)
         assert found[1] == expected.greedy
 
@@ -269,7 +267,10 @@ def test_tokens_and_back(live: tuple[Service, int]) -> None:
     assert status == 200
     assert found["tokens"] == live[0].tokenizer.encode("Où est le roi ?")
     assert ask(port, "/detokenize", {"tokens": found["tokens"]})[1] == {"prompt": "Où est le roi ?"}
-    assert ask(port, "/tokenize", {"messages": HELLO})[1]["count"] > 5
+    whole = ask(port, "/tokenize", {"messages": HELLO})[1]
+    assert whole["count"] > 5
+    parts = [{"role": "user", "content": [{"type": "text", "text": HELLO[0]["content"]}]}]
+    assert ask(port, "/tokenize", {"messages": parts})[1] == whole
     assert "chat_template" in ask(port, "/tokenizer_info")[1]
 
 
@@ -318,6 +319,12 @@ BAD: list[tuple[str, Any]] = [
         for value in (-1, 2**63, "1", [], {}, True)
     ),
     ("completions", {"prompt": "x", "n": 10**6}),
+    ("completions", {"prompt": ["x"] * 64, "n": 2}),
+    ("completions", {"prompt": [10**6], "echo": True, "logprobs": 1}),
+    ("completions", {"prompt": "x " * 40_000, "echo": True, "max_tokens": 0}),
+    ("completions", {"prompt": "x", "echo": True, "max_tokens": 0, "logit_bias": {"x": 1}}),
+    ("completions", {"prompt": "x", "logit_bias": {"9" * 5000: 1}}),
+    ("completions", {"prompt": "x", "stop": ["a"] * 5}),
     ("completions", {"prompt": "x", "stop": ["y"] * 100_000}),
     ("completions", {"prompt": "x", "stop": ""}),
     ("completions", {"prompt": "x", "logit_bias": {"x": 1}}),
@@ -332,6 +339,7 @@ BAD: list[tuple[str, Any]] = [
     ("chat/completions", {"messages": HELLO, "top_logprobs": 2}),
     ("chat/completions", {"messages": HELLO, "chat_template_kwargs": {"messages": []}}),
     ("chat/completions", {"messages": HELLO, "max_completion_tokens": 0}),
+    *(("chat/completions", {"messages": HELLO, "chat_template_kwargs": {k: 1}}) for k in ("self", "prompt")),
 ]
 
 
@@ -374,6 +382,7 @@ def test_keys_hosts_and_origins() -> None:
         )
         assert ask(port, "/v1/completions", body, key)[0] == 200
         assert ask(port, "/health")[0] == 200
+        assert ask(port, "/health", method="HEAD")[0] == 200
         assert ask(port, "/v1/completions", body, {**key, "Host": "evil.example"})[0] == 403
         assert ask(port, "/v1/completions", body, {**key, "Origin": "http://evil.example"})[0] == 403
         assert ask(port, "/v1/completions", body, {**key, "Origin": f"http://127.0.0.1:{port}"})[0] == 200
@@ -387,8 +396,8 @@ def test_keys_hosts_and_origins() -> None:
         assert "authorization" in preflight[2]["access-control-allow-headers"]
 
 
-def wait_until_idle(service: Service) -> None:
-    for _ in range(200):
+def wait_until_idle(service: Service, patience: int = 200) -> None:
+    for _ in range(patience):
         if not (service.worker.jobs or service.worker.engine.running or service.worker.engine.waiting):
             return
         time.sleep(0.05)
@@ -410,6 +419,59 @@ def test_a_client_that_leaves_is_not_served_on(stream: bool) -> None:
         wait_until_idle(service)
         assert service.worker.counts["cancelled"] == 1
         assert "longscan_cancelled_total 1" in ask(port, "/metrics")[1]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": HELLO}),
+        ("completions", {"prompt": "The", "echo": True, "max_tokens": 30_000}),
+    ],
+    ids=["chat", "echo"],
+)
+def test_a_client_that_leaves_at_once_is_not_served_either(path: str, body: Any) -> None:
+    """It may be gone before the first event of the engine is read."""
+    with running() as (service, port):
+        for _ in range(6):
+            connection = http.client.HTTPConnection("127.0.0.1", port)
+            whole = {**body, "stream": True, "ignore_eos": True}
+            connection.request("POST", f"/v1/{path}", json.dumps(whole), JSON)
+            connection.close()
+        time.sleep(0.3)
+        wait_until_idle(service)
+
+
+def test_scoring_prompts_takes_turns_with_streams() -> None:
+    with running() as (service, port):
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        body = {"prompt": "The", "max_tokens": 30_000, "stream": True, "ignore_eos": True}
+        connection.request("POST", "/v1/completions", json.dumps(body), JSON)
+        response = connection.getresponse()
+        response.read(100)
+        scored = {"prompt": [5] * 6000, "max_tokens": 0, "echo": True, "logprobs": 1}
+        with ThreadPoolExecutor(3) as pool:
+            waiting = [pool.submit(ask, port, "/v1/completions", scored) for _ in range(3)]
+            time.sleep(0.2)
+            before = service.worker.counts["written_tokens"]
+            assert service.worker.jobs > 1  # they count
+            assert [future.result()[0] for future in waiting] == [200] * 3
+        assert service.worker.counts["written_tokens"] - before > 60  # 3 x 47 pieces, a step after each
+        connection.close()
+        wait_until_idle(service)
+
+
+def test_a_slow_reader_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longscan.serve.service.MAX_BACKLOG", 50)
+    with running() as (service, port):
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            body = json.dumps(
+                {"prompt": "The", "max_tokens": 30_000, "stream": True, "ignore_eos": True, "logprobs": 5}
+            )
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+            client.sendall((head + body).encode())
+            wait_until_idle(service, 600)
+        assert service.worker.counts["written_tokens"] < 30_000
 
 
 def test_a_full_queue_says_when_to_come_back() -> None:

@@ -105,7 +105,8 @@ def command(
     limits = Limits(slots, queue, max_length, deadline, cache_mb << 20)
     shown = name or (Path(model).name if Path(model).exists() else model)
     service = Service(network, tokenizer, shown, find_template(tokenizer, template), limits)
-    hosts = (*LOOPBACK, host, *(allow_host or ())) if host in LOOPBACK or allow_host else ()
+    hosts = (*LOOPBACK, *(allow_host or ())) if host in LOOPBACK or allow_host else ()
+    origins = tuple(origin.rstrip("/").lower() for origin in allow_origin or ())
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     if not quiet:
         logging.getLogger("longscan.serve").setLevel(logging.INFO)
@@ -113,9 +114,9 @@ def command(
 
     def started() -> None:
         if not quiet:
-            typer.echo(f"{describe(model, network)}\n{_hint(url, shown)}", err=True)
+            typer.echo(f"{describe(model, network)}\n{_hint(url, shown, bool(keys))}", err=True)
 
-    serve(service, listener, Access(keys, hosts, allow_origin or ()), drain=drain, started=started)
+    serve(service, listener, Access(keys, hosts, origins), drain=drain, started=started)
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:
@@ -131,13 +132,15 @@ def _keys(path: Path | None) -> tuple[str, ...]:
 
 def _url(listener: socket.socket, host: str) -> str:
     """Return the address of the server."""
-    port = listener.getsockname()[1]
+    port, host = listener.getsockname()[1], {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _hint(url: str, name: str) -> str:
+def _hint(url: str, name: str, keyed: bool) -> str:
     """Return what to do now."""
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}], "stream": true}}'
+    key = '-H "Authorization: Bearer $LONGSCAN_API_KEY" ' if keyed else ""
     return (
-        f"▏ serving {name} at {url}/v1 · Ctrl-C ends it\n▏ try: curl -N {url}/v1/chat/completions -d '{body}'"
+        f"▏ serving {name} at {url}/v1 · Ctrl-C ends it\n"
+        f"▏ try: curl -N {url}/v1/chat/completions {key}-d '{body}'"
     )

@@ -12,7 +12,14 @@ from starlette.exceptions import HTTPException
 
 from longscan.errors import LongscanError
 from longscan.serve import answers
-from longscan.serve.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, UnsupportedError
+from longscan.serve.bodies import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    UnsupportedError,
+    plain_messages,
+)
 from longscan.serve.errors import ApiError, api_error
 from longscan.serve.guard import Access, App, Guard
 from longscan.serve.responses import Chat, Completion
@@ -21,6 +28,11 @@ from longscan.serve.worker import BusyError
 
 __all__ = ["make_app"]
 
+# of fields that may be one of several things
+EXPECTED = {
+    "prompt": "text, token ids, or a list of up to 64 of either, not empty",
+    "stop": "a string or up to 4, of 1 to 256 characters each",
+}
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
 
@@ -77,7 +89,7 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
         service.check_model(name)
         return model
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Any:
         worker = service.worker
         if worker.failed is not None or worker.draining:
@@ -106,7 +118,9 @@ def _add_text_routes(app: FastAPI, service: Service) -> None:
     async def tokenize(request: Request) -> Any:
         body = await _body_of(request, TokenizeBody, service)
         if body.messages is not None:
-            pieces = await asyncio.to_thread(service.render, body.messages, body.add_generation_prompt)
+            pieces = await asyncio.to_thread(
+                service.render, plain_messages(body.messages), body.add_generation_prompt
+            )
             ids = [int(i) for i in await asyncio.to_thread(service.encode, pieces)]
         else:
             encode = tokenizer.encode_prompts if body.add_special_tokens else tokenizer.encode_batch
@@ -155,7 +169,10 @@ async def _body_of(request: Request, kind: type[BodyT], service: Service) -> Bod
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, UnsupportedError):
             raise cause from None
+        field = str(first["loc"][0]) if first["loc"] else None
+        if field in EXPECTED:
+            raise ApiError(400, f"{field}: expected {EXPECTED[field]}.", "invalid_value", field) from None
         where = ".".join(map(str, first["loc"]))
         code = "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
         message = f"{where or 'the body'}: {first['msg'][:300]}."
-        raise ApiError(400, message, code, str(first["loc"][0]) if first["loc"] else None) from None
+        raise ApiError(400, message, code, field) from None

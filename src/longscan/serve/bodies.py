@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from longscan.inference.sampling import SamplingConfig
 
-__all__ = ["ChatBody", "CompletionBody", "DetokenizeBody", "TokenizeBody", "UnsupportedError"]
+__all__ = [
+    "ChatBody",
+    "CompletionBody",
+    "DetokenizeBody",
+    "TokenizeBody",
+    "UnsupportedError",
+    "plain_messages",
+]
 
 MAX_TOKENS = 2**31 - 1
 MAX_BATCH = 64
@@ -78,7 +86,7 @@ class _Sampled(BaseModel):
         """
         biases = {}
         for key, bias in (self.logit_bias or {}).items():
-            if not key.isascii() or not key.isdigit():
+            if not key.isascii() or not key.isdigit() or len(key) > 10:
                 raise UnsupportedError(
                     "logit_bias", f"logit_bias: expected token ids as keys, got {key[:40]!r}."
                 )
@@ -171,7 +179,7 @@ class ChatBody(_Sampled):
             raise UnsupportedError("top_logprobs", "top_logprobs: expected logprobs to be true with it.")
         if self.max_tokens == 0:
             raise UnsupportedError("max_tokens", "max_tokens: expected at least 1.")
-        fixed = {"messages", "add_generation_prompt", "bos_token", "eos_token"}
+        fixed = {"messages", "prompt", "add_generation_prompt", "bos_token", "eos_token", "tokenizer", "self"}
         if fixed & set(self.chat_template_kwargs or {}):
             raise UnsupportedError(
                 "chat_template_kwargs", f"chat_template_kwargs: {sorted(fixed)} are set already."
@@ -179,27 +187,36 @@ class ChatBody(_Sampled):
         return self
 
     @property
-    def plain_messages(self) -> list[dict[str, Any]]:
-        """The messages, with parts of text joined; other parts stay, for the template check to refuse."""
-        plain = []
-        for given in self.messages:
-            message, content = given, given.get("content")
-            if isinstance(content, list):
-                parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-                if not all(isinstance(part, str) for part in parts):
-                    raise UnsupportedError(
-                        "messages", "messages: expected text alone; this model sees no images."
-                    )
-                message = {**message, "content": "".join(map(str, parts))}
-            if message.get("role") == "developer":
-                message = {**message, "role": "system"}
-            plain.append(message)
-        return plain
-
-    @property
     def max_new_tokens(self) -> int | None:
         """The bound on the answer, if there is one."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+def plain_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with their parts of text joined, and today's name of the system.
+
+    Args:
+        messages: of a chat.
+
+    Raises:
+        UnsupportedError: a part is no text.
+    """
+    plain = []
+    for given in messages:
+        message, content, role = given, given.get("content"), given.get("role")
+        if isinstance(content, list):
+            parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+            if not all(isinstance(part, str) for part in parts):
+                raise UnsupportedError(
+                    "messages", "messages: expected text alone; this model sees no images."
+                )
+            message = {**message, "content": "".join(map(str, parts))}
+        elif content is None and role == "assistant":  # of one that calls tools; templates expect text
+            message = {**message, "content": ""}
+        if role == "developer":
+            message = {**message, "role": "system"}
+        plain.append(message)
+    return plain
 
 
 class TokenizeBody(BaseModel):

@@ -83,7 +83,9 @@ class Guard:
             if refused:
                 await _answer(counted, *refused)
             elif scope["method"] == "OPTIONS" and _header(scope, b"origin"):
-                await _answer(counted, 204, None, PREFLIGHT)
+                asked = _header(scope, b"access-control-request-headers") or "authorization, content-type"
+                headers = [*PREFLIGHT, (b"access-control-allow-headers", asked.encode("latin-1"))]
+                await _answer(counted, 204, None, headers)
             else:
                 await self._app(scope, receive, counted)
         finally:
@@ -108,7 +110,8 @@ class Guard:
             return 403, error(message, kind, "origin_not_allowed"), []
         preflight = scope["method"] == "OPTIONS" and origin
         if access.keys and scope["path"] not in OPEN and not preflight:
-            given = _header(scope, b"authorization").removeprefix("Bearer ").encode("latin-1")
+            scheme, _, key_given = _header(scope, b"authorization").partition(" ")
+            given = key_given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
             # all are compared, so that the time does not tell which one it was
             if not max([hmac.compare_digest(given, key.encode()) for key in access.keys]):
                 message = "the API key is missing or wrong: expected Authorization: Bearer KEY."
@@ -118,7 +121,6 @@ class Guard:
 
 PREFLIGHT = [
     (b"access-control-allow-methods", b"GET, POST"),
-    (b"access-control-allow-headers", b"authorization, content-type"),
     (b"access-control-max-age", b"600"),
 ]
 

@@ -42,9 +42,11 @@ class Completion:
         Args:
             request: of the client.
         """
-        deadline = self._service.seconds_left()
+        deadline, biases = self._service.seconds_left(), self._body.biases
+        self._service.check_biases(biases)
         if self._body.echo:
-            await while_connected(request, self._echo())
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._service.limits.deadline):
+                await while_connected(request, self._echo())
         jobs: list[Job] = [] if self._body.max_tokens == 0 else await self._service.complete(self._body)
         if not self._body.echo:
             self._n_prompt = sum(job.tokens for job in jobs)
@@ -52,7 +54,7 @@ class Completion:
         n = len(self._body.prompts) * self._body.choices
         self._listings = [Listing(self._service.tokenizer) for _ in range(n)]
         if self._body.stream:
-            return stream(self._chunks(pieces))
+            return stream(self._chunks(pieces), jobs)
         try:
             return JSONResponse(await while_connected(request, self._whole(pieces)))
         finally:
@@ -61,7 +63,9 @@ class Completion:
 
     async def _echo(self) -> None:
         """Find the texts of the prompts, and their log-probabilities if those are asked for."""
-        for prompt, ids in zip(self._body.prompts, await self._service.prompts_of(self._body), strict=True):
+        prompts = await self._service.prompts_of(self._body)
+        self._service.check_lengths(prompts, together=self._body.logprobs is not None)
+        for prompt, ids in zip(self._body.prompts, prompts, strict=True):
             self._n_prompt += len(ids)
             text = prompt if isinstance(prompt, str) else self._service.tokenizer.decode(prompt)
             top = self._body.logprobs
@@ -139,7 +143,7 @@ class Chat:
         self._service.metrics.cached += chat.cached
         pieces = merged([chat.job], deadline)
         if self._body.stream:
-            return stream(self._chunks(chat, pieces))
+            return stream(self._chunks(chat, pieces), [chat.job])
         try:
             return JSONResponse(await while_connected(request, self._whole(chat, pieces)))
         finally:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import resource
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -17,6 +19,7 @@ from longscan.serve.service import Service
 
 __all__ = ["bind", "make_server", "serve"]
 
+PORT = (errno.EADDRINUSE, errno.EACCES)  # errors that another port would cure
 DRAIN = 0.05  # seconds between looks whether all texts have ended
 
 
@@ -37,8 +40,8 @@ def bind(host: str, port: int) -> socket.socket:
         found.bind(address)
         found.listen(128)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise LongscanError(f"{host}:{port}: {reason.lower()}. Choose another one, with --port.") from error
+        reason, flag = error.strerror or str(error), "--port" if error.errno in PORT else "--host"
+        raise LongscanError(f"{host}:{port}: {reason.lower()}. Choose another one, with {flag}.") from error
     return found
 
 
@@ -127,6 +130,9 @@ def serve(
     Raises:
         LongscanError: the engine failed.
     """
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with contextlib.suppress(ValueError, OSError):  # each connection is an open file
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     server = make_server(service, access, drain)
     service.worker.start()
     if started:

@@ -24,10 +24,10 @@ from longscan.inference.sampling import Event
 from longscan.inference.turns import Turns, after, answered, encode_pieces
 from longscan.models import LanguageModel
 from longscan.serve.answers import Scored
-from longscan.serve.bodies import ChatBody, CompletionBody
+from longscan.serve.bodies import ChatBody, CompletionBody, plain_messages
 from longscan.serve.errors import ApiError
 from longscan.serve.metrics import Metrics
-from longscan.serve.worker import Job, Worker
+from longscan.serve.worker import MAX_BACKLOG, Job, Worker
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.chat import ChatTemplate, Pieces
 
@@ -156,10 +156,15 @@ class Service:
             BusyError: too much is waiting.
         """
         asked = 16 if body.max_tokens is None else body.max_tokens
-        seed, jobs = secrets.randbelow(2**62), list[Job]()
+        seed, jobs, n = secrets.randbelow(2**62), list[Job](), len(body.prompts) * body.choices
+        if n > self.worker.capacity:
+            message = f"{n} continuations: expected at most {self.worker.capacity}, prompts times n."
+            raise ApiError(400, message, "invalid_value", "n")
+        prompts = await self.prompts_of(body)
+        self.worker.check(n, sum(map(len, prompts)))
         try:
-            for i, ids in enumerate(await self.prompts_of(body)):
-                config = body.sampling(self._bounded(len(ids), asked), body.logprobs, seed)
+            for i, ids in enumerate(prompts):
+                config = body.sampling(self._bounded(len(ids), asked, "prompt"), body.logprobs, seed)
                 assert config.seed is not None
                 config = replace(config, seed=(config.seed + i * body.choices) % 2**64)
                 ends = () if body.ignore_eos else self.tokenizer.eos_ids
@@ -188,7 +193,40 @@ class Service:
             ]
             return [ids if len(ids) else start for ids in found]
 
-        return await asyncio.to_thread(run)
+        prompts = await asyncio.to_thread(run)
+        most = self.model.config.vocab_size - 1
+        for ids in prompts:
+            if ids.max() > most:
+                message = f"prompt: expected token ids up to {most:,}, got {ids.max():,}."
+                raise ApiError(400, message, "invalid_value", "prompt")
+        return prompts
+
+    def check_biases(self, biases: Mapping[int, float]) -> None:
+        """Raise unless all ids of biases are the model's.
+
+        Args:
+            biases: by id.
+
+        Raises:
+            ApiError: one is not.
+        """
+        most = self.model.config.vocab_size - 1
+        if biases and max(biases) > most:
+            message = f"logit_bias: expected token ids up to {most:,}, got {max(biases):,}."
+            raise ApiError(400, message, "invalid_value", "logit_bias")
+
+    def check_lengths(self, prompts: Sequence[np.ndarray], together: bool) -> None:
+        """Raise unless prompts are short enough.
+
+        Args:
+            prompts: their ids.
+            together: whether they may have so many tokens together, instead of each.
+
+        Raises:
+            ApiError: they are longer.
+        """
+        lengths = [len(ids) for ids in prompts]
+        self._bounded(sum(lengths) if together else max(lengths), 0, "prompt")
 
     async def scores(self, ids: np.ndarray, top: int) -> list[Scored]:
         """Return the tokens of a prompt with their log-probabilities.
@@ -197,11 +235,14 @@ class Service:
             ids: of the prompt.
             top: how many of the most likely tokens to list.
         """
-        self._bounded(len(ids), 0)
         found = prompt_scores(self.model, ids, top, self.tokenizer.vocab_size)
         scored: list[Scored] = []
-        while part := await self.worker.call(lambda: list(itertools.islice(found, SCORE_TOKENS))):
-            scored += [Scored(*score) for score in part]
+        with self.worker.reserve(len(ids)):
+            while len(scored) < len(ids):
+                if self.worker.ended:
+                    raise ApiError(503, "the server is shutting down.", "draining")
+                part = await self.worker.call(lambda: list(itertools.islice(found, SCORE_TOKENS)), slow=True)
+                scored += [Scored(*score) for score in part]
         return scored
 
     async def chat(self, body: ChatBody) -> ChatJob:
@@ -215,7 +256,7 @@ class Service:
             LongscanError: they are invalid, or the template rejects them.
             BusyError: too much is waiting.
         """
-        messages = body.plain_messages
+        messages = plain_messages(body.messages)
         prompt = await asyncio.to_thread(self.render, messages, **(body.chat_template_kwargs or {}))
         known = self.turns.best(prompt)
         rest = await asyncio.to_thread(self.encode, after(prompt, known.pieces) or [])
@@ -227,7 +268,9 @@ class Service:
         total = known.length + len(rest)
         asked = self.limits.max_length if body.max_new_tokens is None else body.max_new_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        config = body.sampling(self._bounded(total, asked), logprobs, secrets.randbelow(2**62))
+        config = body.sampling(self._bounded(total, asked, "messages"), logprobs, secrets.randbelow(2**62))
+        self.check_biases(body.biases)
+        self.worker.check(body.choices, len(rest))
         state, position, pending = known.saved
         request = Request(
             ids=rest,
@@ -273,12 +316,13 @@ class Service:
         """
         return encode_pieces(self.tokenizer, pieces)
 
-    def _bounded(self, n_prompt: int, asked: int) -> int:
+    def _bounded(self, n_prompt: int, asked: int, param: str) -> int:
         """Return how many tokens may follow a prompt."""
         most = self.limits.max_length
         if n_prompt + min(asked, 1) > most:
-            message = f"the prompt has {n_prompt:,} tokens: expected fewer than {most:,}. Shorten it."
-            raise ApiError(400, message, "context_length_exceeded", "messages")
+            expected = f"at most {most - min(asked, 1):,}"
+            message = f"the prompt has {n_prompt:,} tokens: expected {expected}. Shorten it."
+            raise ApiError(400, message, "context_length_exceeded", param)
         return max(1, min(asked, most - n_prompt))
 
 
@@ -299,6 +343,8 @@ async def merged(jobs: Sequence[Job], deadline: float) -> AsyncIterator[Piece]:
         try:
             async for index, event in job.events(deadline):
                 queue.put_nowait(Piece(first + index, event))
+                if queue.qsize() > MAX_BACKLOG:  # a slow reader: nobody shall hold its text for it
+                    job.end()
             queue.put_nowait(None)
         except BaseException as error:
             queue.put_nowait(error)
@@ -313,7 +359,7 @@ async def merged(jobs: Sequence[Job], deadline: float) -> AsyncIterator[Piece]:
             elif isinstance(piece, BaseException):
                 raise piece
             elif piece.event.error is not None:
-                raise piece.event.error
+                raise ApiError(500, f"a continuation failed: {piece.event.error}")
             else:
                 yield piece
     finally:

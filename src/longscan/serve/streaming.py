@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -12,10 +13,12 @@ from fastapi.responses import Response, StreamingResponse
 
 from longscan.serve import answers
 from longscan.serve.errors import ApiError, api_error
+from longscan.serve.worker import Job
 
 __all__ = ["stream", "while_connected"]
 
 T = TypeVar("T")
+LOG = logging.getLogger("longscan.serve")
 
 KEEP_ALIVE = 15.0  # seconds without an event, after which a stream shows that it lives
 POLL = 0.25  # seconds between looks whether a client is still there
@@ -45,13 +48,30 @@ async def while_connected(request: Request, answer: Awaitable[T]) -> T:
                 await task
 
 
-def stream(chunks: AsyncIterator[dict[str, Any]]) -> Response:
+class _Stream(StreamingResponse):
+    """A stream that drops its jobs however it ends, also if it never begins."""
+
+    def __init__(self, chunks: AsyncIterator[dict[str, Any]], jobs: Sequence[Job]) -> None:
+        super().__init__(_sse(chunks), media_type="text/event-stream", headers=HEADERS)
+        self._jobs = jobs
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send the stream."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for job in self._jobs:
+                job.cancel()
+
+
+def stream(chunks: AsyncIterator[dict[str, Any]], jobs: Sequence[Job]) -> Response:
     """Return chunks as server-sent events.
 
     Args:
         chunks: of the answer.
+        jobs: that it reads.
     """
-    return StreamingResponse(_sse(chunks), media_type="text/event-stream", headers=HEADERS)
+    return _Stream(chunks, jobs)
 
 
 async def _sse(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
@@ -69,6 +89,8 @@ async def _sse(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
         yield answers.DONE
     except Exception as error:
         found = api_error(error)
+        if found.status >= 500:
+            LOG.exception("an answer failed")
         yield answers.sse(answers.error(str(found), found.kind, found.code, found.param))
     finally:
         if waiting is not None and not waiting.done():

@@ -7,15 +7,16 @@ step, and delivers all events of the step at once; while nothing runs it sleeps.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from longscan.errors import LongscanError
 from longscan.inference.engine import Engine
@@ -23,7 +24,7 @@ from longscan.inference.request import Request
 from longscan.inference.sampling import Event, Finish
 from longscan.models.common.state import SavedState
 
-__all__ = ["BusyError", "Job", "Text", "Worker"]
+__all__ = ["MAX_BACKLOG", "BusyError", "Job", "Text", "Worker"]
 
 T = TypeVar("T")
 LOG = logging.getLogger("longscan.serve")
@@ -75,6 +76,7 @@ class Job:
         self._events: deque[tuple[int, Event]] = deque()
         self._arrived = asyncio.Event()
         self.loop = asyncio.get_running_loop()
+        self.begun = False  # it has a token
         self.ended = False  # the engine knows it no longer
         self.cut = False  # it was ended early: by `end`
 
@@ -164,11 +166,13 @@ class Worker:
         self.engine = engine
         self._max_waiting, self._max_waiting_tokens = max_waiting, max_waiting_tokens
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._work: deque[Callable[[], None]] = deque()  # one between two steps
+        self._reserved: list[int] = []  # prompt tokens of what is no text: see `reserve`
         self._jobs: set[Job] = set()  # of the event loop
         self._of_row: dict[int, tuple[Job, int]] = {}  # of the thread
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.failed: BaseException | None = None
-        self.draining = False
+        self.draining = self.ended = False
         self.counts = dict.fromkeys(
             ("requests", "prompt_tokens", "written_tokens", "cancelled", "rejected"), 0
         )
@@ -186,34 +190,62 @@ class Worker:
     @property
     def jobs(self) -> int:
         """The number of requests that have not ended."""
-        return len(self._jobs)
+        return len(self._jobs) + len(self._reserved)
+
+    @property
+    def capacity(self) -> int:
+        """The most continuations that may run and wait."""
+        return self.engine.slots + self._max_waiting
 
     @property
     def waiting_tokens(self) -> int:
         """The prompt tokens of the requests that have no token yet."""
-        return sum(job.tokens for job in self._jobs if not any(text.ids for text in job.texts))
+        waiting = (job.tokens for job in self._jobs if not job.begun)
+        return sum(waiting) + sum(self._reserved)
+
+    def check(self, n: int, n_tokens: int) -> None:
+        """Raise unless there is room for more.
+
+        Args:
+            n: continuations.
+            n_tokens: of their prompts.
+
+        Raises:
+            BusyError: too much is waiting.
+        """
+        rows = sum(len(job.texts) for job in self._jobs) + len(self._reserved)
+        tokens = self.waiting_tokens
+        if self.jobs and (rows + n > self.capacity or tokens + n_tokens > self._max_waiting_tokens):
+            self.counts["rejected"] += 1
+            raise BusyError(max(1, round(tokens / self._speed)) if self._speed else 1)
+
+    @contextlib.contextmanager
+    def reserve(self, n_tokens: int) -> Iterator[None]:
+        """Count work on a prompt that is no text, while it is done.
+
+        Args:
+            n_tokens: of the prompt.
+
+        Raises:
+            BusyError: too much is waiting.
+        """
+        self.check(1, n_tokens)
+        self._reserved.append(n_tokens)
+        try:
+            yield
+        finally:
+            self._reserved.remove(n_tokens)
 
     async def submit(self, request: Request, n: int = 1) -> Job:
-        """Return the job of a request.
+        """Return the job of a request, for which there is room: see `check`.
 
         Args:
             request: what to generate.
             n: continuations.
 
         Raises:
-            BusyError: too much is waiting.
             LongscanError: the request is invalid, or the engine has failed.
         """
-        if self.failed is not None:
-            raise LongscanError(f"the engine failed: {self.failed}")
-        rows = sum(len(job.texts) for job in self._jobs)
-        tokens = self.waiting_tokens
-        if self._jobs and (
-            rows + n > self.engine.slots + self._max_waiting
-            or tokens + len(request.ids) > self._max_waiting_tokens
-        ):
-            self.counts["rejected"] += 1
-            raise BusyError(max(1, round(tokens / self._speed)) if self._speed else 1)
         job = Job(self, request, n)
         self._jobs.add(job)
 
@@ -230,11 +262,15 @@ class Worker:
         self.counts["prompt_tokens"] += len(request.ids)
         return job
 
-    async def call(self, function: Callable[[], T]) -> T:
+    async def call(self, function: Callable[[], T], *, slow: bool = False) -> T:
         """Return the result of a function that runs in the thread, between two steps.
 
         Args:
             function: may use the model and the engine.
+            slow: whether at most one such may run between two steps.
+
+        Raises:
+            LongscanError: the engine has failed.
         """
         future: Future[T] = Future()
 
@@ -242,11 +278,15 @@ class Worker:
             if not future.set_running_or_notify_cancel():
                 return
             try:
+                if self.failed is not None:
+                    raise LongscanError(f"the engine failed: {self.failed}")
                 future.set_result(function())
             except BaseException as error:
                 future.set_exception(error)
 
-        self._commands.put(run)
+        if slow:
+            self._work.append(run)
+        self._commands.put((lambda: None) if slow else run)
         return await asyncio.wrap_future(future)
 
     def cancel(self, job: Job) -> None:
@@ -268,30 +308,40 @@ class Worker:
         self._commands.put(drop)
 
     def end_all(self) -> None:
-        """End all texts now; called on the event loop."""
+        """End all texts now, and let no work begin; called on the event loop."""
+        self.ended = True
         for job in list(self._jobs):
             job.end()
 
     def _run(self) -> None:
-        """Serve until `stop`, or until the engine fails."""
-        try:
-            while True:
-                idle = not (self.engine.running or self.engine.waiting)
-                while idle or not self._commands.empty():
-                    command = self._commands.get()
-                    if command is None:
-                        return
-                    command()
-                    idle = False
-                self._step()
-        except BaseException as error:  # never go on with half a step
-            self.failed = error
-            LOG.exception("the engine failed")
-            for job in list(self._jobs):
-                job.loop.call_soon_threadsafe(job.fail, error)
+        """Serve until `stop`; after a failure of the engine, refuse."""
+        while True:
+            idle = not (self.engine.running or self.engine.waiting or self._work)
+            for _ in range(max(self._commands.qsize(), int(idle or self.failed is not None))):
+                command = self._commands.get()
+                if command is None:
+                    return
+                command()
+            if self._work:
+                self._work.popleft()()
+            if self.failed is None:
+                try:
+                    self._step()
+                except BaseException as error:  # never go on with half a step
+                    self.failed = error
+                    LOG.exception("the engine failed")
+                    for job in {job for job, _ in self._of_row.values()}:
+                        self._tell(job, job.fail, error)
+
+    def _tell(self, job: Job, function: Callable[..., None], *args: Any) -> None:
+        """Call a function on a job's event loop, if that still runs."""
+        with contextlib.suppress(RuntimeError):
+            job.loop.call_soon_threadsafe(function, *args)
 
     def _step(self) -> None:
         """Take a step and deliver its events."""
+        if not (self.engine.running or self.engine.waiting):
+            return
         begin, prefilled = time.perf_counter(), self.engine.prefilled
         of_job: dict[Job, list[tuple[int, Event]]] = {}
         ended: list[Job] = []
@@ -309,10 +359,11 @@ class Worker:
         if read > 0:
             self._speed = read / seconds if not self._speed else 0.8 * self._speed + 0.2 * read / seconds
         for job, events in of_job.items():
-            job.loop.call_soon_threadsafe(self._hand_over, job, events, job in ended)
+            self._tell(job, self._hand_over, job, events, job in ended)
 
     def _hand_over(self, job: Job, events: list[tuple[int, Event]], ended: bool) -> None:
         """Deliver events, on the event loop."""
+        job.begun = True
         if ended:
             job.ended = True
             self._jobs.discard(job)
