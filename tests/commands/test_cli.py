@@ -310,7 +310,7 @@ def test_doctor(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     done = cli("doctor")
     assert (done.code, done.err) == (0, "")
     assert f"longscan {longscan.__version__}" in done.out
-    assert "19 ops ok" in done.out
+    assert "23 ops ok" in done.out
     optional = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     for extra, packages in optional["optional-dependencies"].items():
         if extra != "dev":

@@ -461,7 +461,7 @@ def test_scoring_prompts_takes_turns_with_streams() -> None:
 
 
 def test_a_slow_reader_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longscan.serve.service.MAX_BACKLOG", 50)
+    monkeypatch.setattr("longscan.serve.job.MAX_BACKLOG", 50)
     with running() as (service, port):
         with socket.create_connection(("127.0.0.1", port)) as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -20,11 +20,10 @@ from longscan.serve.bodies import (
     UnsupportedError,
     plain_messages,
 )
-from longscan.serve.errors import ApiError, api_error
+from longscan.serve.errors import ApiError, BusyError, api_error
 from longscan.serve.guard import Access, App, Guard
 from longscan.serve.responses import Chat, Completion
 from longscan.serve.service import Service
-from longscan.serve.worker import BusyError
 
 __all__ = ["make_app"]
 

@@ -8,9 +8,20 @@ from starlette.exceptions import HTTPException
 
 from longscan.errors import LongscanError
 from longscan.serve.bodies import UnsupportedError
-from longscan.serve.worker import BusyError
 
-__all__ = ["ApiError", "api_error"]
+__all__ = ["ApiError", "BusyError", "api_error"]
+
+
+class BusyError(Exception):
+    """The queue is full.
+
+    Attributes:
+        seconds: after which another attempt may succeed.
+    """
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__("the queue is full")
+        self.seconds = seconds
 
 
 class ApiError(Exception):

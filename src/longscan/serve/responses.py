@@ -14,9 +14,9 @@ from fastapi.responses import JSONResponse, Response
 from longscan.serve import answers
 from longscan.serve.answers import Head, Listing, Scored
 from longscan.serve.bodies import ChatBody, CompletionBody
-from longscan.serve.service import ChatJob, Piece, Service, merged
+from longscan.serve.job import Job, Piece, merged
+from longscan.serve.service import ChatJob, Service
 from longscan.serve.streaming import stream, while_connected
-from longscan.serve.worker import Job
 
 __all__ = ["Chat", "Completion"]
 

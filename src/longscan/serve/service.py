@@ -6,9 +6,9 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,18 +20,18 @@ from longscan.inference.prefill import encode
 from longscan.inference.prefix_cache import PrefixCache
 from longscan.inference.prompt_scores import prompt_scores
 from longscan.inference.request import Request
-from longscan.inference.sampling import Event
 from longscan.inference.turns import Turns, after, answered, encode_pieces
 from longscan.models import LanguageModel
 from longscan.serve.answers import Scored
 from longscan.serve.bodies import ChatBody, CompletionBody, plain_messages
 from longscan.serve.errors import ApiError
+from longscan.serve.job import Job
 from longscan.serve.metrics import Metrics
-from longscan.serve.worker import MAX_BACKLOG, Job, Worker
+from longscan.serve.worker import Worker
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.chat import ChatTemplate, Pieces
 
-__all__ = ["ChatJob", "Limits", "Piece", "Service", "merged"]
+__all__ = ["ChatJob", "Limits", "Service"]
 
 READ_TOKENS = 512  # prompt tokens of a step: what running texts stall for, at most
 SCORE_TOKENS = 128  # of a prompt, between two steps
@@ -56,18 +56,6 @@ class Limits:
     deadline: float = 600.0
     cache_bytes: int = 256 << 20
     body_bytes: int = 4 << 20
-
-
-class Piece(NamedTuple):
-    """An event of a continuation of a prompt.
-
-    Attributes:
-        choice: its index.
-        event: the token.
-    """
-
-    choice: int
-    event: Event
 
 
 @dataclass
@@ -324,46 +312,3 @@ class Service:
             message = f"the prompt has {n_prompt:,} tokens: expected {expected}. Shorten it."
             raise ApiError(400, message, "context_length_exceeded", param)
         return max(1, min(asked, most - n_prompt))
-
-
-async def merged(jobs: Sequence[Job], deadline: float) -> AsyncIterator[Piece]:
-    """Yield the events of several jobs as they come; what is left is cancelled when the iterator closes.
-
-    Args:
-        jobs: with as many continuations each.
-        deadline: on the clock of `time.monotonic`.
-
-    Raises:
-        LongscanError: a continuation failed.
-        TimeoutError: the deadline has passed before the first token.
-    """
-    queue: asyncio.Queue[Piece | BaseException | None] = asyncio.Queue()
-
-    async def read(first: int, job: Job) -> None:
-        try:
-            async for index, event in job.events(deadline):
-                queue.put_nowait(Piece(first + index, event))
-                if queue.qsize() > MAX_BACKLOG:  # a slow reader: nobody shall hold its text for it
-                    job.end()
-            queue.put_nowait(None)
-        except BaseException as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.create_task(read(i * len(job.texts), job)) for i, job in enumerate(jobs)]
-    left = len(tasks)
-    try:
-        while left:
-            piece = await queue.get()
-            if piece is None:
-                left -= 1
-            elif isinstance(piece, BaseException):
-                raise piece
-            elif piece.event.error is not None:
-                raise ApiError(500, f"a continuation failed: {piece.event.error}")
-            else:
-                yield piece
-    finally:
-        for task in tasks:
-            task.cancel()
-        for job in jobs:
-            job.cancel()

@@ -13,7 +13,7 @@ from fastapi.responses import Response, StreamingResponse
 
 from longscan.serve import answers
 from longscan.serve.errors import ApiError, api_error
-from longscan.serve.worker import Job
+from longscan.serve.job import Job
 
 __all__ = ["stream", "while_connected"]
 

@@ -13,140 +13,21 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from longscan.errors import LongscanError
 from longscan.inference.engine import Engine
 from longscan.inference.request import Request
-from longscan.inference.sampling import Event, Finish
-from longscan.models.common.state import SavedState
+from longscan.inference.sampling import Event
+from longscan.serve.errors import BusyError
+from longscan.serve.job import Job
 
-__all__ = ["MAX_BACKLOG", "BusyError", "Job", "Text", "Worker"]
+__all__ = ["Worker"]
 
 T = TypeVar("T")
 LOG = logging.getLogger("longscan.serve")
-
-MAX_BACKLOG = 4096  # events that a client has not read yet; beyond, its texts end
-
-
-class BusyError(Exception):
-    """The queue is full.
-
-    Attributes:
-        seconds: after which another attempt may succeed.
-    """
-
-    def __init__(self, seconds: int) -> None:
-        super().__init__("the queue is full")
-        self.seconds = seconds
-
-
-@dataclass
-class Text:
-    """One continuation so far.
-
-    Attributes:
-        ids: of its tokens.
-        text: what was shown.
-        finish: why it ended; None while it runs.
-        saved: the state after it, if the request asked for it.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish: Finish | None = None
-    saved: SavedState | None = None
-
-
-class Job:
-    """A request on its way, with one or several continuations.
-
-    Attributes:
-        texts: the continuations so far.
-        failed: what went wrong with the engine, if anything did.
-    """
-
-    def __init__(self, worker: Worker, request: Request, n: int) -> None:
-        self.texts = [Text() for _ in range(n)]
-        self.failed: BaseException | None = None
-        self._worker, self.request, self.tokens = worker, request, len(request.ids)
-        self._events: deque[tuple[int, Event]] = deque()
-        self._arrived = asyncio.Event()
-        self.loop = asyncio.get_running_loop()
-        self.begun = False  # it has a token
-        self.ended = False  # the engine knows it no longer
-        self.cut = False  # it was ended early: by `end`
-
-    async def events(self, deadline: float | None = None) -> AsyncIterator[tuple[int, Event]]:
-        """Yield the events of all continuations, each with its index, until they have ended.
-
-        Args:
-            deadline: on the clock of `time.monotonic`.
-
-        Raises:
-            TimeoutError: the deadline has passed before the first token; later, the texts just end.
-            LongscanError: the engine failed.
-        """
-        while True:
-            while self._events:
-                index, event = self._events.popleft()
-                text = self.texts[index]
-                if event.token >= 0:
-                    text.ids.append(event.token)
-                text.text += event.text
-                text.finish = event.finish
-                yield index, event
-            if self.failed is not None:
-                raise LongscanError(f"the engine failed: {self.failed}") from self.failed
-            if all(text.finish for text in self.texts):
-                return
-            if self.cut:
-                for index, text in enumerate(self.texts):
-                    if text.finish is None:
-                        text.finish = "length"
-                        yield index, Event(index, -1, "", "length")
-                return
-            self._arrived.clear()
-            try:
-                async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
-                    await self._arrived.wait()
-            except TimeoutError:
-                if not any(text.ids for text in self.texts):
-                    raise
-                self.end()  # what there is is an answer
-
-    def deliver(self, events: list[tuple[int, Event]]) -> None:
-        """Append events; called on the event loop.
-
-        Args:
-            events: with the index of their continuation.
-        """
-        self._events.extend(events)
-        if len(self._events) > MAX_BACKLOG:  # a slow reader: nobody shall hold its text for it
-            self.end()
-        self._arrived.set()
-
-    def fail(self, error: BaseException) -> None:
-        """Let the reader raise; called on the event loop.
-
-        Args:
-            error: of the engine.
-        """
-        self.failed = error
-        self._arrived.set()
-
-    def end(self) -> None:
-        """End all continuations now, as if they had reached their length."""
-        self.cut = True
-        self.cancel()
-        self._arrived.set()
-
-    def cancel(self) -> None:
-        """Drop what is not done; without effect afterwards."""
-        self._worker.cancel(self)
 
 
 class Worker:
@@ -246,7 +127,7 @@ class Worker:
         Raises:
             LongscanError: the request is invalid, or the engine has failed.
         """
-        job = Job(self, request, n)
+        job = Job(request, n, self.cancel)
         self._jobs.add(job)
 
         def admit() -> None:
