@@ -14,6 +14,7 @@ import longscan
 from longscan.errors import LongscanError
 from longscan.evaluation.likelihood import Pair, compare_pairs, likelihoods, read_pairs
 from longscan.inference.generate import generate_ids
+from longscan.inference.prompt_scores import prompt_scores
 from longscan.inference.sampling import SamplingConfig
 from longscan.models import MODELS, LanguageModel
 from longscan.tokenizers.base import ByteTokenizer
@@ -64,6 +65,8 @@ def test_likelihoods_refuse_what_is_none() -> None:
     for wrong in (-1, 257):
         with pytest.raises(LongscanError, match=f"got {wrong}"):
             likelihoods(model, [([1], [2, wrong])], 257)
+        with pytest.raises(LongscanError, match=f"got {wrong}"):
+            list(prompt_scores(model, [1, wrong], 0, 257))
 
 
 def test_pairs_by_kind() -> None:

@@ -99,6 +99,35 @@ def test_training_a_bpe_and_taking_it_again(text: Path, config: TrainConfig, tmp
     assert metrics(tmp_path / "two") == metrics(tmp_path / "one")
 
 
+def test_training_goes_on_from_a_checkpoint(
+    config: TrainConfig, whole: Path, tmp_path: Path, cli: Callable[..., Any]
+) -> None:
+    source, once, twice = tmp_path / "source", tmp_path / "once", tmp_path / "twice"
+    shutil.copytree(whole / "model", source)
+    usual = {
+        name: getattr(TrainConfig(), name)
+        for name in ("preset", "tokenizer", "model", "option", *config.sizes)
+    }
+    changes = {"pretrained": str(source), "steps": 8, "save_every": 2}
+    display = Recorder()
+    train(config.replace(**usual, **changes), once, display)
+    assert any(str(source) in line for line in display.lines)
+    losses = [record["loss"] for record in metrics(whole) if "loss" in record]
+    assert metrics(once)[0]["loss"] < (losses[0] + losses[-1]) / 2  # not that of a new model
+    model = load(once / "model")[0]
+    assert model.config == load(source)[0].config
+    done = cli("train", source / "config.json", "--out", tmp_path / "new", "--from", source, "--d-model", 3)
+    assert done.code == 2
+    assert "has its own d_model" in done.err
+    assert not (tmp_path / "new").exists()
+    shutil.rmtree(source)  # the run has what it needs
+    shutil.copytree(once, twice)
+    shutil.rmtree(twice / "model")
+    shutil.rmtree(twice / "checkpoints/step-000008")
+    resume(twice)
+    assert_same(twice, once)
+
+
 def test_few_documents_teach_how_a_text_begins(config: TrainConfig, whole: Path) -> None:
     seen: list[torch.Tensor] = []
     run = importlib.import_module("longscan.training.language_model").LanguageRun(whole, config, Display())

@@ -67,6 +67,8 @@ def save(
             quantised model.
         OSError: likewise.
     """
+    if Path(directory).is_file():
+        raise LongscanError(f"{directory} is a file: expected the name of a directory.")
     _write(model, Path(directory), tokenizer, "hf", dtype, max_shard_size)
 
 

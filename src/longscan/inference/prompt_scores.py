@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longscan.errors import LongscanError
 from longscan.inference.prefill import Ids, as_tensor
 from longscan.models import LanguageModel, State
 
@@ -41,9 +42,12 @@ def prompt_scores(model: LanguageModel, ids: Ids, top: int, vocab_size: int) -> 
         vocab_size: ids from here on are padding of the model's vocabulary.
 
     Raises:
-        LongscanError: an id is not a whole number.
+        LongscanError: an id is not in the vocabulary.
     """
     tokens = as_tensor(ids)
+    wrong = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if len(wrong):
+        raise LongscanError(f"token id: expected 0 to {vocab_size - 1:,}, got {int(wrong[0]):,}.")
     state: State | None = None
     last: Tensor | None = None
     for begin in range(0, len(tokens), CHUNK):

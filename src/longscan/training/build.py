@@ -10,19 +10,22 @@ from typing import Any, TypeAlias
 import torch
 
 from longscan.checkpoints.formats import config_fields, format_of
+from longscan.checkpoints.load import load_with_tokenizer
+from longscan.checkpoints.save import save
 from longscan.core.config import Config, nearest
 from longscan.core.files import atomic_directory
 from longscan.core.progress import duration
 from longscan.data.documents import training_text
 from longscan.data.token_files import TokenFiles, prepare
 from longscan.errors import LongscanError, UsageError
-from longscan.models import MODELS, Model, ModelEntry, preset_owner
+from longscan.models import MODELS, LanguageModel, Model, ModelEntry, preset_owner
+from longscan.models.common.quantization import dequantized
 from longscan.tokenizers.base import ByteTokenizer, Tokenizer
 from longscan.tokenizers.bpe import load_tokenizer, train_bpe
 from longscan.tokenizers.wordpiece import load_wordpiece, train_wordpiece
 from longscan.training.config import FreshConfig, TrainConfig
 
-__all__ = ["check_device", "make_model", "make_tokenizer", "make_tokens", "model_settings"]
+__all__ = ["check_device", "continued", "make_model", "make_tokenizer", "make_tokens", "model_settings"]
 
 
 # the name of a kind of tokenizer, and how to load and to train one
@@ -185,3 +188,28 @@ def _split(config: TrainConfig) -> dict[str, Any]:
         "valid_fraction": config.valid_fraction,
         "separator": config.separator,
     }
+
+
+def continued(config: TrainConfig, start: Path) -> tuple[LanguageModel, Tokenizer]:
+    """Return the model whose training continues, and its tokenizer.
+
+    Args:
+        config: the settings.
+        start: where the run saves both, as a run that resumes starts from the same.
+
+    Raises:
+        UsageError: settings of a new model were given too.
+        LongscanError: the checkpoint can't be read.
+    """
+    if not start.is_dir():
+        assert config.pretrained is not None
+        usual, names = TrainConfig(), ("preset", "tokenizer", "vocab_size", "model")
+        given = [name for name in names if getattr(config, name) != getattr(usual, name)]
+        given += [*config.sizes, *config.options]
+        if given:
+            raise UsageError(f"--from: {config.pretrained} has its own {', '.join(given)}. Leave that out.")
+        loaded, tokenizer = load_with_tokenizer(config.pretrained, None, False)
+        save(dequantized(loaded).float(), start, tokenizer)
+    check_device(config.device)
+    model, its_tokenizer = load_with_tokenizer(str(start), None, True)
+    return model.to(config.device).train(), its_tokenizer

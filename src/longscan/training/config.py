@@ -171,6 +171,11 @@ class TrainConfig(FreshConfig):
     )
     valid_fraction: float = setting(0.05, "Fraction of DATA held out for validation.")
     separator: str | None = setting(None, "String that separates the documents of a plain-text file.")
+    pretrained: str | None = setting(
+        None,
+        "Checkpoint whose training continues, with its sizes and tokenizer: a directory, a file or a hub id.",
+        alias="--from",
+    )
     tokenizer: str = setting(
         "bpe", "'bpe' trains one (bert: WordPiece), 'bytes' for none, or a model directory."
     )

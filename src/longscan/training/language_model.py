@@ -14,7 +14,7 @@ from longscan.errors import UsageError
 from longscan.inference.generate import generate
 from longscan.models import LanguageModel, Model
 from longscan.tokenizers.base import Tokenizer
-from longscan.training.build import make_model, make_tokenizer, make_tokens, model_settings
+from longscan.training.build import continued, make_model, make_tokenizer, make_tokens, model_settings
 from longscan.training.config import TrainConfig
 from longscan.training.run import Run
 
@@ -35,14 +35,19 @@ class LanguageRun(Run[TrainConfig]):
         config = self.config
         if not config.data:
             raise UsageError("nothing to train on: name text files or directories.")
-        model_settings(config, vocab_size=config.vocab_size)  # check the flags before the text is read
-        self.tokenizer = make_tokenizer(config, self.directory / "tokenizer", self.display.line)
+        if config.pretrained:
+            before = continued(config, self.directory / "start")
+            self.tokenizer = before[1]
+        else:
+            model_settings(config, vocab_size=config.vocab_size)  # check the flags before the text is read
+            self.tokenizer = make_tokenizer(config, self.directory / "tokenizer", self.display.line)
         self.tokens = make_tokens(config, self.tokenizer, self.directory / "data", self.display.prepare)
         rows = config.batch_size * config.accumulate
         self.dataset = TokenDataset(self.tokens.train.path, config.seq_len, rows, config.seed)
         if self.tokens.valid:
             next(windows(self.tokens.valid.path, config.seq_len))  # raise now if it is too short
-        self.model = cast(LanguageModel, make_model(config, self.tokenizer.vocab_size))
+        made = before[0] if config.pretrained else make_model(config, self.tokenizer.vocab_size)
+        self.model = cast(LanguageModel, made)
         return self.model, self.dataset.windows_per_epoch, rows
 
     def describe(self) -> tuple[str, str]:

@@ -49,6 +49,8 @@ class PretrainRun(Run[TrainConfig]):
         config = self.config
         if not config.data:
             raise UsageError("nothing to train on: name text files or directories.")
+        if config.pretrained:
+            raise UsageError("--from: expected a causal language model, not a BERT. Leave it out.")
         model_settings(config, vocab_size=config.vocab_size)  # check the flags before the text is read
         directory = self.directory / "tokenizer"
         self.tokenizer = cast(WordPieceTokenizer, make_tokenizer(config, directory, self.display.line))

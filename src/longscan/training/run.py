@@ -117,7 +117,8 @@ class Run(Task[C]):
         items, per_step = self.epoch
         passes = brief(total * per_step / items) if items else ""
         epochs = f" ({passes} epoch{'' if passes == '1' else 's'})" if items else ""
-        name, config = self.config.to_dict().get("model"), self.trainer.model.config
+        fields, config = self.config.to_dict(), self.trainer.model.config
+        name = fields.get("pretrained") or fields.get("model")
         if isinstance(config, PatternConfig):  # it may have come from a preset, and been repeated or cut
             name = f"{name} {config.pattern[:31]}{'…' * (len(config.pattern) > 31)}"
         self.display.line(f"data       {data}")
