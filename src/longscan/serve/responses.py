@@ -42,8 +42,8 @@ class Completion:
         Args:
             request: of the client.
         """
-        deadline, biases = self._service.seconds_left(), self._body.biases
-        self._service.check_biases(biases)
+        deadline = self._service.seconds_left()
+        self._service.check_biases(self._body.biases)
         if self._body.echo:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._service.limits.deadline):
                 await while_connected(request, self._echo())
