@@ -41,15 +41,12 @@ struct Job {
 
 LS_INLINE int mark(const ls_rotary *a, int64_t token) { return a->marks ? a->marks[token] : 0; }
 
-// angle += rate dt of every head, or = if a sequence starts here.
+// angle += rate dt of every head, after zero if a sequence starts here.
 LS_INLINE void advance(const ls_rotary *a, int64_t token, double *angle) {
   const float *rate = a->rate + token * a->n_angles, *dt = a->dt + token * a->n_heads;
-  const double keep = mark(a, token) & LS_STARTS ? 0.0 : 1.0;
+  if (mark(a, token) & LS_STARTS) memset(angle, 0, sizeof(double) * (size_t)(a->n_heads * a->n_angles));
   for (int64_t h = 0; h < a->n_heads; ++h)
-    for (int64_t i = 0; i < a->n_angles; ++i) {
-      double *of = angle + h * a->n_angles + i;
-      *of = *of * keep + (double)(rate[i] * dt[h]);
-    }
+    for (int64_t i = 0; i < a->n_angles; ++i) angle[h * a->n_angles + i] += (double)(rate[i] * dt[h]);
 }
 
 // cosine and sine: quarters of a turn are taken off in double, and the rest is at most pi / 4.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # whose import defines the ops
-from longscan import ops  # noqa: F401
+from longscan import ops
 
 __all__ = ["DECOMPOSITIONS", "LINEAR_STEPS", "SCAN_STEPS"]
 
@@ -81,6 +81,12 @@ LINEAR_STEPS: Any = torch.ops.longscan.linear_steps.default
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
+
+
+def _rms_norm(
+    x: Tensor, weight: Tensor | None, z: Tensor | None, eps: float, n_groups: int, norm_first: bool
+) -> Tensor:
+    return ops.rms_norm_ref(x, weight, eps, z, n_groups, norm_first)
 
 
 def _causal_conv1d(
@@ -171,6 +177,7 @@ def _path_scan(
 #: op -> what it is made of
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.longscan.linear.default: _linear,
+    torch.ops.longscan.rms_norm.default: _rms_norm,
     torch.ops.longscan.causal_conv1d.default: _causal_conv1d,
     torch.ops.longscan.selective_scan.default: _selective_scan,
     torch.ops.longscan.check_paths.default: _check_paths,
