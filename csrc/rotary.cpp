@@ -285,6 +285,12 @@ LS_APART void turns_unit(const Job *job, int64_t index) {
   }
 }
 
+// The sums over the units of n numbers each, which lie two times n apart.
+void sum_partial(const float *partial, int64_t n, int64_t units, float *to) {
+  memcpy(to, partial, sizeof(float) * (size_t)n);
+  for (int64_t u = 1; u < units; ++u) add_scaled(partial + u * 2 * n, 1.0f, n, to);
+}
+
 template <void (*UNIT)(const Job *, int64_t)>
 void each_unit(int64_t begin, int64_t end, void *context) {
   for (int64_t i = begin; i < end; ++i) UNIT((const Job *)context, i);
@@ -313,11 +319,8 @@ int32_t rotary_backward(const ls_rotary *a) {
   join_back(&job);
   run<turns_unit>(&job);
   const int64_t n = job.s.vectors, units = a->batch * job.s.units;
-  for (int64_t i = 0; i < 2 * n; ++i) {
-    float total = 0;
-    for (int64_t u = 0; u < units; ++u) total += job.partial[u * 2 * n + i];
-    (i < n ? a->dC_bias : a->dB_bias)[i % n] = total;
-  }
+  sum_partial(job.partial, n, units, a->dC_bias);
+  sum_partial(job.partial + n, n, units, a->dB_bias);
   return 0;
 }
 

