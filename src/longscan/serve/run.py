@@ -60,11 +60,7 @@ class _Server(uvicorn.Server):
             worker.end_all()
             super().handle_exit(sig, frame)
             return
-        worker.draining = True
-        with contextlib.suppress(RuntimeError):  # a signal handler runs in the loop's thread
-            self._draining = asyncio.get_running_loop().create_task(self._drain())
-            return
-        self.should_exit = True
+        worker.draining = True  # `on_tick` sees it
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to stop; called ten times a second."""
