@@ -412,8 +412,10 @@ def test_a_client_that_leaves_is_not_served_on(stream: bool) -> None:
         connection.request("POST", "/v1/completions", json.dumps(body), JSON)
         if stream:
             connection.getresponse().read(100)
-        else:
-            time.sleep(0.3)
+        for _ in range(200):  # until it has arrived
+            if service.worker.jobs:
+                break
+            time.sleep(0.05)
         assert service.worker.jobs == 1
         connection.close()
         wait_until_idle(service)
@@ -545,7 +547,7 @@ def start(*args: str) -> tuple[subprocess.Popen[str], str]:
 
 
 def test_sigterm_lets_texts_end() -> None:
-    process, url = start("--drain", "1")
+    process, url = start("--drain", "3")
     port = int(url.rsplit(":", 1)[1])
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     body = {"prompt": "The", "max_tokens": 30_000, "stream": True, "ignore_eos": True}
