@@ -107,7 +107,13 @@ def test_the_command(cli: Callable[..., Any], tmp_path: Path) -> None:
     done = cli("evaluate", NAME, "--pairs", path, "--json", "--quiet")
     assert json.loads(done.out) == {"all": {"accuracy": 1.0, "pairs": 1}}
     assert "100.0 %  1 of 1" in cli("evaluate", NAME, "--pairs", path).out
-    for args in ((), ("--pairs", path, path), ("--limit", 3, path), ("--tasks", "x", "--limit", 0)):
+    for args in (
+        (),
+        ("--pairs", path, path),
+        ("--limit", 3, path),
+        ("--tasks", "x", "--limit", 0),
+        ("--pairs", path, "--per-file"),
+    ):
         assert cli("evaluate", NAME, *args).code == 2
 
 
@@ -186,6 +192,13 @@ def test_unknown_tasks(tasks: Path, cli: Callable[..., Any]) -> None:
     done = cli("evaluate", NAME, "--tasks", "nothing", "--include", tasks)
     assert done.code == 2
     assert "no task 'nothing'" in done.err
+    assert cli("evaluate", NAME, "--tasks", ",", "--include", tasks).code == 2
+    (tasks / "broken.yaml").write_text("task: [\n")
+    done = cli("evaluate", NAME, "--tasks", tasks / "broken.yaml")
+    assert done.code == 1
+    assert "lm-eval failed" in done.err
+    assert "bug in longscan" not in done.err
+    (tasks / "broken.yaml").unlink()
     done = cli("evaluate", NAME, "--tasks", "who", "--include", tasks, "--limit", 2, "--quiet")
     assert done.code == 0, done.err
     assert done.out.splitlines()[1].split()[:2] == ["who", "acc"]

@@ -88,27 +88,30 @@ def command(
         raise UsageError("expected FILES, --tasks or --pairs, one of them.")
     if (shots is not None or limit is not None or include is not None) and not tasks:
         raise UsageError("--shots, --limit and --include are for --tasks.")
+    if (per_file or separator is not None) and not files:
+        raise UsageError("--per-file and --separator are for FILES.")
     for flag, number, least in (("--shots", shots, 0), ("--limit", limit, 1)):
         if number is not None:
             check_whole(flag, number, least)
-    if tasks or pairs:
-        found = read_pairs(pairs) if pairs else []
+    sentences = read_pairs(pairs) if pairs else []  # before the model, which takes longer
+    if tasks or sentences:
         network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name)
         if not quiet:
             typer.echo(describe(model, network) + "\n", err=True)
         bar = Bar()
-        if not sys.stderr.isatty():
-            os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's own bars
         try:
             if tasks:
+                if not sys.stderr.isatty():
+                    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's own bars
                 names = [name.strip() for name in tasks.split(",") if name.strip()]
-                settings = {"shots": shots, "limit": limit, "include": include}
-                results = run_tasks(network, tokenizer, names, show=bar.show, **settings)  # type: ignore[arg-type]
+                chosen: dict[str, Any] = {"shots": shots, "limit": limit, "include": include}
+                shown = _task_table(run_tasks(network, tokenizer, names, show=bar.show, **chosen), as_json)
             else:
-                by_kind = list(compare_pairs(network, tokenizer, found, partial(bar.show, "pairs")))
+                kinds = list(compare_pairs(network, tokenizer, sentences, partial(bar.show, "pairs")))
+                shown = _pair_table(kinds, as_json)
         finally:
             bar.clear()
-        typer.echo(_task_table(results, as_json) if tasks else _pair_table(by_kind, as_json))
+        typer.echo(shown)
         return
     assert files
     paths = find_files(files)

@@ -24,8 +24,6 @@ from longscan.tokenizers.chat import find_template
 
 __all__ = ["command"]
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
 
 def command(
     model: Annotated[
@@ -76,7 +74,7 @@ def command(
     """
     require("fastapi", "servers")
     require("uvicorn", "servers")
-    from longscan.serve.guard import Access
+    from longscan.serve.guard import LOOPBACK, Access
     from longscan.serve.run import bind, serve
     from longscan.serve.service import Limits, Service
 

@@ -51,7 +51,7 @@ def run_tasks(
 
     Raises:
         UsageError: there is no such task.
-        LongscanError: lm-eval is not installed.
+        LongscanError: lm-eval is not installed, or fails: a file of a task, its data.
     """
     require("lm-eval", "tasks")
     from lm_eval import simple_evaluate
@@ -61,16 +61,23 @@ def run_tasks(
     unknown = [
         task for task in tasks if task not in manager.all_tasks and not (Path(task).is_file() and "." in task)
     ]
+    if not tasks:
+        raise UsageError("tasks: expected at least one.")
     if unknown:
         raise UsageError(f"no task {unknown[0]!r} in lm-eval{'' if include is None else f' or {include}'}.")
-    found: dict[str, Any] = simple_evaluate(
-        model=adapter(model, tokenizer, show),
-        tasks=list(tasks),
-        num_fewshot=shots,
-        limit=limit,
-        task_manager=manager,
-        bootstrap_iters=1000,
-    )
+    try:
+        found: dict[str, Any] = simple_evaluate(
+            model=adapter(model, tokenizer, show),
+            tasks=list(tasks),
+            num_fewshot=shots,
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=1000,
+        )
+    except LongscanError:
+        raise
+    except Exception as error:  # of any kind: files of tasks, the hub, the harness itself
+        raise LongscanError(f"lm-eval failed: {type(error).__name__}: {error}") from error
     return found
 
 

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from longscan.serve.answers import error
 from longscan.serve.metrics import Metrics
 
-__all__ = ["Access", "Guard"]
+__all__ = ["LOOPBACK", "Access", "Guard"]
 
 Message: TypeAlias = MutableMapping[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
