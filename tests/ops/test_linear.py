@@ -50,6 +50,40 @@ def test_linear(path: str, shape: tuple[int, ...], n_out: int, biased: bool) -> 
         torch.testing.assert_close(gradient.double(), wanted, rtol=1e-5, atol=5e-5)
 
 
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
+@pytest.mark.parametrize("rows", [3, 40])
+def test_what_is_frozen_gets_no_gradient(path: str, rows: int, frozen: str) -> None:
+    g = torch.Generator().manual_seed(rows)
+    leaves = {"x": (rows, 20), "weight": (7, 20), "bias": (7,)}
+    tensors = {name: torch.randn(shape, generator=g).requires_grad_() for name, shape in leaves.items()}
+    dy = torch.randn(rows, 7, generator=g)
+    ops.linear(*tensors.values()).backward(dy)
+    whole = {name: tensor.grad for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        tensor.grad = None
+    ops.linear(*(t.requires_grad_(name != frozen) for name, t in tensors.items())).backward(dy)
+    for name, tensor in tensors.items():
+        if name == frozen:
+            assert tensor.grad is None
+        else:
+            torch.testing.assert_close(tensor.grad, whole[name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_weight_keeps_no_input_and_can_be_differentiated_twice() -> None:
+    x, weight = torch.randn(40, 20, dtype=torch.float64, requires_grad=True), torch.randn(7, 20).double()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = ops.linear(x, weight)
+    assert all(tensor.data_ptr() != x.data_ptr() for tensor in saved)
+    (dx,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    (ddx,) = torch.autograd.grad(dx.pow(2).sum(), x)
+    again = x.detach().requires_grad_()
+    (expected,) = torch.autograd.grad((again @ weight.T).pow(3).sum(), again, create_graph=True)
+    (second,) = torch.autograd.grad(expected.pow(2).sum(), again)
+    torch.testing.assert_close(dx, expected)
+    torch.testing.assert_close(ddx, second)
+
+
 def test_a_gradient_that_is_one_number_repeated(path: str) -> None:
     x, weight = torch.randn(40, 600, requires_grad=True), torch.randn(300, 600, requires_grad=True)
     ops.linear(x, weight).sum().backward()  # 40 rows: oneDNN would take seconds for its strides of zero

@@ -68,15 +68,19 @@ def _(x, weight, dy):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, weight, bias = inputs
-    ctx.save_for_backward(x, weight)
-    ctx.has_bias = bias is not None
+    x, weight, _ = inputs
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
 
 
 def _autograd(ctx, dy):  # type: ignore[no-untyped-def]
     x, weight = ctx.saved_tensors
-    dx, dweight = torch.ops.longscan.linear_backward(x, weight, dy)
-    return dx, dweight, dy.flatten(0, -2).sum(0) if ctx.has_bias else None
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+    dx = dweight = None
+    if needs_weight:
+        dx, dweight = torch.ops.longscan.linear_backward(x, weight, dy)
+    elif needs_x:  # a frozen weight, as under an adapter, costs no gradient and keeps no input
+        dx = torch.ops.longscan.linear(dy, weight.T, None)
+    return dx, dweight, dy.flatten(0, -2).sum(0) if needs_bias else None
 
 
 def _composite(x: Tensor, weight: Tensor) -> tuple[Tensor]:

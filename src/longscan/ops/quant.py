@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from longscan.ops import _native
+from longscan.ops._derivatives import composed
 from longscan.ops.linear import linear
 
 Kind: TypeAlias = Literal["bf16", "int8", "int4"]
@@ -160,7 +161,24 @@ def quant_linear(x: Tensor, q: Tensor, scale: Tensor | None, bias: Tensor | None
     few = 0 < rows <= FEW_ROWS and _native.available(x, bias) and _native.quantized(q, scale)
     if few and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _native.multiply(x.contiguous(), q, scale, _native.dense(bias), rows)
+    if x.requires_grad and torch.is_grad_enabled() and not composed():
+        y: Tensor = _Frozen.apply(x, q, scale)  # type: ignore[no-untyped-call]
+        return y if bias is None else y + bias
     return linear(x, dequantize(q, scale).to(x.dtype), bias)
+
+
+class _Frozen(torch.autograd.Function):
+    """x dequantize(q, scale)^T, which retains q for the backward pass and not the float32 weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, q: Tensor, scale: Tensor | None) -> Tensor:
+        ctx.save_for_backward(q, scale)
+        return linear(x, dequantize(q, scale).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        q, scale = ctx.saved_tensors
+        return linear(dy, dequantize(q, scale).to(dy.dtype).T), None, None
 
 
 _lib: Any = torch.library.Library("longscan", "FRAGMENT")  # type: ignore[no-untyped-call]

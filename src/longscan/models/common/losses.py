@@ -139,7 +139,8 @@ class _LinearLoss(torch.autograd.Function):
         used = weight[:vocab_size]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         loss, dhidden = hidden.new_zeros((), dtype=dtype), []
-        dweight = torch.zeros_like(weight, dtype=dtype)
+        # a frozen head, as under an adapter, needs no gradient
+        dweight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
         share = 1.0 / count(targets).to(dtype)
         other = smoothing / (vocab_size - 1) if smoothing else 0.0  # q of each token that is not the target
         for h, t in row_chunks(hidden, targets, vocab_size):
@@ -154,14 +155,15 @@ class _LinearLoss(torch.autograd.Function):
                 dlogits -= other
             dlogits.scatter_add_(1, index, torch.full_like(share_of, smoothing + other - 1)).mul_(share_of)
             dhidden.append(ops.multiply(dlogits.to(h.dtype), used))
-            dweight[:vocab_size] += ops.multiply(dlogits.T, h.to(dtype))
-        gradients_of = torch.cat(dhidden).view(hidden.shape), dweight.to(weight.dtype)
-        ctx.save_for_backward(hidden, weight, targets, *gradients_of)
+            if dweight is not None:
+                dweight[:vocab_size] += ops.multiply(dlogits.T, h.to(dtype))
+        dweight = None if dweight is None else dweight.to(weight.dtype)
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(dhidden).view(hidden.shape), dweight)
         ctx.rest = vocab_size, smoothing
         return loss
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         hidden, weight, targets, dhidden, dweight = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # that is, create_graph=True
 
@@ -170,4 +172,5 @@ class _LinearLoss(torch.autograd.Function):
 
             of = gradients(composite, (hidden, weight), (dloss,))
             return of[0], of[1], None, None, None
-        return dhidden * dloss.to(dhidden.dtype), dweight * dloss.to(dweight.dtype), None, None, None
+        scaled = None if dweight is None else dweight * dloss.to(dweight.dtype)
+        return dhidden * dloss.to(dhidden.dtype), scaled, None, None, None
