@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from longscan import ops
 from longscan.models.common.layers import RMSNorm, blank
@@ -22,10 +23,12 @@ class Backbone(nn.Module):
     Attributes:
         embedding_multiplier: constant factor of the embeddings.
         hidden_multiplier: constant factor of the final hidden states, and so of the logits.
+        checkpointing: whether the backward pass computes each block again, and retains its input only.
     """
 
     embedding_multiplier = 1.0
     hidden_multiplier = 1.0
+    checkpointing = False
 
     def __init__(
         self, config: LanguageModelConfig, blocks: Iterable[Block], generator: torch.Generator | None
@@ -88,7 +91,10 @@ class Backbone(nn.Module):
         for layer, layer_state, plan in zip(self.layers, before, plans, strict=True):
             if streams is not None:
                 streams.append(x)
-            x, layer_state = layer(x, layer_state, plan)
+            if self.checkpointing and torch.is_grad_enabled():
+                x, layer_state = checkpoint(layer, x, layer_state, plan, use_reentrant=False)
+            else:
+                x, layer_state = layer(x, layer_state, plan)
             after.append(layer_state)
         return self._last(x), State(after, None if state is None else state.model)
 
