@@ -23,6 +23,7 @@ from torch import Tensor
 
 from longscan.errors import LongscanError, UsageError
 from longscan.models import Model
+from longscan.models.common.lora import adapted
 from longscan.training.config import RunConfig
 from longscan.training.schedule import learning_rate, slow_rate
 
@@ -175,10 +176,22 @@ class Trainer:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters, and the buffers that belong to the model's state, by name; each once."""
+        """The parameters, and the buffers that belong to the model's state, by name; each once.
+
+        Of a model with adapters only what is trained: the rest is that of the model they are for.
+        """
+        if any(True for _ in adapted(self.model)):
+            return self.trained
         state = self.model.state_dict().keys()
         buffers = {name: buffer for name, buffer in self.model.named_buffers() if name in state}
         return {**dict(self.model.named_parameters()), **buffers}
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """The parameters that are trained, by name."""
+        return {
+            name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
+        }
 
     def save(self, directory: Path) -> None:
         """Save weights and optimizer to an existing directory.
@@ -193,7 +206,7 @@ class Trainer:
         )
         moments = {
             f"{name}.{key}": value
-            for name, parameter in self.model.named_parameters()
+            for name, parameter in self.trained.items()
             for key, value in self.optimizer.state[parameter].items()
         }
         moments |= {f"{name}.{AVERAGE}": value for name, value in self.average.items()}
@@ -214,7 +227,7 @@ class Trainer:
             moments = load_file(directory / "optimizer.safetensors")
         except SafetensorError as error:
             raise LongscanError(f"{directory} is no checkpoint of a run ({error}). Remove it.") from error
-        parameters, stored = dict(self.model.named_parameters()), self.tensors
+        parameters, stored = self.trained, self.tensors
         if _shapes(stored) != _shapes(weights):
             raise LongscanError(f"{directory} holds the weights of another model than this run's.")
         shapes = _shapes(parameters)
