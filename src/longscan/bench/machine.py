@@ -12,7 +12,7 @@ from typing import Any
 import longscan
 from longscan import ops
 
-__all__ = ["OthersLoad", "available_memory", "installed", "machine", "multiplies_bf16", "versions"]
+__all__ = ["OthersLoad", "installed", "machine", "multiplies_bf16", "versions"]
 
 _PACKAGES = ("torch", "numpy", "mambapy", "transformers", "llama-cpp-python", "openvino")
 
@@ -54,15 +54,6 @@ def multiplies_bf16() -> bool:
     except OSError:
         return False
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(text.split())
-
-
-def available_memory() -> int | None:
-    """Return the bytes available to a new process without swapping, None if unknown."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 class OthersLoad:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import longscan
-from longscan.bench.machine import available_memory, installed
+from longscan.bench.machine import installed
+from longscan.core.runtime import available_memory
 
 __all__ = ["Contender", "Measurement", "Settings", "compare", "faster"]
 

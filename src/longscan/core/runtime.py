@@ -1,9 +1,11 @@
-"""The process: its CPU threads, and the signals that stop a run."""
+"""The process: its CPU threads, its memory, and the signals that stop a run."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Self
 
@@ -11,9 +13,14 @@ import torch
 
 from longscan.core.checks import check_whole
 
-__all__ = ["StopSignals", "use_threads"]
+__all__ = ["StopSignals", "available_memory", "use_threads"]
 
 
+# of a container, cgroup 2 and 1: its limit, what it uses, and how much of that is the cache of files
+LIMITS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 MAX_THREADS = 1024  # torch's thread pool crashes the process when it cannot start all threads
 
 
@@ -29,6 +36,24 @@ def use_threads(threads: int | None) -> None:
     if threads is not None:
         check_whole("threads", threads, 1, MAX_THREADS)
         torch.set_num_threads(threads)
+
+
+def available_memory() -> int | None:
+    """Return the bytes available to this process without swapping, None if unknown.
+
+    What limits a container, its cgroup, counts too.
+    """
+    known = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        known += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    for folder, limit, used, cache in LIMITS:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # "max" is no number
+            lines = Path(folder, "memory.stat").read_text().splitlines()
+            cached = int(dict(line.split() for line in lines)[cache])
+            numbers = [int(Path(folder, name).read_text()) for name in (limit, used)]
+            known.append(numbers[0] - numbers[1] + cached)
+    return max(0, min(known)) if known else None
 
 
 class StopSignals:
