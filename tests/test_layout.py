@@ -28,7 +28,16 @@ ROOMS = (
 # inside models/common, in order too
 COMMON = (
     *("layers", "model", "entry", "losses", "state_file", "growable", "state", "native_decode", "mixer"),
-    *("packing", "attention", "conv_attention", "feed_forward", "experts", "backbone", "native_stack"),
+    *(
+        "lora",
+        "packing",
+        "attention",
+        "conv_attention",
+        "feed_forward",
+        "experts",
+        "backbone",
+        "native_stack",
+    ),
     *("language_model", "state_space", "lti", "dense_lti", "quantization", "encoder_decoder", "summary"),
     *("hippo_measures", "patches", "vision", "patch_tokens", "gated_mlp", "trapezoid"),
 )
@@ -46,6 +55,7 @@ MAX_LEVELS = 10
 MAX_LINES = 350
 # longer ones, and why they are one idea
 LONG: dict[str, str] = {
+    "checkpoints/load": "one way from a name to a model, with an overload for each kind",
     "inference/engine": "one class: the slots, and how rows join, decode and leave",
     "models/mamba2": "one paper: the sizes of a mixer, the mixer and the model",
     "models/mamba3": "one paper: the sizes of a mixer, the mixer and the model",

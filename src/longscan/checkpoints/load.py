@@ -23,7 +23,7 @@ from longscan.checkpoints.open import check_kind, open_source
 from longscan.checkpoints.source import ModelDirectory, Source, check_ids
 from longscan.errors import LongscanError, UsageError
 from longscan.models import MODELS, LanguageModel, Model
-from longscan.models.common.quantization import dequantized, quantize_model
+from longscan.models.common.quantization import dequantized, kind_of, quantize_model
 from longscan.models.common.quantization import precision as precision_of
 from longscan.tokenizers.base import Tokenizer
 
@@ -63,6 +63,7 @@ def load(
     dtype: torch.dtype | None = torch.float32,
     precision: Precision | None = None,
     tokenizer: str | Path | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[LanguageModel, Tokenizer | None]: ...
 
 
@@ -133,6 +134,7 @@ def load(
     dtype: torch.dtype | None = torch.float32,
     precision: Precision | None = None,
     tokenizer: str | Path | None = None,
+    adapter: str | Path | None = None,
     head: HeadOptions | None = None,
     model: str | None = None,
     image_size: int | None = None,
@@ -150,6 +152,8 @@ def load(
         precision: of a language model's matrices, whatever dtype says: "bf16", "int8" and "int4" quantise
             them on loading, for inference; "float32" dequantises them. None leaves them as they are.
         tokenizer: for a language model, a tokenizer.json, a directory or a hub id, in place of its own.
+        adapter: for a language model, a directory with a LoRA adapter in PEFT's files, or a run of `longscan
+            finetune`: it is merged into the weights, or stands beside them if they are quantised.
         head: of a masked language model; None takes that of the checkpoint.
         model: name of an image classifier, such as "vim", where a file of weights may hold several.
         image_size: height and width in pixels to which an image classifier is resized; None: that of the
@@ -171,6 +175,7 @@ def load(
     for option, value, its_kind in (
         ("precision", precision, "language"),
         ("tokenizer", tokenizer, "language"),
+        ("adapter", adapter, "language"),
         ("head", head, "masked"),
         ("model", model, "image"),
         ("image_size", image_size, "image"),
@@ -183,7 +188,7 @@ def load(
     check_kind(source, "masked" if kind == "classifier" else kind)
     if kind == "language":
         own = _tokenizer(source, name_or_dir, tokenizer, offline)
-        return _language_model(source, own, dtype, precision), own
+        return _language_model(source, own, dtype, precision, adapter), own
     if kind == "image":
         from longscan.checkpoints.image import read_image_model
 
@@ -266,6 +271,7 @@ def load_with_tokenizer(
     offline: bool,
     precision: Precision | None = None,
     tokenizer: str | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[LanguageModel, Tokenizer]:
     """Load a language model that is to take or give text.
 
@@ -275,11 +281,19 @@ def load_with_tokenizer(
         offline: likewise.
         precision: likewise.
         tokenizer: likewise.
+        adapter: likewise.
 
     Raises:
         LongscanError: as `load`; or the model has no tokenizer.
     """
-    model, own = load(name, revision=revision, offline=offline, precision=precision, tokenizer=tokenizer)
+    model, own = load(
+        name,
+        revision=revision,
+        offline=offline,
+        precision=precision,
+        tokenizer=tokenizer,
+        adapter=adapter,
+    )
     if own is None:
         raise LongscanError(
             f"{name} has no tokenizer: put the tokenizer.json it was trained with beside its config.json, or "
@@ -300,16 +314,26 @@ def _tokenizer(
 
 
 def _language_model(
-    source: Source, tokenizer: Tokenizer | None, dtype: torch.dtype | None, precision: Precision | None
+    source: Source,
+    tokenizer: Tokenizer | None,
+    dtype: torch.dtype | None,
+    precision: Precision | None,
+    adapter: str | Path | None,
 ) -> LanguageModel:
     """Return a language model at a precision."""
     if precision:
         dtype = torch.float32 if precision == "float32" else None  # these formats round whatever there is
-    model = _model(source, tokenizer, dtype)
+    model = _model(source, tokenizer, torch.float32 if adapter is not None else dtype)
     assert isinstance(model, LanguageModel)
     if precision == "float32":
-        return dequantized(model)
-    if precision and precision != precision_of(model):
+        model = dequantized(model)
+    if adapter is not None:
+        from longscan.checkpoints.adapter import apply_adapter
+
+        apply_adapter(model, adapter)
+        if dtype and not kind_of(model):
+            model.to(dtype)
+    if precision and precision != "float32" and precision != precision_of(model):
         quantize_model(model, precision)
     return model
 

@@ -1,0 +1,218 @@
+"""LoRA adapters as PEFT has them: `adapter_config.json` and `adapter_model.safetensors`.
+
+Layers have the names of the base's published layout: `base_model.model.` + module + `.lora_A.weight`. Where
+that layout has a matrix in pieces or in one with others, the layer has our name, which only longscan reads.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longscan.checkpoints.formats import format_of
+from longscan.checkpoints.weights import read_safetensors, some
+from longscan.core.files import atomic_directory, read_json, write_json, writing
+from longscan.errors import LongscanError
+from longscan.models import Model
+from longscan.models.common.lora import LoraLayer, adaptable, adapted, attach, merge, shape_of
+from longscan.models.common.quantization import kind_of
+
+__all__ = ["CONFIG", "AdapterError", "apply_adapter", "save_adapter"]
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX, MATRICES = "base_model.model.", ("lora_A", "lora_B")
+BASE = "longscan_base"  # in the header of the weights: the fingerprint of the model they were trained on
+
+# what an adapter of others may have, and is not computed here: name -> the values that mean it has not
+ONLY: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "use_dora": (False, None),
+    "modules_to_save": (None, []),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "megatron_config": (None, {}),
+    "use_qalora": (False, None),
+    "alora_invocation_tokens": (None, []),
+}
+
+
+class AdapterError(LongscanError):
+    """An adapter is damaged, not of this model, or of a kind that is not computed here."""
+
+
+class _Adapter(NamedTuple):
+    """An adapter's files, checked: our name of a layer -> its A and B, and its scale."""
+
+    matrices: dict[str, tuple[Tensor, Tensor]]
+    layers: dict[str, LoraLayer]
+    base: str | None
+
+
+def save_adapter(
+    model: Model, directory: str | Path, *, base: str, fingerprint: str, dropout: float = 0.0
+) -> None:
+    """Save the adapters of a model, whole or not at all.
+
+    Args:
+        model: with adapters, all of one rank and scale.
+        directory: created, or replaced if it holds an adapter.
+        base: the name of the model without them, for the file.
+        fingerprint: of that model, before it was quantised.
+        dropout: in training, for the file.
+
+    Raises:
+        LongscanError: the directory holds something else, or could not be written.
+        OSError: likewise.
+    """
+    names, tensors, scales = _published(model), {}, set()
+    for name, module in adapted(model):
+        scales.add(LoraLayer(len(module.lora_A), module.s))
+        for key in MATRICES:
+            tensors[f"{PREFIX}{names[name]}.{key}.weight"] = getattr(module, key).detach().contiguous()
+    ((rank, scale),) = scales
+    chosen = {names[name] for name, _ in adapted(model)}
+    leaves = {name.rpartition(".")[2] for name in chosen}
+    every = {theirs for theirs in names.values() if theirs.rpartition(".")[2] in leaves}
+    fields = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "lora_dropout": dropout,
+        "target_modules": sorted(leaves if every == chosen else chosen),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "inference_mode": True,
+    }
+    with atomic_directory(directory, marker=CONFIG) as folder, writing(Path(directory)):
+        write_json(folder / CONFIG, fields)
+        # one entry: of several, the order in the file is random
+        save_file(tensors, folder / WEIGHTS, metadata={BASE: fingerprint})
+
+
+def apply_adapter(model: Model, directory: str | Path) -> None:
+    """Add an adapter to a model: merged into its matrices, or beside them if they are quantised.
+
+    Args:
+        model: that it was trained on, changed in place.
+        directory: of PEFT's files, or of a run of `longscan finetune`.
+
+    Raises:
+        AdapterError: it is damaged, of another model, or not of a kind that is computed here.
+        OSError: it can't be read.
+    """
+    directory = Path(directory)
+    if not (directory / CONFIG).is_file() and (directory / "adapter" / CONFIG).is_file():
+        directory = directory / "adapter"
+    adapter = _read(model, directory)
+    if adapter.base not in (None, model.fingerprint()) and kind_of(model) is None:
+        warnings.warn(
+            f"{directory} was trained on other weights of this shape: the result is of neither model.",
+            stacklevel=2,
+        )
+    dtype, training = model.dtype, model.training
+    attach(model, adapter.layers)
+    for name, module in adapted(model):
+        for key, matrix in zip(MATRICES, adapter.matrices[name], strict=True):
+            getattr(module, key).data.copy_(matrix)
+    if kind_of(model) is None:
+        merge(model)
+        model.requires_grad_(True)
+    model.train(training)
+    assert model.dtype == dtype
+
+
+def _read(model: Model, directory: Path) -> _Adapter:
+    """Return an adapter that fits a model."""
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            found = some(path.name for path in directory.iterdir()) if directory.is_dir() else "no directory"
+            pickle = (
+                " A pickled adapter is not read: it may hold code." if "adapter_model.bin" in found else ""
+            )
+            raise AdapterError(
+                f"{directory}: expected an adapter, {CONFIG} and {WEIGHTS}; found {found}.{pickle}"
+            )
+    fields = read_json(directory / CONFIG)
+    for name, harmless in ONLY.items():
+        if name in fields and fields[name] not in harmless:
+            expected = " or ".join(map(repr, harmless[:1]))
+            raise AdapterError(
+                f"{directory / CONFIG}: {name}: expected {expected}, got {str(fields[name])[:80]!r}: an "
+                "adapter with this is not computed here. Merge it with the program that trained it."
+            )
+    tensors, path = read_safetensors(directory / WEIGHTS), directory / WEIGHTS
+    ours = {theirs: name for name, theirs in _published(model).items()}
+    shapes = {name: shape_of(module) for name, module in adaptable(model).items()}
+    found_: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_A|lora_B)\.weight", key)
+        if match is None:
+            raise AdapterError(
+                f"{path}: {key[:120]}: expected {PREFIX}(layer).lora_A.weight or .lora_B.weight."
+            )
+        layer = ours.get(match[1], match[1])
+        if layer not in shapes:
+            known = some(theirs for theirs in ours)
+            raise AdapterError(f"{path}: {match[1][:120]}: this model has no such matrix. It has {known}.")
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise AdapterError(f"{path}: {key}: expected finite numbers.")
+        found_.setdefault(layer, {})[match[2]] = tensor
+    if not found_:
+        raise AdapterError(f"{path}: expected the matrices of an adapter, got none.")
+    matrices, layers = {}, {}
+    for layer, pair in found_.items():
+        n_out, n_in = shapes[layer]
+        a, b = (pair.get(key) for key in MATRICES)
+        if a is None or b is None or a.dim() != 2 or tuple(b.shape) != (n_out, len(a)) or a.shape[1] != n_in:
+            got = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in pair.items())
+            raise AdapterError(
+                f"{path}: {layer}: expected lora_A (rank, {n_in}) and lora_B ({n_out}, rank), got {got}: "
+                "it is damaged, or of another model."
+            )
+        matrices[layer] = a.float(), b.float()
+        layers[layer] = LoraLayer(len(a), _scale(fields, directory, layer, len(a)))
+    with safe_open(path, "pt") as file:
+        base = (file.metadata() or {}).get(BASE)
+    return _Adapter(matrices, layers, base)
+
+
+def _scale(fields: Mapping[str, Any], directory: Path, layer: str, rank: int) -> float:
+    """Return s of a layer, whose patterns are endings of its name."""
+    alpha, root = fields.get("lora_alpha", 8), fields.get("use_rslora", False)
+    for pattern, its in (fields.get("alpha_pattern") or {}).items():
+        if not re.fullmatch(r"[\w.]+", pattern):
+            raise AdapterError(
+                f"{directory / CONFIG}: alpha_pattern: expected names of layers, got {pattern[:80]!r}."
+            )
+        if layer == pattern or layer.endswith(f".{pattern}"):
+            alpha = its
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise AdapterError(f"{directory / CONFIG}: lora_alpha: expected a number, got {str(alpha)[:80]!r}.")
+    return alpha / (math.sqrt(rank) if root is True else rank)
+
+
+def _published(model: Model) -> dict[str, str]:
+    """Return the published name of each matrix that can have an adapter, or has one; ours if it has none."""
+    names = [*adaptable(model), *(name for name, _ in adapted(model))]
+    blank = {name: torch.empty(tensor.shape, device="meta") for name, tensor in model.state_dict().items()}
+    layout = format_of(model)
+    whole = {id(tensor): name for name, tensor in layout.outgoing(blank, model.config).items()}
+    return {
+        name: whole.get(id(blank[f"{name}.weight"]), f"{name}.weight").removesuffix(".weight")
+        for name in names
+    }
