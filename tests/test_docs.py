@@ -36,6 +36,7 @@ PAIRS = (
             "attention",
             "benchmarks",
             "compat",
+            "finetuning",
             "library",
             "memory",
             "quantization",

@@ -31,6 +31,11 @@ VERBS = {
     "chat": ("longscan.commands.chat", "Talk to a language model."),
     "serve": ("longscan.commands.serve", "Serve a language model over HTTP, for OpenAI's clients."),
     "train": ("longscan.commands.train", "Train a model on your own text files, or resume a run."),
+    "finetune": (
+        "longscan.commands.finetune",
+        "Teach a checkpoint your own conversations or texts.",
+    ),
+    "merge": ("longscan.commands.merge", "Merge an adapter into the weights of its model."),
     "evaluate": ("longscan.commands.evaluate", "Perplexity and bits per byte of a model on text files."),
     "translate": ("longscan.commands.translate", "Train a translator, evaluate it, translate with it."),
     "classify": (

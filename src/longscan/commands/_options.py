@@ -10,6 +10,7 @@ import typer
 from longscan.checkpoints.load import Precision
 
 __all__ = [
+    "Adapter",
     "Architecture",
     "AsJson",
     "BertArgument",
@@ -32,6 +33,10 @@ __all__ = [
     "TopP",
 ]
 
+Adapter: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--adapter", help="A LoRA adapter: PEFT's directory, or a run of `longscan finetune`."),
+]
 Architecture: TypeAlias = Annotated[
     str | None,
     typer.Option("--model", help="Name of an image model, such as vim, if a weights file fits several."),

@@ -12,6 +12,7 @@ import typer
 from longscan.checkpoints.load import load_with_tokenizer
 from longscan.commands._input import sampling_config
 from longscan.commands._options import (
+    Adapter,
     MinP,
     Offline,
     PrecisionOption,
@@ -66,6 +67,7 @@ def command(
     seed: SamplingSeed = None,
     precision: PrecisionOption = None,
     tokenizer_name: TokenizerName = None,
+    adapter: Adapter = None,
     threads: Threads = None,
     revision: Revision = None,
     offline: Offline = False,
@@ -93,7 +95,7 @@ def command(
     instruction = _system(system)
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise LongscanError(f"{file}: expected the name of a file, in a directory that exists.")
-    network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name)
+    network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name, adapter)
     conversation = Conversation(network, tokenizer, find_template(tokenizer, template), config=config)
     talk = Talk(conversation, file, quiet)
     if file is not None and file.exists():

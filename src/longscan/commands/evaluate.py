@@ -15,6 +15,7 @@ import typer
 
 from longscan.checkpoints.load import load_with_tokenizer
 from longscan.commands._options import (
+    Adapter,
     Json,
     ModelArgument,
     Offline,
@@ -63,6 +64,7 @@ def command(
     ] = None,
     precision: PrecisionOption = None,
     tokenizer_name: TokenizerName = None,
+    adapter: Adapter = None,
     threads: Threads = None,
     revision: Revision = None,
     offline: Offline = False,
@@ -95,7 +97,7 @@ def command(
             check_whole(flag, number, least)
     sentences = read_pairs(pairs) if pairs else []  # before the model, which takes longer
     if tasks or sentences:
-        network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name)
+        network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name, adapter)
         if not quiet:
             typer.echo(describe(model, network) + "\n", err=True)
         bar = Bar()
@@ -117,7 +119,7 @@ def command(
     paths = find_files(files)
     groups = [[path] for path in paths] if per_file else [paths]
     total = _measure(groups, separator)
-    network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name)
+    network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name, adapter)
     if not quiet:
         typer.echo(describe(model, network) + "\n", err=True)
     table = per_file and not as_json

@@ -19,6 +19,7 @@ import typer
 from longscan.checkpoints.load import load, load_with_tokenizer
 from longscan.commands._input import read_prompts, sampling_config
 from longscan.commands._options import (
+    Adapter,
     Json,
     MinP,
     Offline,
@@ -79,6 +80,7 @@ def command(
     seed: SamplingSeed = None,
     precision: PrecisionOption = None,
     tokenizer_name: TokenizerName = None,
+    adapter: Adapter = None,
     load_state: Annotated[
         Path | None, typer.Option(help="Continue from a state file; PROMPT is appended to its text.")
     ] = None,
@@ -123,7 +125,7 @@ def command(
         raise UsageError("PROMPT and --prompts: expected one of them, got both.")
     texts = _prompts(prompts or []) if prompt_file is None else read_prompts(prompt_file)
     _check_usage(texts, save_state, speculate, draft)
-    network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name)
+    network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name, adapter)
     before = None if load_state is None else _load_state(load_state, network, texts)
     drafter = PromptLookup() if speculate else _draft_model(draft, tokenizer, offline) if draft else None
     ids = encode(tokenizer, texts, begins=before is None)

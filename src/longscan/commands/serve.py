@@ -12,7 +12,15 @@ from typing import Annotated
 import typer
 
 from longscan.checkpoints.load import load_with_tokenizer
-from longscan.commands._options import Offline, PrecisionOption, Quiet, Revision, Threads, TokenizerName
+from longscan.commands._options import (
+    Adapter,
+    Offline,
+    PrecisionOption,
+    Quiet,
+    Revision,
+    Threads,
+    TokenizerName,
+)
 from longscan.core.checks import check_whole
 from longscan.core.files import utf8
 from longscan.core.optional import require
@@ -57,6 +65,7 @@ def command(
     ] = False,
     precision: PrecisionOption = None,
     tokenizer_name: TokenizerName = None,
+    adapter: Adapter = None,
     threads: Threads = None,
     revision: Revision = None,
     offline: Offline = False,
@@ -99,7 +108,7 @@ def command(
     use_threads(threads)
     keep_memory()
     listener = bind(host, port)
-    network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name)
+    network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name, adapter)
     limits = Limits(slots, queue, max_length, deadline, cache_mb << 20)
     shown = name or (Path(model).name if Path(model).exists() else model)
     service = Service(network, tokenizer, shown, find_template(tokenizer, template), limits)

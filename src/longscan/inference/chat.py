@@ -21,11 +21,12 @@ from longscan.inference.engine import Engine
 from longscan.inference.prefill import Progress, read
 from longscan.inference.request import Request
 from longscan.inference.sampling import Finish, SamplingConfig, check_fit
-from longscan.inference.turns import Known, Turns, after, answered, encode_pieces
+from longscan.inference.turns import Known, Turns, answered, encode_pieces
 from longscan.models import LanguageModel
 from longscan.models.common.state import SavedState
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.chat import ChatTemplate, Pieces, find_template
+from longscan.tokenizers.chat_spans import after
 
 __all__ = ["Conversation", "Turn"]
 

@@ -17,8 +17,9 @@ from longscan.models import LanguageModel
 from longscan.models.common.state import SavedState
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.chat import Pieces, join
+from longscan.tokenizers.chat_spans import after
 
-__all__ = ["Known", "Turns", "after", "answered", "encode_pieces"]
+__all__ = ["Known", "Turns", "answered", "encode_pieces"]
 
 
 class Known(NamedTuple):
@@ -102,26 +103,6 @@ class Turns:
     def nothing(self) -> Known:
         """Return the state before the first token."""
         return Known([], SavedState(self._model.init_state(1), 0, []))
-
-
-def after(whole: Pieces, part: Pieces) -> Pieces | None:
-    """Return what follows a part of a conversation, or None if it does not begin with it.
-
-    Args:
-        whole: the conversation.
-        part: its beginning.
-    """
-    if not part:
-        return whole
-    n = len(part) - 1
-    if whole[:n] != part[:n] or n >= len(whole):
-        return None
-    ours, theirs = whole[n], part[n]
-    if ours == theirs:
-        return whole[n + 1 :]
-    if isinstance(ours, str) and isinstance(theirs, str) and ours.startswith(theirs):
-        return [ours[len(theirs) :], *whole[n + 1 :]]
-    return None
 
 
 def answered(

@@ -20,7 +20,7 @@ from longscan.inference.prefill import encode
 from longscan.inference.prefix_cache import PrefixCache
 from longscan.inference.prompt_scores import prompt_scores
 from longscan.inference.request import Request
-from longscan.inference.turns import Turns, after, answered, encode_pieces
+from longscan.inference.turns import Turns, answered, encode_pieces
 from longscan.models import LanguageModel
 from longscan.serve.answers import Scored
 from longscan.serve.bodies import ChatBody, CompletionBody, plain_messages
@@ -30,6 +30,7 @@ from longscan.serve.metrics import Metrics
 from longscan.serve.worker import Worker
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.chat import ChatTemplate, Pieces
+from longscan.tokenizers.chat_spans import after
 
 __all__ = ["ChatJob", "Limits", "Service"]
 

@@ -112,7 +112,7 @@ class Run(Task[C]):
     def introduce(self) -> None:
         """Show a line about the data and one about the model."""
         data, each = self.describe()
-        n, total = self.trainer.model.num_parameters(), self.trainer.total
+        n, total = self.n_parameters, self.trainer.total
         size = f"{n / 1e6:.2f} M" if n >= 1e5 else f"{n:,}"
         items, per_step = self.epoch
         passes = brief(total * per_step / items) if items else ""

@@ -84,6 +84,11 @@ class Task(ABC, Generic[C]):
         save(self.trainer.model, directory, self.tokenizer)
 
     @property
+    def n_parameters(self) -> int:
+        """The size of the model, as it is shown."""
+        return self.trainer.model.num_parameters()
+
+    @property
     def n_checkpoints(self) -> int:
         """The number of checkpoints to retain."""
         return 2

@@ -1,0 +1,246 @@
+"""Fine-tuning: a published checkpoint learns conversations, completions or texts, by LoRA or as a whole.
+
+    data/       the examples as tokens, and what was counted
+    adapter/    what was learnt (LoRA), in PEFT's files
+    model/      the model (--method full)
+
+The run stores the fingerprint of the base, not its weights: it resumes with that model alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longscan.checkpoints.adapter import save_adapter
+from longscan.checkpoints.load import load_with_tokenizer
+from longscan.checkpoints.save import save
+from longscan.core.config import count, nearest
+from longscan.core.files import read_json, write_json
+from longscan.core.random import EpochOrder
+from longscan.core.runtime import StopSignals, available_memory
+from longscan.data.examples import Batch, Example, collate, pack
+from longscan.errors import LongscanError, UsageError
+from longscan.inference.generate import generate_ids
+from longscan.inference.sampling import SamplingConfig
+from longscan.models import LanguageModel, Model
+from longscan.models.common.lora import LoraLayer, adaptable, adapted, attach
+from longscan.models.common.quantization import quantize_model
+from longscan.tokenizers.base import Tokenizer
+from longscan.training.build import check_device
+from longscan.training.finetune_config import FinetuneConfig
+from longscan.training.finetune_data import prepare, read
+from longscan.training.footprint import Footprint, check_memory, footprint, memory_size
+from longscan.training.run import Run
+
+__all__ = ["FinetuneRun"]
+
+BASE = "base.json"
+
+
+class FinetuneRun(Run[FinetuneConfig]):
+    """Fine-tunes a language model."""
+
+    verb = "finetune"
+    settings = FinetuneConfig
+    unit, item = "nats per learnt token", "learnt tok"
+    trained_on = (BASE, "data/meta.json", "data/train.safetensors", "data/valid.safetensors")
+    tokenizer: Tokenizer
+    needs: Footprint
+
+    def prepare(self) -> tuple[Model, int, int]:
+        """Return the model, with adapters unless all of it is trained."""
+        config = self.config
+        if not config.model or not config.data:
+            raise UsageError("expected a MODEL and its DATA, files or directories of examples.")
+        check_device(config.device)
+        self.model, self.tokenizer = load_with_tokenizer(config.model, None, False)
+        self.base = self._same_base()
+        folder = self.directory / "data"
+        if not folder.is_dir():
+            prepare(config, folder, self.tokenizer, self.display.prepare)
+        self.data = read(folder)
+        self.rows, self.valid_rows = (_packed(part, config.seq_len) for part in self.data[:2])
+        self.orders = EpochOrder(config.seed, lambda stream: stream.permutation(len(self.rows)).tolist())
+        self._adapt()
+        self.model.to(config.device).train()
+        self.model.backbone.checkpointing = config.checkpointing
+        width = max(sum(len(one.ids) for one in row) for row in self.rows)
+        self.needs = footprint(self.model, self._probe, config.batch_size * width)
+        if not config.force:
+            check_memory(self.needs, available_memory())
+        return self.model, len(self.rows), config.rows_per_step
+
+    def describe(self) -> tuple[str, str]:
+        """Return the size of the training data, and of a step."""
+        meta, examples = self.data.meta, self.data.train
+        what = "conversation" if meta["conversations"] == meta["rows"] else "example"
+        tokens, learnt = sum(len(one.ids) for one in examples), sum(one.learnt for one in examples)
+        parts = [f"{count(len(examples), what)} of {count(tokens, 'token')}, {learnt:,} of them learnt"]
+        for name, remark in (("cut", "cut"), ("skipped", "left out"), ("invalid", "not valid, left out")):
+            parts += [f"{meta[name]:,} {remark}"] if meta[name] else []
+        valid = len(self.data.valid)
+        parts.append(f"{valid:,} held out" if valid else "none held out: no validation")
+        return ", ".join(parts), count(self.config.rows_per_step, "row")
+
+    def introduce(self) -> None:
+        """Show what is trained, on what, and what that takes."""
+        super().introduce()
+        config, meta = self.config, self.data.meta
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        how = f"all {trained:,} weights"
+        if config.method == "lora":
+            how = f"LoRA of rank {config.rank}, {trained:,} weights beside a base in {config.base_precision}"
+        self.display.line(f"trains     {how}")
+        if meta["conversations"]:
+            self.display.line(f"template   {meta['template']}")
+        if meta["note"]:
+            self.display.line(f"note       {meta['note']}")
+        for fault in meta["first_faults"]:
+            self.display.line(f"left out   {fault}")
+        free = available_memory()
+        known = "" if free is None else f", {memory_size(free)} are available"
+        self.display.line(f"memory     about {self.needs}{known}")
+
+    def batch(self, step: int) -> list[tuple[Batch, int]]:
+        """Return the rows of a step in parts, with the number of tokens that each learns."""
+        config, n = self.config, len(self.rows)
+        numbers = range(step * config.rows_per_step, (step + 1) * config.rows_per_step)
+        chosen = [self.rows[self.orders[number // n][number % n]] for number in numbers]
+        return [(collate(part), _learnt(part)) for part in _parts(chosen, config.batch_size)]
+
+    def loss(self, model: LanguageModel, part: Batch) -> Tensor:
+        """Return the mean loss of the learnt tokens."""
+        ids, seq_idx, labels = (tensor.to(self.config.device) for tensor in part)
+        loss: Tensor = model(ids, seq_idx=seq_idx, labels=labels, return_logits=False).loss
+        return loss
+
+    @property
+    def n_parameters(self) -> int:
+        """The size of the model without adapters."""
+        adapters = [layer.lora_A.numel() + layer.lora_B.numel() for _, layer in adapted(self.model)]
+        return super().n_parameters - sum(adapters)
+
+    @property
+    def validates(self) -> bool:
+        """Whether examples are held out."""
+        return bool(self.valid_rows)
+
+    @torch.inference_mode()
+    def validate(self, signals: StopSignals, *, last: bool) -> dict[str, Any] | None:
+        """Measure the loss of the learnt tokens in held-out examples."""
+        total, n = 0.0, 0
+        for part in _parts(self.valid_rows, self.config.batch_size):
+            if signals.received:
+                return None
+            learnt = _learnt(part)
+            total += self.loss(self.model, collate(part)).item() * learnt
+            n += learnt
+        return {"valid_loss": total / n}
+
+    def report(self, signals: StopSignals) -> None:
+        """Validate, also before the first step; answer prompts before and after."""
+        step, done = self.trainer.step_number, self.trainer.done
+        if step == 0 and self.validates and not self.metrics.has(0, self.valid_key):
+            metrics = self.validate(signals, last=True)
+            if metrics is None:
+                return
+            self.metrics.write({"step": 0, **metrics})
+            self.say(f"valid {metrics[self.valid_key]:.4f} {self.valid_unit}, before")
+        super().report(signals)
+        if (step == 0 or done) and not signals.received and not self.metrics.has(step, "samples"):
+            texts = list(self._samples())
+            self.metrics.write({"step": step, "samples": texts})
+            for prompt, answer in texts:
+                when = "before" if step == 0 else "after"
+                self.display.line(f"{when:<10} {_short(prompt)} → {_short(answer)}")
+
+    def export(self, directory: Path) -> None:
+        """Save the adapters, or the model if all of it was trained."""
+        config = self.config
+        if config.method == "full":
+            save(self.trainer.model, directory, self.tokenizer)
+            return
+        place, dropout = directory.with_name("adapter"), config.lora_dropout
+        save_adapter(self.model, place, base=config.model, fingerprint=self.base, dropout=dropout)
+
+    def _same_base(self) -> str:
+        """Return the fingerprint of the base, which must be that of the run."""
+        path, fingerprint = self.directory / BASE, self.model.fingerprint()
+        if not path.is_file():
+            write_json(path, {"model": self.config.model, "fingerprint": fingerprint})
+        if (stated := read_json(path).get("fingerprint")) != fingerprint:
+            raise LongscanError(
+                f"{self.config.model} has other weights than when the run began ({fingerprint}, then "
+                f"{stated}). Put the first ones back, or start a new run."
+            )
+        return fingerprint
+
+    def _adapt(self) -> None:
+        """Make the trained part: adapters on the matrices that are named, or everything."""
+        config, model = self.config, self.model
+        if config.method == "full":
+            model.requires_grad_(True)
+            return
+        if config.base_precision != "float32":
+            quantize_model(model, config.base_precision)
+        names = adaptable(model)
+        chosen = list(names)
+        if config.target:
+            chosen = [name for name in names if any(_ends(name, target) for target in config.target)]
+        for target in config.target:
+            if not any(_ends(name, target) for name in names):
+                known = {name.rpartition(".")[2] for name in names}
+                raise UsageError(f"--target: no matrix called {target!r}{nearest(target, known)}")
+        if not chosen:
+            raise LongscanError(f"{config.model} has no matrices for adapters: choose --method full.")
+        layer = LoraLayer(config.rank, config.scale)
+        generator = torch.Generator().manual_seed(config.seed)
+        attach(model, dict.fromkeys(chosen, layer), config.lora_dropout, generator)
+
+    def _probe(self, tokens: int) -> Tensor:
+        """Return the loss of a row of so many tokens."""
+        ids = torch.zeros(1, tokens, dtype=torch.int64)
+        return self.loss(self.model, Batch(ids, torch.zeros_like(ids), ids))
+
+    def _samples(self) -> Iterator[tuple[str, str]]:
+        """Yield held-out prompts and what the model answers, the most likely tokens."""
+        examples = (self.data.valid or self.data.train)[: self.config.samples]
+        ends, stops = self.data.meta["ends"]
+        tokens = self.config.sample_tokens
+        settings = SamplingConfig(max_new_tokens=tokens, temperature=0.0, stop=tuple(stops))
+        for ids, trained in examples:
+            first = int(trained.argmax()) or 1
+            prompt = ids[:first].tolist()
+            events = generate_ids(self.model, [prompt], settings, eos_id=ends, tokenizer=self.tokenizer)
+            yield self.tokenizer.decode(prompt), "".join(event.text for event in events)
+
+
+def _packed(examples: list[Example], seq_len: int) -> list[list[Example]]:
+    """Return rows of examples."""
+    return [[examples[i] for i in row] for row in pack([len(one.ids) for one in examples], seq_len)]
+
+
+def _parts(rows: Sequence[list[Example]], batch_size: int) -> list[Sequence[list[Example]]]:
+    """Return rows in batches."""
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+
+def _learnt(rows: Sequence[list[Example]]) -> int:
+    """Return how many tokens rows teach."""
+    return sum(example.learnt for row in rows for example in row)
+
+
+def _ends(name: str, target: str) -> bool:
+    """Whether a matrix is meant: by its name, or the end of it."""
+    return name == target or name.endswith(f".{target}")
+
+
+def _short(text: str) -> str:
+    """Return the end of a text in a line."""
+    line = " ".join(text.split())
+    return line if len(line) <= 70 else f"…{line[-69:]}"
