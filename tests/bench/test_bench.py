@@ -219,6 +219,7 @@ def test_everything_prints_without_peers(reports: list[report.Report]) -> None:
         "decode, by batch size",
         "seconds from the start of the process",
         "decoding after a prompt",
+        "fine-tuning: tokens/s",
         "training a translator",
         "evaluate: 20,000 tokens",
         "decode, by position",
@@ -241,10 +242,10 @@ def test_a_suite_for_real_as_text(cli: Any) -> None:
 
 def test_peers_that_are_not_installed() -> None:
     absent = runner.missing_peers(Settings(installed=lambda package: package == "transformers"))
-    assert absent == ["mambapy", "llama-cpp-python"]
+    assert absent == ["mambapy", "peft", "llama-cpp-python"]
     assert runner.missing_peers(Settings(installed=lambda _: False, peers=False)) == []
     assert runner.install_peers(runner.missing_peers(Settings(installed=lambda _: False))) == (
-        "not installed: mambapy, transformers, llama-cpp-python; to compare with them: "
+        "not installed: mambapy, transformers, peft, llama-cpp-python; to compare with them: "
         "pip install 'longscan[peers,llama]'"
     )
 

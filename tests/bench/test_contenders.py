@@ -154,6 +154,15 @@ def test_peers_run(job: str, more_of_it: dict[str, Any]) -> None:
     prepare(f"longscan.bench.contenders.{job}", arguments | more[phase])()
 
 
+@pytest.mark.filterwarnings("ignore")  # PEFT's own, of transformers
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("job", ["longscan", "peft"])
+def test_fine_tuning_steps_run(job: str, lora: bool) -> None:
+    pytest.importorskip("peft")
+    model = {"d_model": 16, "n_layers": 2, "vocab_size": 32}
+    prepare(f"longscan.bench.contenders.finetune:{job}", {"model": model, "seq_len": 8, "lora": lora})()
+
+
 @pytest.mark.parametrize("shape", ["130m", "mamba2", "falcon-h1", "granite-h"])
 def test_transformers_computes_the_same(shape: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")

@@ -16,8 +16,10 @@ from longscan.checkpoints.adapter import WEIGHTS
 from longscan.checkpoints.load import load
 from longscan.checkpoints.save import save
 from longscan.core.files import read_json
-from longscan.data.examples import collate
+from longscan.data.examples import collate, load_examples
 from longscan.errors import LongscanError, UsageError
+from longscan.inference.generate import generate_ids
+from longscan.inference.sampling import SamplingConfig
 from longscan.models import MODELS
 from longscan.models.common.lora import adapted
 from longscan.tokenizers.base import ByteTokenizer
@@ -307,3 +309,27 @@ def test_misuse(
     assert words in done.err
     assert "Traceback" not in done.err
     assert not (tmp_path / "run").exists()
+
+
+def test_exact_answers_are_those_of_greedy_decoding(base: Path, tmp_path: Path) -> None:
+    """What validation counts is what the model writes."""
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{letter}:", "completion": letter.upper()} for letter in "abcdefghij" * 3]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = {"method": "full", "steps": 30, "valid_fraction": 0.3}
+    config = FinetuneConfig.from_dict({**FLAGS, **more, "model": str(base), "data": [str(file)]})
+    run = tmp_path / "run"
+    FinetuneRun.begin(config, run, figures=False)
+    counted = [record["valid_exact"] for record in metrics(run) if "valid_exact" in record]
+    assert counted[0] == 0
+    assert counted[-1] > 0.3
+    model, tokenizer = load(run / "model")
+    assert tokenizer is not None
+    held = load_examples(run / "data" / "valid.safetensors")
+    right = 0
+    for ids, trained in held:
+        first = int(trained.argmax())
+        greedy = SamplingConfig(max_new_tokens=8, temperature=0.0)
+        events = generate_ids(model, [ids[:first].tolist()], greedy, eos_id=tokenizer.eos_ids)
+        right += [event.token for event in events] == ids[first:].tolist()
+    assert right / len(held) == counted[-1]

@@ -128,6 +128,17 @@ def test_training_goes_on_from_a_checkpoint(
     assert_same(twice, once)
 
 
+def test_fixed_parameters_have_no_moments(config: TrainConfig, tmp_path: Path) -> None:
+    """The state matrix of an LSSL may stay as it is; such a run resumes too."""
+    fixed = config.replace(model="lssl", d_state=None, option=("fixed=true",), steps=3, sample_every=0)
+    train(fixed, tmp_path / "whole")
+    train(fixed.replace(steps=2), tmp_path / "run")
+    resume(tmp_path / "run", {"steps": 3})
+    moments = load_tensors(tmp_path / "run" / "checkpoints" / "step-000003" / "optimizer.safetensors")
+    assert moments
+    assert not [name for name in moments if ".A." in name or name.endswith(".A")]
+
+
 def test_few_documents_teach_how_a_text_begins(config: TrainConfig, whole: Path) -> None:
     seen: list[torch.Tensor] = []
     run = importlib.import_module("longscan.training.language_model").LanguageRun(whole, config, Display())

@@ -49,6 +49,7 @@ def draw(reports: Sequence[Report], title: str, path: Path) -> None:
     panels = {
         "ops": _milliseconds,
         "train": _lengths,
+        "finetune": _rates,
         "generate": _rates,
         "translate": _rates,
         "shipped": _milliseconds,
@@ -58,7 +59,7 @@ def draw(reports: Sequence[Report], title: str, path: Path) -> None:
     }
     heights = [
         1.2 + 0.24 * (len(report.rows) + len(_cases(report.rows)))
-        if report.suite in ("ops", "generate", "translate", "shipped", "vision")
+        if report.suite in ("ops", "finetune", "generate", "translate", "shipped", "vision")
         else 4.5
         for report in reports
     ]

@@ -10,7 +10,7 @@ from typing import Any
 from longscan.bench.machine import OthersLoad, machine, versions
 from longscan.bench.measure import Settings
 from longscan.bench.report import Report
-from longscan.bench.suites import generate, ops, position, shipped, stream, train, translate, vision
+from longscan.bench.suites import finetune, generate, ops, position, shipped, stream, train, translate, vision
 from longscan.core.optional import EXTRAS
 
 __all__ = ["SUITES", "about", "heading", "install_peers", "missing_peers", "run"]
@@ -18,6 +18,7 @@ __all__ = ["SUITES", "about", "heading", "install_peers", "missing_peers", "run"
 SUITES = {
     "ops": ops.run,
     "train": train.run,
+    "finetune": finetune.run,
     "generate": generate.run,
     "translate": translate.run,
     "shipped": shipped.run,
@@ -25,7 +26,7 @@ SUITES = {
     "stream": stream.run,
     "vision": vision.run,
 }
-PEERS = ("mambapy", "transformers", "llama-cpp-python")
+PEERS = ("mambapy", "transformers", "peft", "llama-cpp-python")
 BUSY = 0.03  # share of the machine that others may take unnoted
 
 

@@ -1,7 +1,7 @@
 """`longscan bench`: longscan beside the installed peers and the ceilings of the hardware.
 
-The suites ops, train, generate, translate, shipped, position, stream and vision compare speed and memory;
-text and quality measure predictions, on files that the user names.
+The suites ops, train, finetune, generate, translate, shipped, position, stream and vision compare speed and
+memory; text and quality measure predictions, on files that the user names.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ EXTRAS = {
     "torchdiffeq": ("torchdiffeq", "ode"),
     "transformers": ("transformers", "peers"),
     "mambapy": ("mambapy", "peers"),
+    "peft": ("peft", "peers"),
     "llama-cpp-python": ("llama_cpp", "llama"),
     "optimum-intel": ("optimum.intel", "openvino"),
     "onnx": ("onnx", "onnx"),

@@ -9,7 +9,7 @@ The run stores the fingerprint of the base, not its weights: it resumes with tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from longscan.inference.generate import generate_ids
 from longscan.inference.sampling import SamplingConfig
 from longscan.models import LanguageModel, Model
 from longscan.models.common.lora import LoraLayer, adaptable, adapted, attach
+from longscan.models.common.losses import IGNORE, next_tokens
 from longscan.models.common.quantization import quantize_model
 from longscan.tokenizers.base import Tokenizer
 from longscan.training.build import check_device
@@ -48,6 +49,7 @@ class FinetuneRun(Run[FinetuneConfig]):
     verb = "finetune"
     settings = FinetuneConfig
     unit, item = "nats per learnt token", "learnt tok"
+    score, scores = "exact answers", {"valid_exact": "exact"}
     trained_on = (BASE, "data/meta.json", "data/train.safetensors", "data/valid.safetensors")
     tokenizer: Tokenizer
     needs: Footprint
@@ -132,31 +134,43 @@ class FinetuneRun(Run[FinetuneConfig]):
 
     @torch.inference_mode()
     def validate(self, signals: StopSignals, *, last: bool) -> dict[str, Any] | None:
-        """Measure the loss of the learnt tokens in held-out examples."""
-        total, n = 0.0, 0
+        """Measure the loss of the learnt tokens in held-out examples, and how many would be written exactly.
+
+        If each learnt token is the most likely one behind those before it, greedy decoding writes just these.
+        """
+        total, n, exact = 0.0, 0, 0
         for part in _parts(self.valid_rows, self.config.batch_size):
             if signals.received:
                 return None
-            learnt = _learnt(part)
-            total += self.loss(self.model, collate(part)).item() * learnt
-            n += learnt
-        return {"valid_loss": total / n}
+            ids, seq_idx, labels = (tensor.to(self.config.device) for tensor in collate(part))
+            hidden, _ = self.model.backbone(ids, None, seq_idx)
+            targets = next_tokens(labels, seq_idx)
+            learnt = targets != IGNORE  # (rows, seq_len)
+            losses, hits = self.model.token_scores(hidden[learnt], targets[learnt])
+            total, n = total + float(losses.double().sum()), n + len(losses)
+            width = int(seq_idx.max()) + 1
+            examples = (torch.arange(len(ids), device=ids.device)[:, None] * width + seq_idx)[learnt]
+            missed = torch.bincount(examples, (~hits).float())
+            exact += int(((torch.bincount(examples) > 0) & (missed == 0)).sum())
+        return {"valid_loss": total / n, "valid_exact": exact / len(self.data.valid)}
+
+    def remark(self, metrics: Mapping[str, Any]) -> str:
+        """Return how many of the held-out answers are exact."""
+        return f", {metrics['valid_exact']:.1%} of the answers exact"
+
+    def due(self, key: str, every: int, *, always: bool = False) -> bool:
+        """Whether a metric is due, see `Run.due`; before the first step it is."""
+        return super().due(key, every, always=always or self.trainer.step_number == 0)
 
     def report(self, signals: StopSignals) -> None:
-        """Validate, also before the first step; answer prompts before and after."""
-        step, done = self.trainer.step_number, self.trainer.done
-        if step == 0 and self.validates and not self.metrics.has(0, self.valid_key):
-            metrics = self.validate(signals, last=True)
-            if metrics is None:
-                return
-            self.metrics.write({"step": 0, **metrics})
-            self.say(f"valid {metrics[self.valid_key]:.4f} {self.valid_unit}, before")
+        """Validate; before and after, answer prompts too."""
         super().report(signals)
-        if (step == 0 or done) and not signals.received and not self.metrics.has(step, "samples"):
+        step = self.trainer.step_number
+        if not signals.received and self.due("samples", 0, always=self.trainer.done):
             texts = list(self._samples())
             self.metrics.write({"step": step, "samples": texts})
+            when = "after" if step else "before"
             for prompt, answer in texts:
-                when = "before" if step == 0 else "after"
                 self.display.line(f"{when:<10} {_short(prompt)} → {_short(answer)}")
 
     def export(self, directory: Path) -> None:

@@ -133,7 +133,8 @@ class Run(Task[C]):
                 return
             self.metrics.write({"step": self.trainer.step_number, **metrics})
             whole = " (all held-out data)" if last else ""
-            self.say(f"valid {metrics[self.valid_key]:.4f} {self.valid_unit}{whole}")
+            value = f"{metrics[self.valid_key]:.4f} {self.valid_unit}{self.remark(metrics)}"
+            self.say(f"valid {value}{whole}")
             self.display.validated(self._valid)
             self._plot()
 

@@ -110,6 +110,14 @@ class Task(ABC, Generic[C]):
             The metrics, `valid_key` among them; None if a signal arrived.
         """
 
+    def remark(self, metrics: Mapping[str, Any]) -> str:
+        """Return what else is shown of a validation.
+
+        Args:
+            metrics: of `validate`.
+        """
+        return ""
+
     def say(self, text: str) -> None:
         """Show a line that starts with the step."""
         self.display.line(f"step {self.trainer.step_number:,}: {text}")

@@ -283,6 +283,26 @@ class LanguageModel(Model):
         chunks = [nats(self.head(h), t, vocab_size) for h, t in row_chunks(hidden, targets, vocab_size)]
         return torch.cat(chunks).view(targets.shape)
 
+    @torch.no_grad()
+    def token_scores(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy of each target, in nats, and whether it is the most likely token.
+
+        Args:
+            hidden: (n, d_model) of the backbone.
+            targets: (n,) int64 below vocab_size: the token that follows each position.
+
+        Returns:
+            losses: (n,) at least float32.
+            hits: (n,) bool.
+        """
+        vocab_size = self.config.vocab_size
+        losses, hits = [hidden.new_zeros(0)], [targets.new_zeros(0, dtype=torch.bool)]
+        for h, t in row_chunks(hidden, targets, vocab_size):
+            logits = self.head(h)[:, :vocab_size]
+            losses.append(nats(logits, t, vocab_size))
+            hits.append(logits.argmax(-1) == t)
+        return torch.cat(losses), torch.cat(hits)
+
     def no_decay_parameters(self) -> Iterable[nn.Parameter]:
         """Return the parameters of the recurrence, which set its time scales."""
         mixers = [module for module in self.modules() if isinstance(module, Mixer)]
