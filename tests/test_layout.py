@@ -23,7 +23,7 @@ FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init
 # a room imports only from the rooms to its left
 ROOMS = (
     *("errors", "core", "ops", "models", "tokenizers", "data", "checkpoints", "plotting", "inference"),
-    *("evaluation", "training", "reproduce", "bench", "serve", "compat", "commands", "cli", "__main__"),
+    *("evaluation", "training", "reproduce", "bench", "serve", "compat", "hf", "commands", "cli", "__main__"),
 )
 # inside models/common, in order too
 COMMON = (

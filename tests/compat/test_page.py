@@ -24,7 +24,7 @@ def test_the_blocks_run(tmp_path: Path) -> None:
         pytest.skip("transformers is not installed")
     page = (ROOT / "docs" / "compat.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     wanted = {"timm": "import timm", "onnxruntime": "import onnxruntime", "onnxscript": "import onnxruntime"}
     for package, line in wanted.items():
         if importlib.util.find_spec(package) is None or not imports(package):

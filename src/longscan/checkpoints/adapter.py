@@ -165,7 +165,8 @@ def _read(model: Model, directory: Path) -> _Adapter:
             raise AdapterError(
                 f"{path}: {key[:120]}: expected {PREFIX}(layer).lora_A.weight or .lora_B.weight."
             )
-        layer = ours.get(match[1], match[1])
+        path_in = match[1].removeprefix("network.")  # trained on the model of compat/causal_lm.py
+        layer = ours.get(path_in, path_in)
         if layer not in shapes:
             known = some(theirs for theirs in ours)
             raise AdapterError(f"{path}: {match[1][:120]}: this model has no such matrix. It has {known}.")
