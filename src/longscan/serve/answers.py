@@ -90,7 +90,7 @@ class Listing:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._offset = tokenizer, 0
+        self._tokenizer, self._offset, self._text = tokenizer, 0, tokenizer.stream()
 
     def of(self, scored: Sequence[Scored]) -> dict[str, Any]:
         """Return the next tokens.
@@ -100,9 +100,9 @@ class Listing:
         """
         tokens = [token_text(self._tokenizer, one.token) for one in scored]
         offsets = []
-        for token in tokens:
-            offsets.append(self._offset)
-            self._offset += len(token)
+        for one in scored:
+            offsets.append(self._offset)  # a character of several tokens counts once
+            self._offset += len(self._text.push(one.token))
         tops: list[dict[str, float] | None] = []
         for one, token in zip(scored, tokens, strict=True):
             top: dict[str, float] = {}
