@@ -59,7 +59,7 @@ class Recorded(Conversation):
         return ids
 
     def _keep(self, prompt: Any, written: Any, saved: Any, ended: bool = False) -> None:
-        self.seen += written.ids
+        self.seen += written.ids[: saved.position + len(saved.pending) - written.begin]
         super()._keep(prompt, written, saved, ended)
 
 
@@ -109,6 +109,24 @@ def test_an_answer_that_ends_itself_is_not_read_again(mamba: LanguageModel, temp
     # the plain template puts a space before an answer that has none
     assert second.turn.remembered > 300
     assert second.turn.read < (50 if template == "chatml" or text[:1].isspace() else 80)
+
+
+def test_an_answer_that_a_stop_string_ends_is_not_read_again(model: LanguageModel) -> None:
+    first = talk(model, system="s" * 300)
+    text = say(first, "a")
+    stop = next(text[i : i + 3] for i in range(4, len(text) - 3) if text.find(text[i : i + 3]) == i)
+    config = SamplingConfig(temperature=0, max_new_tokens=12, stop=(stop,))
+    template = find_template(TOKENIZER, "chatml")
+    second = Recorded(model, TOKENIZER, template, config=config, system="s" * 300)
+    assert say(second, "a") == text[: text.index(stop)]
+    assert second.turn.finish == "stop"
+    say(second, "b")
+    assert second.turn.remembered > first.turn.read
+    assert second.turn.read < 50
+    written = [event.token for event in generate_ids(model, [second.before], GREEDY, eos_id=None)]
+    held = second.seen[len(second.before) :]
+    assert held
+    assert held == written[: len(held)]
 
 
 @pytest.mark.parametrize("template", ["chatml", "plain"])

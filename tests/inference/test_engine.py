@@ -44,7 +44,11 @@ def text(length: int, seed: int = 0) -> list[int]:
 
 def ask(ids: Any, /, *, eos_id: int | None = EOS, **fields: Any) -> Request:
     """A request; fields that are not its own are those of its SamplingConfig."""
-    own = {name: fields.pop(name) for name in ("state", "position", "pending", "keep") if name in fields}
+    own = {
+        name: fields.pop(name)
+        for name in ("state", "position", "pending", "keep", "before_stop")
+        if name in fields
+    }
     return Request(
         ids=ids,
         eos_id=eos_id,
@@ -277,6 +281,35 @@ def test_a_step_that_was_interrupted_can_be_taken_again(model: LanguageModel) ->
 @pytest.mark.parametrize("ids", [[5, 6], np.array([5, 6], np.uint16), torch.tensor([5, 6]), (5, 6)])
 def test_ids_may_stand_in_anything(model: LanguageModel, ids: Any) -> None:
     assert alone(model, ask(ids)) == alone(model, ask([5, 6]))
+
+
+@each_model
+def test_the_state_before_a_stop_string(model: LanguageModel) -> None:
+    """Whether it begins within a token or before one, and however often it seemed to begin earlier."""
+    prompt, settings = text(CHUNK + 10), {"eos_id": None, "keep": True, "seed": 3, "temperature": 2.0}
+    engine = Engine(model, BYTES)
+    engine.submit(ask(prompt, **settings))
+    written = tokens(list(engine.run()), 0)
+    for length in (1, 4):
+        stop = [bytes(written[i : i + length]) for i in range(len(written) - length)]
+        at, found = next(
+            (i, one) for i, one in enumerate(stop) if i > 20 and one.isascii() and stop.index(one) == i
+        )
+        engine = Engine(model, BYTES, slots=3)
+        others = [engine.submit(ask([i], eos_id=None, max_new_tokens=8 + 90 * i)) for i in range(2)]
+        number = engine.submit(ask(prompt, **settings, before_stop=True, stop=[found.decode()]))
+        events = [event for event in engine.run() if event.row == number]
+        assert events[-1].finish == "stop"
+        assert others
+        saved = engine.saved(number)
+        assert (saved.position, list(saved.pending)) == (len(prompt) + at, [])
+        plain = Engine(model, BYTES)
+        plain.submit(ask(prompt, **settings, max_new_tokens=at + 1))
+        list(plain.run())
+        expected = plain.saved(0)
+        assert expected.position == saved.position
+        exact = {"rtol": 0, "atol": 0} if ops.backend() != "reference" and model.dtype.itemsize == 4 else {}
+        torch.testing.assert_close(flat(saved.state), flat(expected.state), **exact)
 
 
 @each_model

@@ -57,8 +57,9 @@ class Turn:
 
 @dataclass
 class _Written:
-    """An answer so far."""
+    """An answer so far, and the number of tokens before it."""
 
+    begin: int
     ids: list[int] = field(default_factory=list)
     text: str = ""
 
@@ -241,11 +242,12 @@ class Conversation:
                 position=position,
                 pending=pending,
                 keep=True,
+                before_stop=True,
             )
         )
         previous, self.messages = self.messages, messages
         self.turn = turn
-        written, last = _Written(), begin
+        written, last = _Written(before.length + len(rest)), begin
         try:
             for event in engine.run():
                 if event.error is not None:
@@ -293,7 +295,8 @@ class Conversation:
 
     def _keep(self, prompt: Pieces, written: _Written, saved: SavedState, ended: bool = False) -> None:
         """Store the state after an answer, if it holds what the answer's text says and nothing else."""
-        known = answered(self.tokenizer, prompt, written.ids, written.text, saved, ended)
+        ids = written.ids[: saved.position + len(saved.pending) - written.begin]
+        known = answered(self.tokenizer, prompt, ids, written.text, saved, ended)
         if known:
             self._turns.store(known)
 

@@ -297,7 +297,11 @@ class Engine:
 
     def _draw(self, slot: int, row: Row, logits: np.ndarray, events: list[Event]) -> None:
         """Draw the next token of a row from logits (padded_vocab_size,)."""
+        held = row.writer.holds
         token = self._draw_token(row, logits, events)
+        if row.request.before_stop and not held and (row.writer.holds or row.finish == "stop"):
+            memory = row.mark and row.mark[1]
+            row.mark = row.progress.position, self._row(slot).mark(memory)  # the state before this token
         row.logits, row.progress.pending = None, [token]
         self._next[slot] = token
         if self._speculator:
@@ -422,7 +426,16 @@ class Engine:
 
     def _copy(self, slot: int) -> SavedState:
         """Return a copy of a row's state."""
+        row = self._rows[slot]
+        if row.finish == "stop" and row.mark:
+            position, mark = row.mark
+            state = self._row(slot).clone()
+            state.rewind(mark)
+            return SavedState(state.clone(), position, [])  # a growing state is shorter now
+        progress = row.progress
+        return SavedState(self._row(slot).clone(), progress.position, list(progress.pending))
+
+    def _row(self, slot: int) -> State:
+        """Return a view of a row's state."""
         assert self._state is not None
-        progress = self._rows[slot].progress
-        row = self._state.map(lambda tensor: tensor[slot : slot + 1])
-        return SavedState(row.clone(), progress.position, list(progress.pending))
+        return self._state.map(lambda tensor: tensor[slot : slot + 1])

@@ -35,6 +35,8 @@ class Request:
         pending: the tokens after them, as in `SavedState.pending`: the engine decodes them step by step, so
             that the text continues bit-exactly as if it had not been saved.
         keep: whether `Engine.saved` still has the state when the text has ended.
+        before_stop: whether that state, if a stop string ended the text, is the one before the token in which
+            the stop string began, without pending tokens: it holds only what was shown. Drafts prevent it.
         logit_bias: id -> what is added to its logit before sampling.
         constraint: makes what decides which tokens may come next, a grammar say; None allows all.
     """
@@ -46,6 +48,7 @@ class Request:
     position: int = 0
     pending: Sequence[int] = ()
     keep: bool = False
+    before_stop: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     constraint: Callable[[], Constraint] | None = None
 

@@ -131,6 +131,8 @@ class Row:
         self.logits: np.ndarray | None = None  # (padded_vocab_size,) to draw the next token from
         self.progress = RowProgress()
         self.finish: Finish | None = None
+        # the position at which a stop string may have begun, and what `State.mark` returned there
+        self.mark: tuple[int, list[Tensor]] | None = None
 
     def draw(self, logits: np.ndarray) -> int:
         """Return the id of the next token.

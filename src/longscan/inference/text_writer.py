@@ -30,6 +30,11 @@ class TextWriter:
             for token in prompt[-CONTEXT:]:
                 self._stream.push(token)  # in some vocabularies a space depends on the token before it
 
+    @property
+    def holds(self) -> bool:
+        """Whether a possible start of a stop string is held back."""
+        return bool(self._held)
+
     def push(self, token: int, *, is_eos: bool, is_last: bool) -> tuple[str, Finish | None]:
         """Return the new text after a token, and why the row ends here, or None.
 

@@ -108,22 +108,24 @@ class Turns:
 def answered(
     tokenizer: Tokenizer, prompt: Pieces, ids: Sequence[int], text: str, saved: SavedState, ended: bool
 ) -> Known | None:
-    """Return what a state after an answer holds, or None if that is not what the answer's text says.
+    """Return what a state in or after an answer holds, or None if that is not what the answer's text says.
 
     Args:
         tokenizer: of the model.
         prompt: what was answered.
-        ids: of the answer.
+        ids: of the answer, those that the state holds: not all if a stop string ended it.
         text: of the answer, as it was shown.
-        saved: the state after it.
-        ended: whether its last token ends it; then the template says what follows.
+        saved: the state.
+        ended: whether its last token ends the answer; then the template says what follows.
     """
     if ended:
         ids, saved = ids[:-1], saved._replace(pending=[])
+    held = tokenizer.decode(ids).lstrip()  # the space before it is a matter of the tokenizer
+    begin = len(text) - len(text.lstrip())
     special = set(tokenizer.special_tokens.values())
-    if not ids or special & set(ids) or tokenizer.decode(ids).strip() != text.strip():
+    if not held or special & set(ids) or text[begin : begin + len(held)] != held:
         return None
-    return Known(join([*prompt, text]), saved)
+    return Known(join([*prompt, text[: begin + len(held)]]), saved)
 
 
 def encode_pieces(tokenizer: Tokenizer, pieces: Pieces) -> np.ndarray:

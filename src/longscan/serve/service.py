@@ -269,6 +269,7 @@ class Service:
             position=position,
             pending=pending,
             keep=True,
+            before_stop=True,
             logit_bias=body.biases,
         )
         job = await self.worker.submit(request, body.choices)
@@ -282,8 +283,9 @@ class Service:
         """
         for text in chat.job.texts:
             if text.saved is not None:
+                n = text.saved.position + len(text.saved.pending) - chat.n_prompt
                 ended = text.finish == "eos"
-                known = answered(self.tokenizer, chat.prompt, text.ids, text.text, text.saved, ended)
+                known = answered(self.tokenizer, chat.prompt, text.ids[:n], text.text, text.saved, ended)
                 if known is not None:
                     self.turns.store(known)
 
