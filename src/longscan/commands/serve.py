@@ -45,6 +45,7 @@ def command(
     ] = None,
     slots: Annotated[int, typer.Option(help="Texts that decode at a time.")] = 8,
     queue: Annotated[int, typer.Option(help="Requests that may wait; others get 429.")] = 64,
+    connections: Annotated[int, typer.Option(help="Connections at a time; others get 503.")] = 1024,
     max_length: Annotated[int, typer.Option(help="Tokens of a text, prompt and answer together.")] = 32768,
     cache_mb: Annotated[int, typer.Option(help="MB of states of conversations, and of prefixes.")] = 256,
     deadline: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
@@ -90,6 +91,7 @@ def command(
     for flag, value, least in (
         ("--slots", slots, 1),
         ("--queue", queue, 0),
+        ("--connections", connections, 1),
         ("--max-length", max_length, 2),
         ("--cache-mb", cache_mb, 0),
         ("--port", port, 0),
@@ -109,7 +111,7 @@ def command(
     keep_memory()
     listener = bind(host, port)
     network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name, adapter)
-    limits = Limits(slots, queue, max_length, deadline, cache_mb << 20)
+    limits = Limits(slots, queue, max_length, deadline, cache_mb << 20, connections=connections)
     shown = name or (Path(model).name if Path(model).exists() else model)
     service = Service(network, tokenizer, shown, find_template(tokenizer, template), limits)
     hosts = (*LOOPBACK, *(allow_host or ())) if host in LOOPBACK or allow_host else ()

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from longscan.errors import LongscanError
 from longscan.serve import answers
@@ -23,7 +24,7 @@ from longscan.serve.bodies import (
 from longscan.serve.errors import ApiError, BusyError, api_error
 from longscan.serve.guard import Access, App, Guard
 from longscan.serve.responses import Chat, Completion
-from longscan.serve.service import Service
+from longscan.serve.service import Limits, Service
 
 __all__ = ["make_app"]
 
@@ -156,13 +157,9 @@ async def _body_of(request: Request, kind: type[BodyT], service: Service) -> Bod
     """Return the checked body of a request."""
     if service.worker.draining:
         raise ApiError(503, "the server is shutting down.", "draining", headers={"Retry-After": "5"})
-    most, data = service.limits.body_bytes, bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > most:
-            raise ApiError(413, f"the body: expected at most {most:,} bytes.", "request_too_large")
+    data = await _content(request, service.limits)
     try:
-        return kind.model_validate_json(bytes(data))
+        return kind.model_validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         cause = first.get("ctx", {}).get("error")
@@ -175,3 +172,21 @@ async def _body_of(request: Request, kind: type[BodyT], service: Service) -> Bod
         code = "invalid_json" if first["type"] == "json_invalid" else "invalid_value"
         message = f"{where or 'the body'}: {first['msg'][:300]}."
         raise ApiError(400, message, code, field) from None
+
+
+async def _content(request: Request, limits: Limits) -> bytes:
+    """Return the bytes of a body, if they are few enough and come soon enough."""
+    data = bytearray()
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for part in request.stream():
+                data += part
+                if len(data) > limits.body_bytes:
+                    message = f"the body: expected at most {limits.body_bytes:,} bytes."
+                    raise ApiError(413, message, "request_too_large")
+    except TimeoutError:
+        message = f"the body: expected its end within {limits.body_seconds:g} seconds."
+        raise ApiError(408, message, "request_timeout", headers={"Connection": "close"}) from None
+    except ClientDisconnect:
+        raise ApiError(499, "the client has gone.") from None
+    return bytes(data)

@@ -15,6 +15,7 @@ import uvicorn
 from longscan.errors import LongscanError
 from longscan.serve.app import make_app
 from longscan.serve.guard import Access
+from longscan.serve.protocol import limited
 from longscan.serve.service import Service
 
 __all__ = ["bind", "make_server", "serve"]
@@ -94,7 +95,7 @@ def make_server(service: Service, access: Access, drain: float = 10.0) -> uvicor
     config = uvicorn.Config(
         make_app(service, access),
         loop="asyncio",
-        http="h11",
+        http=limited(service.limits.connections, service.limits.head_seconds),
         ws="none",
         lifespan="off",
         log_config=None,

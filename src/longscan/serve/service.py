@@ -49,6 +49,9 @@ class Limits:
         deadline: seconds that a request may take.
         cache_bytes: of the states of conversations, and as much again of prefixes.
         body_bytes: of a request.
+        connections: at a time.
+        head_seconds: for the headers of a request.
+        body_seconds: for its body.
     """
 
     slots: int = 8
@@ -57,6 +60,9 @@ class Limits:
     deadline: float = 600.0
     cache_bytes: int = 256 << 20
     body_bytes: int = 4 << 20
+    connections: int = 1024
+    head_seconds: float = 10.0
+    body_seconds: float = 60.0
 
 
 @dataclass
