@@ -224,6 +224,8 @@ def test_everything_prints_without_peers(reports: list[report.Report]) -> None:
         "evaluate: 20,000 tokens",
         "decode, by position",
         "Llama 130m: speed at 64, share of that at 8",
+        "concurrent streams: tokens/s in all",
+        "first token by turn of a conversation",
     ):
         assert title in text
     assert "longscan" in text

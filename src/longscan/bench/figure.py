@@ -56,6 +56,7 @@ def draw(reports: Sequence[Report], title: str, path: Path) -> None:
         "position": _positions,
         "stream": _quarters,
         "vision": _rates,
+        "serve": _turns,
     }
     heights = [
         1.2 + 0.24 * (len(report.rows) + len(_cases(report.rows)))
@@ -155,6 +156,22 @@ def _quarters(ax: Axes, report: Report) -> None:
     ax.set(xlabel="tokens", ylabel="relative to the first quarter", ylim=(0, 1.5))
     ax.grid(alpha=0.25)
     ax.legend(frameon=False, fontsize="small")
+
+
+def _turns(ax: Axes, report: Report) -> None:
+    """Draw the time to the first token of each turn of a conversation, on a log scale."""
+    rows = [row for row in report.rows if row.get("turn") and row["seconds"]]
+    for name, (colour, marker) in styles(rows).items():
+        mine = [row for row in rows if row["contender"] == name]
+        turns = [row["turn"] for row in mine]
+        middle, low, high = ([1e3 * row[key] for row in mine] for key in _TIMES)
+        ax.plot(turns, middle, color=colour, marker=marker, markersize=4, label=name)
+        ax.fill_between(turns, low, high, color=colour, alpha=0.2, linewidth=0)
+    ax.set(yscale="log", xlabel="turn of the conversation", ylabel="time to the first token (ms)")
+    ax.set_xticks(range(2, 1 + max((row["turn"] for row in rows), default=2), 2))
+    ax.grid(alpha=0.25)
+    if rows:
+        ax.legend(frameon=False, fontsize="small")
 
 
 def _cases(rows: list[dict[str, Any]]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,7 +10,18 @@ from typing import Any
 from longscan.bench.machine import OthersLoad, machine, versions
 from longscan.bench.measure import Settings
 from longscan.bench.report import Report
-from longscan.bench.suites import finetune, generate, ops, position, shipped, stream, train, translate, vision
+from longscan.bench.suites import (
+    finetune,
+    generate,
+    ops,
+    position,
+    serve,
+    shipped,
+    stream,
+    train,
+    translate,
+    vision,
+)
 from longscan.core.optional import EXTRAS
 
 __all__ = ["SUITES", "about", "heading", "install_peers", "missing_peers", "run"]
@@ -25,12 +36,15 @@ SUITES = {
     "position": position.run,
     "stream": stream.run,
     "vision": vision.run,
+    "serve": serve.run,
 }
 PEERS = ("mambapy", "transformers", "peft", "llama-cpp-python")
 BUSY = 0.03  # share of the machine that others may take unnoted
 
 
-def run(suite: str, settings: Settings, quick: bool = False, shape: str = "130m") -> Report:
+def run(
+    suite: str, settings: Settings, quick: bool = False, shape: str = "130m", precision: str = "int8"
+) -> Report:
     """Return the report of a suite, with notes on what its numbers are worth.
 
     Args:
@@ -38,9 +52,14 @@ def run(suite: str, settings: Settings, quick: bool = False, shape: str = "130m"
         settings: of the benchmark.
         quick: tiny sizes, to see that it works.
         shape: of the suite generate.
+        precision: of the suite serve.
     """
     others = OthersLoad()
-    measure = partial(generate.run, shape=shape) if suite == "generate" else SUITES[suite]
+    measure: Callable[[Settings, bool], Report] = SUITES[suite]
+    if suite == "generate":
+        measure = partial(generate.run, shape=shape)
+    elif suite == "serve":
+        measure = partial(serve.run, precision=precision)
     report = measure(settings, quick)
     report.others = others.share()
     if report.others is not None and report.others > BUSY:

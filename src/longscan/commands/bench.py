@@ -1,7 +1,7 @@
 """`longscan bench`: longscan beside the installed peers and the ceilings of the hardware.
 
-The suites ops, train, finetune, generate, translate, shipped, position, stream and vision compare speed and
-memory; text and quality measure predictions, on files that the user names.
+The suites ops, train, finetune, generate, translate, shipped, position, stream, vision and serve compare
+speed and memory; text and quality measure predictions, on files that the user names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from longscan.bench import runner
 from longscan.bench.machine import machine, versions
 from longscan.bench.measure import Settings
 from longscan.bench.report import Report
-from longscan.bench.suites import quality, text
+from longscan.bench.suites import quality, serve, text
 from longscan.commands._options import AsJson, Threads
 from longscan.core.config import nearest
 from longscan.core.progress import Bar
@@ -34,7 +34,8 @@ from longscan.evaluation.perplexity import Evaluation
 
 __all__ = ["command"]
 
-TEXT, QUALITY = "text", "quality"
+TEXT, QUALITY, SERVE = "text", "quality", "serve"
+PRECISION = "int8"
 SUITES = (*runner.SUITES, TEXT, QUALITY)
 REPEATS = 5
 GENERATE = ("mamba", "mamba2", "falcon-h1", "granite-h")
@@ -62,6 +63,9 @@ def command(
         bool, typer.Option("--quick", help="Tiny sizes: to see that it works, not to quote.")
     ] = False,
     shape: Annotated[Literal["130m", "370m"], typer.Option(help="generate: the size of the Mamba.")] = "130m",
+    precision: Annotated[
+        str, typer.Option(help=f"serve: the precision of the weights: {', '.join(serve.PRECISIONS)}.")
+    ] = PRECISION,
     train: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="text: training files or folders of the n-gram model; repeatable."),
@@ -100,6 +104,7 @@ def command(
         threads: at least 1.
         quick: tiny sizes.
         shape: of Mamba in the suite generate.
+        precision: of the weights in the suite serve.
         train: of the suite text alone.
         test: of text and quality, as what follows; excluded from the training text.
         model: the one to measure.
@@ -112,20 +117,25 @@ def command(
         if value is not None and value < 1:
             raise UsageError(f"{name}: expected 1 or more, got {value}.")
     chosen = _chosen(suites)
+    changed = figure or quick or not peers or (repeats, shape, precision) != (REPEATS, "130m", PRECISION)
     alone = next((suite for suite in (TEXT, QUALITY) if suite in chosen), None)
     if alone is None:
         if train or test or separator != SEPARATOR:
             raise UsageError("--train, --test and --separator are for the suites text and quality: name one.")
         size = _size(chosen, model, shape)
+        if precision not in serve.PRECISIONS:
+            raise UsageError(f"--precision: no {precision!r}{nearest(precision, serve.PRECISIONS)}")
+        if precision != PRECISION and SERVE not in chosen:
+            raise UsageError(f"--precision {precision}: is for the suite serve, name it too.")
         settings = Settings(
             repeats=repeats,
             budget=0.05 if quick else 0.5,
             threads=threads or torch.get_num_threads(),
             peers=peers,
         )
-        _compare(chosen, settings, quick, size, figure, as_json)
+        _compare(chosen, settings, quick, (size, precision), figure, as_json)
         return
-    if len(chosen) > 1 or figure or quick or not peers or (repeats, shape) != (REPEATS, "130m"):
+    if len(chosen) > 1 or changed:
         raise UsageError(
             f"{alone} runs alone: expected no other suite beside it, and no options but --train, --test, "
             "--model, --separator, --threads and --json."
@@ -165,7 +175,12 @@ def _size(suites: list[str], model: str | None, shape: str) -> str:
 
 
 def _compare(
-    suites: list[str], settings: Settings, quick: bool, shape: str, figure: Path | None, as_json: bool
+    suites: list[str],
+    settings: Settings,
+    quick: bool,
+    model: tuple[str, str],
+    figure: Path | None,
+    as_json: bool,
 ) -> None:
     """Run suites of speed and memory and print their reports."""
     if figure is not None:
@@ -177,7 +192,7 @@ def _compare(
     with _progress() as notify:
         settings = replace(settings, notify=notify)
         for suite in suites:
-            reports.append(runner.run(suite, settings, quick, shape))
+            reports.append(runner.run(suite, settings, quick, *model))
             if not as_json:
                 typer.echo("\n" + reports[-1].text())
     absent = runner.missing_peers(settings)

@@ -33,6 +33,11 @@ EXTRAS = {
     "lm-eval": ("lm_eval", "eval"),
     "fastapi": ("fastapi", "serve"),
     "uvicorn": ("uvicorn", "serve"),
+    "sse-starlette": ("sse_starlette", "servers"),
+    "starlette-context": ("starlette_context", "servers"),
+    "pydantic-settings": ("pydantic_settings", "servers"),
+    "accelerate": ("accelerate", "servers"),
+    "openai": ("openai", "servers"),
 }
 
 
