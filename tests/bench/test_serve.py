@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from longscan.bench.contenders import chat_client, chat_model, servers
+from longscan.bench.contenders.soak_client import Clients, Known
 from longscan.bench.measure import Contender, Measurement, Settings
 from longscan.bench.suites import serve
 from longscan.errors import LongscanError
@@ -208,3 +210,19 @@ def test_a_suite_with_our_server() -> None:
     assert all(row["server_peak_bytes"] > 1e7 and row["gap_p99"] > 0 for row in rows[:2])
     text = found.text()
     assert "int4 in longscan, q4_0 in llama.cpp" in text
+
+
+def test_a_wrong_answer_is_seen(stub: Stub) -> None:
+    """By the clients of the soak test."""
+    known = Known("/v1/completions", {"prompt": "x", "max_tokens": 2, "n": 1}, (" a b",))
+    clients = Clients(stub.server.server_port, [known], burst=2)
+    stub.events = [{"choices": [{"index": 0, "text": " a b", "finish_reason": "length"}]}]
+    clients.streamed(random.Random(0))
+    for events in (
+        [{"choices": [{"index": 0, "text": " a c", "finish_reason": "length"}]}],  # of another request
+        [{"choices": [{"index": 0, "text": " a b", "finish_reason": None}]}],  # without its end
+        [],
+    ):
+        stub.events = events
+        with pytest.raises(AssertionError, match="expected"):
+            clients.streamed(random.Random(0))

@@ -1,7 +1,8 @@
 """`longscan bench`: longscan beside the installed peers and the ceilings of the hardware.
 
 The suites ops, train, finetune, generate, translate, shipped, position, stream, vision and serve compare
-speed and memory; text and quality measure predictions, on files that the user names.
+speed and memory; text and quality measure predictions, on files that the user names. `serve --soak` tests a
+server under load.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from longscan.bench import runner
 from longscan.bench.machine import machine, versions
 from longscan.bench.measure import Settings
 from longscan.bench.report import Report
-from longscan.bench.suites import quality, serve, text
+from longscan.bench.suites import quality, serve, soak, text
 from longscan.commands._options import AsJson, Threads
 from longscan.core.config import nearest
+from longscan.core.optional import require
 from longscan.core.progress import Bar
 from longscan.core.runtime import use_threads
 from longscan.data.documents import Corpus
-from longscan.errors import UsageError
+from longscan.errors import LongscanError, UsageError
 from longscan.evaluation.perplexity import Evaluation
 
 __all__ = ["command"]
@@ -66,6 +68,14 @@ def command(
     precision: Annotated[
         str, typer.Option(help=f"serve: the precision of the weights: {', '.join(serve.PRECISIONS)}.")
     ] = PRECISION,
+    soak_requests: Annotated[
+        int | None,
+        typer.Option(
+            "--soak",
+            metavar="N",
+            help="serve: instead send N requests of all kinds, 20000 say, and check that nothing breaks.",
+        ),
+    ] = None,
     train: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="text: training files or folders of the n-gram model; repeatable."),
@@ -95,6 +105,10 @@ def command(
     text, and of xz. It needs --train and --test. The suite quality measures what the precisions of `longscan
     quantize` cost on --test: bits per byte, and how far the predictions move.
 
+    With --soak the suite serve tests a server instead of timing it: answers under load, with clients that
+    leave, flood and send nonsense, must be those of an engine that has nothing else to do, and memory must
+    not grow. If something is violated, the exit status is 1.
+
     Args:
         suites: names.
         as_json: for programs.
@@ -105,6 +119,7 @@ def command(
         quick: tiny sizes.
         shape: of Mamba in the suite generate.
         precision: of the weights in the suite serve.
+        soak_requests: of a soak test; None measures.
         train: of the suite text alone.
         test: of text and quality, as what follows; excluded from the training text.
         model: the one to measure.
@@ -112,12 +127,20 @@ def command(
 
     Raises:
         UsageError: there is no such suite, a number makes no sense, or an option is of another suite.
+        LongscanError: a check of the soak test failed.
     """
-    for name, value in (("--repeats", repeats), ("--threads", threads)):
+    for name, value in (("--repeats", repeats), ("--threads", threads), ("--soak", soak_requests)):
         if value is not None and value < 1:
             raise UsageError(f"{name}: expected 1 or more, got {value}.")
     chosen = _chosen(suites)
     changed = figure or quick or not peers or (repeats, shape, precision) != (REPEATS, "130m", PRECISION)
+    if soak_requests is not None:
+        if chosen != [SERVE] or changed or train or test or model or separator != SEPARATOR:
+            raise UsageError(
+                "--soak: expected the suite serve alone, and no options but --threads and --json."
+            )
+        _soak(soak_requests, threads, as_json)
+        return
     alone = next((suite for suite in (TEXT, QUALITY) if suite in chosen), None)
     if alone is None:
         if train or test or separator != SEPARATOR:
@@ -203,6 +226,24 @@ def _compare(
     if figure is not None:
         figures.draw(reports, runner.heading(about), figure)
         typer.echo(f"figure: {figure}", err=True)
+
+
+def _soak(n: int, threads: int | None, as_json: bool) -> None:
+    """Run the soak test and print its report."""
+    require("fastapi", "servers")
+    require("uvicorn", "servers")
+    settings = Settings(threads=threads or torch.get_num_threads())
+    if not as_json:
+        typer.echo(runner.heading(runner.about(settings, quick=False)) + "\n")
+    with _progress() as notify:
+        found = soak.run(n, replace(settings, notify=notify))
+    if as_json:
+        _print_json({"machine": machine(settings.threads), "versions": versions()}, [found.report])
+    else:
+        typer.echo(found.report.text())
+    if found.violations:
+        what = "; ".join(check.what for check in found.violations)
+        raise LongscanError(f"soak: {len(found.violations)} of {len(found.checks)} checks failed: {what}.")
 
 
 def _text(model: str, train: Files, test: Files, separator: str, as_json: bool) -> None:
