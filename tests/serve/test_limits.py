@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import gc
 import json
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
 
 from live_server import NAME, post, serving, until
 from longscan.serve.service import Limits, Service
+from longscan.serve.streaming import stream
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
 Live = tuple[Service, int]
@@ -147,3 +152,33 @@ def test_the_turn_after_a_stop_string() -> None:
         _, cold = post(port, "/v1/chat/completions", {**ask, "messages": messages})
         assert cold["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         assert cold["choices"] == second["choices"]
+
+
+def test_a_stream_that_is_dropped_as_it_ends() -> None:
+    """At whichever step of the event loop."""
+    complaints: list[object] = []
+
+    async def drop(steps: int) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        last = asyncio.Event()
+
+        async def chunks() -> AsyncIterator[dict[str, Any]]:
+            yield {}
+            await last.wait()
+
+        body = stream(chunks(), []).body_iterator
+        await anext(body)
+        reader = asyncio.ensure_future(anext(body))
+        await asyncio.sleep(0.01)
+        last.set()
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration):
+            await reader
+        await body.aclose()
+        gc.collect()
+
+    for steps in range(8):
+        asyncio.run(drop(steps))
+    assert not complaints

@@ -93,8 +93,8 @@ async def _sse(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
             LOG.exception("an answer failed")
         yield answers.sse(answers.error(str(found), found.kind, found.code, found.param))
     finally:
-        if waiting is not None and not waiting.done():
-            waiting.cancel()
+        if waiting is not None:
+            waiting.cancel()  # if it is done already, its result or exception still has to be taken
             with contextlib.suppress(BaseException):
                 await waiting
         close: Callable[[], Awaitable[None]] | None = getattr(chunks, "aclose", None)
