@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from longscan.bench import figure
 from longscan.bench.contenders import chat_client, chat_model, servers
 from longscan.bench.contenders.soak_client import Clients, Known
 from longscan.bench.measure import Contender, Measurement, Settings
@@ -210,6 +211,22 @@ def test_a_suite_with_our_server() -> None:
     assert all(row["server_peak_bytes"] > 1e7 and row["gap_p99"] > 0 for row in rows[:2])
     text = found.text()
     assert "int4 in longscan, q4_0 in llama.cpp" in text
+
+
+def test_servers_that_fail_while_they_are_measured(tmp_path: Path) -> None:
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("fastapi")
+
+    def failing(title: str, contenders: Sequence[Contender], settings: Settings) -> dict[str, Measurement]:
+        return {one.name: Measurement(name=one.name, note="failed: it ended") for one in contenders}
+
+    found = serve.run(Settings(peers=False, compare=failing), quick=True)
+    text = found.text()
+    assert f"1 stream: {serve.OURS}: failed: it ended" in text
+    assert f"turn 2: {serve.OURS}: failed: it ended" in text
+    assert text.count("failed: it ended") == 6  # of two servers, two loads and a conversation each
+    if figure.installed("matplotlib"):
+        figure.draw([found], "nothing", tmp_path / "empty.png")
 
 
 def test_a_wrong_answer_is_seen(stub: Stub) -> None:

@@ -98,7 +98,9 @@ def run(settings: Settings, quick: bool, precision: str = "int8") -> Report:
         f"{LLAMA} answers one request at a time, as does {TRANSFORMERS} with this model: the others wait.",
         *dict.fromkeys(found.notes.values()),
     ]
-    shares = [row["client_share"] for row in report.rows if row["contender"] == OURS and "streams" in row]
+    shares = [
+        row["client_share"] for row in report.rows if row["contender"] == OURS and "client_share" in row
+    ]
     if shares:
         report.notes.append(f"The client took at most {max(shares):.0%} of a core while it asked {OURS}.")
     return report
