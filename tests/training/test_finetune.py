@@ -265,7 +265,8 @@ def test_the_verbs(cli: Cli, base: Path, data: Path, tmp_path: Path) -> None:
     flags = ("--rank", 4, "--lr", 2e-2, "--steps", 3, "--seq-len", 96, "--threads", 1, "--samples", 0)
     done = cli("finetune", base, data, "--out", run, *flags)
     assert done.code == 0, done.err
-    assert f"try: longscan chat --model {base} --adapter {run}" in done.out
+    assert done.out.endswith(f"try: longscan chat --model {base} --adapter {run}\n")
+    assert "of held-out answers exact" in done.out
     assert cli("finetune", "--resume", run, "--steps", 4).code == 0
     for verb in (("generate", "a", "--model", base), ("evaluate", base, text)):
         plain, with_it = cli(*verb, "--threads", 1), cli(*verb, "--threads", 1, "--adapter", run)

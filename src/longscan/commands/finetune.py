@@ -48,14 +48,17 @@ def command(
     """
     given = {"model": model, "data": data, **settings}
     result = run_command(FinetuneRun, out, resume_from, recipe, given)
-    before = result.scores.get("valid_loss")
-    measured = f"{before:.4f} nats per learnt token on held-out examples" if before is not None else ""
+    scores, measured = result.scores, ""
+    if "valid_loss" in scores:
+        exact = f"{scores['valid_exact']:.1%} of held-out answers exact"
+        measured = f"{scores['valid_loss']:.4f} nats per learnt token, {exact}"
+    told = read_settings(result.directory, FinetuneRun.verb)
     where = shlex.quote(str(result.directory))
-    if (result.directory / "model").is_dir():
-        finished(result, measured, f"chat --model {where}/model")
-    else:
-        base = shlex.quote(read_settings(result.directory, FinetuneRun.verb)["model"])
-        finished(result, measured, f"chat --model {base} --adapter {where}")
+    whole = (result.directory / "model").is_dir()
+    named = f"{where}/model" if whole else f"{shlex.quote(told['model'])} --adapter {where}"
+    # a template that is not the tokenizer's own has to be named again
+    template = f" --template {shlex.quote(told['template'])}" if told["template"] else ""
+    finished(result, measured, f"chat --model {named}{template}")
 
 
 add_flags(command, FinetuneConfig)
