@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from longscan.inference.drafters import DraftModel, PromptLookup
     from longscan.inference.engine import Engine
     from longscan.inference.generate import generate
+    from longscan.inference.grammar import Grammars
     from longscan.inference.prefix_cache import PrefixCache
     from longscan.inference.request import Request
     from longscan.inference.sampling import SamplingConfig
@@ -64,6 +65,7 @@ _HOME = {
     ),
     "inference.engine": ("Engine",),
     "inference.generate": ("generate",),
+    "inference.grammar": ("Grammars",),
     "inference.prefix_cache": ("PrefixCache",),
     "inference.request": ("Request",),
     "inference.sampling": ("SamplingConfig",),
@@ -87,6 +89,7 @@ __all__ = [
     "DraftModel",
     "Engine",
     "Evaluation",
+    "Grammars",
     "LongscanError",
     "PrefixCache",
     "PromptLookup",

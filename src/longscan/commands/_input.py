@@ -4,21 +4,43 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from longscan.core.config import count
-from longscan.core.files import utf8
+from longscan.core.files import read_json, utf8
 from longscan.errors import LongscanError, UsageError
 
 if TYPE_CHECKING:
-    from longscan.inference.sampling import SamplingConfig
+    from longscan.inference.sampling import Constraint, SamplingConfig
+    from longscan.tokenizers.base import Tokenizer
     from longscan.tokenizers.wordpiece import Framed
 
-__all__ = ["read_prompts", "read_stdin", "sampling_config", "warn_of_cut"]
+__all__ = ["read_constraint", "read_prompts", "read_stdin", "sampling_config", "warn_of_cut"]
+
+
+def read_constraint(
+    tokenizer: Tokenizer, schema: Path | None, regex: str | None
+) -> Callable[[], Constraint] | None:
+    """Return what texts must follow, or None if nothing is given.
+
+    Args:
+        tokenizer: of the model.
+        schema: a file with a JSON schema.
+        regex: a regular expression.
+
+    Raises:
+        LongscanError: the file is none, or what is given is no grammar.
+        OSError: the file can't be read.
+    """
+    from longscan.inference.grammar import Grammars
+
+    if schema is not None:
+        return Grammars(tokenizer).json_schema(read_json(schema))
+    return None if regex is None else Grammars(tokenizer).regex(regex)
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -18,11 +18,13 @@ __all__ = [
     "ImageSize",
     "Json",
     "JsonLines",
+    "JsonSchemaFile",
     "MinP",
     "ModelArgument",
     "Offline",
     "PrecisionOption",
     "Quiet",
+    "Regex",
     "RepetitionPenalty",
     "Revision",
     "SamplingSeed",
@@ -64,6 +66,13 @@ PrecisionOption: TypeAlias = Annotated[
     typer.Option(
         "--precision", help="Precision of the weights in memory; default: float32, or as quantised."
     ),
+]
+JsonSchemaFile: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--json-schema", metavar="FILE", help="Generate JSON that follows the schema in this file."),
+]
+Regex: TypeAlias = Annotated[
+    str | None, typer.Option("--regex", help="Generate text that this regular expression matches as a whole.")
 ]
 TokenizerName: TypeAlias = Annotated[
     str | None,

@@ -10,21 +10,23 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from longscan.checkpoints.load import load, load_with_tokenizer
-from longscan.commands._input import read_prompts, sampling_config
+from longscan.commands._input import read_constraint, read_prompts, sampling_config
 from longscan.commands._options import (
     Adapter,
     Json,
+    JsonSchemaFile,
     MinP,
     Offline,
     PrecisionOption,
     Quiet,
+    Regex,
     RepetitionPenalty,
     Revision,
     SamplingSeed,
@@ -50,7 +52,6 @@ from longscan.models.common.summary import describe
 from longscan.tokenizers.base import Tokenizer
 
 __all__ = ["command"]
-
 
 REASONS = {"eos": "end of text", "stop": "stop string"}
 
@@ -85,6 +86,8 @@ def command(
         Path | None, typer.Option(help="Continue from a state file; PROMPT is appended to its text.")
     ] = None,
     save_state: Annotated[Path | None, typer.Option(help="Save the final state to a file.")] = None,
+    json_schema: JsonSchemaFile = None,
+    regex: Regex = None,
     speculate: Annotated[
         bool,
         typer.Option("--speculate", help="Speculative decoding by prompt lookup; the text stays the same."),
@@ -124,7 +127,7 @@ def command(
     if prompt_file is not None and prompts:
         raise UsageError("PROMPT and --prompts: expected one of them, got both.")
     texts = _prompts(prompts or []) if prompt_file is None else read_prompts(prompt_file)
-    _check_usage(texts, save_state, speculate, draft)
+    _check_usage(texts, save_state, (speculate, draft), (json_schema, regex))
     network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name, adapter)
     before = None if load_state is None else _load_state(load_state, network, texts)
     drafter = PromptLookup() if speculate else _draft_model(draft, tokenizer, offline) if draft else None
@@ -132,8 +135,9 @@ def command(
     session = _Session(texts, stream=len(texts) == 1 and not as_json and prompt_file is None, silent=as_json)
     slots = min(len(texts), MAX_SLOTS)
     engine = Engine(network, tokenizer, slots=slots, drafter=drafter, progress=session.show_prefill)
+    constraint = read_constraint(tokenizer, json_schema, regex)
     for request in make_requests(ids, config, tokenizer.eos_ids, before, keep=save_state is not None):
-        engine.submit(request)
+        engine.submit(replace(request, constraint=constraint))
     if not quiet:
         typer.echo(describe(model, network) + "\n", err=True)
     try:
@@ -161,10 +165,14 @@ def _save_state(path: Path, engine: Engine, model: LanguageModel) -> None:
     after.state.save(path, position=after.position, pending=after.pending, model=model)
 
 
-def _check_usage(texts: list[str], save_state: Path | None, speculate: bool, draft: str | None) -> None:
+def _check_usage(
+    texts: list[str], save_state: Path | None, drafts: tuple[bool, Any], grammars: tuple[Any, Any]
+) -> None:
     """Raise an error for flags that contradict each other, before anything slow starts."""
-    if speculate and draft:
+    if all(drafts):
         raise UsageError("--speculate and --draft: expected one of them, got both.")
+    if None not in grammars:
+        raise UsageError("--json-schema and --regex: expected one of them, got both.")
     if save_state is not None and len(texts) > 1:
         raise UsageError(f"--save-state: expected one prompt, got {len(texts):,}.")
     if save_state is not None and (save_state.is_dir() or not save_state.absolute().parent.is_dir()):
@@ -314,11 +322,7 @@ class _Session:
             parts.append(f"{report['tokens_per_second']:,.0f} tok/s")
         if report["tokens"]:
             seconds = report["seconds_to_first_token"]
-            parts.append(
-                f"first token after {seconds:.2g} s"
-                if seconds < 99
-                else f"first token after {seconds:,.0f} s"
-            )
+            parts.append(f"first token after {seconds:{'.2g' if seconds < 99 else ',.0f'}} s")
         if engine.drafted:
             parts.append(f"{engine.accepted:,} of {count(engine.drafted, 'draft token')} accepted")
         if config.temperature > 0:

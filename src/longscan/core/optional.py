@@ -33,6 +33,7 @@ EXTRAS = {
     "lm-eval": ("lm_eval", "eval"),
     "fastapi": ("fastapi", "serve"),
     "uvicorn": ("uvicorn", "serve"),
+    "llguidance": ("llguidance", "serve"),
     "sse-starlette": ("sse_starlette", "servers"),
     "starlette-context": ("starlette_context", "servers"),
     "pydantic-settings": ("pydantic_settings", "servers"),

@@ -113,6 +113,14 @@ class Tokenizer(ABC):
             directory: where to; created if missing.
         """
 
+    def to_json(self) -> str:
+        """Return the text of the `tokenizer.json` that `save` writes.
+
+        Raises:
+            LongscanError: this tokenizer has none.
+        """
+        raise LongscanError(f"a {type(self).__name__} is not what a tokenizer.json describes.")
+
     @property
     @abstractmethod
     def fingerprint(self) -> str:
@@ -171,12 +179,20 @@ class ByteTokenizer(Tokenizer):
 
     def save(self, directory: str | Path) -> None:
         """Save as a BPE without merges, which other programs can read; see `Tokenizer.save`."""
+        special = {"eos_token": END_OF_TEXT, BYTES_KIND: "bytes"}
+        save_files(directory, self._twin(), special, self.chat_templates)
+
+    def to_json(self) -> str:
+        """Return the text of the `tokenizer.json` that `save` writes."""
+        return self._twin().to_str()
+
+    def _twin(self) -> tokenizers.Tokenizer:
+        """Return a BPE without merges that gives the same ids."""
         alphabet = byte_alphabet()
         model = models.BPE(vocab={char: byte for byte, char in alphabet.items()}, merges=[])
         twin = byte_level(model, use_regex=False)
         twin.add_special_tokens([END_OF_TEXT])
-        special = {"eos_token": END_OF_TEXT, BYTES_KIND: "bytes"}
-        save_files(directory, twin, special, self.chat_templates)
+        return twin
 
 
 class ByteStream(StreamDecoder):

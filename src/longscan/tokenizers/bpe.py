@@ -139,6 +139,10 @@ class BPETokenizer(Tokenizer):
         """Write the files that `load_tokenizer` and transformers read; see `Tokenizer.save`."""
         save_files(directory, self._tokenizer, self._roles, self.chat_templates)
 
+    def to_json(self) -> str:
+        """Return the text of the `tokenizer.json` that `save` writes."""
+        return self._tokenizer.to_str()
+
     @cached_property
     def fingerprint(self) -> str:
         """A short hash of everything that decides the ids."""
