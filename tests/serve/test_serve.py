@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import os
@@ -10,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,33 +24,10 @@ from longscan.inference.prompt_scores import prompt_scores
 from longscan.inference.request import Request
 from longscan.inference.sampling import SamplingConfig
 from longscan.serve.guard import Access
-from longscan.serve.run import bind, make_server
 from longscan.serve.service import Limits, Service
-from longscan.tokenizers.chat import find_template
+from served import JSON, NAME, ask, running
 
-NAME = "longscan-tiny-en"
 HELLO = [{"role": "user", "content": "Where is the king?"}]
-JSON = {"Content-Type": "application/json"}
-
-
-@contextlib.contextmanager
-def running(limits: Limits | None = None, access: Access | None = None) -> Iterator[tuple[Service, int]]:
-    """Yield a service and its port."""
-    model, tokenizer = longscan.load(NAME)
-    assert tokenizer is not None
-    service = Service(model, tokenizer, NAME, find_template(tokenizer, None), limits)
-    listener = bind("127.0.0.1", 0)
-    server = make_server(service, access or Access())
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    service.worker.start()
-    thread.start()
-    try:
-        yield service, listener.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join()
-        service.worker.stop()
-        listener.close()
 
 
 @pytest.fixture(scope="module")
@@ -64,22 +39,6 @@ def live() -> Iterator[tuple[Service, int]]:
 @pytest.fixture(scope="module")
 def client(live: tuple[Service, int]) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"http://127.0.0.1:{live[1]}/v1", api_key="none", max_retries=0)
-
-
-def ask(
-    port: int, path: str, body: Any = None, headers: dict[str, str] | None = None, method: str | None = None
-) -> tuple[int, Any, dict[str, str]]:
-    """Return status, JSON (or text) and headers of an answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    method = method or ("GET" if body is None else "POST")
-    connection.request(method, path, data, {**JSON, **(headers or {})})
-    response = connection.getresponse()
-    text = response.read().decode()
-    connection.close()
-    found = dict(response.getheaders())
-    is_json = bool(text) and "json" in found.get("content-type", "")
-    return response.status, json.loads(text) if is_json else text, found
 
 
 def alone(service: Service, prompt: str, **settings: Any) -> list[Any]:
@@ -282,7 +241,7 @@ def test_errors_of_the_official_client(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="gpt-4", messages=HELLO)
     assert missing.value.code == "model_not_found"
     assert missing.value.param == "model"
-    with pytest.raises(openai.BadRequestError, match="does not call tools"):
+    with pytest.raises(openai.BadRequestError, match="knows no tools"):
         client.chat.completions.create(
             model=NAME,
             messages=HELLO,
@@ -335,7 +294,7 @@ BAD: list[tuple[str, Any]] = [
     ("chat/completions", {"messages": [{"role": "king", "content": "x"}]}),
     ("chat/completions", {"messages": [{"role": "user"}]}),
     ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
-    ("chat/completions", {"messages": HELLO, "response_format": {"type": "json_object"}}),
+    ("chat/completions", {"messages": HELLO, "response_format": {"type": "xml"}}),
     ("chat/completions", {"messages": HELLO, "top_logprobs": 2}),
     ("chat/completions", {"messages": HELLO, "chat_template_kwargs": {"messages": []}}),
     ("chat/completions", {"messages": HELLO, "max_completion_tokens": 0}),

@@ -203,7 +203,7 @@ class Engine:
         for i, row in enumerate(rows):
             seed = config.seed if config.seed is None else (config.seed + i) % 2**64
             row.sampler = Sampler(replace(config, seed=seed), self._vocab_size, ids, request.logit_bias)
-            row.writer = TextWriter(self.tokenizer, ids[-CONTEXT:].tolist(), config.stop)
+            row.writer = TextWriter(self.tokenizer, ids[-CONTEXT:].tolist(), config.stop, request.shown)
         self._number, self._submitted = self._number + n, self._submitted + len(ids)
         self._waiting.extend(rows)
         return [row.number for row in rows]

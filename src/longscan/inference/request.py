@@ -38,7 +38,9 @@ class Request:
         before_stop: whether that state, if a stop string ended the text, is the one before the token in which
             the stop string began, without pending tokens: it holds only what was shown. Drafts prevent it.
         logit_bias: id -> what is added to its logit before sampling.
-        constraint: makes what decides which tokens may come next, a grammar say; None allows all.
+        constraint: makes what decides which tokens may come next, a grammar say (see `Grammars`); None
+            allows all.
+        shown: special tokens that appear in the text of events, and how; others give no text.
     """
 
     ids: Ids
@@ -51,6 +53,7 @@ class Request:
     before_stop: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     constraint: Callable[[], Constraint] | None = None
+    shown: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def ends(self) -> tuple[int, ...]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from longscan.inference.sampling import Finish
-from longscan.tokenizers.base import Tokenizer
+from longscan.tokenizers.base import StreamDecoder, Tokenizer
 
 __all__ = ["CONTEXT", "TextWriter"]
 
@@ -21,10 +22,17 @@ class TextWriter:
         tokenizer: decodes the tokens; without one there is no text.
         prompt: the ids before the first new one.
         stop: strings that end the text.
+        shown: special tokens that are shown, and how; others give no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, prompt: Sequence[int], stop: tuple[str, ...]) -> None:
-        self._stop, self._held = stop, ""
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        prompt: Sequence[int],
+        stop: tuple[str, ...],
+        shown: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
+        self._stop, self._held, self._shown = stop, "", shown
         self._stream = tokenizer.stream() if tokenizer else None
         if self._stream:
             for token in prompt[-CONTEXT:]:
@@ -45,7 +53,7 @@ class TextWriter:
         """
         text = ""
         if self._stream:
-            text = "" if is_eos else self._stream.push(token)
+            text = "" if is_eos else self._text(token, self._stream)
             text += self._stream.flush() if is_eos or is_last else ""
         text, stopped = self._release(self._held + text)
         if stopped:
@@ -53,6 +61,11 @@ class TextWriter:
         if is_eos or is_last:
             return text + self._held, "eos" if is_eos else "length"
         return text, None
+
+    def _text(self, token: int, stream: StreamDecoder) -> str:
+        """Return the text that a token completes."""
+        shown = self._shown.get(token)
+        return stream.push(token) if shown is None else stream.flush() + shown
 
     def _release(self, text: str) -> tuple[str, bool]:
         """Return the text before the first stop string; without one, hold back a possible start of one."""

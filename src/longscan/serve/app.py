@@ -18,10 +18,10 @@ from longscan.serve.bodies import (
     CompletionBody,
     DetokenizeBody,
     TokenizeBody,
-    UnsupportedError,
     plain_messages,
 )
 from longscan.serve.errors import ApiError, BusyError, api_error
+from longscan.serve.formats import UnsupportedError
 from longscan.serve.guard import Access, App, Guard
 from longscan.serve.responses import Chat, Completion
 from longscan.serve.service import Limits, Service
@@ -119,7 +119,7 @@ def _add_text_routes(app: FastAPI, service: Service) -> None:
         body = await _body_of(request, TokenizeBody, service)
         if body.messages is not None:
             pieces = await asyncio.to_thread(
-                service.render, plain_messages(body.messages), body.add_generation_prompt
+                service.render, plain_messages(body.messages), body.add_generation_prompt, body.tools
             )
             ids = [int(i) for i in await asyncio.to_thread(service.encode, pieces)]
         else:

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from longscan.inference.sampling import SamplingConfig
+from longscan.serve.formats import (
+    MAX_TOOLS,
+    NamedTool,
+    ResponseFormat,
+    ToolBody,
+    UnsupportedError,
+    calling_messages,
+    choose,
+)
 
 __all__ = [
     "ChatBody",
     "CompletionBody",
     "DetokenizeBody",
     "TokenizeBody",
-    "UnsupportedError",
     "plain_messages",
 ]
 
@@ -28,18 +36,6 @@ Str: TypeAlias = Annotated[str, Field(strict=True)]
 Id: TypeAlias = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Biases: TypeAlias = Annotated[dict[str, Annotated[Float, Field(ge=-100, le=100)]], Field(max_length=300)]
 StopString: TypeAlias = Annotated[str, Field(strict=True, min_length=1, max_length=256)]
-
-
-class UnsupportedError(ValueError):
-    """A field asks for what this server does not do.
-
-    Attributes:
-        field: its name.
-    """
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(message)
-        self.field = field
 
 
 class StreamOptions(BaseModel):
@@ -71,6 +67,19 @@ class _Sampled(BaseModel):
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[Int, Field(ge=0, le=MAX_TOKENS)] | None = None
     ignore_eos: Flag | None = None
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _check_format(self) -> Self:
+        if self.ignore_eos and self.form is not None:
+            raise UnsupportedError("ignore_eos", "ignore_eos: expected no response_format with it.")
+        return self
+
+    @property
+    def form(self) -> ResponseFormat | None:
+        """What the text must look like; None for any text."""
+        form = self.response_format
+        return None if form is None or form.type == "text" else form
 
     @property
     def choices(self) -> int:
@@ -151,12 +160,6 @@ class CompletionBody(_Sampled):
         return list(self.prompt)
 
 
-class ResponseFormat(BaseModel):
-    """What an answer must look like."""
-
-    type: Str
-
-
 class ChatBody(_Sampled):
     """POST /v1/chat/completions."""
 
@@ -164,22 +167,33 @@ class ChatBody(_Sampled):
     max_completion_tokens: Annotated[Int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: Flag | None = None
     top_logprobs: Annotated[Int, Field(ge=0, le=20)] | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    response_format: ResponseFormat | None = None
+    tools: Annotated[list[ToolBody], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: Flag | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.tools and self.tool_choice != "none":
-            raise UnsupportedError("tools", "tools: this server does not call tools yet.")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise UnsupportedError("response_format", 'response_format: expected {"type": "text"}.')
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise UnsupportedError("tool_choice", "tool_choice: expected tools to choose from.")
+        if self.tools:
+            choose(self.tools, self.tool_choice)
+            if self.ignore_eos:
+                raise UnsupportedError("ignore_eos", "ignore_eos: expected no tools with it.")
         if self.top_logprobs and not self.logprobs:
             raise UnsupportedError("top_logprobs", "top_logprobs: expected logprobs to be true with it.")
         if self.max_tokens == 0:
             raise UnsupportedError("max_tokens", "max_tokens: expected at least 1.")
-        fixed = {"messages", "prompt", "add_generation_prompt", "bos_token", "eos_token", "tokenizer", "self"}
+        fixed = {
+            "messages",
+            "tools",
+            "prompt",
+            "add_generation_prompt",
+            "bos_token",
+            "eos_token",
+            "tokenizer",
+            "self",
+        }
         if fixed & set(self.chat_template_kwargs or {}):
             raise UnsupportedError(
                 "chat_template_kwargs", f"chat_template_kwargs: {sorted(fixed)} are set already."
@@ -202,7 +216,7 @@ def plain_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         UnsupportedError: a part is no text.
     """
     plain = []
-    for given in messages:
+    for given in calling_messages(messages):
         message, content, role = given, given.get("content"), given.get("role")
         if isinstance(content, list):
             parts = [part.get("text") if isinstance(part, dict) else None for part in content]
@@ -224,6 +238,7 @@ class TokenizeBody(BaseModel):
 
     prompt: Str | None = None
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1000)] | None = None
+    tools: Annotated[list[ToolBody], Field(max_length=MAX_TOOLS)] | None = None
     add_special_tokens: Flag = True
     add_generation_prompt: Flag = True
 

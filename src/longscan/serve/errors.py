@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from starlette.exceptions import HTTPException
 
 from longscan.errors import LongscanError
-from longscan.serve.bodies import UnsupportedError
+from longscan.serve.formats import UnsupportedError
 
 __all__ = ["ApiError", "BusyError", "api_error"]
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from longscan.errors import LongscanError
+from longscan.inference.grammar import GrammarError
 from longscan.inference.request import Request
 from longscan.inference.sampling import Event, Finish
 from longscan.models.common.state import SavedState
@@ -174,6 +175,8 @@ async def merged(jobs: Sequence[Job], deadline: float) -> AsyncIterator[Piece]:
                 left -= 1
             elif isinstance(piece, BaseException):
                 raise piece
+            elif isinstance(piece.event.error, GrammarError):
+                raise ApiError(400, str(piece.event.error), "invalid_value", "response_format")
             elif piece.event.error is not None:
                 raise ApiError(500, f"a continuation failed: {piece.event.error}")
             else:

@@ -15,6 +15,7 @@ from longscan.serve import answers
 from longscan.serve.answers import Head, Listing, Scored
 from longscan.serve.bodies import ChatBody, CompletionBody
 from longscan.serve.job import Job, Piece, merged
+from longscan.serve.message import Message
 from longscan.serve.service import ChatJob, Service
 from longscan.serve.streaming import stream, while_connected
 
@@ -166,17 +167,19 @@ class Chat:
     async def _whole(self, chat: ChatJob, pieces: AsyncIterator[Piece]) -> dict[str, Any]:
         """Return the whole answer."""
         scored: list[list[Scored]] = [[] for _ in range(self._body.choices)]
+        messages = [Message(chat.rules.reader()) for _ in range(self._body.choices)]
         async for index, event in self._events(chat, pieces):
+            messages[index].add(event)
             if event.logprob is not None:
                 scored[index].append(Scored.of(event))
         choices = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": text.text, "refusal": None},
+                "message": message.whole(),
                 "logprobs": self._logprobs(scored[index]),
-                "finish_reason": answers.finish_reason(text.finish),
+                "finish_reason": message.finish,
             }
-            for index, text in enumerate(chat.job.texts)
+            for index, message in enumerate(messages)
         ]
         return self._head.around(choices, usage=self._usage(chat))
 
@@ -184,12 +187,14 @@ class Chat:
         """Yield the answer chunk by chunk."""
         for index in range(self._body.choices):
             yield self._chunk(index, {"role": "assistant", "content": ""})
+        messages = [Message(chat.rules.reader()) for _ in range(self._body.choices)]
         async for index, event in self._events(chat, pieces):
             scored = [Scored.of(event)] if event.logprob is not None else []
-            if event.text or scored:
-                yield self._chunk(index, {"content": event.text}, self._logprobs(scored))
+            deltas = messages[index].add(event) or ([{"content": ""}] if scored else [])
+            for delta in deltas:
+                yield self._chunk(index, delta, self._logprobs(scored) if delta is deltas[0] else None)
             if event.finish:
-                yield self._chunk(index, {}, None, answers.finish_reason(event.finish))
+                yield self._chunk(index, {}, None, messages[index].finish)
         if self._body.stream_options and self._body.stream_options.include_usage:
             yield self._head.around([], usage=self._usage(chat))
 

@@ -24,18 +24,22 @@ from longscan.inference.turns import Turns, answered, encode_pieces
 from longscan.models import LanguageModel
 from longscan.serve.answers import Scored
 from longscan.serve.bodies import ChatBody, CompletionBody, plain_messages
+from longscan.serve.constraints import Constraints, Rules
 from longscan.serve.errors import ApiError
+from longscan.serve.formats import ToolBody
 from longscan.serve.job import Job
 from longscan.serve.metrics import Metrics
 from longscan.serve.worker import Worker
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.chat import ChatTemplate, Pieces
 from longscan.tokenizers.chat_spans import after
+from longscan.tokenizers.chat_templates import DEFAULT
 
 __all__ = ["ChatJob", "Limits", "Service"]
 
 READ_TOKENS = 512  # prompt tokens of a step: what running texts stall for, at most
 SCORE_TOKENS = 128  # of a prompt, between two steps
+TOOL_USE = "tool_use"  # the name of a template for chats with tools
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,14 @@ class ChatJob:
         prompt: what is answered.
         n_prompt: its tokens.
         cached: those that a state held already.
+        rules: what its texts follow.
     """
 
     job: Job
     prompt: Pieces
     n_prompt: int
     cached: int
+    rules: Rules
 
 
 class Service:
@@ -109,6 +115,10 @@ class Service:
         self.template, self.limits = template, limits or Limits()
         self.created, self.metrics = int(time.time()), Metrics()
         self._ends, self._stops = template.ends(tokenizer)
+        self.constraints = Constraints(tokenizer, self._ends)
+        own = tokenizer.chat_templates
+        named = template.own and template.name == DEFAULT and TOOL_USE in own
+        self._tool_template = replace(template, source=own[TOOL_USE], name=TOOL_USE) if named else template
         cache = PrefixCache(model, self.limits.cache_bytes)
         engine = Engine(
             model,
@@ -156,14 +166,17 @@ class Service:
             message = f"{n} continuations: expected at most {self.worker.capacity}, prompts times n."
             raise ApiError(400, message, "invalid_value", "n")
         prompts = await self.prompts_of(body)
+        constraint = (await self.constraints.of(body)).constraint
         self.worker.check(n, sum(map(len, prompts)))
         try:
             for i, ids in enumerate(prompts):
                 config = body.sampling(self._bounded(len(ids), asked, "prompt"), body.logprobs, seed)
                 assert config.seed is not None
                 config = replace(config, seed=(config.seed + i * body.choices) % 2**64)
-                ends = () if body.ignore_eos else self.tokenizer.eos_ids
-                request = Request(ids=ids, config=config, eos_id=ends, logit_bias=body.biases)
+                ends = self._ends if constraint else () if body.ignore_eos else self.tokenizer.eos_ids
+                request = Request(
+                    ids=ids, config=config, eos_id=ends, logit_bias=body.biases, constraint=constraint
+                )
                 jobs.append(await self.worker.submit(request, body.choices))
         except BaseException:
             for job in jobs:
@@ -252,7 +265,10 @@ class Service:
             BusyError: too much is waiting.
         """
         messages = plain_messages(body.messages)
-        prompt = await asyncio.to_thread(self.render, messages, **(body.chat_template_kwargs or {}))
+        rules = await self.constraints.of(body, self._tool_template.source)
+        prompt = await asyncio.to_thread(
+            self.render, messages, tools=body.tools, **(body.chat_template_kwargs or {})
+        )
         known = self.turns.best(prompt)
         rest = await asyncio.to_thread(self.encode, after(prompt, known.pieces) or [])
         if not len(rest) and not known.saved.pending:
@@ -269,7 +285,7 @@ class Service:
         state, position, pending = known.saved
         request = Request(
             ids=rest,
-            config=replace(config, stop=(*config.stop, *self._stops)),
+            config=config if body.form else replace(config, stop=(*config.stop, *self._stops)),
             eos_id=() if body.ignore_eos else self._ends,
             state=state if position else None,
             position=position,
@@ -277,9 +293,11 @@ class Service:
             keep=True,
             before_stop=True,
             logit_bias=body.biases,
+            constraint=rules.constraint,
+            shown=rules.shown,
         )
         job = await self.worker.submit(request, body.choices)
-        return ChatJob(job, prompt, total, known.length)
+        return ChatJob(job, prompt, total, known.length, rules)
 
     def remember(self, chat: ChatJob) -> None:
         """Store the states after the answers of a chat, for its next turn.
@@ -295,15 +313,24 @@ class Service:
                 if known is not None:
                     self.turns.store(known)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], prompt: bool = True, **variables: Any) -> Pieces:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        prompt: bool = True,
+        tools: Sequence[ToolBody] | None = None,
+        **variables: Any,
+    ) -> Pieces:
         """Return the pieces of messages.
 
         Args:
             messages: of a chat.
             prompt: whether the beginning of an answer follows.
+            tools: that may be called.
             variables: others that the template reads.
         """
-        return self.template.render(self.tokenizer, messages, prompt=prompt, **variables)
+        template = self._tool_template if tools else self.template
+        given = [tool.model_dump(exclude_none=True) for tool in tools or ()] or None
+        return template.render(self.tokenizer, messages, prompt=prompt, tools=given, **variables)
 
     def encode(self, pieces: Pieces) -> np.ndarray:
         """Return the ids of pieces (n,).

@@ -1,0 +1,62 @@
+"""A server in this process, and requests to it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import longscan
+from longscan.models import LanguageModel
+from longscan.serve.guard import Access
+from longscan.serve.run import bind, make_server
+from longscan.serve.service import Limits, Service
+from longscan.tokenizers.base import Tokenizer
+from longscan.tokenizers.chat import ChatTemplate, find_template
+
+NAME = "longscan-tiny-en"
+JSON = {"Content-Type": "application/json"}
+
+
+@contextlib.contextmanager
+def running(
+    limits: Limits | None = None,
+    access: Access | None = None,
+    loaded: tuple[LanguageModel, Tokenizer] | None = None,
+    template: ChatTemplate | None = None,
+) -> Iterator[tuple[Service, int]]:
+    """Yield a service and its port."""
+    model, tokenizer = loaded or longscan.load(NAME)
+    assert tokenizer is not None
+    service = Service(model, tokenizer, NAME, template or find_template(tokenizer, None), limits)
+    listener = bind("127.0.0.1", 0)
+    server = make_server(service, access or Access())
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    service.worker.start()
+    thread.start()
+    try:
+        yield service, listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+        service.worker.stop()
+        listener.close()
+
+
+def ask(
+    port: int, path: str, body: Any = None, headers: dict[str, str] | None = None, method: str | None = None
+) -> tuple[int, Any, dict[str, str]]:
+    """Return status, JSON (or text) and headers of an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    method = method or ("GET" if body is None else "POST")
+    connection.request(method, path, data, {**JSON, **(headers or {})})
+    response = connection.getresponse()
+    text = response.read().decode()
+    connection.close()
+    found = dict(response.getheaders())
+    is_json = bool(text) and "json" in found.get("content-type", "")
+    return response.status, json.loads(text) if is_json else text, found
