@@ -17,7 +17,9 @@ from longscan.data.batching import by_length
 from longscan.errors import LongscanError
 from longscan.inference.bert import embed
 from longscan.models import Bert, BertConfig
+from longscan.tokenizers.base import ByteTokenizer
 from longscan.tokenizers.wordpiece import train_wordpiece
+from small_models import NAMES, build
 
 GOOD, BAD = "a fine warm lovely film", "a poor cold dreadful film"
 ROWS = [("good", f"{GOOD} number {n}") for n in range(20)] + [("bad", f"{BAD} number {n}") for n in range(20)]
@@ -154,3 +156,31 @@ def test_vectors_that_are_made_in_another_way(file: str, content: Any, tmp_path:
     (tmp_path / file).write_text(json.dumps(content))
     with pytest.raises(LongscanError, match=file):
         read_pooling(tmp_path)
+
+
+# causal models
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_causal_model_gives_the_mean_of_its_final_hidden_states(name: str) -> None:
+    model, tokenizer = build(name=name), ByteTokenizer()
+    texts = [GOOD, "film"]
+    vectors = embed((model, tokenizer), texts)
+    for text, vector in zip(texts, vectors, strict=True):
+        with torch.no_grad():
+            hidden = model(torch.tensor([tokenizer.encode(text)]), return_hidden=True).hidden
+        assert hidden is not None
+        expected = torch.nn.functional.normalize(hidden[-1][0].mean(0), dim=0)
+        assert torch.allclose(vector, expected.float(), atol=1e-6)
+
+
+def test_a_causal_model_refuses_what_has_no_vector() -> None:
+    model, tokenizer = build(), ByteTokenizer()
+    with pytest.raises(LongscanError, match="got none"):
+        embed((model, tokenizer), [""])
+    with pytest.raises(LongscanError, match="expected a Tokenizer"):
+        embed((model, None), ["x"])  # type: ignore[arg-type]
+    with torch.no_grad():
+        model.backbone.norm_f.weight.fill_(float("nan"))
+    with pytest.raises(LongscanError, match="NaN or infinite states"):
+        embed((model, tokenizer), ["x"])

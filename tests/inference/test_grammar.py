@@ -77,7 +77,7 @@ def text_of(events: list[Event]) -> str:
 def any_schema(draw: random.Random, depth: int = 0) -> dict[str, Any]:
     """Return a random schema whose values are short."""
     kinds = ["string", "integer", "number", "boolean", "null", "enum", "const"]
-    kind = draw.choice(kinds if depth > 2 else [*kinds, "object", "object", "array", "anyOf", "ref"])
+    kind = draw.choice(kinds if depth > 2 else [*kinds, "object", "object", "array", "anyOf", "allOf", "ref"])
     low, high = sorted(draw.sample(range(-50, 200), 2))
     if kind == "string":
         return draw.choice(
@@ -104,12 +104,17 @@ def any_schema(draw: random.Random, depth: int = 0) -> dict[str, Any]:
         return {"const": draw.choice(["x", 3, None, False, {"a": [1, "b"]}])}
     if kind == "object":
         names = draw.sample(["name", "age", "a b", "\u00e9", "x", 'q"', "deep"], draw.randrange(1, 4))
-        return {
+        schema = {
             "type": "object",
             "properties": {name: any_schema(draw, depth + 1) for name in names},
             "required": [name for name in names if draw.random() < 0.7],
             "additionalProperties": False,
         }
+        if draw.random() < 0.2:
+            schema["patternProperties"] = {"^[A-C]{1,2}$": {"type": "boolean"}}
+        elif draw.random() < 0.2:
+            schema |= {"additionalProperties": {"type": "null"}, "required": names, "maxProperties": 4}
+        return schema
     if kind == "array":
         least = draw.randrange(2)
         return {
@@ -118,6 +123,8 @@ def any_schema(draw: random.Random, depth: int = 0) -> dict[str, Any]:
             "minItems": least,
             "maxItems": least + draw.randrange(3),
         }
+    if kind == "allOf":
+        return {"allOf": [{"type": "integer", "minimum": low}, {"maximum": high, "multipleOf": 1}]}
     if kind == "anyOf":
         return {"anyOf": [any_schema(draw, depth + 1) for _ in range(2)]}
     if kind == "ref":

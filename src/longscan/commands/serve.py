@@ -74,9 +74,9 @@ def command(
 ) -> None:
     """Serve a language model over HTTP, in the form that OpenAI's clients speak.
 
-    /v1/completions and /v1/chat/completions (streaming, n, stop, seed, logprobs, echo), /v1/models,
-    /tokenize, /detokenize, /health and /metrics. Requests run as one batch; the second turn of a conversation
-    prefills only what is new. Ctrl-C or SIGTERM lets running texts end first.
+    /v1/completions and /v1/chat/completions (streaming, n, stop, seed, logprobs, echo, JSON schemas, tools),
+    /v1/embeddings, /v1/models, /tokenize, /detokenize, /health and /metrics. Requests run as one batch; the
+    second turn of a conversation prefills only what is new. Ctrl-C or SIGTERM lets running texts end first.
 
     Raises:
         UsageError: a flag has an invalid value.
@@ -84,6 +84,7 @@ def command(
     """
     require("fastapi", "servers")
     require("uvicorn", "servers")
+    require("llguidance", "servers")
     from longscan.serve.guard import LOOPBACK, Access
     from longscan.serve.run import bind, serve
     from longscan.serve.service import Limits, Service

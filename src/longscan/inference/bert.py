@@ -15,7 +15,10 @@ from longscan.core.checks import check_text, check_texts, check_whole
 from longscan.core.files import read_json
 from longscan.data.batching import by_length
 from longscan.errors import LongscanError, UsageError
-from longscan.models import Bert, BertConfig
+from longscan.inference.sampling import check_fit
+from longscan.inference.text_vectors import text_vectors
+from longscan.models import Bert, BertConfig, LanguageModel
+from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.wordpiece import Framed, WordPieceTokenizer
 
 __all__ = [
@@ -34,22 +37,27 @@ __all__ = [
 MAX_PAIRED = 50  # texts, at most, whose pairs are all printed
 
 
-def embed(bert: LoadedBert, texts: Sequence[str], rows: int = 32) -> Tensor:
+def embed(bert: LoadedBert | tuple[LanguageModel, Tokenizer], texts: Sequence[str], rows: int = 32) -> Tensor:
     """Return sentence embeddings: the mean over tokens, or [CLS] if the model is made so, scaled to length 1.
 
     Args:
-        bert: preferably one trained for sentence embeddings, such as all-MiniLM-L6-v2.
-        texts: those that are too long for the model are cut.
-        rows: batch size.
+        bert: preferably one trained for sentence embeddings, such as all-MiniLM-L6-v2; or a causal model and
+            its tokenizer, whose final hidden states are taken.
+        texts: those that are too long for a BERT are cut.
+        rows: batch size; a causal model takes one text at a time.
 
     Returns:
         (n_texts, d_model) float32, whose dot products are cosine similarities.
 
     Raises:
-        LongscanError: the model uses another pooling.
+        LongscanError: the model uses another pooling, or a text has no tokens.
     """
     check_texts("texts", texts)
     check_whole("rows", rows, 1)
+    if isinstance(bert, tuple):
+        model, tokenizer = bert
+        check_fit(model, tokenizer)
+        return text_vectors(model, tokenizer.encode_prompts(texts))
     return sentence_vectors(bert, bert.tokenizer.frame_batch(texts, max_length=capacity(bert)), rows)
 
 

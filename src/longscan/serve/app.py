@@ -17,9 +17,11 @@ from longscan.serve.bodies import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,
+    EmbeddingBody,
     TokenizeBody,
     plain_messages,
 )
+from longscan.serve.embeddings import Embeddings
 from longscan.serve.errors import ApiError, BusyError, api_error
 from longscan.serve.formats import UnsupportedError
 from longscan.serve.guard import Access, App, Guard
@@ -31,6 +33,7 @@ __all__ = ["make_app"]
 # of fields that may be one of several things
 EXPECTED = {
     "prompt": "text, token ids, or a list of up to 64 of either, not empty",
+    "input": "text, token ids, or a list of up to 256 of either, none of them empty",
     "stop": "a string or up to 4, of 1 to 256 characters each",
 }
 BodyT = TypeVar("BodyT", bound=BaseModel)
@@ -138,7 +141,7 @@ def _add_text_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_generation_routes(app: FastAPI, service: Service) -> None:
-    """Add completions and chats."""
+    """Add completions, chats and embeddings."""
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Any:
@@ -151,6 +154,12 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
         body = await _body_of(request, ChatBody, service)
         service.check_model(body.model)
         return await Chat(service, body).respond(request)
+
+    @app.post("/v1/embeddings")
+    async def embeddings(request: Request) -> Any:
+        body = await _body_of(request, EmbeddingBody, service)
+        service.check_model(body.model)
+        return await Embeddings(service, body).respond(request)
 
 
 async def _body_of(request: Request, kind: type[BodyT], service: Service) -> BodyT:

@@ -22,17 +22,20 @@ __all__ = [
     "ChatBody",
     "CompletionBody",
     "DetokenizeBody",
+    "EmbeddingBody",
     "TokenizeBody",
     "plain_messages",
 ]
 
 MAX_TOKENS = 2**31 - 1
-MAX_BATCH = 64
+MAX_BATCH = 64  # prompts
+MAX_TEXTS = 256  # to embed
 
 Float: TypeAlias = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Int: TypeAlias = Annotated[int, Field(strict=True)]
 Flag: TypeAlias = Annotated[bool, Field(strict=True)]
 Str: TypeAlias = Annotated[str, Field(strict=True)]
+Text: TypeAlias = Annotated[str, Field(strict=True, min_length=1)]
 Id: TypeAlias = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Biases: TypeAlias = Annotated[dict[str, Annotated[Float, Field(ge=-100, le=100)]], Field(max_length=300)]
 StopString: TypeAlias = Annotated[str, Field(strict=True, min_length=1, max_length=256)]
@@ -153,11 +156,14 @@ class CompletionBody(_Sampled):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts, each text or ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
+        return _listed(self.prompt)
+
+
+def _listed(given: str | list[int] | list[str] | list[list[int]]) -> list[str | list[int]]:
+    """Return one or several texts, each text or ids, as a list."""
+    if isinstance(given, str) or isinstance(given[0], int):
+        return [given]
+    return list(given)
 
 
 class ChatBody(_Sampled):
@@ -231,6 +237,25 @@ def plain_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             message = {**message, "role": "system"}
         plain.append(message)
     return plain
+
+
+class EmbeddingBody(BaseModel):
+    """POST /v1/embeddings."""
+
+    model: Str | None = None
+    input: (
+        Text
+        | Annotated[list[Id], Field(min_length=1)]
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_TEXTS)]
+        | Annotated[list[Annotated[list[Id], Field(min_length=1)]], Field(min_length=1, max_length=MAX_TEXTS)]
+    )
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: Annotated[Int, Field(ge=1, lt=2**31)] | None = None
+
+    @property
+    def texts(self) -> list[str | list[int]]:
+        """The texts, each text or ids."""
+        return _listed(self.input)
 
 
 class TokenizeBody(BaseModel):

@@ -64,7 +64,7 @@ class Completion:
 
     async def _echo(self) -> None:
         """Find the texts of the prompts, and their log-probabilities if those are asked for."""
-        prompts = await self._service.prompts_of(self._body)
+        prompts = await self._service.ids_of(self._body.prompts)
         self._service.check_lengths(prompts, together=self._body.logprobs is not None)
         for prompt, ids in zip(self._body.prompts, prompts, strict=True):
             self._n_prompt += len(ids)

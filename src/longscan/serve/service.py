@@ -165,7 +165,7 @@ class Service:
         if n > self.worker.capacity:
             message = f"{n} continuations: expected at most {self.worker.capacity}, prompts times n."
             raise ApiError(400, message, "invalid_value", "n")
-        prompts = await self.prompts_of(body)
+        prompts = await self.ids_of(body.prompts)
         constraint = (await self.constraints.of(body)).constraint
         self.worker.check(n, sum(map(len, prompts)))
         try:
@@ -184,30 +184,30 @@ class Service:
             raise
         return jobs
 
-    async def prompts_of(self, body: CompletionBody) -> list[np.ndarray]:
-        """Return the ids of the prompts of a completion; an empty prompt starts a new text.
+    async def ids_of(self, prompts: Sequence[str | list[int]], param: str = "prompt") -> list[np.ndarray]:
+        """Return the ids of prompts; an empty one starts a new text.
 
         Args:
-            body: of the request.
+            prompts: each text or ids.
+            param: the field they come from.
         """
 
         def run() -> list[np.ndarray]:
-            texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
+            texts = [prompt for prompt in prompts if isinstance(prompt, str)]
             encoded = iter(encode(self.tokenizer, texts))
             start = np.array(self.tokenizer.start[-1:], np.int64)
             found = [
-                next(encoded) if isinstance(prompt, str) else np.array(prompt, np.int64)
-                for prompt in body.prompts
+                next(encoded) if isinstance(prompt, str) else np.array(prompt, np.int64) for prompt in prompts
             ]
             return [ids if len(ids) else start for ids in found]
 
-        prompts = await asyncio.to_thread(run)
+        encoded = await asyncio.to_thread(run)
         most = self.model.config.vocab_size - 1
-        for ids in prompts:
+        for ids in encoded:
             if ids.max() > most:
-                message = f"prompt: expected token ids up to {most:,}, got {ids.max():,}."
-                raise ApiError(400, message, "invalid_value", "prompt")
-        return prompts
+                message = f"{param}: expected token ids up to {most:,}, got {ids.max():,}."
+                raise ApiError(400, message, "invalid_value", param)
+        return encoded
 
     def check_biases(self, biases: Mapping[int, float]) -> None:
         """Raise unless all ids of biases are the model's.
@@ -223,18 +223,19 @@ class Service:
             message = f"logit_bias: expected token ids up to {most:,}, got {max(biases):,}."
             raise ApiError(400, message, "invalid_value", "logit_bias")
 
-    def check_lengths(self, prompts: Sequence[np.ndarray], together: bool) -> None:
+    def check_lengths(self, prompts: Sequence[np.ndarray], together: bool, param: str = "prompt") -> None:
         """Raise unless prompts are short enough.
 
         Args:
             prompts: their ids.
             together: whether they may have so many tokens together, instead of each.
+            param: the field they come from.
 
         Raises:
             ApiError: they are longer.
         """
         lengths = [len(ids) for ids in prompts]
-        self._bounded(sum(lengths) if together else max(lengths), 0, "prompt")
+        self._bounded(sum(lengths) if together else max(lengths), 0, param)
 
     async def scores(self, ids: np.ndarray, top: int) -> list[Scored]:
         """Return the tokens of a prompt with their log-probabilities.
