@@ -287,6 +287,14 @@ def test_a_tokenizer_without_a_file_is_refused() -> None:
 
 # what strangers send
 
+
+def nested(n: int) -> Any:
+    value: list[Any] = []
+    for _ in range(n):
+        value = [value]
+    return value
+
+
 BAD_SCHEMAS: dict[str, tuple[Any, str]] = {
     "list": ([], "expected an object, got list"),
     "not": ({"items": {"not": {}}}, "items: the keyword 'not' is not supported"),
@@ -304,6 +312,7 @@ BAD_SCHEMAS: dict[str, tuple[Any, str]] = {
     "impossible": ({"type": "integer", "minimum": 2, "maximum": 1}, "minimum .2. is greater"),
     "nan": ({"const": float("nan")}, "expected JSON values"),
     "object": ({"const": object()}, "expected JSON values"),
+    "nested": ({"const": nested(100_000)}, "expected JSON values"),
     "enum": ({"enum": 7}, "enum: expected a list"),
     "values": ({"enum": list(range(1001))}, "enum: expected at most 1,000"),
     "properties": ({"properties": {f"p{i}": {} for i in range(513)}}, "properties: expected at most 512"),

@@ -75,10 +75,10 @@ def test_vectors_take_turns_with_streams() -> None:
         connection.request("POST", "/v1/completions", json.dumps(body), JSON)
         connection.getresponse().read(100)
         before = service.worker.counts["written_tokens"]
-        status, found, _ = ask(port, "/v1/embeddings", {"input": [[5] * 4000] * 3})
+        status, found, _ = ask(port, "/v1/embeddings", {"input": [[5] * 2000] * 3})
         assert status == 200
         assert found["data"][0]["embedding"] == found["data"][2]["embedding"]
-        assert service.worker.counts["written_tokens"] - before >= 20  # 24 pieces
+        assert service.worker.counts["written_tokens"] - before >= 10  # 12 pieces
         connection.close()
 
 

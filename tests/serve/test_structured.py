@@ -155,8 +155,10 @@ def test_the_next_turn_finds_the_state(client: openai.OpenAI) -> None:
 
 def test_a_grammar_that_ends_in_nothing_ends_only_its_own_text(live: tuple[Service, int]) -> None:
     """Its automaton has too many states, which is noticed while it writes."""
-    pattern = "(.*a.{60})|(.*b.{70})|(.*c.{80})"
-    evil = {"messages": HELLO, "response_format": {"type": "regex", "regex": pattern}, "max_tokens": 3000}
+    schema = {"type": "string", "pattern": "(.*a.{20})|(.*b.{30})"}
+    form = {"type": "json_schema", "json_schema": {"name": "evil", "schema": schema}}
+    evil = {"messages": HELLO, "response_format": form, "max_tokens": 400, "temperature": 50, "seed": 1}
+    evil["n"] = 8
     good = {"messages": HELLO, "response_format": SCHEMA, "seed": 2}
     alone = ask(live[1], "/v1/chat/completions", good)[1]["choices"]
     with ThreadPoolExecutor(4) as pool:
@@ -315,6 +317,36 @@ def tokenizer_id(tokenizer: Tokenizer, name: str) -> int:
     return special[name] if name in special else tokenizer.vocab_size - 2 + MARKS.index(name)
 
 
+def test_templates_see_tools_and_arguments(live: tuple[Service, int]) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    cut = {"id": "b", "type": "function", "function": {"name": "weather", "arguments": '{"city'}}
+    said = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call, cut]}]
+    said.append({"role": "tool", "tool_call_id": "a", "content": [{"type": "text", "text": "rain"}]})
+    found = ask(live[1], "/tokenize", {"messages": said, "tools": TOOLS})[1]
+    text = live[0].tokenizer.decode(found["tokens"])
+    assert '"name": "weather", "description": "The weather."' in text
+    assert '{"name": "weather", "arguments": {"city": "Rome"}}' in text
+    assert '"arguments": "{\\"city"' in text  # no JSON: as it is
+    assert text.endswith("tool>rain\nassistant>")
+    assert "weather" not in live[0].tokenizer.decode(
+        ask(live[1], "/tokenize", {"messages": HELLO})[1]["tokens"]
+    )
+
+
+def test_a_template_for_tools_is_used_with_tools() -> None:
+    model, tokenizer = marked(special=False)
+    tokenizer.chat_templates = {"default": "{{ messages[0].content }}", "tool_use": TEMPLATE}
+    with running(loaded=(model, tokenizer)) as (_, port):
+        plain, tools = (
+            tokenizer.decode(ask(port, "/tokenize", body)[1]["tokens"])
+            for body in ({"messages": HELLO}, {"messages": HELLO, "tools": TOOLS})
+        )
+        assert plain == HELLO[0]["content"]
+        assert tools.startswith("Tools, called with")
+        body = {"messages": HELLO, "tools": TOOLS, "tool_choice": "required", "max_tokens": 200}
+        assert ask(port, "/v1/chat/completions", body)[1]["choices"][0]["message"]["tool_calls"]
+
+
 # what may go wrong
 
 F = {"name": "f", "parameters": {"type": "object"}}
@@ -361,6 +393,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("choice-alone", {"tool_choice": "required"}),
     ("kwargs", {"tools": TOOLS, "chat_template_kwargs": {"tools": []}}),
     ("result", {"messages": [*HELLO, {"role": "tool", "tool_call_id": "x", "content": "y"}]}),
+    ("result-id", {"messages": [*HELLO, {"role": "tool", "tool_call_id": {}, "content": "y"}]}),
     ("calls", {"messages": [*HELLO, {"role": "assistant", "content": "", "tool_calls": 7}]}),
     (
         "call",

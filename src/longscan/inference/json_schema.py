@@ -59,7 +59,7 @@ def json_rule(schema: Mapping[str, Any]) -> str:
     found = list(_schemas(schema, "the JSON schema", 1))
     try:
         text = json.dumps({**schema, "x-guidance": STYLE}, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise GrammarError(f"the JSON schema: expected JSON values ({error}).") from error
     if len(text) > MAX_BYTES:
         raise GrammarError(f"the JSON schema: expected at most {MAX_BYTES:,} bytes, got {len(text):,}.")

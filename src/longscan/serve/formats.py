@@ -144,7 +144,7 @@ def calling_messages(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
             issued = {call["id"] for call in read if "id" in call}
             message = {key: value for key, value in message.items() if key != "tool_calls"}
             message |= {"tool_calls": read} if read else {}
-        elif role == "tool" and message.get("tool_call_id") not in issued:
+        elif role == "tool" and str(message.get("tool_call_id")) not in issued:
             raise UnsupportedError(
                 "messages", f"{where}.tool_call_id: expected the id of a call in the last assistant message."
             )
