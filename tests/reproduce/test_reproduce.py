@@ -109,6 +109,29 @@ def test_a_run_with_other_settings_is_not_taken_for_ours(
     )
 
 
+def test_authors(cli: Cli, tmp_path: Path) -> None:
+    authors = importlib.import_module("longscan.reproduce.authors")
+    for number, file in enumerate(authors.FILES):
+        paragraphs = [" ".join(f"w{number}{i}{j}" for j in range(45)) for i in range(40)]
+        with lzma.open(tmp_path / file, "wt") as text:
+            text.write("\n\n".join(["too short", *paragraphs]))
+    arguments = ("reproduce", "authors", "--data", tmp_path, "--out", tmp_path / "runs", "--quick")
+    done = cli(*arguments, "--threads", 1)
+    assert done.code == 0, done.err
+    assert "reduced: a few steps only" in done.out
+    folder = tmp_path / "runs"
+    report = json.loads((folder / "authors.json").read_text())
+    assert [rows[0]["before"] for name, rows in report["runs"].items() if name != "tf-idf"] == [0.0, 0.0]
+    assert report["runs"]["LoRA"][0]["parameters"] < report["runs"]["all weights"][0]["parameters"]
+    learnt, asked = (
+        [json.loads(line)["messages"] for line in (folder / f"authors-{part}.jsonl").read_text().splitlines()]
+        for part in ("train", "test")
+    )
+    assert not {one[0]["content"] for one in learnt} & {one[0]["content"] for one in asked}
+    assert {one[1]["content"] for one in asked} == {f"{name}." for name in authors.AUTHORS.values()}
+    assert cli(*arguments, "--json").code == 0  # nothing is trained again
+
+
 def test_en_zh_chooses_its_sentences(cli: Cli, data: Path, tmp_path: Path) -> None:
     done = cli("reproduce", "en-zh", "--data", data, "--out", tmp_path, "--quick", "--threads", 1)
     assert done.code == 0, done.err

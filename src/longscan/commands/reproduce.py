@@ -26,6 +26,7 @@ EXPERIMENTS = {
     "en-zh": "English to Chinese: a Transformer on real software texts.",
     "bert": "A small BERT from scratch: masked tokens and next sentences of held-out text.",
     "movie-snippets": "Sentiment: a fine-tuned MiniLM beside TF-IDF with logistic regression.",
+    "authors": "Who wrote this? The shipped model learns to answer, by LoRA and with all weights.",
     "hippo": "A million samples in 256 numbers: LegS, the LMU, and the floor (HiPPO, section 4.3).",
     "discretization": "HiPPO-LegS by four discretisations, against the length of the signal.",
     "s4-cost": "Time and memory against length: S4, LSSL, a Transformer layer (S4, tables 2 and 3).",
