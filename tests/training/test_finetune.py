@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from longscan.checkpoints.adapter import WEIGHTS
 from longscan.checkpoints.load import load
-from longscan.checkpoints.save import save
+from longscan.checkpoints.save import quantize, save
 from longscan.core.files import read_json
 from longscan.data.examples import collate, load_examples
 from longscan.errors import LongscanError, UsageError
@@ -22,6 +22,7 @@ from longscan.inference.generate import generate_ids
 from longscan.inference.sampling import SamplingConfig
 from longscan.models import MODELS
 from longscan.models.common.lora import adapted
+from longscan.models.common.quantization import precision
 from longscan.tokenizers.base import ByteTokenizer
 from longscan.training.finetune import FinetuneRun
 from longscan.training.finetune_config import FULL_LR, FinetuneConfig
@@ -176,6 +177,21 @@ def test_full_fine_tuning_has_a_lower_rate() -> None:
     assert FinetuneConfig.from_dict({}).lr == FinetuneConfig.lr
     with pytest.raises(UsageError, match="base_precision"):
         FinetuneConfig(method="full", base_precision="int8")
+
+
+def test_a_quantised_base(config: FinetuneConfig, base: Path, tmp_path: Path) -> None:
+    """All weights means all: they are dequantised; adapters stand beside them as they are."""
+    quantize(base, tmp_path / "int8", "int8")
+    stored = config.replace(model=str(tmp_path / "int8"), steps=2)
+    seen = Recorder()
+    FinetuneRun.begin(stored, tmp_path / "lora", seen, figures=False)
+    assert "beside a base in int8" in "\n".join(seen.lines)
+    FinetuneRun.begin(stored.replace(method="full"), tmp_path / "full", seen, figures=False)
+    before, _ = load(tmp_path / "int8", precision="float32")
+    after, _ = load(tmp_path / "full" / "model")
+    assert precision(after) == "float32"
+    for (name, ours), theirs in zip(after.named_parameters(), before.parameters(), strict=True):
+        assert not torch.equal(ours, theirs), name
 
 
 def test_targets(config: FinetuneConfig, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from longscan.inference.sampling import SamplingConfig
 from longscan.models import LanguageModel, Model
 from longscan.models.common.lora import LoraLayer, adaptable, adapted, attach
 from longscan.models.common.losses import IGNORE, next_tokens
-from longscan.models.common.quantization import quantize_model
+from longscan.models.common.quantization import dequantized, kind_of, precision, quantize_model
 from longscan.tokenizers.base import Tokenizer
 from longscan.training.build import check_device
 from longscan.training.finetune_config import FinetuneConfig
@@ -96,7 +96,7 @@ class FinetuneRun(Run[FinetuneConfig]):
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         how = f"all {trained:,} weights"
         if config.method == "lora":
-            how = f"LoRA of rank {config.rank}, {trained:,} weights beside a base in {config.base_precision}"
+            how = f"LoRA of rank {config.rank}, {trained:,} weights beside a base in {precision(self.model)}"
         self.display.line(f"trains     {how}")
         if meta["conversations"]:
             self.display.line(f"template   {meta['template']}")
@@ -196,11 +196,13 @@ class FinetuneRun(Run[FinetuneConfig]):
 
     def _adapt(self) -> None:
         """Make the trained part: adapters on the matrices that are named, or everything."""
-        config, model = self.config, self.model
+        config = self.config
         if config.method == "full":
-            model.requires_grad_(True)
+            self.model = dequantized(self.model)
+            self.model.requires_grad_(True)
             return
-        if config.base_precision != "float32":
+        model = self.model
+        if config.base_precision != "float32" and config.base_precision != kind_of(model):
             quantize_model(model, config.base_precision)
         names = adaptable(model)
         chosen = list(names)
