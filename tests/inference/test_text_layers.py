@@ -12,7 +12,14 @@ from torch.nn import functional as F
 
 from longscan.errors import LongscanError
 from longscan.inference.layer_scans import ChannelScan, HeadScan
-from longscan.inference.text_layers import TextLayer, mixing_layers, states, time_steps, visit_layers
+from longscan.inference.text_layers import (
+    TextLayer,
+    mixing_layers,
+    states,
+    time_steps,
+    visit_layers,
+    walk_layers,
+)
 from longscan.models import MODELS
 from longscan.models.common.attention import Attention
 from longscan.models.mamba import MambaMixer
@@ -265,3 +272,20 @@ def test_damaged_weights_are_refused(variant: str) -> None:
 
 def test_nothing_is_retained_but_results() -> None:
     assert visit_layers(make(VARIANTS["mamba"]), draw_ids(), lambda each: each.number) == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba3", "hybrid"])
+def test_the_model_may_be_used_between_two_layers(name: str) -> None:
+    """A server decodes other texts meanwhile: neither notices."""
+    model, ids = make(VARIANTS[name]), draw_ids(9)
+    expected = visit_layers(model, ids, lambda layer: layer.scan and layer.scan.dt)
+    logits, state = model.prefill(draw_ids(5)[None])
+    alone = model.step(ids[:1], state.clone())[0]
+    found = []
+    for layer in walk_layers(model, ids):
+        found.append(layer.scan and layer.scan.dt)
+        assert torch.equal(model.prefill(draw_ids(5)[None])[0], logits)
+        assert torch.equal(model.step(ids[:1], state.clone())[0], alone)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one is other is None or torch.equal(one, other)

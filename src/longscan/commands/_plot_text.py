@@ -18,7 +18,7 @@ from longscan.core.config import brief, count
 from longscan.core.files import utf8
 from longscan.core.text_table import lay_out
 from longscan.errors import LongscanError, UsageError
-from longscan.inference.layer_scans import Scan, Softmax
+from longscan.inference.layer_scans import Scan
 from longscan.inference.prefill import encode
 from longscan.inference.text_layers import TextLayer, mixing_layers, states, time_steps, visit_layers
 from longscan.models import LanguageModel
@@ -152,9 +152,9 @@ def attention_of_text(
     index = -1 if layer is None else _index(subject.model, numbers, f"{STATE} or attention", layer)
     chosen = layers[index]
     parts = [part for part in (chosen.scan, chosen.attention) if part is not None]
-    most = max(parts, key=_lanes)
-    if lane is not None and not 0 <= lane < _lanes(most):
-        raise UsageError(f"--{most.noun}: expected 0 to {_lanes(most) - 1}, got {lane}.")
+    most = max(parts, key=lambda part: part.lanes)
+    if lane is not None and not 0 <= lane < most.lanes:
+        raise UsageError(f"--{most.noun}: expected 0 to {most.lanes - 1}, got {lane}.")
 
     def panels(found: TextLayer) -> dict[str, tuple[Tensor, str]]:
         return _panels(found, lane) if found.number == chosen.number else {}
@@ -178,20 +178,15 @@ def _panels(layer: TextLayer, lane: int | None) -> dict[str, tuple[Tensor, str]]
         ("hidden attention of the scan", "α", layer.scan),
         ("attention", "weight", layer.attention),
     ):
-        if part is None or (lane is not None and lane >= _lanes(part)):
+        if part is None or (lane is not None and lane >= part.lanes):
             continue
         if lane is not None:
             label = f"{symbol} of {part.noun} {lane}"
         else:
             mean = "|α|" if part is layer.scan else symbol
-            label = f"{mean}, mean over {count(_lanes(part), part.noun)}"
+            label = f"{mean}, mean over {count(part.lanes, part.noun)}"
         panels[name] = part.matrix(lane), label
     return panels
-
-
-def _lanes(part: Scan | Softmax) -> int:
-    """Return the number of channels or heads."""
-    return part.q.shape[1] if isinstance(part, Softmax) else part.dt.shape[1]
 
 
 def _scanning(subject: Subject) -> list[tuple[int, Scan]]:

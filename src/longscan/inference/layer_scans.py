@@ -21,6 +21,7 @@ one half. After the end of the text the sum is assumed to grow at its mean rate.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -62,6 +63,11 @@ class ChannelScan(NamedTuple):
         """What has a dt of its own."""
         return "channel"
 
+    @property
+    def lanes(self) -> int:
+        """How many there are."""
+        return self.dt.shape[1]
+
     def norms(self) -> Tensor:
         """Return the norm of the state after each token, (n,)."""
         state, norms = self.u.new_zeros(1, *self.A.shape), []
@@ -100,10 +106,18 @@ class ChannelScan(NamedTuple):
         """Return alpha of a channel, or the mean of |alpha| over all, (n, n)."""
         if channel is not None:
             return self.alpha(slice(channel, channel + 1))[0]
+        return torch.stack(list(self.parts())).sum(0) / self.lanes
+
+    def parts(self, elements: int = ELEMENTS) -> Iterator[Tensor]:
+        """Yield sums of |alpha| over some channels each, (n, n); the mean over all is that of `matrix`.
+
+        Args:
+            elements: of the largest tensor, about.
+        """
         n, d_inner = self.u.shape
-        width = max(1, ELEMENTS // (n * max(n, BLOCK * self.A.shape[1])))
-        parts = (self.alpha(slice(at, at + width)).abs().sum(0) for at in range(0, d_inner, width))
-        return torch.stack(list(parts)).sum(0) / d_inner
+        width = max(1, elements // (n * max(n, BLOCK * self.A.shape[1])))
+        for at in range(0, d_inner, width):
+            yield self.alpha(slice(at, at + width)).abs().sum(0)
 
 
 class HeadScan(NamedTuple):
@@ -121,6 +135,11 @@ class HeadScan(NamedTuple):
     def noun(self) -> str:
         """What has a dt of its own."""
         return "head"
+
+    @property
+    def lanes(self) -> int:
+        """How many there are."""
+        return self.dt.shape[1]
 
     @property
     def dt(self) -> Tensor:
@@ -162,12 +181,18 @@ class HeadScan(NamedTuple):
         """Return alpha of a head, or the mean of |alpha| over all, (n, n); a mean over the rank as well."""
         if head is not None:
             return self.alpha(slice(head, head + 1))[0].mean((1, 3))
+        return torch.stack(list(self.parts())).sum(0) / self.lanes
+
+    def parts(self, elements: int = ELEMENTS) -> Iterator[Tensor]:
+        """Yield sums of |alpha| over some heads each, (n, n); the mean over all is that of `matrix`.
+
+        Args:
+            elements: of the largest tensor, about.
+        """
         n, rank, n_heads, _ = self.tokens.q.shape
-        width = max(1, ELEMENTS // (n * rank) ** 2)
-        parts = (
-            self.alpha(slice(at, at + width)).abs().mean((2, 4)).sum(0) for at in range(0, n_heads, width)
-        )
-        return torch.stack(list(parts)).sum(0) / n_heads
+        width = max(1, elements // (n * rank) ** 2)
+        for at in range(0, n_heads, width):
+            yield self.alpha(slice(at, at + width)).abs().mean((2, 4)).sum(0)
 
 
 Scan: TypeAlias = ChannelScan | HeadScan
@@ -192,6 +217,11 @@ class Softmax(NamedTuple):
     def noun(self) -> str:
         """What has a matrix of its own."""
         return "head"
+
+    @property
+    def lanes(self) -> int:
+        """How many there are."""
+        return self.q.shape[1]
 
     def matrix(self, head: int | None = None) -> Tensor:
         """Return the weights of a head, or their mean over all, (n, n)."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -18,7 +17,7 @@ from longscan.models import LanguageModel
 from longscan.models.common.trapezoid import Tokens
 from longscan.models.mamba3 import Mamba3Mixer
 
-__all__ = ["TextLayer", "mixing_layers", "states", "time_steps", "visit_layers"]
+__all__ = ["TextLayer", "mixing_layers", "states", "states_of", "time_steps", "visit_layers", "walk_layers"]
 
 Result = TypeVar("Result")
 
@@ -61,28 +60,37 @@ def visit_layers(model: LanguageModel, ids: Tensor, visit: Callable[[TextLayer],
     Raises:
         LongscanError: a layer computes NaN or infinity.
     """
-    results, recorder = list[Result](), _Recorder()
+    return [visit(layer) for layer in walk_layers(model, ids)]
 
-    def enter(*_: Any) -> None:
+
+@torch.no_grad()
+def walk_layers(model: LanguageModel, ids: Tensor) -> Iterator[TextLayer]:
+    """Run a model over a text and yield each layer that has a selective scan or attention, first to last.
+
+    Between two of them the model may be used otherwise.
+
+    Args:
+        model: in evaluation mode.
+        ids: (n,) int64, a text from its start.
+
+    Raises:
+        LongscanError: a layer computes NaN or infinity.
+    """
+    blocks, recorder = model.backbone.layers, _Recorder()
+    x = model.backbone.embed(ids[None].to(model.device))
+    plans = model.backbone.plans(x, [None] * len(blocks), None)
+    for number, (block, plan) in enumerate(zip(blocks, plans, strict=True)):
         recorder.scan = recorder.attention = None
-        recording.enter_context(recorder)
-
-    def leave(number: int, *_: Any) -> None:
-        recording.close()  # every call of torch takes longer inside
-        layer = TextLayer(number, recorder.scan, recorder.attention)
-        if layer.scan is not None or layer.attention is not None:
-            _check_finite(layer)
-            results.append(visit(layer))
-
-    with ExitStack() as hooks, ExitStack() as recording:
-        for number, block in enumerate(model.backbone.layers):
-            hooks.callback(block.register_forward_pre_hook(enter).remove)
-            hooks.callback(block.register_forward_hook(partial(leave, number)).remove)
+        with ExitStack() as hooks:
             for module in block.modules():
                 if isinstance(module, Mamba3Mixer):  # whose scan is more than the op's
                     hooks.callback(module.register_forward_pre_hook(recorder.enter).remove)
-        model(ids[None].to(model.device), return_logits=False)
-    return results
+            with recorder:  # every call of torch takes longer inside
+                x, _ = block(x, None, plan)
+        if recorder.scan is not None or recorder.attention is not None:
+            layer = TextLayer(number, recorder.scan, recorder.attention)
+            _check_finite(layer)
+            yield layer
 
 
 def time_steps(model: LanguageModel, ids: Tensor) -> Tensor:
@@ -110,17 +118,24 @@ def states(model: LanguageModel, ids: Tensor) -> tuple[Tensor, Tensor]:
         norms: (n_layers, n) of the state of each layer with a selective scan, after each token.
         half_lives: (n_layers, 3) quartiles over tokens, channels and states, in tokens; see `layer_scans`.
     """
-    quarters = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-
-    def state_of(layer: TextLayer) -> tuple[Tensor, Tensor] | None:
-        if layer.scan is None:
-            return None
-        half_lives = layer.scan.half_lives().flatten()  # infinity cannot be interpolated
-        return layer.scan.norms(), half_lives.quantile(quarters, interpolation="nearest")
-
-    found = [each for each in visit_layers(model, ids, state_of) if each is not None]
-    norms, half_lives = zip(*found, strict=True)
+    found = visit_layers(model, ids, lambda layer: None if layer.scan is None else states_of(layer.scan))
+    norms, half_lives = zip(*(each for each in found if each is not None), strict=True)
     return torch.stack(norms), torch.stack(half_lives)
+
+
+def states_of(scan: Scan) -> tuple[Tensor, Tensor]:
+    """Return the norm of the state of a scan after each token, and quartiles of its half-lives.
+
+    Args:
+        scan: of a layer over a text of n tokens.
+
+    Returns:
+        norms: (n,).
+        half_lives: (3,); see `states`.
+    """
+    quarters = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    half_lives = scan.half_lives().flatten()  # infinity cannot be interpolated
+    return scan.norms(), half_lives.quantile(quarters, interpolation="nearest")
 
 
 class _Recorder(TorchFunctionMode):

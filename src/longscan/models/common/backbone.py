@@ -65,7 +65,7 @@ class Backbone(nn.Module):
         """
         if ids.dim() != 2 or 0 in ids.shape:
             raise ValueError(f"ids: expected a non-empty (batch, seq_len), got {tuple(ids.shape)}")
-        return self.mix(self._embed(ids), state, seq_idx, streams)
+        return self.mix(self.embed(ids), state, seq_idx, streams)
 
     def mix(
         self,
@@ -101,11 +101,24 @@ class Backbone(nn.Module):
     def step(self, ids: Tensor, state: State) -> Tensor:
         """Decode one token per row, ids (batch,), updating the state; return hidden (batch, d_model)."""
         state.reserve(1)
-        x = self._embed(ids)
+        x = self.embed(ids)
         plans = self.plans(x, state.layers, None)
         for layer, layer_state, plan in zip(self.layers, state.layers, plans, strict=True):
             x = layer.step(x, layer_state, plan)
         return self._last(x)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the initial residual stream, in float32 so that many small additions are not lost.
+
+        Args:
+            ids: (...) integers.
+
+        Returns:
+            (..., d_model).
+        """
+        x: Tensor = self.embedding(ids)
+        x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.residual_in_fp32 else x
+        return x if self.embedding_multiplier == 1 else x * self.embedding_multiplier
 
     def native(self) -> list[list[ops.Sublayer] | None]:
         """Return the sublayers of each block for the native decoder; None for a block it cannot run."""
@@ -120,12 +133,6 @@ class Backbone(nn.Module):
             seq_idx: (batch, seq_len), see `Mixer.plan`.
         """
         return self.layers.plans(x[..., 0], states, seq_idx)
-
-    def _embed(self, ids: Tensor) -> Tensor:
-        """Return the initial residual stream, in float32 so that many small additions are not lost."""
-        x: Tensor = self.embedding(ids)
-        x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.residual_in_fp32 else x
-        return x if self.embedding_multiplier == 1 else x * self.embedding_multiplier
 
     def _last(self, x: Tensor) -> Tensor:
         """Return the final hidden states of the residual stream."""
