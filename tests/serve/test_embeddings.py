@@ -16,7 +16,7 @@ import torch
 import longscan
 from longscan.inference.text_vectors import text_vectors
 from longscan.serve.service import Limits, Service
-from served import JSON, NAME, ask, running
+from live_server import JSON, NAME, ask, running
 
 TEXTS = ["Where is the king?", "Où est le roi ?", "x"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from live_server import NAME, post, serving, until
+from live_server import NAME, post, running, until
 from longscan.serve.service import Limits, Service
 from longscan.serve.streaming import stream
 
@@ -23,7 +23,7 @@ Live = tuple[Service, int]
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    with serving(Limits(connections=6, head_seconds=0.3, body_seconds=0.4)) as server:
+    with running(Limits(connections=6, head_seconds=0.3, body_seconds=0.4)) as server:
         yield server
 
 
@@ -132,7 +132,7 @@ def test_a_request_for_a_websocket_is_one_like_others(live: Live, caplog: pytest
 
 
 def test_the_turn_after_a_stop_string() -> None:
-    with serving(template="plain") as (service, port):
+    with running() as (service, port):
         ask = {"model": NAME, "max_tokens": 40, "temperature": 0}
         messages = [{"role": "system", "content": "Speak. " * 50}, {"role": "user", "content": "Who comes?"}]
         _, free = post(port, "/v1/chat/completions", {**ask, "messages": messages})

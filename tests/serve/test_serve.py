@@ -25,7 +25,7 @@ from longscan.inference.request import Request
 from longscan.inference.sampling import SamplingConfig
 from longscan.serve.guard import Access
 from longscan.serve.service import Limits, Service
-from served import JSON, NAME, ask, running
+from live_server import JSON, NAME, ask, running
 
 HELLO = [{"role": "user", "content": "Where is the king?"}]
 

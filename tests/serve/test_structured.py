@@ -18,7 +18,7 @@ from longscan.serve.service import Service
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.bpe import train_bpe
 from longscan.tokenizers.chat import ChatTemplate
-from served import NAME, ask, running
+from live_server import NAME, ask, running
 
 TEMPLATE = """{% if tools %}
 Tools, called with <tool_call>:{% for tool in tools %} {{ tool | tojson }}{% endfor %}
