@@ -76,7 +76,8 @@ def command(
 
     /v1/completions and /v1/chat/completions (streaming, n, stop, seed, logprobs, echo, JSON schemas, tools),
     /v1/embeddings, /v1/models, /tokenize, /detokenize, /health and /metrics. Requests run as one batch; the
-    second turn of a conversation prefills only what is new. Ctrl-C or SIGTERM lets running texts end first.
+    second turn of a conversation prefills only what is new. At / there is a page to chat, and to see what the
+    model does inside. Ctrl-C or SIGTERM lets running texts end first.
 
     Raises:
         UsageError: a flag has an invalid value.
@@ -151,6 +152,6 @@ def _hint(url: str, name: str, keyed: bool) -> str:
     body = f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello"}}], "stream": true}}'
     key = '-H "Authorization: Bearer $LONGSCAN_API_KEY" ' if keyed else ""
     return (
-        f"▏ serving {name} at {url}/v1 · Ctrl-C ends it\n"
+        f"▏ serving {name} at {url}/v1, with a page at {url}/ · Ctrl-C ends it\n"
         f"▏ try: curl -N {url}/v1/chat/completions {key}-d '{body}'"
     )

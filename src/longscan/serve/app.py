@@ -26,6 +26,7 @@ from longscan.serve.errors import ApiError, BusyError, api_error
 from longscan.serve.formats import UnsupportedError
 from longscan.serve.guard import Access, App, Guard
 from longscan.serve.inspect_routes import add_inspect_routes
+from longscan.serve.page_routes import add_page_routes
 from longscan.serve.responses import Chat, Completion
 from longscan.serve.service import Limits, Service
 
@@ -53,6 +54,7 @@ def make_app(service: Service, access: Access | None = None) -> App:
     _add_text_routes(app, service)
     _add_generation_routes(app, service)
     add_inspect_routes(app, service, _body_of)
+    add_page_routes(app)
     routes = [route.path for route in app.routes if hasattr(route, "path")]
     return Guard(app, access or Access(), service.metrics, routes)
 

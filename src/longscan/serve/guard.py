@@ -27,7 +27,8 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-OPEN = ("/health",)  # without a key
+OPEN = ("/", "/health")  # without a key
+PAGE = "/page/"  # likewise, whatever is below: files that everyone has
 LOG = logging.getLogger("longscan.serve")
 
 
@@ -109,7 +110,8 @@ class Guard:
             message = f"requests of the web page {origin[:80]!r} are not allowed: see --allow-origin."
             return 403, error(message, kind, "origin_not_allowed"), []
         preflight = scope["method"] == "OPTIONS" and origin
-        if access.keys and scope["path"] not in OPEN and not preflight:
+        is_open = scope["path"] in OPEN or scope["path"].startswith(PAGE)
+        if access.keys and not is_open and not preflight:
             scheme, _, key_given = _header(scope, b"authorization").partition(" ")
             given = key_given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
             # all are compared, so that the time does not tell which one it was
