@@ -13,6 +13,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-
 # the views, and what shows that each is complete
 READY = {
     "chat": ".note:not(:empty)",
+    "inside": ".square canvas",
 }
 VIEWS = tuple(READY)
 WAIT = 20.0  # seconds

@@ -15,6 +15,9 @@ let running = null; // { message, controller }
 let view = null;
 let draft = "";
 
+/** The conversation, for the view that looks inside the model. */
+export const messages = () => conversation.messages(settings.system);
+
 /** Show the chat in an element. */
 export function mount(root) {
   view = new View(root);
@@ -129,6 +132,7 @@ class View {
             button(t("chat.export"), () => save("conversation.json", conversation.export(settings.system))),
             button(t("chat.import"), () => file.click()),
             file,
+            h("a", { href: "#inside", class: "button", text: t("chat.inside") }),
           ),
         ),
         this.empty,

@@ -3,9 +3,10 @@
 import { setAsk } from "./api.js";
 import * as chat from "./chat.js";
 import { button, h } from "./dom.js";
+import * as inside from "./inside.js";
 import { current, speak, t, tag } from "./words.js";
 
-const VIEWS = { chat };
+const VIEWS = { chat, inside };
 const THEMES = ["auto", "light", "dark"];
 const THEME = "longscan.theme";
 
