@@ -14,6 +14,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-
 READY = {
     "chat": ".note:not(:empty)",
     "inside": ".square canvas",
+    "memory": ".facts dd",
 }
 VIEWS = tuple(READY)
 WAIT = 20.0  # seconds

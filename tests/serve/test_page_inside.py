@@ -1,4 +1,4 @@
-"""Looking inside the model with the page."""
+"""Looking inside the model with the page, and its memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from live_server import serving
 from longscan.models import MODELS, LanguageModel
 from longscan.serve.service import Service
 from longscan.tokenizers.base import ByteTokenizer
+
+# look inside
 
 
 def drawn(page: Any, selector: str) -> dict[str, Any]:
@@ -133,4 +135,31 @@ def test_other_models_say_what_they_lack(browser: Any, name: str) -> None:
         assert tab.page.locator(".wide canvas[role=img]").count() == (2 if name == "hybrid" else 0)
         if name != "lstm":
             tab.page.wait_for_selector(".square canvas")
+        tab.view("memory")
+        tab.page.wait_for_selector(".facts dd")
+        assert ("a token" in tab.page.inner_text(".facts dd >> nth=0")) == (name != "lstm")
         tab.close()
+
+
+# memory
+
+
+def test_memory_is_compared_with_a_transformer_of_equal_size(tab: Tab, served: tuple[Service, int]) -> None:
+    page, model = tab.page, served[0].model
+    tab.limit(12)
+    tab.ask("Hello")
+    tab.view("memory")
+    page.wait_for_selector(".facts dd")
+    body, d = model.num_parameters() - model.backbone.embedding.weight.numel(), model.config.d_model
+    script = "([size, w, s]) => import('/page/memory.js').then(m => m.cachePerToken(size, w, s))"
+    per = page.evaluate(script, [{"body_parameters": body, "d_model": d}, 2, 1])
+    assert per == pytest.approx(2 * (body / (12 * d * d)) * d * 2)
+    facts = page.locator(".facts dd").all_inner_texts()
+    assert facts[0].replace("\u202f", " ") == f"{model.init_state(1).nbytes / 1000:.0f} kB"
+    assert int(facts[2]) == -(-model.init_state(1).nbytes // per)
+    assert page.locator(".chart g.dots circle").count() == 1  # the turn
+    page.select_option("select >> nth=1", "8")
+    assert int(page.inner_text(".facts dd >> nth=2")) >= 8 * int(facts[2]) - 8
+    page.select_option("select >> nth=2", "800")
+    page.click("button:text-is('Measure')")
+    page.wait_for_selector(".note:has-text('tokens per second at first')")

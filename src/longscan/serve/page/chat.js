@@ -27,6 +27,9 @@ export function mount(root) {
   };
 }
 
+/** Numbers of answers, for the view of memory: tokens held, seconds, speed. */
+export const turns = () => conversation.path.filter((one) => one.stats).map((one) => one.stats);
+
 /** Ask for an answer to what the path ends with. */
 async function answer(parent = conversation.end) {
   if (running) return;

@@ -4,9 +4,10 @@ import { setAsk } from "./api.js";
 import * as chat from "./chat.js";
 import { button, h } from "./dom.js";
 import * as inside from "./inside.js";
+import * as memory from "./memory.js";
 import { current, speak, t, tag } from "./words.js";
 
-const VIEWS = { chat, inside };
+const VIEWS = { chat, inside, memory };
 const THEMES = ["auto", "light", "dark"];
 const THEME = "longscan.theme";
 
