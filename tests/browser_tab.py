@@ -15,6 +15,7 @@ READY = {
     "chat": ".note:not(:empty)",
     "inside": ".square canvas",
     "memory": ".facts dd",
+    "hippo": ".bars rect",
 }
 VIEWS = tuple(READY)
 WAIT = 20.0  # seconds

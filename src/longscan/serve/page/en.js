@@ -186,4 +186,42 @@ export const en = {
   "mem.sofar": (n) => `${many(n, "token")} so far`,
   "mem.pace.label": (first, n, last) => `${first} tokens per second at first, ${last} after ${n} tokens.`,
   "mem.pace.none": "Nothing was measured yet.",
+
+  "hippo.title": "What N numbers remember of a signal",
+  "hippo.lead":
+    "HiPPO updates N coefficients with every sample, so that at any time they are the best approximation of the past. Draw a signal, and see what is left of it.",
+  "hippo.signals": "Signals",
+  "hippo.song": "Song",
+  "hippo.sine": "Sine",
+  "hippo.chirp": "Chirp",
+  "hippo.steps": "Steps",
+  "hippo.flat": "Blank",
+  "hippo.play": "Play",
+  "hippo.pause": "Pause",
+  "hippo.board": "A signal, and its reconstruction.",
+  "hippo.fit": "reconstruction",
+  "hippo.signal": "signal",
+  "hippo.keys":
+    "Draw with the mouse or a finger. With the keyboard: ← → move the pen, ↑ ↓ bend the signal there, Shift draws along.",
+  "hippo.measure": "Measure: what part of the past counts",
+  "hippo.legs": "LegS: all of the past, uniformly",
+  "hippo.legt": "LegT: a window, uniformly",
+  "hippo.lmu": "LMU: LegT in another scaling",
+  "hippo.lagt": "LagT: fading exponentially",
+  "hippo.tlagt": "LagT as the paper prints it",
+  "hippo.fourier": "FouT: a window, as a Fourier series",
+  "hippo.foud": "FouD: fading, as a Fourier series",
+  "hippo.set.n": "Coefficients N",
+  "hippo.set.window": "Window",
+  "hippo.set.seen": "Samples so far",
+  "hippo.seen.value": (n) => `${n}`,
+  "hippo.summary": (n, samples, error) =>
+    `${n} coefficients for ${samples} samples; root mean square error ${error}.`,
+  "hippo.formula": "c′ = A c + B f, discretised by the zero-order hold; the same update at every sample.",
+  "hippo.formula.legs":
+    "c′ = (A c + B f) / t, discretised by the bilinear rule: time is stretched so that all of the past always fits.",
+  "hippo.coefficients": "The coefficients",
+  "hippo.coefficients.what":
+    "These numbers are the whole memory. S4 and Mamba begin with this recurrence, and learn what to store.",
+  "hippo.bars": (n, k, value) => `${n} coefficients; the largest is c${k} = ${value}.`,
 };

@@ -5,9 +5,10 @@ import * as chat from "./chat.js";
 import { button, h } from "./dom.js";
 import * as inside from "./inside.js";
 import * as memory from "./memory.js";
+import * as playground from "./playground.js";
 import { current, speak, t, tag } from "./words.js";
 
-const VIEWS = { chat, inside, memory };
+const VIEWS = { chat, inside, memory, hippo: playground };
 const THEMES = ["auto", "light", "dark"];
 const THEME = "longscan.theme";
 
