@@ -16,6 +16,7 @@ READY = {
     "inside": ".square canvas",
     "memory": ".facts dd",
     "hippo": ".bars rect",
+    "line": ".arcs path",
 }
 VIEWS = tuple(READY)
 WAIT = 20.0  # seconds

@@ -9,6 +9,7 @@ import pytest
 
 from browser_tab import READY, VIEWS, Tab
 from live_server import ask, serving
+from longscan.models import MODELS
 from longscan.serve.guard import Access
 from longscan.serve.page_routes import PAGE, POLICY, TYPES
 from longscan.serve.service import Service
@@ -67,11 +68,17 @@ def test_the_page_is_complete_and_asks_nobody_else() -> None:
 def test_the_page_needs_no_key_but_the_model_does(served: tuple[Service, int]) -> None:
     service = served[0]
     with serving(service.model, service.tokenizer, NAME, access=Access(keys=("secret",))) as (_, port):
-        for path in ("/", "/page/main.js"):
+        for path in ("/", "/page/main.js", "/line"):
             assert ask(port, path)[0] == 200
         for path in ("/v1/inspect", "/v1/models", "/page", "/pages/x", "/metrics"):
             assert ask(port, path)[0] == 401, path
         assert ask(port, "/", None, {"Host": "evil.example"})[0] == 403
+
+
+def test_the_line_is_the_registry(served: tuple[Service, int]) -> None:
+    found = ask(served[1], "/line")[1]
+    assert [entry["name"] for entry in found] == list(MODELS)
+    assert [entry["idea"] for entry in found] == [entry.idea for entry in MODELS.values()]
 
 
 # words
@@ -80,13 +87,14 @@ def test_the_page_needs_no_key_but_the_model_does(served: tuple[Service, int]) -
 def test_both_languages_say_everything(tab: Tab) -> None:
     words = tab.page.evaluate(
         """async () => {
-          const files = ['en', 'zh'].map(name => import(`/page/${name}.js`));
-          const [{ en }, { zh }] = await Promise.all(files);
+          const files = ['en', 'zh', 'ideas'].map(name => import(`/page/${name}.js`));
+          const [{ en }, { zh }, { IDEAS }] = await Promise.all(files);
           const kinds = (x) => Object.fromEntries(Object.entries(x).map(([k, v]) => [k, typeof v]));
-          return { en: kinds(en), zh: kinds(zh) };
+          return { en: kinds(en), zh: kinds(zh), ideas: Object.keys(IDEAS) };
         }"""
     )
     assert words["en"] == words["zh"]
+    assert set(words["ideas"]) == set(MODELS)
     code = "".join(path.read_text(encoding="utf-8") for path in PAGE.glob("*.js"))
     used = set(re.findall(r'\bt\("([\w.]+)"', code))
     assert len(used) > 30
@@ -117,8 +125,10 @@ def test_the_page_speaks_chinese(browser: Any, served: tuple[Service, int]) -> N
         page.wait_for_selector("h1, .turn")
         text = page.inner_text("main")
         assert len(re.findall("[\u4e00-\u9fff]", text)) > 30, view
+    page.wait_for_selector("text=记忆是会选择的状态")
     page.click("#language")
     assert page.get_attribute("html", "lang") == "en"
+    page.wait_for_selector("text=memory is a state that chooses")
     page.reload()
     assert page.get_attribute("html", "lang") == "en"  # it is remembered
     tab.close()

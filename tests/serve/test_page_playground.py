@@ -1,4 +1,4 @@
-"""The page's playground for HiPPO."""
+"""The page's playground for HiPPO, and its line of models."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from typing import Any
 import torch
 
 from browser_tab import Tab
+from longscan.models import MODELS
 from longscan.models.common.hippo_measures import MEASURES
 from longscan.models.hippo_memory import Memory
 from longscan.serve.service import Service
+
+# HiPPO
+
 
 SAMPLES = [
     0.6 * torch.sin(torch.arange(n) * 0.11) + 0.4 * ((torch.arange(n) * 7919) % 13 / 13 - 0.5)
@@ -82,3 +86,23 @@ def test_nothing_moves_for_those_who_prefer_that(browser: Any, served: tuple[Ser
     assert tab.page.is_visible("button:text-is('Play')")  # one step, no animation
     assert tab.page.input_value("#hippo-seen") == "40"
     tab.close()
+
+
+# the line
+
+
+def test_the_line_shows_every_model_and_its_parents(tab: Tab) -> None:
+    page = tab.page
+    tab.view("line")
+    page.wait_for_selector(".arcs path")
+    assert page.locator(".model").count() == len(MODELS)
+    assert page.locator(".arcs path").count() == sum(len(entry.parents) for entry in MODELS.values())
+    hrefs = page.eval_on_selector_all(".paper a", "links => links.map(x => [x.href, x.rel])")
+    papers = [entry.arxiv for entry in MODELS.values() if entry.arxiv]
+    assert hrefs == [[f"https://arxiv.org/abs/{number}", "noopener noreferrer"] for number in papers]
+    page.hover("#model-mamba2 h2")
+    lit = set(page.eval_on_selector_all(".model.lit", "rows => rows.map(row => row.id)"))
+    assert {f"model-{name}" for name in ("mamba", "s4", "hippo", "mamba2", "mamba3", "zamba2")} <= lit
+    assert not {"model-vim", "model-resnet"} & lit
+    page.click("#model-mamba2 .kin a:text-is('mamba')")
+    assert page.evaluate("document.activeElement.textContent") == "mamba"

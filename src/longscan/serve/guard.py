@@ -27,7 +27,7 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-OPEN = ("/", "/health")  # without a key
+OPEN = ("/", "/health", "/line")  # without a key
 PAGE = "/page/"  # likewise, whatever is below: files that everyone has
 LOG = logging.getLogger("longscan.serve")
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
+from longscan.models import MODELS
 from longscan.serve.errors import ApiError
 
 __all__ = ["PAGE", "add_page_routes"]
@@ -53,6 +55,12 @@ def add_page_routes(app: FastAPI) -> None:
     @app.api_route("/page/{name}", methods=["GET", "HEAD"], include_in_schema=False)
     async def file(request: Request, name: str) -> Response:
         return _file(request, name)
+
+    @app.get("/line", include_in_schema=False)
+    def line() -> Any:
+        """Return the line of models, oldest first."""
+        fields = ("name", "kind", "year", "paper", "arxiv", "idea", "parents", "verbs")
+        return [{field: getattr(entry, field) for field in fields} for entry in MODELS.values()]
 
 
 @cache

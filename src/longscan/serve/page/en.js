@@ -224,4 +224,11 @@ export const en = {
   "hippo.coefficients.what":
     "These numbers are the whole memory. S4 and Mamba begin with this recurrence, and learn what to store.",
   "hippo.bars": (n, k, value) => `${n} coefficients; the largest is c${k} = ${value}.`,
+
+  "line.title": "The line of models",
+  "line.lead":
+    "Each model here answers one question anew: what is memory? Arcs lead from parents to children.",
+  "line.memory": (idea) => `memory is ${idea}`,
+  "line.from": "from",
+  "line.to": "to",
 };

@@ -4,11 +4,12 @@ import { setAsk } from "./api.js";
 import * as chat from "./chat.js";
 import { button, h } from "./dom.js";
 import * as inside from "./inside.js";
+import * as line from "./line.js";
 import * as memory from "./memory.js";
 import * as playground from "./playground.js";
 import { current, speak, t, tag } from "./words.js";
 
-const VIEWS = { chat, inside, memory, hippo: playground };
+const VIEWS = { chat, inside, memory, hippo: playground, line };
 const THEMES = ["auto", "light", "dark"];
 const THEME = "longscan.theme";
 

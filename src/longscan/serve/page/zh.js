@@ -209,4 +209,10 @@ export const zh = {
   "hippo.coefficients": "系数",
   "hippo.coefficients.what": "这些数就是全部记忆。S4 和 Mamba 都从这个递推开始，再学习该存什么。",
   "hippo.bars": (n, k, value) => `${n} 个系数；最大的是 c${k} = ${value}。`,
+
+  "line.title": "模型的谱系",
+  "line.lead": "这里的每个模型都重新回答同一个问题：记忆是什么？弧线从父代指向子代。",
+  "line.memory": (idea) => `记忆是${idea}`,
+  "line.from": "源自",
+  "line.to": "衍生",
 };
