@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import longscan
+from live_server import JSON, NAME, ask, running
 from longscan.inference.text_vectors import text_vectors
 from longscan.serve.service import Limits, Service
-from live_server import JSON, NAME, ask, running
 
 TEXTS = ["Where is the king?", "Où est le roi ?", "x"]
 

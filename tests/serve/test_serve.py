@@ -19,13 +19,13 @@ import openai
 import pytest
 
 import longscan
+from live_server import JSON, NAME, ask, running
 from longscan.inference.engine import Engine
 from longscan.inference.prompt_scores import prompt_scores
 from longscan.inference.request import Request
 from longscan.inference.sampling import SamplingConfig
 from longscan.serve.guard import Access
 from longscan.serve.service import Limits, Service
-from live_server import JSON, NAME, ask, running
 
 HELLO = [{"role": "user", "content": "Where is the king?"}]
 

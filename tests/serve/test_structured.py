@@ -13,12 +13,12 @@ import pydantic
 import pytest
 import torch
 
+from live_server import NAME, ask, running
 from longscan.models import LanguageModel, Mamba, MambaConfig
 from longscan.serve.service import Service
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.bpe import train_bpe
 from longscan.tokenizers.chat import ChatTemplate
-from live_server import NAME, ask, running
 
 TEMPLATE = """{% if tools %}
 Tools, called with <tool_call>:{% for tool in tools %} {{ tool | tojson }}{% endfor %}

@@ -27,8 +27,9 @@ from longscan.inference.sampling import SamplingConfig
 from longscan.inference.text_layers import mixing_layers
 from longscan.models.common.quantization import precision
 from longscan.serve.answers import finish_reason
-from longscan.serve.bodies import Float, Id, Int, Str, UnsupportedError, plain_messages
+from longscan.serve.bodies import Float, Id, Int, Str, plain_messages
 from longscan.serve.errors import ApiError
+from longscan.serve.formats import UnsupportedError
 from longscan.serve.job import merged
 from longscan.serve.service import Service
 from longscan.serve.streaming import while_connected

@@ -267,9 +267,8 @@ class Service:
         """
         messages = plain_messages(body.messages)
         rules = await self.constraints.of(body, self._tool_template.source)
-        prompt = await asyncio.to_thread(
-            self.render, messages, tools=body.tools, **(body.chat_template_kwargs or {})
-        )
+        more = body.chat_template_kwargs or {}
+        prompt = await asyncio.to_thread(self.render, messages, tools=body.tools, **more)
         known = self.turns.best(prompt)
         rest = await asyncio.to_thread(self.encode, after(prompt, known.pieces) or [])
         if not len(rest) and not known.saved.pending:
