@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +177,26 @@ def test_trainer_and_peft(lora: bool, hf: Any, tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
     for ours, theirs in zip(resumed.model.parameters(), network.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_copies_pickles_and_other_tensors(hf: Any, tmp_path: Path) -> None:
+    model, ids = hf.wrap(build("mamba3")), draw_ids()
+    with torch.no_grad():
+        expected = model(ids).logits
+        for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(again(ids).logits, expected)
+        assert pickle.loads(pickle.dumps(model.config)).settings() == model.network.config
+        other = {name: tensor * 0.5 for name, tensor in model.state_dict().items()}
+        model.save_pretrained(tmp_path / "half", state_dict=other)
+        half, _ = longscan.load(tmp_path / "half")
+        assert torch.equal(half.backbone.embedding.weight, model.network.backbone.embedding.weight * 0.5)
+        assert torch.equal(model(ids).logits, expected)
+        some = model(ids, logits_to_keep=torch.tensor([1, 3])).logits
+        assert torch.equal(some, expected[:, [1, 3]])
+    found = model.generate(ids, output_hidden_states=True, return_dict_in_generate=True, **FAST)
+    assert all(len(step) == model.config.n_layers + 1 for step in found.hidden_states)
+    with pytest.raises(LongscanError, match="expected a LongscanCache, got DynamicCache"):
+        model(ids, past_key_values=transformers.DynamicCache())
 
 
 def test_what_is_not_supported_is_refused(hf: Any, tmp_path: Path) -> None:

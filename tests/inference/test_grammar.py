@@ -315,7 +315,7 @@ BAD_SCHEMAS: dict[str, tuple[Any, str]] = {
     "nested": ({"const": nested(100_000)}, "expected JSON values"),
     "enum": ({"enum": 7}, "enum: expected a list"),
     "values": ({"enum": list(range(1001))}, "enum: expected at most 1,000"),
-    "properties": ({"properties": {f"p{i}": {} for i in range(513)}}, "properties: expected at most 512"),
+    "properties": ({"properties": {f"p{i}": {} for i in range(257)}}, "properties: expected at most 256"),
     "listed": ({"properties": []}, "properties: expected schemas, got list"),
     "size": ({"const": "x" * 70_000}, "expected at most 65,536 bytes"),
     "deep": (json.loads('{"items":' * 40 + "{}" + "}" * 40), "expected at most 32 levels"),
@@ -454,3 +454,43 @@ def test_misuse_of_the_command(cli: Any, tmp_path: Path) -> None:
     ):
         got = cli("generate", "The king", *flags)
         assert (got.code, words in got.err) == (code, True), got.err
+
+
+def chained(n: int) -> dict[str, Any]:
+    links = {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(n - 1)}
+    return {"$ref": "#/$defs/d0", "$defs": {**links, f"d{n - 1}": {"type": "integer"}}}
+
+
+def doubled(n: int) -> dict[str, Any]:
+    twice = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i - 1}"}] * 2} for i in range(1, n)}
+    return {"$ref": f"#/$defs/d{n - 1}", "$defs": {"d0": {"type": "string", "pattern": "a"}, **twice}}
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ({"type": "integer", "minimum": -(2**70), "maximum": -(2**69)}, "minimum: expected 0 or a number"),
+        ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1e-300}, "exclusiveMaximum"),
+        (chained(1400), "takes too long, or too much memory"),
+        (doubled(30), "takes too long, or too much memory"),
+        ({"$ref": "#/default", "default": {"multipleOf": 123456789}}, r"\$ref: expected a reference"),
+        ({"type": "object", "minProperties": 2}, "'minProperties' is not supported"),
+    ],
+    ids=["far below", "close to 0", "a chain", "doubled", "into a note", "minProperties"],
+)
+def test_schemas_that_crash_or_fill_the_memory_are_refused_and_others_go_on(
+    schema: dict[str, Any], words: str
+) -> None:
+    _, tokenizer = longscan.load("longscan-tiny-en")
+    assert tokenizer is not None
+    grammars = Grammars(tokenizer)
+    with pytest.raises(GrammarError, match=words):
+        grammars.json_schema(schema)
+    assert grammars.json_schema({"type": "boolean"})().allowed().any()
+
+
+def test_blanks_in_a_regular_expression_hide_no_repetitions() -> None:
+    _, tokenizer = longscan.load("longscan-tiny-en")
+    assert tokenizer is not None
+    with pytest.raises(GrammarError, match="the flag x"):
+        Grammars(tokenizer).regex("(?x) a {1000} {1000} ")

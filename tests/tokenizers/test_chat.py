@@ -153,7 +153,7 @@ def test_errors_are_short_and_of_the_right_kind(tokenizer: BPETokenizer) -> None
     deep: Any = []
     for _ in range(100_000):
         deep = [deep]
-    assert "expected JSON values" in fails("x", tools=deep)
+    assert "nested at most 100 deep" in fails("x", tools=deep)
     assert ChatTemplate("{{ self }}", "file", own=True).render(tokenizer, TALK, tools={1: {2: 3}})
 
 

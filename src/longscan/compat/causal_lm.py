@@ -10,6 +10,7 @@ published layout, such as Mamba's, opens as transformers' own class; `wrap` give
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from functools import cache
@@ -62,6 +63,10 @@ class LongscanConfig(_hf.PreTrainedConfig):  # type: ignore[misc, unused-ignore]
         self._settings = entry.config.from_dict(fields or entry.presets["tiny"]).to_dict()
         for name, value in self._settings.items():
             setattr(self, name, value)
+
+    def __reduce__(self) -> Any:
+        """Pickle as the fields: the class is made when it is needed."""
+        return _config, (self.name, self._settings)
 
     def settings(self) -> Any:
         """Return the model's Config."""
@@ -185,7 +190,7 @@ class LongscanForCausalLM(_hf.PreTrainedModel, _hf.GenerationMixin):  # type: ig
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -199,7 +204,7 @@ class LongscanForCausalLM(_hf.PreTrainedModel, _hf.GenerationMixin):  # type: ig
             use_cache: whether to return the state; None: as the config says.
             output_hidden_states: whether to return the residual streams.
             return_dict: whether to return an object, not a tuple; None: as the config says.
-            logits_to_keep: of the last positions; 0 for all.
+            logits_to_keep: of the last positions; 0 for all. Or the positions.
             num_items_in_batch: labels in the whole batch of the optimizer, of which these are a part.
             kwargs: of other models, such as position_ids; ignored.
 
@@ -209,14 +214,12 @@ class LongscanForCausalLM(_hf.PreTrainedModel, _hf.GenerationMixin):  # type: ig
         if input_ids is None:
             raise LongscanError("input_ids: expected ids; inputs_embeds are not supported.")
         cache = past_key_values
+        if not isinstance(cache, LongscanCache | None):
+            raise LongscanError(f"past_key_values: expected a LongscanCache, got {type(cache).__name__}.")
         wanted = cache is not None or (use_cache and not self.training)
-        state = cache.state if cache is not None else None
-        if (
-            cache is not None
-            and state is not None
-            and input_ids.shape[1] == 1
-            and not torch.is_grad_enabled()
-        ):
+        state = None if cache is None else cache.state
+        decodes = input_ids.shape[1] == 1 and not output_hidden_states and not torch.is_grad_enabled()
+        if state is not None and decodes:
             logits, state = self.network.step(input_ids[:, 0].contiguous(), state)
             logits, loss, streams = logits[:, None], None, None
         else:
@@ -230,7 +233,9 @@ class LongscanForCausalLM(_hf.PreTrainedModel, _hf.GenerationMixin):  # type: ig
                 return_hidden=bool(output_hidden_states),
             )
             logits, loss, state, streams = found.logits, found.loss, found.state, found.hidden
-        logits = logits[:, -logits_to_keep:, : self.network.config.vocab_size]
+        # 0 keeps all
+        kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
+        logits = logits[:, kept, : self.network.config.vocab_size]
         if loss is not None and num_items_in_batch is not None:
             assert labels is not None
             loss = loss * (labels[:, 1:] != IGNORE).sum() / num_items_in_batch
@@ -281,10 +286,18 @@ class LongscanForCausalLM(_hf.PreTrainedModel, _hf.GenerationMixin):  # type: ig
         Args:
             save_directory: created, or replaced if it is a model directory.
             args: none.
-            kwargs: of transformers; of these, `state_dict` is refused unless it is the model's own.
+            kwargs: of transformers; of these only `state_dict` counts, tensors in place of the model's own.
         """
-        save(self.network, save_directory)
+        network, tensors = self.network, kwargs.get("state_dict")
+        if tensors is not None:
+            network = copy.deepcopy(network)
+            network.load_state_dict({name.removeprefix("network."): t for name, t in tensors.items()})
+        save(network, save_directory)
         self.generation_config.save_pretrained(save_directory)
+
+    def __reduce__(self) -> Any:
+        """Pickle as the model inside: the class is made when it is needed."""
+        return wrap, (self.network,)
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """Load tensors by their names in a file or in this module."""
@@ -320,6 +333,11 @@ def register(names: Sequence[str] = ()) -> None:
             continue
         _hf.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         _hf.AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+
+
+def _config(name: str, fields: dict[str, Any]) -> LongscanConfig:
+    """Return the config of a model."""
+    return _classes(name)[0](**fields)
 
 
 @cache

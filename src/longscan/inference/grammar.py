@@ -12,11 +12,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from longscan.core.optional import require
+from longscan.core.worker_process import WorkerProcess
 from longscan.errors import LongscanError
 from longscan.inference.json_schema import GrammarError, check_regex, json_rule
 from longscan.inference.sampling import Constraint
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["GrammarConstraint", "GrammarError", "Grammars"]
 
 CACHED = 32  # compiled grammars
+WORKER = Path(__file__).with_name("grammar_worker.py")  # a script: importing it would import llguidance
+SECONDS = 30.0  # that it may take on a busy machine; of the processor's time it has one
 LIMITS = {  # of a grammar
     "max_lexer_states": 10_000,
     "max_grammar_size": 100_000,
@@ -58,6 +62,8 @@ class Grammars:
             raise LongscanError(
                 f"grammars: this tokenizer is none that llguidance knows: {error}."
             ) from error
+        self._described = {"tokenizer": tokenizer.to_json(), "eos_id": tokenizer.eos_id}
+        self._worker: WorkerProcess | None = None
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -135,6 +141,8 @@ class Grammars:
 
         with self._lock:
             matcher = self._compiled.pop(grammar, None)
+            if matcher is None:
+                self._try(grammar)
             if matcher is None or _fails(matcher.deep_copy()):  # see `_renew`
                 matcher = compiled()
             if matcher.is_error():
@@ -145,6 +153,20 @@ class Grammars:
             while len(self._compiled) > CACHED:
                 self._compiled.popitem(last=False)
         return constraint
+
+    def _try(self, grammar: str) -> None:
+        """Compile a grammar in another process first, which it may crash, or fill the memory of."""
+        if self._worker is None or not self._worker.running:
+            self._worker = WorkerProcess(str(WORKER), SECONDS)
+            if self._worker.ask(self._described) is None:
+                raise LongscanError("grammars: the process that compiles them does not start.")
+        fault = self._worker.ask({"grammar": grammar, "limits": LIMITS})
+        if fault is None:
+            raise GrammarError(
+                "the grammar: it takes too long to compile, or too much memory. Make it smaller."
+            )
+        if fault:
+            raise GrammarError(_reason(fault))
 
 
 class GrammarConstraint:

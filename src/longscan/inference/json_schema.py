@@ -19,7 +19,9 @@ __all__ = ["GrammarError", "check_regex", "json_rule"]
 
 MAX_BYTES = 64 << 10  # of a schema
 MAX_DEPTH = 32  # of schemas inside schemas
-MAX_PROPERTIES = 512  # in all
+MAX_PROPERTIES = 256  # in all: the parser has a limit of its own where all are optional
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+SMALLEST, LARGEST = 1e-9, 2.0**53  # of them, but 0: beyond, bounds are rounded or cut
 MAX_VALUES = 1000  # of enum, in all
 MAX_REGEX = 4096  # characters
 MAX_EXPANDED = 20_000  # characters of a regular expression whose bounded repetitions are written out
@@ -30,8 +32,8 @@ LISTED = ("anyOf", "allOf", "prefixItems")
 SINGLE = ("items", "additionalProperties")
 PLAIN = (
     *("type", "enum", "const", "format", "pattern", "minLength", "maxLength", "minimum", "maximum"),
-    *("exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minItems", "maxItems", "minProperties"),
-    *("maxProperties", "required", "$ref"),
+    *("exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minItems", "maxItems", "maxProperties"),
+    *("required", "$ref"),
 )
 NOTES = (  # what says nothing of the values
     *("title", "description", "default", "examples", "example", "deprecated", "readOnly", "writeOnly"),
@@ -114,11 +116,18 @@ def _check_values(schema: Mapping[str, Any], where: str) -> None:
     pattern, multiple, values = (schema.get(key) for key in ("pattern", "multipleOf", "enum"))
     if pattern is not None:
         check_regex(pattern)
-    if "$ref" in schema and not str(schema["$ref"]).startswith("#"):
+    if "$ref" in schema and not re.fullmatch(r"#|#/(\$defs|definitions|properties)/.*", str(schema["$ref"])):
         raise GrammarError(
             f"{where[:200]}, $ref: expected a reference inside the schema, as in #/$defs/name, "
             f"got {schema['$ref']!r:.80}."
         )
+    for name in BOUNDS:
+        bound = schema.get(name)
+        if isinstance(bound, int | float) and bound and not SMALLEST <= abs(bound) <= LARGEST:
+            raise GrammarError(
+                f"{where[:200]}, {name}: expected 0 or a number between {SMALLEST:g} and 2^53, either sign, "
+                f"got {bound!r:.80}."
+            )
     if values is not None and not isinstance(values, list):
         raise GrammarError(f"{where[:200]}, enum: expected a list, got {type(values).__name__}.")
     if multiple is not None and (
@@ -158,6 +167,8 @@ def check_regex(pattern: Any) -> None:
         raise GrammarError(
             f"a regular expression: expected 1 to {MAX_REGEX:,} characters, got {len(pattern):,}."
         )
+    if re.search(r"\(\?[a-zA-Z]*x", pattern):
+        raise GrammarError("a regular expression: the flag x is not supported. Write it without blanks.")
     if _expanded(pattern) > MAX_EXPANDED:
         raise GrammarError(
             f"a regular expression: its repetitions written out have more than {MAX_EXPANDED:,} characters."

@@ -193,6 +193,11 @@ class CallReader:
         self._listing = False  # whether another call of a list follows
         self.calls = 0
 
+    @property
+    def complete(self) -> bool:
+        """Whether no call is cut."""
+        return not self._depth and self._next not in (self._head, self._arguments)
+
     def push(self, text: str) -> Iterator[Part]:
         """Yield the parts that more text completes.
 

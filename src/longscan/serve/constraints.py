@@ -13,7 +13,7 @@ from longscan.inference.json_schema import json_rule
 from longscan.inference.sampling import Constraint
 from longscan.inference.tool_calls import CallFormat, CallReader, call_grammar, find_format
 from longscan.serve.bodies import ChatBody, CompletionBody
-from longscan.serve.errors import ApiError
+from longscan.serve.errors import ApiError, BusyError
 from longscan.serve.formats import ResponseFormat, choose
 from longscan.tokenizers.base import Tokenizer
 
@@ -47,10 +47,13 @@ class Constraints:
     Args:
         tokenizer: of the model.
         ends: the tokens that end a text that follows a grammar.
+        queue: requests that may wait for it.
+        deadline: seconds that they may wait.
     """
 
-    def __init__(self, tokenizer: Tokenizer, ends: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, ends: Sequence[int], queue: int, deadline: float) -> None:
         self._tokenizer, self._ends, self._compiling = tokenizer, ends, asyncio.Lock()
+        self._queue, self._deadline, self._waiting = queue, deadline, 0
 
     @functools.cached_property
     def _grammars(self) -> Grammars:
@@ -65,13 +68,24 @@ class Constraints:
             template: the chat template, of a chat.
 
         Raises:
-            ApiError: a schema, an expression or a tool is at fault, or this model cannot do it.
+            ApiError: a schema, an expression or a tool is at fault, this model cannot do it, or the deadline
+                has passed.
+            BusyError: too many wait.
         """
         tools = isinstance(body, ChatBody) and body.tools
         if not tools and body.form is None:
             return Rules()
-        async with self._compiling:
-            return await asyncio.to_thread(self._compile, body, template)
+        if self._compiling.locked() and self._waiting >= self._queue:
+            raise BusyError(2)
+        self._waiting += 1
+        try:
+            async with asyncio.timeout(self._deadline), self._compiling:
+                return await asyncio.to_thread(self._compile, body, template)
+        except TimeoutError:
+            message = "the deadline has passed before the grammar was compiled."
+            raise ApiError(504, message, "deadline_exceeded") from None
+        finally:
+            self._waiting -= 1
 
     def _compile(self, body: CompletionBody | ChatBody, template: str) -> Rules:
         """Return the rules of a request that has some."""

@@ -45,7 +45,7 @@ class JsonSchemaBody(BaseModel):
     """A JSON schema with a name. `strict` changes nothing: the schema always holds."""
 
     name: Name
-    values: Annotated[Schema, Field(alias="schema")] = {}
+    values: Annotated[Schema, Field(alias="schema")]
     strict: bool | None = None
 
 

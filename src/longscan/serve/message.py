@@ -44,7 +44,8 @@ class Message:
         deltas = [self._delta(part) for part in parts if part.text or part.name]
         if event.finish:
             self.finish = answers.finish_reason(event.finish)
-            if self._calls and self.finish == "stop":
+            # a stop string may end a text amid a call
+            if self._calls and self.finish == "stop" and self._reader and self._reader.complete:
                 self.finish = "tool_calls"
         return deltas
 

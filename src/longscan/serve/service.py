@@ -115,7 +115,7 @@ class Service:
         self.template, self.limits = template, limits or Limits()
         self.created, self.metrics = int(time.time()), Metrics()
         self._ends, self._stops = template.ends(tokenizer)
-        self.constraints = Constraints(tokenizer, self._ends)
+        self.constraints = Constraints(tokenizer, self._ends, self.limits.queue, self.limits.deadline)
         own = tokenizer.chat_templates
         named = template.own and template.name == DEFAULT and TOOL_USE in own
         self._tool_template = replace(template, source=own[TOOL_USE], name=TOOL_USE) if named else template

@@ -6,14 +6,9 @@ and a number a special token. What a user spells out, `<|im_end|>` say, stays te
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import functools
 import json
 import re
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,18 +16,29 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from longscan.core.files import utf8
+from longscan.core.worker_process import WorkerProcess
 from longscan.errors import LongscanError, UsageError
 from longscan.tokenizers import template_worker
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.chat_templates import DEFAULT
 
-__all__ = ["BUILT_IN", "ROLES", "ChatTemplate", "Pieces", "check_messages", "find_template", "join"]
+__all__ = [
+    "BUILT_IN",
+    "ROLES",
+    "ChatTemplate",
+    "Pieces",
+    "_check_depth",
+    "check_messages",
+    "find_template",
+    "join",
+]
 
 Pieces: TypeAlias = list[str | int]  # text, and ids of special tokens
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_SOURCE = 64 << 10  # characters of a template
 SECONDS = 5.0  # that a template may take
+MAX_DEPTH = 100  # of messages and variables
 LIMIT = 16 << 20  # characters that it may write
 PROBE = "an answer"  # of the assistant, to see what ends it
 
@@ -94,6 +100,7 @@ class ChatTemplate:
         check_messages(messages)
         special = tokenizer.special_tokens
         given = {**variables, "messages": messages}
+        _check_depth(given)
         text = _as_json(given)
         aliases = _aliases(special, text + self.source)
         fixed = {**tokenizer.roles, "add_generation_prompt": prompt}
@@ -116,7 +123,8 @@ class ChatTemplate:
     ) -> Pieces:
         """Return what the template makes of variables, with the characters behind their aliases."""
         request = {"source": self.source, "variables": variables, "time": self.time, "limit": LIMIT}
-        got = _worker().ask(request)
+        late = f"it takes more than {SECONDS:g} s, or too much memory"
+        got: dict[str, str] = _worker().ask(request) or {"kind": "template", "error": late}
         if "text" in got:
             utf8(got["text"].encode(errors="surrogatepass"), f"what the chat template {self.name!r} writes")
             return _split(got["text"], special, aliases)
@@ -226,6 +234,23 @@ def join(pieces: Sequence[str | int]) -> Pieces:
     return joined
 
 
+def _check_depth(value: Any, depth: int = 0) -> None:
+    """Raise unless a JSON value is of a depth that can be worked on.
+
+    Args:
+        value: of messages and variables.
+        depth: of what it is inside.
+
+    Raises:
+        UsageError: it is nested more deeply.
+    """
+    if depth > MAX_DEPTH:
+        raise UsageError(f"messages: expected values nested at most {MAX_DEPTH} deep.")
+    if isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            _check_depth(one, depth + 1)
+
+
 def _as_json(variables: Mapping[str, Any]) -> str:
     """Return variables as JSON, after a check."""
     try:
@@ -282,67 +307,7 @@ def _split(text: str, special: Mapping[str, int], aliases: Mapping[str, str]) ->
     return join([special[part] if i % 2 else part.translate(back) for i, part in enumerate(cut)])
 
 
-class _Worker:
-    """The process that runs templates; it starts when it is needed, and again after it was killed."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()
-        atexit.register(self.stop)
-
-    def ask(self, request: dict[str, Any]) -> dict[str, str]:
-        """Return the worker's answer, see `template_worker.answer`."""
-        line = json.dumps(request) + "\n"
-        with self._lock:
-            process = self._started()
-            assert process.stdin
-            assert process.stdout
-            timer = threading.Timer(SECONDS, process.kill)
-            timer.start()
-            try:
-                process.stdin.write(line)
-                process.stdin.flush()
-                answer = process.stdout.readline()
-            except OSError:
-                answer = ""
-            except BaseException:  # Ctrl-C: the next request must not get this answer
-                self.stop()
-                raise
-            finally:
-                timer.cancel()
-            if not answer.endswith("\n"):
-                self.stop()
-                return {"kind": "template", "error": f"it takes more than {SECONDS:g} s, or too much memory"}
-        found: dict[str, str] = json.loads(answer)
-        return found
-
-    def _started(self) -> subprocess.Popen[str]:
-        """Return the running process."""
-        if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", template_worker.__file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                encoding="utf-8",
-                start_new_session=True,  # Ctrl-C is not for it
-            )
-        return self._process
-
-    def stop(self) -> None:
-        """End the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout):
-                assert stream
-                with contextlib.suppress(OSError):
-                    stream.close()
-        self._process = None
-
-
 @functools.cache
-def _worker() -> _Worker:
+def _worker() -> WorkerProcess:
     """Return the only worker."""
-    return _Worker()
+    return WorkerProcess(template_worker.__file__, SECONDS)
