@@ -170,6 +170,7 @@ def reshape(change: Callable[[dict[str, Tensor]], None]) -> Callable[[Path], Non
 
 
 A = "base_model.model.backbone.layers.0.mixer.in_proj.lora_A.weight"
+B = A.replace("lora_A", "lora_B")
 FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda d: (d / WEIGHTS).unlink(), "found adapter_config.json"),
     "pickled": (lambda d: (d / WEIGHTS).rename(d / "adapter_model.bin"), "may hold code"),
@@ -182,6 +183,18 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "saved modules": (edit(lambda f: f.update(modules_to_save=["lm_head"])), "modules_to_save"),
     "alpha": (edit(lambda f: f.update(lora_alpha="much")), "lora_alpha"),
     "infinite alpha": (edit(lambda f: f.update(lora_alpha=1e999)), "lora_alpha"),
+    "huge alpha": (edit(lambda f: f.update(lora_alpha=10**400)), "lora_alpha"),
+    "large alpha": (edit(lambda f: f.update(lora_alpha=1e40)), "lora_alpha"),
+    "no patterns": (edit(lambda f: f.update(alpha_pattern=["x"])), "alpha_pattern an object"),
+    "rslora": (edit(lambda f: f.update(use_rslora="yes")), "use_rslora"),
+    "another r": (edit(lambda f: f.update(r=10**9)), "r: expected 3, the rank"),
+    "no rank": (reshape(lambda t: t.update({A: t[A][:0], B: t[B][:, :0].contiguous()})), "of another model"),
+    "8 bits": (reshape(lambda t: t.update({A: t[A].to(torch.float8_e4m3fn)})), "16 bits or more"),
+    "too large": (reshape(lambda t: t.update({A: t[A].double() * 1e60})), "finite"),
+    "twice": (
+        reshape(lambda t: t.update({A.replace("model.backbone", "model.network.backbone"): t[A].clone()})),
+        "two adapters",
+    ),
     "a regular expression": (edit(lambda f: f.update(alpha_pattern={"(a+)+$": 1})), "alpha_pattern"),
     "one without the other": (reshape(lambda t: t.pop(A)), "expected lora_A"),
     "a layer too many": (reshape(lambda t: t.update({A.replace("0", "7"): t[A].clone()})), "no such matrix"),

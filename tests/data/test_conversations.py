@@ -44,6 +44,26 @@ FORMS: dict[str, tuple[dict[str, Any], Row]] = {
         {"instruction": "Why?", "input": "It.", "output": "So."},
         Row([{"role": "user", "content": "Why?\n\nIt."}, TELL], "", "", None, ""),
     ),
+    "ShareGPT with system and tools": (
+        {"conversations": [{"from": "Human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}
+        | {"system": "Be.", "tools": '[{"a": 1}]'},
+        Row([{"role": "system", "content": "Be."}, ASK, TELL], "", "", [{"a": 1}], ""),
+    ),
+    "Alpaca with history": (
+        {"instruction": "Why?", "input": " ", "output": "So.", "history": [["Why?", "So."]]},
+        Row([ASK, TELL, ASK, TELL], "", "", None, ""),
+    ),
+    "a call": (
+        {"messages": [ASK, {**TELL, "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}]}]},
+        Row(
+            [ASK, {**TELL, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}],
+            *("", "", None, ""),
+        ),
+    ),
+    "weights": (
+        {"messages": [ASK, {**TELL, "weight": 0}]},
+        Row([ASK, {**TELL, "weight": 0}], "", "", None, ""),
+    ),
     "completion": ({"prompt": "Why?", "completion": " So."}, Row(None, "Why?", " So.", None, "")),
     "completion of messages": (
         {"prompt": [ASK], "completion": [TELL]},
@@ -66,6 +86,12 @@ BAD: dict[str, tuple[str, str]] = {
     "role": ('{"messages": [{"role": "robot", "content": "x"}]}', "got 'robot'"),
     "content": ('{"messages": [{"role": "user", "content": 3}]}', "expected text, got int"),
     "image": ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "parts of text"),
+    "calls": ('{"messages": [{"role": "assistant", "content": "x", "tool_calls": 5}]}', "expected calls"),
+    "weight": (
+        '{"messages": [{"role": "assistant", "content": "x", "weight": 2}]}',
+        "weight: expected 0 or 1",
+    ),
+    "history": ('{"instruction": "x", "output": "y", "history": ["z"]}', "history: expected pairs"),
     "prompt": ('{"prompt": 1, "completion": "x"}', "prompt: expected text"),
     "completion": ('{"prompt": "x", "completion": ""}', "completion: expected text, got none"),
     "blank text": ('{"text": "  "}', "text: expected text, got none"),
@@ -105,9 +131,11 @@ def test_plain_text_and_compressed_files(tmp_path: Path) -> None:
 def test_a_directory_has_its_own_validation(tmp_path: Path) -> None:
     for name in ("train.jsonl", "validation.jsonl", "test.jsonl"):
         (tmp_path / name).write_text('{"text": "x"}')
-    assert read_directory(tmp_path) == ([tmp_path / "train.jsonl"], [tmp_path / "validation.jsonl"])
+    (tmp_path / "train.txt").write_text("another file of this name")
+    others = [tmp_path / "test.jsonl", tmp_path / "train.txt"]
+    assert read_directory(tmp_path) == ([tmp_path / "train.jsonl"], [tmp_path / "validation.jsonl"], others)
     (tmp_path / "train.jsonl").rename(tmp_path / "other.jsonl")
-    assert len(read_directory([tmp_path])[0]) == 3
+    assert len(read_directory([tmp_path]).train) == 4
     with pytest.raises(LongscanError, match="no such file"):
         read_directory(tmp_path / "nothing")
 

@@ -115,10 +115,47 @@ def test_spans_are_the_conversation_and_prompts_are_those_of_inference(talk: lis
         so_far += span.pieces
 
 
+def test_another_role_after_an_answer_leaves_no_stray_user() -> None:
+    tokenizer = ByteTokenizer()
+    talk = [*TALK[1:3], {"role": "assistant", "content": "More."}, TALK[3], TALK[4]]
+    template = find_template(tokenizer)
+    (whole,) = found(template, tokenizer, talk)
+    joined = "".join(shown(tokenizer, pieces) for pieces, _ in whole)
+    assert joined == shown(tokenizer, template.render(tokenizer, talk, prompt=False)) + "User:"
+    assert trained(tokenizer, whole) == [" Hi!\n\n", " More.\n\nUser:", " A model.\nA small one.\n\nUser:"]
+
+
+def test_an_answer_of_no_weight_is_context(tokenizer: BPETokenizer) -> None:
+    talk = [{**message, "weight": int(i != 2)} for i, message in enumerate(TALK)]
+    for source in (BUILT_IN["chatml"], FORGETS):
+        (whole,) = found(ChatTemplate(source, "x", True), tokenizer, talk)
+        assert trained(tokenizer, whole) == [f"A model.\nA small one.{END}"]
+
+
+def test_calls_of_tools_are_learnt_or_refused(tokenizer: BPETokenizer) -> None:
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+    talk = [TALK[1], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    source = BUILT_IN["chatml"].replace(
+        "{{ message.content }}",
+        "{{ message.content }}{% for c in message.tool_calls %}{{ c.function | tojson }}{% endfor %}",
+    )
+    (whole,) = found(ChatTemplate(source, "tools", True), tokenizer, talk)
+    assert trained(tokenizer, whole) == [f'{{"name": "look", "arguments": {{"at": "it"}}}}{END}']
+    with pytest.raises(UsageError, match="does not write the call of 'look'"):
+        found(ChatTemplate(BUILT_IN["chatml"], "chatml", True), tokenizer, talk)
+
+
+def test_what_lies_too_far_back_is_not_rendered(tokenizer: BPETokenizer) -> None:
+    template = ChatTemplate(BUILT_IN["chatml"], "chatml", True)
+    ends = Ends(*template.ends(tokenizer))
+    (some,) = spans(template, tokenizer, TALK[1:3] * 300, ends, most=2000)
+    assert 2000 < sum(len(piece) for pieces, _ in some for piece in pieces if isinstance(piece, str)) < 2100
+
+
 @pytest.mark.parametrize(
     ("talk", "words"),
     [
-        (TALK[:2], "one of the assistant"),
+        (TALK[:2], "answer of the assistant"),
         ([TALK[1], {"role": "assistant", "content": "  "}], r"messages\[1\].content"),
         ([TALK[1], {"role": "robot", "content": "x"}, TALK[2]], "role"),
     ],

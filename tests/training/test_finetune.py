@@ -24,6 +24,7 @@ from longscan.models import MODELS
 from longscan.models.common.lora import adapted
 from longscan.models.common.quantization import precision
 from longscan.tokenizers.base import ByteTokenizer
+from longscan.tokenizers.chat import BUILT_IN, find_template
 from longscan.training.finetune import FinetuneRun
 from longscan.training.finetune_config import FULL_LR, FinetuneConfig
 from longscan.training.footprint import Footprint, check_memory
@@ -258,6 +259,35 @@ def test_long_rows(config: FinetuneConfig, tmp_path: Path) -> None:
         FinetuneRun.begin(base, tmp_path / "nothing", figures=False)
 
 
+def test_the_template_that_was_learnt_comes_along(config: FinetuneConfig, base: Path, tmp_path: Path) -> None:
+    short = config.replace(steps=1, template="chatml")
+    FinetuneRun.begin(short, tmp_path / "lora", figures=False)
+    FinetuneRun.begin(short.replace(method="full"), tmp_path / "full", figures=False)
+    for _, tokenizer in (load(base, adapter=tmp_path / "lora"), load(tmp_path / "full" / "model")):
+        assert tokenizer is not None
+        assert find_template(tokenizer).source == BUILT_IN["chatml"]
+    FinetuneRun.begin(config.replace(steps=1), tmp_path / "plain", figures=False)
+    _, tokenizer = load(base, adapter=tmp_path / "plain")
+    assert tokenizer is not None
+    assert find_template(tokenizer).name == "plain"
+
+
+def test_damaged_data_of_a_run(config: FinetuneConfig, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "data" / "meta.json").write_text("{}")
+    with pytest.raises(LongscanError, match=r"meta.json is damaged: it lacks conversations"):
+        FinetuneRun.resume(tmp_path / "run", {"steps": 9}, figures=False)
+
+
+def test_nothing_to_learn_says_why(config: FinetuneConfig, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(LongscanError, match="all of it is in --valid"):
+        FinetuneRun.begin(config.replace(valid=[str(data)]), tmp_path / "run", figures=False)
+    (tmp_path / "bad.jsonl").write_text('{"a": 1}\n')
+    bad = config.replace(data=[str(tmp_path / "bad.jsonl")], skip_invalid=True)
+    with pytest.raises(LongscanError, match=r"of 1 row.*1 not valid.(?s:.*)bad.jsonl:1: "):
+        FinetuneRun.begin(bad, tmp_path / "run", figures=False)
+
+
 def test_running_text_is_divided(config: FinetuneConfig, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("So it goes on. " * 40)
     text = config.replace(data=[str(tmp_path / "text.txt")], valid_fraction=0.0)
@@ -308,7 +338,7 @@ def test_the_verbs(cli: Cli, base: Path, data: Path, tmp_path: Path) -> None:
     [
         ((), "MODEL"),
         (("MODEL",), "expected a MODEL and its DATA"),
-        (("MODEL", "DATA", "--rank", "0"), "--rank: expected 1 or more"),
+        (("MODEL", "DATA", "--rank", "0"), "--rank: expected 1 to 4,096"),
         (("MODEL", "DATA", "--alpha", "-1"), "--alpha"),
         (("MODEL", "DATA", "--template", "nothing"), "no chat template 'nothing'"),
         (("MODEL", "DATA", "--method", "full", "--base-precision", "int4"), "--base-precision"),

@@ -20,15 +20,18 @@ from torch import Tensor
 
 from longscan.checkpoints.formats import format_of
 from longscan.checkpoints.weights import read_safetensors, some
-from longscan.core.files import atomic_directory, read_json, write_json, writing
+from longscan.core.files import atomic_directory, read_json, utf8, write_json, writing
 from longscan.errors import LongscanError
 from longscan.models import Model
 from longscan.models.common.lora import LoraLayer, adaptable, adapted, attach, merge, shape_of
 from longscan.models.common.quantization import kind_of
 
-__all__ = ["CONFIG", "AdapterError", "apply_adapter", "save_adapter"]
+__all__ = ["CONFIG", "AdapterError", "apply_adapter", "save_adapter", "template_of"]
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, TEMPLATE = "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"
+TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MOST = 1e6  # of alpha
+MAX_TEMPLATE = 1 << 20  # bytes
 PREFIX, MATRICES = "base_model.model.", ("lora_A", "lora_B")
 BASE = "longscan_base"  # in the header of the weights: the fingerprint of the model they were trained on
 
@@ -45,6 +48,8 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None, {}),
     "use_qalora": (False, None),
     "alora_invocation_tokens": (None, []),
+    "layer_replication": (None, []),
+    "use_bdlora": (False, None),
 }
 
 
@@ -61,7 +66,13 @@ class _Adapter(NamedTuple):
 
 
 def save_adapter(
-    model: Model, directory: str | Path, *, base: str, fingerprint: str, dropout: float = 0.0
+    model: Model,
+    directory: str | Path,
+    *,
+    base: str,
+    fingerprint: str,
+    dropout: float = 0.0,
+    template: str | None = None,
 ) -> None:
     """Save the adapters of a model, whole or not at all.
 
@@ -71,6 +82,7 @@ def save_adapter(
         base: the name of the model without them, for the file.
         fingerprint: of that model, before it was quantised.
         dropout: in training, for the file.
+        template: the chat template that it has learnt, if that is not the base's.
 
     Raises:
         LongscanError: the directory holds something else, or could not be written.
@@ -100,6 +112,8 @@ def save_adapter(
     }
     with atomic_directory(directory, marker=CONFIG) as folder, writing(Path(directory)):
         write_json(folder / CONFIG, fields)
+        if template is not None:
+            (folder / TEMPLATE).write_text(template, encoding="utf-8")
         # one entry: of several, the order in the file is random
         save_file(tensors, folder / WEIGHTS, metadata={BASE: fingerprint})
 
@@ -115,9 +129,7 @@ def apply_adapter(model: Model, directory: str | Path) -> None:
         AdapterError: it is damaged, of another model, or not of a kind that is computed here.
         OSError: it can't be read.
     """
-    directory = Path(directory)
-    if not (directory / CONFIG).is_file() and (directory / "adapter" / CONFIG).is_file():
-        directory = directory / "adapter"
+    directory = _found(directory)
     adapter = _read(model, directory)
     if adapter.base not in (None, model.fingerprint()) and kind_of(model) is None:
         warnings.warn(
@@ -134,6 +146,31 @@ def apply_adapter(model: Model, directory: str | Path) -> None:
         model.requires_grad_(True)
     model.train(training)
     assert model.dtype == dtype
+
+
+def template_of(directory: str | Path) -> str | None:
+    """Return the chat template that an adapter has learnt; None if that is its base's.
+
+    Args:
+        directory: see `apply_adapter`.
+
+    Raises:
+        LongscanError: it is not UTF-8, or longer than any template.
+        OSError: it can't be read.
+    """
+    path = _found(directory) / TEMPLATE
+    if not path.is_file():
+        return None
+    if path.stat().st_size > MAX_TEMPLATE:
+        raise AdapterError(f"{path}: expected at most {MAX_TEMPLATE:,} bytes.")
+    return utf8(path.read_bytes(), str(path))
+
+
+def _found(directory: str | Path) -> Path:
+    """Return the directory of an adapter, that of a run included."""
+    directory = Path(directory)
+    inside = directory / "adapter"
+    return inside if not (directory / CONFIG).is_file() and (inside / CONFIG).is_file() else directory
 
 
 def _read(model: Model, directory: Path) -> _Adapter:
@@ -167,25 +204,39 @@ def _read(model: Model, directory: Path) -> _Adapter:
             )
         path_in = match[1].removeprefix("network.")  # trained on the model of compat/causal_lm.py
         layer = ours.get(path_in, path_in)
+        if match[2] in found_.get(layer, {}):
+            raise AdapterError(f"{path}: {layer} has two adapters. Fetch or make it again.")
         if layer not in shapes:
             known = some(theirs for theirs in ours)
             raise AdapterError(f"{path}: {match[1][:120]}: this model has no such matrix. It has {known}.")
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise AdapterError(f"{path}: {key}: expected finite numbers.")
-        found_.setdefault(layer, {})[match[2]] = tensor
+        if tensor.dtype not in TYPES or not bool(tensor.float().isfinite().all()):
+            raise AdapterError(f"{path}: {key}: expected finite numbers of 16 bits or more.")
+        found_.setdefault(layer, {})[match[2]] = tensor.float()
     if not found_:
         raise AdapterError(f"{path}: expected the matrices of an adapter, got none.")
     matrices, layers = {}, {}
     for layer, pair in found_.items():
         n_out, n_in = shapes[layer]
         a, b = (pair.get(key) for key in MATRICES)
-        if a is None or b is None or a.dim() != 2 or tuple(b.shape) != (n_out, len(a)) or a.shape[1] != n_in:
+        if (
+            a is None
+            or b is None
+            or a.dim() != 2
+            or not len(a)
+            or tuple(b.shape) != (n_out, len(a))
+            or a.shape[1] != n_in
+        ):
             got = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in pair.items())
             raise AdapterError(
                 f"{path}: {layer}: expected lora_A (rank, {n_in}) and lora_B ({n_out}, rank), got {got}: "
                 "it is damaged, or of another model."
             )
-        matrices[layer] = a.float(), b.float()
+        matrices[layer] = a, b
+        if isinstance(fields.get("r"), int) and not fields.get("rank_pattern") and fields["r"] != len(a):
+            raise AdapterError(
+                f"{directory / CONFIG}: r: expected {len(a)}, the rank of the matrices, "
+                f"got {fields['r']!r:.40}."
+            )
         layers[layer] = LoraLayer(len(a), _scale(fields, directory, layer, len(a)))
     with safe_open(path, "pt") as file:
         base = (file.metadata() or {}).get(BASE)
@@ -194,17 +245,24 @@ def _read(model: Model, directory: Path) -> _Adapter:
 
 def _scale(fields: Mapping[str, Any], directory: Path, layer: str, rank: int) -> float:
     """Return s of a layer, whose patterns are endings of its name."""
-    alpha, root = fields.get("lora_alpha", 8), fields.get("use_rslora", False)
-    for pattern, its in (fields.get("alpha_pattern") or {}).items():
+    alpha, root, patterns = (fields.get(name) for name in ("lora_alpha", "use_rslora", "alpha_pattern"))
+    if not isinstance(root, bool | None) or not isinstance(patterns, dict | None):
+        raise AdapterError(
+            f"{directory / CONFIG}: expected use_rslora to be true or false, and alpha_pattern an object."
+        )
+    for pattern, its in (patterns or {}).items():
         if not re.fullmatch(r"[\w.]+", pattern):
             raise AdapterError(
                 f"{directory / CONFIG}: alpha_pattern: expected names of layers, got {pattern[:80]!r}."
             )
         if layer == pattern or layer.endswith(f".{pattern}"):
             alpha = its
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise AdapterError(f"{directory / CONFIG}: lora_alpha: expected a number, got {str(alpha)[:80]!r}.")
-    return alpha / (math.sqrt(rank) if root is True else rank)
+    alpha = 8 if alpha is None else alpha  # PEFT's default
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not -MOST <= alpha <= MOST:
+        raise AdapterError(
+            f"{directory / CONFIG}: lora_alpha: expected a number up to {MOST:g}, got {str(alpha)[:80]!r}."
+        )
+    return float(alpha) / (math.sqrt(rank) if root else rank)
 
 
 def _published(model: Model) -> dict[str, str]:

@@ -26,6 +26,7 @@ from longscan.models import MODELS, LanguageModel, Model
 from longscan.models.common.quantization import dequantized, kind_of, quantize_model
 from longscan.models.common.quantization import precision as precision_of
 from longscan.tokenizers.base import Tokenizer
+from longscan.tokenizers.chat_templates import DEFAULT
 
 # what one kind of model needs is imported for that kind
 if TYPE_CHECKING:
@@ -188,7 +189,13 @@ def load(
     check_kind(source, "masked" if kind == "classifier" else kind)
     if kind == "language":
         own = _tokenizer(source, name_or_dir, tokenizer, offline)
-        return _language_model(source, own, dtype, precision, adapter), own
+        found = _language_model(source, own, dtype, precision, adapter)
+        if adapter is not None and own is not None:
+            from longscan.checkpoints.adapter import template_of
+
+            if (template := template_of(adapter)) is not None:
+                own.chat_templates = {**own.chat_templates, DEFAULT: template}
+        return found, own
     if kind == "image":
         from longscan.checkpoints.image import read_image_model
 

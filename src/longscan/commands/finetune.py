@@ -9,6 +9,7 @@ import typer
 
 from longscan.commands._run import Out, Recipe, Resume, finished, run_command
 from longscan.commands._settings import add_flags
+from longscan.core.files import read_json
 from longscan.training.finetune import FinetuneRun
 from longscan.training.finetune_config import FinetuneConfig
 from longscan.training.run_directory import read_settings
@@ -50,15 +51,16 @@ def command(
     result = run_command(FinetuneRun, out, resume_from, recipe, given)
     scores, measured = result.scores, ""
     if "valid_loss" in scores:
-        exact = f"{scores['valid_exact']:.1%} of held-out answers exact"
-        measured = f"{scores['valid_loss']:.4f} nats per learnt token, {exact}"
+        measured = f"{scores['valid_loss']:.4f} nats per learnt token"
+    if "valid_exact" in scores:
+        measured += f", {scores['valid_exact']:.1%} of held-out answers exact"
     told = read_settings(result.directory, FinetuneRun.verb)
     where = shlex.quote(str(result.directory))
     whole = (result.directory / "model").is_dir()
     named = f"{where}/model" if whole else f"{shlex.quote(told['model'])} --adapter {where}"
-    # a template that is not the tokenizer's own has to be named again
-    template = f" --template {shlex.quote(told['template'])}" if told["template"] else ""
-    finished(result, measured, f"chat --model {named}{template}")
+    talks = read_json(result.directory / "data" / "meta.json")["conversations"]
+    plain = " --template plain" if told["template"] == "plain" else ""  # others are saved with the result
+    finished(result, measured, f"chat --model {named}{plain}" if talks else f"generate --model {named}")
 
 
 add_flags(command, FinetuneConfig)

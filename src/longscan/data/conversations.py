@@ -11,6 +11,7 @@ Plain text files are texts too, one each. What a row is, its own keys say.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from longscan.data.documents import JSONL, Paths, find_files
 from longscan.data.text_files import iter_lines, read_text, text_kind
 from longscan.errors import LongscanError
 
-__all__ = ["Row", "Rows", "divide", "read_directory", "read_rows"]
+__all__ = ["Found", "Row", "Rows", "divide", "read_directory", "read_rows"]
 
 MAX_DEPTH = 64  # of a row's JSON
 ROLES = {
@@ -37,8 +38,10 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }
+# what else of a message the chat template may read, or says how it is learnt
+KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "weight")
 # of the files in a directory: what they are for
-TRAIN, VALID = ("train",), ("valid", "validation", "test")
+TRAIN, VALID = "train", ("valid", "validation", "test")
 
 
 class Row(NamedTuple):
@@ -71,11 +74,19 @@ class Rows(NamedTuple):
     faults: list[str]
 
 
-def read_directory(paths: Paths) -> tuple[list[Path], list[Path]]:
-    """Return the training files and the validation files of paths.
+class Found(NamedTuple):
+    """The files of paths: those to train on, those that validate, and those that are left out."""
+
+    train: list[Path]
+    valid: list[Path]
+    others: list[Path]
+
+
+def read_directory(paths: Paths) -> Found:
+    """Return what the files of paths are for.
 
     A directory with a `train.jsonl` may hold a `valid.jsonl`, `validation.jsonl` or `test.jsonl`: the first
-    of these validates. Otherwise everything is for training.
+    of these validates, and all else there is left out. Otherwise everything is for training.
 
     Args:
         paths: files and directories, see `find_files`.
@@ -83,17 +94,21 @@ def read_directory(paths: Paths) -> tuple[list[Path], list[Path]]:
     Raises:
         LongscanError: a path does not exist, or a directory holds no text.
     """
-    train: list[Path] = []
-    valid: list[Path] = []
+    found = Found([], [], [])
     for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         files = find_files([path])
-        stems = {file.name.partition(".")[0]: file for file in files}
-        if path.is_dir() and TRAIN[0] in stems:
-            train.append(stems[TRAIN[0]])
-            valid += [stems[name] for name in VALID if name in stems][:1]
-        else:
-            train += files
-    return train, valid
+        named: dict[str, list[Path]] = {}
+        for file in files:
+            if text_kind(file) in JSONL and file.parent == path:
+                named.setdefault(file.name.partition(".")[0], []).append(file)
+        if not path.is_dir() or TRAIN not in named:
+            found.train.extend(files)
+            continue
+        valid = next((named[name] for name in VALID if name in named), [])
+        found.train.extend(named[TRAIN])
+        found.valid.extend(valid)
+        found.others.extend(file for file in files if file not in (*named[TRAIN], *valid))
+    return found
 
 
 def read_rows(files: Sequence[Path]) -> Rows:
@@ -179,16 +194,10 @@ def _row(value: Mapping[str, Any], where: str) -> Row:
     if "messages" in value:
         return Row(_messages(value["messages"], "messages"), "", "", _tools(value.get("tools")), where)
     if "conversations" in value:
-        return Row(_messages(value["conversations"], "conversations"), "", "", None, where)
+        messages = [*_system(value), *_messages(value["conversations"], "conversations")]
+        return Row(messages, "", "", _tools(value.get("tools")), where)
     if "instruction" in value and "output" in value:
-        asked = _text(value, "instruction")
-        if value.get("input"):
-            asked += "\n\n" + _text(value, "input")
-        answer = [
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": _text(value, "output")},
-        ]
-        return Row(answer, "", "", None, where)
+        return Row(_instruction(value), "", "", None, where)
     if "prompt" in value and "completion" in value:
         if isinstance(value["prompt"], list) and isinstance(value["completion"], list):
             both = [*value["prompt"], *value["completion"]]
@@ -203,6 +212,30 @@ def _row(value: Mapping[str, Any], where: str) -> Row:
     raise LongscanError(f"expected messages, prompt and completion, or text; got {keys}.")
 
 
+def _system(value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the system message that stands beside a conversation."""
+    return [{"role": "system", "content": _text(value, "system")}] if value.get("system") else []
+
+
+def _instruction(value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the messages of an instruction: system, history, what is asked, and the answer."""
+    history = value.get("history") or []
+    if not isinstance(history, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 for turn in history
+    ):
+        raise LongscanError("history: expected pairs of a question and its answer.")
+    asked = _text(value, "instruction")
+    if isinstance(value.get("input"), str) and value["input"].strip():
+        asked += "\n\n" + value["input"]
+    turns = [*history, [asked, _text(value, "output")]]
+    messages = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return [*_system(value), *_messages(messages, "history")]
+
+
 def _text(value: Mapping[str, Any], key: str) -> str:
     """Return a text that is not empty."""
     text = value[key]
@@ -214,7 +247,10 @@ def _text(value: Mapping[str, Any], key: str) -> str:
 
 
 def _tools(value: Any) -> list[Any] | None:
-    """Return the tools of a conversation."""
+    """Return the tools of a conversation, which may be JSON as text."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
     if value is not None and not isinstance(value, list):
         raise LongscanError(f"tools: expected a list, got {type(value).__name__}.")
     return value or None
@@ -230,6 +266,7 @@ def _messages(value: Any, key: str) -> list[dict[str, Any]]:
         if not isinstance(given, dict):
             raise LongscanError(f"{where}: expected an object, got {_kind(given)}.")
         role = given.get("role", given.get("from"))
+        role = role.lower() if isinstance(role, str) else role
         if not isinstance(role, str) or role not in ROLES:
             raise LongscanError(
                 f"{where}: expected a role such as user or assistant, got {str(role)[:40]!r}."
@@ -242,9 +279,32 @@ def _messages(value: Any, key: str) -> list[dict[str, Any]]:
             content = "".join(map(str, parts))
         if not isinstance(content, str) and not (content is None and given.get("tool_calls")):
             raise LongscanError(f"{where}.content: expected text, got {_kind(content)}.")
-        others = {name: one for name, one in given.items() if name in ("tool_calls", "tool_call_id", "name")}
+        if (weight := given.get("weight", 1)) not in (0, 1):
+            raise LongscanError(f"{where}.weight: expected 0 or 1, got {str(weight)[:40]}.")
+        others = {name: given[name] for name in KEPT if given.get(name) is not None}
+        if "tool_calls" in others:
+            others["tool_calls"] = [
+                _call(call, f"{where}.tool_calls") for call in _list(others["tool_calls"])
+            ]
         messages.append({"role": ROLES[role], "content": content, **others})
     return messages
+
+
+def _list(value: Any) -> list[Any]:
+    """Return a list as it is, and anything else as one element, which is then found to be none."""
+    return value if isinstance(value, list) else [value]
+
+
+def _call(value: Any, where: str) -> dict[str, Any]:
+    """Return a call of a tool, its arguments as an object: templates write them as JSON."""
+    function = value.get("function") if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise LongscanError(f"{where}: expected calls with a function and its name, got {str(value)[:60]}.")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments)
+    return {**value, "function": {**function, "arguments": arguments}}
 
 
 def _kind(value: Any) -> str:

@@ -139,9 +139,9 @@ def load_examples(path: Path) -> list[Example]:
         arrays = load_file(path)
         ids, trained, lengths = (arrays[name] for name in ("ids", "trained", "lengths"))
         if int(lengths.sum()) != len(ids) or len(ids) != len(trained):
-            raise KeyError("lengths")
+            raise KeyError("as many tokens as its lengths say")
     except (SafetensorError, KeyError) as error:
-        raise LongscanError(f"{path} is damaged ({error}). Start a new run.") from error
+        raise LongscanError(f"{path} is damaged: it lacks {error}. Start a new run.") from error
     ends = np.cumsum(lengths)
     return [
         Example(ids[start:end], trained[start:end].astype(np.bool_))

@@ -162,9 +162,7 @@ class Grammars:
                 raise LongscanError("grammars: the process that compiles them does not start.")
         fault = self._worker.ask({"grammar": grammar, "limits": LIMITS})
         if fault is None:
-            raise GrammarError(
-                "the grammar: it takes too long to compile, or too much memory. Make it smaller."
-            )
+            raise GrammarError("the grammar: compiling it takes too long, or too much memory. Simplify it.")
         if fault:
             raise GrammarError(_reason(fault))
 

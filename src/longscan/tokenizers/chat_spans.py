@@ -40,47 +40,60 @@ def spans(
     tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
     ends: Ends,
+    most: int | None = None,
     **variables: Any,
 ) -> list[list[Span]]:
     """Return a conversation as spans; or, where a template rewrites what came before, one for each answer.
+
+    An answer whose message has a `weight` of 0 is no answer to learn.
 
     Args:
         template: of the model.
         tokenizer: of the model.
         messages: each with a `role` and its `content`.
         ends: of the template.
+        most: characters after which answers are no longer looked for; each takes a rendering of all before.
         variables: others that the template reads, such as `tools`.
 
     Raises:
-        UsageError: there is no answer among them, or the template rejects them.
+        UsageError: there is no answer among them, or the template rejects them or does not write their calls.
         LongscanError: the template is at fault.
     """
     answers = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-    if not answers:
-        raise UsageError("messages: expected one of the assistant at least, got none.")
+    if not any(messages[i].get("weight", 1) for i in answers):
+        raise UsageError("messages: expected an answer of the assistant to learn, got none.")
     for i in answers:
         if not (messages[i].get("content") or "").strip() and not messages[i].get("tool_calls"):
             raise UsageError(f"messages[{i}].content: expected the assistant's answer, got an empty one.")
+    plain = [{**message, "content": message.get("content") or ""} for message in messages]
 
     def render(some: Sequence[Mapping[str, Any]], prompt: bool = True) -> Pieces:
+        if not some:
+            return [] if template.own else list(tokenizer.prefix)
         return template.render(tokenizer, some, prompt=prompt, **variables)
 
-    begun = [
-        (render(messages[:i]) if i else _start(template, tokenizer), render(messages[: i + 1], prompt=False))
-        for i in answers
-    ]
     whole: list[Span] = []
-    done: Pieces = []
-    for before, upto in begun:
-        asked, answer = after(before, done), after(upto, before)
+    single: list[list[Span]] = []
+    done: Pieces | None = []
+    for i in answers:
+        before, upto, learnt = (
+            render(plain[:i]),
+            render(plain[: i + 1], prompt=False),
+            messages[i].get("weight", 1) > 0,
+        )
+        answer = after(upto, before)
+        _check_calls(messages[i], upto if answer is None else answer, f"messages[{i}]")
+        asked = None if done is None or answer is None else after(before, done)
         if asked is None or answer is None:
-            return [
-                _single(before, upto, messages[i], ends)
-                for i, (before, upto) in zip(answers, begun, strict=True)
-            ]
-        whole += [Span(asked, False), Span(answer, True)]
-        done = upto
-    return [_ended(whole, ends)]
+            done = None  # it rewrites
+        else:
+            whole += [Span(asked, False), Span(answer, learnt)]
+            done = upto
+        if learnt:
+            single.append(_single(before, answer, plain[i], ends))
+        if most is not None and sum(len(piece) for piece in upto if isinstance(piece, str)) > most:
+            break
+    return single if done is None else [_ended(whole, ends)]
 
 
 def after(whole: Pieces, part: Pieces) -> Pieces | None:
@@ -103,16 +116,22 @@ def after(whole: Pieces, part: Pieces) -> Pieces | None:
     return None
 
 
-def _start(template: ChatTemplate, tokenizer: Tokenizer) -> Pieces:
-    """Return what comes before a conversation that the assistant begins."""
-    return [] if template.own else list(tokenizer.prefix)
+def _check_calls(message: Mapping[str, Any], written: Pieces, where: str) -> None:
+    """Raise unless a template writes the calls of a message."""
+    text = "".join(piece for piece in written if isinstance(piece, str))
+    for call in message.get("tool_calls") or ():
+        name = call["function"]["name"]
+        if name not in text:
+            raise UsageError(
+                f"{where}.tool_calls: the chat template does not write the call of {name!r}. Use one for "
+                "tools, with --template."
+            )
 
 
-def _single(before: Pieces, upto: Pieces, message: Mapping[str, Any], ends: Ends) -> list[Span]:
+def _single(before: Pieces, answer: Pieces | None, message: Mapping[str, Any], ends: Ends) -> list[Span]:
     """Return one answer behind its prompt, as it stands there when the model writes it."""
-    answer = after(upto, before)
     if answer is None:
-        answer = [str(message.get("content") or ""), *ends.ids[:1]]
+        answer = [message["content"], *ends.ids[:1]]
     return _ended([Span(before, False), Span(answer, True)], ends)
 
 
@@ -121,11 +140,10 @@ def _ended(whole: Sequence[Span], ends: Ends) -> list[Span]:
     cut: list[Span] = []
     rest: Pieces = []  # of the answer before, behind its end
     added = ""  # to it, where the next role's name is what ends it
-    for pieces, trained in whole:
-        if not trained:
-            first = pieces[0] if pieces else ""
-            if added and isinstance(first, str) and first.startswith(added):
-                pieces = [first.removeprefix(added), *pieces[1:]]
+    for number, (pieces, trained) in enumerate(whole):
+        if number % 2 == 0:  # not an answer
+            if added:
+                pieces = [str(pieces[0]).removeprefix(added), *pieces[1:]]
             cut.append(Span(join([*rest, *pieces]), False))
             continue
         rest, added = [], ""
@@ -134,11 +152,18 @@ def _ended(whole: Sequence[Span], ends: Ends) -> list[Span]:
             pieces, rest = pieces[: last + 1], pieces[last + 1 :]
         elif ends.texts:
             added = _missing(pieces, ends.texts)
+            if number + 1 < len(whole) and not _begins(whole[number + 1].pieces, added):
+                added = ""  # another role speaks: what would end it here is not written
             pieces = [*pieces, added]
-        else:
+        elif trained:
             pieces = [*pieces, *ends.ids[:1]]
-        cut.append(Span(join(pieces), True))
+        cut.append(Span(join(pieces), trained))
     return [span for span in cut if span.pieces]
+
+
+def _begins(pieces: Pieces, text: str) -> bool:
+    """Whether pieces begin with a text."""
+    return bool(pieces) and isinstance(pieces[0], str) and pieces[0].startswith(text)
 
 
 def _missing(pieces: Pieces, texts: Sequence[str]) -> str:

@@ -32,6 +32,8 @@ from longscan.models.common.lora import LoraLayer, adaptable, adapted, attach
 from longscan.models.common.losses import IGNORE, next_tokens
 from longscan.models.common.quantization import dequantized, kind_of, precision, quantize_model
 from longscan.tokenizers.base import Tokenizer
+from longscan.tokenizers.chat import find_template
+from longscan.tokenizers.chat_templates import DEFAULT
 from longscan.training.build import check_device
 from longscan.training.finetune_config import FinetuneConfig
 from longscan.training.finetune_data import prepare, read
@@ -60,7 +62,7 @@ class FinetuneRun(Run[FinetuneConfig]):
         if not config.model or not config.data:
             raise UsageError("expected a MODEL and its DATA, files or directories of examples.")
         check_device(config.device)
-        self.model, self.tokenizer = load_with_tokenizer(config.model, None, False)
+        self.model, self.tokenizer = load_with_tokenizer(config.model, None, False, None, config.tokenizer)
         self.base = self._same_base()
         folder = self.directory / "data"
         if not folder.is_dir():
@@ -100,8 +102,8 @@ class FinetuneRun(Run[FinetuneConfig]):
         self.display.line(f"trains     {how}")
         if meta["conversations"]:
             self.display.line(f"template   {meta['template']}")
-        if meta["note"]:
-            self.display.line(f"note       {meta['note']}")
+        for note in meta["notes"]:
+            self.display.line(f"note       {note}")
         for fault in meta["first_faults"]:
             self.display.line(f"left out   {fault}")
         free = available_memory()
@@ -152,11 +154,14 @@ class FinetuneRun(Run[FinetuneConfig]):
             examples = (torch.arange(len(ids), device=ids.device)[:, None] * width + seq_idx)[learnt]
             missed = torch.bincount(examples, (~hits).float())
             exact += int(((torch.bincount(examples) > 0) & (missed == 0)).sum())
-        return {"valid_loss": total / n, "valid_exact": exact / len(self.data.valid)}
+        found = {"valid_loss": total / n}
+        if self.data.meta["texts"] < self.data.meta["rows"]:  # running text has no answers
+            found["valid_exact"] = exact / len(self.data.valid)
+        return found
 
     def remark(self, metrics: Mapping[str, Any]) -> str:
         """Return how many of the held-out answers are exact."""
-        return f", {metrics['valid_exact']:.1%} of the answers exact"
+        return f", {metrics['valid_exact']:.1%} of the answers exact" if "valid_exact" in metrics else ""
 
     def due(self, key: str, every: int, *, always: bool = False) -> bool:
         """Whether a metric is due, see `Run.due`; before the first step it is."""
@@ -174,13 +179,31 @@ class FinetuneRun(Run[FinetuneConfig]):
                 self.display.line(f"{when:<10} {_short(prompt)} → {_short(answer)}")
 
     def export(self, directory: Path) -> None:
-        """Save the adapters, or the model if all of it was trained."""
-        config = self.config
+        """Save the adapters, or the model if all of it was trained, with the chat template it has learnt."""
+        config, template = self.config, self._template()
         if config.method == "full":
+            if template:
+                self.tokenizer.chat_templates = {**self.tokenizer.chat_templates, DEFAULT: template}
             save(self.trainer.model, directory, self.tokenizer)
             return
-        place, dropout = directory.with_name("adapter"), config.lora_dropout
-        save_adapter(self.model, place, base=config.model, fingerprint=self.base, dropout=dropout)
+        save_adapter(
+            self.model,
+            directory.with_name("adapter"),
+            base=config.model,
+            fingerprint=self.base,
+            dropout=config.lora_dropout,
+            template=template,
+        )
+
+    def _template(self) -> str | None:
+        """Return the chat template that the model has learnt, if another one was named; not the plain one."""
+        if self.config.template is None or not self.data.meta["conversations"]:
+            return None
+        chat = find_template(self.tokenizer, self.config.template)
+        if chat.name == "plain" and not chat.own:
+            return None  # what ends its answers is more than a template says
+        begin = "{{ bos_token }}" if self.tokenizer.prefix and not chat.own else ""
+        return begin + chat.source
 
     def _same_base(self) -> str:
         """Return the fingerprint of the base, which must be that of the run."""

@@ -28,6 +28,9 @@ class FinetuneConfig(RunConfig):
     )
     valid_fraction: float = setting(0.05, "Fraction of DATA held out for validation.")
     template: str | None = setting(None, "Chat template: its name, or a file; default: the tokenizer's.")
+    tokenizer: str | None = setting(
+        None, "A tokenizer.json, a directory or a hub id, if MODEL has no tokenizer."
+    )
     train_on: Literal["answers", "all"] = setting(
         "answers", "What is learnt: the assistant's answers and completions, or every token."
     )
@@ -79,9 +82,10 @@ class FinetuneConfig(RunConfig):
         """Raise UsageError if a value is out of range."""
         super().__post_init__()
         self.check("seq_len", least=2)
-        self.check("batch_size", "accumulate", "rank", "sample_tokens", least=1)
+        self.check("batch_size", "accumulate", "sample_tokens", least=1)
+        self.check("rank", least=1, most=4096)
         self.check("samples", least=0, most=100)
-        self.check("alpha", above=0)
+        self.check("alpha", above=0, most=1e6)
         self.check("valid_fraction", "lora_dropout", least=0, below=1)
         if self.method == "full" and self.base_precision != "float32":
             raise UsageError(

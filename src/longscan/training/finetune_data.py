@@ -12,7 +12,7 @@ from longscan.core.config import count
 from longscan.core.files import atomic_directory, read_json, write_json
 from longscan.data.conversations import Row, divide, read_directory, read_rows
 from longscan.data.examples import Example, load_examples, save_examples, shorten
-from longscan.errors import LongscanError, UsageError
+from longscan.errors import LongscanError
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.chat import ChatTemplate, find_template
 from longscan.tokenizers.chat_spans import Ends, Span, spans
@@ -20,7 +20,20 @@ from longscan.training.finetune_config import FinetuneConfig
 
 __all__ = ["Data", "prepare", "read"]
 
+META = (
+    "conversations",
+    "texts",
+    "rows",
+    "invalid",
+    "cut",
+    "skipped",
+    "template",
+    "ends",
+    "notes",
+    "first_faults",
+)
 SHOWN = 3  # faults in an error
+LONGEST = 64  # characters of a token, more or less: what lies further back is cut off in any case
 
 
 class Data(NamedTuple):
@@ -61,8 +74,8 @@ def prepare(
         LongscanError: a file is damaged or not there, a row is none, or nothing is left to learn.
         OSError: a file can't be read.
     """
-    files, others = read_directory(config.data)
-    others += read_directory(config.valid)[0] if config.valid else []
+    files, others, ignored = read_directory(config.data)
+    others += read_directory(config.valid).train if config.valid else []
     held = {file.resolve() for file in others}
     parts = [read_rows([file for file in files if file.resolve() not in held]), read_rows(others)]
     counts = _Counts()
@@ -72,10 +85,11 @@ def prepare(
         rows, held_out = divide(rows, config.valid_fraction) if len(rows) > 1 else (rows, [])
     chat = find_template(tokenizer, config.template)
     total = len(rows) + len(held_out)
+    notes = [f"{file} is left out: train.jsonl and valid.jsonl count" for file in ignored[:SHOWN]]
     if any(row.messages for row in (*rows, *held_out)) and not chat.own and config.template is None:
-        what = "the tokenizer has no chat template, so conversations have the plain one; see --template"
-    else:
-        what = ""
+        notes.append(
+            "the tokenizer has no chat template, so conversations have the plain one; see --template"
+        )
     maker = _Maker(config, tokenizer, chat, counts)
     made: list[list[Example]] = []
     for part in (rows, held_out):
@@ -86,22 +100,20 @@ def prepare(
             progress(counts.rows, total)
     _refuse(counts, config.skip_invalid)
     if not made[0]:
-        raise LongscanError(
-            f"nothing to learn in {', '.join(config.data)}: {count(total, 'row')}, of which "
-            f"{count(counts.skipped, 'has', 'have')} nothing to learn in the first {config.seq_len:,} tokens."
-        )
+        raise LongscanError(_nothing(config, files, counts, len(rows)))
     with atomic_directory(directory) as folder:
         for name, examples in zip(("train", "valid"), made, strict=True):
             save_examples(folder / f"{name}.safetensors", examples)
         meta = {
             "conversations": sum(row.messages is not None for row in (*rows, *held_out)),
+            "texts": sum(row.messages is None and not row.prompt for row in (*rows, *held_out)),
             "rows": total,
             "invalid": len(counts.faults),
             "cut": counts.cut,
             "skipped": counts.skipped,
             "template": chat.name,
             "ends": list(maker.ends) if maker.ends else [list(tokenizer.eos_ids), []],
-            "note": what,
+            "notes": notes,
             "first_faults": counts.faults[:SHOWN],
         }
         write_json(folder / "meta.json", meta)
@@ -118,7 +130,10 @@ def read(directory: Path) -> Data:
         OSError: it can't be read.
     """
     train, valid = (load_examples(directory / f"{name}.safetensors") for name in ("train", "valid"))
-    return Data(train, valid, read_json(directory / "meta.json"))
+    meta = read_json(directory / "meta.json")
+    if missing := [name for name in META if name not in meta]:
+        raise LongscanError(f"{directory / 'meta.json'} is damaged: it lacks {missing[0]}. Start a new run.")
+    return Data(train, valid, meta)
 
 
 class _Maker:
@@ -138,9 +153,10 @@ class _Maker:
             else:
                 self.ends = self.ends or Ends(*self.chat.ends(self.tokenizer))
                 tools = {"tools": row.tools} if row.tools else {}
-                found = spans(self.chat, self.tokenizer, row.messages, self.ends, **tools)
+                most = LONGEST * self.config.seq_len
+                found = spans(self.chat, self.tokenizer, row.messages, self.ends, most, **tools)
                 whole = [self._encode(one) for one in found]
-        except UsageError as error:
+        except LongscanError as error:
             self.counts.faults.append(f"{row.where}: {error}")
             return []
         running = row.messages is None and not row.prompt
@@ -177,6 +193,18 @@ class _Maker:
                 ids += tokens
                 trained += [learnt or self.config.train_on == "all"] * len(tokens)
         return Example(np.array(ids, np.int32), np.array(trained, np.bool_))
+
+
+def _nothing(config: FinetuneConfig, files: Sequence[Path], counts: _Counts, n_rows: int) -> str:
+    """Return why there is nothing to learn."""
+    where = ", ".join(config.data)
+    if not n_rows and not counts.faults:
+        held = "all of it is in --valid" if config.valid and files else "there are no rows"
+        return f"nothing to learn in {where}: {held}. Add examples."
+    shown = "".join(f"\n  {fault}" for fault in counts.faults[:SHOWN])
+    late = f"{counts.skipped:,} with nothing to learn in the first {config.seq_len:,} tokens"
+    rows = count(n_rows + len(counts.faults) * (not n_rows), "row")
+    return f"nothing to learn in {where}: of {rows}, {late}, {len(counts.faults):,} not valid.{shown}"
 
 
 def _refuse(counts: _Counts, skip_invalid: bool) -> None:

@@ -38,7 +38,8 @@ class Footprint(NamedTuple):
 
     def __str__(self) -> str:
         """Return the sum and its parts in a line."""
-        parts = zip(("weights", "gradients and moments", "activations"), self, strict=True)
+        names = "program", "weights", "gradients and moments", "activations"
+        parts = zip(names, (PROCESS, *self), strict=True)
         return (
             f"{memory_size(self.total)} ({', '.join(f'{name} {memory_size(part)}' for name, part in parts)})"
         )
@@ -77,9 +78,9 @@ def check_memory(needs: Footprint, available: int | None) -> None:
     """
     if available is not None and needs.total > MOST * available:
         raise LongscanError(
-            f"a step takes about {needs}, and {memory_size(available)} are available. Lower --seq-len or "
-            "--batch-size, add --checkpointing, or choose --base-precision int8. --force tries it all the "
-            "same."
+            f"a step takes about {needs}, and {memory_size(available)} are available. Lower --seq-len, "
+            "--rank or --batch-size, add --checkpointing, or choose --base-precision int8. --force tries it "
+            "all the same."
         )
 
 

@@ -12,7 +12,7 @@ from longscan.bench.suites.train import describe
 __all__ = ["run"]
 
 SHAPE = {"d_model": 768, "n_layers": 24, "vocab_size": 50277}
-LENGTHS = (512, 1024)
+LENGTHS = (128, 512, 1024)
 QUICK_SHAPE, QUICK_LENGTHS = {"d_model": 64, "n_layers": 2, "vocab_size": 512}, (32,)
 LORA, LORA_INT8, FULL = "LoRA, longscan", "LoRA on int8, longscan", "all weights, longscan"
 PEFT, PEFT_MAMBAPY, HF, HF_MAMBAPY = (
@@ -21,6 +21,8 @@ PEFT, PEFT_MAMBAPY, HF, HF_MAMBAPY = (
     "all weights, transformers",
     "all weights, transformers, use_mambapy",
 )
+# beyond, a step of transformers' default path, whose time is quadratic in seq_len, takes many minutes
+QUADRATIC_UP_TO = 128
 # of every token, layer, channel and state, what transformers retains for the backward pass: measured
 STATE_BYTES = 24
 
@@ -70,15 +72,19 @@ def _contenders(model: dict[str, int], seq_len: int) -> list[Contender]:
             needs_bytes=needs,
         )
 
-    return [
+    contenders = [
         ours(LORA, lora=True),
         ours(LORA_INT8, lora=True, precision="int8"),
         ours(FULL, lora=False),
-        peer(PEFT, ("transformers", "peft"), lora=True),
         peer(PEFT_MAMBAPY, ("transformers", "peft", "mambapy"), lora=True, use_mambapy=True),
-        peer(HF, ("transformers",), lora=False),
         peer(HF_MAMBAPY, ("transformers", "mambapy"), lora=False, use_mambapy=True),
     ]
+    if seq_len <= QUADRATIC_UP_TO:
+        contenders += [
+            peer(PEFT, ("transformers", "peft"), lora=True),
+            peer(HF, ("transformers",), lora=False),
+        ]
+    return contenders
 
 
 def _memory(row: dict[str, Any]) -> str:
