@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 import torch
 from torch import Tensor, nn
 
+from longscan import ops
 from longscan.models.common.backbone import Backbone
 from longscan.models.common.layers import WeightOnly, linear, project, untouched
 from longscan.models.common.losses import count, linear_loss, nats, next_tokens, row_chunks
@@ -323,12 +324,13 @@ class LanguageModel(Model):
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross-entropy in nats without materialising all logits at once."""
-        if isinstance(self.backbone.embedding, WeightOnly):
-            weight: Tensor | None = None
-        elif self.lm_head is None:
-            weight = self.backbone.embedding.weight
-        else:  # an adapted head (LoRA, parametrised, hooked) does more than its weight and must be called
-            weight = self.lm_head.weight if untouched(self.lm_head) else None
+        matrix = self.backbone.embedding if self.lm_head is None else self.lm_head
+        weight: Tensor | None = matrix.weight
+        if isinstance(matrix, WeightOnly):  # under adapters; it has no gradient of its own
+            trains = torch.is_grad_enabled() and hidden.requires_grad and not matrix._forward_hooks
+            weight = ops.dequantize(matrix.weight, matrix.scale) if trains else None
+        elif self.lm_head is not None and not untouched(self.lm_head):
+            weight = None  # an adapted head (LoRA, parametrised, hooked) does more than its weight
         if "head" in self.__dict__ or type(self).head is not LanguageModel.head:
             weight = None
         if weight is None or not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
