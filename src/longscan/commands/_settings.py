@@ -33,7 +33,8 @@ def add_flags(command: Callable[..., None], kind: type[RunConfig]) -> None:
     for entry in sorted(fields(kind), key=lambda entry: -depth[entry.name]):
         if entry.metadata.get("argument"):
             continue
-        default = "" if entry.default in (None, (), "", False) else f" [{entry.default}]"
+        shown = entry.default is not False and entry.default not in (None, (), "")
+        default = f" [{entry.default}]" if shown else ""
         alias = entry.metadata["alias"]
         names = (alias, f"--{entry.name.replace('_', '-')}") if alias else ()
         option = typer.Option(*names, help=entry.metadata["help"] + default, show_default=False)
