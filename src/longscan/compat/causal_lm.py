@@ -25,7 +25,7 @@ from longscan.checkpoints.save import save
 from longscan.core.optional import require
 from longscan.errors import LongscanError
 from longscan.models import MODELS, LanguageModel, State, entry_of
-from longscan.models.common.losses import IGNORE
+from longscan.models.common.losses import count, next_tokens
 
 __all__ = ["LongscanCache", "LongscanConfig", "LongscanForCausalLM", "register", "wrap"]
 
@@ -201,7 +201,7 @@ class LongscanForCausalLM(_hf.PreTrainedModel, _hf.GenerationMixin):  # type: ig
             attention_mask: (batch, all tokens so far) 0 for padding, on either side.
             past_key_values: the state so far, moved on.
             labels: (batch, seq_len), -100 is ignored; position t predicts labels[t + 1].
-            use_cache: whether to return the state; None: as the config says.
+            use_cache: whether to return the state, which training never does.
             output_hidden_states: whether to return the residual streams.
             return_dict: whether to return an object, not a tuple; None: as the config says.
             logits_to_keep: of the last positions; 0 for all. Or the positions.
@@ -238,7 +238,7 @@ class LongscanForCausalLM(_hf.PreTrainedModel, _hf.GenerationMixin):  # type: ig
         logits = logits[:, kept, : self.network.config.vocab_size]
         if loss is not None and num_items_in_batch is not None:
             assert labels is not None
-            loss = loss * (labels[:, 1:] != IGNORE).sum() / num_items_in_batch
+            loss = loss * count(next_tokens(labels, seq_idx)) / num_items_in_batch
         if wanted:
             cache = LongscanCache() if cache is None else cache
             cache.state, cache.length = state.detach(), cache.length + input_ids.shape[1]
