@@ -263,5 +263,16 @@ def test_a_damaged_text_is_found_before_the_model_is_loaded(cli: Any, folder: Pa
 
 
 def test_all_suites_are_those_that_need_no_files() -> None:
-    suites = ["ops", "train", "generate", "translate", "shipped", "position", "stream", "vision"]
+    suites = [
+        "ops",
+        "train",
+        "finetune",
+        "generate",
+        "translate",
+        "shipped",
+        "position",
+        "stream",
+        "vision",
+        "serve",
+    ]
     assert list(runner.SUITES) == suites

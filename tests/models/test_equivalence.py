@@ -588,11 +588,17 @@ def test_gradients_do_not_depend_on_the_way_either(
         start = draw_state(model, len(rows))
         expected = gradients(model, rows, start, alone)
         tolerances = [allowed(name, dtype)] * len(expected)
+        got = gradients(model, rows, start, way)
         if name in SENSITIVE and dtype == torch.float32:
             wide = start.map(lambda tensor: tensor.double())
             exact = gradients(copy.deepcopy(model).double(), rows, wide, alone)
             tolerances = [max(*pair) for pair in zip(tolerances, map(distance, expected, exact), strict=True)]
-        got = gradients(model, rows, start, way)
+            # two ways may err in opposite directions: then this one has to be as near to float64 as one pass
+            expected = [
+                min(pair, key=lambda one, ours=ours: distance(ours, one))
+                for ours, *pair in zip(got, expected, exact, strict=True)
+            ]
+            got, expected = ([tensor.double() for tensor in some] for some in (got, expected))
         for ours, theirs, tolerance in zip(got, expected, tolerances, strict=True):
             assert_close(ours, theirs, tolerance)
 
