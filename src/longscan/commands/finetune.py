@@ -54,12 +54,14 @@ def command(
         measured = f"{scores['valid_loss']:.4f} nats per learnt token"
     if "valid_exact" in scores:
         measured += f", {scores['valid_exact']:.1%} of held-out answers exact"
-    told = read_settings(result.directory, FinetuneRun.verb)
+    settings_of_run = read_settings(result.directory, FinetuneRun.verb)
     where = shlex.quote(str(result.directory))
     whole = (result.directory / "model").is_dir()
-    named = f"{where}/model" if whole else f"{shlex.quote(told['model'])} --adapter {where}"
+    named = f"{where}/model" if whole else f"{shlex.quote(settings_of_run['model'])} --adapter {where}"
     talks = read_json(result.directory / "data" / "meta.json")["conversations"]
-    plain = " --template plain" if told["template"] == "plain" else ""  # others are saved with the result
+    plain = (
+        " --template plain" if settings_of_run["template"] == "plain" else ""
+    )  # others are saved with the result
     finished(result, measured, f"chat --model {named}{plain}" if talks else f"generate --model {named}")
 
 

@@ -79,7 +79,7 @@ class LongscanConfig(_hf.PreTrainedConfig):  # type: ignore[misc, unused-ignore]
 
 
 class LongscanCache(_cache.Cache):  # type: ignore[misc, unused-ignore]
-    """The state of a model in the place of a KV cache.
+    """The state of a model, in the form of a cache of transformers.
 
     Attributes:
         state: after the tokens so far; None before the first.
@@ -234,8 +234,8 @@ class LongscanForCausalLM(_hf.PreTrainedModel, _hf.GenerationMixin):  # type: ig
             )
             logits, loss, state, streams = found.logits, found.loss, found.state, found.hidden
         # 0 keeps all
-        kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
-        logits = logits[:, kept, : self.network.config.vocab_size]
+        positions = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep, None)
+        logits = logits[:, positions, : self.network.config.vocab_size]
         if loss is not None and num_items_in_batch is not None:
             assert labels is not None
             loss = loss * count(next_tokens(labels, seq_idx)) / num_items_in_batch

@@ -39,7 +39,7 @@ ROLES = {
     "observation": "tool",
 }
 # what else of a message the chat template may read, or says how it is learnt
-KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "weight")
+MESSAGE_FIELDS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "weight")
 # of the files in a directory: what they are for
 TRAIN, VALID = "train", ("valid", "validation", "test")
 
@@ -281,7 +281,7 @@ def _messages(value: Any, key: str) -> list[dict[str, Any]]:
             raise LongscanError(f"{where}.content: expected text, got {_kind(content)}.")
         if (weight := given.get("weight", 1)) not in (0, 1):
             raise LongscanError(f"{where}.weight: expected 0 or 1, got {str(weight)[:40]}.")
-        others = {name: given[name] for name in KEPT if given.get(name) is not None}
+        others = {name: given[name] for name in MESSAGE_FIELDS if given.get(name) is not None}
         if "tool_calls" in others:
             others["tool_calls"] = [
                 _call(call, f"{where}.tool_calls") for call in _list(others["tool_calls"])
