@@ -246,6 +246,12 @@ LS_EXPORT int32_t ls_multiply(const ls_matrix *matrix, const float *x, float *y,
 LS_EXPORT int64_t ls_multiply_workspace(int64_t rows, int64_t n_in) {
   return kernels->multiply_workspace(rows, n_in);
 }
+LS_EXPORT int32_t ls_quant_gemm(const ls_matrix *matrix, const float *x, float *y, int64_t rows, int64_t bits,
+                                void *workspace) {
+  const bool integers = !bad(matrix) && matrix->format != LS_F32 && matrix->format != LS_BF16;
+  if (rows < 1 || !integers || (bits != 8 && bits != 16)) return -1;
+  return kernels->quant_gemm(matrix, x, y, rows, bits, (char *)workspace);
+}
 LS_EXPORT int32_t ls_dequantize(const ls_matrix *matrix, float *weight) {
   return bad(matrix) ? -1 : kernels->dequantize(matrix, weight);
 }
@@ -261,7 +267,7 @@ LS_EXPORT int64_t ls_scan_workspace(int64_t batch, int64_t seq_len, int64_t d_in
 
 namespace {
 struct Probe {
-  int64_t n;
+  int64_t n, bits;
   const float *data;
   float sink[256];  // one per worker, so that the work is not optimised away
 };
@@ -273,6 +279,10 @@ void read_task(int64_t begin, int64_t end, void *context) {
   Probe *probe = (Probe *)context;
   for (int64_t i = begin; i < end; ++i)
     kernels->probe_read(probe->data + i * probe->n, probe->n, &probe->sink[i % 256]);
+}
+void multiply_task(int64_t begin, int64_t end, void *context) {
+  Probe *probe = (Probe *)context;
+  for (int64_t i = begin; i < end; ++i) kernels->probe_multiply(probe->n, probe->bits, &probe->sink[i % 256]);
 }
 double seconds(void) {
   timespec now;
@@ -287,10 +297,14 @@ double per_second(int64_t threads, double work, ls_task task, Probe *probe) {
 }  // namespace
 
 LS_EXPORT double ls_probe_exp_fma(int64_t n, int64_t threads) {
-  Probe probe = {n, nullptr, {}};
+  Probe probe = {n, 0, nullptr, {}};
   return per_second(threads, (double)n * (double)threads, exp_fma_task, &probe);
 }
 LS_EXPORT double ls_probe_read(const float *data, int64_t n, int64_t threads) {
-  Probe probe = {n / threads, data, {}};
+  Probe probe = {n / threads, 0, data, {}};
   return per_second(threads, 4.0 * (double)(n / threads) * (double)threads, read_task, &probe);
+}
+LS_EXPORT double ls_probe_multiply(int64_t n, int64_t bits, int64_t threads) {
+  Probe probe = {n / kernels->products_of_step(bits), bits, nullptr, {}};
+  return per_second(threads, (double)n * (double)threads, multiply_task, &probe);
 }

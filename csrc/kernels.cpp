@@ -58,6 +58,9 @@ int32_t legs(const ls_legs *);
 int32_t multiply(const ls_matrix *, const float *, float *, int64_t, char *);
 int64_t multiply_workspace(int64_t, int64_t);
 int32_t dequantize(const ls_matrix *, float *);
+int32_t quant_gemm(const ls_matrix *, const float *, float *, int64_t, int64_t, char *);
+void probe_multiply(int64_t, int64_t, float *);
+int64_t products_of_step(int64_t);
 int32_t decode(const ls_decode *);
 int64_t decode_workspace(const ls_decode *);
 }  // namespace LS_ISA
@@ -72,5 +75,6 @@ const ls_kernels LS_NAME(LS_ISA) = {
     LS_ISA::diagonal_forward, LS_ISA::diagonal_backward,
     LS_ISA::vandermonde_forward, LS_ISA::vandermonde_backward, LS_ISA::cauchy_forward,
     LS_ISA::cauchy_backward, LS_ISA::legs, LS_ISA::multiply,
-    LS_ISA::multiply_workspace, LS_ISA::dequantize, LS_ISA::decode,
-    LS_ISA::decode_workspace, LS_ISA::probe_exp_fma, LS_ISA::probe_read};
+    LS_ISA::multiply_workspace, LS_ISA::dequantize, LS_ISA::quant_gemm, LS_ISA::decode,
+    LS_ISA::decode_workspace, LS_ISA::probe_exp_fma, LS_ISA::probe_read,
+    LS_ISA::probe_multiply, LS_ISA::products_of_step};

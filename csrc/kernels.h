@@ -27,10 +27,13 @@ struct ls_kernels {
   int32_t (*multiply)(const ls_matrix *, const float *, float *, int64_t, char *);
   int64_t (*multiply_workspace)(int64_t, int64_t);
   int32_t (*dequantize)(const ls_matrix *, float *);
+  int32_t (*quant_gemm)(const ls_matrix *, const float *, float *, int64_t, int64_t, char *);
   int32_t (*decode)(const ls_decode *);
   int64_t (*decode_workspace)(const ls_decode *);
   void (*probe_exp_fma)(int64_t n, float *sink);
   void (*probe_read)(const float *data, int64_t n, float *sink);
+  void (*probe_multiply)(int64_t n, int64_t bits, float *sink);
+  int64_t (*products_of_step)(int64_t bits);
 };
 
 void ls_run(int64_t n, ls_task task, void *context);  // over [0, n), in parallel if there is a pool

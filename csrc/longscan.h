@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-enum { LS_ABI_VERSION = 9, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_ORDER = 4096, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
+enum { LS_ABI_VERSION = 10, LS_TILE = 32, LS_MAX_STATE = 256, LS_MAX_ORDER = 4096, LS_MAX_CONV = 8, LS_LANE_PAD = 16 };
 enum { LS_ACTIVATIONS = 256 };  // activations that share a scale when they are rounded to 16 bits
 
 // torch's thread pool: run task(begin, end, context) over pieces of [begin, end). Null means one thread.
@@ -308,12 +308,17 @@ int32_t ls_legs_scan(const ls_legs *args);
 int32_t ls_multiply(const ls_matrix *matrix, const float *x, float *y, int64_t rows, void *workspace);
 int64_t ls_multiply_workspace(int64_t rows, int64_t n_in);
 int32_t ls_dequantize(const ls_matrix *matrix, float *weight);  // (n_out, n_in)
+// The same for many rows and weights in 8 or 4 bits, with activations rounded to `bits`, 8 or 16: at the speed of integer
+// arithmetic. The workspace is that of ls_multiply.
+int32_t ls_quant_gemm(const ls_matrix *matrix, const float *x, float *y, int64_t rows, int64_t bits, void *workspace);
 int32_t ls_decode_tokens(const ls_decode *args);
 int64_t ls_decode_workspace(const ls_decode *args);
 // State updates per second over all threads, n on each: exp and three multiply-adds that never leave registers.
 double ls_probe_exp_fma(int64_t n, int64_t threads);
 // Bytes per second at which all threads together read n floats, each its own part, and do nothing else.
 double ls_probe_read(const float *data, int64_t n, int64_t threads);
+// Products per second of ls_quant_gemm's arithmetic over all threads, n on each, with operands from the first cache.
+double ls_probe_multiply(int64_t n, int64_t bits, int64_t threads);
 
 #ifdef __cplusplus
 }

@@ -5,7 +5,7 @@
 // integers; blocks add up in float32. See src/longscan/ops/quant.py for the formats.
 #include "matrix.h"
 
-#include "simd.h"
+#include "integers.h"
 
 namespace LS_ISA {
 namespace {
@@ -13,12 +13,7 @@ namespace {
 #ifndef LS_AHEAD
 #define LS_AHEAD 16384
 #endif
-constexpr int64_t BLOCK = 32;             // weights that share a float16 scale
-constexpr int64_t ACT = LS_ACTIVATIONS;   // activations that share a scale
-constexpr int64_t GROUP = W / 4;          // blocks of 32 4-bit weights in one register
-typedef int16_t hvec __attribute__((vector_size(4 * LS_LANES)));  // 2 W lanes
-typedef uint16_t uvec __attribute__((vector_size(4 * LS_LANES)));
-typedef int8_t bytes __attribute__((vector_size(2 * LS_LANES)));  // 2 W lanes
+constexpr int64_t GROUP = W / 4;  // blocks of 32 4-bit weights in one register
 
 #if LS_LANES == 16
 constexpr int MAX_ROWS = 6;  // rows by 4 outputs that fill the registers
@@ -26,71 +21,6 @@ constexpr int MAX_ROWS = 6;  // rows by 4 outputs that fill the registers
 constexpr int MAX_ROWS = 2;
 #endif
 
-template <typename V>
-LS_INLINE V load_as(const void *p) {
-  V v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-
-// acc + the sums of neighbouring products
-LS_INLINE ivec madd(ivec acc, hvec a, hvec b) {
-#if defined(__AVX512VNNI__)
-  return (ivec)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
-#elif defined(__AVX512BW__)
-  return acc + (ivec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return acc + (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
-  return acc + (ivec)_mm_madd_epi16((__m128i)a, (__m128i)b);
-#else
-  const ivec x = (ivec)a, y = (ivec)b;
-  return acc + ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
-#endif
-}
-LS_INLINE hvec widen(const int8_t *p) {
-#if defined(__AVX512BW__)
-  return (hvec)_mm512_cvtepi8_epi16(load_as<__m256i>(p));
-#elif defined(__AVX2__)
-  return (hvec)_mm256_cvtepi8_epi16(load_as<__m128i>(p));
-#elif defined(__SSE2__)
-  return (hvec)_mm_srai_epi16(_mm_unpacklo_epi8(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)p)), 8);
-#else
-  return __builtin_convertvector(load_as<bytes>(p), hvec);
-#endif
-}
-// The first n of them; the others read as zero.
-LS_INLINE hvec widen_n(const int8_t *p, int n) {
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-  return (hvec)_mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8((__mmask32)((1ull << n) - 1), p));
-#else
-  int8_t all[2 * W] = {};
-  memcpy(all, p, (size_t)n);
-  return widen(all);
-#endif
-}
-LS_INLINE vec to_float(ivec v) { return __builtin_convertvector(v, vec); }
-
-LS_INLINE float half_to_float(uint16_t h) {
-  const uint32_t exponent = h >> 10 & 31, mantissa = h & 1023, sign = (uint32_t)(h & 0x8000) << 16;
-  uint32_t bits;
-  if (exponent == 31)
-    bits = sign | 0x7f800000 | mantissa << 13;
-  else if (exponent)
-    bits = sign | (exponent + 112) << 23 | mantissa << 13;
-  else {  // zero or subnormal
-    const float value = (float)mantissa * 5.9604644775390625e-8f;
-    memcpy(&bits, &value, 4);
-    bits |= sign;
-  }
-  float f;
-  memcpy(&f, &bits, 4);
-  return f;
-}
-// The scales of the last blocks of a row, instead of eight.
-LS_APART void few_scales(float *to, const uint16_t *scale, int64_t n) {
-  for (int64_t i = 0; i < 8; ++i) to[i] = i < n ? half_to_float(scale[i]) : 0.0f;
-}
 // bfloat16 numbers as they come, the first n of them; the others read as zero.
 LS_INLINE vec load_bf16(const uint16_t *p, int n) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -137,30 +67,8 @@ void prepare_integers(const float *x, int64_t n, char *prepared, bool nibbles) {
   int32_t *offset = (int32_t *)(prepared + 2 * padded);
   float *scale = (float *)(prepared + 4 * padded);
   for (int64_t begin = 0; begin < n; begin += ACT) {
-    float part[ACT];
-    const int64_t length = n - begin < ACT ? n - begin : ACT;
-    memcpy(part, x + begin, 4 * (size_t)length);
-    for (int64_t i = length; i < ACT; ++i) part[i] = 0.0f;
-    vec most = vec{};
-    for (int64_t i = 0; i < ACT; i += W) {
-      const vec v = load(part + i);
-      most = vmax(most, vmax(v, -v));
-    }
-    float largest = 0.0f;
-    for (int i = 0; i < W; ++i) largest = most[i] > largest ? most[i] : largest;
-    // NaN and infinity must stay visible: they go into the scale
-    float bad = 0.0f;
-    for (int64_t i = 0; i < ACT; ++i) bad += part[i] - part[i];
-    const float unit = largest / 32767.0f;
-    const float inverse = unit > 1e-35f && bad == 0.0f ? 1.0f / unit : 0.0f;
-    scale[begin / ACT] = unit + bad;
     int16_t rounded[ACT];
-    const vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-    for (int64_t i = 0; i < ACT; i += W) {
-      const vec v = bad == 0.0f ? load(part + i) * splat(inverse) : vec{};
-      const ivec whole = (ivec)(v + shift) - (ivec)shift;
-      for (int j = 0; j < W; ++j) rounded[i + j] = (int16_t)whole[j];
-    }
+    scale[begin / ACT] = round_activations(x + begin, n - begin < ACT ? n - begin : ACT, 32767.0f, rounded);
     if (!nibbles) {
       memcpy(q + begin, rounded, sizeof rounded);
       continue;
@@ -314,47 +222,6 @@ LS_APART void dot_int8(const Tile *t) {
     LS_UNROLL
     for (int j = 0; j < O; ++j) t->total[r * O + j] *= scale[j];
 }
-
-// The float32 scales of 8 blocks, and one or a register's worth of them spread over the lanes of their blocks.
-#if defined(__AVX512F__)
-typedef __m512 Scales;
-LS_INLINE Scales scales_of(const uint16_t *scale, int64_t n) {
-  float last[8];
-  if (n == 8) return _mm512_castps256_ps512(_mm256_cvtph_ps(load_as<__m128i>(scale)));
-  few_scales(last, scale, n);
-  return _mm512_castps256_ps512(load_as<__m256>(last));
-}
-LS_INLINE vec lanes_of(Scales scales, __m512i index) { return (vec)_mm512_permutexvar_ps(index, scales); }
-LS_INLINE vec one_of(Scales scales, int block) { return lanes_of(scales, _mm512_set1_epi32(block)); }
-LS_INLINE vec spread(Scales scales, int first) {  // lanes 4 b to 4 b + 3 hold the scale of block first + b
-  return lanes_of(scales, _mm512_add_epi32(_mm512_set1_epi32(first), _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2,
-                                                                                       2, 2, 3, 3, 3, 3)));
-}
-#elif defined(__AVX2__)
-typedef __m256 Scales;
-LS_INLINE Scales scales_of(const uint16_t *scale, int64_t n) {
-  float last[8];
-  if (n == 8) return _mm256_cvtph_ps(load_as<__m128i>(scale));
-  few_scales(last, scale, n);
-  return load_as<__m256>(last);
-}
-LS_INLINE vec lanes_of(Scales scales, __m256i index) { return (vec)_mm256_permutevar8x32_ps(scales, index); }
-LS_INLINE vec one_of(Scales scales, int block) { return lanes_of(scales, _mm256_set1_epi32(block)); }
-LS_INLINE vec spread(Scales scales, int first) {
-  return lanes_of(scales, _mm256_add_epi32(_mm256_set1_epi32(first), _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)));
-}
-#else
-struct Scales {
-  float of[8];
-};
-LS_INLINE Scales scales_of(const uint16_t *scale, int64_t n) {
-  Scales scales;
-  few_scales(scales.of, scale, n);
-  return scales;
-}
-LS_INLINE vec one_of(const Scales &scales, int block) { return splat(scales.of[block]); }
-LS_INLINE vec spread(const Scales &scales, int first) { return splat(scales.of[first]); }
-#endif
 
 // int8 with a scale per 32, `blocks` of them, at most 8: the sums of R rows, not yet scaled like the activations.
 template <int R>

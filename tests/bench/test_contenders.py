@@ -277,7 +277,7 @@ def test_without_the_backward_pass_no_gradient_is_computed() -> None:
     assert [y.requires_grad for y in outputs] == [False]
 
 
-@pytest.mark.parametrize("precision", generate.PRECISIONS)
+@pytest.mark.parametrize("precision", generate.PREFILLED)
 def test_each_precision_has_its_own_ceiling(precision: str) -> None:
     measure = ceilings.matmul(8, [[16, 24, 1.5]], backward=True, precision=precision)
     assert 0 < measure()["seconds"] < 1

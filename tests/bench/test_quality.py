@@ -16,7 +16,7 @@ from longscan.checkpoints.save import quantize, save
 from longscan.errors import LongscanError
 from longscan.evaluation.perplexity import Source, evaluate
 from longscan.models import Mamba, MambaConfig
-from longscan.models.common.quantization import KINDS
+from longscan.models.common.quantization import KINDS, ROUNDED
 from longscan.tokenizers.base import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -51,8 +51,8 @@ def test_quality_against_the_definitions(cli: Any, plain: Path, model: Mamba, tm
     done = cli("bench", "quality", "--test", tmp_path / "a.txt", "--model", plain, "--json")
     assert done.code == 0, done.err
     (suite,) = json.loads(done.out)["suites"]
-    assert [row["contender"] for row in suite["rows"]] == ["float32", "bf16", "int8", "int4"]
-    models = {"float32": model} | {kind: load(plain, precision=kind)[0] for kind in KINDS}
+    assert [row["contender"] for row in suite["rows"]] == ["float32", "bf16", "int8", "int4", "w8a8", "w4a8"]
+    models = {"float32": model} | {kind: load(plain, precision=kind)[0] for kind in (*KINDS, *ROUNDED)}
     for row in suite["rows"]:
         other = models[row["contender"]]
         expected = evaluate(other, BYTES, documents)

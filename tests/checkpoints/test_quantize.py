@@ -244,7 +244,9 @@ def test_twice(int4: Path, tmp_path: Path) -> None:
 def test_formats_have_names(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="format: expected bf16, int8, int4, got 'int3'"):
         quantize(plain, tmp_path / "b", "int3")  # type: ignore[arg-type]
-    assert "precision: expected float32, bf16, int8, int4, got 'int2'" in refusal(plain, precision="int2")
+    assert "precision: expected float32, bf16, int8, int4, w8a8, w4a8, got 'int2'" in refusal(
+        plain, precision="int2"
+    )
 
 
 def test_weights_that_are_not_finite(plain: Path, tmp_path: Path) -> None:

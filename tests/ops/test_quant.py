@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from longscan import ops
+from longscan.ops import _native
 from longscan.ops.quant import FEW_ROWS, Kind
 
 KINDS: tuple[Kind, ...] = ("bf16", "int8", "int4")
@@ -105,6 +106,55 @@ def test_many_rows_and_gradients(kind: Kind) -> None:
     torch.testing.assert_close(y, x @ weight.T, rtol=1e-5, atol=1e-5)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(gradient, weight.sum(0).expand_as(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_in", [1, 30, 64, 256, 288, 544])
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("kind", ["int8", "int4", "int8-blocks"])
+def test_integer_products_with_many_rows(isa: str, kind: str, bits: int, n_in: int) -> None:
+    if kind != "int8" and n_in % 32:
+        pytest.skip("blocks of 32")
+    q, scale = stored(kind, matrix(83, n_in))
+    x, bias = matrix(61, n_in, seed=1), torch.linspace(-1, 1, 83)
+    expected = ops.quant_linear_ref(x, q, scale, bias, bits)
+    with torch.no_grad():
+        y = _native.quant_gemm(x, q, scale, bias, 61, bits)
+        parts = [
+            _native.quant_gemm(part, q, scale, bias, len(part), bits) for part in x.split([1, 7, 40, 13])
+        ]
+    assert torch.equal(y, torch.cat(parts)), "a row depends on its neighbours"
+    ties = 2.0**-bits if isa == "baseline" else 0.0  # it does not fuse, and rounds some to the other side
+    assert (y - expected).abs().max() <= (2e-6 + ties) * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_integers_are_multiplied_where_that_is_fast(isa: str, bits: int) -> None:
+    q, scale = ops.quantize(matrix(40, 64), "int8")
+    x = matrix(FEW_ROWS + 1, 64, seed=2)
+    with torch.no_grad():
+        y = ops.quant_linear(x, q, scale, None, bits)
+    rounded = ops.quant_linear_ref(x, q, scale, None, bits)
+    exact = x @ ops.dequantize_ref(q, scale).T
+    near, far = (exact, rounded) if isa == "baseline" else (rounded, exact)
+    assert (y - near).abs().max() < 1e-5 < (1 if bits == 16 else (y - far).abs().max())
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_no_number_stays_visible_and_alone(isa: str, kind: Kind, bad: float) -> None:
+    q, scale = ops.quantize(matrix(9, 512), kind)
+    x = torch.ones(40, 512)
+    x[17, 300] = bad
+    for bits in (16, 8):
+        with torch.no_grad():
+            finite = ops.quant_linear(x, q, scale, None, bits).isfinite()
+        assert not finite[17].any()
+        assert finite[torch.arange(40) != 17].all()
+
+
+def test_activations_have_8_or_16_bits() -> None:
+    with pytest.raises(ValueError, match="expected 8 or 16, got 4"):
+        ops.quant_linear(matrix(2, 32), *ops.quantize(matrix(3, 32), "int8"), None, 4)
 
 
 def test_opcheck() -> None:

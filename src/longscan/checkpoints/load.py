@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args, overload
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args, overload
 
 import torch
 
+from longscan import ops
 from longscan.checkpoints.assemble import assemble
 from longscan.checkpoints.hub import (
     OFFICIAL,
@@ -23,8 +24,13 @@ from longscan.checkpoints.open import check_kind, open_source
 from longscan.checkpoints.source import ModelDirectory, Source, check_ids
 from longscan.errors import LongscanError, UsageError
 from longscan.models import MODELS, LanguageModel, Model
-from longscan.models.common.quantization import dequantized, kind_of, quantize_model
-from longscan.models.common.quantization import precision as precision_of
+from longscan.models.common.quantization import (
+    ROUNDED,
+    dequantized,
+    kind_of,
+    quantize_model,
+    set_activation_bits,
+)
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.chat_templates import DEFAULT
 
@@ -47,7 +53,7 @@ __all__ = [
 
 
 LoadKind: TypeAlias = Literal["language", "translation", "masked", "classifier", "sequence", "image"]
-Precision: TypeAlias = Literal["float32", "bf16", "int8", "int4"]
+Precision: TypeAlias = Literal["float32", "bf16", "int8", "int4", "w8a8", "w4a8"]
 Loaded: TypeAlias = (
     "tuple[LanguageModel, Tokenizer | None] | tuple[Translator, Tokenizer] | LoadedBert | SequenceModel"
     " | VisionModel"
@@ -151,7 +157,8 @@ def load(
         dtype: of the weights; None keeps that of the file. The recurrence (A_log, D, dt_proj.bias) stays
             float32 at least. Quantised weights stay as they are.
         precision: of a language model's matrices, whatever dtype says: "bf16", "int8" and "int4" quantise
-            them on loading, for inference; "float32" dequantises them. None leaves them as they are.
+            them on loading, for inference; "w8a8" and "w4a8" are int8 and int4 with activations of 8 bits in
+            prefill; "float32" dequantises them. None leaves them as they are.
         tokenizer: for a language model, a tokenizer.json, a directory or a hub id, in place of its own.
         adapter: for a language model, a directory with a LoRA adapter in PEFT's files, or a run of `longscan
             finetune`: it is merged into the weights, or stands beside them if they are quantised.
@@ -340,8 +347,12 @@ def _language_model(
         apply_adapter(model, adapter)
         if dtype and not kind_of(model):
             model.to(dtype)
-    if precision and precision != "float32" and precision != precision_of(model):
-        quantize_model(model, precision)
+    if precision and precision != "float32":
+        kind = cast(ops.Kind, ROUNDED.get(precision, precision))
+        if kind != kind_of(model):
+            quantize_model(model, kind)
+        if precision in ROUNDED:
+            set_activation_bits(model, 8)
     return model
 
 

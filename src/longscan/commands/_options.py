@@ -64,7 +64,9 @@ Offline: TypeAlias = Annotated[bool, typer.Option("--offline", help="Use only th
 PrecisionOption: TypeAlias = Annotated[
     Precision | None,
     typer.Option(
-        "--precision", help="Precision of the weights in memory; default: float32, or as quantised."
+        "--precision",
+        help="Precision of the weights in memory; w8a8 and w4a8: int8 and int4, with activations of 8 bits "
+        "in prefill. Default: float32, or as quantised.",
     ),
 ]
 JsonSchemaFile: TypeAlias = Annotated[

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longscan.ops._derivatives import composed
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 _LIBRARY = Path(__file__).resolve().parent.parent / "_lib" / "liblongscan.so"
 
 
@@ -70,6 +70,8 @@ def _load() -> tuple[ctypes.CDLL | None, NativeInfo]:
     library.ls_probe_exp_fma.argtypes = [ctypes.c_int64, ctypes.c_int64]
     library.ls_probe_read.restype = ctypes.c_double
     library.ls_probe_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    library.ls_probe_multiply.restype = ctypes.c_double
+    library.ls_probe_multiply.argtypes = [ctypes.c_int64] * 3
     library.ls_multiply.argtypes = [
         ctypes.c_char_p,
         ctypes.c_void_p,
@@ -79,6 +81,14 @@ def _load() -> tuple[ctypes.CDLL | None, NativeInfo]:
     ]
     library.ls_multiply_workspace.restype = ctypes.c_int64
     library.ls_multiply_workspace.argtypes = [ctypes.c_int64] * 2
+    library.ls_quant_gemm.argtypes = [
+        ctypes.c_char_p,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
     library.ls_dequantize.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     library.ls_decode_workspace.restype = ctypes.c_int64
     library.ls_scan_workspace.restype = ctypes.c_int64
@@ -220,6 +230,26 @@ def multiply(x: Tensor, q: Tensor, scale: Tensor | None, bias: Tensor | None, ro
     return y
 
 
+def multiplies_integers() -> bool:
+    """Return whether products of integers are at least as fast as those of float32: with AVX2 and up."""
+    return _library is not None and _library.ls_isa() != b"baseline"
+
+
+def quant_gemm(
+    x: Tensor, q: Tensor, scale: Tensor | None, bias: Tensor | None, rows: int, bits: int
+) -> Tensor:
+    """Return `multiply` for many rows and integer weights, with activations rounded to 8 or 16 bits."""
+    assert _library is not None
+    y = x.new_empty(*x.shape[:-1], q.shape[0])
+    workspace = x.new_empty(_library.ls_multiply_workspace(rows, x.shape[-1]), dtype=torch.uint8)
+    matrix = struct.pack("6q", *matrix_fields(q, scale, bias))
+    if _library.ls_quant_gemm(matrix, x.data_ptr(), y.data_ptr(), rows, bits, workspace.data_ptr()):
+        raise RuntimeError(
+            f"ls_quant_gemm refused {rows} rows and {tuple(q.shape)} {q.dtype}; please report it"
+        )
+    return y
+
+
 def dequantize(q: Tensor, scale: Tensor | None, weight: Tensor) -> None:
     """Dequantise a matrix into weight (n_out, n_in) float32."""
     assert _library is not None
@@ -271,6 +301,19 @@ def native_probe(n_states: int) -> float | None:
         State updates per second over all of torch's threads, or None without the native library.
     """
     return None if _library is None else float(_library.ls_probe_exp_fma(n_states, torch.get_num_threads()))
+
+
+def native_multiply_probe(n: int, activation_bits: int) -> float | None:
+    """Return products of integers per second over torch's threads; None if no kernel multiplies them.
+
+    Args:
+        n: products of every thread.
+        activation_bits: 8 or 16.
+    """
+    if not multiplies_integers():
+        return None
+    assert _library is not None
+    return float(_library.ls_probe_multiply(n, activation_bits, torch.get_num_threads()))
 
 
 def native_read_probe(n_bytes: int) -> float | None:

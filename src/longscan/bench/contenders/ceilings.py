@@ -18,13 +18,17 @@ from longscan.bench.worker import Run
 __all__ = ["exp_fma", "matmul", "read_memory"]
 
 PROBE = 10**8  # state updates on every thread: long enough that waking the threads does not count
+PRODUCTS = 10**9  # of integers, likewise
 # precision of the weights -> types to multiply in: quantised weights may be unpacked
 TYPES: dict[str, tuple[torch.dtype, ...]] = {
     "float32": (torch.float32,),
     "bf16": (torch.float32, torch.bfloat16),
-    "int8": (torch.float32, torch.bfloat16, torch.int8),
-    "int4": (torch.float32, torch.bfloat16, torch.int8),
+    "int8": (torch.float32,),
+    "int4": (torch.float32,),
+    "w8a8": (torch.float32, torch.int8),
+    "w4a8": (torch.float32, torch.int8),
 }
+BITS = {"int8": 16, "int4": 16, "w8a8": 8, "w4a8": 8}  # of activations that integers multiply
 
 
 def exp_fma(n_states: int) -> Run:
@@ -53,7 +57,8 @@ def matmul(n_rows: int, shapes: list[list[float]], backward: bool, precision: st
         n_rows: tokens.
         shapes: (width in, width out, how many) of the weights of each size.
         backward: whether to multiply for the gradients of inputs and weights too.
-        precision: of the weights; the fastest of their TYPES counts.
+        precision: of the weights; the fastest of their TYPES counts, or for integers the rate of their
+            arithmetic with operands from the first cache.
 
     Returns:
         What to measure.
@@ -67,6 +72,9 @@ def matmul(n_rows: int, shapes: list[list[float]], backward: bool, precision: st
         products += more
         times += [n] * len(more)
 
+    n_products = sum(
+        n * x.shape[0] * x.shape[1] * y.shape[1] for n, (x, y) in zip(times, products, strict=True)
+    )
     ways = [(kind, way) for kind in TYPES[precision] for way in WAYS[kind]]
     cast = {kind: [(_as(x, kind), _as(y, kind)) for x, y in products] for kind in TYPES[precision]}
 
@@ -78,7 +86,9 @@ def matmul(n_rows: int, shapes: list[list[float]], backward: bool, precision: st
     def run() -> dict[str, Any]:
         # each product by the fastest type and library of torch
         best = (min(seconds(way, *cast[kind][i]) for kind, way in ways) for i in range(len(products)))
-        return {"seconds": sum(n * each for n, each in zip(times, best, strict=True))}
+        total = sum(n * each for n, each in zip(times, best, strict=True))
+        rate = ops.native_multiply_probe(PRODUCTS, BITS[precision]) if precision in BITS else None
+        return {"seconds": total if rate is None else min(total, n_products / rate)}
 
     return run
 

@@ -18,7 +18,7 @@ from longscan.bench.contenders import workloads
 from longscan.bench.worker import Run, resident_memory, settle
 from longscan.models import MODELS, LanguageModel
 from longscan.models.common.growable import GrowableState
-from longscan.models.common.quantization import quantize_model
+from longscan.models.common.quantization import ROUNDED, quantize_model, set_activation_bits
 from longscan.ops import _native
 
 __all__ = [
@@ -138,7 +138,7 @@ def ready(model: dict[str, Any] | str, precision: str = "float32") -> LanguageMo
 
     Args:
         model: see `fresh`, for random weights that are the same in every process; or a name for `load`.
-        precision: "float32", or a format of `quantize_model`.
+        precision: of `load`.
     """
     lm: LanguageModel
     if isinstance(model, str):
@@ -151,7 +151,9 @@ def ready(model: dict[str, Any] | str, precision: str = "float32") -> LanguageMo
         lm = fresh(model, torch.Generator().manual_seed(0))
     lm.eval().requires_grad_(False)
     if precision != "float32":
-        quantize_model(lm, cast(ops.Kind, precision))
+        quantize_model(lm, cast(ops.Kind, ROUNDED.get(precision, precision)))
+    if precision in ROUNDED:
+        set_activation_bits(lm, 8)
     return lm
 
 

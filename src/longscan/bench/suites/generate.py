@@ -26,6 +26,7 @@ from longscan.bench.suites.generate_contenders import (
     MIXING,
     OPENVINO,
     PRECISIONS,
+    PREFILLED,
     PRODUCTS,
     READING,
     SHAPES,
@@ -37,6 +38,8 @@ from longscan.bench.suites.generate_contenders import (
     tiny,
 )
 from longscan.bench.suites.work import work_of
+from longscan.models.common.quantization import ROUNDED
+from longscan.ops import native_info
 
 __all__ = ["SHAPES", "Files", "distance", "export_files", "run", "tiny"]
 
@@ -48,11 +51,15 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "bf16": ("bf16",),
     "int8": ("q8_0",),
     "int4": ("q4_0", "q4_K"),
+    "w8a8": ("q8_0",),
+    "w4a8": ("q4_0",),
 }
+INTEGERS = ("int8", "int4", "w8a8", "w4a8")
 # of Mamba: the goal over llama.cpp (0: none); of the others: over the best peer
-PREFILL = {"float32": 2.2, "bf16": 0.0, "int8": 2.5, "int4": 2.5}
+PREFILL = {"float32": 2.2, "bf16": 0.0} | dict.fromkeys(INTEGERS, 3.0)
 DECODE = {"float32": 1.05, "bf16": 1.2, "int8": 1.4, "int4": 1.6}
 BEST = {"prefill": 2.0, "decode": 1.2}
+VNNI, AVX2 = 1.6, 1.3  # integers over float32, by instruction set
 SHARES = {"float32": 90, "bf16": 90, "int8": 70, "int4": 70}  # percent of the memory bandwidth
 GROWTH = {8: 4, 32: 8}  # batch size -> throughput over that of one sequence, in int8
 
@@ -122,11 +129,14 @@ def _prefill(report: Report, sizes: Sizes, seq_len: int, files: Files, settings:
     results = settings.compare(case, prefill_contenders(sizes, seq_len, files), settings)
     report.add(case, results.values(), seq_len, "tokens/s")
     ratios = list(_over_peers(results, sizes, "prefill"))
-    slowest = max((f"longscan {p}" for p in PRECISIONS), key=lambda name: _seconds(results, name))
+    slowest = max((f"longscan {p}" for p in PREFILLED), key=lambda name: _seconds(results, name))
     peers = [f"llama.cpp {name}" for name in files.gguf]
     ratios.append(("our slowest over the fastest llama.cpp", faster(results, slowest, *peers), 0.0))
     report.ratios += [_ratio(f"{case}: {what}", value, goal, sizes) for what, value, goal in ratios]
-    for precision in PRECISIONS:
+    over = {p: faster(results, f"longscan {p}", "longscan float32") for p in INTEGERS}
+    goal = VNNI if "vnni" in (native_info().isa or "") else AVX2
+    report.ratios += [_ratio(f"{case}: {p} over float32", over[p], goal, sizes) for p in INTEGERS]
+    for precision in PREFILLED:
         floor = _seconds(results, f"{PRODUCTS}, {precision}") + _seconds(results, MIXING)
         share = floor / _seconds(results, f"longscan {precision}")
         what = f"{case}: {precision}, share of both ceilings in turn"
@@ -229,10 +239,11 @@ def _over_peers(
         yield "our Llama over transformers'", faster(results, LLAMA_OURS, LLAMA_HF), 1.0
         goals = {"prefill": PREFILL, "decode": DECODE}[phase]
     else:
-        goals, others = dict.fromkeys(PRECISIONS, BEST[phase]), ("transformers", OPENVINO)
-    for precision in PRECISIONS:
+        goals, others = dict.fromkeys(PREFILLED, BEST[phase]), ("transformers", OPENVINO)
+    for precision in PREFILLED if phase == "prefill" else PRECISIONS:
         formats = FORMATS[precision][: 1 if phase == "prefill" else None]
-        peers = [*(f"llama.cpp {name}" for name in formats), *(f"{name} {precision}" for name in others)]
+        same = ROUNDED.get(precision, precision)
+        peers = [*(f"llama.cpp {name}" for name in formats), *(f"{name} {same}" for name in others)]
         what = "the best peer" if others else f"llama.cpp {' or '.join(formats)}"
         yield f"{precision} over {what}", faster(results, f"longscan {precision}", *peers), goals[precision]
 

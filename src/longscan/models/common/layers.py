@@ -242,7 +242,10 @@ class WeightOnly(nn.Module):
 
 
 class WeightOnlyLinear(WeightOnly):
-    """A Linear with a quantised weight; activations and bias keep their precision.
+    """A Linear with a quantised weight.
+
+    Attributes:
+        activation_bits: see `ops.quant_linear`.
 
     Args:
         weight: see `ops.quantize`.
@@ -250,6 +253,8 @@ class WeightOnlyLinear(WeightOnly):
         bias: (n_out,), or None.
         adds_bias: whether `forward` adds the bias; that of dt_proj is added by the scan.
     """
+
+    activation_bits = 16
 
     def __init__(
         self, weight: Tensor, scale: Tensor | None, bias: nn.Parameter | None, adds_bias: bool = True
@@ -259,7 +264,8 @@ class WeightOnlyLinear(WeightOnly):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., n_in) to (..., n_out)."""
-        return ops.quant_linear(input, self.weight, self.scale, self.bias if self.adds_bias else None)
+        bias = self.bias if self.adds_bias else None
+        return ops.quant_linear(input, self.weight, self.scale, bias, self.activation_bits)
 
 
 class WeightOnlyEmbedding(WeightOnly):

@@ -17,7 +17,17 @@ from longscan.errors import LongscanError
 from longscan.models.common.layers import DtProjection, WeightOnly, WeightOnlyEmbedding, WeightOnlyLinear
 from longscan.models.common.model import Model
 
-__all__ = ["DELICATE", "KINDS", "dequantized", "kind_of", "precision", "quantize_model", "store_like"]
+__all__ = [
+    "DELICATE",
+    "KINDS",
+    "ROUNDED",
+    "dequantized",
+    "kind_of",
+    "precision",
+    "quantize_model",
+    "set_activation_bits",
+    "store_like",
+]
 
 
 ModelT = TypeVar("ModelT", bound=Model)
@@ -48,16 +58,24 @@ def dequantized(model: ModelT) -> ModelT:
 
 KINDS: tuple[ops.Kind, ...] = ("bf16", "int8", "int4")
 
+ROUNDED: dict[str, ops.Kind] = {"w8a8": "int8", "w4a8": "int4"}  # with activations of 8 bits -> the weights
+
 DELICATE = ("x_proj", "dt_proj")  # small, and their outputs are exponentiated: at least 8 bits
 
 
 def precision(model: Model) -> str:
-    """Return the precision of a model's weights: "float32", "bfloat16", ..., or a format of `quantize_model`.
+    """Return the precision of a model's matrices: "float32", "bfloat16", ..., or one of `load`.
 
     Args:
-        model: any. "bf16" means quantised weights with float32 activations, "bfloat16" a model of that dtype.
+        model: any. "bf16" means quantised weights with float32 activations, "bfloat16" a model of that dtype;
+            "w8a8" and "w4a8" are int8 and int4 after `set_activation_bits`.
     """
-    return kind_of(model) or str(model.dtype).removeprefix("torch.")
+    kind = kind_of(model)
+    if any(
+        isinstance(module, WeightOnlyLinear) and module.activation_bits == 8 for module in model.modules()
+    ):
+        return next(name for name, weights in ROUNDED.items() if weights == kind)
+    return kind or str(model.dtype).removeprefix("torch.")
 
 
 def kind_of(model: Model) -> ops.Kind | None:
@@ -101,6 +119,29 @@ def quantize_model(model: Model, kind: ops.Kind) -> None:
             raise LongscanError(f"{name}.{error}") from error
         _replace(model, name, _stored(module, q, scale))
     model.float().eval().requires_grad_(False)
+
+
+def set_activation_bits(model: Model, bits: int) -> None:
+    """Choose the precision of the activations that int8 and int4 weights meet in prefill.
+
+    Decode rounds them to 16 bits. Those of x_proj, dt_proj and the head are always rounded to 16.
+
+    Args:
+        model: quantised.
+        bits: 16, or 8: W8A8 and W4A8.
+
+    Raises:
+        LongscanError: bits is something else, or the model's matrices are no integers.
+    """
+    if bits not in (8, 16):
+        raise LongscanError(f"activation bits: expected 8 or 16, got {bits}.")
+    if kind_of(model) not in ("int8", "int4"):
+        raise LongscanError(
+            f"activation bits: expected weights in int8 or int4, got {precision(model)}. Quantise them first."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, WeightOnlyLinear) and not name.endswith(DELICATE):
+            module.activation_bits = bits
 
 
 def store_like(model: Model, tensors: Mapping[str, Tensor]) -> None:
