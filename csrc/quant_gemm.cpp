@@ -206,35 +206,35 @@ struct Tile {
   int64_t row, o, part, steps;
 };
 
-// N rows by a panel, over one part of the weights.
-template <int N, bool BLOCKS, bool Q>
+// N rows by the first V vectors of a panel, over one part of the weights.
+template <int N, int V, bool BLOCKS, bool Q>
 LS_APART void multiply_tile(const Tile *t) {
   const Gemm *a = t->a;
   const int64_t words = a->words(), length = BLOCKS ? BLOCK / (Q ? 4 : 2) : t->steps;
   const int32_t *x = (const int32_t *)a->q + t->row * words + t->part * (ACT / (Q ? 4 : 2));
   const int16_t *weights = t->panel->weights;
-  vec total[N][C];
+  vec total[N][V];
   for (int64_t b = 0; b * length < t->steps; ++b) {
-    ivec sums[N][C];
+    ivec sums[N][V];
     LS_UNROLL
-    for (int c = 0; c < C; ++c) {
+    for (int c = 0; c < V; ++c) {
       const ivec first = Q ? load_as<ivec>(t->panel->offset[b] + c * W) : ivec{};
       LS_UNROLL
       for (int r = 0; r < N; ++r) sums[r][c] = first;
     }
     for (int64_t step = 0; step < length; ++step, weights += C * 2 * W, ++x) {
-      hvec w[C];
+      hvec w[V];
       LS_UNROLL
-      for (int c = 0; c < C; ++c) w[c] = load_as<hvec>(weights + c * 2 * W);
+      for (int c = 0; c < V; ++c) w[c] = load_as<hvec>(weights + c * 2 * W);
       LS_UNROLL
       for (int r = 0; r < N; ++r) {
         const ivec word = ivec{} + x[r * words];
         LS_UNROLL
-        for (int c = 0; c < C; ++c) sums[r][c] = multiply_step<Q>(sums[r][c], w[c], word);
+        for (int c = 0; c < V; ++c) sums[r][c] = multiply_step<Q>(sums[r][c], w[c], word);
       }
     }
     LS_UNROLL
-    for (int c = 0; c < C; ++c) {
+    for (int c = 0; c < V; ++c) {
       const vec scale = load(t->panel->scale[b] + c * W);
       LS_UNROLL
       for (int r = 0; r < N; ++r)
@@ -244,7 +244,7 @@ LS_APART void multiply_tile(const Tile *t) {
   const float *scale = a->scale + t->row * a->parts() + t->part;
   const bool last = t->part + 1 == a->parts();
   LS_UNROLL
-  for (int c = 0; c < C; ++c) {
+  for (int c = 0; c < V; ++c) {
     const int64_t o = t->o + c * W, left = a->m->n_out - o;
     const int lanes = left < 0 ? 0 : left < W ? (int)left : W;
     LS_UNROLL
@@ -259,17 +259,27 @@ LS_APART void multiply_tile(const Tile *t) {
   }
 }
 
-template <int N, bool BLOCKS, bool Q>
+template <int N, int V, bool BLOCKS, bool Q>
 LS_INLINE void next_rows(Tile *t) {
-  multiply_tile<N, BLOCKS, Q>(t);
+  multiply_tile<N, V, BLOCKS, Q>(t);
   t->row += N, t->sums += N * PANEL;
 }
+template <int V, bool BLOCKS, bool Q>
+void multiply_rows(Tile t, int64_t end) {
+  while (t.row + R <= end) next_rows<R, V, BLOCKS, Q>(&t);
+  if (t.row + 4 <= end) next_rows<4, V, BLOCKS, Q>(&t);
+  if (t.row + 2 <= end) next_rows<2, V, BLOCKS, Q>(&t);
+  if (t.row < end) next_rows<1, V, BLOCKS, Q>(&t);
+}
 template <bool BLOCKS, bool Q>
-LS_INLINE void multiply_rows(Tile t, int64_t end) {
-  while (t.row + R <= end) next_rows<R, BLOCKS, Q>(&t);
-  if (t.row + 4 <= end) next_rows<4, BLOCKS, Q>(&t);
-  if (t.row + 2 <= end) next_rows<2, BLOCKS, Q>(&t);
-  if (t.row < end) next_rows<1, BLOCKS, Q>(&t);
+void multiply_panel(const Tile &t, int64_t end) {
+  const int64_t left = t.a->m->n_out - t.o;  // the last panel may be narrow
+  if (left <= W)
+    multiply_rows<1, BLOCKS, Q>(t, end);
+  else if (C > 2 && left <= 2 * W)
+    multiply_rows<2, BLOCKS, Q>(t, end);
+  else
+    multiply_rows<C, BLOCKS, Q>(t, end);
 }
 
 template <bool Q>
@@ -293,9 +303,9 @@ void panel_task(int64_t begin, int64_t end, void *context) {
       const int64_t steps = (nibbles ? fill<true, Q> : fill<false, Q>)(a->m, o, part * ACT, &panel);
       const Tile tile = {a, &panel, sums, first, o, part, steps};
       if (a->m->format == LS_INT8)
-        multiply_rows<false, Q>(tile, last);
+        multiply_panel<false, Q>(tile, last);
       else
-        multiply_rows<true, Q>(tile, last);
+        multiply_panel<true, Q>(tile, last);
     }
   }
 }
@@ -340,7 +350,7 @@ int32_t quant_gemm(const ls_matrix *matrix, const float *x, float *y, int64_t ro
   while (a.panels() * ls_ceil(rows, a.rows_of_unit) < UNITS && a.rows_of_unit > 16 * R)
     a.rows_of_unit = ls_ceil(a.rows_of_unit, 2);
   ls_run(rows, activations_task, &a);
-  ls_run(a.panels() * ls_ceil(rows, a.rows_of_unit), a.quads() ? panel_task<true> : panel_task<false>, &a);
+  ls_run(a.panels() * ls_ceil(rows, a.rows_of_unit), a.quads() ? panel_task<QUADS> : panel_task<false>, &a);
   return 0;
 }
 

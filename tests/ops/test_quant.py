@@ -108,14 +108,14 @@ def test_many_rows_and_gradients(kind: Kind) -> None:
     torch.testing.assert_close(gradient, weight.sum(0).expand_as(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("n_in", [1, 30, 64, 256, 288, 544])
+@pytest.mark.parametrize(("n_out", "n_in"), [(83, 1), (83, 30), (70, 64), (128, 256), (83, 288), (5, 544)])
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("kind", ["int8", "int4", "int8-blocks"])
-def test_integer_products_with_many_rows(isa: str, kind: str, bits: int, n_in: int) -> None:
+def test_integer_products_with_many_rows(isa: str, kind: str, bits: int, n_out: int, n_in: int) -> None:
     if kind != "int8" and n_in % 32:
         pytest.skip("blocks of 32")
-    q, scale = stored(kind, matrix(83, n_in))
-    x, bias = matrix(61, n_in, seed=1), torch.linspace(-1, 1, 83)
+    q, scale = stored(kind, matrix(n_out, n_in))
+    x, bias = matrix(61, n_in, seed=1), torch.linspace(-1, 1, n_out)
     expected = ops.quant_linear_ref(x, q, scale, bias, bits)
     with torch.no_grad():
         y = _native.quant_gemm(x, q, scale, bias, 61, bits)
