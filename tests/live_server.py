@@ -13,12 +13,14 @@ from typing import Any
 import longscan
 from longscan.models import LanguageModel
 from longscan.serve.guard import Access
+from longscan.serve.limits import Limits
 from longscan.serve.run import bind, make_server
-from longscan.serve.service import Limits, Service
+from longscan.serve.served import Served
+from longscan.serve.service import Service
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.chat import ChatTemplate, find_template
 
-__all__ = ["JSON", "NAME", "ask", "post", "running", "serving", "until"]
+__all__ = ["JSON", "NAME", "ask", "post", "running", "serving", "serving_all", "until"]
 
 NAME = "longscan-tiny-en"
 JSON = {"Content-Type": "application/json"}
@@ -36,17 +38,24 @@ def serving(
 ) -> Iterator[tuple[Service, int]]:
     """Yield a service and its port."""
     service = Service(model, tokenizer, name, template or find_template(tokenizer, None), limits)
+    with serving_all(Served(service), access) as (_, port):
+        yield service, port
+
+
+@contextlib.contextmanager
+def serving_all(served: Served, access: Access | None = None) -> Iterator[tuple[Served, int]]:
+    """Yield the models of a server and its port."""
     listener = bind("127.0.0.1", 0)
-    server = make_server(service, access or Access())
+    server = make_server(served, access or Access())
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    service.worker.start()
+    served.worker.start()
     thread.start()
     try:
-        yield service, listener.getsockname()[1]
+        yield served, listener.getsockname()[1]
     finally:
         server.should_exit = True
         thread.join()
-        service.worker.stop()
+        served.worker.stop()
         listener.close()
 
 

@@ -27,7 +27,18 @@ ROOMS = (
 )
 # inside models/common, in order too
 COMMON = (
-    *("layers", "model", "entry", "losses", "state_file", "growable", "state", "native_decode", "mixer"),
+    *(
+        "layers",
+        "adapted",
+        "model",
+        "entry",
+        "losses",
+        "state_file",
+        "growable",
+        "state",
+        "native_decode",
+        "mixer",
+    ),
     *(
         "lora",
         "packing",

@@ -16,7 +16,8 @@ import torch
 import longscan
 from live_server import JSON, NAME, ask, running
 from longscan.inference.text_vectors import text_vectors
-from longscan.serve.service import Limits, Service
+from longscan.serve.limits import Limits
+from longscan.serve.service import Service
 
 TEXTS = ["Where is the king?", "Où est le roi ?", "x"]
 

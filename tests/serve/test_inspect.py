@@ -19,7 +19,8 @@ from longscan.inference.text_layers import states, time_steps, visit_layers
 from longscan.models import MODELS, LanguageModel
 from longscan.serve.guard import Access
 from longscan.serve.inspect_routes import MAX_SQUARE, MAX_TOKENS, TOP
-from longscan.serve.service import Limits, Service
+from longscan.serve.limits import Limits
+from longscan.serve.service import Service
 from longscan.tokenizers.base import ByteTokenizer
 
 NAME = "longscan-tiny-en"
@@ -97,10 +98,10 @@ def test_the_hidden_attention_of_a_layer(served: tuple[Service, int], lane: int 
 def test_continuations_fork_one_state(served: tuple[Service, int]) -> None:
     service, port = served
     ids = service.tokenizer.encode("The king is")
-    before = service.worker.engine.prefilled
+    before = service.engine.prefilled
     body = {"tokens": ids, "n": 3, "max_tokens": 12, "temperature": 1.0, "seed": 4}
     found = ask(port, "/v1/inspect/continue", body)[1]["continuations"]
-    assert service.worker.engine.prefilled - before == len(ids)  # once, for all of them
+    assert service.engine.prefilled - before == len(ids)  # once, for all of them
     assert len({each["text"] for each in found}) == 3
     for each in found:
         assert service.tokenizer.decode([token["id"] for token in each["tokens"]]) == each["text"]

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from live_server import NAME, post, running, until
-from longscan.serve.service import Limits, Service
+from longscan.serve.limits import Limits
+from longscan.serve.service import Service
 from longscan.serve.streaming import stream
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"

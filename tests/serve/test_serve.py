@@ -25,7 +25,8 @@ from longscan.inference.prompt_scores import prompt_scores
 from longscan.inference.request import Request
 from longscan.inference.sampling import SamplingConfig
 from longscan.serve.guard import Access
-from longscan.serve.service import Limits, Service
+from longscan.serve.limits import Limits
+from longscan.serve.service import Service
 
 HELLO = [{"role": "user", "content": "Where is the king?"}]
 
@@ -357,7 +358,7 @@ def test_keys_hosts_and_origins() -> None:
 
 def wait_until_idle(service: Service, patience: int = 200) -> None:
     for _ in range(patience):
-        if not (service.worker.jobs or service.worker.engine.running or service.worker.engine.waiting):
+        if not (service.worker.jobs or service.engine.running or service.engine.waiting):
             return
         time.sleep(0.05)
     raise AssertionError("the engine is still at work")
@@ -485,7 +486,7 @@ def test_an_engine_that_fails_says_so() -> None:
         def broken() -> list[Any]:
             raise RuntimeError("out of order")
 
-        service.worker.engine.step = broken  # type: ignore[method-assign]
+        service.engine.step = broken  # type: ignore[method-assign]
         status, found, _ = ask(port, "/v1/completions", {"prompt": "x"})
         assert status == 500
         assert "out of order" not in json.dumps(found)

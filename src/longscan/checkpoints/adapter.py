@@ -6,6 +6,7 @@ that layout has a matrix in pieces or in one with others, the layer has our name
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import warnings
@@ -22,11 +23,13 @@ from longscan.checkpoints.formats import format_of
 from longscan.checkpoints.weights import read_safetensors, some
 from longscan.core.files import atomic_directory, read_json, utf8, write_json, writing
 from longscan.errors import LongscanError
-from longscan.models import Model
-from longscan.models.common.lora import LoraLayer, adaptable, adapted, attach, merge, shape_of
+from longscan.models import LanguageModel, Model
+from longscan.models.common.lora import LoraLayer, adaptable, adapted, attach, merge, shape_of, sharing
 from longscan.models.common.quantization import kind_of
+from longscan.tokenizers.base import Tokenizer
+from longscan.tokenizers.chat_templates import DEFAULT
 
-__all__ = ["CONFIG", "AdapterError", "apply_adapter", "save_adapter", "template_of"]
+__all__ = ["CONFIG", "AdapterError", "apply_adapter", "beside", "save_adapter", "template_of"]
 
 CONFIG, WEIGHTS, TEMPLATE = "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"
 TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -129,23 +132,61 @@ def apply_adapter(model: Model, directory: str | Path) -> None:
         AdapterError: it is damaged, of another model, or not of a kind that is computed here.
         OSError: it can't be read.
     """
-    directory = _found(directory)
-    adapter = _read(model, directory)
-    if adapter.base not in (None, model.fingerprint()) and kind_of(model) is None:
-        warnings.warn(
-            f"{directory} was trained on other weights of this shape: the result is of neither model.",
-            stacklevel=2,
-        )
     dtype, training = model.dtype, model.training
-    attach(model, adapter.layers)
-    for name, module in adapted(model):
-        for key, matrix in zip(MATRICES, adapter.matrices[name], strict=True):
-            getattr(module, key).data.copy_(matrix)
+    _attach(model, directory, None if kind_of(model) else model.fingerprint())
     if kind_of(model) is None:
         merge(model)
         model.requires_grad_(True)
     model.train(training)
     assert model.dtype == dtype
+
+
+def beside(
+    model: LanguageModel,
+    tokenizer: Tokenizer | None,
+    directory: str | Path,
+    fingerprint: str | None = None,
+) -> tuple[LanguageModel, Tokenizer | None]:
+    """Return a model with an adapter beside its weights, which it shares with the given one, and a tokenizer.
+
+    It computes what the merged model computes, up to rounding, and takes the memory of the adapter alone.
+
+    Args:
+        model: that the adapter was trained on; it keeps its weights, and no adapter.
+        tokenizer: the model's; the result has the adapter's chat template, if that has one.
+        directory: see `apply_adapter`.
+        fingerprint: of the model, so that several adapters need not compute it each.
+
+    Raises:
+        AdapterError: see `apply_adapter`.
+        OSError: it can't be read.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    shared = sharing(model)
+    _attach(shared, directory, None if kind_of(model) else fingerprint or model.fingerprint())
+    for parameter in trained:  # `attach` has frozen what both have
+        parameter.requires_grad_(True)
+    shared.eval()
+    if tokenizer is not None and (template := template_of(directory)) is not None:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_templates = {**tokenizer.chat_templates, DEFAULT: template}
+    return shared, tokenizer
+
+
+def _attach(model: Model, directory: str | Path, fingerprint: str | None) -> None:
+    """Give a model an adapter, and warn if it was trained on weights with another fingerprint."""
+    directory = _found(directory)
+    adapter = _read(model, directory)
+    if fingerprint is not None and adapter.base not in (None, fingerprint):
+        warnings.warn(
+            f"{directory} was trained on other weights of this shape: the result is of neither model.",
+            stacklevel=3,
+        )
+    attach(model, adapter.layers)
+    for name, module in adapted(model):
+        for key, matrix in zip(MATRICES, adapter.matrices[name], strict=True):
+            getattr(module, key).data.copy_(matrix)
+            getattr(module, key).requires_grad_(False)
 
 
 def template_of(directory: str | Path) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import typer
 
+from longscan.commands._variants import Variants
 from longscan.core.config import count
 from longscan.core.files import utf8
 from longscan.core.printable import printable
@@ -29,6 +30,7 @@ HELP = """/back          remove the last question and its answer
 /save FILE     write the conversation as JSON, with its state beside it
 /load FILE     continue a saved conversation
 /state         size of the memory
+/adapter NAME  let another adapter answer, or none; without NAME, list them
 /quit          or Ctrl-D; Ctrl-C stops an answer, which stays as far as it got
 \"\"\"            begins and ends a message of several lines, or one that begins with a slash"""
 
@@ -46,10 +48,14 @@ class Talk:
         conversation: to continue.
         file: where to save each turn.
         quiet: print answers and errors only.
+        variants: who may answer.
     """
 
-    def __init__(self, conversation: Conversation, file: Path | None, quiet: bool) -> None:
+    def __init__(
+        self, conversation: Conversation, file: Path | None, quiet: bool, variants: Variants
+    ) -> None:
         self._conversation, self._file, self._quiet = conversation, file, quiet
+        self._variants = variants
         self._bar, self._interrupt = Bar(), _Interrupt()
         conversation.progress = self._show_prefill
         self._verbs: dict[str, Callable[[str], bool | None]] = {
@@ -61,6 +67,7 @@ class Talk:
             "save": self._save,
             "load": self._load,
             "state": self._state,
+            "adapter": self._adapter,
             "quit": self._quit,
             "exit": self._quit,
         }
@@ -227,6 +234,20 @@ class Talk:
         grows = chat.model.init_state(1).growth
         growth = f" + {scaled(grows, 'kMG')}B a token" if grows else ", however long the conversation gets"
         typer.echo(f"{scaled(chat.nbytes, 'kMG')}B after {count(chat.position, 'token')}{growth}", err=True)
+
+    def _adapter(self, name: str) -> None:
+        """Let another adapter answer, or list them."""
+        if not name:
+            typer.echo(self._variants.list(), err=True)
+            return
+        before = self._variants.current
+        if not self._variants.choose(name, self._conversation):
+            typer.echo(f"{name} answers already", err=True)
+            return
+        note = f"{name} answers from now on, in place of {before}"
+        if self._conversation.messages:
+            note += "; the next turn prefills all, as a state is of one model"
+        self._changed(note)
 
     def _changed(self, note: str = "") -> None:
         """Save what has changed, and say so."""

@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from longscan.checkpoints.load import load_with_tokenizer
+from longscan.commands._adapters import NONE, Adapters, load_adapters
 from longscan.commands._input import sampling_config
 from longscan.commands._options import (
-    Adapter,
     MinP,
     Offline,
     PrecisionOption,
@@ -27,6 +27,7 @@ from longscan.commands._options import (
     TopP,
 )
 from longscan.commands._talk import Talk, text_or_file
+from longscan.commands._variants import Variant, Variants
 from longscan.core.files import utf8
 from longscan.core.runtime import use_threads
 from longscan.errors import LongscanError, UsageError
@@ -67,7 +68,7 @@ def command(
     seed: SamplingSeed = None,
     precision: PrecisionOption = None,
     tokenizer_name: TokenizerName = None,
-    adapter: Adapter = None,
+    adapter: Adapters = None,
     threads: Threads = None,
     revision: Revision = None,
     offline: Offline = False,
@@ -76,7 +77,7 @@ def command(
     """Talk to a language model.
 
     A turn prefills only what is new: the state holds the rest. Text from a pipe is one message, and its
-    answer is all that is printed.
+    answer is all that is printed. The first --adapter answers; /adapter switches to another one.
 
     Raises:
         UsageError: a flag has an invalid value, or the chat template rejects the messages.
@@ -95,9 +96,15 @@ def command(
     instruction = _system(system)
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise LongscanError(f"{file}: expected the name of a file, in a directory that exists.")
-    network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name, adapter)
-    conversation = Conversation(network, tokenizer, find_template(tokenizer, template), config=config)
-    talk = Talk(conversation, file, quiet)
+    network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name)
+    adapters = load_adapters(network, tokenizer, adapter, NONE)
+    variants = {
+        name: Variant(*pair, find_template(pair[1], template))
+        for name, pair in {NONE: (network, tokenizer), **adapters}.items()
+    }
+    name = next(iter(adapters), NONE)
+    conversation = Conversation(*variants[name], config=config)
+    talk = Talk(conversation, file, quiet, Variants(variants, name))
     if file is not None and file.exists():
         talk.load(str(file))
     if instruction is not None:
@@ -109,7 +116,10 @@ def command(
         talk.answer_pipe(message)
         return
     if not quiet:
-        _introduce(model, describe(model, network), tokenizer, conversation.template)
+        summary = describe(model, network)
+        if adapters:
+            summary += f" · adapter {name}" + (" · /adapter switches" if len(adapters) > 1 else "")
+        _introduce(model, summary, variants[name].tokenizer, conversation.template)
     talk.run()
 
 

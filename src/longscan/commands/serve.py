@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 
 from longscan.checkpoints.load import load_with_tokenizer
+from longscan.commands._adapters import Adapters, load_adapters, size_of
 from longscan.commands._options import (
-    Adapter,
     Offline,
     PrecisionOption,
     Quiet,
@@ -43,7 +43,7 @@ def command(
     template: Annotated[
         str | None, typer.Option(help="Chat template: a name, or a Jinja file; default: the model's own.")
     ] = None,
-    slots: Annotated[int, typer.Option(help="Texts that decode at a time.")] = 8,
+    slots: Annotated[int, typer.Option(help="Texts of a model that decode at a time.")] = 8,
     queue: Annotated[int, typer.Option(help="Requests that may wait; others get 429.")] = 64,
     connections: Annotated[int, typer.Option(help="Connections at a time; others get 503.")] = 1024,
     max_length: Annotated[int, typer.Option(help="Tokens of a text, prompt and answer together.")] = 32768,
@@ -66,7 +66,7 @@ def command(
     ] = False,
     precision: PrecisionOption = None,
     tokenizer_name: TokenizerName = None,
-    adapter: Adapter = None,
+    adapter: Adapters = None,
     threads: Threads = None,
     revision: Revision = None,
     offline: Offline = False,
@@ -77,7 +77,8 @@ def command(
     /v1/completions and /v1/chat/completions (streaming, n, stop, seed, logprobs, echo, JSON schemas, tools),
     /v1/embeddings, /v1/models, /tokenize, /detokenize, /health and /metrics. Requests run as one batch; the
     second turn of a conversation prefills only what is new. At / there is a page to chat, and to see what the
-    model does inside. Ctrl-C or SIGTERM lets running texts end first.
+    model does inside. With adapters the server has several models on the same weights: the field
+    `model` of a request chooses one. Ctrl-C or SIGTERM lets running texts end first.
 
     Raises:
         UsageError: a flag has an invalid value.
@@ -87,8 +88,9 @@ def command(
     require("uvicorn", "servers")
     require("llguidance", "servers")
     from longscan.serve.guard import LOOPBACK, Access
+    from longscan.serve.limits import Limits
     from longscan.serve.run import bind, serve
-    from longscan.serve.service import Limits, Service
+    from longscan.serve.served import serve_adapters
 
     for flag, value, least in (
         ("--slots", slots, 1),
@@ -111,23 +113,32 @@ def command(
         )
     use_threads(threads)
     keep_memory()
-    listener = bind(host, port)
-    network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name, adapter)
-    limits = Limits(slots, queue, max_length, deadline, cache_mb << 20, connections=connections)
-    shown = name or (Path(model).name if Path(model).exists() else model)
-    service = Service(network, tokenizer, shown, find_template(tokenizer, template), limits)
-    hosts = (*LOOPBACK, *(allow_host or ())) if host in LOOPBACK or allow_host else ()
-    origins = tuple(origin.rstrip("/").lower() for origin in allow_origin or ())
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    if not quiet:
-        logging.getLogger("longscan.serve").setLevel(logging.INFO)
-    url = _url(listener, host)
-
-    def started() -> None:
+    with bind(host, port) as listener:
+        network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name)
+        limits = Limits(slots, queue, max_length, deadline, cache_mb << 20, connections=connections)
+        shown = name or (Path(model).name if Path(model).exists() else model)
+        adapters = load_adapters(network, tokenizer, adapter, shown)
+        served = serve_adapters(
+            (network, tokenizer, find_template(tokenizer, template)),
+            shown,
+            {its: (*pair, find_template(pair[1], template)) for its, pair in adapters.items()},
+            limits,
+        )
+        hosts = (*LOOPBACK, *(allow_host or ())) if host in LOOPBACK or allow_host else ()
+        origins = tuple(origin.rstrip("/").lower() for origin in allow_origin or ())
+        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
         if not quiet:
-            typer.echo(f"{describe(model, network)}\n{_hint(url, shown, bool(keys))}", err=True)
+            logging.getLogger("longscan.serve").setLevel(logging.INFO)
+        url = _url(listener, host)
 
-    serve(service, listener, Access(keys, hosts, origins), drain=drain, started=started)
+        def started() -> None:
+            if not quiet:
+                typer.echo(describe(model, network), err=True)
+                if adapters:
+                    typer.echo(f"adapters {size_of(adapters)}", err=True)
+                typer.echo(_hint(url, served.usual.name, bool(keys)), err=True)
+
+        serve(served, listener, Access(keys, hosts, origins), drain=drain, started=started)
 
 
 def _keys(path: Path | None) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ from longscan.tokenizers.chat_spans import after
 __all__ = ["Conversation", "Turn"]
 
 BUDGET = 256 << 20  # bytes of states
+ANSWERING = "an answer is being written: finish it first, or close its iterator."
 DEFAULT = SamplingConfig(max_new_tokens=512, temperature=0.7, top_p=0.9)
 
 
@@ -94,20 +95,38 @@ class Conversation:
         variables: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> None:
-        check_fit(model, tokenizer)
-        self.model, self.tokenizer = model, tokenizer
-        found = template if isinstance(template, ChatTemplate) else find_template(tokenizer, template)
-        self.template: ChatTemplate = found
+        self._asked, self._answering = config or DEFAULT, False
+        self.switch(model, tokenizer, template)
         self.messages: list[dict[str, Any]] = []
         self.turn = Turn()
-        self._config, self._variables, self.progress = config or DEFAULT, dict(variables or {}), progress
-        self._ends, stops = self.template.ends(tokenizer)
-        self._config = replace(self._config, stop=(*self._config.stop, *stops))
-        self._turns = Turns(model, BUDGET, least=2)
+        self._variables, self.progress = dict(variables or {}), progress
         self._retries = 0
-        self._answering = False
         if system is not None:
             self.system(system)
+
+    def switch(
+        self, model: LanguageModel, tokenizer: Tokenizer, template: ChatTemplate | str | None = None
+    ) -> None:
+        """Let another model answer from now on; the messages stay, and are prefilled anew.
+
+        Args:
+            model: any causal model.
+            tokenizer: the one it was trained with.
+            template: see `Conversation`.
+
+        Raises:
+            UsageError: there is no such template, or an answer is being written.
+            LongscanError: the tokenizer is not for this model.
+        """
+        if self._answering:
+            raise UsageError(ANSWERING)
+        check_fit(model, tokenizer)
+        found = template if isinstance(template, ChatTemplate) else find_template(tokenizer, template)
+        self.model, self.tokenizer = model, tokenizer
+        self.template: ChatTemplate = found
+        self._ends, stops = found.ends(tokenizer)
+        self._config = replace(self._asked, stop=(*self._asked.stop, *stops))
+        self._turns = Turns(model, BUDGET, least=2)
 
     def system(self, text: str) -> None:
         """Replace the system message; the rest stays, and is prefilled anew.
@@ -210,7 +229,7 @@ class Conversation:
     def _answer(self, messages: list[dict[str, Any]]) -> Generator[str, None, None]:
         """Yield the answer to messages, which replace those of the conversation."""
         if self._answering:
-            raise UsageError("an answer is being written: finish it first, or close its iterator.")
+            raise UsageError(ANSWERING)
         self._answering = True
         try:
             yield from self._write(messages)

@@ -26,9 +26,10 @@ from longscan.serve.errors import ApiError, BusyError, api_error
 from longscan.serve.formats import UnsupportedError
 from longscan.serve.guard import Access, App, Guard
 from longscan.serve.inspect_routes import add_inspect_routes
+from longscan.serve.limits import Limits
 from longscan.serve.page_routes import add_page_routes
 from longscan.serve.responses import Chat, Completion
-from longscan.serve.service import Limits, Service
+from longscan.serve.served import Served
 
 __all__ = ["make_app"]
 
@@ -41,22 +42,22 @@ EXPECTED = {
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
 
-def make_app(service: Service, access: Access | None = None) -> App:
-    """Return the ASGI application of a service.
+def make_app(served: Served, access: Access | None = None) -> App:
+    """Return the ASGI application of some models.
 
     Args:
-        service: whose worker runs already, or will.
+        served: whose worker runs already, or will.
         access: who may ask.
     """
     app = FastAPI(title="longscan", docs_url=None, redoc_url=None)
     _add_errors(app)
-    _add_model_routes(app, service)
-    _add_text_routes(app, service)
-    _add_generation_routes(app, service)
-    add_inspect_routes(app, service, _body_of)
+    _add_model_routes(app, served)
+    _add_text_routes(app, served)
+    _add_generation_routes(app, served)
+    add_inspect_routes(app, served, _body_of)
     add_page_routes(app)
     routes = [route.path for route in app.routes if hasattr(route, "path")]
-    return Guard(app, access or Access(), service.metrics, routes)
+    return Guard(app, access or Access(), served.metrics, routes)
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -83,22 +84,22 @@ def _error_response(error: Exception) -> Response:
     return JSONResponse(body, found.status, headers=found.headers)
 
 
-def _add_model_routes(app: FastAPI, service: Service) -> None:
+def _add_model_routes(app: FastAPI, served: Served) -> None:
     """Add what describes the server."""
-    model = {"id": service.name, "object": "model", "created": service.created, "owned_by": "longscan"}
+    described = served.described()
 
     @app.get("/v1/models")
     async def models() -> Any:
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": described}
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Any:
-        service.check_model(name)
-        return model
+        served.find(name)
+        return next(model for model in described if model["id"] == name)
 
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Any:
-        worker = service.worker
+        worker = served.worker
         if worker.failed is not None or worker.draining:
             state = "draining" if worker.failed is None else "failed"
             return JSONResponse({"status": state}, 503, headers={"Retry-After": "5"})
@@ -106,24 +107,25 @@ def _add_model_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Any:
-        worker = service.worker
+        worker = served.worker
         gauges = {
-            "running": worker.engine.running,
-            "waiting": worker.engine.waiting,
+            "running": worker.running,
+            "waiting": worker.waiting,
             "waiting_tokens": worker.waiting_tokens,
-            "conversation_states": service.turns.count,
-            "conversation_state_bytes": service.turns.nbytes,
+            "conversation_states": sum(service.turns.count for service in served),
+            "conversation_state_bytes": sum(service.turns.nbytes for service in served),
         }
-        return PlainTextResponse(service.metrics.text(worker.counts, gauges))
+        return PlainTextResponse(served.metrics.text(worker.counts, gauges))
 
 
-def _add_text_routes(app: FastAPI, service: Service) -> None:
+def _add_text_routes(app: FastAPI, served: Served) -> None:
     """Add the tokenizer."""
-    tokenizer = service.tokenizer
+    tokenizer = served.usual.tokenizer
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Any:
-        body = await _body_of(request, TokenizeBody, service)
+        body = await _body_of(request, TokenizeBody, served)
+        service = served.find(body.model)
         if body.messages is not None:
             pieces = await asyncio.to_thread(
                 service.render, plain_messages(body.messages), body.add_generation_prompt, body.tools
@@ -136,41 +138,39 @@ def _add_text_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Any:
-        body = await _body_of(request, DetokenizeBody, service)
+        body = await _body_of(request, DetokenizeBody, served)
         return {"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)}
 
     @app.get("/tokenizer_info")
-    async def tokenizer_info() -> Any:
+    async def tokenizer_info(model: str | None = None) -> Any:
+        service = served.find(model)
         return {**tokenizer.roles, "chat_template": service.template.source}
 
 
-def _add_generation_routes(app: FastAPI, service: Service) -> None:
+def _add_generation_routes(app: FastAPI, served: Served) -> None:
     """Add completions, chats and embeddings."""
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Any:
-        body = await _body_of(request, CompletionBody, service)
-        service.check_model(body.model)
-        return await Completion(service, body).respond(request)
+        body = await _body_of(request, CompletionBody, served)
+        return await Completion(served.find(body.model), body).respond(request)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Any:
-        body = await _body_of(request, ChatBody, service)
-        service.check_model(body.model)
-        return await Chat(service, body).respond(request)
+        body = await _body_of(request, ChatBody, served)
+        return await Chat(served.find(body.model), body).respond(request)
 
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Any:
-        body = await _body_of(request, EmbeddingBody, service)
-        service.check_model(body.model)
-        return await Embeddings(service, body).respond(request)
+        body = await _body_of(request, EmbeddingBody, served)
+        return await Embeddings(served.find(body.model), body).respond(request)
 
 
-async def _body_of(request: Request, kind: type[BodyT], service: Service) -> BodyT:
+async def _body_of(request: Request, kind: type[BodyT], served: Served) -> BodyT:
     """Return the checked body of a request."""
-    if service.worker.draining:
+    if served.worker.draining:
         raise ApiError(503, "the server is shutting down.", "draining", headers={"Retry-After": "5"})
-    data = await _content(request, service.limits)
+    data = await _content(request, served.limits)
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:

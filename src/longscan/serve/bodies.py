@@ -261,6 +261,7 @@ class EmbeddingBody(BaseModel):
 class TokenizeBody(BaseModel):
     """POST /tokenize: a prompt or messages."""
 
+    model: Str | None = None
     prompt: Str | None = None
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1000)] | None = None
     tools: Annotated[list[ToolBody], Field(max_length=MAX_TOOLS)] | None = None

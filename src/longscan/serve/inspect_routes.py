@@ -31,6 +31,7 @@ from longscan.serve.bodies import Float, Id, Int, Str, plain_messages
 from longscan.serve.errors import ApiError
 from longscan.serve.formats import UnsupportedError
 from longscan.serve.job import merged
+from longscan.serve.served import Served
 from longscan.serve.service import Service
 from longscan.serve.streaming import while_connected
 from longscan.tokenizers.words import visible
@@ -42,12 +43,13 @@ MAX_SQUARE = 512  # of one whose tokens are compared pairwise
 TOP = 10  # of the likeliest next tokens
 
 T = TypeVar("T")
-BodyOf = Callable[[Request, type[Any], Service], Awaitable[Any]]
+BodyOf = Callable[[Request, type[Any], Served], Awaitable[Any]]
 
 
 class InspectBody(BaseModel):
     """POST /v1/inspect: a text, its tokens, or messages."""
 
+    model: Str | None = None
     text: Str | None = None
     tokens: Annotated[list[Id], Field(min_length=1, max_length=MAX_TOKENS)] | None = None
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1000)] | None = None
@@ -62,6 +64,7 @@ class InspectBody(BaseModel):
 class AttentionBody(BaseModel):
     """POST /v1/inspect/attention."""
 
+    model: Str | None = None
     tokens: Annotated[list[Id], Field(min_length=1, max_length=MAX_SQUARE)]
     layer: Annotated[Int, Field(ge=0)]
     lane: Annotated[Int, Field(ge=0)] | None = None
@@ -70,6 +73,7 @@ class AttentionBody(BaseModel):
 class ContinueBody(BaseModel):
     """POST /v1/inspect/continue: continuations of a text, all from forks of one state."""
 
+    model: Str | None = None
     tokens: Annotated[list[Id], Field(min_length=1, max_length=MAX_TOKENS)]
     n: Annotated[Int, Field(ge=1, le=4)] = 1
     max_tokens: Annotated[Int, Field(ge=1, le=128)] = 32
@@ -77,26 +81,28 @@ class ContinueBody(BaseModel):
     seed: Annotated[Int, Field(ge=0, lt=2**62)] | None = None
 
 
-def add_inspect_routes(app: FastAPI, service: Service, body_of: BodyOf) -> None:
+def add_inspect_routes(app: FastAPI, served: Served, body_of: BodyOf) -> None:
     """Add what describes the model and its work on a text.
 
     Args:
         app: that serves it.
-        service: with the model.
+        served: the models.
         body_of: returns the checked body of a request.
     """
-    described: dict[str, Any] = {}
+    described: dict[Service, Any] = {}
 
     @app.get("/v1/inspect")
-    async def describe() -> Any:
-        if not described:
+    async def describe(model: str | None = None) -> Any:
+        service = served.find(model)
+        if service not in described:
             layers = await service.worker.call(lambda: mixing_layers(service.model), slow=True)
-            described.update(_description(service, layers))
-        return described
+            described[service] = {**_description(service, layers), "models": served.names}
+        return described[service]
 
     @app.post("/v1/inspect")
     async def inspect(request: Request) -> Any:
-        body = await body_of(request, InspectBody, service)
+        body = await body_of(request, InspectBody, served)
+        service = served.find(body.model)
         ids = await _ids_of(service, body)
         work = inspect_text(service.model, torch.from_numpy(ids), TOP, service.tokenizer.vocab_size)
         found = await while_connected(request, _in_turns(service, work, len(ids)))
@@ -104,7 +110,8 @@ def add_inspect_routes(app: FastAPI, service: Service, body_of: BodyOf) -> None:
 
     @app.post("/v1/inspect/attention")
     async def attention(request: Request) -> Any:
-        body = await body_of(request, AttentionBody, service)
+        body = await body_of(request, AttentionBody, served)
+        service = served.find(body.model)
         ids = torch.tensor(_checked(service, body.tokens))
         work = inspect_attention(service.model, ids, body.layer, body.lane)
         found = await while_connected(request, _in_turns(service, work, len(ids)))
@@ -123,7 +130,8 @@ def add_inspect_routes(app: FastAPI, service: Service, body_of: BodyOf) -> None:
 
     @app.post("/v1/inspect/continue")
     async def go_on(request: Request) -> Any:
-        body = await body_of(request, ContinueBody, service)
+        body = await body_of(request, ContinueBody, served)
+        service = served.find(body.model)
         ids = _checked(service, body.tokens)
         return await while_connected(request, _continuations(service, ids, body))
 
@@ -194,7 +202,7 @@ async def _continuations(service: Service, ids: list[int], body: ContinueBody) -
         seed=body.seed,
     )
     text = Text(ids=np.array(ids, np.int64), config=config, eos_id=service.tokenizer.eos_ids)
-    job = await service.worker.submit(text, body.n)
+    job = await service.submit(text, body.n)
     try:
         async for _ in merged([job], deadline):
             pass

@@ -16,7 +16,7 @@ from longscan.errors import LongscanError
 from longscan.serve.app import make_app
 from longscan.serve.guard import Access
 from longscan.serve.protocol import limited
-from longscan.serve.service import Service
+from longscan.serve.served import Served
 
 __all__ = ["bind", "make_server", "serve"]
 
@@ -49,14 +49,14 @@ def bind(host: str, port: int) -> socket.socket:
 class _Server(uvicorn.Server):
     """uvicorn's, which lets texts end before it stops: a second signal stops it at once."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, drain: float) -> None:
+    def __init__(self, config: uvicorn.Config, served: Served, drain: float) -> None:
         super().__init__(config)
-        self._service, self._drain_seconds = service, drain
+        self._served, self._drain_seconds = served, drain
         self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain, or stop at once if it does so already."""
-        worker = self._service.worker
+        worker = self._served.worker
         if worker.draining or worker.failed is not None:
             worker.end_all()
             super().handle_exit(sig, frame)
@@ -65,7 +65,7 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to stop; called ten times a second."""
-        worker = self._service.worker
+        worker = self._served.worker
         if worker.draining and self._draining is None:
             self._draining = asyncio.create_task(self._drain())
         if worker.failed is not None:
@@ -75,7 +75,7 @@ class _Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         """Wait for the texts, end those that take too long, then stop."""
-        worker = self._service.worker
+        worker = self._served.worker
         for _ in range(round(self._drain_seconds / DRAIN)):
             if not worker.jobs:
                 break
@@ -84,18 +84,18 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def make_server(service: Service, access: Access, drain: float = 10.0) -> uvicorn.Server:
+def make_server(served: Served, access: Access, drain: float = 10.0) -> uvicorn.Server:
     """Return a server; its `run(sockets=[...])` serves until a signal or `should_exit` ends it.
 
     Args:
-        service: what answers; its worker must run.
+        served: what answers; its worker must run.
         access: who may ask.
         drain: seconds that texts may still take after the first signal.
     """
     config = uvicorn.Config(
-        make_app(service, access),
+        make_app(served, access),
         loop="asyncio",
-        http=limited(service.limits.connections, service.limits.head_seconds),
+        http=limited(served.limits.connections, served.limits.head_seconds),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -104,11 +104,11 @@ def make_server(service: Service, access: Access, drain: float = 10.0) -> uvicor
         timeout_graceful_shutdown=5,
         h11_max_incomplete_event_size=1 << 16,
     )
-    return _Server(config, service, drain)
+    return _Server(config, served, drain)
 
 
 def serve(
-    service: Service,
+    served: Served,
     listener: socket.socket,
     access: Access,
     *,
@@ -118,7 +118,7 @@ def serve(
     """Serve until a signal ends it.
 
     Args:
-        service: what answers.
+        served: what answers.
         listener: see `bind`.
         access: who may ask.
         drain: see `make_server`.
@@ -130,13 +130,13 @@ def serve(
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with contextlib.suppress(ValueError, OSError):  # each connection is an open file
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    server = make_server(service, access, drain)
-    service.worker.start()
+    server = make_server(served, access, drain)
+    served.worker.start()
     if started:
         started()
     try:
         server.run(sockets=[listener])
     finally:
-        service.worker.stop()
-    if service.worker.failed is not None:
-        raise LongscanError(f"the engine failed: {service.worker.failed}")
+        served.worker.stop()
+    if served.worker.failed is not None:
+        raise LongscanError(f"the engine failed: {served.worker.failed}")

@@ -1,4 +1,4 @@
-"""What the routes share: the model, its name, limits, and how a request becomes jobs and texts."""
+"""What the routes share: a model, its name, limits, and how a request becomes jobs and texts."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from longscan.serve.constraints import Constraints, Rules
 from longscan.serve.errors import ApiError
 from longscan.serve.formats import ToolBody
 from longscan.serve.job import Job
+from longscan.serve.limits import Limits
 from longscan.serve.metrics import Metrics
 from longscan.serve.worker import Worker
 from longscan.tokenizers.base import Tokenizer
@@ -35,38 +36,11 @@ from longscan.tokenizers.chat import ChatTemplate, Pieces
 from longscan.tokenizers.chat_spans import after
 from longscan.tokenizers.chat_templates import DEFAULT
 
-__all__ = ["ChatJob", "Limits", "Service"]
+__all__ = ["ChatJob", "Service"]
 
 READ_TOKENS = 512  # prompt tokens of a step: what running texts stall for, at most
 SCORE_TOKENS = 128  # of a prompt, between two steps
 TOOL_USE = "tool_use"  # the name of a template for chats with tools
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the server allows.
-
-    Attributes:
-        slots: texts that decode at a time.
-        queue: requests that wait.
-        max_length: tokens of a text, prompt and continuation together.
-        deadline: seconds that a request may take.
-        cache_bytes: of the states of conversations, and as much again of prefixes.
-        body_bytes: of a request.
-        connections: at a time.
-        head_seconds: for the headers of a request.
-        body_seconds: for its body.
-    """
-
-    slots: int = 8
-    queue: int = 64
-    max_length: int = 32768
-    deadline: float = 600.0
-    cache_bytes: int = 256 << 20
-    body_bytes: int = 4 << 20
-    connections: int = 1024
-    head_seconds: float = 10.0
-    body_seconds: float = 60.0
 
 
 @dataclass
@@ -89,7 +63,7 @@ class ChatJob:
 
 
 class Service:
-    """A model behind a worker.
+    """A model behind a worker. Its caches are its own: no other model's state gets in.
 
     Args:
         model: any causal model.
@@ -97,10 +71,12 @@ class Service:
         name: that clients see.
         template: how it wants to be talked to.
         limits: what is allowed.
+        beside: another model of the server, with which it shares the worker and the metrics.
 
     Attributes:
         metrics: of the server.
         worker: see `Worker`.
+        engine: of this model.
     """
 
     def __init__(
@@ -110,17 +86,19 @@ class Service:
         name: str,
         template: ChatTemplate,
         limits: Limits | None = None,
+        beside: Service | None = None,
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.template, self.limits = template, limits or Limits()
-        self.created, self.metrics = int(time.time()), Metrics()
+        self.created = int(time.time())
+        self.metrics: Metrics = beside.metrics if beside else Metrics()
         self._ends, self._stops = template.ends(tokenizer)
         self.constraints = Constraints(tokenizer, self._ends, self.limits.queue, self.limits.deadline)
         own = tokenizer.chat_templates
         named = template.own and template.name == DEFAULT and TOOL_USE in own
         self._tool_template = replace(template, source=own[TOOL_USE], name=TOOL_USE) if named else template
         cache = PrefixCache(model, self.limits.cache_bytes)
-        engine = Engine(
+        self.engine = Engine(
             model,
             tokenizer,
             slots=self.limits.slots,
@@ -128,7 +106,8 @@ class Service:
             read_tokens=READ_TOKENS,
             max_tokens=self.limits.max_length,
         )
-        self.worker = Worker(engine, self.limits.queue)
+        self.worker: Worker = beside.worker if beside else Worker(self.limits.slots, self.limits.queue)
+        self.worker.engines.append(self.engine)
         self.turns = Turns(model, self.limits.cache_bytes)
         self.fingerprint = f"{longscan.__version__}-{ops.backend().replace(':', '-')}"
 
@@ -136,18 +115,17 @@ class Service:
         """Return the deadline of a request that arrives now, on the clock of `time.monotonic`."""
         return time.monotonic() + self.limits.deadline
 
-    def check_model(self, name: str | None) -> None:
-        """Raise unless a request is for this model.
+    async def submit(self, request: Request, n: int = 1) -> Job:
+        """Return the job of a request, for which the worker has room: see `Worker.check`.
 
         Args:
-            name: of the request; None is any.
+            request: what to generate.
+            n: continuations.
 
         Raises:
-            ApiError: it is for another one.
+            LongscanError: the request is invalid, or the engine has failed.
         """
-        if name is not None and name != self.name:
-            message = f"the model {name[:80]!r} does not exist here: expected {self.name!r}."
-            raise ApiError(404, message, "model_not_found", "model")
+        return await self.worker.submit(self.engine, request, n)
 
     async def complete(self, body: CompletionBody) -> list[Job]:
         """Return the jobs of the prompts of a completion.
@@ -177,7 +155,7 @@ class Service:
                 request = Request(
                     ids=ids, config=config, eos_id=ends, logit_bias=body.biases, constraint=constraint
                 )
-                jobs.append(await self.worker.submit(request, body.choices))
+                jobs.append(await self.submit(request, body.choices))
         except BaseException:
             for job in jobs:
                 job.cancel()
@@ -296,7 +274,7 @@ class Service:
             constraint=rules.constraint,
             shown=rules.shown,
         )
-        job = await self.worker.submit(request, body.choices)
+        job = await self.submit(request, body.choices)
         return ChatJob(job, prompt, total, known.length, rules)
 
     def remember(self, chat: ChatJob) -> None:

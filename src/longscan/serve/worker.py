@@ -1,7 +1,7 @@
-"""The thread that owns the engine: everything else sends it requests and receives events.
+"""The thread that owns the engines: everything else sends it requests and receives events.
 
 An event loop submits a `Request` and reads the events of its `Job`. The thread drains what was sent, takes a
-step, and delivers all events of the step at once; while nothing runs it sleeps.
+step of each engine that has work, and delivers all events of the step at once; while nothing runs it sleeps.
 """
 
 from __future__ import annotations
@@ -31,27 +31,28 @@ LOG = logging.getLogger("longscan.serve")
 
 
 class Worker:
-    """A thread with an engine.
+    """A thread with the engines of a server: one for each model, whose texts decode as a batch.
 
     Args:
-        engine: used by nobody else from `start` on.
+        slots: texts that may decode at a time, of all models together.
         max_waiting: requests that may wait for a slot.
         max_waiting_tokens: tokens of their prompts together.
 
     Attributes:
+        engines: used by nobody else from `start` on.
         failed: why the thread has ended early.
         counts: of what was done: requests, prompt_tokens, written_tokens, cancelled, rejected.
     """
 
-    def __init__(self, engine: Engine, max_waiting: int = 64, max_waiting_tokens: int = 1 << 20) -> None:
-        self.engine = engine
-        self._max_waiting, self._max_waiting_tokens = max_waiting, max_waiting_tokens
+    def __init__(self, slots: int = 8, max_waiting: int = 64, max_waiting_tokens: int = 1 << 20) -> None:
+        self.engines: list[Engine] = []
+        self._slots, self._max_waiting, self._max_waiting_tokens = slots, max_waiting, max_waiting_tokens
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._work: deque[Callable[[], None]] = deque()  # one between two steps
         self._reserved: list[int] = []  # prompt tokens of what is no text: see `reserve`
         self._jobs: set[Job] = set()  # of the event loop
-        self._of_row: dict[int, tuple[Job, int]] = {}  # of the thread
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._of_row: dict[tuple[Engine, int], tuple[Job, int]] = {}  # of the thread
+        self._thread = threading.Thread(target=self._run, name="engines", daemon=True)
         self.failed: BaseException | None = None
         self.draining = self.ended = False
         self.counts = dict.fromkeys(
@@ -69,6 +70,16 @@ class Worker:
         self._thread.join()
 
     @property
+    def running(self) -> int:
+        """The number of texts that are decoding."""
+        return sum(engine.running for engine in self.engines)
+
+    @property
+    def waiting(self) -> int:
+        """The number of texts that wait for a slot or for the end of their prefill."""
+        return sum(engine.waiting for engine in self.engines)
+
+    @property
     def jobs(self) -> int:
         """The number of requests that have not ended."""
         return len(self._jobs) + len(self._reserved)
@@ -76,7 +87,7 @@ class Worker:
     @property
     def capacity(self) -> int:
         """The most continuations that may run and wait."""
-        return self.engine.slots + self._max_waiting
+        return self._slots + self._max_waiting
 
     @property
     def waiting_tokens(self) -> int:
@@ -117,10 +128,11 @@ class Worker:
         finally:
             self._reserved.remove(n_tokens)
 
-    async def submit(self, request: Request, n: int = 1) -> Job:
+    async def submit(self, engine: Engine, request: Request, n: int = 1) -> Job:
         """Return the job of a request, for which there is room: see `check`.
 
         Args:
+            engine: of `engines`.
             request: what to generate.
             n: continuations.
 
@@ -131,8 +143,8 @@ class Worker:
         self._jobs.add(job)
 
         def admit() -> None:
-            for index, number in enumerate(self.engine.submit_copies(request, n)):
-                self._of_row[number] = job, index
+            for index, number in enumerate(engine.submit_copies(request, n)):
+                self._of_row[engine, number] = job, index
 
         try:
             await self.call(admit)
@@ -147,7 +159,7 @@ class Worker:
         """Return the result of a function that runs in the thread, between two steps.
 
         Args:
-            function: may use the model and the engine.
+            function: may use the models and the engines.
             slow: whether at most one such may run between two steps.
 
         Raises:
@@ -182,9 +194,10 @@ class Worker:
         job.ended = True
 
         def drop() -> None:
-            for number, (owner, _) in list(self._of_row.items()):
-                if owner is job and self._of_row.pop(number):
-                    self.counts["cancelled"] += self.engine.cancel(number)
+            for row, (owner, _) in list(self._of_row.items()):
+                if owner is job and self._of_row.pop(row):
+                    engine, number = row
+                    self.counts["cancelled"] += engine.cancel(number)
 
         self._commands.put(drop)
 
@@ -197,7 +210,7 @@ class Worker:
     def _run(self) -> None:
         """Serve until `stop`; after a failure of the engine, refuse."""
         while True:
-            idle = not (self.engine.running or self.engine.waiting or self._work)
+            idle = not (self.running or self.waiting or self._work)
             for _ in range(max(self._commands.qsize(), int(idle or self.failed is not None))):
                 command = self._commands.get()
                 if command is None:
@@ -207,7 +220,8 @@ class Worker:
                 self._work.popleft()()
             if self.failed is None:
                 try:
-                    self._step()
+                    for engine in self.engines:
+                        self._step(engine)
                 except BaseException as error:  # never go on with half a step
                     self.failed = error
                     LOG.exception("the engine failed")
@@ -219,24 +233,24 @@ class Worker:
         with contextlib.suppress(RuntimeError):
             job.loop.call_soon_threadsafe(function, *args)
 
-    def _step(self) -> None:
-        """Take a step and deliver its events."""
-        if not (self.engine.running or self.engine.waiting):
+    def _step(self, engine: Engine) -> None:
+        """Take a step of an engine that has work, and deliver its events."""
+        if not (engine.running or engine.waiting):
             return
-        begin, prefilled = time.perf_counter(), self.engine.prefilled
+        begin, prefilled = time.perf_counter(), engine.prefilled
         of_job: dict[Job, list[tuple[int, Event]]] = {}
         ended: list[Job] = []
-        for event in self.engine.step():
-            job, index = self._of_row[event.row]
+        for event in engine.step():
+            job, index = self._of_row[engine, event.row]
             self.counts["written_tokens"] += event.token >= 0
             of_job.setdefault(job, []).append((index, event))
             if event.finish is not None:
-                del self._of_row[event.row]
+                del self._of_row[engine, event.row]
                 if job.request.keep and event.finish != "error":
-                    job.texts[index].saved = self.engine.saved(event.row)
+                    job.texts[index].saved = engine.saved(event.row)
                 if not any(owner is job for owner, _ in self._of_row.values()):
                     ended.append(job)
-        read, seconds = self.engine.prefilled - prefilled, time.perf_counter() - begin
+        read, seconds = engine.prefilled - prefilled, time.perf_counter() - begin
         if read > 0:
             self._speed = read / seconds if not self._speed else 0.8 * self._speed + 0.2 * read / seconds
         for job, events in of_job.items():

@@ -8,20 +8,22 @@ the model is used. rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) has s = alpha /
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from longscan import ops
 from longscan.errors import LongscanError
-from longscan.models.common.layers import DtProjection, Linear, WeightOnlyLinear
+from longscan.models.common.adapted import KINDS, PLAIN, Adapted
+from longscan.models.common.layers import WeightOnlyLinear
 from longscan.models.common.model import Model
-from longscan.ops.dropout import dropout
 
-__all__ = ["Adapted", "LoraLayer", "adaptable", "adapted", "attach", "detach", "merge", "shape_of"]
+__all__ = ["Adapted", "LoraLayer", "adaptable", "adapted", "attach", "detach", "merge", "shape_of", "sharing"]
+
+ModelT = TypeVar("ModelT", bound=Model)
 
 
 class LoraLayer(NamedTuple):
@@ -34,48 +36,6 @@ class LoraLayer(NamedTuple):
 
     rank: int
     scale: float
-
-
-class Adapted(nn.Module):
-    """A matrix with an adapter: its class comes first among the bases of one below.
-
-    Attributes:
-        lora_A: (rank, n_in).
-        lora_B: (n_out, rank).
-        s: s.
-        dropout: probability of an input's element, for the adapter alone, in training.
-    """
-
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    s: float
-    dropout: float
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Map (..., n_in) to (..., n_out)."""
-        y: Tensor = super().forward(input)
-        narrow = ops.linear(dropout(input, self.dropout, self.training), self.lora_A)
-        return y + ops.linear(narrow * self.s, self.lora_B).to(y.dtype)
-
-
-class AdaptedLinear(Adapted, Linear):
-    """A Linear with an adapter."""
-
-
-class AdaptedDtProjection(Adapted, DtProjection):
-    """A DtProjection with an adapter."""
-
-
-class AdaptedWeightOnlyLinear(Adapted, WeightOnlyLinear):
-    """A quantised Linear with an adapter in float32."""
-
-
-KINDS: dict[type[nn.Module], type[Adapted]] = {
-    Linear: AdaptedLinear,
-    DtProjection: AdaptedDtProjection,
-    WeightOnlyLinear: AdaptedWeightOnlyLinear,
-}
-PLAIN: dict[type[nn.Module], type[nn.Module]] = {kind: plain for plain, kind in KINDS.items()}
 
 
 def adaptable(model: Model) -> dict[str, nn.Module]:
@@ -168,6 +128,16 @@ def detach(model: Model) -> None:
     for _, module in list(adapted(model)):
         del module.lora_A, module.lora_B, module.s, module.dropout
         module.__class__ = PLAIN[type(module)]  # type: ignore[assignment]
+
+
+def sharing(model: ModelT) -> ModelT:
+    """Return a second model on the same weights, for an adapter of its own: they are in memory once.
+
+    Args:
+        model: without adapters; a change of its weights in place is one of both.
+    """
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo)
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from longscan.core.config import Config
+from longscan.models.common.adapted import Adapted
 from longscan.models.common.layers import WeightOnly
 
 
@@ -47,6 +48,9 @@ class Model(nn.Module):
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        for name, module in self.named_modules():
+            if isinstance(module, Adapted):
+                digest.update(f"{name} {module.s!r}".encode())
         return digest.hexdigest()[:16]
 
     def no_decay_parameters(self) -> Iterable[nn.Parameter]:
