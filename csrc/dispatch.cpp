@@ -154,6 +154,11 @@ LS_EXPORT int32_t ls_cauchy_backward(const ls_cauchy *args) { return bad(args) ?
 LS_EXPORT int32_t ls_legs_scan(const ls_legs *args) { return bad(args) ? -1 : kernels->legs(args); }
 
 static bool bad(const ls_matrix *m) {
+  const ls_adapter *low = m->adapter;
+  if (low && (low->A.adapter || low->B.adapter || low->A.format != LS_F32 || low->B.format != LS_F32 ||
+              low->A.bias || low->B.bias || low->A.n_out < 1 || low->A.n_out > LS_MAX_ADAPTER ||
+              low->A.n_in != m->n_in || low->B.n_in != low->A.n_out || low->B.n_out != m->n_out))
+    return true;
   return m->n_in < 1 || m->n_out < 1 || m->format < LS_F32 || m->format > LS_INT4 ||
          (m->format >= LS_INT8_BLOCKS && m->n_in % 32) || (m->format >= LS_INT8 && !m->scale);
 }

@@ -166,7 +166,15 @@ typedef struct {
   int64_t format, n_out, n_in;
   const void *data, *scale;  // scale: float32 (n_out) of LS_INT8, float16 (n_out, n_in / 32) of blocks, else null
   const float *bias;         // (n_out) or null
+  const struct ls_adapter *adapter;  // or null
 } ls_matrix;
+
+// What LoRA adds to the product: scale B A x, with A (rank, n_in) and B (n_out, rank) in float32, which have none.
+enum { LS_MAX_ADAPTER = 256 };  // rank
+typedef struct ls_adapter {
+  ls_matrix A, B;
+  double scale;
+} ls_adapter;
 
 // The sublayers of a model for decoding, each residual += out_scale f(in_scale norm(residual)); f by its kind. An absent
 // weight is null. States: see ls_state. A side stream carries what is not for the residual stream.

@@ -380,6 +380,7 @@ LS_INLINE void all_rows(const Product *p, const Row *rows, int64_t n, int64_t o)
 }  // namespace
 
 void prepare(const ls_matrix *m, const float *x, char *prepared) {
+  memcpy(prepared + formatted_bytes(m->n_in), x, 4 * (size_t)m->n_in);
   if (m->format == LS_F32)
     memcpy(prepared, x, 4 * (size_t)m->n_in);
   else if (m->format == LS_BF16)
@@ -388,7 +389,9 @@ void prepare(const ls_matrix *m, const float *x, char *prepared) {
     prepare_integers(x, m->n_in, prepared, m->format == LS_INT4);
 }
 
-void outputs(const Product *p, int64_t begin, int64_t end) {
+namespace {
+
+void product_of(const Product *p, int64_t begin, int64_t end) {
   constexpr int64_t BATCH = 96;  // rows that go over the weights together
   const int64_t bytes_of_row = prepared_bytes(p->matrix->n_in);
   Row rows[BATCH];
@@ -402,6 +405,32 @@ void outputs(const Product *p, int64_t begin, int64_t end) {
       for (; o + 4 <= end; o += 4) all_rows<4>(&part, rows, n, o);
     for (; o < end; ++o) all_rows<1>(&part, rows, n, o);
   }
+}
+
+// y += scale B A x of outputs [begin, end). Every unit of work computes A x anew: A is small, and waiting takes longer.
+LS_APART void adapt(const Product *p, int64_t begin, int64_t end) {
+  constexpr int64_t BATCH = 8;
+  const ls_adapter *low = p->matrix->adapter;
+  const int64_t rank = low->A.n_out, n = p->matrix->n_in, size = prepared_bytes(n);
+  float narrow[BATCH * LS_MAX_ADAPTER];
+  alignas(64) char rows[BATCH * (LS_MAX_ADAPTER * 8 + 128)];  // prepared
+  for (int64_t first = 0; first < p->rows; first += BATCH) {
+    const int64_t count = p->rows - first < BATCH ? p->rows - first : BATCH;
+    // the numbers of a row, so many bytes from those of the one before, are what float32 multiplies by
+    const Product down = {&low->A, p->prepared + first * size + formatted_bytes(n), count, narrow, rank, false};
+    product_of(&down, 0, rank);
+    for (int64_t i = 0; i < count * rank; ++i) narrow[i] *= (float)low->scale;
+    for (int64_t r = 0; r < count; ++r) prepare(&low->B, narrow + r * rank, rows + r * prepared_bytes(rank));
+    const Product up = {&low->B, rows, count, p->y + first * p->stride, p->stride, true};
+    product_of(&up, begin, end);
+  }
+}
+
+}  // namespace
+
+void outputs(const Product *p, int64_t begin, int64_t end) {
+  product_of(p, begin, end);
+  if (p->matrix->adapter) adapt(p, begin, end);
 }
 
 void dequantize_row(const ls_matrix *m, int64_t o, float *weight) {

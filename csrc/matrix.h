@@ -5,16 +5,18 @@
 
 namespace LS_ISA {
 
-// Bytes that one prepared row of n numbers takes, a multiple of 64.
-inline int64_t prepared_bytes(int64_t n) {
+// Bytes of a row of n numbers in the form that a format multiplies by, a multiple of 64.
+inline int64_t formatted_bytes(int64_t n) {
   const int64_t blocks = ls_ceil(n, LS_ACTIVATIONS);
   return blocks * LS_ACTIVATIONS * 4 + ls_ceil(blocks, 16) * 64;
 }
+// Bytes that one prepared row takes: that form, and behind it the numbers themselves, for adapters.
+inline int64_t prepared_bytes(int64_t n) { return formatted_bytes(n) + ls_ceil(n, 16) * 64; }
 
 // Bring a row of activations x (n_in) into the form the format of the matrix multiplies by.
 void prepare(const ls_matrix *matrix, const float *x, char *prepared);
 
-// y[r, o] = (add ? y[r, o] : 0) + dot(row r, weight o) + bias[o] for o in [begin, end).
+// y[r, o] = (add ? y[r, o] : 0) + dot(row r, weight o) + bias[o] for o in [begin, end), and what the adapter adds.
 struct Product {
   const ls_matrix *matrix;
   const char *prepared;  // (rows, prepared_bytes(n_in))

@@ -24,7 +24,15 @@ from longscan.ops.cross_scan import (
 )
 from longscan.ops.decode import Stack, Sublayer, Weights, decodes
 from longscan.ops.decode_mixers import Mamba2Weights, Mamba3Weights, MambaWeights
-from longscan.ops.decode_weights import AttentionWeights, ExpertsWeights, Matrix, MLPWeights, Router
+from longscan.ops.decode_weights import (
+    MAX_ADAPTER,
+    Adapter,
+    AttentionWeights,
+    ExpertsWeights,
+    Matrix,
+    MLPWeights,
+    Router,
+)
 from longscan.ops.diagonal import diagonal_ssm, diagonal_ssm_ref, diagonal_ssm_step
 from longscan.ops.dropout import dropout
 from longscan.ops.legs import LegsMethod, legs_matrices, legs_scan, legs_scan_ref
@@ -48,6 +56,8 @@ from longscan.ops.ssd import ssd, ssd_ref, ssd_step
 from longscan.ops.vandermonde import vandermonde, vandermonde_ref
 
 __all__ = [
+    "MAX_ADAPTER",
+    "Adapter",
     "AttentionWeights",
     "ExpertsWeights",
     "Kind",

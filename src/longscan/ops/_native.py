@@ -209,12 +209,15 @@ def address(data: bytes) -> int:
     return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0
 
 
-def matrix_fields(q: Tensor, scale: Tensor | None, bias: Tensor | None) -> tuple[int, ...]:
-    """Return the C struct ``ls_matrix`` of a contiguous float32 or quantised weight."""
+def matrix_fields(
+    q: Tensor, scale: Tensor | None, bias: Tensor | None, adapter: bytes | None = None
+) -> tuple[int, ...]:
+    """Return the C struct ``ls_matrix`` of a contiguous weight, quantised or not, with an ``ls_adapter``."""
     n_out, width = q.shape
     kind = (q.dtype, None if scale is None else scale.dtype)
     n_in = 2 * width if q.dtype == torch.uint8 else width
-    return (_FORMATS[kind], n_out, n_in, q.data_ptr(), pointer(scale), pointer(bias))
+    low = 0 if adapter is None else address(adapter)
+    return (_FORMATS[kind], n_out, n_in, q.data_ptr(), pointer(scale), pointer(bias), low)
 
 
 def multiply(x: Tensor, q: Tensor, scale: Tensor | None, bias: Tensor | None, rows: int) -> Tensor:
@@ -222,7 +225,7 @@ def multiply(x: Tensor, q: Tensor, scale: Tensor | None, bias: Tensor | None, ro
     assert _library is not None
     y = x.new_empty(*x.shape[:-1], q.shape[0])
     workspace = x.new_empty(_library.ls_multiply_workspace(rows, x.shape[-1]), dtype=torch.uint8)
-    matrix = struct.pack("6q", *matrix_fields(q, scale, bias))
+    matrix = struct.pack("7q", *matrix_fields(q, scale, bias))
     if _library.ls_multiply(matrix, x.data_ptr(), y.data_ptr(), rows, workspace.data_ptr()):
         raise RuntimeError(
             f"ls_multiply refused {rows} rows and {tuple(q.shape)} {q.dtype}; please report it"
@@ -253,7 +256,7 @@ def quant_gemm(
 def dequantize(q: Tensor, scale: Tensor | None, weight: Tensor) -> None:
     """Dequantise a matrix into weight (n_out, n_in) float32."""
     assert _library is not None
-    if _library.ls_dequantize(struct.pack("6q", *matrix_fields(q, scale, None)), weight.data_ptr()):
+    if _library.ls_dequantize(struct.pack("7q", *matrix_fields(q, scale, None)), weight.data_ptr()):
         raise RuntimeError(f"ls_dequantize refused {tuple(q.shape)} {q.dtype}; please report it")
 
 

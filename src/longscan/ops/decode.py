@@ -102,7 +102,7 @@ class Stack:
         )
         self._sizes = struct.pack("2q", len(sublayers), d_model)
         self._scales = struct.pack("3d", eps, embedding_scale, head_scale)
-        self._matrices = struct.pack("12q", *embedding.fields, *head.fields)
+        self._matrices = struct.pack("14q", *embedding.fields, *head.fields)
         self._norm = norm.data_ptr()
 
     def states(self, layers: Sequence[Any]) -> States | None:

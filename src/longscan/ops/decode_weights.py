@@ -13,6 +13,7 @@ from torch import Tensor
 from longscan.ops import _native
 
 __all__ = [
+    "Adapter",
     "AttentionWeights",
     "ExpertsWeights",
     "MLPWeights",
@@ -24,10 +25,38 @@ __all__ = [
 ]
 
 
-MAX_CONV = 8  # of the native library
+MAX_CONV, MAX_ADAPTER = 8, 256  # of the native library
 
 # of each state by its name, without batch; None is the capacity of a cache
 Shapes: TypeAlias = dict[str, tuple[int | None, ...]]
+
+
+class Adapter:
+    """What LoRA adds to a product with a matrix: scale B A x.
+
+    Args:
+        A: (rank, n_in) float32, contiguous on the CPU, used in place.
+        B: (n_out, rank), likewise.
+        scale: of their product.
+
+    Raises:
+        ValueError: the rank is larger than the decoder supports.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor, scale: float) -> None:
+        if not 1 <= len(A) <= MAX_ADAPTER:
+            raise ValueError(f"rank: expected 1 to {MAX_ADAPTER}, got {len(A)}")
+        self.A, self.B, self.scale = A, B, scale
+        fields = (*_native.matrix_fields(A, None, None), *_native.matrix_fields(B, None, None))
+        self.packed = struct.pack("14qd", *fields, scale)  # the C struct ``ls_adapter``
+
+    def rows(self, which: slice) -> Adapter:
+        """Return the adapter of some rows of the matrix.
+
+        Args:
+            which: of them, adjacent.
+        """
+        return Adapter(self.A, self.B[which], self.scale)
 
 
 class Matrix(NamedTuple):
@@ -37,11 +66,13 @@ class Matrix(NamedTuple):
         weight: (n_out, n_in), or packed.
         scale: of a quantised format, or None.
         bias: (n_out,) float32, or None.
+        adapter: beside it, or None.
     """
 
     weight: Tensor
     scale: Tensor | None = None
     bias: Tensor | None = None
+    adapter: Adapter | None = None
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -52,7 +83,8 @@ class Matrix(NamedTuple):
     @property
     def fields(self) -> tuple[int, ...]:
         """The C struct ``ls_matrix``."""
-        return _native.matrix_fields(self.weight, self.scale, self.bias)
+        packed = None if self.adapter is None else self.adapter.packed
+        return _native.matrix_fields(self.weight, self.scale, self.bias, packed)
 
     @property
     def format(self) -> int:
@@ -64,7 +96,12 @@ class Matrix(NamedTuple):
         """The first and the second half of the rows."""
         half = self.sizes[0] // 2
         first, second = (
-            Matrix(self.weight[rows], *(None if t is None else t[rows] for t in self[1:]))
+            Matrix(
+                self.weight[rows],
+                None if self.scale is None else self.scale[rows],
+                None if self.bias is None else self.bias[rows],
+                None if self.adapter is None else self.adapter.rows(rows),
+            )
             for rows in (slice(half), slice(half, None))
         )
         return first, second

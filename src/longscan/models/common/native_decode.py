@@ -1,7 +1,7 @@
 """The bridge from a model to the native decoder: when it applies, and when it is stale.
 
 The decoder uses the weights in place, so it must notice when they are replaced or moved, or change where it
-holds a copy. It does not apply to models whose modules are adapted, replaced or hooked.
+holds a copy. Adapters it knows; it does not apply to models whose modules are replaced or hooked.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from longscan import ops
+from longscan.models.common.adapted import Adapted
 from longscan.models.common.layers import (
     GatedRMSNorm,
     PlainRMSNorm,
@@ -64,6 +65,7 @@ class Decoder:
         self._norms = [module for module in self._all if isinstance(module, NORMS)]
         self._eps = list(map(_EPS, self._norms))
         self._factors = [(m, name) for m in self._all for name in FACTORS if hasattr(m, name)]
+        self._factors += [(m, name) for m in self._all if isinstance(m, Adapted) for name in ("s", "dropout")]
         self._values = list(starmap(getattr, self._factors))
         owners = [owner for module in self._all for owner in (module._parameters, module._buffers)]
         self._owners: list[dict[str, Tensor | None]] = [owner for owner in owners if owner]  # type: ignore[misc]
@@ -142,7 +144,11 @@ def matrix(module: nn.Module) -> ops.Matrix | None:
         return None
     if scale is not None and not scale.is_contiguous():
         return None
-    return ops.Matrix(weight, scale, bias)
+    if not isinstance(module, Adapted):
+        return ops.Matrix(weight, scale, bias)
+    if module.dropout or len(module.lora_A) > ops.MAX_ADAPTER or not plain(module.lora_A, module.lora_B):
+        return None
+    return ops.Matrix(weight, scale, bias, ops.Adapter(module.lora_A, module.lora_B, module.s))
 
 
 def plain(*tensors: Tensor | None) -> bool:

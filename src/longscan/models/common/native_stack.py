@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from longscan import ops
+from longscan.models.common.adapted import PLAIN
 from longscan.models.common.backbone import Backbone
 from longscan.models.common.layers import (
     DtProjection,
@@ -23,7 +24,7 @@ __all__ = ["stack_of"]
 
 SHARED = (Backbone, Blocks, Block)
 USUAL = (
-    *(Linear, DtProjection, PlainRMSNorm, RMSNorm, WeightOnlyLinear, WeightOnlyEmbedding),
+    *(Linear, DtProjection, PlainRMSNorm, RMSNorm, WeightOnlyLinear, WeightOnlyEmbedding, *PLAIN),
     *(nn.Embedding, nn.Conv1d, nn.ModuleList),
 )
 
@@ -62,7 +63,7 @@ def stack_of(model: Any, kinds: tuple[type[nn.Module], ...]) -> tuple[ops.Stack,
 
 
 def usual(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Return whether the decoder supports all modules of a model: no adapter, no parametrisation.
+    """Return whether the decoder supports all modules of a model: no parametrisation.
 
     Args:
         model: any.
