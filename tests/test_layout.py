@@ -67,6 +67,7 @@ MAX_LINES = 350
 # longer ones, and why they are one idea
 LONG: dict[str, str] = {
     "checkpoints/load": "one way from a name to a model, with an overload for each kind",
+    "models/common/state": "one class: the state of a model, and what is done with one",
     "inference/engine": "one class: the slots, and how rows join, decode and leave",
     "models/mamba2": "one paper: the sizes of a mixer, the mixer and the model",
     "models/mamba3": "one paper: the sizes of a mixer, the mixer and the model",

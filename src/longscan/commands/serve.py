@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -48,6 +49,13 @@ def command(
     connections: Annotated[int, typer.Option(help="Connections at a time; others get 503.")] = 1024,
     max_length: Annotated[int, typer.Option(help="Tokens of a text, prompt and answer together.")] = 32768,
     cache_mb: Annotated[int, typer.Option(help="MB of states of conversations, and of prefixes.")] = 256,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option("--state-dir", help="Directory for states that clients save; default: they may not."),
+    ] = None,
+    state_mb: Annotated[
+        int, typer.Option("--state-mb", help="MB of --state-dir; a save beyond fails.")
+    ] = 1024,
     deadline: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
     drain: Annotated[float, typer.Option(help="Seconds for running texts after the first SIGTERM.")] = 10.0,
     api_keys: Annotated[
@@ -91,6 +99,7 @@ def command(
     from longscan.serve.limits import Limits
     from longscan.serve.run import bind, serve
     from longscan.serve.served import serve_adapters
+    from longscan.serve.states import StateStore
 
     for flag, value, least in (
         ("--slots", slots, 1),
@@ -98,6 +107,7 @@ def command(
         ("--connections", connections, 1),
         ("--max-length", max_length, 2),
         ("--cache-mb", cache_mb, 0),
+        ("--state-mb", state_mb, 1),
         ("--port", port, 0),
     ):
         check_whole(flag, value, least)
@@ -113,7 +123,7 @@ def command(
         )
     use_threads(threads)
     keep_memory()
-    with bind(host, port) as listener:
+    with bind(host, port) as listener, contextlib.ExitStack() as opened:
         network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name)
         limits = Limits(slots, queue, max_length, deadline, cache_mb << 20, connections=connections)
         shown = name or (Path(model).name if Path(model).exists() else model)
@@ -123,6 +133,7 @@ def command(
             shown,
             {its: (*pair, find_template(pair[1], template)) for its, pair in adapters.items()},
             limits,
+            opened.enter_context(StateStore.open(state_dir, state_mb << 20)) if state_dir else None,
         )
         hosts = (*LOOPBACK, *(allow_host or ())) if host in LOOPBACK or allow_host else ()
         origins = tuple(origin.rstrip("/").lower() for origin in allow_origin or ())

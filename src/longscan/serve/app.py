@@ -55,6 +55,7 @@ def make_app(served: Served, access: Access | None = None) -> App:
     _add_text_routes(app, served)
     _add_generation_routes(app, served)
     add_inspect_routes(app, served, _body_of)
+    _add_state_routes(app, served)
     add_page_routes(app)
     routes = [route.path for route in app.routes if hasattr(route, "path")]
     return Guard(app, access or Access(), served.metrics, routes)
@@ -164,6 +165,26 @@ def _add_generation_routes(app: FastAPI, served: Served) -> None:
     async def embeddings(request: Request) -> Any:
         body = await _body_of(request, EmbeddingBody, served)
         return await Embeddings(served.find(body.model), body).respond(request)
+
+
+def _add_state_routes(app: FastAPI, served: Served) -> None:
+    """Add the states that clients have saved; see `save_state` and `load_state` of a request."""
+    states = served.usual.states
+    if states is None:
+        return
+
+    @app.get("/v1/state")
+    async def listed() -> Any:
+        return {"object": "list", "data": await asyncio.to_thread(states.listed)}
+
+    @app.get("/v1/state/{name}")
+    async def one(name: str) -> Any:
+        return await asyncio.to_thread(states.describe, name)
+
+    @app.delete("/v1/state/{name}")
+    async def delete(name: str) -> Any:
+        await asyncio.to_thread(states.delete, name)
+        return {"name": name, "object": "state", "deleted": True}
 
 
 async def _body_of(request: Request, kind: type[BodyT], served: Served) -> BodyT:

@@ -19,6 +19,7 @@ from longscan.serve.formats import (
 )
 
 __all__ = [
+    "NAME",
     "ChatBody",
     "CompletionBody",
     "DetokenizeBody",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 MAX_TOKENS = 2**31 - 1
+NAME = "[A-Za-z0-9_-]{1,64}"  # of a state
 MAX_BATCH = 64  # prompts
 MAX_TEXTS = 256  # to embed
 
@@ -38,6 +40,7 @@ Str: TypeAlias = Annotated[str, Field(strict=True)]
 Text: TypeAlias = Annotated[str, Field(strict=True, min_length=1)]
 Id: TypeAlias = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
 Biases: TypeAlias = Annotated[dict[str, Annotated[Float, Field(ge=-100, le=100)]], Field(max_length=300)]
+StateName: TypeAlias = Annotated[str, Field(strict=True, pattern=rf"\A{NAME}\z")]
 StopString: TypeAlias = Annotated[str, Field(strict=True, min_length=1, max_length=256)]
 
 
@@ -71,6 +74,14 @@ class _Sampled(BaseModel):
     max_tokens: Annotated[Int, Field(ge=0, le=MAX_TOKENS)] | None = None
     ignore_eos: Flag | None = None
     response_format: ResponseFormat | None = None
+    load_state: StateName | None = None
+    save_state: StateName | None = None
+
+    @model_validator(mode="after")
+    def _check_state(self) -> Self:
+        if self.save_state is not None and self.choices > 1:
+            raise UnsupportedError("save_state", "save_state: expected n to be 1 with it.")
+        return self
 
     @model_validator(mode="after")
     def _check_format(self) -> Self:
@@ -149,8 +160,13 @@ class CompletionBody(_Sampled):
             raise UnsupportedError("suffix", "suffix: this server does not fill in the middle of a text.")
         if self.best_of not in (None, self.choices):
             raise UnsupportedError("best_of", "best_of: expected n, or nothing.")
-        if self.max_tokens == 0 and not self.echo:
-            raise UnsupportedError("max_tokens", "max_tokens: expected at least 1; 0 is for echo alone.")
+        if self.max_tokens == 0 and not (self.echo or self.save_state):
+            raise UnsupportedError(
+                "max_tokens", "max_tokens: expected at least 1; 0 is for echo and save_state."
+            )
+        for field in ("load_state", "save_state"):
+            if getattr(self, field) is not None and (self.echo or len(self.prompts) > 1):
+                raise UnsupportedError(field, f"{field}: expected one prompt, without echo.")
         return self
 
     @property

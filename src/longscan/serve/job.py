@@ -14,9 +14,11 @@ from longscan.inference.grammar import GrammarError
 from longscan.inference.request import Request
 from longscan.inference.sampling import Event, Finish
 from longscan.models.common.state import SavedState
+from longscan.serve.constraints import Rules
 from longscan.serve.errors import ApiError
+from longscan.tokenizers.chat import Pieces
 
-__all__ = ["Job", "Piece", "Text", "merged"]
+__all__ = ["ChatJob", "Job", "Piece", "Text", "merged"]
 
 MAX_BACKLOG = 4096  # events that a client has not read yet; beyond, its texts end
 
@@ -129,6 +131,25 @@ class Job:
     def cancel(self) -> None:
         """Drop what is not done; without effect afterwards."""
         self._cancel(self)
+
+
+@dataclass
+class ChatJob:
+    """A chat on its way.
+
+    Attributes:
+        job: its continuations.
+        prompt: what is answered.
+        n_prompt: its tokens.
+        cached: those that a state held already.
+        rules: what its texts follow.
+    """
+
+    job: Job
+    prompt: Pieces
+    n_prompt: int
+    cached: int
+    rules: Rules
 
 
 class Piece(NamedTuple):

@@ -8,15 +8,17 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import numpy as np
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from longscan.serve import answers
 from longscan.serve.answers import Head, Listing, Scored
 from longscan.serve.bodies import ChatBody, CompletionBody
-from longscan.serve.job import Job, Piece, merged
+from longscan.serve.job import ChatJob, Job, Piece, merged
 from longscan.serve.message import Message
-from longscan.serve.service import ChatJob, Service
+from longscan.serve.saving import after_prompt, continued, restored, saved, written
+from longscan.serve.service import Service
 from longscan.serve.streaming import stream, while_connected
 
 __all__ = ["Chat", "Completion"]
@@ -35,7 +37,8 @@ class Completion:
         self._head = Head(answers.new_id("cmpl"), "text_completion", service.name, service.fingerprint)
         self._echoed: list[tuple[str, list[Scored]]] = []  # of each prompt
         self._listings: list[Listing] = []  # of each choice
-        self._n_prompt = self._n_written = 0
+        self._n_prompt = self._n_written = self._cached = 0
+        self._state: dict[str, Any] = {}  # of the answer, if one is saved
 
     async def respond(self, request: Request) -> Response:
         """Return the response, whole or as a stream.
@@ -48,19 +51,45 @@ class Completion:
         if self._body.echo:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + self._service.limits.deadline):
                 await while_connected(request, self._echo())
-        jobs: list[Job] = [] if self._body.max_tokens == 0 else await self._service.complete(self._body)
-        if not self._body.echo:
-            self._n_prompt = sum(job.tokens for job in jobs)
+        jobs = await self._begun()
+        self._service.metrics.cached += self._cached
         pieces = merged(jobs, deadline)
         n = len(self._body.prompts) * self._body.choices
         self._listings = [Listing(self._service.tokenizer) for _ in range(n)]
         if self._body.stream:
-            return stream(self._chunks(pieces), jobs)
+            return stream(self._chunks(pieces, jobs), jobs)
         try:
-            return JSONResponse(await while_connected(request, self._whole(pieces)))
+            return JSONResponse(await while_connected(request, self._whole(pieces, jobs)))
         finally:
             for job in jobs:
                 job.cancel()
+
+    async def _begun(self) -> list[Job]:
+        """Return the jobs of the prompts; none if no tokens are asked for."""
+        service, body, jobs = self._service, self._body, list[Job]()
+        before = await restored(service, body)
+        if body.echo:
+            prompts = [] if body.max_tokens == 0 else await service.ids_of(body.prompts)
+        else:
+            prompts = (
+                await service.ids_of(body.prompts)
+                if before is None
+                else [await asyncio.to_thread(continued, service, before, body.prompts[0])]
+            )
+            self._cached = before.length if before else 0
+            self._n_prompt = self._cached + sum(map(len, prompts))
+        if body.max_tokens != 0:
+            return await service.complete(body, prompts, before)
+        if body.save_state is not None:
+            service.check_lengths([np.zeros(self._n_prompt)], together=True)
+            known = await after_prompt(service, prompts[0], before)
+            self._state = {"state": await saved(service, body.save_state, known)}
+        return jobs
+
+    async def _save(self, jobs: list[Job]) -> None:
+        """Save the state after the text, if one is asked for."""
+        if jobs and self._body.save_state is not None:
+            self._state = {"state": await saved(self._service, self._body.save_state, written(jobs[0]))}
 
     async def _echo(self) -> None:
         """Find the texts of the prompts, and their log-probabilities if those are asked for."""
@@ -82,7 +111,7 @@ class Completion:
         listed = None if self._body.logprobs is None else self._listings[index].of(scored)
         return {"index": index, "text": text, "logprobs": listed, "finish_reason": finish}
 
-    async def _whole(self, pieces: AsyncIterator[Piece]) -> dict[str, Any]:
+    async def _whole(self, pieces: AsyncIterator[Piece], jobs: list[Job]) -> dict[str, Any]:
         """Return the whole answer."""
         texts = [self._beginning(i) for i in range(len(self._listings))]
         found = [(text, list(scored), "length") for text, scored in texts]
@@ -93,9 +122,10 @@ class Completion:
                 scored += [Scored.of(event)] if event.logprob is not None else []
                 found[index] = (text + event.text, scored, answers.finish_reason(event.finish) or "length")
         choices = [self._choice(i, *parts) for i, parts in enumerate(found)]
-        return self._head.around(choices, usage=answers.usage(self._n_prompt, self._n_written))
+        await self._save(jobs)
+        return self._head.around(choices, usage=self._usage(), **self._state)
 
-    async def _chunks(self, pieces: AsyncIterator[Piece]) -> AsyncIterator[dict[str, Any]]:
+    async def _chunks(self, pieces: AsyncIterator[Piece], jobs: list[Job]) -> AsyncIterator[dict[str, Any]]:
         """Yield the answer chunk by chunk."""
         for i in range(len(self._listings)):
             text, scored = self._beginning(i)
@@ -109,8 +139,13 @@ class Completion:
                 if event.text or scored or event.finish:
                     finish = answers.finish_reason(event.finish)
                     yield self._head.around([self._choice(index, event.text, scored, finish)])
-        if self._body.stream_options and self._body.stream_options.include_usage:
-            yield self._head.around([], usage=answers.usage(self._n_prompt, self._n_written))
+        await self._save(jobs)
+        usage = self._body.stream_options and self._body.stream_options.include_usage
+        if usage or self._state:
+            yield self._head.around([], **({"usage": self._usage()} if usage else {}), **self._state)
+
+    def _usage(self) -> dict[str, Any]:
+        return answers.usage(self._n_prompt, self._n_written, self._cached)
 
     def _count(self, token: int) -> None:
         """Count a new token."""
@@ -132,6 +167,7 @@ class Chat:
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         self._head = Head(answers.new_id("chatcmpl"), kind, service.name, service.fingerprint)
         self._n_written = 0
+        self._state: dict[str, Any] = {}  # of the answer, if one is saved
 
     async def respond(self, request: Request) -> Response:
         """Return the response, whole or as a stream.
@@ -140,7 +176,7 @@ class Chat:
             request: of the client.
         """
         deadline = self._service.seconds_left()
-        chat = await self._service.chat(self._body)
+        chat = await self._service.chat(self._body, await restored(self._service, self._body))
         self._service.metrics.cached += chat.cached
         pieces = merged([chat.job], deadline)
         if self._body.stream:
@@ -158,7 +194,9 @@ class Chat:
                     self._service.metrics.first.add(time.monotonic() - self._begin)
                 self._n_written += piece.event.token >= 0
                 yield piece
-        await asyncio.to_thread(self._service.remember, chat)
+        states = await asyncio.to_thread(self._service.remember, chat)
+        if self._body.save_state is not None:
+            self._state = {"state": await saved(self._service, self._body.save_state, states[0])}
 
     def _logprobs(self, scored: list[Scored]) -> dict[str, Any] | None:
         """Return log-probabilities if they are asked for."""
@@ -181,7 +219,7 @@ class Chat:
             }
             for index, message in enumerate(messages)
         ]
-        return self._head.around(choices, usage=self._usage(chat))
+        return self._head.around(choices, usage=self._usage(chat), **self._state)
 
     async def _chunks(self, chat: ChatJob, pieces: AsyncIterator[Piece]) -> AsyncIterator[dict[str, Any]]:
         """Yield the answer chunk by chunk."""
@@ -195,8 +233,9 @@ class Chat:
                 yield self._chunk(index, delta, self._logprobs(scored) if delta is deltas[0] else None)
             if event.finish:
                 yield self._chunk(index, {}, None, messages[index].finish)
-        if self._body.stream_options and self._body.stream_options.include_usage:
-            yield self._head.around([], usage=self._usage(chat))
+        usage = self._body.stream_options and self._body.stream_options.include_usage
+        if usage or self._state:
+            yield self._head.around([], **({"usage": self._usage(chat)} if usage else {}), **self._state)
 
     def _chunk(
         self, index: int, delta: dict[str, Any], logprobs: Any = None, finish: str | None = None

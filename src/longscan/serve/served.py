@@ -12,6 +12,7 @@ from longscan.serve.errors import ApiError
 from longscan.serve.limits import Limits
 from longscan.serve.metrics import Metrics
 from longscan.serve.service import Service
+from longscan.serve.states import StateStore
 from longscan.serve.worker import Worker
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.chat import ChatTemplate
@@ -97,6 +98,7 @@ def serve_adapters(
     name: str,
     adapters: Mapping[str, tuple[LanguageModel, Tokenizer, ChatTemplate]],
     limits: Limits,
+    states: StateStore | None = None,
 ) -> Served:
     """Return the services of a model and of its adapters; they share the memory for states.
 
@@ -105,13 +107,14 @@ def serve_adapters(
         name: of the base.
         adapters: name -> likewise, on the weights of the base.
         limits: of the server.
+        states: that clients save; None if they may not.
 
     Raises:
         UsageError: two have one name.
     """
     share = replace(limits, cache_bytes=limits.cache_bytes // (1 + len(adapters)))
     model, tokenizer, template = base
-    first = Service(model, tokenizer, name, template, share)
+    first = Service(model, tokenizer, name, template, share, states=states)
     others = [
         Service(model, tokenizer, its, template, share, beside=first)
         for its, (model, tokenizer, template) in adapters.items()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,46 +21,28 @@ from longscan.inference.prefill import encode
 from longscan.inference.prefix_cache import PrefixCache
 from longscan.inference.prompt_scores import prompt_scores
 from longscan.inference.request import Request
-from longscan.inference.turns import Turns, answered, encode_pieces
+from longscan.inference.turns import Known, Turns, answered, encode_pieces
 from longscan.models import LanguageModel
 from longscan.serve.answers import Scored
 from longscan.serve.bodies import ChatBody, CompletionBody, plain_messages
-from longscan.serve.constraints import Constraints, Rules
+from longscan.serve.constraints import Constraints
 from longscan.serve.errors import ApiError
 from longscan.serve.formats import ToolBody
-from longscan.serve.job import Job
+from longscan.serve.job import ChatJob, Job
 from longscan.serve.limits import Limits
 from longscan.serve.metrics import Metrics
+from longscan.serve.states import StateStore
 from longscan.serve.worker import Worker
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.chat import ChatTemplate, Pieces
 from longscan.tokenizers.chat_spans import after
 from longscan.tokenizers.chat_templates import DEFAULT
 
-__all__ = ["ChatJob", "Service"]
+__all__ = ["Service"]
 
 READ_TOKENS = 512  # prompt tokens of a step: what running texts stall for, at most
 SCORE_TOKENS = 128  # of a prompt, between two steps
 TOOL_USE = "tool_use"  # the name of a template for chats with tools
-
-
-@dataclass
-class ChatJob:
-    """A chat on its way.
-
-    Attributes:
-        job: its continuations.
-        prompt: what is answered.
-        n_prompt: its tokens.
-        cached: those that a state held already.
-        rules: what its texts follow.
-    """
-
-    job: Job
-    prompt: Pieces
-    n_prompt: int
-    cached: int
-    rules: Rules
 
 
 class Service:
@@ -71,7 +54,8 @@ class Service:
         name: that clients see.
         template: how it wants to be talked to.
         limits: what is allowed.
-        beside: another model of the server, with which it shares the worker and the metrics.
+        beside: another model of the server, with which it shares the worker, the metrics and saved states.
+        states: that clients save; None if they may not.
 
     Attributes:
         metrics: of the server.
@@ -87,6 +71,7 @@ class Service:
         template: ChatTemplate,
         limits: Limits | None = None,
         beside: Service | None = None,
+        states: StateStore | None = None,
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.template, self.limits = template, limits or Limits()
@@ -106,10 +91,16 @@ class Service:
             read_tokens=READ_TOKENS,
             max_tokens=self.limits.max_length,
         )
+        self.states: StateStore | None = beside.states if beside else states
         self.worker: Worker = beside.worker if beside else Worker(self.limits.slots, self.limits.queue)
         self.worker.engines.append(self.engine)
         self.turns = Turns(model, self.limits.cache_bytes)
         self.fingerprint = f"{longscan.__version__}-{ops.backend().replace(':', '-')}"
+
+    @functools.cached_property
+    def weights(self) -> str:
+        """The fingerprint of the model; to compute it takes a while, and only saved states need it."""
+        return self.model.fingerprint()
 
     def seconds_left(self) -> float:
         """Return the deadline of a request that arrives now, on the clock of `time.monotonic`."""
@@ -127,11 +118,15 @@ class Service:
         """
         return await self.worker.submit(self.engine, request, n)
 
-    async def complete(self, body: CompletionBody) -> list[Job]:
+    async def complete(
+        self, body: CompletionBody, prompts: Sequence[np.ndarray], before: Known | None = None
+    ) -> list[Job]:
         """Return the jobs of the prompts of a completion.
 
         Args:
             body: of the request.
+            prompts: their ids.
+            before: the state that they continue, if any.
 
         Raises:
             ApiError: a prompt is too long.
@@ -143,17 +138,29 @@ class Service:
         if n > self.worker.capacity:
             message = f"{n} continuations: expected at most {self.worker.capacity}, prompts times n."
             raise ApiError(400, message, "invalid_value", "n")
-        prompts = await self.ids_of(body.prompts)
+        known = before or self.turns.nothing()
+        state, position, pending = known.saved
         constraint = (await self.constraints.of(body)).constraint
         self.worker.check(n, sum(map(len, prompts)))
         try:
             for i, ids in enumerate(prompts):
-                config = body.sampling(self._bounded(len(ids), asked, "prompt"), body.logprobs, seed)
+                config = body.sampling(
+                    self._bounded(known.length + len(ids), asked, "prompt"), body.logprobs, seed
+                )
                 assert config.seed is not None
                 config = replace(config, seed=(config.seed + i * body.choices) % 2**64)
                 ends = self._ends if constraint else () if body.ignore_eos else self.tokenizer.eos_ids
                 request = Request(
-                    ids=ids, config=config, eos_id=ends, logit_bias=body.biases, constraint=constraint
+                    ids=ids,
+                    config=config,
+                    eos_id=ends,
+                    state=state if position else None,
+                    position=position,
+                    pending=pending,
+                    keep=body.save_state is not None,
+                    before_stop=body.save_state is not None,
+                    logit_bias=body.biases,
+                    constraint=constraint,
                 )
                 jobs.append(await self.submit(request, body.choices))
         except BaseException:
@@ -232,11 +239,12 @@ class Service:
                 scored += [Scored(*score) for score in part]
         return scored
 
-    async def chat(self, body: ChatBody) -> ChatJob:
+    async def chat(self, body: ChatBody, before: Known | None = None) -> ChatJob:
         """Return the job of a chat.
 
         Args:
             body: of the request.
+            before: a state that the messages continue.
 
         Raises:
             ApiError: the messages are too long.
@@ -248,6 +256,11 @@ class Service:
         more = body.chat_template_kwargs or {}
         prompt = await asyncio.to_thread(self.render, messages, tools=body.tools, **more)
         known = self.turns.best(prompt)
+        if before is not None:
+            if not before.pieces or after(prompt, before.pieces) is None:
+                message = f"load_state: the messages do not continue what {body.load_state!r} holds."
+                raise ApiError(400, message, "state_mismatch", "load_state")
+            known = max(known, before, key=lambda one: one.length)
         rest = await asyncio.to_thread(self.encode, after(prompt, known.pieces) or [])
         if not len(rest) and not known.saved.pending:
             known = self.turns.nothing()
@@ -277,19 +290,26 @@ class Service:
         job = await self.submit(request, body.choices)
         return ChatJob(job, prompt, total, known.length, rules)
 
-    def remember(self, chat: ChatJob) -> None:
-        """Store the states after the answers of a chat, for its next turn.
+    def remember(self, chat: ChatJob) -> list[Known | None]:
+        """Store the states after the answers of a chat, for its next turn, and return them.
 
         Args:
             chat: that has ended.
+
+        Returns:
+            For each answer its state; None if that does not hold what the answer's text says.
         """
+        found: list[Known | None] = []
         for text in chat.job.texts:
+            known = None
             if text.saved is not None:
                 n = text.saved.position + len(text.saved.pending) - chat.n_prompt
                 ended = text.finish == "eos"
                 known = answered(self.tokenizer, chat.prompt, text.ids[:n], text.text, text.saved, ended)
                 if known is not None:
                     self.turns.store(known)
+            found.append(known)
+        return found
 
     def render(
         self,

@@ -197,6 +197,7 @@ class State:
         position: int = 0,
         pending: Sequence[int] = (),
         model: Owner | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         """Write a file from which `load` restores this state bit-exactly; the write is atomic.
 
@@ -206,6 +207,7 @@ class State:
             pending: the tokens after them that are not consumed yet, in a state of one row: with them
                 generation resumes at exactly the next logits.
             model: the model of the state; the one that made it if None.
+            fingerprint: of the model, if it is known: to compute it takes all weights.
 
         Raises:
             LongscanError: the model is unknown, the state has no rows or holds NaN or infinity, or position
@@ -227,15 +229,18 @@ class State:
                 "the state holds NaN or infinity, so nothing can be generated from it: the model's weights "
                 "are damaged, or their dtype is too narrow (load it in float32)."
             )
-        state_file.write(path, _identity(model), dict(self.used().named_tensors()), position, tokens)
+        state_file.write(
+            path, _identity(model, fingerprint), dict(self.used().named_tensors()), position, tokens
+        )
 
     @classmethod
-    def load(cls, path: str | Path, model: Owner) -> "SavedState":
+    def load(cls, path: str | Path, model: Owner, *, fingerprint: str | None = None) -> "SavedState":
         """Return the state that `save` wrote.
 
         Args:
             path: the file; it may be untrusted. No more memory is allocated than the file's own size.
             model: the model of the state: the same weights in the same precision.
+            fingerprint: of the model, if it is known.
 
         Returns:
             The state, on the model's device, its position, and the pending tokens.
@@ -244,7 +249,7 @@ class State:
             LongscanError: the file is not a state, is damaged or truncated, or belongs to another model.
             OSError: it cannot be read.
         """
-        tensors, position, tokens = state_file.read(Path(path), _identity(model))
+        tensors, position, tokens = state_file.read(Path(path), _identity(model, fingerprint))
         like = model.init_state(0)
         copies = {name: tensor.to(like._first.device, copy=True) for name, tensor in tensors.items()}
         state = State(
@@ -328,13 +333,14 @@ class SavedState(NamedTuple):
     pending: list[int]
 
 
-def _identity(model: Owner) -> state_file.Identity:
+def _identity(model: Owner, fingerprint: str | None = None) -> state_file.Identity:
     """Return what a state file says of the model it belongs to."""
     like = model.init_state(0)
     name, layers = type(model).__name__, len(like.layers)
     caches = [(index, layer) for index, layer in enumerate(like.layers) if isinstance(layer, GrowableState)]
     grows = frozenset(f"layers.{index}.{field}" for index, layer in caches for field in layer.grows)
-    return state_file.Identity(name, layers, model.fingerprint, dict(like.named_tensors()), grows)
+    its = model.fingerprint if fingerprint is None else lambda: fingerprint
+    return state_file.Identity(name, layers, its, dict(like.named_tensors()), grows)
 
 
 def _check_tokens(what: str, tokens: Tensor, model: Owner) -> None:
