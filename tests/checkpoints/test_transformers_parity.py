@@ -211,3 +211,34 @@ def rms(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
 
 def silu(x: Tensor) -> Tensor:
     return x / (1 + torch.exp(-x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "mamba"])
+@pytest.mark.parametrize("way", ["save", "save_pretrained"])
+def test_transformers_never_samples_the_padding(name: str, way: str, tmp_path: Path) -> None:
+    """The rows behind the vocabulary belong to no token, whatever they hold."""
+    transformers = pytest.importorskip("transformers")
+    from longscan.checkpoints.save import padding_ids, save
+    from longscan.compat.causal_lm import wrap
+    from small_models import build
+
+    model = build(vocab_size=13, name=name).float()
+    assert padding_ids(model) == [13, 14, 15]
+    assert model.lm_head is not None
+    with torch.no_grad():  # so likely that something else could hardly be sampled
+        model.lm_head.weight[13:] = 50 * model.lm_head.weight[:3]
+    if way == "save":
+        save(model, tmp_path / "model")
+    else:
+        wrap(model).save_pretrained(tmp_path / "model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert int(theirs(ids).logits[0, :, 13:].max() > theirs(ids).logits[0, :, :13].max())
+    torch.manual_seed(0)
+    found = theirs.generate(ids.expand(8, -1), max_new_tokens=12, do_sample=True, pad_token_id=0)
+    assert int(found.max()) < 13
+    torch.manual_seed(0)
+    found = wrap(model).generate(ids.expand(8, -1), max_new_tokens=12, do_sample=True, pad_token_id=0)
+    assert int(found.max()) < 13

@@ -39,7 +39,7 @@ def test_a_conversation_changes_adapters(cli: Cli, home: Path) -> None:
     done = answers(cli, home, *both, lines=[*lines, "/adapter three", "/adapter one", "/retry"])
     assert done.code == 0, done.err
     assert "adapter one · /adapter switches" in done.err
-    assert "  none\n* one\n  second\n" in done.err
+    listed = "  none\n* one\n  second\n"
     note = (
         "second answers from now on, in place of one; the next turn prefills all, as a state is of one model"
     )
@@ -53,7 +53,7 @@ def test_a_conversation_changes_adapters(cli: Cli, home: Path) -> None:
 
     of_one, of_two, of_base = alone(*both[:2]), alone("--adapter", home / "two"), alone()
     assert len({of_one, of_two, of_base}) == 3
-    assert done.out == of_one + of_two + of_base + of_one
+    assert done.out == of_one + listed + of_two + of_base + of_one
     assert cli("chat", "--model", home / "base", *FEW, *both, stdin="hello").out == of_one
 
 

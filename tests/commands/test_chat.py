@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,16 @@ def test_a_pipe_is_one_message_and_only_the_answer_is_printed(cli: Cli, director
     assert cli("chat", "--model", directory, *FEW, stdin="What is it?").out == done.out
 
 
+def test_the_size_of_the_state_is_printed_in_a_pipe(cli: Cli, directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "talk.json"
+    cli("chat", "--model", directory, *FEW, "--file", file, stdin="What is it?")
+    before = file.read_text()
+    done = cli("chat", "--model", directory, *FEW, "--file", file, stdin="/state\n")
+    assert (done.code, done.err) == (0, "")
+    assert re.fullmatch(r"[\d.]+ ?[kM]?B after \d+ tokens, however long the conversation gets\n", done.out)
+    assert file.read_text() == before
+
+
 def test_a_terminal(cli: Cli, directory: Path, tmp_path: Path) -> None:
     lines = [
         *(
@@ -63,7 +74,7 @@ def test_a_terminal(cli: Cli, directory: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert done.err.count("remembered") == 5
     assert "0 remembered" in done.err
-    assert "B after" in done.err
+    assert "B after" in done.out
     assert "error: no command /nonsense: see /help." in done.err
     assert "error: /save: expected a file name." in done.err
     assert "error: nowhere.json: No such file" in done.err
@@ -148,7 +159,7 @@ def test_what_begins_with_a_slash(cli: Cli, directory: Path, tmp_path: Path) -> 
     done = cli("chat", "--model", directory, *FEW, "--file", file, stdin="\n".join(lines), terminal=True)
     assert len(json.loads(file.read_text())["messages"]) == 2  # the file is left to its conversation
     assert json.loads(second.read_text())["messages"] == []
-    assert "after 0 tokens" in done.err
+    assert "after 0 tokens" in done.out
     assert "error: /nowhere: No such file" in done.err
 
 

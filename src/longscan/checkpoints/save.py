@@ -37,7 +37,7 @@ from longscan.ops.quant import STORED
 from longscan.tokenizers.base import Tokenizer
 from longscan.tokenizers.special_tokens import IDS
 
-__all__ = ["Layout", "check_new", "convert", "quantize", "save"]
+__all__ = ["Layout", "check_new", "convert", "padding_ids", "quantize", "save"]
 
 
 Layout: TypeAlias = Literal["hf", "official"]
@@ -216,7 +216,8 @@ def _write(
             else:
                 if isinstance(model, LanguageModel):  # other programs look here for the end of a text
                     ends = tokenizer.special_ids if tokenizer else dict.fromkeys(IDS)
-                    write_json(folder / "generation_config.json", ends)
+                    padding = {"suppress_tokens": padding_ids(model)} if padding_ids(model) else {}
+                    write_json(folder / "generation_config.json", {**ends, **padding})
                     fields |= ends
                 _write_safetensors(published, folder, max_shard_size)
             if isinstance(model, VisionModel) and len(model.input_shape) == 3 and name not in TAKEN:
@@ -224,6 +225,15 @@ def _write(
             write_json(folder / "config.json", fields)
         if tokenizer:
             tokenizer.save(folder)
+
+
+def padding_ids(model: LanguageModel) -> list[int]:
+    """Return the ids behind the vocabulary, which other programs must not sample: their rows are padding.
+
+    Args:
+        model: any.
+    """
+    return list(range(model.config.vocab_size, model.config.padded_vocab_size))
 
 
 def _write_safetensors(tensors: Mapping[str, Tensor], directory: Path, max_shard_size: str) -> None:

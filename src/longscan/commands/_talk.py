@@ -98,11 +98,14 @@ class Talk:
                 typer.echo(f"error: {error.filename}: {error.strerror or error}", err=True)
 
     def answer_pipe(self, message: str) -> None:
-        """Print the answer to a message and nothing else.
+        """Print the answer to a message and nothing else; /state is no message there either.
 
         Args:
             message: of the user.
         """
+        if message == "/state":
+            self._state("")
+            return
         for piece in self._printable(self._conversation.say(message)):
             self._print(piece)
         typer.echo()
@@ -233,12 +236,12 @@ class Talk:
         chat = self._conversation
         grows = chat.model.init_state(1).growth
         growth = f" + {scaled(grows, 'kMG')}B a token" if grows else ", however long the conversation gets"
-        typer.echo(f"{scaled(chat.nbytes, 'kMG')}B after {count(chat.position, 'token')}{growth}", err=True)
+        typer.echo(f"{scaled(chat.nbytes, 'kMG')}B after {count(chat.position, 'token')}{growth}")
 
     def _adapter(self, name: str) -> None:
         """Let another adapter answer, or list them."""
         if not name:
-            typer.echo(self._variants.list(), err=True)
+            typer.echo(self._variants.list())
             return
         before = self._variants.current
         if not self._variants.choose(name, self._conversation):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from longscan.checkpoints.formats import FORMATS, format_of
 from longscan.checkpoints.load import load
-from longscan.checkpoints.save import save
+from longscan.checkpoints.save import padding_ids, save
 from longscan.core.optional import require
 from longscan.errors import LongscanError
 from longscan.models import MODELS, LanguageModel, State, entry_of
@@ -53,11 +53,8 @@ class LongscanConfig(_hf.PreTrainedConfig):  # type: ignore[misc, unused-ignore]
         """Take the fields apart: the model's and transformers' own."""
         kwargs.pop("longscan", None)  # the version of the layout
         entry = MODELS[self.name]
-        fields = {
-            field.name: kwargs.pop(field.name)
-            for field in dataclasses.fields(entry.config)
-            if field.name in kwargs
-        }
+        names = [field.name for field in dataclasses.fields(entry.config) if field.name in kwargs]
+        fields = {name: kwargs.pop(name) for name in names}
         super().__post_init__(**kwargs)
         # transformers makes one without arguments, to compare with
         self._settings = entry.config.from_dict(fields or entry.presets["tiny"]).to_dict()
@@ -293,7 +290,9 @@ class LongscanForCausalLM(_hf.PreTrainedModel, _hf.GenerationMixin):  # type: ig
             network = copy.deepcopy(network)
             network.load_state_dict({name.removeprefix("network."): t for name, t in tensors.items()})
         save(network, save_directory)
-        self.generation_config.save_pretrained(save_directory)
+        own = copy.deepcopy(self.generation_config)  # whose logits end with the vocabulary
+        own.suppress_tokens = [*(own.suppress_tokens or ()), *padding_ids(network)] or None
+        own.save_pretrained(save_directory)
 
     def __reduce__(self) -> Any:
         """Pickle as the model inside: the class is made when it is needed."""
