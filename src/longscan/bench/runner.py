@@ -13,6 +13,7 @@ from longscan.bench.report import Report
 from longscan.bench.suites import (
     finetune,
     generate,
+    grammar,
     ops,
     position,
     serve,
@@ -37,6 +38,7 @@ SUITES = {
     "stream": stream.run,
     "vision": vision.run,
     "serve": serve.run,
+    "grammar": grammar.run,
 }
 PEERS = ("mambapy", "transformers", "peft", "llama-cpp-python")
 BUSY = 0.03  # share of the machine that others may take unnoted

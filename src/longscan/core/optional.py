@@ -39,6 +39,7 @@ EXTRAS = {
     "pydantic-settings": ("pydantic_settings", "servers"),
     "accelerate": ("accelerate", "servers"),
     "openai": ("openai", "servers"),
+    "jsonschema": ("jsonschema", "servers"),
 }
 
 
