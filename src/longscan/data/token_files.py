@@ -22,20 +22,11 @@ from torch import Tensor
 
 from longscan.core.files import atomic_directory, read_json, write_json
 from longscan.core.random import EpochOrder, RandomStream
-from longscan.data.documents import Corpus, Paths, Piece, iter_documents, training_text
+from longscan.data.documents import Corpus, Paths, Piece
 from longscan.errors import LongscanError, UsageError
 from longscan.tokenizers.base import Tokenizer
 
-__all__ = [
-    "Split",
-    "TokenDataset",
-    "TokenFiles",
-    "iter_documents",
-    "open_tokens",
-    "prepare",
-    "training_text",
-    "windows",
-]
+__all__ = ["Split", "TokenDataset", "TokenFiles", "open_tokens", "prepare", "windows"]
 
 META = "meta.json"
 BATCH = 4 * 2**20  # characters tokenized at a time: enough pieces for every core
@@ -285,8 +276,11 @@ def _gather(
     tokens: npt.NDArray[np.unsignedinteger[Any]], starts: npt.NDArray[np.int64], seq_len: int
 ) -> Tensor:
     """Return the windows at `starts` of the ring of tokens (len(starts), seq_len + 1)."""
-    index = (starts[:, None] + np.arange(seq_len + 1)) % len(tokens)
-    return torch.from_numpy(tokens[index].astype(np.int64))
+    ids = np.empty((len(starts), seq_len + 1), np.int64)
+    for row, start in zip(ids, starts, strict=True):  # no indices: they would take as much memory again
+        n = min(len(row), len(tokens) - start)
+        row[:n], row[n:] = tokens[start : start + n], tokens[: len(row) - n]
+    return torch.from_numpy(ids)
 
 
 class _Writer:

@@ -193,6 +193,12 @@ class TrainConfig(FreshConfig):
     batch_size: int = setting(8, "Sequences per forward pass.")
     accumulate: int = setting(1, "Forward passes per step (gradient accumulation).")
 
+    backward_chunk: int | None = setting(
+        None,
+        "Tokens per chunk of the backward pass: exact, and memory stays that of one chunk; 0 = one pass. "
+        "Default: 2048 if --seq-len is over 8192 and the model's state has a constant size, else 0.",
+    )
+
     eval_windows: int = setting(32, "Sequences per validation; all of them at the end.", harmless=True)
     sample_every: int = setting(200, "Steps between samples of text; 0 = none.", harmless=True)
     sample_prompt: str = setting("", "Prompt of the samples.", harmless=True)
@@ -203,7 +209,7 @@ class TrainConfig(FreshConfig):
         super().__post_init__()
         self.check("seq_len", "vocab_size", least=2)
         self.check("batch_size", "accumulate", "eval_windows", "sample_tokens", least=1)
-        self.check("sample_every", least=0)
+        self.check("sample_every", "backward_chunk", least=0)
         self.check("valid_fraction", least=0, below=1)
 
     @property

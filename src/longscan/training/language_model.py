@@ -10,15 +10,20 @@ from torch import Tensor
 from longscan.core.config import count
 from longscan.core.runtime import StopSignals
 from longscan.data.token_files import TokenDataset, windows
-from longscan.errors import UsageError
+from longscan.errors import LongscanError, UsageError
 from longscan.inference.generate import generate
-from longscan.models import LanguageModel, Model
+from longscan.models import MODELS, LanguageModel, Model
 from longscan.tokenizers.base import Tokenizer
 from longscan.training.build import continued, make_model, make_tokenizer, make_tokens, model_settings
+from longscan.training.chunked_loss import check_constant, chunked_loss, has_constant_state
 from longscan.training.config import TrainConfig
 from longscan.training.run import Run
+from longscan.training.run_directory import read_earlier, write_settings
 
 __all__ = ["LanguageRun"]
+
+ONE_PASS = 8192  # tokens; longer sequences are cut into chunks where the model allows it
+CHUNK = 2048  # of them
 
 
 class LanguageRun(Run[TrainConfig]):
@@ -39,7 +44,9 @@ class LanguageRun(Run[TrainConfig]):
             before = continued(config, self.directory / "start")
             self.tokenizer = before[1]
         else:
-            model_settings(config, vocab_size=config.vocab_size)  # check the flags before the text is read
+            settings = model_settings(config, vocab_size=config.vocab_size)  # check before the text is read
+            with torch.device("meta"):
+                self._check_chunk(cast(LanguageModel, MODELS[config.model].cls(settings)))
             self.tokenizer = make_tokenizer(config, self.directory / "tokenizer", self.display.line)
         self.tokens = make_tokens(config, self.tokenizer, self.directory / "data", self.display.prepare)
         rows = config.batch_size * config.accumulate
@@ -48,6 +55,7 @@ class LanguageRun(Run[TrainConfig]):
             next(windows(self.tokens.valid.path, config.seq_len))  # raise now if it is too short
         made = before[0] if config.pretrained else make_model(config, self.tokenizer.vocab_size)
         self.model = cast(LanguageModel, made)
+        self._choose_chunk()
         return self.model, self.dataset.windows_per_epoch, rows
 
     def describe(self) -> tuple[str, str]:
@@ -55,7 +63,9 @@ class LanguageRun(Run[TrainConfig]):
         train, valid = self.tokens.train, self.tokens.valid
         held_out = f"{valid.tokens:,} held out" if valid else "none held out: no validation"
         data = f"{count(train.tokens, 'token')} of {_megabytes(train.bytes)}, {held_out}"
-        return data, count(self.config.tokens_per_step, "token")
+        step = count(self.config.tokens_per_step, "token")
+        chunk = self.config.backward_chunk
+        return data, f"{step} in chunks of {chunk:,}" if self._chunked else step
 
     def batch(self, step: int) -> list[tuple[Tensor, int]]:
         """Return the ids of a step in parts (batch_size, seq_len + 1).
@@ -71,8 +81,11 @@ class LanguageRun(Run[TrainConfig]):
         return [(part, part.shape[0] * (part.shape[1] - 1)) for part in parts]
 
     def loss(self, model: LanguageModel, part: Tensor) -> Tensor:
-        """Return the mean loss of the next token."""
+        """Return the mean loss of the next token; its gradients are exact, also in chunks."""
         part = part.to(self.config.device)
+        if self._chunked:
+            assert self.config.backward_chunk
+            return chunked_loss(model, part, chunk=self.config.backward_chunk, directory=self.directory)[0]
         loss: Tensor = model(part, labels=part, return_logits=False).loss
         return loss
 
@@ -104,6 +117,28 @@ class LanguageRun(Run[TrainConfig]):
             text = self._sample()
             self.metrics.write({"step": self.trainer.step_number, "sample": text})
             self.say(text)
+
+    @property
+    def _chunked(self) -> bool:
+        """Whether sequences are longer than a chunk of the backward pass."""
+        return 0 < (self.config.backward_chunk or 0) < self.config.seq_len
+
+    def _check_chunk(self, model: LanguageModel) -> None:
+        """Raise UsageError if the backward pass is to run in chunks and the model does not allow it."""
+        if self.config.backward_chunk:
+            try:
+                check_constant(model)
+            except LongscanError as error:
+                raise UsageError(f"--backward-chunk: {error}") from error
+
+    def _choose_chunk(self) -> None:
+        """Settle the chunks of the backward pass and record them, as they affect rounding."""
+        config = self.config
+        self._check_chunk(self.model)
+        if config.backward_chunk is None:
+            long = config.seq_len > ONE_PASS and has_constant_state(self.model)
+            self.config = config.replace(backward_chunk=CHUNK if long else 0)
+            write_settings(self.directory, self.verb, self.config.to_dict(), read_earlier(self.directory))
 
     def _sample(self) -> str:
         """Return the sample prompt, continued."""

@@ -88,6 +88,7 @@ class Run(Task[C]):
     ) -> None:
         self.directory, self.config, self.display, self.figures = directory, config, display, figures
         model, *self.epoch = self.prepare()
+        config = self.config  # in which the task may have settled what depends on the model
         total, so_far = (each.total_steps(*self.epoch) for each in (config, before or config))
         if total < so_far:
             name = "steps" if config.steps is not None else "epochs"

@@ -18,7 +18,7 @@ from longscan.models.common.mixer import Block, LanguageModelConfig, Mixer
 from longscan.models.common.model import Model
 from longscan.models.common.native_decode import Decoder
 from longscan.models.common.native_stack import stack_of
-from longscan.models.common.packing import latest, warn_beyond
+from longscan.models.common.packing import latest, restarts, warn_beyond
 from longscan.models.common.state import State
 from longscan.ops._derivatives import composed
 
@@ -122,7 +122,7 @@ class LanguageModel(Model):
         if labels is not None:
             targets = next_tokens(labels, seq_idx)
             if logits is None:
-                loss = self._loss(hidden, targets)
+                loss = self.hidden_loss(hidden, targets)
             else:
                 losses = nats(logits.flatten(0, 1), targets.flatten(), self.config.vocab_size)
                 loss = losses.sum() / count(targets)
@@ -200,7 +200,9 @@ class LanguageModel(Model):
                 hidden, state = self.backbone(ids[:, chunk], state)
                 last = hidden[:, -1]
             else:
-                state = self._restart(state, last_idx, seq_idx[:, chunk])
+                if last_idx is not None:
+                    fresh = self.init_state(state.batch_size)
+                    state = state.restarted(restarts(last_idx, seq_idx[:, chunk]), fresh)
                 hidden, state = self.backbone(ids[:, chunk], state, seq_idx[:, chunk])
                 last = latest(last, hidden, seq_idx[:, chunk])
                 last_idx = latest(last_idx, seq_idx[:, chunk], seq_idx[:, chunk])
@@ -314,16 +316,16 @@ class LanguageModel(Model):
         mixers = [module for module in self.modules() if isinstance(module, Mixer)]
         return (mixer.get_parameter(name) for mixer in mixers for name in mixer.slow)
 
-    def _restart(self, state: State, last_idx: Tensor | None, seq_idx: Tensor) -> State:
-        """Reset rows whose next token starts a new sequence, which the ops cannot see across chunks."""
-        if last_idx is None:
-            return state
-        first = seq_idx.gather(1, (seq_idx >= 0).int().argmax(1, keepdim=True))[:, 0]  # (batch,), < 0 if none
-        fresh = (first >= 0) & (last_idx >= 0) & (first != last_idx)  # (batch,)
-        return state.restarted(fresh, self.init_state(state.batch_size))
+    def hidden_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross-entropy in nats without materialising all logits at once.
 
-    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy in nats without materialising all logits at once."""
+        Args:
+            hidden: (..., d_model) of the backbone.
+            targets: (...) int64 below vocab_size, aligned: the token that follows each position, or -100.
+
+        Returns:
+            () at least float32; 0 if there is no target.
+        """
         matrix = self.backbone.embedding if self.lm_head is None else self.lm_head
         weight: Tensor | None = matrix.weight
         if isinstance(matrix, WeightOnly):  # under adapters; it has no gradient of its own

@@ -133,6 +133,22 @@ def latest(previous: Tensor | None, values: Tensor, seq_idx: Tensor) -> Tensor:
     return result if previous is None else torch.where(over(last < 0, result), previous, result)
 
 
+def restarts(last_idx: Tensor, seq_idx: Tensor) -> Tensor:
+    """Return which rows start another sequence with a chunk: their state is to be reset.
+
+    Ops see it only within a chunk.
+
+    Args:
+        last_idx: (batch,) the sequence of the last token before the chunk, negative if there is none.
+        seq_idx: (batch, seq_len) of the chunk, see `Mixer.plan`.
+
+    Returns:
+        (batch,) bool.
+    """
+    first = seq_idx.gather(1, (seq_idx >= 0).int().argmax(1, keepdim=True))[:, 0]  # (batch,), < 0 if none
+    return (first >= 0) & (last_idx >= 0) & (first != last_idx)
+
+
 def warn_beyond(length: int, max_positions: int) -> None:
     """Warn if a sequence is longer than the model was trained for.
 

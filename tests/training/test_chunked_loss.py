@@ -1,0 +1,283 @@
+"""The loss in chunks: for every model, the gradients of one pass or a refusal, and runs that use it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file as load_tensors
+from torch import Tensor
+
+from longscan.errors import LongscanError, UsageError
+from longscan.models import MODELS, LanguageModel, State
+from longscan.models.common.lora import LoraLayer, adaptable, attach
+from longscan.training.chunked_loss import chunked_loss, has_constant_state
+from longscan.training.config import TrainConfig
+from longscan.training.run_directory import read_settings
+from tiny_runs import TINY, Recorder, assert_same, interrupt, metrics, resume, train
+
+# largest difference allowed, relative to the largest gradient of a parameter
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+SIZES = {"d_model": 12, "n_layers": 2, "vocab_size": 11}
+MORE: dict[str, dict[str, object]] = {
+    "cnn": {"d_conv": 3},
+    "gau": {"d_attention": 4},
+    "h3": {"d_state": 4, "d_head": 2},
+    "hyena": {"d_filter": 4, "max_positions": 400},
+    "linear_attention": {"n_heads": 2},
+    "llama": {"n_heads": 2},
+    "lssl": {"d_state": 5},
+    "mamba2": {"d_state": 6, "d_head": 4},
+    "mamba3": {"d_state": 6, "d_head": 4},
+}
+LANGUAGE = [name for name, entry in MODELS.items() if entry.kind == "language"]
+GROWING = ("gau", "hyena", "llama", "hybrid", "zamba2")
+CONSTANT = [name for name in LANGUAGE if name not in GROWING]
+
+
+def build(name: str, dtype: torch.dtype = torch.float64, **fields: object) -> LanguageModel:
+    entry, draw = MODELS[name], torch.Generator().manual_seed(1)
+    preset = {} if name not in ("hybrid", "zamba2") else entry.presets["tiny"]
+    sizes = {**preset, **({} if preset else {**SIZES, **MORE.get(name, {})}), **fields}
+    model = entry.cls(entry.config.from_dict(sizes), draw).to(dtype)
+    assert isinstance(model, LanguageModel)
+    with torch.no_grad():
+        for parameter in model.parameters():  # far from the start, so that every one matters
+            parameter += 0.1 * torch.randn(parameter.shape, generator=draw, dtype=dtype)
+    return model.train()
+
+
+def drawn(batch: int, seq_len: int) -> Tensor:
+    return torch.randint(11, (batch, seq_len), generator=torch.Generator().manual_seed(2))
+
+
+def gradients(model: LanguageModel, loss: Tensor) -> dict[str, Tensor]:
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {name: grad for name, grad in zip(parameters, grads, strict=True) if grad is not None}
+
+
+def norm(state: State) -> Tensor:
+    return torch.stack([tensor.square().sum() for _, tensor in state.named_tensors()]).sum()
+
+
+def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert got.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert grad.abs().max() > 0, name
+        error = (got[name] - grad).abs().max() / grad.abs().max()
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("name", CONSTANT)
+def test_gradients_are_those_of_one_pass(name: str, dtype: torch.dtype) -> None:
+    model, ids = build(name, dtype), drawn(3, 53)
+    whole = model(ids, labels=ids, return_logits=False).loss
+    expected = gradients(model, whole)
+    for chunk in (7, 13, 26, 53, 60):
+        loss, _ = chunked_loss(model, ids, chunk=chunk)
+        assert loss.item() == pytest.approx(whole.item(), rel=TOLERANCE[dtype] / 10)
+        assert_close(gradients(model, loss), expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_state_that_grows_is_refused(name: str) -> None:
+    model = build(name)
+    assert not has_constant_state(model)
+    with pytest.raises(LongscanError, match=f"{type(model).__name__} grows with every token"):
+        chunked_loss(model, drawn(1, 9), chunk=4)
+
+
+def test_a_hybrid_without_attention_is_exact() -> None:
+    sizes = {**SIZES, "n_layers": 4, "d_state": 4, "d_ssm_head": 4, "d_ff": 5}
+    config = MODELS["hybrid"].config.from_dict({**sizes, "pattern": "Mm-m"})
+    model = MODELS["hybrid"].cls(config, torch.Generator().manual_seed(0)).double()
+    assert isinstance(model, LanguageModel)
+    ids = drawn(2, 31)
+    expected = gradients(model, model(ids, labels=ids, return_logits=False).loss)
+    assert_close(gradients(model, chunked_loss(model, ids, chunk=9)[0]), expected, 1e-10)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba3", "s4", "lstm", "cnn", "h3"])
+def test_gradients_pass_through_the_states_at_both_ends(name: str) -> None:
+    """Of the loss and of the final state, with respect to the initial state and the weights."""
+    model, ids = build(name), drawn(2, 29)
+    draw = torch.Generator().manual_seed(3)
+    start = model.init_state(2).map(lambda t: torch.randn(t.shape, generator=draw, dtype=t.dtype))
+    results = []
+    for chunk in (None, 8):
+        state = start.map(lambda t: t.clone().requires_grad_())
+        if chunk is None:
+            output = model(ids, state=state, labels=ids, return_logits=False)
+            loss, after = output.loss, output.state
+        else:
+            loss, after = chunked_loss(model, ids, chunk=chunk, state=state)
+        total = loss + 0.1 * norm(after)
+        ends = dict(state.named_tensors())
+        found = dict(zip(ends, torch.autograd.grad(total, ends.values(), retain_graph=True), strict=True))
+        results.append({**found, **gradients(model, total)})
+    assert_close(results[1], results[0], 1e-10)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "s4", "lstm", "hippo"])
+def test_packed_and_padded_rows(name: str) -> None:
+    """Sequences begin at the border of a chunk, next to it and within; one row ends in padding."""
+    model, ids = build(name), drawn(3, 24)
+    seq_idx = torch.tensor([[0] * 8 + [1] * 16, [0] * 7 + [3] * 2 + [4] * 15, [-1] * 3 + [2] * 14 + [-1] * 7])
+    whole = model(ids, labels=ids, seq_idx=seq_idx, return_logits=False)
+    expected = gradients(model, whole.loss)
+    for chunk in (1, 8, 11):
+        loss, after = chunked_loss(model, ids, chunk=chunk, seq_idx=seq_idx)
+        assert loss.item() == pytest.approx(whole.loss.item(), rel=1e-12)
+        assert_close(gradients(model, loss), expected, 1e-10)
+        for (_, one), (_, other) in zip(after.named_tensors(), whole.state.named_tensors(), strict=True):
+            assert torch.allclose(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_only_some_labels_count() -> None:
+    model, ids = build("mamba"), drawn(2, 30)
+    labels = ids.masked_fill(torch.arange(30) < 25, -100)  # the first chunks predict nothing
+    expected = gradients(model, model(ids, labels=labels, return_logits=False).loss)
+    assert_close(gradients(model, chunked_loss(model, ids, labels, chunk=6)[0]), expected, 1e-10)
+    nothing, _ = chunked_loss(model, ids, torch.full_like(ids, -100), chunk=6)
+    assert nothing.item() == 0
+    assert all(not grad.any() for grad in gradients(model, nothing).values())
+
+
+def test_dropout_draws_the_same_numbers_again() -> None:
+    model, ids = build("mamba"), drawn(2, 40)
+    attach(model, dict.fromkeys(adaptable(model), LoraLayer(2, 4.0)), 0.5)
+    model.double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(generator=torch.Generator().manual_seed(5))
+    torch.manual_seed(7)
+    state, total = model.init_state(2), torch.zeros(())
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    for part in (slice(0, 16), slice(16, 32), slice(32, 40)):  # all in one graph, which draws once
+        hidden, state = model.backbone(ids[:, part], state)
+        total = total + model.token_losses(hidden, targets[:, part]).sum() / 78
+    expected, end = gradients(model, total), torch.get_rng_state()
+    torch.manual_seed(7)
+    loss, _ = chunked_loss(model, ids, chunk=16)
+    found = gradients(model, loss)
+    assert loss.item() == pytest.approx(total.item(), rel=1e-12)
+    assert_close(found, expected, 1e-10)
+    assert torch.equal(torch.get_rng_state(), end)  # the backward pass leaves no trace
+
+
+def test_many_states_go_to_a_file(tmp_path: Path) -> None:
+    model = build("mamba", d_state=512, d_model=32)
+    ids = drawn(16, 17)
+    assert 8 * model.init_state(16).nbytes > 2**24
+    expected = gradients(model, model(ids, labels=ids, return_logits=False).loss)
+    assert_close(gradients(model, chunked_loss(model, ids, chunk=2, directory=tmp_path)[0]), expected, 1e-10)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="No such file"):
+        chunked_loss(model, ids, chunk=2, directory=tmp_path / "absent")
+
+
+def test_without_autograd_it_is_the_loss_alone() -> None:
+    model, ids = build("s4d"), drawn(2, 20)
+    with torch.inference_mode():
+        loss, state = chunked_loss(model, ids, chunk=6)
+        whole = model(ids, labels=ids)
+    assert not loss.requires_grad
+    assert loss.item() == pytest.approx(whole.loss.item(), rel=1e-12)
+    assert torch.allclose(state.layers[0].ssm, whole.state.layers[0].ssm, rtol=1e-10)
+
+
+def test_autocast_is_that_of_the_forward_pass() -> None:
+    model, ids = build("mamba", torch.float32), drawn(2, 40)
+    grads = []
+    for chunk in (40, 11):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = chunked_loss(model, ids, chunk=chunk)
+        grads.append(gradients(model, loss))
+    exact = gradients(model, chunked_loss(model, ids, chunk=11)[0])
+    assert_close(grads[1], grads[0], 0.05)
+    assert any(not torch.equal(grads[1][name], exact[name]) for name in exact)
+
+
+def test_impossible_arguments_are_refused() -> None:
+    model, ids = build("lstm"), drawn(2, 20)
+    with pytest.raises(UsageError, match="chunk: expected"):
+        chunked_loss(model, ids, chunk=0)
+    with pytest.raises(ValueError, match="non-empty"):
+        chunked_loss(model, ids[:, :0], chunk=4)
+    with pytest.raises(ValueError, match=r"labels: expected \(2, 20\)"):
+        chunked_loss(model, ids, ids[:, 1:], chunk=4)
+    loss, _ = chunked_loss(model, ids, chunk=4)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# Runs
+
+
+LONG = {"seq_len": 40, "backward_chunk": 7}
+
+
+def test_a_run_in_chunks_is_one_in_a_single_pass(config: TrainConfig, tmp_path: Path) -> None:
+    display = Recorder()
+    train(config.replace(**LONG), tmp_path / "chunks", display)
+    train(config.replace(**LONG | {"backward_chunk": 0}), tmp_path / "whole")
+    assert any("in chunks of 7" in line for line in display.lines)
+    chunks, whole = (load_tensors(tmp_path / run / "model/model.safetensors") for run in ("chunks", "whole"))
+    for name, weight in whole.items():
+        assert torch.allclose(chunks[name], weight, rtol=1e-3, atol=1e-4), name
+    valid = [metrics(tmp_path / run)[-2]["valid_loss"] for run in ("chunks", "whole")]
+    assert valid[0] == pytest.approx(valid[1], rel=1e-3)
+
+
+def test_it_resumes_bit_for_bit(config: TrainConfig, tmp_path: Path) -> None:
+    train(config.replace(**LONG), tmp_path / "whole")
+    train(config.replace(**LONG), tmp_path / "run", Recorder(3, interrupt(signal.SIGINT)))
+    assert resume(tmp_path / "run").stopped_by is None
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    with pytest.raises(UsageError, match="backward_chunk cannot change in the middle of a run"):
+        resume(tmp_path / "run", {"backward_chunk": 8, "steps": 9})
+
+
+def test_the_default_is_recorded(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("all of it " * 2000)
+    long = {"data": [str(tmp_path / "text.txt")], "batch_size": 1, "accumulate": 1, "steps": 1}
+    settings = TrainConfig.from_dict({**TINY, **long, "sample_every": 0, "valid_fraction": 0})
+    for name, seq_len, more, chunk in (
+        ("mamba", 9000, {}, 2048),
+        ("mamba", 64, {}, 0),
+        ("llama", 9000, {"d_state": None, "option": ("max_positions=9001",)}, 0),
+    ):
+        run = tmp_path / f"{name}-{seq_len}"
+        train(settings.replace(model=name, seq_len=seq_len, **more), run)
+        assert read_settings(run, "train")["backward_chunk"] == chunk
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "llama"], "that of Llama grows with every token"),
+        (["--model", "bert", "--tokenizer", "bpe"], "bert reads in both directions"),
+        (["--backward-chunk", "-1"], "--backward-chunk: expected 0 or more, got -1"),
+        (["--seq-len", "1048576"], "one sequence needs seq_len + 1 = 1,048,577"),
+    ],
+    ids=["attention", "bert", "negative", "too-little-text"],
+)
+def test_bad_input(
+    text: Path, tmp_path: Path, cli: Callable[..., Any], flags: list[str], message: str
+) -> None:
+    run = tmp_path / "run"
+    usual = ["--tokenizer", "bytes", "--preset", "tiny", "--backward-chunk", 8]
+    done = cli("train", text, "--out", run, *usual, *flags)
+    assert done.code in (1, 2)
+    assert message in " ".join(done.err.split())
+    assert "Traceback" not in done.err
+    assert not run.exists()
