@@ -17,7 +17,7 @@ import torch
 import longscan
 from longscan.bench import figure, report, runner, worker
 from longscan.bench.measure import Contender, Measurement, Settings, compare
-from longscan.bench.suites import ops
+from longscan.bench.suites import ops, train_long
 
 JOBS = """
 import os
@@ -230,6 +230,21 @@ def test_everything_prints_without_peers(reports: list[report.Report]) -> None:
         assert title in text
     assert "longscan" in text
     assert "\x1b" not in text
+
+
+def test_training_on_long_sequences(cli: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    flags = ("--quick", "--repeats", 1, "--threads", 1, "--figure", tmp_path / "long.png", "--json")
+    done = cli("bench", "train", "--long", *flags)
+    assert done.code == 0, done.err
+    (suite,) = json.loads(done.out)["suites"]
+    rates = {(row["contender"], row["seq_len"]): row["rate"] for row in suite["rows"]}
+    assert {name for name, _ in rates} == {train_long.CHUNKS, train_long.WHOLE, train_long.GPT}
+    assert all(rates.values())
+    assert (tmp_path / "long.png").exists()
+    done = cli("bench", "ops", "--long")
+    assert done.code == 2
+    assert "--long: is for the suite train" in done.err
 
 
 def test_a_suite_for_real_as_text(cli: Any) -> None:

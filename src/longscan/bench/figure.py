@@ -49,6 +49,7 @@ def draw(reports: Sequence[Report], title: str, path: Path) -> None:
     panels = {
         "ops": _milliseconds,
         "train": _lengths,
+        "train --long": _lengths,
         "finetune": _rates,
         "generate": _rates,
         "translate": _rates,

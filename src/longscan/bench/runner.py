@@ -20,6 +20,7 @@ from longscan.bench.suites import (
     shipped,
     stream,
     train,
+    train_long,
     translate,
     vision,
 )
@@ -45,7 +46,12 @@ BUSY = 0.03  # share of the machine that others may take unnoted
 
 
 def run(
-    suite: str, settings: Settings, quick: bool = False, shape: str = "130m", precision: str = "int8"
+    suite: str,
+    settings: Settings,
+    quick: bool = False,
+    shape: str = "130m",
+    precision: str = "int8",
+    long: bool = False,
 ) -> Report:
     """Return the report of a suite, with notes on what its numbers are worth.
 
@@ -55,6 +61,7 @@ def run(
         quick: tiny sizes, to see that it works.
         shape: of the suite generate.
         precision: of the suite serve.
+        long: whether the suite train measures long sequences instead.
     """
     others = OthersLoad()
     measure: Callable[[Settings, bool], Report] = SUITES[suite]
@@ -62,6 +69,8 @@ def run(
         measure = partial(generate.run, shape=shape)
     elif suite == "serve":
         measure = partial(serve.run, precision=precision)
+    elif suite == "train" and long:
+        measure = train_long.run
     report = measure(settings, quick)
     report.others = others.share()
     if report.others is not None and report.others > BUSY:

@@ -68,6 +68,13 @@ def command(
     precision: Annotated[
         str, typer.Option(help=f"serve: the precision of the weights: {', '.join(serve.PRECISIONS)}.")
     ] = PRECISION,
+    long: Annotated[
+        bool,
+        typer.Option(
+            "--long",
+            help="train: instead sequences of up to a million tokens, in chunks; gradients are exact.",
+        ),
+    ] = False,
     soak_requests: Annotated[
         int | None,
         typer.Option(
@@ -119,6 +126,7 @@ def command(
         quick: tiny sizes.
         shape: of Mamba in the suite generate.
         precision: of the weights in the suite serve.
+        long: whether the suite train measures long sequences.
         soak_requests: of a soak test; None measures.
         train: of the suite text alone.
         test: of text and quality, as what follows; excluded from the training text.
@@ -134,6 +142,8 @@ def command(
             raise UsageError(f"{name}: expected 1 or more, got {value}.")
     chosen = _chosen(suites)
     changed = figure or quick or not peers or (repeats, shape, precision) != (REPEATS, "130m", PRECISION)
+    if long and "train" not in chosen:
+        raise UsageError("--long: is for the suite train, name it.")
     if soak_requests is not None:
         if chosen != [SERVE] or changed or train or test or model or separator != SEPARATOR:
             raise UsageError(
@@ -156,7 +166,7 @@ def command(
             threads=threads or torch.get_num_threads(),
             peers=peers,
         )
-        _compare(chosen, settings, quick, (size, precision), figure, as_json)
+        _compare(chosen, settings, quick, (size, precision, long), figure, as_json)
         return
     if len(chosen) > 1 or changed:
         raise UsageError(
@@ -201,7 +211,7 @@ def _compare(
     suites: list[str],
     settings: Settings,
     quick: bool,
-    model: tuple[str, str],
+    options: tuple[str, str, bool],
     figure: Path | None,
     as_json: bool,
 ) -> None:
@@ -215,7 +225,7 @@ def _compare(
     with _progress() as notify:
         settings = replace(settings, notify=notify)
         for suite in suites:
-            reports.append(runner.run(suite, settings, quick, *model))
+            reports.append(runner.run(suite, settings, quick, *options))
             if not as_json:
                 typer.echo("\n" + reports[-1].text())
     absent = runner.missing_peers(settings)

@@ -20,6 +20,7 @@ from longscan.models import MODELS, LanguageModel
 from longscan.models.common.growable import GrowableState
 from longscan.models.common.quantization import ROUNDED, quantize_model, set_activation_bits
 from longscan.ops import _native
+from longscan.training.chunked_loss import chunked_loss
 
 __all__ = [
     "cauchy",
@@ -120,12 +121,14 @@ def fresh(model: dict[str, Any], generator: torch.Generator | None = None) -> La
     return lm
 
 
-def train(model: dict[str, Any], batch: int, seq_len: int) -> Run:
-    """Prepare a training step of a model, see `fresh`."""
+def train(model: dict[str, Any], batch: int, seq_len: int, chunk: int = 0) -> Run:
+    """Prepare a training step of a model, see `fresh`; in chunks of so many tokens if chunk is not 0."""
     lm = fresh(model)
     ids = workloads.random_ids(batch, seq_len, model["vocab_size"])
 
     def loss() -> Tensor:
+        if 0 < chunk < seq_len:
+            return chunked_loss(lm, ids, chunk=chunk)[0]
         value = lm(ids, labels=ids, return_logits=False).loss
         assert isinstance(value, Tensor)
         return value

@@ -1,0 +1,98 @@
+"""`longscan bench train --long`: a training step on sequences of up to a million tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from longscan.bench.measure import Contender, Measurement, Settings
+from longscan.bench.report import Ratio, Report, rate, rate_table
+from longscan.bench.suites.train import describe
+
+__all__ = ["run"]
+
+SHAPE = {"d_model": 128, "n_layers": 4, "vocab_size": 4096}
+LENGTHS, CHUNK = (2048, 8192, 65_536, 524_288, 1_048_576), 2048
+QUICK_SHAPE = {"d_model": 32, "n_layers": 2, "vocab_size": 256}
+QUICK_LENGTHS, QUICK_CHUNK = (128, 256, 1024), 128
+TRANSFORMER = {"n_layers": 2, "n_heads": 4, "d_ff": 640}  # as many parameters as the Mamba of SHAPE
+RECOMPUTED = 4 / 3  # a forward pass more, where a step is one and a backward pass of two
+
+CHUNKS, WHOLE, GPT = "Mamba in chunks", "Mamba, one pass", "no Mamba: Transformer, SDPA"
+ONE_PASS_BYTES = 20_000  # of the activations of a token, the logits of the Transformer included
+QUADRATIC_UP_TO = (
+    65_536  # beyond it a step of the Transformer takes hours, 64 times as many at 8 times the length
+)
+PATIENCE = 20.0  # seconds of a run that is not repeated
+
+
+def run(settings: Settings, quick: bool) -> Report:
+    """Return a report of exact training steps on long sequences, in chunks and in one pass.
+
+    Args:
+        settings: of the benchmark.
+        quick: a small model and short sequences, to see that it works.
+    """
+    report = Report(suite="train --long")
+    model, lengths, chunk = (QUICK_SHAPE, QUICK_LENGTHS, QUICK_CHUNK) if quick else (SHAPE, LENGTHS, CHUNK)
+    results: dict[int, dict[str, Measurement]] = {}
+    for seq_len in lengths:
+        contenders = _contenders(model, seq_len, chunk)
+        results[seq_len] = settings.compare(f"train on {seq_len:,} tokens", contenders, settings)
+        report.add(f"{seq_len:,}", results[seq_len].values(), seq_len, "tokens/s", seq_len=seq_len)
+    report.tables = [
+        rate_table("training on one sequence: tokens/s (min–max), by seq_len", report.rows, rate),
+        rate_table("peak resident set of the process, MB, by seq_len", report.rows, _memory),
+    ]
+    base, short, longest = (results[n][CHUNKS] for n in (lengths[0], lengths[1], lengths[-1]))
+    for seq_len in lengths[1:]:
+        share = _speed(results[seq_len][CHUNKS], seq_len) / _speed(base, lengths[0])
+        what = f"{seq_len:,}: speed in chunks, recomputation counted (4/3), share of that at {lengths[0]:,}"
+        report.ratios.append(Ratio(what=what, measured=RECOMPUTED * share, goal="85–115 %", percent=True))
+    report.ratios.append(
+        Ratio(
+            what=f"peak memory at {lengths[-1]:,}, of that at {lengths[1]:,}",
+            measured=(longest.peak_bytes or math.nan) / (short.peak_bytes or math.nan),
+            goal="≤ 1.2 ×",
+        )
+    )
+    report.notes.append(
+        f"A step: forward, backward and AdamW in float32 on one sequence; chunks of {chunk:,} tokens, their "
+        f"gradients exact; {describe(model)}"
+        + ("." if quick else "; the Transformer has 2 layers and as many parameters.")
+    )
+    return report
+
+
+def _contenders(model: dict[str, int], seq_len: int, chunk: int) -> list[Contender]:
+    """Return the contenders of a training step."""
+    here: dict[str, Any] = {"model": model, "batch": 1, "seq_len": seq_len}
+    job, needs = "longscan.bench.contenders.longscan:train", ONE_PASS_BYTES * seq_len
+    contenders = [
+        Contender(name=CHUNKS, job=job, arguments=here | {"chunk": chunk}, patience=PATIENCE),
+        Contender(name=WHOLE, job=job, arguments=here, patience=PATIENCE, needs_bytes=needs),
+    ]
+    if seq_len <= QUADRATIC_UP_TO:
+        arguments = here | {"model": model | {"n_layers": TRANSFORMER["n_layers"]}}
+        arguments |= {name: TRANSFORMER[name] for name in ("n_heads", "d_ff")}
+        contenders.append(
+            Contender(
+                name=GPT,
+                job="longscan.bench.contenders.peers:train_transformer",
+                arguments=arguments,
+                peer=True,
+                patience=PATIENCE,
+                needs_bytes=3 * 4 * model["vocab_size"] * seq_len,
+            )
+        )
+    return contenders
+
+
+def _speed(measurement: Measurement, seq_len: int) -> float:
+    """Return tokens per second; NaN if it was not measured."""
+    return seq_len / measurement.median
+
+
+def _memory(row: dict[str, Any]) -> str:
+    """Return the peak of the process as a cell."""
+    return "–" if row["rate"] is None else f"{row['peak_bytes'] / 1e6:,.0f}"
