@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import load_file as load_tensors
 from torch import Tensor
 
+from longscan.checkpoints.load import load
+from longscan.core.random import RandomStream
+from longscan.data.token_files import open_tokens
 from longscan.errors import LongscanError, UsageError
 from longscan.models import MODELS, LanguageModel, State
 from longscan.models.common.lora import LoraLayer, adaptable, attach
@@ -89,7 +92,7 @@ def test_gradients_are_those_of_one_pass(name: str, dtype: torch.dtype) -> None:
 def test_a_state_that_grows_is_refused(name: str) -> None:
     model = build(name)
     assert not has_constant_state(model)
-    with pytest.raises(LongscanError, match=f"{type(model).__name__} grows with every token"):
+    with pytest.raises(LongscanError, match=f"that of {type(model).__name__} grows with every token"):
         chunked_loss(model, drawn(1, 9), chunk=4)
 
 
@@ -247,6 +250,35 @@ def test_it_resumes_bit_for_bit(config: TrainConfig, tmp_path: Path) -> None:
         resume(tmp_path / "run", {"backward_chunk": 8, "steps": 9})
 
 
+def test_rows_read_on_in_their_state(config: TrainConfig, tmp_path: Path) -> None:
+    """A step starts where the one before ended: with a rate of 0, losses are those of one long pass."""
+    still = config.replace(carry_state=True, lr=1e-30, min_lr=0, weight_decay=0, sample_every=0, steps=3)
+    for chunk in (0, 5):
+        run = tmp_path / f"chunk-{chunk}"
+        train(still.replace(backward_chunk=chunk), run)
+        model, _ = load(run / "model")
+        tokens = torch.from_numpy(open_tokens(run / "data/train.bin").astype("int64"))
+        first = int(RandomStream(config.seed, 0).raw(1)[0]) % len(tokens)
+        starts = [first + row * len(tokens) // 4 for row in range(4)]
+        long = torch.stack([tokens[(start + torch.arange(49)) % len(tokens)] for start in starts])
+        with torch.no_grad():
+            hidden, _ = model.backbone(long[:, :48])
+            losses = model.token_losses(hidden, long[:, 1:49]).view(4, 3, 16).mean((0, 2))
+        found = [record["loss"] for record in metrics(run) if "loss" in record]
+        assert found == pytest.approx(losses.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [0, 7], ids=["one-pass", "chunks"])
+def test_carried_states_resume_bit_for_bit(config: TrainConfig, tmp_path: Path, chunk: int) -> None:
+    carried = config.replace(carry_state=True, backward_chunk=chunk)
+    train(carried, tmp_path / "whole")
+    train(carried, tmp_path / "run", Recorder(3, interrupt(signal.SIGINT)))
+    resume(tmp_path / "run")
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    stored = load_tensors(tmp_path / "run/checkpoints/step-000008/optimizer.safetensors")
+    assert any(name.startswith("carried.") and tensor.any() for name, tensor in stored.items())
+
+
 def test_the_default_is_recorded(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("all of it " * 2000)
     long = {"data": [str(tmp_path / "text.txt")], "batch_size": 1, "accumulate": 1, "steps": 1}
@@ -264,15 +296,16 @@ def test_the_default_is_recorded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "llama"], "that of Llama grows with every token"),
+        (["--model", "llama"], "--backward-chunk: expected a model whose state has a constant size"),
+        (["--model", "llama", "--backward-chunk", 0, "--carry-state"], "--carry-state: expected a model"),
         (["--model", "bert", "--tokenizer", "bpe"], "bert reads in both directions"),
         (["--backward-chunk", "-1"], "--backward-chunk: expected 0 or more, got -1"),
         (["--seq-len", "1048576"], "one sequence needs seq_len + 1 = 1,048,577"),
     ],
-    ids=["attention", "bert", "negative", "too-little-text"],
+    ids=["attention", "attention-carried", "bert", "negative", "too-little-text"],
 )
 def test_bad_input(
-    text: Path, tmp_path: Path, cli: Callable[..., Any], flags: list[str], message: str
+    text: Path, tmp_path: Path, cli: Callable[..., Any], flags: list[object], message: str
 ) -> None:
     run = tmp_path / "run"
     usual = ["--tokenizer", "bytes", "--preset", "tiny", "--backward-chunk", 8]

@@ -143,7 +143,7 @@ def test_few_documents_teach_how_a_text_begins(config: TrainConfig, whole: Path)
     seen: list[torch.Tensor] = []
     run = importlib.import_module("longscan.training.language_model").LanguageRun(whole, config, Display())
     run.metrics.close()
-    seen = [part[:, 0] for step in range(8) for part, _ in run.batch(step)]
+    seen = [ids[:, 0] for step in range(8) for (ids, _), _ in run.batch(step)]
     assert (torch.cat(seen) == 256).nonzero()[:, 0].tolist() == [0, 16]
 
 
@@ -263,7 +263,7 @@ def test_a_full_disk(
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_ends_the_run(config: TrainConfig, tmp_path: Path, what: str) -> None:
     class Poisoned(LanguageRun):
-        def loss(self, model: Any, part: torch.Tensor) -> torch.Tensor:
+        def loss(self, model: Any, part: tuple[torch.Tensor, int]) -> torch.Tensor:
             weight = model.backbone.norm_f.weight
             if self.trainer.step_number == 5 and what == "loss":
                 weight.data.fill_(math.nan)

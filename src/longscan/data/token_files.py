@@ -26,7 +26,7 @@ from longscan.data.documents import Corpus, Paths, Piece
 from longscan.errors import LongscanError, UsageError
 from longscan.tokenizers.base import Tokenizer
 
-__all__ = ["Split", "TokenDataset", "TokenFiles", "open_tokens", "prepare", "windows"]
+__all__ = ["Split", "TokenDataset", "TokenFiles", "gather", "open_tokens", "prepare", "windows"]
 
 META = "meta.json"
 BATCH = 4 * 2**20  # characters tokenized at a time: enough pieces for every core
@@ -230,7 +230,7 @@ class TokenDataset:
         numbers = range(step * self.batch_size, (step + 1) * self.batch_size)
         positions = (divmod(number, self.windows_per_epoch) for number in numbers)
         starts = [self._starts[epoch][index] for epoch, index in positions]
-        return _gather(self._tokens, np.array(starts), self.seq_len)
+        return gather(self._tokens, np.array(starts), self.seq_len)
 
     def _shuffle(self, stream: RandomStream) -> npt.NDArray[np.int64]:
         """Return where the windows of an epoch start, in order (windows_per_epoch,)."""
@@ -267,15 +267,15 @@ def windows(
     if limit is not None and limit < count:
         chosen, rest = np.arange(limit) * count // limit, 0
     for first in range(0, len(chosen), batch_size):
-        yield _gather(tokens, chosen[first : first + batch_size] * seq_len, seq_len)
+        yield gather(tokens, chosen[first : first + batch_size] * seq_len, seq_len)
     if rest:
-        yield _gather(tokens, np.array([count * seq_len]), rest)
+        yield gather(tokens, np.array([count * seq_len]), rest)
 
 
-def _gather(
+def gather(
     tokens: npt.NDArray[np.unsignedinteger[Any]], starts: npt.NDArray[np.int64], seq_len: int
 ) -> Tensor:
-    """Return the windows at `starts` of the ring of tokens (len(starts), seq_len + 1)."""
+    """Return the windows at `starts` of the ring of tokens, (len(starts), seq_len + 1)."""
     ids = np.empty((len(starts), seq_len + 1), np.int64)
     for row, start in zip(ids, starts, strict=True):  # no indices: they would take as much memory again
         n = min(len(row), len(tokens) - start)

@@ -52,10 +52,9 @@ def check_constant(model: LanguageModel) -> None:
     """
     if not has_constant_state(model):
         raise LongscanError(
-            f"a backward pass in chunks needs a state of constant size, and that of {type(model).__name__} "
-            "grows with every token, as a KV cache does: storing it for every chunk would take memory "
-            "quadratic in the length. Train it in one pass on shorter sequences, or choose a model such as "
-            "mamba."
+            f"expected a model whose state has a constant size; that of {type(model).__name__} grows with "
+            "every token, as a KV cache does, and so would the memory. Leave that out and train on shorter "
+            "sequences, or choose a model such as mamba."
         )
 
 
@@ -77,7 +76,8 @@ def chunked_loss(
     Args:
         model: a language model whose state has a constant size.
         ids: (batch, seq_len) int64.
-        labels: (batch, seq_len) int64, see `LanguageModel.forward`; ids if None.
+        labels: (batch, seq_len) int64, see `LanguageModel.forward`; ids if None. One more per row, without
+            seq_idx, and the last token predicts too.
         chunk: tokens per chunk; the last one may be shorter.
         state: before the first token; the initial state if None.
         seq_idx: (batch, seq_len), see `LanguageModel.forward`.
@@ -97,7 +97,8 @@ def chunked_loss(
     if ids.dim() != 2 or 0 in ids.shape:
         raise ValueError(f"ids: expected a non-empty (batch, seq_len), got {tuple(ids.shape)}")
     labels = ids if labels is None else labels
-    if labels.shape != ids.shape:
+    spare = 0 if seq_idx is not None else 1
+    if labels.shape not in (ids.shape, (len(ids), ids.shape[1] + spare)):
         raise ValueError(f"labels: expected {tuple(ids.shape)}, got {tuple(labels.shape)}")
     rows = _Rows(model, ids, labels, seq_idx, chunk)
     before = model.init_state(len(ids)) if state is None else state
@@ -142,7 +143,8 @@ class _Rows:
         """Return what the tokens of a chunk predict, (batch, tokens); see `next_tokens`."""
         wider = slice(part.start, part.stop + 1)
         seq_idx = None if self.seq_idx is None else self.seq_idx[:, wider]
-        return next_tokens(self.labels[:, wider], seq_idx)[:, : part.stop - part.start]
+        n = min(part.stop, self.ids.shape[1]) - part.start
+        return next_tokens(self.labels[:, wider], seq_idx)[:, :n]
 
     def __call__(self, index: int, state: State) -> tuple[Tensor, State]:
         """Return the share of a chunk in the mean loss, and the state after it.

@@ -199,6 +199,12 @@ class TrainConfig(FreshConfig):
         "Default: 2048 if --seq-len is over 8192 and the model's state has a constant size, else 0.",
     )
 
+    carry_state: bool = setting(
+        False,
+        "Each row continues where it stopped a step ago, from its state; gradients end at the step. "
+        "Default: shuffled sequences, each from the initial state.",
+    )
+
     eval_windows: int = setting(32, "Sequences per validation; all of them at the end.", harmless=True)
     sample_every: int = setting(200, "Steps between samples of text; 0 = none.", harmless=True)
     sample_prompt: str = setting("", "Prompt of the samples.", harmless=True)

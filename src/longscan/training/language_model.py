@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 from longscan.core.config import count
 from longscan.core.runtime import StopSignals
 from longscan.data.token_files import TokenDataset, windows
+from longscan.data.token_streams import TokenStreams
 from longscan.errors import LongscanError, UsageError
 from longscan.inference.generate import generate
-from longscan.models import MODELS, LanguageModel, Model
+from longscan.models import LanguageModel, Model, ModelEntry, State
 from longscan.tokenizers.base import Tokenizer
 from longscan.training.build import continued, make_model, make_tokenizer, make_tokens, model_settings
 from longscan.training.chunked_loss import check_constant, chunked_loss, has_constant_state
@@ -34,6 +36,7 @@ class LanguageRun(Run[TrainConfig]):
     valid_key, valid_unit = "valid_bits_per_byte", "bits/byte"
     trained_on = ("data/meta.json",)
     tokenizer: Tokenizer
+    dataset: TokenDataset | TokenStreams
 
     def prepare(self) -> tuple[Model, int, int]:
         """Return the model, after making the tokenizer and the tokens."""
@@ -46,16 +49,20 @@ class LanguageRun(Run[TrainConfig]):
         else:
             settings = model_settings(config, vocab_size=config.vocab_size)  # check before the text is read
             with torch.device("meta"):
-                self._check_chunk(cast(LanguageModel, MODELS[config.model].cls(settings)))
+                self._check_state(lambda: cast(ModelEntry, config.choice[config.model]).cls(settings))
             self.tokenizer = make_tokenizer(config, self.directory / "tokenizer", self.display.line)
         self.tokens = make_tokens(config, self.tokenizer, self.directory / "data", self.display.prepare)
         rows = config.batch_size * config.accumulate
-        self.dataset = TokenDataset(self.tokens.train.path, config.seq_len, rows, config.seed)
+        kind = TokenStreams if config.carry_state else TokenDataset
+        self.dataset = kind(self.tokens.train.path, config.seq_len, rows, config.seed)
         if self.tokens.valid:
             next(windows(self.tokens.valid.path, config.seq_len))  # raise now if it is too short
         made = before[0] if config.pretrained else make_model(config, self.tokenizer.vocab_size)
         self.model = cast(LanguageModel, made)
         self._choose_chunk()
+        if config.carry_state:
+            self.state = self.model.init_state(rows)
+            self.carried = dict(self.state.named_tensors())
         return self.model, self.dataset.windows_per_epoch, rows
 
     def describe(self) -> tuple[str, str]:
@@ -67,27 +74,45 @@ class LanguageRun(Run[TrainConfig]):
         chunk = self.config.backward_chunk
         return data, f"{step} in chunks of {chunk:,}" if self._chunked else step
 
-    def batch(self, step: int) -> list[tuple[Tensor, int]]:
-        """Return the ids of a step in parts (batch_size, seq_len + 1).
+    def batch(self, step: int) -> list[tuple[tuple[Tensor, int], int]]:
+        """Return the ids of a step in parts (batch_size, seq_len + 1), each with the number of its first row.
 
         Where documents are few, as in one long novel, the model would hardly ever see the start of a text,
         which it needs to generate without a prompt. There one window in 16 starts with the end-of-text id.
         """
         ids = self.dataset.batch(step)
-        if self.tokens.train.documents < self.dataset.windows_per_epoch / 16:
+        few = self.tokens.train.documents < self.dataset.windows_per_epoch / 16
+        if few and not self.config.carry_state:
             first = step * len(ids)
             ids[-first % 16 :: 16, 0] = self.tokenizer.start[-1]
-        parts = torch.split(ids, self.config.batch_size)
-        return [(part, part.shape[0] * (part.shape[1] - 1)) for part in parts]
+        parts = enumerate(torch.split(ids, self.config.batch_size))
+        size = self.config.batch_size
+        return [((part, i * size), part.shape[0] * (part.shape[1] - 1)) for i, part in parts]
 
-    def loss(self, model: LanguageModel, part: Tensor) -> Tensor:
-        """Return the mean loss of the next token; its gradients are exact, also in chunks."""
-        part = part.to(self.config.device)
-        if self._chunked:
-            assert self.config.backward_chunk
-            return chunked_loss(model, part, chunk=self.config.backward_chunk, directory=self.directory)[0]
-        loss: Tensor = model(part, labels=part, return_logits=False).loss
+    def loss(self, model: LanguageModel, part: tuple[Tensor, int]) -> Tensor:
+        """Return the mean loss of the next token; with --carry-state the rows of the part start in theirs."""
+        ids, first = part
+        if not self.config.carry_state:
+            return self._loss(ids)[0]
+        rows = slice(first, first + len(ids))
+        loss, after = self._loss(ids, self.state.map(lambda tensor: tensor[rows].clone()))
+        for name, tensor in after.named_tensors():
+            self.carried[name][rows] = tensor.detach()
         return loss
+
+    def _loss(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Return the mean loss of ids (batch, seq_len + 1) from a state, and the state before their last."""
+        config, model, ids = self.config, self.model, ids.to(self.config.device)
+        if self._chunked:
+            assert config.backward_chunk
+            return chunked_loss(
+                model, ids[:, :-1], ids, chunk=config.backward_chunk, state=state, directory=self.directory
+            )
+        if state is None:
+            output = model(ids, labels=ids, return_logits=False)
+            return output.loss, output.state
+        hidden, after = model.backbone(ids[:, :-1], state)
+        return model.hidden_loss(hidden, ids[:, 1:]), after
 
     @property
     def validates(self) -> bool:
@@ -104,7 +129,7 @@ class LanguageRun(Run[TrainConfig]):
             if signals.received:
                 return None
             predicted = ids.shape[0] * (ids.shape[1] - 1)
-            total += self.loss(self.model, ids).item() * predicted
+            total += self._loss(ids)[0].item() * predicted
             n += predicted
         loss = total / n
         return {"valid_loss": loss, "valid_bits_per_byte": self.tokens.valid.bits_per_byte(loss)}
@@ -123,18 +148,19 @@ class LanguageRun(Run[TrainConfig]):
         """Whether sequences are longer than a chunk of the backward pass."""
         return 0 < (self.config.backward_chunk or 0) < self.config.seq_len
 
-    def _check_chunk(self, model: LanguageModel) -> None:
-        """Raise UsageError if the backward pass is to run in chunks and the model does not allow it."""
-        if self.config.backward_chunk:
+    def _check_state(self, make: Callable[[], Model]) -> None:
+        """Raise UsageError if a setting needs a state of constant size and the model has none."""
+        flags = {"--backward-chunk": self.config.backward_chunk, "--carry-state": self.config.carry_state}
+        for flag in (flag for flag, given in flags.items() if given):
             try:
-                check_constant(model)
+                check_constant(cast(LanguageModel, make()))
             except LongscanError as error:
-                raise UsageError(f"--backward-chunk: {error}") from error
+                raise UsageError(f"{flag}: {error}") from error
 
     def _choose_chunk(self) -> None:
         """Settle the chunks of the backward pass and record them, as they affect rounding."""
         config = self.config
-        self._check_chunk(self.model)
+        self._check_state(lambda: self.model)
         if config.backward_chunk is None:
             long = config.seq_len > ONE_PASS and has_constant_state(self.model)
             self.config = config.replace(backward_chunk=CHUNK if long else 0)

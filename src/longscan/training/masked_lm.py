@@ -51,11 +51,12 @@ class PretrainRun(Run[TrainConfig]):
             raise UsageError("nothing to train on: name text files or directories.")
         if config.pretrained:
             raise UsageError("--from: expected a causal language model, not a BERT. Leave it out.")
-        if config.backward_chunk:
-            raise UsageError(
-                f"--backward-chunk: {config.model} reads in both directions: no chunk can be read "
-                "before the next. Leave it out."
-            )
+        for name in ("backward_chunk", "carry_state"):
+            if getattr(config, name):
+                raise UsageError(
+                    f"--{name.replace('_', '-')}: {config.model} reads in both directions, so no part of a "
+                    "text can be read before the next. Leave it out."
+                )
         model_settings(config, vocab_size=config.vocab_size)  # check the flags before the text is read
         directory = self.directory / "tokenizer"
         self.tokenizer = cast(WordPieceTokenizer, make_tokenizer(config, directory, self.display.line))

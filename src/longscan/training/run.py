@@ -98,7 +98,7 @@ class Run(Task[C]):
             )
         if before is not None and total == so_far:
             self.config = config = config.replace(steps=before.steps, epochs=before.epochs)
-        self.trainer = Trainer(model, config, total, self.batch, self.loss, self.average)
+        self.trainer = Trainer(model, config, total, self.batch, self.loss, self.average, self.carried)
         self.trainer.earlier = read_earlier(directory)
         self.metrics = Metrics(directory / "metrics.jsonl")
         self.checkpoints = Checkpoints(directory / "checkpoints", self.n_checkpoints)

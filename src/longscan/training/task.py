@@ -49,6 +49,7 @@ class Task(ABC, Generic[C]):
     trained_on: ClassVar[tuple[str, ...]] = ()  # files in the run's directory, which the fingerprint covers
     tokenizer: Tokenizer | None = None  # exported with the model
     average: float = 0.0  # decay of the moving average of the weights, see `Trainer`
+    carried: Mapping[str, Tensor] = {}  # what `loss` hands from step to step, see `Trainer`
 
     @abstractmethod
     def prepare(self) -> tuple[Model, int, int]:

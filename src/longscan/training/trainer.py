@@ -30,6 +30,7 @@ from longscan.training.schedule import learning_rate, slow_rate
 __all__ = ["DivergedError", "StepReport", "Trainer", "step_seed"]
 
 AVERAGE = "average"  # the key of an averaged weight in a checkpoint, beside those of AdamW
+CARRIED = "carried"  # what the keys of a carried state begin with
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -83,6 +84,7 @@ class Trainer:
             returns the number of items of each term for each part, tokens first.
         average: decay of the exponential moving average of the weights, and of the statistics of batch norms,
             which is lower in the first steps: at most (1 + step) / (10 + step); 0 for no average.
+        carried: what else the loss hands from step to step, by name, such as a state; overwritten in place.
 
     Raises:
         UsageError: the schedule is noam and the model has no d_model.
@@ -96,6 +98,7 @@ class Trainer:
         batch: Callable[[int], Sequence[tuple[Any, int | tuple[int, ...]]]],
         loss: Callable[[Any, Any], Tensor],
         average: float = 0.0,
+        carried: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model, self.config, self.total, self.batch, self.loss = model, config, total, batch, loss
         self.d_model = model.config.to_dict().get("d_model")
@@ -110,6 +113,7 @@ class Trainer:
             eps=config.eps,
             fused=True,  # one pass over memory; elementwise, so the bits do not depend on the threads
         )
+        self.carried = {f"{CARRIED}.{name}": tensor for name, tensor in (carried or {}).items()}
         self.decay = average
         self.average = {name: x.detach().clone() for name, x in self.tensors.items()} if average else {}
 
@@ -210,7 +214,7 @@ class Trainer:
             for key, value in self.optimizer.state[parameter].items()
         }
         moments |= {f"{name}.{AVERAGE}": value for name, value in self.average.items()}
-        save_file(moments, directory / "optimizer.safetensors")
+        save_file(moments | self.carried, directory / "optimizer.safetensors")
 
     def load(self, directory: Path, step: int) -> None:
         """Load what `save` wrote.
@@ -235,6 +239,7 @@ class Trainer:
             f"{name}.{key}": shape for name, shape in shapes.items() for key in ("exp_avg", "exp_avg_sq")
         }
         expected |= {f"{name}.{AVERAGE}": shape for name, shape in _shapes(self.average).items()}
+        expected |= _shapes(self.carried)
         if {
             name: tuple(t.shape) for name, t in moments.items() if not name.endswith(".step")
         } != expected or any(f"{name}.step" not in moments for name in parameters):
@@ -249,6 +254,8 @@ class Trainer:
             }
         for name, average in self.average.items():
             average.copy_(moments[f"{name}.{AVERAGE}"])
+        for name, tensor in self.carried.items():
+            tensor.copy_(moments[name])
         self.step_number = step
 
 
