@@ -36,6 +36,7 @@ EXPERIMENTS = {
     "mqar": "Many keys, many queries: accuracy against the width and the size of the state (Zoology).",
     "ablations": "Mamba without its gate, with constant Δ, B or C, and more (Mamba, tables 6 to 10).",
     "induction": "Trained on 256 tokens, tested on up to 1,048,576 (Mamba, table 2).",
+    "long-dependency": "An answer 100,000 tokens after its cue: exact and truncated gradients.",
     "digits": "Spoken digits from raw samples, also at half the rate.",
     "vowels": "Speaker identification: twelve channels of Japanese vowels, also at half the rate.",
     "irregular": "The vowels with half of the steps dropped: a neural ODE on their times, and others.",

@@ -21,7 +21,18 @@ from torch import Tensor
 
 from longscan.errors import UsageError
 
-__all__ = ["IGNORED", "Examples", "adding", "copying", "distinct", "induction", "mqar", "recall", "selective"]
+__all__ = [
+    "IGNORED",
+    "Examples",
+    "adding",
+    "copying",
+    "distant",
+    "distinct",
+    "induction",
+    "mqar",
+    "recall",
+    "selective",
+]
 
 
 IGNORED = -100
@@ -203,6 +214,28 @@ def adding(n: int, generator: torch.Generator, length: int = 100) -> tuple[Tenso
     positions = torch.cat([_draw(half, (n, 1), generator), half + _draw(length - half, (n, 1), generator)], 1)
     marks = torch.zeros(n, length).scatter_(1, positions, 1.0)
     return torch.stack([numbers, marks], 2), numbers.gather(1, positions).sum(1, keepdim=True)
+
+
+def distant(n: int, generator: torch.Generator, length: int = 1000, rare: float = 0.0) -> Examples:
+    """Return sequences that begin with one of two cues and end with a question: which was it?
+
+    Args:
+        n: sequences, as many of each cue.
+        generator: randomness.
+        length: tokens between the cue and the question.
+        rare: probability of a token other than the usual one between them.
+
+    Returns:
+        ids (n, length + 2) of 6 tokens: 2 cues, 2 rare ones, the usual one, the question; asked is the cue.
+
+    Raises:
+        UsageError: n is odd or less than 2.
+    """
+    _check(n >= 2 and n % 2 == 0, "distant", "even number of sequences, as many of each cue")
+    cue = torch.arange(n)[:, None] % 2
+    others = 2 + _draw(2, (n, length), generator)
+    between = torch.where(torch.rand((n, length), generator=generator) < rare, others, 4)
+    return _at_the_end(torch.cat([cue, between, torch.full_like(cue, 5)], 1), cue)
 
 
 def distinct(make: Maker, n: int, generator: torch.Generator) -> Examples:

@@ -11,11 +11,11 @@ from longscan.bench.suites.train import describe
 
 __all__ = ["run"]
 
-SHAPE = {"d_model": 128, "n_layers": 4, "vocab_size": 4096}
+SHAPE = {"d_model": 64, "n_layers": 4, "vocab_size": 512}
 LENGTHS, CHUNK = (2048, 8192, 65_536, 524_288, 1_048_576), 2048
 QUICK_SHAPE = {"d_model": 32, "n_layers": 2, "vocab_size": 256}
 QUICK_LENGTHS, QUICK_CHUNK = (128, 256, 1024), 128
-TRANSFORMER = {"n_layers": 2, "n_heads": 4, "d_ff": 640}  # as many parameters as the Mamba of SHAPE
+TRANSFORMER = {"n_layers": 2, "n_heads": 4, "d_ff": 320}  # as many parameters as the Mamba of SHAPE
 RECOMPUTED = 4 / 3  # a forward pass more, where a step is one and a backward pass of two
 
 CHUNKS, WHOLE, GPT = "Mamba in chunks", "Mamba, one pass", "no Mamba: Transformer, SDPA"
