@@ -300,16 +300,19 @@ def test_the_default_is_recorded(tmp_path: Path) -> None:
         (["--model", "llama", "--backward-chunk", 0, "--carry-state"], "--carry-state: expected a model"),
         (["--model", "bert", "--tokenizer", "bpe"], "bert reads in both directions"),
         (["--backward-chunk", "-1"], "--backward-chunk: expected 0 or more, got -1"),
+        (
+            ["--model", "llama", "--backward-chunk", 0, "--seq-len", 9000, "--batch-size", 10**7],
+            "one pass retains",
+        ),
         (["--seq-len", "1048576"], "one sequence needs seq_len + 1 = 1,048,577"),
     ],
-    ids=["attention", "attention-carried", "bert", "negative", "too-little-text"],
+    ids=["attention", "attention-carried", "bert", "negative", "memory", "too-little-text"],
 )
-def test_bad_input(
-    text: Path, tmp_path: Path, cli: Callable[..., Any], flags: list[object], message: str
-) -> None:
-    run = tmp_path / "run"
+def test_bad_input(tmp_path: Path, cli: Callable[..., Any], flags: list[object], message: str) -> None:
+    run, long = tmp_path / "run", tmp_path / "long.txt"
+    long.write_text("all of it " * 1500)
     usual = ["--tokenizer", "bytes", "--preset", "tiny", "--backward-chunk", 8]
-    done = cli("train", text, "--out", run, *usual, *flags)
+    done = cli("train", long, "--out", run, *usual, *flags)
     assert done.code in (1, 2)
     assert message in " ".join(done.err.split())
     assert "Traceback" not in done.err

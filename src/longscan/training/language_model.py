@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longscan.core.config import count
-from longscan.core.runtime import StopSignals
+from longscan.core.runtime import StopSignals, available_memory
 from longscan.data.token_files import TokenDataset, windows
 from longscan.data.token_streams import TokenStreams
 from longscan.errors import LongscanError, UsageError
@@ -19,6 +19,7 @@ from longscan.tokenizers.base import Tokenizer
 from longscan.training.build import continued, make_model, make_tokenizer, make_tokens, model_settings
 from longscan.training.chunked_loss import check_constant, chunked_loss, has_constant_state
 from longscan.training.config import TrainConfig
+from longscan.training.footprint import footprint, memory_size
 from longscan.training.run import Run
 from longscan.training.run_directory import read_earlier, write_settings
 
@@ -165,6 +166,20 @@ class LanguageRun(Run[TrainConfig]):
             long = config.seq_len > ONE_PASS and has_constant_state(self.model)
             self.config = config.replace(backward_chunk=CHUNK if long else 0)
             write_settings(self.directory, self.verb, self.config.to_dict(), read_earlier(self.directory))
+        if config.seq_len > ONE_PASS and not self._chunked:
+            self._check_memory()
+
+    def _check_memory(self) -> None:
+        """Raise LongscanError if a long pass clearly exceeds the memory; attention may take still more."""
+        tokens, available = self.config.seq_len * self.config.batch_size, available_memory()
+        model = self.model.train()
+        needs = footprint(model, lambda n: self._loss(torch.zeros(1, n + 1, dtype=torch.long))[0], tokens)
+        if available is not None and self.config.device == "cpu" and needs.total > available:
+            raise LongscanError(
+                f"a step takes at least {needs}, and {memory_size(available)} are available: one pass "
+                "retains what its backward pass needs of every token. Lower --seq-len or --batch-size, or "
+                "choose a model whose state has a constant size, such as mamba, without --backward-chunk 0."
+            )
 
     def _sample(self) -> str:
         """Return the sample prompt, continued."""
