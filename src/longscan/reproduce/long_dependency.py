@@ -1,7 +1,7 @@
 """A cue, a hundred thousand tokens, a question: what exact gradients learn and truncated ones do not.
 
 Each sequence begins with one of two cues and ends with a question, whose answer is the cue. In between is one
-token repeated, now and then another. Two runs train the same model on the same sequences, and in both the
+token, a hundred thousand times. Two runs train the same model on the same sequences, and in both the
 state passes through all of a sequence. Truncated backpropagation follows the loss over the last 2,048 tokens:
 it can learn to use what the state holds, but not what the state should hold, as no gradient reaches the cue.
 Exact gradients do.
@@ -72,7 +72,7 @@ class DependencyConfig(FreshConfig):
     EPOCHS: ClassVar[float] = 1.0
 
     length: int = setting(LENGTH, "Tokens between the cue and the question.")
-    rare: float = setting(1e-4, "Probability of another token among them.")
+    rare: float = setting(0.0, "Probability of another token among them.")
     chunk: int = setting(8192, "Tokens per chunk.")
     window: int = setting(0, "Tokens of the truncated gradient; 0 = exact.")
     batch_size: int = setting(2, "Sequences per step, as many of each cue.")
@@ -101,7 +101,7 @@ class DependencyRun(Run[DependencyConfig]):
     def describe(self) -> tuple[str, str]:
         """Return the training data and the batch, as text."""
         config = self.config
-        data = f"sequences of {config.length + 2:,} tokens, new at every step"
+        data = f"two cues, each with {config.length:,} tokens before the question"
         return data, count(config.batch_size, "sequence")
 
     def batch(self, step: int) -> list[tuple[Examples, int]]:
