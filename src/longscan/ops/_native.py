@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longscan.ops._derivatives import composed
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 _LIBRARY = Path(__file__).resolve().parent.parent / "_lib" / "liblongscan.so"
 
 
@@ -245,7 +245,7 @@ def quant_gemm(
     assert _library is not None
     y = x.new_empty(*x.shape[:-1], q.shape[0])
     workspace = x.new_empty(_library.ls_multiply_workspace(rows, x.shape[-1]), dtype=torch.uint8)
-    matrix = struct.pack("6q", *matrix_fields(q, scale, bias))
+    matrix = struct.pack("7q", *matrix_fields(q, scale, bias))
     if _library.ls_quant_gemm(matrix, x.data_ptr(), y.data_ptr(), rows, bits, workspace.data_ptr()):
         raise RuntimeError(
             f"ls_quant_gemm refused {rows} rows and {tuple(q.shape)} {q.dtype}; please report it"
