@@ -106,7 +106,7 @@ class Checkpoints:
         """
         later = [path for path in self.directories() if self.step_of(path) > step]
         for path in [*self.root.glob(".step-*"), *later]:
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()  # a lock file
         self._prune()
 
     @staticmethod
