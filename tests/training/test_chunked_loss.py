@@ -13,6 +13,7 @@ from safetensors.torch import load_file as load_tensors
 from torch import Tensor
 
 from longscan.checkpoints.load import load
+from longscan.core.progress import Display
 from longscan.core.random import RandomStream
 from longscan.data.token_files import open_tokens
 from longscan.errors import LongscanError, UsageError
@@ -20,7 +21,7 @@ from longscan.models import MODELS, LanguageModel, State
 from longscan.models.common.lora import LoraLayer, adaptable, attach
 from longscan.training.chunked_loss import chunked_loss, has_constant_state
 from longscan.training.config import TrainConfig
-from longscan.training.run_directory import read_settings
+from longscan.training.language_model import LanguageRun
 from tiny_runs import TINY, Recorder, assert_same, interrupt, metrics, resume, train
 
 # largest difference allowed, relative to the largest gradient of a parameter
@@ -279,7 +280,7 @@ def test_carried_states_resume_bit_for_bit(config: TrainConfig, tmp_path: Path, 
     assert any(name.startswith("carried.") and tensor.any() for name, tensor in stored.items())
 
 
-def test_the_default_is_recorded(tmp_path: Path) -> None:
+def test_the_default_depends_on_length_and_model(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("all of it " * 2000)
     long = {"data": [str(tmp_path / "text.txt")], "batch_size": 1, "accumulate": 1, "steps": 1}
     settings = TrainConfig.from_dict({**TINY, **long, "sample_every": 0, "valid_fraction": 0})
@@ -288,9 +289,10 @@ def test_the_default_is_recorded(tmp_path: Path) -> None:
         ("mamba", 64, {}, 0),
         ("llama", 9000, {"d_state": None, "option": ("max_positions=9001",)}, 0),
     ):
-        run = tmp_path / f"{name}-{seq_len}"
-        train(settings.replace(model=name, seq_len=seq_len, **more), run)
-        assert read_settings(run, "train")["backward_chunk"] == chunk
+        directory = tmp_path / f"{name}-{seq_len}"
+        directory.mkdir()
+        run = LanguageRun(directory, settings.replace(model=name, seq_len=seq_len, **more), Display())
+        assert run.chunk == chunk
 
 
 @pytest.mark.parametrize(

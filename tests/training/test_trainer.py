@@ -84,7 +84,7 @@ def test_what_learns_slowly_goes_on_bit_for_bit(name: str, tmp_path: Path) -> No
     for _ in range(3):
         whole.step()
         first.step()
-    first.save(tmp_path)
+    first.state().save(tmp_path)
     second.load(tmp_path, 3)
     reports = [(whole.step(), second.step()) for _ in range(3)]
     assert all(a == b for a, b in reports)
@@ -128,7 +128,7 @@ def test_the_average_is_that_of_the_weights_after_each_step() -> None:
 def test_the_average_is_saved_and_loaded_and_must_be_there(tmp_path: Path) -> None:
     one, two = averaging(), averaging()
     one.step()
-    one.save(tmp_path)
+    one.state().save(tmp_path)
     two.load(tmp_path, 1)
     assert one.average.keys() == two.average.keys() == weights(one).keys()
     assert all(torch.equal(one.average[name], two.average[name]) for name in one.average)

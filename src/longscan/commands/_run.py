@@ -10,9 +10,10 @@ import typer
 
 from longscan.core.config import count
 from longscan.core.progress import Terminal
-from longscan.errors import UsageError
+from longscan.errors import LongscanError, UsageError
 from longscan.ops import keep_memory
 from longscan.training.config import RunConfig, read_recipe
+from longscan.training.launch import launch
 from longscan.training.run import Run, RunResult
 
 __all__ = ["Out", "Recipe", "Resume", "exit_stopped", "finished", "run_command"]
@@ -52,17 +53,31 @@ def run_command(
     if (out is None) == (resume_from is None):
         raise UsageError("give either --out DIR for a new run or --resume DIR to resume one.")
     keep_memory()
-    if resume_from is not None:
-        if recipe is not None:
-            raise UsageError("--config is for a new run: --resume uses the settings the run started with.")
-        result = run.resume(resume_from, flags, Terminal(flags.get("log_every", 10)))
-    else:
-        assert out is not None
-        config = read_recipe(recipe, flags, run.settings)
-        result = run.begin(config, out, Terminal(config.log_every))
+    try:
+        result = _run(run, out, resume_from, recipe, flags)
+    except LongscanError as error:
+        place = launch()
+        if place.first:
+            raise
+        # the first process says it all
+        line = str(error).splitlines()[0]
+        raise type(error)(f"process {place.rank} of {place.size}: {line}") from error
     if result.stopped_by is not None:
         exit_stopped(result, f"continue with: {run.again(result.directory)}")
     return result
+
+
+def _run(
+    run: type[Run[C]], out: Path | None, resume_from: Path | None, recipe: Path | None, flags: dict[str, Any]
+) -> RunResult:
+    """Start or resume a run; see `run_command`."""
+    if resume_from is not None:
+        if recipe is not None:
+            raise UsageError("--config is for a new run: --resume uses the settings the run started with.")
+        return run.resume(resume_from, flags, Terminal(flags.get("log_every", 10)))
+    assert out is not None
+    config = read_recipe(recipe, flags, run.settings)
+    return run.begin(config, out, Terminal(config.log_every))
 
 
 def exit_stopped(result: RunResult, remedy: str) -> NoReturn:
@@ -76,7 +91,8 @@ def exit_stopped(result: RunResult, remedy: str) -> NoReturn:
         typer.Exit: always.
     """
     with contextlib.suppress(OSError):  # of a terminal that was closed
-        typer.echo(f"stopped after step {result.step:,}; {remedy}", err=True)
+        if launch().first:
+            typer.echo(f"stopped after step {result.step:,}; {remedy}", err=True)
     assert result.stopped_by is not None
     raise typer.Exit(128 + result.stopped_by)
 
@@ -89,5 +105,7 @@ def finished(result: RunResult, measured: str, example: str) -> None:
         measured: the validation in a few words, "" if there was none.
         example: a command to try, after `longscan`.
     """
+    if not launch().first:
+        return
     parts = [f"trained {count(result.total, 'step')}", measured, f"try: longscan {example}"]
     typer.echo(" · ".join(part for part in parts if part))

@@ -10,7 +10,7 @@ from typing import Any
 
 from longscan.core.files import atomic_directory, read_json, write_json
 from longscan.errors import LongscanError
-from longscan.training.trainer import Trainer
+from longscan.training.trainer import TrainerState
 
 __all__ = ["Checkpoints"]
 
@@ -33,11 +33,11 @@ class Checkpoints:
     def __init__(self, root: Path, keep: int = 2) -> None:
         self.root, self.keep = root, keep
 
-    def save(self, trainer: Trainer, extra: dict[str, Any]) -> Path:
-        """Save a checkpoint of the current step and delete the oldest.
+    def save(self, trained: TrainerState, extra: dict[str, Any]) -> Path:
+        """Save a checkpoint of a step and delete the oldest.
 
         Args:
-            trainer: what to save.
+            trained: what to save.
             extra: further JSON values of the state.
 
         Returns:
@@ -46,12 +46,12 @@ class Checkpoints:
         Raises:
             LongscanError: it could not be written, for example because the disk is full.
         """
-        target = self.root / f"step-{trainer.step_number:06d}"
+        target = self.path_of(trained.step)
         try:
             with atomic_directory(target) as directory:
-                trainer.save(directory)
+                trained.save(directory)
                 hashes = {name: _sha256(directory / name) for name in self.FILES}
-                state = {"format": self.FORMAT, "step": trainer.step_number, "sha256": hashes, **extra}
+                state = {"format": self.FORMAT, "step": trained.step, "sha256": hashes, **extra}
                 write_json(directory / "state.json", state)
         except OSError as error:
             raise LongscanError(f"checkpoint {target} could not be written: {error.strerror}.") from error
@@ -108,6 +108,10 @@ class Checkpoints:
         for path in [*self.root.glob(".step-*"), *later]:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()  # a lock file
         self._prune()
+
+    def path_of(self, step: int) -> Path:
+        """Return the directory of the checkpoint of a step."""
+        return self.root / f"step-{step:06d}"
 
     @staticmethod
     def step_of(directory: Path) -> int:

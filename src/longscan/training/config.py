@@ -205,6 +205,13 @@ class TrainConfig(FreshConfig):
         "Default: shuffled sequences, each from the initial state.",
     )
 
+    shard: bool = setting(
+        False,
+        "Under torchrun: shard weights, gradients and optimizer over the processes (FSDP2).",
+        harmless=True,
+    )
+    timeout: int = setting(600, "Under torchrun: seconds to wait for another process.", harmless=True)
+
     eval_windows: int = setting(32, "Sequences per validation; all of them at the end.", harmless=True)
     sample_every: int = setting(200, "Steps between samples of text; 0 = none.", harmless=True)
     sample_prompt: str = setting("", "Prompt of the samples.", harmless=True)
@@ -214,7 +221,7 @@ class TrainConfig(FreshConfig):
         """Raise UsageError if a value is out of range."""
         super().__post_init__()
         self.check("seq_len", "vocab_size", least=2)
-        self.check("batch_size", "accumulate", "eval_windows", "sample_tokens", least=1)
+        self.check("batch_size", "accumulate", "timeout", "eval_windows", "sample_tokens", least=1)
         self.check("sample_every", "backward_chunk", least=0)
         self.check("valid_fraction", least=0, below=1)
 

@@ -20,8 +20,8 @@ from longscan.training.build import continued, make_model, make_tokenizer, make_
 from longscan.training.chunked_loss import check_constant, chunked_loss, has_constant_state
 from longscan.training.config import TrainConfig
 from longscan.training.footprint import footprint, memory_size
+from longscan.training.replicas import Replica, SummedModel
 from longscan.training.run import Run
-from longscan.training.run_directory import read_earlier, write_settings
 
 __all__ = ["LanguageRun"]
 
@@ -38,12 +38,28 @@ class LanguageRun(Run[TrainConfig]):
     trained_on = ("data/meta.json",)
     tokenizer: Tokenizer
     dataset: TokenDataset | TokenStreams
+    chunk: int  # tokens of the backward pass at a time; 0: all
+
+    @classmethod
+    def timeout(cls, config: TrainConfig) -> float:
+        """The seconds that its processes wait for each other."""
+        return config.timeout
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has a share of the model only."""
+        return self.config.shard
 
     def prepare(self) -> tuple[Model, int, int]:
         """Return the model, after making the tokenizer and the tokens."""
         config = self.config
         if not config.data:
             raise UsageError("nothing to train on: name text files or directories.")
+        if config.carry_state and self.group.several:
+            raise UsageError(
+                "--carry-state: expected one process, as the states are in its checkpoint alone. Leave it out, "
+                "or start without torchrun."
+            )
         if config.pretrained:
             before = continued(config, self.directory / "start")
             self.tokenizer = before[1]
@@ -54,6 +70,7 @@ class LanguageRun(Run[TrainConfig]):
             self.tokenizer = make_tokenizer(config, self.directory / "tokenizer", self.display.line)
         self.tokens = make_tokens(config, self.tokenizer, self.directory / "data", self.display.prepare)
         rows = config.batch_size * config.accumulate
+        self.group.slices(rows, config.batch_size)  # raise now if there are too few
         kind = TokenStreams if config.carry_state else TokenDataset
         self.dataset = kind(self.tokens.train.path, config.seq_len, rows, config.seed)
         if self.tokens.valid:
@@ -72,11 +89,12 @@ class LanguageRun(Run[TrainConfig]):
         held_out = f"{valid.tokens:,} held out" if valid else "none held out: no validation"
         data = f"{count(train.tokens, 'token')} of {_megabytes(train.bytes)}, {held_out}"
         step = count(self.config.tokens_per_step, "token")
-        chunk = self.config.backward_chunk
-        return data, f"{step} in chunks of {chunk:,}" if self._chunked else step
+        return data, f"{step} in chunks of {self.chunk:,}" if self.chunk else step
 
     def batch(self, step: int) -> list[tuple[tuple[Tensor, int], int]]:
-        """Return the ids of a step in parts (batch_size, seq_len + 1), each with the number of its first row.
+        """Return the ids that this process takes in a step, in parts (batch_size, seq_len + 1).
+
+        With each comes the number of its first row.
 
         Where documents are few, as in one long novel, the model would hardly ever see the start of a text,
         which it needs to generate without a prompt. There one window in 16 starts with the end-of-text id.
@@ -86,29 +104,26 @@ class LanguageRun(Run[TrainConfig]):
         if few and not self.config.carry_state:
             first = step * len(ids)
             ids[-first % 16 :: 16, 0] = self.tokenizer.start[-1]
-        parts = enumerate(torch.split(ids, self.config.batch_size))
-        size = self.config.batch_size
-        return [((part, i * size), part.shape[0] * (part.shape[1] - 1)) for i, part in parts]
+        slices = self.group.slices(len(ids), self.config.batch_size)
+        return [((ids[rows], rows.start), (rows.stop - rows.start) * (ids.shape[1] - 1)) for rows in slices]
 
     def loss(self, model: LanguageModel, part: tuple[Tensor, int]) -> Tensor:
         """Return the mean loss of the next token; with --carry-state the rows of the part start in theirs."""
         ids, first = part
         if not self.config.carry_state:
-            return self._loss(ids)[0]
+            return self._loss(model, ids)[0]
         rows = slice(first, first + len(ids))
-        loss, after = self._loss(ids, self.state.map(lambda tensor: tensor[rows].clone()))
+        loss, after = self._loss(model, ids, self.state.map(lambda tensor: tensor[rows].clone()))
         for name, tensor in after.named_tensors():
             self.carried[name][rows] = tensor.detach()
         return loss
 
-    def _loss(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def _loss(self, model: LanguageModel, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Return the mean loss of ids (batch, seq_len + 1) from a state, and the state before their last."""
-        config, model, ids = self.config, self.model, ids.to(self.config.device)
-        if self._chunked:
-            assert config.backward_chunk
-            return chunked_loss(
-                model, ids[:, :-1], ids, chunk=config.backward_chunk, state=state, directory=self.directory
-            )
+        ids = ids.to(self.config.device)
+        if self.chunk:
+            inputs, where = ids[:, :-1], self.directory
+            return chunked_loss(self.model, inputs, ids, chunk=self.chunk, state=state, directory=where)
         if state is None:
             output = model(ids, labels=ids, return_logits=False)
             return output.loss, output.state
@@ -126,12 +141,15 @@ class LanguageRun(Run[TrainConfig]):
         assert self.tokens.valid is not None
         config, total, n = self.config, 0.0, 0
         limit = None if last else config.eval_windows
-        for ids in windows(self.tokens.valid.path, config.seq_len, batch_size=config.batch_size, limit=limit):
+        batches = windows(self.tokens.valid.path, config.seq_len, batch_size=config.batch_size, limit=limit)
+        for ids, counts in self.group.share(batches, signals):
             if signals.received:
                 return None
-            predicted = ids.shape[0] * (ids.shape[1] - 1)
-            total += self._loss(ids)[0].item() * predicted
-            n += predicted
+            loss, predicted = self._loss(self.model, ids)[0].item(), ids.shape[0] * (ids.shape[1] - 1)
+            if counts:
+                total += loss * predicted
+                n += predicted
+        total, n = self.group.total(torch.tensor([total, n], dtype=torch.float64)).tolist()
         loss = total / n
         return {"valid_loss": loss, "valid_bits_per_byte": self.tokens.valid.bits_per_byte(loss)}
 
@@ -144,11 +162,6 @@ class LanguageRun(Run[TrainConfig]):
             self.metrics.write({"step": self.trainer.step_number, "sample": text})
             self.say(text)
 
-    @property
-    def _chunked(self) -> bool:
-        """Whether sequences are longer than a chunk of the backward pass."""
-        return 0 < (self.config.backward_chunk or 0) < self.config.seq_len
-
     def _check_state(self, make: Callable[[], Model]) -> None:
         """Raise UsageError if a setting needs a state of constant size and the model has none."""
         flags = {"--backward-chunk": self.config.backward_chunk, "--carry-state": self.config.carry_state}
@@ -159,21 +172,33 @@ class LanguageRun(Run[TrainConfig]):
                 raise UsageError(f"{flag}: {error}") from error
 
     def _choose_chunk(self) -> None:
-        """Settle the chunks of the backward pass and record them, as they affect rounding."""
-        config = self.config
+        """Settle the chunks of the backward pass."""
+        seq_len, chunk = self.config.seq_len, self.config.backward_chunk
         self._check_state(lambda: self.model)
-        if config.backward_chunk is None:
-            long = config.seq_len > ONE_PASS and has_constant_state(self.model)
-            self.config = config.replace(backward_chunk=CHUNK if long else 0)
-            write_settings(self.directory, self.verb, self.config.to_dict(), read_earlier(self.directory))
-        if config.seq_len > ONE_PASS and not self._chunked:
+        if chunk is None:
+            chunk = CHUNK if seq_len > ONE_PASS and has_constant_state(self.model) else 0
+        self.chunk = chunk if chunk < seq_len else 0
+        if self.chunk and self.sharded and self.group.several:
+            raise UsageError(
+                "--shard: expected sequences of one pass, as the chunks of --backward-chunk need the whole "
+                "model in each process. Leave --shard out, or choose --backward-chunk 0."
+            )
+        if seq_len > ONE_PASS and not self.chunk:
             self._check_memory()
+
+    def replicate(self, model: Model) -> Replica:
+        """Return the model as this process trains it: without DDP if its gradients come from chunks."""
+        if self.group.several and self.chunk:
+            return SummedModel(model, self.group)
+        return super().replicate(model)
 
     def _check_memory(self) -> None:
         """Raise LongscanError if a long pass clearly exceeds the memory; attention may take still more."""
         tokens, available = self.config.seq_len * self.config.batch_size, available_memory()
         model = self.model.train()
-        needs = footprint(model, lambda n: self._loss(torch.zeros(1, n + 1, dtype=torch.long))[0], tokens)
+        needs = footprint(
+            model, lambda n: self._loss(model, torch.zeros(1, n + 1, dtype=torch.long))[0], tokens
+        )
         if available is not None and self.config.device == "cpu" and needs.total > available:
             raise LongscanError(
                 f"a step takes at least {needs}, and {memory_size(available)} are available: one pass "
@@ -182,10 +207,14 @@ class LanguageRun(Run[TrainConfig]):
             )
 
     def _sample(self) -> str:
-        """Return the sample prompt, continued."""
+        """Return the sample prompt, continued; "" in other processes than the first."""
         config = self.config
+        self.trainer.replica.gather()
+        model = self.trainer.replica.plain
+        if model is None:  # the first process does it
+            return ""
         pieces = generate(
-            self.model,
+            cast(LanguageModel, model),
             self.tokenizer,
             config.sample_prompt,
             max_new_tokens=config.sample_tokens,

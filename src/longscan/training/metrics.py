@@ -18,10 +18,11 @@ class Metrics:
 
     Args:
         path: the file; created when missing.
+        writes: whether this process writes it; the others of a run only remember.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
         self.records: list[dict[str, Any]] = []
         self._newest: dict[str, tuple[int, Any]] = {}  # key -> its last step and value
 
@@ -39,6 +40,8 @@ class Metrics:
             except (ValueError, TypeError, KeyError):
                 break
             self._add(record)
+        if not self.writes:
+            return
         atomic_write(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
         number = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
         self._file = open(number, "a", encoding="utf-8")  # noqa: SIM115 - `close` closes it
@@ -49,9 +52,10 @@ class Metrics:
         Args:
             record: JSON values, among them `step`.
         """
-        with writing(self.path):
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            self._file.flush()
+        if self.writes:
+            with writing(self.path):
+                self._file.write(json.dumps(record, allow_nan=False) + "\n")
+                self._file.flush()
         self._add(record)
 
     def sync(self) -> None:
@@ -61,6 +65,8 @@ class Metrics:
 
     def close(self) -> None:
         """Close the file."""
+        if not self.writes:
+            return
         with contextlib.suppress(OSError):  # a full disk has already been reported
             self._file.close()
 

@@ -14,6 +14,8 @@ and metrics are those of an uninterrupted run.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import time
 from collections import deque
@@ -30,13 +32,17 @@ from longscan.core.config import brief, count
 from longscan.core.progress import Display, Snapshot
 from longscan.core.runtime import StopSignals, use_threads
 from longscan.errors import LongscanError, UsageError
+from longscan.models import Model
 from longscan.models.hybrid_config import PatternConfig
 from longscan.ops import release_memory
 from longscan.plotting.training import plot_losses
 from longscan.training.checkpoints import Checkpoints
 from longscan.training.config import RunConfig
+from longscan.training.distributed import ALONE, Group
+from longscan.training.launch import joined, note_start, started_before
 from longscan.training.metrics import Metrics
 from longscan.training.run_directory import (
+    SETTINGS,
     empty,
     lock,
     read_earlier,
@@ -75,6 +81,7 @@ class Run(Task[C]):
         display: receives progress.
         figures: whether loss.png is drawn.
         before: the settings so far, if `config` may extend the run.
+        group: the processes of the run, of which only the first shows and writes anything.
     """
 
     def __init__(
@@ -85,10 +92,13 @@ class Run(Task[C]):
         *,
         figures: bool = True,
         before: C | None = None,
+        group: Group = ALONE,
     ) -> None:
-        self.directory, self.config, self.display, self.figures = directory, config, display, figures
-        model, *self.epoch = self.prepare()
-        config = self.config  # in which the task may have settled what depends on the model
+        self.directory, self.config, self.group = directory, config, group
+        self.display, self.figures = display if group.first else Display(), figures and group.first
+        (model, *self.epoch), earlier = group.in_turn(self._start)
+        group.compare("training data", {"fingerprint": self.fingerprint})
+        group.compare("weights", {"fingerprint": model.fingerprint() if group.several else ""})
         total, so_far = (each.total_steps(*self.epoch) for each in (config, before or config))
         if total < so_far:
             name = "steps" if config.steps is not None else "epochs"
@@ -98,15 +108,18 @@ class Run(Task[C]):
             )
         if before is not None and total == so_far:
             self.config = config = config.replace(steps=before.steps, epochs=before.epochs)
-        self.trainer = Trainer(model, config, total, self.batch, self.loss, self.average, self.carried)
-        self.trainer.earlier = read_earlier(directory)
-        self.metrics = Metrics(directory / "metrics.jsonl")
+        self.trainer = Trainer(
+            model, config, total, self.batch, self.loss, self.average, self.carried, self.replicate(model)
+        )
+        self.trainer.earlier = earlier
+        self.metrics = Metrics(directory / "metrics.jsonl", writes=group.first)
         self.checkpoints = Checkpoints(directory / "checkpoints", self.n_checkpoints)
         self.saved: Path | None = None  # the last good checkpoint
         self.seconds = 0.0  # spent in training steps, over all processes
         self.recent: deque[tuple[float, int]] = deque(maxlen=20)  # seconds and tokens of the last steps
         self.introduce()
-        self._load(before or config)
+        group.in_turn(lambda: self._load(before or config))
+        group.compare("checkpoint", {"step": self.trainer.step_number})
         if before is not None and total > so_far:
             self._lengthen(before, so_far)
 
@@ -123,6 +136,9 @@ class Run(Task[C]):
         if isinstance(config, PatternConfig):  # it may have come from a preset, and been repeated or cut
             name = f"{name} {config.pattern[:31]}{'…' * (len(config.pattern) > 31)}"
         self.display.line(f"data       {data}")
+        if self.group.several:
+            share = "a share of the model" if self.sharded else "the whole model"
+            self.display.line(f"processes  {self.group.size}, each with {share}")
         self.display.line(f"model      {name} of {size} parameters, {count(total, 'step')} of {each}{epochs}")
 
     def report(self, signals: StopSignals) -> None:
@@ -163,10 +179,15 @@ class Run(Task[C]):
         trainer = self.trainer
         try:
             # the steps leave the caller's random state alone
-            with torch.random.fork_rng(devices=()), StopSignals() as signals:
+            with (
+                torch.random.fork_rng(devices=()),
+                self.group.signals() as signals,
+                self.group.connected(),
+            ):
                 self._report(signals)  # in case a process was killed before its report
                 while not trainer.done and not signals.received:
                     self._step()
+                    self.group.agree(signals)
                     if trainer.step_number % self.config.save_every == 0 or trainer.done:
                         self._save()
                     self._report(signals)
@@ -224,23 +245,34 @@ class Run(Task[C]):
         directory = Path(out)
         use_threads(config.threads)
         config = config.absolute().replace(threads=torch.get_num_threads())
-        refuse_content(directory)
-        existed = directory.is_dir()
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LongscanError(
-                f"{directory}: {error.strerror}. Choose a directory you can write to."
-            ) from error
-        with lock(directory), closing(display or Display()) as display:
+        display = display or Display()
+        with joined(cls.verb, config.device, cls.timeout(config)) as group:
+            group.compare(
+                "settings", {**config.to_dict(), "threads": None, "out": os.path.abspath(directory)}
+            )
+            if group.decide(lambda: group.several and started_before(directory)):
+                return cls._continue(directory, config, display, group, figures)
+            if not group.first:
+                return cls(directory, config, display, group=group).go()
             refuse_content(directory)
+            existed = directory.is_dir()
             try:
-                write_settings(directory, cls.verb, config.to_dict())
-                run = cls(directory, config, display, figures=figures)
-            except BaseException:  # nothing is trained yet: clean up, so that the command can be repeated
-                empty(directory, remove=not existed)
-                raise
-            return run.go()
+                directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise LongscanError(
+                    f"{directory}: {error.strerror}. Choose a directory you can write to."
+                ) from error
+            with lock(directory), closing(display):
+                refuse_content(directory)
+                try:
+                    write_settings(directory, cls.verb, config.to_dict())
+                    if group.several:
+                        note_start(directory)
+                    run = cls(directory, config, display, figures=figures, group=group)
+                except BaseException:  # nothing is trained yet: clean up, so that the command can be repeated
+                    empty(directory, remove=not existed)
+                    raise
+                return run.go()
 
     @classmethod
     def resume(
@@ -271,11 +303,32 @@ class Run(Task[C]):
         if "steps" in changes or "epochs" in changes:
             changes = {"steps": None, "epochs": None, **changes}
         stored = cls.settings.from_dict(read_settings(directory, cls.verb))
-        with lock(directory), closing(display or Display()) as display:
-            config = stored.replace(**changes).absolute()
+        config = stored.replace(**changes).absolute()
+        with joined(cls.verb, config.device, cls.timeout(config)) as group:
+            group.compare(
+                "settings", {**config.to_dict(), "threads": None, "resume": os.path.abspath(directory)}
+            )
+            return cls._continue(directory, config, display or Display(), group, figures)
+
+    @classmethod
+    def _continue(
+        cls, directory: Path, config: C, display: Display, group: Group, figures: bool
+    ) -> RunResult:
+        """Resume a run with settings that may extend it; the first process holds its lock."""
+        with lock(directory) if group.first else contextlib.nullcontext(), closing(display):
+            stored = cls.settings.from_dict(read_settings(directory, cls.verb))
             refuse_changes(config, stored, directory, longer=True)
             use_threads(config.threads)
-            return cls(directory, config, display, figures=figures, before=stored).go()
+            return cls(directory, config, display, figures=figures, before=stored, group=group).go()
+
+    def _start(self) -> tuple[tuple[Model, int, int], list[tuple[int, int]]]:
+        """Return what `prepare` does, and the earlier lengths of the run."""
+        if not (self.directory / SETTINGS).is_file():
+            raise LongscanError(
+                f"{self.directory} is not the directory of the run in which process 0 has started. "
+                "All processes need the same one: on several machines, on a file system that they share."
+            )
+        return self.prepare(), read_earlier(self.directory)
 
     def _load(self, before: C) -> None:
         """Load the newest intact checkpoint, made with the settings `before`, if there is one."""
@@ -291,7 +344,8 @@ class Run(Task[C]):
                 )
             self.trainer.load(self.saved, state["step"])
             self.seconds = state["seconds"]
-        self.checkpoints.sweep(self.trainer.step_number)
+        if self.group.first:
+            self.checkpoints.sweep(self.trainer.step_number)
         self.metrics.rewind(self.trainer.step_number)
         if newest:
             self.display.line(f"resumed    after step {self.trainer.step_number:,}")
@@ -305,7 +359,8 @@ class Run(Task[C]):
         if step:
             trainer.earlier.append((step, total))
         settings = before.replace(steps=config.steps, epochs=config.epochs)
-        write_settings(self.directory, self.verb, settings.to_dict(), trainer.earlier)
+        if self.group.first:
+            write_settings(self.directory, self.verb, settings.to_dict(), trainer.earlier)
         change = ""
         if step and config.schedule != "noam":
             old, now = learning_rate(config, step - 1, total), learning_rate(config, step, new)
@@ -341,9 +396,13 @@ class Run(Task[C]):
 
     def _save(self) -> None:
         """Save a checkpoint, after flushing the metrics up to it to the disk."""
+        trained = self.trainer.state()
+        if not self.group.first:
+            self.saved = self.checkpoints.path_of(trained.step)
+            return
         self.metrics.sync()
         extra = {"config": self.config.to_dict(), "data": self.fingerprint, "seconds": self.seconds}
-        self.saved = self.checkpoints.save(self.trainer, extra)
+        self.saved = self.checkpoints.save(trained, extra)
         release_memory()
 
     def _report(self, signals: StopSignals) -> None:
@@ -374,6 +433,9 @@ class Run(Task[C]):
             return
         if self.saved is None or self.checkpoints.step_of(self.saved) != step:
             self._save()
+        self.trainer.replica.gather()
+        if not self.group.first:
+            return
         self._plot()
         self.export(self.directory / "model")
 

@@ -18,6 +18,8 @@ from longscan.core.runtime import StopSignals
 from longscan.models import Model
 from longscan.tokenizers.base import Tokenizer
 from longscan.training.config import RunConfig
+from longscan.training.distributed import Group
+from longscan.training.replicas import Replica, replica
 from longscan.training.trainer import Trainer
 
 __all__ = ["Task"]
@@ -36,6 +38,7 @@ class Task(ABC, Generic[C]):
     directory: Path  # the run's
     config: C
     display: Display
+    group: Group  # the processes of the run
     trainer: Trainer
 
     verb: ClassVar[str]  # the verb that resumes the run: "train"
@@ -82,12 +85,31 @@ class Task(ABC, Generic[C]):
 
     def export(self, directory: Path) -> None:
         """Save the model of the last step, not of the best validation."""
-        save(self.trainer.model, directory, self.tokenizer)
+        assert self.trainer.replica.plain is not None
+        save(self.trainer.replica.plain, directory, self.tokenizer)
 
     @property
     def n_parameters(self) -> int:
         """The size of the model, as it is shown."""
         return self.trainer.model.num_parameters()
+
+    @classmethod
+    def timeout(cls, config: C) -> float | None:
+        """The seconds that its processes wait for each other; None if it trains in one process only."""
+        return None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process has a share of the model only."""
+        return False
+
+    def replicate(self, model: Model) -> Replica:
+        """Return the model as this process trains it.
+
+        Args:
+            model: the model, the same in all processes.
+        """
+        return replica(model, self.group, self.sharded)
 
     @property
     def n_checkpoints(self) -> int:

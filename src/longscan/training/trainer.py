@@ -25,9 +25,10 @@ from longscan.errors import LongscanError, UsageError
 from longscan.models import Model
 from longscan.models.common.lora import adapted
 from longscan.training.config import RunConfig
+from longscan.training.replicas import Replica
 from longscan.training.schedule import learning_rate, slow_rate
 
-__all__ = ["DivergedError", "StepReport", "Trainer", "step_seed"]
+__all__ = ["DivergedError", "StepReport", "Trainer", "TrainerState", "step_seed"]
 
 AVERAGE = "average"  # the key of an averaged weight in a checkpoint, beside those of AdamW
 CARRIED = "carried"  # what the keys of a carried state begin with
@@ -71,6 +72,24 @@ class StepReport:
     grad_norm: float
 
 
+@dataclass(frozen=True)
+class TrainerState:
+    """What a checkpoint holds; `weights` and `moments` by name, the latter with AdamW's keys."""
+
+    step: int
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+    def save(self, directory: Path) -> None:
+        """Save weights and moments to an existing directory.
+
+        Args:
+            directory: receives `model.safetensors` and `optimizer.safetensors`.
+        """
+        save_file(self.weights, directory / "model.safetensors", metadata={"format": "pt"})
+        save_file(self.moments, directory / "optimizer.safetensors")
+
+
 class Trainer:
     """A model, its optimizer and the number of steps done: all that changes during training.
 
@@ -85,6 +104,8 @@ class Trainer:
         average: decay of the exponential moving average of the weights, and of the statistics of batch norms,
             which is lower in the first steps: at most (1 + step) / (10 + step); 0 for no average.
         carried: what else the loss hands from step to step, by name, such as a state; overwritten in place.
+        replica: the model as this process trains it beside others; alone if None. `batch` then returns what
+            this process takes.
 
     Raises:
         UsageError: the schedule is noam and the model has no d_model.
@@ -99,7 +120,10 @@ class Trainer:
         loss: Callable[[Any, Any], Tensor],
         average: float = 0.0,
         carried: Mapping[str, Tensor] | None = None,
+        replica: Replica | None = None,
     ) -> None:
+        self.replica = replica or Replica(model)
+        self.group = self.replica.group
         self.model, self.config, self.total, self.batch, self.loss = model, config, total, batch, loss
         self.d_model = model.config.to_dict().get("d_model")
         if config.schedule == "noam" and self.d_model is None:
@@ -134,17 +158,19 @@ class Trainer:
         length = next((total for until, total in self.earlier if self.step_number < until), self.total)
         rate = learning_rate(self.config, self.step_number, length, self.d_model or 1)
         parts = [(part, torch.tensor(count).reshape(-1)) for part, count in self.batch(self.step_number)]
-        totals = torch.stack([counts for _, counts in parts]).sum(0)
-        torch.manual_seed(step_seed(self.config.seed, self.step_number))
+        totals = self.group.total(torch.stack([counts for _, counts in parts]).sum(0))
+        torch.manual_seed(step_seed(self.config.seed, self.step_number) ^ self.group.rank)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         mean = 0.0
-        for part, counts in parts:
-            terms = self.loss(self.model, part).reshape(-1)
-            loss = (terms * (counts / totals.clamp(min=1)).to(terms)).sum()
-            loss.backward()  # type: ignore[no-untyped-call]
+        for number, (part, counts) in enumerate(parts, 1):
+            with self.replica.passing(last=number == len(parts)):
+                terms = self.loss(self.replica.module, part).reshape(-1)
+                loss = (terms * (counts / totals.clamp(min=1)).to(terms)).sum()
+                loss.backward()  # type: ignore[no-untyped-call]
             mean += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip).item()
+        mean = self.group.total(torch.tensor(mean, dtype=torch.float64)).item()
+        norm = self.replica.clip(self.config.clip)
         if not (math.isfinite(mean) and math.isfinite(norm)):
             what = f"the loss is {mean}" if not math.isfinite(mean) else f"the gradient's norm is {norm}"
             raise DivergedError(f"{what} at step {self.step_number + 1} (learning rate {rate:.2g}).")
@@ -197,30 +223,23 @@ class Trainer:
             name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad
         }
 
-    def save(self, directory: Path) -> None:
-        """Save weights and optimizer to an existing directory.
-
-        Args:
-            directory: receives `model.safetensors` and `optimizer.safetensors`.
-        """
-        save_file(
-            {name: tensor.detach() for name, tensor in self.tensors.items()},
-            directory / "model.safetensors",
-            metadata={"format": "pt"},
-        )
+    def state(self) -> TrainerState:
+        """Return weights and optimizer, for `save`: in full, also if processes share them; all call it."""
+        collect = self.replica.collect
+        weights = {name: collect(tensor.detach()) for name, tensor in self.tensors.items()}
         moments = {
-            f"{name}.{key}": value
+            f"{name}.{key}": collect(value)
             for name, parameter in self.trained.items()
             for key, value in self.optimizer.state[parameter].items()
         }
         moments |= {f"{name}.{AVERAGE}": value for name, value in self.average.items()}
-        save_file(moments | self.carried, directory / "optimizer.safetensors")
+        return TrainerState(self.step_number, weights, moments | self.carried)
 
     def load(self, directory: Path, step: int) -> None:
-        """Load what `save` wrote.
+        """Load what `TrainerState.save` wrote.
 
         Args:
-            directory: a directory filled by `save`.
+            directory: a directory filled by it.
             step: the number of steps done then.
 
         Raises:
@@ -246,10 +265,10 @@ class Trainer:
             raise LongscanError(f"{directory} holds the optimizer state of another model than this run's.")
         with torch.no_grad():
             for name, tensor in stored.items():
-                tensor.copy_(weights[name])
+                tensor.copy_(self.replica.part(weights[name], tensor))
         for name, parameter in parameters.items():
             self.optimizer.state[parameter] = {
-                key: moments[f"{name}.{key}"].to(parameter.device)
+                key: self.replica.part(moments[f"{name}.{key}"], parameter)
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
         for name, average in self.average.items():
