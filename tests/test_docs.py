@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser as torchrun_parser
 
 import longscan
 from longscan import cli as frame
@@ -40,6 +41,7 @@ PAIRS = (
             "library",
             "memory",
             "quantization",
+            "scale",
             "selection",
             "serving",
             "vision",
@@ -245,6 +247,10 @@ def test_commands_parse(document: str) -> None:
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
     for program, *arguments in commands(document):
+        if program == "torchrun":
+            parsed = torchrun_parser().parse_args(arguments)
+            assert parsed.module
+            program, arguments = parsed.training_script, parsed.training_script_args
         if program == "longscan":
             arguments = [word for word in arguments if word != "--debug"]
             if arguments != ["VERB"]:
