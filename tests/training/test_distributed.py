@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from longscan.training.config import TrainConfig
 from longscan.training.train import train
 from processes import Parent, until_step
+from replica_gradients import MODELS_AND_SETTINGS
 from tiny_runs import assert_same, metrics
 
 # of losses and weights, after steps whose sums were added in another order
@@ -69,6 +70,15 @@ def test_fifty_steps(config: TrainConfig, parent: Parent, tmp_path: Path) -> Non
     one, other = (tmp_path / name / "model/model.safetensors" for name in ("ddp", "one"))
     assert one.read_bytes() == other.read_bytes()
     assert_close(tmp_path / "fsdp", tmp_path / "one")
+
+
+def test_the_gradients_of_every_model(parent: Parent) -> None:
+    """Also of blocks that share weights, and of experts that only one process uses."""
+    ranks = parent.start(
+        "--version", first=dict.fromkeys(range(2), "import replica_gradients as r; r.compare()")
+    )
+    assert ranks.wait() == [0, 0], ranks.said()
+    assert ranks.said().count(" agrees\n") == len(MODELS_AND_SETTINGS)
 
 
 def test_three_processes(start: list[str], whole: Path, parent: Parent, tmp_path: Path) -> None:

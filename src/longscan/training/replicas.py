@@ -93,6 +93,7 @@ class ReplicatedModel(Replica):
 
     def __init__(self, model: Model, group: Group) -> None:
         super().__init__(model, group)
+        warnings.filterwarnings("ignore", message=r"Grad strides do not match bucket view strides")  # a copy
         self.module = self._ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         self._ddp.register_comm_hook(group.size, lambda size, bucket: _sum(bucket.buffer(), size))
 
