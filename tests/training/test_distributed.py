@@ -102,10 +102,10 @@ def test_any_number_of_processes_resumes(
     assert step in (4, 5)
     assert f"stopped after step {step}; continue with: longscan train --resume {run}" in ranks.said()
     assert not ranks.said(1)
-    for size, shard in ((1, False), (2, sharded), (4, not sharded)):
+    for size, flag in ((1, []), (2, []), (4, ["--no-shard" if sharded else "--shard"])):
         copy = tmp_path / str(size)
         shutil.copytree(run, copy)
-        said = parent.run("train", "--resume", str(copy), *["--shard"][: int(shard)], size=size).said()
+        said = parent.run("train", "--resume", str(copy), *flag, size=size).said()
         assert f"resumed    after step {step}" in said
         assert_close(copy, whole)
     if sharded:  # the same bits as without an interruption
@@ -168,6 +168,20 @@ sys.addaudithook(watch)
     assert ranks.wait() == [-9, 1]
     parent.run("train", "--resume", str(run))
     assert_same(run, whole)
+
+
+def test_a_validation_before_the_first_step(
+    start: list[str], whole: Path, parent: Parent, tmp_path: Path
+) -> None:
+    """A run that was killed before it begins with it; tensors made for inference can't be trained."""
+    run = tmp_path / "run"
+    parent.run(*start, "--shard", "--out", str(run))
+    shutil.rmtree(run / "checkpoints/step-000008")
+    step = next(i for i, each in enumerate(metrics(run)) if each["step"] == 6 and "valid_loss" in each)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:step]))
+    parent.run("train", "--resume", str(run))
+    assert_close(run, whole)
 
 
 def test_a_process_that_hangs(start: list[str], whole: Path, parent: Parent, tmp_path: Path) -> None:
@@ -263,7 +277,7 @@ def test_a_batch_that_does_not_divide(config: TrainConfig, parent: Parent, tmp_p
 
 def test_torchrun_restarts(config: TrainConfig, tmp_path: Path) -> None:
     """After kill -9 of a worker the same command goes on, though its --out now holds a run: its own."""
-    config = config.replace(steps=40, save_every=4, eval_every=0, sample_every=0)
+    config = config.replace(steps=24, save_every=4, eval_every=0, sample_every=0)
     train(config, tmp_path / "one", figures=False)
     run = tmp_path / "run"
     command = [*"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1".split()]
@@ -276,19 +290,22 @@ def test_torchrun_restarts(config: TrainConfig, tmp_path: Path) -> None:
         stderr=subprocess.STDOUT,
         text=True,
     ) as agent:
-        until_step(run, 5)
-        victim = next(pid for pid in children(agent.pid) if environment_of(pid).get("RANK") == "1")
-        os.kill(victim, signal.SIGKILL)
-        said, _ = agent.communicate(timeout=60)
+        try:
+            until_step(run, 5)
+            victim = next(pid for pid in children(agent.pid) if environment_of(pid).get("RANK") == "1")
+            os.kill(victim, signal.SIGKILL)
+            said, _ = agent.communicate(timeout=120)
+        finally:
+            agent.terminate()  # also its workers; if it has ended, nothing
     assert agent.returncode == 0, said
     assert "resumed    after step" in said
     assert metrics(run) == metrics(tmp_path / "one")
-    again = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert again.returncode == 1  # another command, even if it is restarted: the run is complete
-    assert "already holds a run" in again.stderr
-    assert "resumed" not in again.stderr
+
+
+def test_a_run_of_another_command(whole: Path, start: list[str], parent: Parent) -> None:
+    ranks = parent.start(*start, "--out", str(whole))
+    assert ranks.wait() == [1, 1]
+    assert "already holds a run. Resume it with: longscan train --resume" in ranks.said()
 
 
 def children(pid: int) -> list[int]:

@@ -57,8 +57,8 @@ class LanguageRun(Run[TrainConfig]):
             raise UsageError("nothing to train on: name text files or directories.")
         if config.carry_state and self.group.several:
             raise UsageError(
-                "--carry-state: expected one process, as the states are in its checkpoint alone. Leave it out, "
-                "or start without torchrun."
+                "--carry-state: expected one process, as its checkpoint holds its own states only. "
+                "Leave it out, or start without torchrun."
             )
         if config.pretrained:
             before = continued(config, self.directory / "start")
@@ -135,7 +135,6 @@ class LanguageRun(Run[TrainConfig]):
         """Whether text is held out."""
         return self.tokens.valid is not None
 
-    @torch.inference_mode()
     def validate(self, signals: StopSignals, *, last: bool) -> dict[str, Any] | None:
         """Measure the loss on held-out windows in nats per token, and in bits per byte."""
         assert self.tokens.valid is not None
@@ -145,7 +144,9 @@ class LanguageRun(Run[TrainConfig]):
         for ids, counts in self.group.share(batches, signals):
             if signals.received:
                 return None
-            loss, predicted = self._loss(self.model, ids)[0].item(), ids.shape[0] * (ids.shape[1] - 1)
+            with self.trainer.replica.inference():
+                loss = self._loss(self.model, ids)[0].item()
+            predicted = ids.shape[0] * (ids.shape[1] - 1)
             if counts:
                 total += loss * predicted
                 n += predicted

@@ -54,6 +54,10 @@ class Replica:
         """
         return contextlib.nullcontext()
 
+    def inference(self) -> AbstractContextManager[None]:
+        """Return the context of a forward pass without gradients."""
+        return torch.inference_mode()
+
     def clip(self, norm: float) -> float:
         """Clip the gradient and return its norm before.
 
@@ -157,6 +161,7 @@ class ShardedModel(Replica):
     """
 
     def __init__(self, model: Model, group: Group) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         super().__init__(model, group)
@@ -165,15 +170,20 @@ class ShardedModel(Replica):
         uses = Counter(id(parameter) for block in blocks for parameter in block.parameters())
         # what several blocks share belongs to none of them
         common = {p for block in blocks for p in block.parameters() if uses[id(p)] > 1}
+        mesh = init_device_mesh(model.device.type, (group.size,))  # its default is the machine's accelerator
         for block in blocks:
-            fully_shard(block, ignored_params=common)
-        fully_shard(model)
+            fully_shard(block, mesh=mesh, ignored_params=common)
+        fully_shard(model, mesh=mesh)
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
         # no model changes a residual stream in place
         warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+
+    def inference(self) -> AbstractContextManager[None]:
+        """Return a context in which FSDP2 may allocate what it uses in training too."""
+        return torch.no_grad()
 
     def clip(self, norm: float) -> float:
         """Clip the gradient by its norm over all processes, which is returned."""

@@ -250,7 +250,7 @@ class Run(Task[C]):
             group.compare(
                 "settings", {**config.to_dict(), "threads": None, "out": os.path.abspath(directory)}
             )
-            if group.decide(lambda: group.several and started_before(directory)):
+            if group.decide(lambda: (directory / SETTINGS).is_file() and started_before(directory)):
                 return cls._continue(directory, config, display, group, figures)
             if not group.first:
                 return cls(directory, config, display, group=group).go()
@@ -266,8 +266,7 @@ class Run(Task[C]):
                 refuse_content(directory)
                 try:
                     write_settings(directory, cls.verb, config.to_dict())
-                    if group.several:
-                        note_start(directory)
+                    note_start(directory)
                     run = cls(directory, config, display, figures=figures, group=group)
                 except BaseException:  # nothing is trained yet: clean up, so that the command can be repeated
                     empty(directory, remove=not existed)
