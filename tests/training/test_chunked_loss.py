@@ -22,6 +22,7 @@ from longscan.models.common.lora import LoraLayer, adaptable, attach
 from longscan.training.chunked_loss import chunked_loss, has_constant_state
 from longscan.training.config import TrainConfig
 from longscan.training.language_model import LanguageRun
+from longscan.training.run_directory import write_settings
 from tiny_runs import TINY, Recorder, assert_same, interrupt, metrics, resume, train
 
 # largest difference allowed, relative to the largest gradient of a parameter
@@ -291,7 +292,9 @@ def test_the_default_depends_on_length_and_model(tmp_path: Path) -> None:
     ):
         directory = tmp_path / f"{name}-{seq_len}"
         directory.mkdir()
+        write_settings(directory, "train", settings.to_dict())
         run = LanguageRun(directory, settings.replace(model=name, seq_len=seq_len, **more), Display())
+        run.metrics.close()
         assert run.chunk == chunk
 
 

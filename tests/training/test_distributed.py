@@ -81,6 +81,15 @@ def test_the_gradients_of_every_model(parent: Parent) -> None:
     assert ranks.said().count(" agrees\n") == len(MODELS_AND_SETTINGS)
 
 
+def test_sequences_in_chunks(config: TrainConfig, parent: Parent, tmp_path: Path) -> None:
+    """Their gradients do not come through DDP, and are added up all the same."""
+    config = config.replace(backward_chunk=7, save_every=4)
+    train(config, tmp_path / "one", figures=False)
+    said = parent.run("train", *config.data, *flags(config), "--out", str(tmp_path / "two")).said()
+    assert "in chunks of 7" in said
+    assert metrics(tmp_path / "two") == metrics(tmp_path / "one")
+
+
 def test_three_processes(start: list[str], whole: Path, parent: Parent, tmp_path: Path) -> None:
     """They take 1, 1 and 2 of the 4 sequences of a step, the last in one pass where one process takes two."""
     for name, more in (("ddp", []), ("fsdp", ["--shard"])):
@@ -241,10 +250,12 @@ def test_a_damaged_checkpoint(start: list[str], whole: Path, parent: Parent, tmp
             "expected at least one sequence of a step for each of 3 processes, got 2",
         ),
         (["--batch-size", "1", "--accumulate", "5"], [], 2, "5 passes of one sequence do not divide among 2"),
+        (["--shard", "--backward-chunk", "7"], [], 2, "--shard: expected sequences of one pass"),
+        (["--carry-state"], [], 2, "--carry-state: expected one process"),
         (["--model", "bert", "--tokenizer", "bpe"], [], 2, "train: trains in one process, got 2"),
         (["--device", "cuda:0"], [], 2, "--device: expected cuda, as each process takes a device of its own"),
     ],
-    ids=["settings", "harmless", "rows", "passes", "bert", "device"],
+    ids=["settings", "harmless", "rows", "passes", "chunks", "state", "bert", "device"],
 )
 def test_what_is_refused(
     more: list[str],
