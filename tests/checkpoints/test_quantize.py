@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import longscan
 from longscan import ops
 from longscan.checkpoints.load import load
 from longscan.checkpoints.save import convert, quantize, save
@@ -23,7 +24,14 @@ from longscan.core.files import read_json, write_json
 from longscan.errors import LongscanError, UsageError
 from longscan.models import Mamba, MambaConfig
 from longscan.models.common.layers import WeightOnly
-from longscan.models.common.quantization import KINDS, dequantized, kind_of, precision, quantize_model
+from longscan.models.common.quantization import (
+    KINDS,
+    dequantized,
+    kind_of,
+    precision,
+    quantize_model,
+    set_activation_bits,
+)
 from longscan.ops import Kind
 from longscan.tokenizers.base import ByteTokenizer
 
@@ -247,6 +255,20 @@ def test_formats_have_names(plain: Path, tmp_path: Path) -> None:
     assert "precision: expected float32, bf16, int8, int4, w8a8, w4a8, got 'int2'" in refusal(
         plain, precision="int2"
     )
+
+
+def test_activations_of_8_bits_are_another_precision(plain: Path, tmp_path: Path) -> None:
+    models = {name: load(plain, precision=name)[0] for name in ("int8", "w8a8", "int4", "w4a8")}
+    assert [precision(model) for model in models.values()] == list(models)
+    assert len({model.fingerprint() for model in models.values()}) == 4
+    quantize(plain, tmp_path / "int8", "int8")
+    assert load(tmp_path / "int8", precision="w8a8")[0].fingerprint() == models["w8a8"].fingerprint()
+    with pytest.raises(LongscanError, match="expected weights in int8 or int4, got float32"):
+        set_activation_bits(load(plain)[0], 8)
+    state = models["int8"].prefill(torch.arange(20)[None])[1]
+    state.save(tmp_path / "state", position=20)
+    with pytest.raises(LongscanError, match="fingerprint"):
+        longscan.State.load(tmp_path / "state", models["w8a8"])
 
 
 def test_weights_that_are_not_finite(plain: Path, tmp_path: Path) -> None:

@@ -139,6 +139,16 @@ def test_integers_are_multiplied_where_that_is_fast(isa: str, bits: int) -> None
     assert (y - near).abs().max() < 1e-5 < (1 if bits == 16 else (y - far).abs().max())
 
 
+def test_the_precision_of_activations_does_not_depend_on_the_rows(isa: str) -> None:
+    if isa == "baseline":
+        pytest.skip("multiplies no integers")
+    q, scale = ops.quantize(matrix(40, 64), "int8")
+    x = matrix(FEW_ROWS + 5, 64, seed=2)
+    with torch.no_grad():
+        alone = torch.cat([ops.quant_linear(row[None], q, scale, None, 8) for row in x])
+        assert torch.equal(ops.quant_linear(x, q, scale, None, 8), alone)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_row_that_is_no_number_stays_visible_and_alone(isa: str, kind: Kind, bad: float) -> None:

@@ -269,7 +269,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
             store.load("a", model, print_)
         [file] = tmp_path.glob("b.*.state")
         file.unlink()
-        with pytest.raises(ApiError, match="'b'"):
+        with pytest.raises(ApiError, match="the file of the state 'b' is missing"):
             store.load("b", model, print_)
         content = json.loads((tmp_path / "c.json").read_text())
         (tmp_path / "c.json").write_text(json.dumps({**content, "file": "../../etc/passwd"}))
@@ -280,6 +280,20 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
             StateStore.open(tmp_path, BIG),
         ):
             pass
+
+
+def test_a_directory_that_goes_away(tmp_path: Path) -> None:
+    model, print_ = build(), build().fingerprint()
+    (tmp_path / "file").touch()
+    with pytest.raises(LongscanError, match="expected a directory"), StateStore.open(tmp_path / "file", BIG):
+        pass
+    with StateStore.open(tmp_path / "here", BIG) as store:
+        (tmp_path / "here").rename(tmp_path / "there")
+        with pytest.raises(ApiError, match="was not saved"):
+            store.save("a", model, print_, known(model), "m")
+        with pytest.raises(ApiError, match="can't be read"):
+            store.listed()
+        (tmp_path / "there").rename(tmp_path / "here")
 
 
 def test_many_saves_of_one_name_leave_one(tmp_path: Path) -> None:

@@ -210,6 +210,26 @@ def test_autocast_is_that_of_the_forward_pass() -> None:
     assert any(not torch.equal(grads[1][name], exact[name]) for name in exact)
 
 
+@pytest.mark.parametrize("which", ["ids", "labels", "seq_idx"])
+def test_what_changes_before_the_backward_pass_is_noticed(which: str) -> None:
+    model, given = build("mamba"), {name: drawn(2, 9) for name in ("ids", "labels")}
+    given["seq_idx"] = torch.zeros_like(given["ids"])
+    loss, _ = chunked_loss(model, given["ids"], given["labels"], chunk=4, seq_idx=given["seq_idx"])
+    given[which].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_full_disk_says_what_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile.write", full)
+    with pytest.raises(OSError, match="No space left on device for the states before each chunk") as error:
+        chunked_loss(build("mamba"), drawn(2, 9), chunk=4, directory=tmp_path)
+    assert error.value.filename == str(tmp_path)
+
+
 def test_impossible_arguments_are_refused() -> None:
     model, ids = build("lstm"), drawn(2, 20)
     with pytest.raises(UsageError, match="chunk: expected"):
@@ -218,6 +238,8 @@ def test_impossible_arguments_are_refused() -> None:
         chunked_loss(model, ids[:, :0], chunk=4)
     with pytest.raises(ValueError, match=r"labels: expected \(2, 20\)"):
         chunked_loss(model, ids, ids[:, 1:], chunk=4)
+    with pytest.raises(ValueError, match=r"seq_idx: expected shape \(2, 20\), got \(20,\)"):
+        chunked_loss(model, ids, chunk=4, seq_idx=ids[0])
     loss, _ = chunked_loss(model, ids, chunk=4)
     with torch.no_grad():
         next(model.parameters()).add_(1)

@@ -15,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from longscan.errors import LongscanError
 from longscan.training.config import TrainConfig
+from longscan.training.launch import launch
 from longscan.training.train import train
 from processes import Parent, until_step
 from replica_gradients import MODELS_AND_SETTINGS
@@ -252,7 +254,7 @@ def test_a_damaged_checkpoint(start: list[str], whole: Path, parent: Parent, tmp
         (["--batch-size", "1", "--accumulate", "5"], [], 2, "5 passes of one sequence do not divide among 2"),
         (["--shard", "--backward-chunk", "7"], [], 2, "--shard: expected sequences of one pass"),
         (["--carry-state"], [], 2, "--carry-state: expected one process"),
-        (["--model", "bert", "--tokenizer", "bpe"], [], 2, "train: trains in one process, got 2"),
+        (["--model", "bert", "--tokenizer", "bpe"], [], 2, "train: expected one process, got 2"),
         (["--device", "cuda:0"], [], 2, "--device: expected cuda, as each process takes a device of its own"),
     ],
     ids=["settings", "harmless", "rows", "passes", "chunks", "state", "bert", "device"],
@@ -284,6 +286,22 @@ def test_a_batch_that_does_not_divide(config: TrainConfig, parent: Parent, tmp_p
     for name, more in (("ddp", []), ("fsdp", ["--shard"])):
         parent.run("train", *config.data, *flags(config), "--out", str(tmp_path / name), *more)
         assert_close(tmp_path / name, tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"RANK": "2", "MASTER_PORT": "29555"}, {"RANK": "1"}, {"WORLD_SIZE": "0", "MASTER_PORT": "29555"}],
+    ids=["rank", "port", "size"],
+)
+def test_an_environment_that_is_none_of_torchruns(
+    more: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    for name, value in (usual | more).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LongscanError, match="RANK and MASTER_PORT: expected a rank below WORLD_SIZE"):
+        launch()
 
 
 def test_torchrun_restarts(config: TrainConfig, tmp_path: Path) -> None:

@@ -55,9 +55,11 @@ class StateStore:
             max_bytes: see `StateStore`.
 
         Raises:
-            LongscanError: another server uses it.
+            LongscanError: another server uses it, or it is a file.
             OSError: it can't be written.
         """
+        if directory.exists() and not directory.is_dir():
+            raise LongscanError(f"--state-dir: expected a directory, got the file {directory}.")
         directory.mkdir(parents=True, exist_ok=True)
         with only_writer(directory, directory / ".lock"):
             store = cls(directory, max_bytes)
@@ -70,9 +72,19 @@ class StateStore:
         return sum(path.stat().st_size for path in self._directory.iterdir() if path.is_file())
 
     def listed(self) -> list[dict[str, Any]]:
-        """Return what clients may know of each state, the newest first."""
+        """Return what clients may know of each state, the newest first.
+
+        Raises:
+            ApiError: the directory can't be read.
+        """
         with self._lock:
-            found = [self._described(path.stem) for path in self._directory.glob("*.json")]
+            try:
+                found = [
+                    self._described(path.stem) for path in self._directory.iterdir() if path.suffix == ".json"
+                ]
+            except OSError as error:
+                message = f"the saved states can't be read: {error.strerror or error}."
+                raise ApiError(503, message, "state_dir_unavailable") from error
         return sorted((one for one in found if one), key=lambda one: -one["created"])
 
     def describe(self, name: str) -> dict[str, Any]:
@@ -103,17 +115,17 @@ class StateStore:
             ApiError: the directory is full, or the file can't be written.
         """
         with self._lock:
-            before = self._files(name)
             size = known.nbytes + HEADER + len(str(known.pieces))
-            left = self._max_bytes - self.nbytes + sum(path.stat().st_size for path in before)
-            if size > left:
-                message = (
-                    f"the state {name!r} takes {size:,} bytes, and of {self._max_bytes:,} "
-                    f"{max(left, 0):,} are left: delete another one."
-                )
-                raise ApiError(507, message, "state_dir_full", "save_state")
             file = self._directory / f"{name}.{secrets.token_hex(8)}.state"
             try:
+                before = self._files(name)
+                left = self._max_bytes - self.nbytes + sum(path.stat().st_size for path in before)
+                if size > left:
+                    message = (
+                        f"the state {name!r} takes {size:,} bytes, and of {self._max_bytes:,} "
+                        f"{max(left, 0):,} are left: delete another one."
+                    )
+                    raise ApiError(507, message, "state_dir_full", "save_state")
                 state, position, pending = known.saved
                 state.save(file, position=position, pending=pending, model=model, fingerprint=fingerprint)
                 content = {
@@ -156,6 +168,9 @@ class StateStore:
                 if _hash(file) != content["sha256"]:
                     raise LongscanError("its file is damaged.")
                 saved: SavedState = State.load(file, model, fingerprint=fingerprint)
+            except FileNotFoundError as error:
+                message = f"the file of the state {name!r} is missing: save it again."
+                raise ApiError(400, message, "state_mismatch", "load_state") from error
             except (OSError, LongscanError) as error:
                 # without the path, which is nobody's business
                 reason = str(error).replace(str(file), "it").splitlines()[0]

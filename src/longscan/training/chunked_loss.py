@@ -71,7 +71,8 @@ def chunked_loss(
     """Return the loss of `model(ids, labels=labels)` and the final state; memory does not grow with seq_len.
 
     Gradients of both reach the weights and the initial state, once (not twice): they are those of one pass.
-    Random numbers, such as those of dropout, are the same in both forward passes over a chunk.
+    Random numbers, such as those of dropout, are the same in both forward passes over a chunk; the model must
+    not change between training and evaluation mode before the backward pass.
 
     Args:
         model: a language model whose state has a constant size.
@@ -96,6 +97,8 @@ def chunked_loss(
     check_constant(model)
     if ids.dim() != 2 or 0 in ids.shape:
         raise ValueError(f"ids: expected a non-empty (batch, seq_len), got {tuple(ids.shape)}")
+    if seq_idx is not None and seq_idx.shape != ids.shape:
+        raise ValueError(f"seq_idx: expected shape {tuple(ids.shape)}, got {tuple(seq_idx.shape)}")
     labels = ids if labels is None else labels
     spare = 0 if seq_idx is not None else 1
     if labels.shape not in (ids.shape, (len(ids), ids.shape[1] + spare)):
@@ -188,7 +191,9 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.rows, ctx.n, ctx.stored = rows, n, _Stored(directory)
         ctx.like = rows.model.init_state(0)
-        ctx.save_for_backward(*tensors)  # changed in place before the backward pass: autograd's own error
+        # changed in place before the backward pass: autograd's own error
+        ctx.save_for_backward(*tensors, *(t for t in (rows.ids, rows.labels, rows.seq_idx) if t is not None))
+        ctx.n_parameters = len(tensors) - n
         kind = rows.ids.device.type
         ctx.autocast = {
             "device_type": kind,
@@ -205,7 +210,8 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, *dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        rows, n, parameters = cast(_Rows, ctx.rows), cast(int, ctx.n), ctx.saved_tensors[ctx.n :]
+        rows, n = cast(_Rows, ctx.rows), cast(int, ctx.n)
+        parameters = ctx.saved_tensors[n : n + ctx.n_parameters]
         sums: list[Tensor | None] = [None] * len(parameters)
         dstate: Sequence[Tensor | None] = dfinal
         for index in reversed(range(len(rows))):
@@ -244,6 +250,7 @@ class _Stored:
             SPOOL, dir=None if directory is None else str(directory)
         )
         self._like: list[tuple[torch.Size, torch.dtype, torch.device]] = []
+        self._where = tempfile.gettempdir() if directory is None else str(directory)
         weakref.finalize(self, _close, self._file)
 
     def append(self, tensors: Sequence[Tensor]) -> None:
@@ -251,8 +258,12 @@ class _Stored:
         like = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
         assert self._like in ([], like), "the state of a model changed its size"
         self._like = like
-        for tensor in tensors:
-            self._file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        try:
+            for tensor in tensors:
+                self._file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        except OSError as error:
+            what = f"{error.strerror or error} for the states before each chunk: free some, or enlarge chunks"
+            raise OSError(error.errno, what, self._where) from error
 
     def __getitem__(self, index: int) -> list[Tensor]:
         """Return new copies of the tensors that were stored as number `index`."""

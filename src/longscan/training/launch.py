@@ -55,6 +55,12 @@ def launch() -> Launch:
             f"RANK, WORLD_SIZE and LOCAL_RANK: expected a number in each, as torchrun sets them ({error}). "
             "Start the command with torchrun, or unset MASTER_ADDR to train in one process."
         ) from error
+    if not 0 <= rank < size or "MASTER_PORT" not in os.environ:
+        raise LongscanError(
+            f"RANK and MASTER_PORT: expected a rank below WORLD_SIZE and a port, got rank {rank} of {size} "
+            f"and port {os.environ.get('MASTER_PORT', 'none')}. Start the command with torchrun, or unset "
+            "MASTER_ADDR to train in one process."
+        )
     return Launch(rank=rank, size=size, local=local)
 
 
@@ -141,7 +147,10 @@ def joined(verb: str, device: str, timeout: float | None) -> Iterator[Group]:
         yield ALONE
         return
     if timeout is None:
-        raise UsageError(f"{verb}: trains in one process, got {place.size}. Start it without torchrun.")
+        raise UsageError(
+            f"{verb}: expected one process, got {place.size}: several train only the causal models of "
+            "longscan train. Start it without torchrun."
+        )
     _take_device(device, place.local)
     group = Group(place.rank, place.size, timeout)
     with group.connected():

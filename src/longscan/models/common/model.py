@@ -10,7 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from longscan.core.config import Config
 from longscan.models.common.adapted import Adapted
-from longscan.models.common.layers import WeightOnly
+from longscan.models.common.layers import WeightOnly, WeightOnlyLinear
 
 
 class Model(nn.Module):
@@ -43,7 +43,7 @@ class Model(nn.Module):
         return sum(tensor.numel() for tensor in (*self.parameters(), *stored)) + second_nibbles
 
     def fingerprint(self) -> str:
-        """Return a short hash of the weights, dtypes included: states and caches are valid for these only."""
+        """Return a short hash of weights and precision: states and caches are valid for these only."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -51,6 +51,8 @@ class Model(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, Adapted):
                 digest.update(f"{name} {module.s!r}".encode())
+            if isinstance(module, WeightOnlyLinear) and module.activation_bits != 16:
+                digest.update(f"{name} {module.activation_bits}".encode())
         return digest.hexdigest()[:16]
 
     def no_decay_parameters(self) -> Iterable[nn.Parameter]:
