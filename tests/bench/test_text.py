@@ -274,5 +274,6 @@ def test_all_suites_are_those_that_need_no_files() -> None:
         "stream",
         "vision",
         "serve",
+        "grammar",
     ]
     assert list(runner.SUITES) == suites

@@ -17,7 +17,7 @@ from longscan.checkpoints.gguf.parser import check
 from longscan.checkpoints.load import load
 from longscan.errors import LongscanError
 from longscan.models import Hybrid, HybridConfig
-from longscan.models.common.quantization import kind_of, quantize_model
+from longscan.models.common.quantization import dequantized, kind_of, quantize_model
 from longscan.tokenizers.base import ByteTokenizer
 
 gguf = pytest.importorskip("gguf")
@@ -219,7 +219,9 @@ def test_quantised_hybrids_go_in_as_they_are(tmp_path: Path, kind: Any) -> None:
     save_gguf(model, tmp_path / "a.gguf", None)
     again, _ = load(tmp_path / "a.gguf", dtype=None)
     assert kind_of(again) == kind
-    assert close(logits(again), logits(model), 3e-3 if kind == "int8" else 1e-6)  # float16 scales
+    # of the weights alone: rounding activations to 16 bits makes more of a last bit
+    whole, expected = (logits(dequantized(each)) for each in (again, model))
+    assert close(whole, expected, 3e-3 if kind == "int8" else 1e-6)  # float16 scales
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -144,7 +144,7 @@ def test_a_run_goes_on_with_its_statistics(tmp_path: Path) -> None:
         whole.step()
     for _ in range(2):
         half.step()
-    half.save(tmp_path)
+    half.state().save(tmp_path)
     again = trainer()
     again.load(tmp_path, 2)
     for _ in range(2):

@@ -58,6 +58,7 @@ def draw(reports: Sequence[Report], title: str, path: Path) -> None:
         "stream": _quarters,
         "vision": _rates,
         "serve": _turns,
+        "grammar": _costs,
     }
     heights = [
         1.2 + 0.24 * (len(report.rows) + len(_cases(report.rows)))
@@ -112,6 +113,13 @@ def _points(ax: Axes, rows: list[dict[str, Any]], values: Sequence[tuple[float, 
     ax.grid(axis="x", alpha=0.25)
     ax.set_ylim(height, -1)
     ax.margins(x=0.1)
+
+
+def _costs(ax: Axes, report: Report) -> None:
+    """Draw what a grammar costs."""
+    rows = [row for row in report.rows if row["case"] == "cost"]
+    _points(ax, rows, [(row["median"], row["median"], row["p99"]) for row in rows])
+    ax.set_xlabel("in the unit of each line, median to 99th percentile (left is better)")
 
 
 def _lengths(ax: Axes, report: Report) -> None:
