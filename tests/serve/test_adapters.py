@@ -167,16 +167,16 @@ def test_each_has_its_template_and_is_looked_into(live: tuple[Served, openai.Ope
         name: post(port, "/tokenize", {"model": name, "messages": HELLO})[1]["tokens"] for name in NAMES
     }
     assert counts["one"] != counts["two"]
-    told = {}
+    answers = {}
     for name in (NAME, *NAMES):
-        status, told[name] = post(port, "/v1/inspect", {"model": name, "text": "The king"})
+        status, answers[name] = post(port, "/v1/inspect", {"model": name, "text": "The king"})
         assert status == 200
         service = both.find(name)
         ids = torch.tensor([service.tokenizer.encode("The king")])
         with torch.no_grad():
             scores = service.model(ids).logits[0, -1, : service.tokenizer.vocab_size].softmax(-1)
-        assert told[name]["next"][-1][0][1] == pytest.approx(float(scores.max()), abs=1e-4)
-    assert len({str(one["next"]) for one in told.values()}) == 3
+        assert answers[name]["next"][-1][0][1] == pytest.approx(float(scores.max()), abs=1e-4)
+    assert len({str(one["next"]) for one in answers.values()}) == 3
 
 
 def test_vectors_are_of_the_model_that_is_asked(live: tuple[Served, openai.OpenAI]) -> None:

@@ -98,20 +98,20 @@ def cached(answer: Any) -> int:
 def test_a_conversation_goes_on_after_a_restart(loaded: Loaded, tmp_path: Path) -> None:
     with Live(loaded, tmp_path) as live:
         first = live.chat(HELLO, save_state="talk")
-        told = first.model_dump()["state"]
-        assert told == ask(live.port, "/v1/state/talk")[1]
-        assert told["kind"] == "chat"
-        assert told["position"] >= first.usage.prompt_tokens
+        described = first.model_dump()["state"]
+        assert described == ask(live.port, "/v1/state/talk")[1]
+        assert described["kind"] == "chat"
+        assert described["position"] >= first.usage.prompt_tokens
         turn = [*HELLO, {"role": "assistant", "content": first.choices[0].message.content}]
         turn += [{"role": "user", "content": "Why?"}]
         fresh = live.chat(turn)
         assert cached(fresh) == 0
     with Live(loaded, tmp_path) as live:
         again = live.chat(turn, load_state="talk")
-        assert cached(again) == told["position"]
+        assert cached(again) == described["position"]
         assert again.usage.prompt_tokens - cached(again) < 20
         assert again.choices[0].message.content == fresh.choices[0].message.content
-        assert live.client.get("/state", cast_to=object)["data"] == [told]  # type: ignore[index]
+        assert live.client.get("/state", cast_to=object)["data"] == [described]  # type: ignore[index]
         assert ask(live.port, "/v1/state/talk", method="DELETE")[:2] == (
             200,
             {"name": "talk", "object": "state", "deleted": True},
@@ -125,15 +125,15 @@ def test_a_conversation_goes_on_after_a_restart(loaded: Loaded, tmp_path: Path) 
 def test_a_prompt_is_prefilled_once_for_many_questions(live: Live, loaded: Loaded) -> None:
     document = "It was the best of times, it was the worst of times. " * 50
     saved = live.complete(document, n=0, save_state="book")
-    told = saved.model_dump()["state"]
-    assert told["position"] == saved.usage.prompt_tokens == len(loaded[1].encode(document))
-    assert told["kind"] == "prompt"
+    described = saved.model_dump()["state"]
+    assert described["position"] == saved.usage.prompt_tokens == len(loaded[1].encode(document))
+    assert described["kind"] == "prompt"
     assert saved.usage.completion_tokens == 0
     for question in (" It was the age", " We had"):
         whole = live.complete(document + question)
         after = live.complete(question, load_state="book")
         assert after.choices[0].text == whole.choices[0].text
-        assert cached(after) == told["position"]
+        assert cached(after) == described["position"]
         assert after.usage.prompt_tokens == whole.usage.prompt_tokens
     got = live.complete(" We had", load_state="book", save_state="book2")
     more = live.complete("", load_state="book2")

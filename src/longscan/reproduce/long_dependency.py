@@ -1,4 +1,4 @@
-"""A cue, a hundred thousand tokens, a question: what exact gradients learn and truncated ones do not.
+"""A cue, a hundred thousand tokens, a question: exact gradients beside truncated ones.
 
 Each sequence begins with one of two cues and ends with a question, whose answer is the cue. In between is one
 token, a hundred thousand times. Two runs train the same model on the same sequences, and in both the
@@ -60,7 +60,8 @@ SHARED: dict[str, Any] = {
 NOTES = (
     f"the same Mamba (1 layer of width 16), sequences, settings; truncated: gradients of the last {WINDOW:,}",
     "tokens, the state carried through all; by chance 50 % and 0.693 nats; dt starts at 5e-7 to 2e-6, the",
-    "eps of AdamW is 1e-15; a run ends at a test loss below 0.1, else after 800 steps",
+    "eps of AdamW is 1e-15; a run ends at a test loss below 0.1, else after 800 steps; there are two",
+    "sequences, one for each cue, so those of the test are those of training",
 )
 
 

@@ -72,8 +72,13 @@ async def saved(service: Service, name: str, known: Known | None) -> dict[str, A
             lambda: store.save(name, service.model, service.weights, found, service.name)
         )
     except (ApiError, LongscanError) as error:
-        told = api_error(error)
-        shape = {"message": str(told), "type": told.kind, "code": told.code, "param": told.param}
+        refused = api_error(error)
+        shape = {
+            "message": str(refused),
+            "type": refused.kind,
+            "code": refused.code,
+            "param": refused.param,
+        }
         return {"name": name, "error": shape}
 
 

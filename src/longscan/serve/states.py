@@ -219,8 +219,8 @@ class StateStore:
             return None
         size = sum(path.stat().st_size for path in self._files(name))
         kind = "chat" if content["holds"] else "prompt"
-        told = {key: content[key] for key in ("model", "position", "created")}
-        return {"name": name, "object": "state", "kind": kind, "bytes": size, **told}
+        fields = {key: content[key] for key in ("model", "position", "created")}
+        return {"name": name, "object": "state", "kind": kind, "bytes": size, **fields}
 
     def _files(self, name: str) -> list[Path]:
         """Return the files of a name that are there."""

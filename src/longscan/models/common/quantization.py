@@ -124,7 +124,7 @@ def quantize_model(model: Model, kind: ops.Kind) -> None:
 def set_activation_bits(model: Model, bits: int) -> None:
     """Choose the precision of the activations that int8 and int4 weights meet in prefill.
 
-    Decode rounds them to 16 bits. Those of x_proj, dt_proj and the head are always rounded to 16.
+    The native decoder rounds them to 16 bits. Those of x_proj, dt_proj and the head are always rounded to 16.
 
     Args:
         model: quantised.
