@@ -10,15 +10,16 @@
 namespace LS_ISA {
 namespace {
 
-#ifndef LS_AHEAD
-#define LS_AHEAD 16384
-#endif
 constexpr int64_t GROUP = W / 4;  // blocks of 32 4-bit weights in one register
 
 #if LS_LANES == 16
-constexpr int MAX_ROWS = 6;  // rows by 4 outputs that fill the registers
+constexpr int MAX_ROWS = 6;       // rows by 4 outputs that fill the registers
+constexpr bool ONE_BY_ONE = true;  // outputs of a single row: reading as memory lies is what processors foresee best
+constexpr int64_t AHEAD = 16384;   // bytes from the weights in use to those to ask for
 #else
-constexpr int MAX_ROWS = 2;
+constexpr int MAX_ROWS = 3;
+constexpr bool ONE_BY_ONE = false;  // the sums of one output alone depend on each other for too long
+constexpr int64_t AHEAD = 4096;
 #endif
 
 // bfloat16 numbers as they come, the first n of them; the others read as zero.
@@ -101,11 +102,14 @@ struct Tile {
   float *total;  // (R, O)
 };
 
-// Where the weights will be read that the next tiles of several rows need: they read four outputs side by side, and
-// the processor's own prefetching loses its way in pieces that short. A whole number of tiles, so that every cache
-// line is asked for once, and far enough to hide memory.
-LS_INLINE int64_t ahead_of(int64_t tile_bytes) { return ls_ceil(LS_AHEAD, tile_bytes) * tile_bytes; }
-LS_INLINE void prefetch(const void *p, int64_t ahead) { __builtin_prefetch((const char *)p + ahead); }
+// Tiles read four outputs side by side, and the processor's own prefetching loses its way in pieces that short. So each
+// asks for the memory behind its weights, in the order in which it lies, every line once.
+template <int BYTES>
+LS_INLINE const char *ask(const char *p) {
+  LS_UNROLL
+  for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(p + i);
+  return p + BYTES;
+}
 
 template <int R, int O>
 LS_INLINE void totals(const Tile *t, const vec (*acc)[O]) {
@@ -123,17 +127,18 @@ template <int R, int O>
 LS_APART void dot_f32(const Tile *t) {
   const int64_t n = t->m->n_in;
   const float *w = (const float *)t->m->data + t->o * n;
-  const int64_t ahead = ahead_of(4 * O * n);
+  const char *far = (const char *)w + AHEAD;
   vec acc[R][O] = {};
   int64_t i = 0;
-  for (; i + W <= n; i += W)
+  for (; i + W <= n; i += W) {
+    if (O > 1) far = ask<4 * O * W>(far);
     LS_UNROLL
     for (int j = 0; j < O; ++j) {
-      if (R > 1) prefetch(w + j * n + i, ahead);
       const vec wj = load(w + j * n + i);
       LS_UNROLL
       for (int r = 0; r < R; ++r) acc[r][j] = fma(wj, load(t->row[r].x + i), acc[r][j]);
     }
+  }
   if (i < n)
     LS_UNROLL
     for (int j = 0; j < O; ++j) {
@@ -148,13 +153,13 @@ template <int R, int O>
 LS_APART void dot_bf16(const Tile *t) {
   const int64_t n = t->m->n_in;
   const uint16_t *w = (const uint16_t *)t->m->data + t->o * n;
-  const int64_t ahead = ahead_of(2 * O * n);
+  const char *far = (const char *)w + AHEAD;
   vec acc[R][O] = {};
   int64_t i = 0;
-  for (; i + 2 * W <= n; i += 2 * W)
+  for (; i + 2 * W <= n; i += 2 * W) {
+    if (O > 1) far = ask<4 * O * W>(far);
     LS_UNROLL
     for (int j = 0; j < O; ++j) {
-      if (R > 1) prefetch(w + j * n + i, ahead);
       const ivec pairs = load_as<ivec>(w + j * n + i);
       const vec even = (vec)(pairs << 16), odd = (vec)(pairs & (int32_t)0xffff0000);
       LS_UNROLL
@@ -163,6 +168,7 @@ LS_APART void dot_bf16(const Tile *t) {
         acc[r][j] = fma(odd, load(t->row[r].x + i + W), acc[r][j]);
       }
     }
+  }
   for (; i < n; i += W) {
     const int lanes = n - i < W ? (int)(n - i) : W;
     LS_UNROLL
@@ -180,7 +186,7 @@ template <int R, int O>
 LS_APART void dot_int8(const Tile *t) {
   const int64_t n = t->m->n_in;
   const int8_t *w = (const int8_t *)t->m->data + t->o * n;
-  const int64_t ahead = ahead_of(O * n);
+  const char *far = (const char *)w + AHEAD;
   const int16_t *q[R];
   LS_UNROLL
   for (int r = 0; r < R; ++r) q[r] = t->row[r].q;
@@ -190,12 +196,12 @@ LS_APART void dot_int8(const Tile *t) {
     ivec sums[R][O] = {};
     int64_t i = begin;
     for (; i + 2 * W <= end; i += 2 * W) {
+      if (O > 1) far = ask<2 * O * W>(far);
       hvec x[R];
       LS_UNROLL
       for (int r = 0; r < R; ++r) x[r] = load_as<hvec>(q[r] + i);
       LS_UNROLL
       for (int j = 0; j < O; ++j) {
-        if (R > 1) prefetch(w + j * n + i, ahead);
         const hvec wj = widen(w + j * n + i);
         LS_UNROLL
         for (int r = 0; r < R; ++r) sums[r][j] = madd(sums[r][j], wj, x[r]);
@@ -247,14 +253,14 @@ LS_APART void dot_int8_blocks(const Tile *t) {
   const int64_t n = t->m->n_in, n_blocks = n / BLOCK;
   const int8_t *w = (const int8_t *)t->m->data + t->o * n;
   const uint16_t *scale = (const uint16_t *)t->m->scale + t->o * n_blocks;
-  const int64_t ahead = ahead_of(O * n);
+  const char *far = (const char *)w + AHEAD;
   vec acc[R][O] = {};
   for (int64_t begin = 0; begin < n; begin += ACT) {
     LS_UNROLL
     for (int j = 0; j < O; ++j) {
       vec part[R] = {};
       const int8_t *from = w + j * n + begin;
-      for (int line = 0; R > 1 && line < 4; ++line) prefetch(from + 64 * line, ahead);
+      if (O > 1) far = ask<ACT>(far);
       const uint16_t *scales = scale + j * n_blocks + begin / BLOCK;
       if (begin + ACT <= n)
         part_int8_blocks<R>(from, scales, t->row, begin, ACT / BLOCK, part);
@@ -318,16 +324,14 @@ LS_APART void dot_int4(const Tile *t) {
   const int64_t n = t->m->n_in, n_blocks = n / BLOCK;
   const uint8_t *w = (const uint8_t *)t->m->data + t->o * (n / 2);
   const uint16_t *scale = (const uint16_t *)t->m->scale + t->o * n_blocks;
-  const int64_t ahead = ahead_of(O * n / 2);
+  const char *far = (const char *)w + AHEAD;
   vec acc[R][O] = {};
   for (int64_t begin = 0; begin < n; begin += ACT) {
     LS_UNROLL
     for (int j = 0; j < O; j += P) {
       vec part[R][P] = {};
       const uint8_t *from = w + (j * n + begin) / 2;
-      LS_UNROLL
-      for (int p = 0; R > 1 && p < P; ++p)
-        prefetch(from + p * n / 2, ahead), prefetch(from + p * n / 2 + 64, ahead);
+      if (O > 1) far = ask<P * ACT / 2>(far);
       const uint16_t *scales = scale + j * n_blocks + begin / BLOCK;
       if (begin + ACT <= n)
         part_int4<R, P>(from, n / 2, scales, n_blocks, t->row, begin, ACT / BLOCK, part);
@@ -401,7 +405,7 @@ void product_of(const Product *p, int64_t begin, int64_t end) {
     Product part = *p;
     part.y += first * p->stride;
     int64_t o = begin;
-    if (n > 1)  // one row alone leaves nothing to share: read as memory lies, which processors foresee best
+    if (n > 1 || !ONE_BY_ONE)
       for (; o + 4 <= end; o += 4) all_rows<4>(&part, rows, n, o);
     for (; o < end; ++o) all_rows<1>(&part, rows, n, o);
   }
