@@ -150,7 +150,7 @@ int64_t decode_workspace(const ls_decode *a) { return scratch_of(a).bytes; }
 int32_t decode(const ls_decode *a) {
   const Decode d = {a, scratch_of(a)};
   for (int64_t i = 0; i < d.s.n_counters; ++i) d.s.counters[i].value.store(0, std::memory_order_relaxed);
-  ls_run(a->threads, task, (void *)&d);
+  ls_run_each(a->threads, task, (void *)&d);
   return 0;
 }
 

@@ -3,6 +3,8 @@
 #include <string.h>
 #include <time.h>
 
+#include <atomic>
+
 #include "kernels.h"
 
 #define LS_EXPORT extern "C" __attribute__((visibility("default")))
@@ -19,8 +21,35 @@ extern const ls_kernels ls_kernels_avx512vnni;
 static ls_parallel_for pool = nullptr;
 static const ls_kernels *kernels = &ls_kernels_baseline;
 
-void ls_run(int64_t n, ls_task task, void *context) {
+void ls_run_each(int64_t n, ls_task task, void *context) {
   if (!pool || n < 2 || pool(0, n, 1, task, context)) task(0, n, context);
+}
+
+namespace {
+struct Units {
+  int64_t n;
+  ls_task task;
+  void *context;
+  std::atomic<int64_t> next;
+};
+// One thread of [begin, end) by equal shares takes half a share first and ever less, so that one on a busy core does
+// not make the others wait.
+void take(int64_t begin, int64_t end, void *context) {
+  Units *units = (Units *)context;
+  const int64_t n = units->n, share = end - begin;
+  for (int64_t at = units->next.load(std::memory_order_relaxed); at < n;) {
+    const int64_t most = share == n ? n : (n - at) * share / (2 * n), size = most > 1 ? most : 1;
+    if (units->next.compare_exchange_weak(at, at + size, std::memory_order_relaxed)) {
+      units->task(at, at + size < n ? at + size : n, units->context);
+      at = units->next.load(std::memory_order_relaxed);
+    }
+  }
+}
+}  // namespace
+
+void ls_run(int64_t n, ls_task task, void *context) {
+  Units units = {n, task, context, {0}};
+  ls_run_each(n, take, &units);
 }
 
 void ls_yield(void) { sched_yield(); }
@@ -296,7 +325,7 @@ double seconds(void) {
 }
 double per_second(int64_t threads, double work, ls_task task, Probe *probe) {
   const double begin = seconds();
-  ls_run(threads, task, probe);
+  ls_run_each(threads, task, probe);
   return work / (seconds() - begin);
 }
 }  // namespace

@@ -36,7 +36,9 @@ struct ls_kernels {
   int64_t (*products_of_step)(int64_t bits);
 };
 
-void ls_run(int64_t n, ls_task task, void *context);  // over [0, n), in parallel if there is a pool
+// Over [0, n), in parallel if there is a pool: in pieces that threads take when they are free, or in equal shares.
+void ls_run(int64_t n, ls_task task, void *context);
+void ls_run_each(int64_t n, ls_task task, void *context);
 void ls_yield(void);                                   // let another thread have the processor
 
 // Channels a unit of parallel work owns: more mean less memory for partial sums, fewer mean more units to share out.
