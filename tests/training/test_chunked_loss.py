@@ -19,10 +19,12 @@ from longscan.data.token_files import open_tokens
 from longscan.errors import LongscanError, UsageError
 from longscan.models import MODELS, LanguageModel, State
 from longscan.models.common.lora import LoraLayer, adaptable, attach
+from longscan.training import language_model
+from longscan.training import run as run_module
 from longscan.training.chunked_loss import chunked_loss, has_constant_state
 from longscan.training.config import TrainConfig
 from longscan.training.language_model import LanguageRun
-from longscan.training.run_directory import write_settings
+from longscan.training.run_directory import read_settings, write_settings
 from tiny_runs import TINY, Recorder, assert_same, interrupt, metrics, resume, train
 
 # largest difference allowed, relative to the largest gradient of a parameter
@@ -220,6 +222,30 @@ def test_what_changes_before_the_backward_pass_is_noticed(which: str) -> None:
         loss.backward()
 
 
+def test_progress_counts_both_passes() -> None:
+    model, ids, seen = build("mamba"), drawn(2, 20), list[tuple[int, int]]()
+    loss, _ = chunked_loss(model, ids, chunk=6, progress=lambda *each: seen.append(each))
+    assert seen == [(done, 8) for done in range(1, 5)]
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert seen == [(done, 8) for done in range(1, 9)]
+    with torch.inference_mode():
+        chunked_loss(model, ids, chunk=6, progress=lambda *each: seen.append(each))
+    assert seen[8:] == [(done, 4) for done in range(1, 5)]
+
+
+@pytest.mark.parametrize("at", [2, 6], ids=["forward", "backward"])
+def test_progress_may_end_the_work(at: int) -> None:
+    model = build("mamba")
+
+    def stop(done: int, _: int) -> None:
+        if done == at:
+            raise LongscanError("stopped")
+
+    with pytest.raises(LongscanError, match="stopped"):
+        chunked_loss(model, drawn(2, 20), chunk=6, progress=stop)[0].backward()  # type: ignore[no-untyped-call]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_a_full_disk_says_what_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -272,6 +298,79 @@ def test_it_resumes_bit_for_bit(config: TrainConfig, tmp_path: Path) -> None:
     assert_same(tmp_path / "run", tmp_path / "whole")
     with pytest.raises(UsageError, match="backward_chunk cannot change in the middle of a run"):
         resume(tmp_path / "run", {"backward_chunk": 8, "steps": 9})
+
+
+class Within(Recorder):
+    """Sends a signal at a given share of a step in progress, once."""
+
+    def __init__(self, what: str, done: int) -> None:
+        super().__init__()
+        self.what, self.done, self.seen = what, done, list[tuple[str, int, int]]()
+
+    def within(self, what: str, done: int, total: int) -> None:
+        self.seen.append((what, done, total))
+        if (what, done) == (self.what, self.done):
+            self.done = 0
+            interrupt(signal.SIGINT)()
+
+
+@pytest.mark.parametrize("carry", [False, True], ids=["shuffled", "carried"])
+@pytest.mark.parametrize("done", [3, 19, 24], ids=["forward", "second-part", "last-but-none"])
+def test_a_signal_within_a_long_step(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int, carry: bool
+) -> None:
+    """The step is discarded unless it is nearly done, and resuming gives the bits of an undisturbed run."""
+    monkeypatch.setattr(run_module, "PATIENCE", -1)  # every step is a long one
+    monkeypatch.setattr(run_module, "GRACE", 0)
+    long = config.replace(**LONG, carry_state=carry)
+    train(long, tmp_path / "whole")
+    display = Within("next step", done)
+    stopped = train(long, tmp_path / "run", display)
+    assert (stopped.step, stopped.stopped_by) == (int(done == 24), signal.SIGINT)
+    assert display.seen[-1] == ("next step", done, 24)
+    assert any("resuming repeats" in line for line in display.lines) == (done < 24)
+    assert resume(tmp_path / "run").stopped_by is None
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_short_step_is_finished(config: TrainConfig, tmp_path: Path) -> None:
+    display = Recorder(3, interrupt(signal.SIGINT))
+    assert train(config.replace(**LONG), tmp_path / "run", display).step == 3
+
+
+def test_a_signal_within_a_long_validation(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "PATIENCE", -1)
+    monkeypatch.setattr(run_module, "GRACE", 0)
+    train(config.replace(**LONG), tmp_path / "whole")
+    stopped = train(config.replace(**LONG), tmp_path / "run", Within("validation", 2))
+    assert (stopped.step, stopped.stopped_by) == (3, signal.SIGINT)
+    resume(tmp_path / "run")
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_the_default_chunk_is_written_down(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """train.json has the chunk, so a later default neither changes a run nor stops it from resuming."""
+    monkeypatch.setattr(language_model, "ONE_PASS", 20)
+    monkeypatch.setattr(language_model, "CHUNK", 7)
+    default = config.replace(seq_len=40)
+    train(default, tmp_path / "whole")
+    train(default, tmp_path / "run", Recorder(3, interrupt(signal.SIGINT)))
+    train(config.replace(steps=1), tmp_path / "short")
+    chunks = [read_settings(tmp_path / name, "train")["backward_chunk"] for name in ("run", "short")]
+    assert chunks == [7, 0]
+    settings = read_settings(tmp_path / "run", "train")  # as an earlier version wrote them
+    write_settings(tmp_path / "run", "train", {**settings, "backward_chunk": None})
+    assert resume(tmp_path / "run", {"steps": 8}).step == 8
+    assert read_settings(tmp_path / "run", "train")["backward_chunk"] == 7
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    monkeypatch.setattr(language_model, "CHUNK", 5)
+    display = Recorder()
+    resume(tmp_path / "run", {"steps": 9}, display)
+    assert any("in chunks of 7" in line for line in display.lines)
 
 
 def test_rows_read_on_in_their_state(config: TrainConfig, tmp_path: Path) -> None:

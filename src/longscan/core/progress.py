@@ -109,6 +109,15 @@ class Display:
             snapshot: the run after a step.
         """
 
+    def within(self, what: str, done: int, total: int) -> None:
+        """Show the progress within a step that takes long.
+
+        Args:
+            what: a name for the step.
+            done: in any unit.
+            total: in the same unit.
+        """
+
     def validated(self, valid: str | None) -> None:
         """Show the result of a validation.
 
@@ -161,6 +170,15 @@ class Terminal(Display):
         elif snapshot.step % self.every == 0 or snapshot.step in (1, snapshot.total):
             self.line(f"step {snapshot.step:,}/{snapshot.total:,}  {_numbers(snapshot)}")
 
+    def within(self, what: str, done: int, total: int) -> None:
+        """Add a percentage to the bar; before the first step a bar of its own shows it."""
+        with self._quiet_when_closed():
+            if self.bar is not None and self.snapshot is not None:
+                numbers = f"{_numbers(self.snapshot)}  {what} {100 * done // total} %"
+                self.bar.update(self.bar.task_ids[0], numbers=numbers)
+            else:
+                self.preparation.show(what, done, total)
+
     def validated(self, valid: str | None) -> None:
         """Redraw the bar with the validation; without a bar a line has shown it already."""
         if self.snapshot is not None and self.bar is not None:
@@ -179,6 +197,7 @@ class Terminal(Display):
         if self.bar is None:
             from rich.progress import Progress
 
+            self.preparation.clear()
             self.bar = Progress(*_columns(), console=self.console, refresh_per_second=4)
             self.bar.add_task("train", total=snapshot.total, numbers="")
             self.bar.start()

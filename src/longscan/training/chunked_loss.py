@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,6 +67,7 @@ def chunked_loss(
     state: State | None = None,
     seq_idx: Tensor | None = None,
     directory: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, State]:
     """Return the loss of `model(ids, labels=labels)` and the final state; memory does not grow with seq_len.
 
@@ -83,6 +84,8 @@ def chunked_loss(
         state: before the first token; the initial state if None.
         seq_idx: (batch, seq_len), see `LanguageModel.forward`.
         directory: of the temporary file; the system's if None.
+        progress: called after each chunk with the passes over chunks that are done, and all of them: with
+            autograd two per chunk, forward and backward. What it raises ends the work.
 
     Returns:
         loss: () mean cross-entropy per predicted token in nats, at least float32.
@@ -103,7 +106,7 @@ def chunked_loss(
     spare = 0 if seq_idx is not None else 1
     if labels.shape not in (ids.shape, (len(ids), ids.shape[1] + spare)):
         raise ValueError(f"labels: expected {tuple(ids.shape)}, got {tuple(labels.shape)}")
-    rows = _Rows(model, ids, labels, seq_idx, chunk)
+    rows = _Rows(model, ids, labels, seq_idx, chunk, progress)
     before = model.init_state(len(ids)) if state is None else state
     inputs = _tensors(before)
     if torch.is_grad_enabled():
@@ -125,11 +128,19 @@ class _Rows:
         labels: (batch, seq_len).
         seq_idx: (batch, seq_len) or None.
         chunk: tokens.
+        progress: see `chunked_loss`.
     """
 
     def __init__(
-        self, model: LanguageModel, ids: Tensor, labels: Tensor, seq_idx: Tensor | None, chunk: int
+        self,
+        model: LanguageModel,
+        ids: Tensor,
+        labels: Tensor,
+        seq_idx: Tensor | None,
+        chunk: int,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
+        self.progress = progress
         self.model, self.ids, self.labels, self.seq_idx = model, ids, labels, seq_idx
         self.parts = [slice(i, i + chunk) for i in range(0, ids.shape[1], chunk)]
         self.count = max(1, sum(_predicted(self.targets(part)) for part in self.parts))
@@ -179,7 +190,18 @@ class _Rows:
                 stored.append([*_tensors(state), *_random_state(self.ids.device)])
             loss, state = self(index, state)
             losses.append(loss)
+            self.passed(index + 1, backward=stored is not None)
         return torch.stack(losses).sum(), state
+
+    def passed(self, done: int, *, backward: bool) -> None:
+        """Report progress.
+
+        Args:
+            done: passes over chunks so far.
+            backward: whether there are those of a backward pass too.
+        """
+        if self.progress is not None:
+            self.progress(done, len(self) * (2 if backward else 1))
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -231,6 +253,7 @@ class _ChunkedLoss(torch.autograd.Function):
                     wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
                     so_far = sums[i]
                     sums[i] = wide.clone() if so_far is None else so_far.add_(wide)
+            rows.passed(2 * len(rows) - index, backward=True)
         dparameters = (
             None if total is None else total.to(parameter.dtype)
             for total, parameter in zip(sums, parameters, strict=True)

@@ -22,6 +22,7 @@ from longscan.training.config import TrainConfig
 from longscan.training.footprint import footprint, memory_size
 from longscan.training.replicas import Replica, SummedModel
 from longscan.training.run import Run
+from longscan.training.trainer import UnfinishedError
 
 __all__ = ["LanguageRun"]
 
@@ -110,20 +111,40 @@ class LanguageRun(Run[TrainConfig]):
     def loss(self, model: LanguageModel, part: tuple[Tensor, int]) -> Tensor:
         """Return the mean loss of the next token; with --carry-state the rows of the part start in theirs."""
         ids, first = part
+        n = len(self.group.slices(self.config.batch_size * self.config.accumulate, self.config.batch_size))
+        index = first // self.config.batch_size % n  # of the part
+
+        def report(done: int, total: int) -> None:
+            self.advanced(index * total + done, n * total)
+
         if not self.config.carry_state:
-            return self._loss(model, ids)[0]
+            return self._loss(model, ids, report=report)[0]
         rows = slice(first, first + len(ids))
-        loss, after = self._loss(model, ids, self.state.map(lambda tensor: tensor[rows].clone()))
+        state = self.state.map(lambda tensor: tensor[rows].clone())
+        loss, after = self._loss(model, ids, state, report=report)
         for name, tensor in after.named_tensors():
             self.carried[name][rows] = tensor.detach()
         return loss
 
-    def _loss(self, model: LanguageModel, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+    def _loss(
+        self,
+        model: LanguageModel,
+        ids: Tensor,
+        state: State | None = None,
+        report: Callable[[int, int], None] | None = None,
+    ) -> tuple[Tensor, State]:
         """Return the mean loss of ids (batch, seq_len + 1) from a state, and the state before their last."""
         ids = ids.to(self.config.device)
         if self.chunk:
-            inputs, where = ids[:, :-1], self.directory
-            return chunked_loss(self.model, inputs, ids, chunk=self.chunk, state=state, directory=where)
+            return chunked_loss(
+                self.model,
+                ids[:, :-1],
+                ids,
+                chunk=self.chunk,
+                state=state,
+                directory=self.directory,
+                progress=report,
+            )
         if state is None:
             output = model(ids, labels=ids, return_logits=False)
             return output.loss, output.state
@@ -144,8 +165,11 @@ class LanguageRun(Run[TrainConfig]):
         for ids, counts in self.group.share(batches, signals):
             if signals.received:
                 return None
-            with self.trainer.replica.inference():
-                loss = self._loss(self.model, ids)[0].item()
+            try:
+                with self.trainer.replica.inference():
+                    loss = self._loss(self.model, ids, report=self._validating)[0].item()
+            except UnfinishedError:  # the next start validates again
+                return None
             predicted = ids.shape[0] * (ids.shape[1] - 1)
             if counts:
                 total += loss * predicted
@@ -172,12 +196,23 @@ class LanguageRun(Run[TrainConfig]):
             except LongscanError as error:
                 raise UsageError(f"{flag}: {error}") from error
 
+    def resolved(self, config: TrainConfig) -> TrainConfig:
+        """Return settings with the chunk of the backward pass: a later default changes no run."""
+        if config.backward_chunk is not None:
+            return config
+        long = config.seq_len > ONE_PASS and has_constant_state(self.model)
+        return config.replace(backward_chunk=CHUNK if long else 0)
+
+    def _validating(self, done: int, total: int) -> None:
+        """Report progress within a batch of the validation."""
+        self.advanced(done, total, "validation")
+
     def _choose_chunk(self) -> None:
         """Settle the chunks of the backward pass."""
-        seq_len, chunk = self.config.seq_len, self.config.backward_chunk
+        seq_len = self.config.seq_len
         self._check_state(lambda: self.model)
-        if chunk is None:
-            chunk = CHUNK if seq_len > ONE_PASS and has_constant_state(self.model) else 0
+        chunk = self.resolved(self.config).backward_chunk
+        assert chunk is not None
         self.chunk = chunk if chunk < seq_len else 0
         if self.chunk and self.sharded and self.group.several:
             raise UsageError(

@@ -53,11 +53,14 @@ from longscan.training.run_directory import (
 )
 from longscan.training.schedule import learning_rate
 from longscan.training.task import Task
-from longscan.training.trainer import DivergedError, Trainer
+from longscan.training.trainer import DivergedError, Trainer, UnfinishedError
 
 __all__ = ["Run", "RunResult"]
 
 C = TypeVar("C", bound=RunConfig)
+
+GRACE = 10.0  # seconds: a signal waits for the rest of a step in chunks up to here
+PATIENCE = 1.0  # seconds before the progress within a step is shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +100,7 @@ class Run(Task[C]):
         self.directory, self.config, self.group = directory, config, group
         self.display, self.figures = display if group.first else Display(), figures and group.first
         (model, *self.epoch), earlier = group.in_turn(self._start)
+        config, before = self._resolve(before, earlier)
         group.compare("training data", {"fingerprint": self.fingerprint})
         group.compare("weights", {"fingerprint": model.fingerprint() if group.several else ""})
         total, so_far = (each.total_steps(*self.epoch) for each in (config, before or config))
@@ -117,6 +121,8 @@ class Run(Task[C]):
         self.saved: Path | None = None  # the last good checkpoint
         self.seconds = 0.0  # spent in training steps, over all processes
         self.recent: deque[tuple[float, int]] = deque(maxlen=20)  # seconds and tokens of the last steps
+        self.signals: StopSignals | None = None  # while it trains
+        self.long_since = 0.0  # when what `advanced` is called in began
         self.introduce()
         group.in_turn(lambda: self._load(before or config))
         group.compare("checkpoint", {"step": self.trainer.step_number})
@@ -184,9 +190,14 @@ class Run(Task[C]):
                 self.group.signals() as signals,
                 self.group.connected(),
             ):
+                self.signals = signals
                 self._report(signals)  # in case a process was killed before its report
                 while not trainer.done and not signals.received:
-                    self._step()
+                    try:
+                        self._step()
+                    except UnfinishedError:
+                        self.say("stopped within the next step, which resuming repeats from its start")
+                        break
                     self.group.agree(signals)
                     if trainer.step_number % self.config.save_every == 0 or trainer.done:
                         self._save()
@@ -334,7 +345,7 @@ class Run(Task[C]):
         newest = self.checkpoints.newest(self.display.line)
         if newest:
             self.saved, state = newest
-            settings = self.settings.from_dict(state["config"])
+            settings = self.resolved(self.settings.from_dict(state["config"]))
             refuse_changes(before, settings, self.saved, longer=bool(self.trainer.earlier))
             if state["data"] != self.fingerprint:
                 raise LongscanError(
@@ -386,6 +397,28 @@ class Run(Task[C]):
                 seconds_left=(self.trainer.total - report.step) * seconds / len(self.recent),
             )
         )
+
+    def advanced(self, done: int, total: int, what: str = "next step") -> None:
+        """Show how far a long step is, and leave it if a signal has arrived; see `Task.advanced`."""
+        now = time.perf_counter()
+        if done == 1:
+            self.long_since = now
+        taken = now - self.long_since
+        if taken > PATIENCE:
+            self.display.within(what, done, total)
+        # with several processes the others would wait for this one in vain
+        if self.signals is None or not self.signals.received or self.group.several or done == 1:
+            return
+        if taken / (done - 1) * (total - done) > GRACE:
+            raise UnfinishedError(f"a signal stopped the {what} after {done:,} of {total:,} chunks.")
+
+    def _resolve(self, before: C | None, earlier: list[tuple[int, int]]) -> tuple[C, C | None]:
+        """Fill in what depends on the model in the settings, those so far, and those in the directory."""
+        self.config, stored = self.resolved(self.config), before or self.config
+        resolved = self.resolved(stored)
+        if resolved != stored and self.group.first:
+            write_settings(self.directory, self.verb, resolved.to_dict(), earlier)
+        return self.config, before and resolved
 
     @property
     def _valid(self) -> str | None:

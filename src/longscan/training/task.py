@@ -74,6 +74,26 @@ class Task(ABC, Generic[C]):
     def loss(self, model: Any, part: Any) -> Tensor:
         """Return the mean loss of a part's tokens, a scalar; or the vector of its terms."""
 
+    def advanced(self, done: int, total: int, what: str = "next step") -> None:
+        """Called by a `loss` or a validation that takes minutes, in between: shows how far it is.
+
+        Args:
+            done: chunks so far, from 1.
+            total: all chunks.
+            what: they are of.
+
+        Raises:
+            UnfinishedError: a signal has arrived, and the rest would take long.
+        """
+
+    def resolved(self, config: C) -> C:
+        """Return settings in which a default that depends on the model has its value; `prepare` came before.
+
+        Args:
+            config: the settings.
+        """
+        return config
+
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the training data: a run resumes only with the same data."""

@@ -28,7 +28,7 @@ from longscan.training.config import RunConfig
 from longscan.training.replicas import Replica
 from longscan.training.schedule import learning_rate, slow_rate
 
-__all__ = ["DivergedError", "StepReport", "Trainer", "TrainerState", "step_seed"]
+__all__ = ["DivergedError", "StepReport", "Trainer", "TrainerState", "UnfinishedError", "step_seed"]
 
 AVERAGE = "average"  # the key of an averaged weight in a checkpoint, beside those of AdamW
 CARRIED = "carried"  # what the keys of a carried state begin with
@@ -59,6 +59,10 @@ def _groups(model: Model, weight_decay: float) -> list[dict[str, Any]]:
 
 class DivergedError(LongscanError):
     """The loss or the gradient is not finite."""
+
+
+class UnfinishedError(LongscanError):
+    """A signal ended a step before the optimizer's update; weights and carried state are those before it."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,19 @@ class Trainer:
 
         Raises:
             DivergedError: the loss or the gradient is not finite; the weights are those before the step.
+            UnfinishedError: the loss raises it.
         """
+        carried = {name: tensor.clone() for name, tensor in self.carried.items()}
+        try:
+            return self._step()
+        except UnfinishedError:
+            self.optimizer.zero_grad(set_to_none=True)
+            for name, tensor in carried.items():
+                self.carried[name].copy_(tensor)
+            raise
+
+    def _step(self) -> StepReport:
+        """Do one optimizer step; see `step`."""
         length = next((total for until, total in self.earlier if self.step_number < until), self.total)
         rate = learning_rate(self.config, self.step_number, length, self.d_model or 1)
         parts = [(part, torch.tensor(count).reshape(-1)) for part, count in self.batch(self.step_number)]
