@@ -238,10 +238,15 @@ def test_training_on_long_sequences(cli: Any, tmp_path: Path) -> None:
     done = cli("bench", "train", "--long", *flags)
     assert done.code == 0, done.err
     (suite,) = json.loads(done.out)["suites"]
-    rates = {(row["contender"], row["seq_len"]): row["rate"] for row in suite["rows"]}
+    steps = [row for row in suite["rows"] if not row["case"].startswith("gradient")]
+    rates = {(row["contender"], row["seq_len"]): row["rate"] for row in steps}
     assert {name for name, _ in rates} == {train_long.CHUNKS, train_long.WHOLE, train_long.GPT}
     assert all(rates.values())
     assert (tmp_path / "long.png").exists()
+    differences = {row["contender"]: row["difference"] for row in suite["rows"] if row not in steps}
+    assert len(differences) == 2
+    for name, difference in differences.items():
+        assert 0 < difference <= float(train_long.DIFFERENCES[name.split(", ")[1]])
     done = cli("bench", "ops", "--long")
     assert done.code == 2
     assert "--long: is for the suite train" in done.err

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from longscan.bench.measure import Contender, Measurement, Settings
-from longscan.bench.report import Ratio, Report, rate, rate_table
+from longscan.bench.report import Ratio, Report, rate, rate_table, table
 from longscan.bench.suites.train import describe
 
 __all__ = ["run"]
@@ -21,6 +22,15 @@ RECOMPUTED = 4 / 3  # a forward pass more, where a step is one and a backward pa
 CHUNKS, WHOLE, GPT = "Mamba in chunks", "Mamba, one pass", "no Mamba: Transformer, SDPA"
 # beyond it one pass of the Mamba takes 15 GB and more, and a step of the Transformer hours
 ONE_PASS_UP_TO = 65_536
+# the gradient of one sequence in chunks and in one pass, which fits into memory in float64 too
+GRADIENT: dict[str, Any] = {"d_model": 16, "n_layers": 2, "vocab_size": 64, "d_state": 8}
+GRADIENT_OF: dict[str, dict[str, Any]] = {
+    "mamba": {},
+    "mamba2": {"d_head": 8},
+    "mamba3": {"d_head": 8},
+}
+GRADIENT_LENGTH, QUICK_GRADIENT_LENGTH = 65_536, 512
+DIFFERENCES = {"float64": "1e-10", "float32": "1e-4"}  # largest relative ones allowed
 PATIENCE = 20.0  # seconds of a run that is not repeated
 
 
@@ -54,12 +64,68 @@ def run(settings: Settings, quick: bool) -> Report:
             goal="≤ 1.2 ×",
         )
     )
+    length = QUICK_GRADIENT_LENGTH if quick else GRADIENT_LENGTH
+    names = ("mamba",) if quick else tuple(GRADIENT_OF)
+    _gradients(report, settings, names, length, QUICK_CHUNK if quick else CHUNK)
     others = "" if quick else "; the Transformer has 2 layers and as many parameters"
     report.notes.append(
         f"A step: forward, backward and AdamW in float32 on one sequence, in chunks of {chunk:,} tokens with "
         f"exact gradients, or in one pass; {describe(model)}{others}."
     )
     return report
+
+
+def _gradients(report: Report, settings: Settings, names: Sequence[str], seq_len: int, chunk: int) -> None:
+    """Add how far the gradient in chunks is from that of one pass, and the memory of both.
+
+    Args:
+        report: receives a row, a cell and a goal for each model and dtype.
+        settings: of the benchmark.
+        names: of the models.
+        seq_len: tokens of the sequence.
+        chunk: tokens per chunk.
+    """
+    cells = []
+    for name in names:
+        for dtype, goal in DIFFERENCES.items():
+            arguments = {
+                "model": GRADIENT | GRADIENT_OF[name] | {"model": name},
+                "seq_len": seq_len,
+                "chunk": chunk,
+            }
+            contender = Contender(
+                name=f"{name}, {dtype}",
+                job="longscan.bench.contenders.gradients:gradient",
+                arguments=arguments | {"dtype": dtype},
+                patience=0.0,  # the numbers are the same each time
+            )
+            result = settings.compare(f"gradient of {seq_len:,} tokens", [contender], settings)[
+                contender.name
+            ]
+            row = {
+                "case": f"gradient of {seq_len:,}",
+                **result.as_row(),
+                "rate": None,
+                "unit": "",
+                "seq_len": seq_len,
+            }
+            report.rows.append(row)
+            report.notes += [f"{contender.name}: {result.note}"] if result.note else []
+            found = result.details
+            difference = found.get("difference", math.nan)
+            what = f"{contender.name}: gradient of {seq_len:,} tokens in chunks, difference from one pass"
+            report.ratios.append(Ratio(what=what, measured=difference, goal=f"≤ {goal}", unit=""))
+            memory = [
+                f"{found[key] / 1e6:,.0f}" if key in found else "–" for key in ("chunks_bytes", "whole_bytes")
+            ]
+            cells.append([contender.name, f"{difference:.1e}", *memory])
+    columns = ["", "largest difference", "in chunks, MB", "one pass, MB"]
+    report.tables.append(table(f"gradient of one sequence of {seq_len:,} tokens", columns, cells))
+    sizes = ", ".join(f"{key} {value}" for key, value in GRADIENT.items())
+    report.notes.append(
+        f"Largest difference of the gradients: the largest, over all parameters, of max |difference| / max "
+        f"|gradient of one pass|; {sizes}, weights as initialised."
+    )
 
 
 def _contenders(model: dict[str, int], seq_len: int, chunk: int) -> list[Contender]:
