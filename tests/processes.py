@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 PARENT = """
-import json, os, sys
+import json, os, sys, traceback
 import torch._dynamo, torch.distributed.fsdp, torch.distributed.tensor
 import longscan.commands.train, longscan.inference.generate, matplotlib.figure, rich.progress
 from longscan.cli import main
@@ -35,7 +35,11 @@ for line in sys.stdin:
         try:
             exec(order["first"], {})
             code = main(order["arguments"])
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
+            sys.stdout.flush()
             os._exit(code)
     print(pid, flush=True)
 """

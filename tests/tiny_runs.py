@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -14,8 +15,12 @@ import torch
 from safetensors.torch import load_file as load_tensors
 
 from longscan.core.progress import Display, Snapshot
+from longscan.training.config import TrainConfig
 from longscan.training.train import resume as resume_with_figures
 from longscan.training.train import train as train_with_figures
+
+# of losses and weights, after steps whose sums were added in another order
+ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
 
 TINY: dict[str, Any] = {
     "tokenizer": "bytes",
@@ -81,3 +86,36 @@ def assert_same(directory: Path, whole: Path) -> None:
 
 def interrupt(number: signal.Signals) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), number)
+
+
+def flags(config: TrainConfig) -> list[str]:
+    usual, given = TrainConfig().to_dict(), config.to_dict()
+    names = [name for name in given if given[name] != usual[name] and name != "data"]
+    return [part for name in names for part in (f"--{name.replace('_', '-')}", str(given[name]))]
+
+
+def assert_close(directory: Path, whole: Path) -> None:
+    """The two runs recorded the same numbers and ended with the same weights, up to rounding."""
+    one, other = metrics(directory), metrics(whole)
+    assert [record.keys() for record in one] == [record.keys() for record in other]
+    for mine, theirs in zip(one, other, strict=True):
+        for key, value in theirs.items():
+            if key != "sample":
+                assert math.isclose(mine[key], value, rel_tol=ROUNDING["rtol"]), (key, mine, theirs)
+    weights, others = (load_tensors(run / "model/model.safetensors") for run in (directory, whole))
+    for name, weight in others.items():
+        torch.testing.assert_close(weights[name], weight, **ROUNDING)
+
+
+def slowly(step: int) -> str:
+    """Let the first process wait before it writes down a step, so that a test can act before it."""
+    return f"""
+import time
+from longscan.training.metrics import Metrics
+write = Metrics.write
+def slow(self, record):
+    if record["step"] == {step}:
+        time.sleep(1)
+    write(self, record)
+Metrics.write = slow
+"""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import signal
@@ -12,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from longscan.errors import LongscanError
 from longscan.training.config import TrainConfig
@@ -21,10 +18,7 @@ from longscan.training.launch import launch
 from longscan.training.train import train
 from processes import Parent, until_step
 from replica_gradients import MODELS_AND_SETTINGS
-from tiny_runs import assert_same, metrics
-
-# of losses and weights, after steps whose sums were added in another order
-ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
+from tiny_runs import assert_close, assert_same, flags, metrics, slowly
 
 
 @pytest.fixture(scope="module")
@@ -40,38 +34,20 @@ def start(config: TrainConfig) -> list[str]:
     return ["train", *config.data, *flags(config)]
 
 
-def flags(config: TrainConfig) -> list[str]:
-    usual, given = TrainConfig().to_dict(), config.to_dict()
-    names = [name for name in given if given[name] != usual[name] and name != "data"]
-    return [part for name in names for part in (f"--{name.replace('_', '-')}", str(given[name]))]
-
-
-def assert_close(directory: Path, whole: Path) -> None:
-    """The two runs recorded the same numbers and ended with the same weights, up to rounding."""
-    one, other = metrics(directory), metrics(whole)
-    assert [record.keys() for record in one] == [record.keys() for record in other]
-    for mine, theirs in zip(one, other, strict=True):
-        for key, value in theirs.items():
-            if key != "sample":
-                assert math.isclose(mine[key], value, rel_tol=ROUNDING["rtol"]), (key, mine, theirs)
-    weights, others = (load_file(run / "model/model.safetensors") for run in (directory, whole))
-    for name, weight in others.items():
-        torch.testing.assert_close(weights[name], weight, **ROUNDING)
-
-
 def test_fifty_steps(config: TrainConfig, parent: Parent, tmp_path: Path) -> None:
     """Two processes do the two passes of one, and add up their gradients in its order: not a bit differs."""
     config = config.replace(steps=50, save_every=25, eval_every=20, sample_every=0)
     train(config, tmp_path / "one", figures=False)
     start = ["train", *config.data, *flags(config)]
-    for name, more in (("ddp", []), ("fsdp", ["--shard"])):
+    for name, more in (("ddp", []), ("fsdp", ["--shard"]), ("context", ["--context-parallel", "2"])):
         said = parent.run(*start, "--out", str(tmp_path / name), *more).said()
         assert "processes  2, each with " in said
         assert said.count("trained 50 steps") == 1
     assert metrics(tmp_path / "ddp") == metrics(tmp_path / "one")
     one, other = (tmp_path / name / "model/model.safetensors" for name in ("ddp", "one"))
     assert one.read_bytes() == other.read_bytes()
-    assert_close(tmp_path / "fsdp", tmp_path / "one")
+    for name in ("fsdp", "context"):
+        assert_close(tmp_path / name, tmp_path / "one")
 
 
 def test_the_gradients_of_every_model(parent: Parent) -> None:
@@ -123,20 +99,6 @@ def test_any_number_of_processes_resumes(
         parent.run(*start, "--out", str(tmp_path / "whole"), *more)
         whole = tmp_path / "whole"
     assert_same(tmp_path / "2", whole)
-
-
-def slowly(step: int) -> str:
-    """Let the first process wait before it writes down a step, so that a test can act before it."""
-    return f"""
-import time
-from longscan.training.metrics import Metrics
-write = Metrics.write
-def slow(self, record):
-    if record["step"] == {step}:
-        time.sleep(1)
-    write(self, record)
-Metrics.write = slow
-"""
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])

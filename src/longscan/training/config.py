@@ -210,6 +210,12 @@ class TrainConfig(FreshConfig):
         "Under torchrun: shard weights, gradients and optimizer over the processes (FSDP2).",
         harmless=True,
     )
+    context_parallel: int = setting(
+        1,
+        "Under torchrun: processes that share each sequence, each with a part of its tokens; a divisor of "
+        "their number. For models whose state has a constant size.",
+        harmless=True,
+    )
     timeout: int = setting(600, "Under torchrun: seconds to wait for another process.", harmless=True)
 
     eval_windows: int = setting(32, "Sequences per validation; all of them at the end.", harmless=True)
@@ -222,6 +228,7 @@ class TrainConfig(FreshConfig):
         super().__post_init__()
         self.check("seq_len", "vocab_size", least=2)
         self.check("batch_size", "accumulate", "timeout", "eval_windows", "sample_tokens", least=1)
+        self.check("context_parallel", least=1)
         self.check("sample_every", "backward_chunk", least=0)
         self.check("valid_fraction", least=0, below=1)
 

@@ -48,6 +48,7 @@ class Group:
         size: how many there are.
         timeout: seconds to wait for the others.
         patient: the same processes, with a timeout of days.
+        context_size: how many share a sequence; a divisor of `size`. Those of adjacent ranks do.
     """
 
     def __init__(
@@ -56,8 +57,11 @@ class Group:
         size: int = 1,
         timeout: float = 0.0,
         patient: dist.ProcessGroup | None = None,
+        context_size: int = 1,
     ) -> None:
         self.rank, self.size, self.timeout, self.patient = rank, size, timeout, patient
+        self.context_size, self.context_rank = context_size, rank % context_size
+        self.data_size, self.data_rank = size // context_size, rank // context_size
 
     @property
     def first(self) -> bool:
@@ -167,23 +171,44 @@ class Group:
         Raises:
             UsageError: there are too few rows.
         """
-        passes = math.ceil(math.ceil(n_rows / self.size) / batch_size)
-        if n_rows < self.size:
+        n = self.data_size
+        passes = math.ceil(math.ceil(n_rows / n) / batch_size)
+        each = "processes" if self.context_size == 1 else f"groups of {self.context_size} processes"
+        if n_rows < n:
             raise UsageError(
-                f"--batch-size: expected at least one sequence of a step for each of {self.size} processes, "
+                f"--batch-size: expected at least one sequence of a step for each of {n} {each}, "
                 f"got {n_rows} (batch_size x accumulate). Raise one of them, or start fewer processes."
             )
-        if n_rows // self.size < passes:
+        if n_rows // n < passes:
             raise UsageError(
-                f"--accumulate: {n_rows} passes of one sequence do not divide among {self.size} processes. "
-                f"Make it a multiple of {self.size}, or raise --batch-size."
+                f"--accumulate: {n_rows} passes of one sequence do not divide among {n} {each}. "
+                f"Make it a multiple of {n}, or raise --batch-size."
             )
-        begin, end = (n_rows * rank // self.size for rank in (self.rank, self.rank + 1))
+        begin, end = (n_rows * rank // n for rank in (self.data_rank, self.data_rank + 1))
         bounds = [begin + (end - begin) * i // passes for i in range(passes + 1)]
         return [slice(*pair) for pair in pairwise(bounds)]
 
+    def part(self, n_tokens: int) -> slice:
+        """Return which tokens of a sequence this process takes: as many as the others, give or take one.
+
+        Args:
+            n_tokens: of the sequence.
+
+        Raises:
+            UsageError: there are fewer tokens than processes.
+        """
+        n, number = self.context_size, self.context_rank
+        if n_tokens < n:
+            raise UsageError(
+                f"--context-parallel: expected at least one token of a sequence for each of {n} processes, "
+                f"got {n_tokens}. Raise --seq-len, or lower --context-parallel."
+            )
+        return slice(n_tokens * number // n, n_tokens * (number + 1) // n)
+
     def share(self, batches: Iterable[T], signals: StopSignals) -> Iterator[tuple[T, bool]]:
         """Deal batches out to the processes, as many to each: the last may come twice.
+
+        Processes that share sequences take the same batches.
 
         Args:
             batches: the same everywhere.
@@ -195,13 +220,13 @@ class Group:
         dealt: list[T] = []
         for batch in batches:
             dealt.append(batch)
-            if len(dealt) == self.size:
+            if len(dealt) == self.data_size:
                 self.agree(signals)
-                yield dealt[self.rank], True
+                yield dealt[self.data_rank], True
                 dealt = []
         if dealt:
             self.agree(signals)
-            yield dealt[min(self.rank, len(dealt) - 1)], self.rank < len(dealt)
+            yield dealt[min(self.data_rank, len(dealt) - 1)], self.data_rank < len(dealt)
 
     def signals(self) -> StopSignals:
         """Return what records the signals that stop the run."""

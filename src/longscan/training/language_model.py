@@ -19,6 +19,7 @@ from longscan.tokenizers.base import Tokenizer
 from longscan.training.build import continued, make_model, make_tokenizer, make_tokens, model_settings
 from longscan.training.chunked_loss import check_constant, chunked_loss, has_constant_state
 from longscan.training.config import TrainConfig
+from longscan.training.context_parallel import Neighbours, PartedModel, check_context, part_loss
 from longscan.training.footprint import footprint, memory_size
 from longscan.training.replicas import Replica, SummedModel
 from longscan.training.run import Run
@@ -46,6 +47,16 @@ class LanguageRun(Run[TrainConfig]):
         """The seconds that its processes wait for each other."""
         return config.timeout
 
+    @classmethod
+    def context_size(cls, config: TrainConfig) -> int:
+        """The number of processes that share a sequence."""
+        return config.context_parallel
+
+    @property
+    def parted(self) -> bool:
+        """Whether this process has a part of each sequence only."""
+        return self.group.context_size > 1
+
     @property
     def sharded(self) -> bool:
         """Whether each process has a share of the model only."""
@@ -61,6 +72,14 @@ class LanguageRun(Run[TrainConfig]):
                 "--carry-state: expected one process, as its checkpoint holds its own states only. "
                 "Leave it out, or start without torchrun."
             )
+        if self.parted and (config.shard or config.carry_state or config.backward_chunk):
+            name = next(n for n in ("shard", "carry_state", "backward_chunk") if getattr(config, n))
+            raise UsageError(
+                f"--context-parallel: expected no --{name.replace('_', '-')}, as the parts of a sequence are "
+                "computed in one pass, layer by layer, with the whole model in each process. Leave one out."
+            )
+        self.group.part(config.seq_len)  # raise now if there are too few tokens
+        self.neighbours = Neighbours(self.group)
         if config.pretrained:
             before = continued(config, self.directory / "start")
             self.tokenizer = before[1]
@@ -92,6 +111,18 @@ class LanguageRun(Run[TrainConfig]):
         step = count(self.config.tokens_per_step, "token")
         return data, f"{step} in chunks of {self.chunk:,}" if self.chunk else step
 
+    def introduce(self) -> None:
+        """Show also what the processes that share a sequence send."""
+        super().introduce()
+        if self.parted:
+            n, tokens = self.group.context_size, self._longest_part
+            state = self.model.init_state(self.config.batch_size)
+            size = _megabytes(round(state.nbytes / len(state.layers)))
+            self.display.line(
+                f"context    {n} processes share a sequence, at most {tokens:,} tokens each; a layer sends "
+                f"{size} in each direction, whatever the length"
+            )
+
     def batch(self, step: int) -> list[tuple[tuple[Tensor, int], int]]:
         """Return the ids that this process takes in a step, in parts (batch_size, seq_len + 1).
 
@@ -106,7 +137,8 @@ class LanguageRun(Run[TrainConfig]):
             first = step * len(ids)
             ids[-first % 16 :: 16, 0] = self.tokenizer.start[-1]
         slices = self.group.slices(len(ids), self.config.batch_size)
-        return [((ids[rows], rows.start), (rows.stop - rows.start) * (ids.shape[1] - 1)) for rows in slices]
+        tokens = self._part_len(ids)
+        return [((ids[rows], rows.start), (rows.stop - rows.start) * tokens) for rows in slices]
 
     def loss(self, model: LanguageModel, part: tuple[Tensor, int]) -> Tensor:
         """Return the mean loss of the next token; with --carry-state the rows of the part start in theirs."""
@@ -118,13 +150,34 @@ class LanguageRun(Run[TrainConfig]):
             self.advanced(index * total + done, n * total)
 
         if not self.config.carry_state:
-            return self._loss(model, ids, report=report)[0]
+            return self._mean_loss(model, ids, report)
         rows = slice(first, first + len(ids))
         state = self.state.map(lambda tensor: tensor[rows].clone())
         loss, after = self._loss(model, ids, state, report=report)
         for name, tensor in after.named_tensors():
             self.carried[name][rows] = tensor.detach()
         return loss
+
+    def _mean_loss(
+        self, model: LanguageModel, ids: Tensor, report: Callable[[int, int], None] | None = None
+    ) -> Tensor:
+        """Return the mean loss of ids (batch, seq_len + 1), or of this process's part of them."""
+        if not self._divides(ids):
+            return self._loss(model, ids, report=report)[0]
+        ids = ids.to(self.config.device)
+        return part_loss(self.model, ids[:, :-1], ids, group=self.group, neighbours=self.neighbours)[0]
+
+    def _part_len(self, ids: Tensor) -> int:
+        """Return how many tokens of ids (batch, seq_len + 1) this process predicts."""
+        n = ids.shape[1] - 1
+        if not self._divides(ids):
+            return n if self.group.context_rank == 0 else 0
+        part = self.group.part(n)
+        return int(part.stop) - int(part.start)
+
+    def _divides(self, ids: Tensor) -> bool:
+        """Whether processes share ids (batch, seq_len + 1); the last ones of held-out text may be too few."""
+        return self.parted and ids.shape[1] > self.group.context_size
 
     def _loss(
         self,
@@ -167,10 +220,11 @@ class LanguageRun(Run[TrainConfig]):
                 return None
             try:
                 with self.trainer.replica.inference():
-                    loss = self._loss(self.model, ids, report=self._validating)[0].item()
+                    loss = self._mean_loss(self.model, ids, self._validating).item()
+                    self.neighbours.wait()
             except UnfinishedError:  # the next start validates again
                 return None
-            predicted = ids.shape[0] * (ids.shape[1] - 1)
+            predicted = ids.shape[0] * self._part_len(ids)
             if counts:
                 total += loss * predicted
                 n += predicted
@@ -189,6 +243,8 @@ class LanguageRun(Run[TrainConfig]):
 
     def _check_state(self, make: Callable[[], Model]) -> None:
         """Raise UsageError if a setting needs a state of constant size and the model has none."""
+        if self.parted:
+            check_context(cast(LanguageModel, make()))
         flags = {"--backward-chunk": self.config.backward_chunk, "--carry-state": self.config.carry_state}
         for flag in (flag for flag, given in flags.items() if given):
             try:
@@ -200,7 +256,7 @@ class LanguageRun(Run[TrainConfig]):
         """Return settings with the chunk of the backward pass: a later default changes no run."""
         if config.backward_chunk is not None:
             return config
-        long = config.seq_len > ONE_PASS and has_constant_state(self.model)
+        long = config.seq_len > ONE_PASS and not self.parted and has_constant_state(self.model)
         return config.replace(backward_chunk=CHUNK if long else 0)
 
     def _validating(self, done: int, total: int) -> None:
@@ -219,18 +275,25 @@ class LanguageRun(Run[TrainConfig]):
                 "--shard: expected sequences of one pass, as the chunks of --backward-chunk need the whole "
                 "model in each process. Leave --shard out, or choose --backward-chunk 0."
             )
-        if seq_len > ONE_PASS and not self.chunk:
+        if self._longest_part > ONE_PASS and not self.chunk:
             self._check_memory()
 
     def replicate(self, model: Model) -> Replica:
-        """Return the model as this process trains it: without DDP if its gradients come from chunks."""
+        """Return the model as this process trains it: without DDP if gradients come from chunks or parts."""
+        if self.parted:
+            return PartedModel(model, self.group, self.neighbours)
         if self.group.several and self.chunk:
             return SummedModel(model, self.group)
         return super().replicate(model)
 
+    @property
+    def _longest_part(self) -> int:
+        """The most tokens of a sequence that a process computes."""
+        return -(-self.config.seq_len // self.group.context_size)
+
     def _check_memory(self) -> None:
         """Raise LongscanError if a long pass clearly exceeds the memory; attention may take still more."""
-        tokens, available = self.config.seq_len * self.config.batch_size, available_memory()
+        tokens, available = self.config.batch_size * self._longest_part, available_memory()
         model = self.model.train()
         needs = footprint(
             model, lambda n: self._loss(model, torch.zeros(1, n + 1, dtype=torch.long))[0], tokens

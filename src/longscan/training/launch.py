@@ -127,22 +127,28 @@ def _meet(store: Any, place: Launch, timeout: float) -> str:
 
 
 @contextlib.contextmanager
-def joined(verb: str, device: str, timeout: float | None) -> Iterator[Group]:
+def joined(verb: str, device: str, timeout: float | None, context_size: int = 1) -> Iterator[Group]:
     """Join the other processes of this run, if torchrun started several.
 
     Args:
         verb: the verb, for messages.
         device: of the training.
         timeout: seconds to wait for the others; None if the verb trains in one process only.
+        context_size: how many processes share a sequence.
 
     Yields:
         The processes.
 
     Raises:
-        UsageError: there are several, and the verb or the device is for one.
+        UsageError: there are several, and the verb or the device is for one; or they don't divide.
         LostError: the others are not there.
     """
     place = launch()
+    if place.size % context_size:
+        raise UsageError(
+            f"--context-parallel: expected a divisor of the number of processes, which is {place.size}, got "
+            f"{context_size}. Choose another, or start a multiple of {context_size} processes with torchrun."
+        )
     if place.size == 1:
         yield ALONE
         return
@@ -152,7 +158,7 @@ def joined(verb: str, device: str, timeout: float | None) -> Iterator[Group]:
             "longscan train. Start it without torchrun."
         )
     _take_device(device, place.local)
-    group = Group(place.rank, place.size, timeout)
+    group = Group(place.rank, place.size, timeout, context_size=context_size)
     with group.connected():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         limit, store = timedelta(seconds=timeout), _torchrun_store()

@@ -51,8 +51,9 @@ class PretrainRun(Run[TrainConfig]):
             raise UsageError("nothing to train on: name text files or directories.")
         if config.pretrained:
             raise UsageError("--from: expected a causal language model, not a BERT. Leave it out.")
-        for name in ("backward_chunk", "carry_state"):
-            if getattr(config, name):
+        parted = {"context_parallel": config.context_parallel > 1}
+        for name in ("backward_chunk", "carry_state", "context_parallel"):
+            if parted.get(name, getattr(config, name)):
                 raise UsageError(
                     f"--{name.replace('_', '-')}: {config.model} reads in both directions, so no part of a "
                     "text can be read before the next. Leave it out."

@@ -9,7 +9,7 @@ import contextlib
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,6 +22,8 @@ from longscan.models.common.mixer import Blocks
 from longscan.training.distributed import ALONE, Group
 
 __all__ = ["Replica", "ReplicatedModel", "ShardedModel", "SummedModel", "replica"]
+
+BUCKET = 25 * 2**20  # bytes of gradients in one message; DDP's default
 
 
 class Replica:
@@ -118,9 +120,25 @@ class SummedModel(Replica):
         """Return a context at the end of which gradients are exchanged, in the last pass."""
         yield
         if last:
-            for parameter in (p for p in self.model.parameters() if p.requires_grad):
-                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = _sum(own.flatten(), self.group.size).wait().view_as(own)
+            for parameters in _buckets([p for p in self.model.parameters() if p.requires_grad]):
+                own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+                total = _sum(torch.cat([grad.flatten() for grad in own]), self.group.size).wait()
+                sizes = [p.numel() for p in parameters]
+                for parameter, grad in zip(parameters, torch.split(total, sizes), strict=True):
+                    parameter.grad = grad.view_as(parameter).clone()
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Yield parameters of one dtype and device that are exchanged in one message, as DDP's buckets are."""
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        full = sum(p.nbytes for p in bucket) + parameter.nbytes > BUCKET
+        if bucket and (full or (parameter.dtype, parameter.device) != (bucket[0].dtype, bucket[0].device)):
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
 
 
 def _sum(gradients: Tensor, size: int) -> torch.futures.Future[Tensor]:

@@ -257,7 +257,7 @@ class Run(Task[C]):
         use_threads(config.threads)
         config = config.absolute().replace(threads=torch.get_num_threads())
         display = display or Display()
-        with joined(cls.verb, config.device, cls.timeout(config)) as group:
+        with joined(cls.verb, config.device, cls.timeout(config), cls.context_size(config)) as group:
             group.compare(
                 "settings", {**config.to_dict(), "threads": None, "out": os.path.abspath(directory)}
             )
@@ -314,7 +314,7 @@ class Run(Task[C]):
             changes = {"steps": None, "epochs": None, **changes}
         stored = cls.settings.from_dict(read_settings(directory, cls.verb))
         config = stored.replace(**changes).absolute()
-        with joined(cls.verb, config.device, cls.timeout(config)) as group:
+        with joined(cls.verb, config.device, cls.timeout(config), cls.context_size(config)) as group:
             group.compare(
                 "settings", {**config.to_dict(), "threads": None, "resume": os.path.abspath(directory)}
             )

@@ -118,6 +118,11 @@ class Task(ABC, Generic[C]):
         """The seconds that its processes wait for each other; None if it trains in one process only."""
         return None
 
+    @classmethod
+    def context_size(cls, config: C) -> int:
+        """The number of processes that share a sequence."""
+        return 1
+
     @property
     def sharded(self) -> bool:
         """Whether each process has a share of the model only."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,17 @@ from longscan.models.common.layers import RMSNorm, blank
 from longscan.models.common.mixer import Block, Blocks, LanguageModelConfig
 from longscan.models.common.state import State
 
-__all__ = ["Backbone"]
+__all__ = ["Backbone", "Border"]
+
+
+class Border(Protocol):
+    """Where a part of a sequence touches those that are computed elsewhere."""
+
+    def receive(self, state: Any) -> Any:
+        """Return the state of the next layer before the first token; `state` is the initial one."""
+
+    def send(self, x: Tensor, state: Any) -> Tensor:
+        """Hand on the state of the layer after the last token; return its output x."""
 
 
 class Backbone(nn.Module):
@@ -47,6 +57,8 @@ class Backbone(nn.Module):
         state: State | None = None,
         seq_idx: Tensor | None = None,
         streams: list[Tensor] | None = None,
+        *,
+        neighbours: Border | None = None,
     ) -> tuple[Tensor, State]:
         """Return the final hidden states of token ids.
 
@@ -55,6 +67,8 @@ class Backbone(nn.Module):
             state: before the first token; the initial state if None.
             seq_idx: (batch, seq_len), see `Mixer.plan`.
             streams: a list that receives the residual stream before each block, (batch, seq_len, d_model).
+            neighbours: what has the tokens before and after, if they are a part of a sequence; `state` is
+                then the initial one, and the state of a layer comes from the part before.
 
         Returns:
             hidden: (batch, seq_len, d_model) in the dtype of the weights.
@@ -65,7 +79,7 @@ class Backbone(nn.Module):
         """
         if ids.dim() != 2 or 0 in ids.shape:
             raise ValueError(f"ids: expected a non-empty (batch, seq_len), got {tuple(ids.shape)}")
-        return self.mix(self.embed(ids), state, seq_idx, streams)
+        return self.mix(self.embed(ids), state, seq_idx, streams, neighbours)
 
     def mix(
         self,
@@ -73,6 +87,7 @@ class Backbone(nn.Module):
         state: State | None = None,
         seq_idx: Tensor | None = None,
         streams: list[Tensor] | None = None,
+        neighbours: Border | None = None,
     ) -> tuple[Tensor, State]:
         """Return the final hidden states of vectors that stand in for embedded tokens.
 
@@ -81,6 +96,7 @@ class Backbone(nn.Module):
             state: see `forward`.
             seq_idx: likewise.
             streams: likewise.
+            neighbours: likewise.
 
         Returns:
             hidden: (batch, seq_len, d_model).
@@ -91,10 +107,14 @@ class Backbone(nn.Module):
         for layer, layer_state, plan in zip(self.layers, before, plans, strict=True):
             if streams is not None:
                 streams.append(x)
+            if neighbours is not None:
+                layer_state = neighbours.receive(layer_state)
             if self.checkpointing and torch.is_grad_enabled():
                 x, layer_state = checkpoint(layer, x, layer_state, plan, use_reentrant=False)
             else:
                 x, layer_state = layer(x, layer_state, plan)
+            if neighbours is not None:
+                x = neighbours.send(x, layer_state)
             after.append(layer_state)
         return self._last(x), State(after, None if state is None else state.model)
 
