@@ -275,5 +275,6 @@ def test_all_suites_are_those_that_need_no_files() -> None:
         "vision",
         "serve",
         "grammar",
+        "evaluate",
     ]
     assert list(runner.SUITES) == suites

@@ -59,10 +59,11 @@ def draw(reports: Sequence[Report], title: str, path: Path) -> None:
         "vision": _rates,
         "serve": _turns,
         "grammar": _costs,
+        "evaluate": _rates,
     }
     heights = [
         1.2 + 0.24 * (len(report.rows) + len(_cases(report.rows)))
-        if report.suite in ("ops", "finetune", "generate", "translate", "shipped", "vision")
+        if report.suite in ("ops", "finetune", "generate", "translate", "shipped", "vision", "evaluate")
         else 4.5
         for report in reports
     ]

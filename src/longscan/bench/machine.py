@@ -14,7 +14,7 @@ from longscan import ops
 
 __all__ = ["OthersLoad", "installed", "machine", "multiplies_bf16", "versions"]
 
-_PACKAGES = ("torch", "numpy", "mambapy", "transformers", "peft", "llama-cpp-python", "openvino")
+_PACKAGES = ("torch", "numpy", "mambapy", "transformers", "peft", "lm-eval", "llama-cpp-python", "openvino")
 
 
 def machine(threads: int) -> dict[str, Any]:

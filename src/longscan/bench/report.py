@@ -40,7 +40,7 @@ class Ratio:
         if self.percent:
             return f"{100 * self.measured:.0f} %"
         digits = ",.0f" if self.measured >= 100 else ".3g"
-        return f"{self.measured:{digits}} {self.unit}"
+        return f"{self.measured:{digits}} {self.unit}".rstrip()
 
 
 @dataclass(kw_only=True)

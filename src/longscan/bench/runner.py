@@ -11,6 +11,7 @@ from longscan.bench.machine import OthersLoad, machine, versions
 from longscan.bench.measure import Settings
 from longscan.bench.report import Report
 from longscan.bench.suites import (
+    evaluate,
     finetune,
     generate,
     grammar,
@@ -40,6 +41,7 @@ SUITES = {
     "vision": vision.run,
     "serve": serve.run,
     "grammar": grammar.run,
+    "evaluate": evaluate.run,
 }
 PEERS = ("mambapy", "transformers", "peft", "llama-cpp-python")
 BUSY = 0.03  # share of the machine that others may take unnoted

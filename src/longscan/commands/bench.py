@@ -1,8 +1,9 @@
 """`longscan bench`: longscan beside the installed peers and the ceilings of the hardware.
 
 The suites ops, train, finetune, generate, translate, shipped, position, stream, vision and serve compare
-speed and memory; grammar measures what structured output costs and whether it holds; text and quality measure
-predictions, on files that the user names. `serve --soak` tests a server under load.
+speed and memory; grammar measures what structured output costs and whether it holds; evaluate compares speed
+and log-likelihoods in tasks of lm-evaluation-harness; text and quality measure predictions, on files that the
+user names. `serve --soak` tests a server under load.
 """
 
 from __future__ import annotations
