@@ -224,10 +224,16 @@ def test_text_ends_before_a_stop_string_however_it_arrives(text: str, stops: lis
     pieces = train_bpe(["ab abab bé béab aéb abé ab bé "] * 4, 270)
     for tokenizer in (BYTES, pieces):
         writer = TextWriter(tokenizer, [], tuple(stops))
-        out, finish = "", None
+        out, finish, begins, stream, decoded = "", None, list[int](), tokenizer.stream(), 0
         for token in [*tokenizer.encode(text), tokenizer.eos_id]:
+            begins.append(decoded)
+            decoded += len(stream.push(token))
             piece, finish = writer.push(token, is_eos=token == tokenizer.eos_id, is_last=False)
             out += piece
+            if finish == "eos" or not stops:
+                assert writer.settled == len(begins)
+            else:  # those that begin within what is shown
+                assert writer.settled == sum(begin < len(out) for begin in begins)
             if finish:
                 break
             rest = cut_by_hand(text, tuple(stops))

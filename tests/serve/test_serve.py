@@ -115,6 +115,76 @@ def test_stop_strings_and_biases(live: tuple[Service, int], client: openai.OpenA
     assert got.choices[0].finish_reason == "stop"
 
 
+def cut(events: list[Any], first: int, skip: int) -> tuple[str, str, list[float]]:
+    """Return a stop string from within a token on, the text before it, and the log-probabilities there."""
+    text = "".join(event.text for event in events)
+    begin = len("".join(event.text for event in events[:first])) + skip
+    stop = text[begin : begin + 12]
+    begin, shown = text.index(stop), list[float]()
+    for event in events:
+        if len("".join(one.text for one in events[: len(shown)])) < begin:
+            shown.append(event.logprob)
+    return stop, text[:begin], shown
+
+
+@pytest.mark.parametrize("skip", [0, 2], ids=["between-tokens", "within-a-token"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("echo", [False, True], ids=["plain", "echo"])
+def test_tokens_of_a_stop_string_are_not_listed(
+    live: tuple[Service, int], client: openai.OpenAI, stream: bool, echo: bool, skip: int
+) -> None:
+    prompt = "The king"
+    settings: dict[str, Any] = {"max_tokens": 30, "temperature": 1.0, "logprobs": 1, "seed": 5}
+    both = [alone(live[0], prompt, max_new_tokens=30, seed=5 + i, logprobs=1) for i in range(2)]
+    first = next(i for i in range(8, 30) if len(both[0][i].text) > skip + 1)
+    stop, text, shown = cut(both[0], first, skip)
+    assert 0 < len(shown) < 30
+    assert len(shown) == first + (skip > 0)
+    got: Any = client.completions.create(
+        model=NAME, prompt=prompt, n=2, stop=[stop], echo=echo, stream=stream, **settings
+    )
+    choices = [part.choices[0] for part in got] if stream else got.choices
+    scores = prompt_scores(live[0].model, live[0].tokenizer.encode(prompt), 1, live[0].tokenizer.vocab_size)
+    before = [score.logprob for score in scores] if echo else []
+    other = "".join(event.text for event in both[1])
+    assert stop not in other
+    for index, (written, logprobs, finish) in enumerate(
+        [(text, shown, "stop"), (other, [event.logprob for event in both[1]], "length")]
+    ):
+        mine = [choice for choice in choices if choice.index == index]
+        assert "".join(choice.text for choice in mine) == echo * prompt + written
+        assert [v for choice in mine for v in choice.logprobs.token_logprobs] == before + logprobs
+        assert mine[-1].finish_reason == finish
+        tokens = "".join(token for choice in mine for token in choice.logprobs.tokens)
+        assert tokens.startswith(echo * prompt + written)
+        offsets = [offset for choice in mine for offset in choice.logprobs.text_offset]
+        assert all(offset < len(echo * prompt + written) for offset in offsets)
+        so_far, seen = "", 0
+        for choice in mine:  # at any time, what is listed begins within what is shown
+            so_far, seen = so_far + choice.text, seen + len(choice.logprobs.tokens)
+            assert all(offset < len(so_far) for offset in offsets[:seen])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stopped_chat_lists_what_it_says(client: openai.OpenAI, stream: bool) -> None:
+    settings: dict[str, Any] = {"model": NAME, "messages": HELLO, "max_tokens": 25, "seed": 3}
+    settings |= {"logprobs": True, "top_logprobs": 1}
+    choice = client.chat.completions.create(**settings).choices[0]
+    entries = choice.logprobs.content
+    pieces = [entry.token for entry in entries]
+    first = next(i for i in range(5, 20) if len(pieces[i]) > 2 and "\ufffd" not in pieces[i])
+    begin = len("".join(pieces[:first])) + 1  # within a token
+    stop = choice.message.content[begin : begin + 9]
+    assert choice.message.content.index(stop) == begin
+    got: Any = client.chat.completions.create(**settings, stop=stop, stream=stream)
+    parts = [part.choices[0] for part in got] if stream else got.choices
+    content = "".join((part.delta if stream else part.message).content or "" for part in parts)
+    listed = [entry for part in parts if part.logprobs for entry in part.logprobs.content]
+    assert content == choice.message.content[:begin]
+    assert listed == entries[: first + 1]
+    assert parts[-1].finish_reason == "stop"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_and_the_prompt_itself(live: tuple[Service, int], client: openai.OpenAI, stream: bool) -> None:
     """As lm-evaluation-harness asks for log-likelihoods."""

@@ -317,7 +317,7 @@ class Engine:
             return -1
         row.left -= 1
         text, row.finish = row.writer.push(token, is_eos=token in row.ends, is_last=not row.left)
-        event = Event(row.number, token, text, row.finish)
+        event = Event(row.number, token, text, row.finish, settled=row.writer.settled)
         if (n := row.request.config.logprobs) is not None:
             logprob, top = log_probabilities(logits[: self._vocab_size], token, n)
             event = event._replace(logprob=logprob, top=top)

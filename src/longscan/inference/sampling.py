@@ -101,12 +101,12 @@ class Event(NamedTuple):
         row: which prompt or request it continues.
         token: its id; -1 after an error.
         text: the text that is complete now: never part of a stop string or of a character.
-        finish: why the text ends here: the end-of-text token, a stop string, max_new_tokens, an error; or
-            None.
+        finish: why it ends here: an end-of-text token, a stop string, max_new_tokens, an error; or None.
         error: the error of this text, which affects no other.
         logprob: the natural logarithm of the token's probability, before temperature and penalties; only if
             `SamplingConfig.logprobs` asks for it.
         top: ids and log-probabilities of the most likely tokens, the largest first.
+        settled: tokens that the text so far includes, if only in part; a stop string may cut off the others.
     """
 
     row: int
@@ -116,6 +116,7 @@ class Event(NamedTuple):
     error: LongscanError | None = None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    settled: int = 0
 
 
 class Constraint(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -23,6 +24,9 @@ class TextWriter:
         prompt: the ids before the first new one.
         stop: strings that end the text.
         shown: special tokens that are shown, and how; others give no text.
+
+    Attributes:
+        settled: tokens that the text so far includes, if only in part, and those before them.
     """
 
     def __init__(
@@ -33,6 +37,8 @@ class TextWriter:
         shown: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         self._stop, self._held, self._shown = stop, "", shown
+        self.settled = self._decoded = self._released = 0  # tokens; characters
+        self._begins: deque[int] = deque()  # where the text of each token begins that is not settled
         self._stream = tokenizer.stream() if tokenizer else None
         if self._stream:
             for token in prompt[-CONTEXT:]:
@@ -51,16 +57,25 @@ class TextWriter:
             is_eos: whether it is an end-of-text token, which has no text.
             is_last: whether it is the last token allowed.
         """
-        text = ""
+        text, decoded = "", self._decoded
         if self._stream:
             text = "" if is_eos else self._text(token, self._stream)
             text += self._stream.flush() if is_eos or is_last else ""
+        self._decoded += len(text)
         text, stopped = self._release(self._held + text)
-        if stopped:
-            return text, "stop"
-        if is_eos or is_last:
-            return text + self._held, "eos" if is_eos else "length"
-        return text, None
+        ended = (is_eos or is_last) and not stopped
+        if ended:
+            text += self._held
+        self._settle(decoded, text, everything=ended or not self._stop)
+        return text, "stop" if stopped else None if not ended else "eos" if is_eos else "length"
+
+    def _settle(self, begin: int, text: str, *, everything: bool) -> None:
+        """Count the tokens that released text includes; the text of the newest token begins at `begin`."""
+        self._begins.append(begin)
+        self._released += len(text)
+        while self._begins and (everything or self._begins[0] < self._released):
+            self._begins.popleft()
+            self.settled += 1
 
     def _text(self, token: int, stream: StreamDecoder) -> str:
         """Return the text that a token completes."""

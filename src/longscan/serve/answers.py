@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ __all__ = [
     "Head",
     "Listing",
     "Scored",
+    "Settled",
     "chat_logprobs",
     "error",
     "finish_reason",
@@ -80,6 +82,30 @@ class Scored:
             event: with a log-probability.
         """
         return cls(event.token, event.logprob, event.top)
+
+
+class Settled:
+    """The log-probabilities of a continuation, listed when the text includes their tokens.
+
+    A token is listed as soon as a character of it, or of a later one, is shown. So those that a stop string
+    cuts off never are; one that reaches into a stop string is, as its beginning is shown.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[Scored] = deque()
+        self._listed = 0
+
+    def add(self, event: Event) -> list[Scored]:
+        """Take in a token, and return those to list now.
+
+        Args:
+            event: of the engine.
+        """
+        if event.logprob is None:
+            return []
+        self._waiting.append(Scored.of(event))
+        n, self._listed = event.settled - self._listed, event.settled
+        return [self._waiting.popleft() for _ in range(n)]
 
 
 class Listing:

@@ -13,7 +13,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from longscan.serve import answers
-from longscan.serve.answers import Head, Listing, Scored
+from longscan.serve.answers import Head, Listing, Scored, Settled
 from longscan.serve.bodies import ChatBody, CompletionBody
 from longscan.serve.job import ChatJob, Job, Piece, merged
 from longscan.serve.message import Message
@@ -37,6 +37,7 @@ class Completion:
         self._head = Head(answers.new_id("cmpl"), "text_completion", service.name, service.fingerprint)
         self._echoed: list[tuple[str, list[Scored]]] = []  # of each prompt
         self._listings: list[Listing] = []  # of each choice
+        self._settled: list[Settled] = []
         self._n_prompt = self._n_written = self._cached = 0
         self._state: dict[str, Any] = {}  # of the answer, if one is saved
 
@@ -56,6 +57,7 @@ class Completion:
         pieces = merged(jobs, deadline)
         n = len(self._body.prompts) * self._body.choices
         self._listings = [Listing(self._service.tokenizer) for _ in range(n)]
+        self._settled = [Settled() for _ in range(n)]
         if self._body.stream:
             return stream(self._chunks(pieces, jobs), jobs)
         try:
@@ -119,7 +121,7 @@ class Completion:
             async for index, event in pieces:
                 self._count(event.token)
                 text, scored, _ = found[index]
-                scored += [Scored.of(event)] if event.logprob is not None else []
+                scored += self._settled[index].add(event)
                 found[index] = (text + event.text, scored, answers.finish_reason(event.finish) or "length")
         choices = [self._choice(i, *parts) for i, parts in enumerate(found)]
         await self._save(jobs)
@@ -135,7 +137,7 @@ class Completion:
         async with contextlib.aclosing(pieces):  # type: ignore[type-var]
             async for index, event in pieces:
                 self._count(event.token)
-                scored = [Scored.of(event)] if event.logprob is not None else []
+                scored = self._settled[index].add(event)
                 if event.text or scored or event.finish:
                     finish = answers.finish_reason(event.finish)
                     yield self._head.around([self._choice(index, event.text, scored, finish)])
@@ -205,11 +207,11 @@ class Chat:
     async def _whole(self, chat: ChatJob, pieces: AsyncIterator[Piece]) -> dict[str, Any]:
         """Return the whole answer."""
         scored: list[list[Scored]] = [[] for _ in range(self._body.choices)]
+        settled = [Settled() for _ in scored]
         messages = [Message(chat.rules.reader()) for _ in range(self._body.choices)]
         async for index, event in self._events(chat, pieces):
             messages[index].add(event)
-            if event.logprob is not None:
-                scored[index].append(Scored.of(event))
+            scored[index] += settled[index].add(event)
         choices = [
             {
                 "index": index,
@@ -226,8 +228,9 @@ class Chat:
         for index in range(self._body.choices):
             yield self._chunk(index, {"role": "assistant", "content": ""})
         messages = [Message(chat.rules.reader()) for _ in range(self._body.choices)]
+        settled = [Settled() for _ in messages]
         async for index, event in self._events(chat, pieces):
-            scored = [Scored.of(event)] if event.logprob is not None else []
+            scored = settled[index].add(event)
             deltas = messages[index].add(event) or ([{"content": ""}] if scored else [])
             for delta in deltas:
                 yield self._chunk(index, delta, self._logprobs(scored) if delta is deltas[0] else None)
