@@ -1,16 +1,50 @@
 // Chooses the instruction set once, holds the thread pool, exports the C ABI.
-#include <sched.h>
 #include <string.h>
-#include <time.h>
 
 #include <atomic>
+#include <chrono>
+
+#if defined(_WIN32)
+#include <windows.h>
+#else
+#include <sched.h>
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 #include "kernels.h"
 
+#if defined(_WIN32)
+#define LS_EXPORT extern "C" __declspec(dllexport)
+#else
 #define LS_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
 
-extern const ls_kernels ls_kernels_baseline;
-#if defined(__x86_64__)
+#if defined(__aarch64__)
+#define LS_FALLBACK ls_kernels_neon  // every processor of this kind has it
+#else
+#define LS_FALLBACK ls_kernels_baseline
+#endif
+extern const ls_kernels LS_FALLBACK;
+#if defined(__aarch64__)
+// Only products of 8-bit integers have an instruction of their own; all other kernels are those of NEON.
+namespace dotprod {
+int32_t quant_gemm(const ls_matrix *, const float *, float *, int64_t, int64_t, char *);
+void probe_multiply(int64_t, int64_t, float *);
+int64_t products_of_step(int64_t);
+}  // namespace dotprod
+static ls_kernels with_dotprod(ls_kernels kernels) {
+  kernels.isa = "dotprod";
+  kernels.quant_gemm = dotprod::quant_gemm;
+  kernels.probe_multiply = dotprod::probe_multiply;
+  kernels.products_of_step = dotprod::products_of_step;
+  return kernels;
+}
+static const ls_kernels ls_kernels_dotprod = with_dotprod(LS_FALLBACK);
+#elif defined(__x86_64__)
 extern const ls_kernels ls_kernels_avx2;
 #if !defined(LS_NO_AVX512)
 extern const ls_kernels ls_kernels_avx512;
@@ -19,7 +53,7 @@ extern const ls_kernels ls_kernels_avx512vnni;
 #endif
 
 static ls_parallel_for pool = nullptr;
-static const ls_kernels *kernels = &ls_kernels_baseline;
+static const ls_kernels *kernels = &LS_FALLBACK;
 
 void ls_run_each(int64_t n, ls_task task, void *context) {
   if (!pool || n < 2 || pool(0, n, 1, task, context)) task(0, n, context);
@@ -52,10 +86,35 @@ void ls_run(int64_t n, ls_task task, void *context) {
   ls_run_each(n, take, &units);
 }
 
-void ls_yield(void) { sched_yield(); }
+void ls_yield(void) {
+#if defined(_WIN32)
+  SwitchToThread();
+#else
+  sched_yield();
+#endif
+}
+
+#if defined(__aarch64__)
+static bool has_dotprod(void) {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return !sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) && has;
+#elif defined(_WIN32)
+  return IsProcessorFeaturePresent(PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE);
+#else
+  return false;
+#endif
+}
+#endif
 
 static bool runs(const ls_kernels *candidate) {
-#if defined(__x86_64__)
+  if (candidate == &LS_FALLBACK) return true;
+#if defined(__aarch64__)
+  if (candidate == &ls_kernels_dotprod) return has_dotprod();
+#elif defined(__x86_64__)
   __builtin_cpu_init();
 #if !defined(LS_NO_AVX512)
   if (candidate == &ls_kernels_avx512vnni && !__builtin_cpu_supports("avx512vnni")) return false;
@@ -65,7 +124,7 @@ static bool runs(const ls_kernels *candidate) {
 #endif
   if (candidate == &ls_kernels_avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
-  return true;
+  return false;
 }
 
 LS_EXPORT int32_t ls_choose_isa(const char *name) {
@@ -75,8 +134,10 @@ LS_EXPORT int32_t ls_choose_isa(const char *name) {
       &ls_kernels_avx512vnni, &ls_kernels_avx512,
 #endif
       &ls_kernels_avx2,
+#elif defined(__aarch64__)
+      &ls_kernels_dotprod,
 #endif
-      &ls_kernels_baseline};
+      &LS_FALLBACK};
   for (const ls_kernels *candidate : best_first) {
     if ((*name && strcmp(name, candidate->isa)) || !runs(candidate)) continue;
     kernels = candidate;
@@ -318,15 +379,10 @@ void multiply_task(int64_t begin, int64_t end, void *context) {
   Probe *probe = (Probe *)context;
   for (int64_t i = begin; i < end; ++i) kernels->probe_multiply(probe->n, probe->bits, &probe->sink[i % 256]);
 }
-double seconds(void) {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
 double per_second(int64_t threads, double work, ls_task task, Probe *probe) {
-  const double begin = seconds();
+  const auto begin = std::chrono::steady_clock::now();
   ls_run_each(threads, task, probe);
-  return work / (seconds() - begin);
+  return work / std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 }  // namespace
 

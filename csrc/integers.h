@@ -29,6 +29,9 @@ LS_INLINE ivec madd(ivec acc, hvec a, hvec b) {
   return acc + (ivec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #elif defined(__SSE2__)
   return acc + (ivec)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)
+  const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
+  return acc + (ivec)vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
 #else
   const ivec x = (ivec)a, y = (ivec)b;
   return acc + ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
@@ -41,6 +44,8 @@ LS_INLINE hvec widen(const int8_t *p) {
   return (hvec)_mm256_cvtepi8_epi16(load_as<__m128i>(p));
 #elif defined(__SSE2__)
   return (hvec)_mm_srai_epi16(_mm_unpacklo_epi8(_mm_setzero_si128(), _mm_loadl_epi64((const __m128i *)p)), 8);
+#elif defined(__aarch64__)
+  return (hvec)vmovl_s8(vld1_s8(p));
 #else
   return __builtin_convertvector(load_as<bytes>(p), hvec);
 #endif
@@ -111,6 +116,14 @@ struct Scales {
 };
 LS_INLINE Scales scales_of(const uint16_t *scale, int64_t n) {
   Scales scales;
+#if defined(__aarch64__)
+  if (n == 8) {
+    const float16x8_t all = load_as<float16x8_t>(scale);
+    vst1q_f32(scales.of, vcvt_f32_f16(vget_low_f16(all)));
+    vst1q_f32(scales.of + 4, vcvt_high_f32_f16(all));
+    return scales;
+  }
+#endif
   few_scales(scales.of, scale, n);
   return scales;
 }

@@ -282,7 +282,8 @@ typedef struct {
 
 int32_t ls_abi_version(void);
 const char *ls_isa(void);
-// Choose the instruction set by name ("baseline", "avx2", "avx512", "avx512vnni"), or the best one for "". 0, or -1 if it can't run.
+// Choose the instruction set by name, or the best one for "": "baseline", "avx2", "avx512", "avx512vnni"; on aarch64
+// "neon", "dotprod". 0, or -1 if it can't run.
 int32_t ls_choose_isa(const char *name);
 int32_t ls_is_amd(void);  // 1 on an AMD processor
 void ls_set_parallel_for(ls_parallel_for function);

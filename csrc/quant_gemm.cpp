@@ -8,6 +8,7 @@
 // Weights are unpacked a panel at a time: PANEL outputs by LS_ACTIVATIONS weights, as a sequence of steps. One step
 // multiplies a 32-bit word of activations, two of 16 bits or four of 8, by the C vectors of the panel.
 #include <type_traits>
+#include <utility>
 
 #include "integers.h"
 #include "kernels.h"
@@ -29,8 +30,13 @@ typedef uint8_t block8 __attribute__((vector_size(BLOCK)));
 
 #if defined(__AVX512VNNI__)
 constexpr bool QUADS = true;  // whether a step can multiply four 8-bit activations
+constexpr int SHIFT = 128;    // what makes them unsigned, as its instruction takes them
+#elif defined(__ARM_FEATURE_DOTPROD)
+constexpr bool QUADS = true;
+constexpr int SHIFT = 0;
 #else
 constexpr bool QUADS = false;  // 8-bit activations go as 16-bit ones
+constexpr int SHIFT = 0;
 #endif
 
 struct Gemm {
@@ -48,11 +54,13 @@ struct Gemm {
   int64_t panels() const { return ls_ceil(m->n_out, PANEL); }
 };
 
-// acc + the products of a step: signed weights, activations of 16 bits or (quads) unsigned ones of 8.
+// acc + the products of a step: signed weights, activations of 16 bits or (quads) of 8, to which SHIFT was added.
 template <bool Q>
 LS_INLINE ivec multiply_step(ivec acc, hvec weights, ivec x) {
 #if defined(__AVX512VNNI__)
   if (Q) return (ivec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)x, (__m512i)weights);
+#elif defined(__ARM_FEATURE_DOTPROD)
+  if (Q) return (ivec)vdotq_s32((int32x4_t)acc, (int8x16_t)weights, (int8x16_t)x);
 #endif
   return madd(acc, weights, (hvec)x);
 }
@@ -83,7 +91,7 @@ void activations_task(int64_t begin, int64_t end, void *context) {
       for (int64_t i = 0; i < ACT; i += BLOCK) {
         const block16 v = in_order(load_as<block16>(rounded + i), nibbles, quads);
         if (quads) {
-          const block8 bytes_of = __builtin_convertvector(v + 128, block8);
+          const block8 bytes_of = __builtin_convertvector(v + SHIFT, block8);
           memcpy(to, &bytes_of, sizeof bytes_of), to += sizeof bytes_of;
         } else {
           memcpy(to, &v, sizeof v), to += sizeof v;
@@ -96,32 +104,28 @@ void activations_task(int64_t begin, int64_t end, void *context) {
 // --- weights ---
 
 // Turn W rows of W words into columns.
-template <int S>
-LS_INLINE void exchange(ivec *v) {  // of squares of S x S words off the diagonal
-  ivec low, high;
-  for (int i = 0; i < W; ++i) {
-    low[i] = i & S ? W + i - S : i;
-    high[i] = i & S ? W + i : i + S;
-  }
+template <int S, int... I>
+LS_INLINE void exchange(ivec *v, std::integer_sequence<int, I...>) {  // of squares of S x S words off the diagonal
   LS_UNROLL
   for (int i = 0; i < W; ++i) {
     if (i & S) continue;
     const ivec a = v[i], b = v[i + S];
-    v[i] = __builtin_shuffle(a, b, low);
-    v[i + S] = __builtin_shuffle(a, b, high);
+    v[i] = __builtin_shufflevector(a, b, (I & S ? W + I - S : I)...);
+    v[i + S] = __builtin_shufflevector(a, b, (I & S ? W + I : I + S)...);
   }
 }
 LS_INLINE void transpose(ivec *v) {
-  if (W > 8) exchange<W / 2>(v);
-  if (W > 4) exchange<4>(v);
-  exchange<2>(v);
-  exchange<1>(v);
+  const std::make_integer_sequence<int, W> lanes;
+  if (W > 8) exchange<W / 2>(v, lanes);
+  if (W > 4) exchange<W < 8 ? 1 : 4>(v, lanes);
+  exchange<2>(v, lanes);
+  exchange<1>(v, lanes);
 }
 
 struct Panel {
   int16_t *weights;           // (steps, C, 2 W)
   float scale[ACT / BLOCK][PANEL];  // of the weights, per block; one for all of them if rows have scales
-  int32_t offset[ACT / BLOCK][PANEL];  // quads: -128 times the sum of the weights, as activations are 128 too large
+  int32_t offset[ACT / BLOCK][PANEL];  // quads: what SHIFT adds to the products is taken off here
 };
 
 // Unpack `bytes` bytes of W outputs, of which `outputs` exist, to column c of a panel.
@@ -184,14 +188,14 @@ LS_APART int64_t fill(const ls_matrix *m, int64_t o, int64_t begin, Panel *panel
     }
   }
   const int64_t steps = ls_ceil(length, 4) * (Q ? 1 : 2);
-  if (Q)
+  if (Q && SHIFT)
     for (int64_t b = 0; b < blocks; ++b)
       for (int c = 0; c < C; ++c) {
         ivec sum = ivec{};
         const int64_t last = blocks == 1 ? steps : (b + 1) * (BLOCK / 4);
         for (int64_t step = b * (BLOCK / 4); step < last; ++step)
           sum = multiply_step<Q>(sum, load_as<hvec>(panel->weights + (step * C + c) * 2 * W), ivec{} + 0x01010101);
-        sum *= -128;
+        sum *= -SHIFT;
         memcpy(panel->offset[b] + c * W, &sum, sizeof sum);
       }
   return steps;
@@ -218,7 +222,7 @@ LS_APART void multiply_tile(const Tile *t) {
     ivec sums[N][V];
     LS_UNROLL
     for (int c = 0; c < V; ++c) {
-      const ivec first = Q ? load_as<ivec>(t->panel->offset[b] + c * W) : ivec{};
+      const ivec first = Q && SHIFT ? load_as<ivec>(t->panel->offset[b] + c * W) : ivec{};
       LS_UNROLL
       for (int r = 0; r < N; ++r) sums[r][c] = first;
     }

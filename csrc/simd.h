@@ -56,13 +56,16 @@ LS_INLINE void store_n(float *p, vec v, int n) {
   for (int i = 0; i < n; ++i) p[i] = v[i];
 }
 
-// Both return the second operand when the first is NaN, so a NaN in x survives vmax(constant, x) reversed below.
+// A NaN in x survives vmax(constant, x): both return the second operand when one of them is NaN.
 #if defined(__AVX512F__)
 LS_INLINE vec vmax(vec a, vec b) { return (vec)_mm512_max_ps((__m512)a, (__m512)b); }
 LS_INLINE vec vmin(vec a, vec b) { return (vec)_mm512_min_ps((__m512)a, (__m512)b); }
 #elif defined(__AVX2__)
 LS_INLINE vec vmax(vec a, vec b) { return (vec)_mm256_max_ps((__m256)a, (__m256)b); }
 LS_INLINE vec vmin(vec a, vec b) { return (vec)_mm256_min_ps((__m256)a, (__m256)b); }
+#elif defined(__aarch64__)  // NaN if either is
+LS_INLINE vec vmax(vec a, vec b) { return (vec)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
+LS_INLINE vec vmin(vec a, vec b) { return (vec)vminq_f32((float32x4_t)a, (float32x4_t)b); }
 #else
 LS_INLINE vec vmax(vec a, vec b) { return a > b ? a : b; }
 LS_INLINE vec vmin(vec a, vec b) { return a < b ? a : b; }
@@ -173,6 +176,19 @@ LS_INLINE void sum4(float *to, const vec *v) {
   const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));  // a0+a2 b0+b2 a1+a3 b1+b3
   const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
   _mm_storeu_ps(to, _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab)));
+}
+#elif defined(__aarch64__)
+LS_INLINE float sum(vec v) {
+  const float32x4_t q = (float32x4_t)v;
+  const float32x2_t half = vadd_f32(vget_low_f32(q), vget_high_f32(q));
+  return vget_lane_f32(vpadd_f32(half, half), 0);
+}
+LS_INLINE void sum4(float *to, const vec *v) {
+  const float32x4_t a = (float32x4_t)v[0], b = (float32x4_t)v[1], c = (float32x4_t)v[2], d = (float32x4_t)v[3];
+  const float32x4_t ab = vaddq_f32(vzip1q_f32(a, b), vzip2q_f32(a, b));  // a0+a2 b0+b2 a1+a3 b1+b3
+  const float32x4_t cd = vaddq_f32(vzip1q_f32(c, d), vzip2q_f32(c, d));
+  vst1q_f32(to, vaddq_f32(vcombine_f32(vget_low_f32(ab), vget_low_f32(cd)),
+                          vcombine_f32(vget_high_f32(ab), vget_high_f32(cd))));
 }
 #else
 LS_INLINE float sum(vec v) {

@@ -6,9 +6,8 @@
 namespace LS_ISA {
 namespace {
 
-constexpr int S = 256;     // kernel entries between two exact powers
-constexpr int NV = 4;      // state components at once
-constexpr int SV = S / W;  // vectors in a stretch
+constexpr int S = 256;  // kernel entries between two exact powers
+constexpr int NV = 4;   // state components at once
 
 struct Double2 {
   double re, im;

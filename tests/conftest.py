@@ -28,7 +28,8 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 hypothesis.settings.register_profile("fuzz", max_examples=20_000, print_blob=True)
 
 
-ISAS = ("baseline", "avx2", "avx512", "avx512vnni")
+_ARM = ("neon", "dotprod")
+ISAS = _ARM if _native.info.isa in _ARM else ("baseline", "avx2", "avx512", "avx512vnni")
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "huggingface-hub", "
 
 _OPTIONAL = tuple(EXTRAS)
 
-_CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "asimd", "sve")
+_CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "asimd", "asimddp", "sve")
 
 
 def command(

@@ -5,11 +5,12 @@ own: the address of torch's C symbol ``torch_parallel_for`` is passed to the lib
 thread pool, and ``torch.set_num_threads`` applies to it.
 
 ``LONGSCAN_BACKEND=reference`` turns the library off; ``LONGSCAN_ISA`` selects an instruction set: baseline,
-avx2, avx512 or avx512vnni.
+avx2, avx512 or avx512vnni; on aarch64 neon or dotprod.
 """
 
 import ctypes
 import os
+import platform
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from torch import Tensor
 from longscan.ops._derivatives import composed
 
 ABI_VERSION = 11
-_LIBRARY = Path(__file__).resolve().parent.parent / "_lib" / "liblongscan.so"
-
+_HOME = Path(__file__).resolve().parent.parent / "_lib"
+_FILES = {"Darwin": ("liblongscan.dylib", "libtorch_cpu.dylib"), "Windows": ("longscan.dll", "torch_cpu.dll")}
+_OURS, _TORCHS = _FILES.get(platform.system(), ("liblongscan.so", "libtorch_cpu.so"))
+_FLOAT_ISAS = {"baseline", "neon"}  # whose products of integers are slower than those of float32
 
 # the library's numbers for the weight formats, by the dtypes of values and scales
 _FORMATS: dict[tuple[torch.dtype, torch.dtype | None], int] = {
@@ -40,7 +43,8 @@ class NativeInfo:
 
     Attributes:
         path: the library in use, or None.
-        isa: the instruction set chosen at load ("avx512vnni", "avx512", "avx2" or "baseline"), or None.
+        isa: the instruction set chosen at load ("avx512vnni", "avx512", "avx2" or "baseline"; "dotprod" or
+            "neon" on aarch64), or None.
         reason: why there is no library, or None when there is one.
     """
 
@@ -52,7 +56,7 @@ class NativeInfo:
 def _load() -> tuple[ctypes.CDLL | None, NativeInfo]:
     if os.environ.get("LONGSCAN_BACKEND", "native") == "reference":
         return None, NativeInfo(None, None, "LONGSCAN_BACKEND=reference is set")
-    path = _LIBRARY if _LIBRARY.exists() else _LIBRARY.with_suffix(".dylib")
+    path = _HOME / _OURS
     if not path.exists():
         reason = "it was not built: install a C++ compiler and run pip install again"
         return None, NativeInfo(None, None, reason)
@@ -105,9 +109,8 @@ def _load() -> tuple[ctypes.CDLL | None, NativeInfo]:
 
 def _torch_parallel_for() -> int | None:
     """Return the address of torch's thread pool entry, or None: then the library runs on one thread."""
-    name = "libtorch_cpu.dylib" if os.uname().sysname == "Darwin" else "libtorch_cpu.so"
     try:
-        symbol = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / name)).torch_parallel_for
+        symbol = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / _TORCHS)).torch_parallel_for
     except (OSError, AttributeError):
         return None
     return ctypes.cast(symbol, ctypes.c_void_p).value
@@ -233,9 +236,15 @@ def multiply(x: Tensor, q: Tensor, scale: Tensor | None, bias: Tensor | None, ro
     return y
 
 
-def multiplies_integers() -> bool:
-    """Return whether products of integers are at least as fast as those of float32: with AVX2 and up."""
-    return _library is not None and _library.ls_isa() != b"baseline"
+def multiplies_integers(activation_bits: int) -> bool:
+    """Return whether products of integers are at least as fast as those of float32.
+
+    With AVX2 and up they are; on aarch64 only those of 8 bits, if an instruction multiplies four of them.
+    """
+    if _library is None:
+        return False
+    isa = _library.ls_isa().decode()
+    return isa not in _FLOAT_ISAS and (isa != "dotprod" or activation_bits == 8)
 
 
 def quant_gemm(
@@ -313,7 +322,7 @@ def native_multiply_probe(n: int, activation_bits: int) -> float | None:
         n: products of every thread.
         activation_bits: 8 or 16.
     """
-    if not multiplies_integers():
+    if not multiplies_integers(activation_bits):
         return None
     assert _library is not None
     return float(_library.ls_probe_multiply(n, activation_bits, torch.get_num_threads()))

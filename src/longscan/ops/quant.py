@@ -185,7 +185,8 @@ def quant_linear(
         q: the quantised matrix.
         scale: its scales, or None.
         bias: (n_out,).
-        activation_bits: 16, or 8, which is faster for many rows on processors with VNNI.
+        activation_bits: 16, or 8, which is faster for many rows on processors with VNNI
+            or, on aarch64, dotprod.
 
     Returns:
         (..., n_out) in x's dtype.
@@ -198,7 +199,7 @@ def quant_linear(
     rows = x.numel() // max(1, x.shape[-1])
     native = rows and _native.available(x, bias) and _native.quantized(q, scale)
     if native and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        integers = scale is not None and _native.multiplies_integers()
+        integers = scale is not None and _native.multiplies_integers(activation_bits)
         if rows <= FEW_ROWS and not (integers and activation_bits == 8):
             return _native.multiply(x.contiguous(), q, scale, _native.dense(bias), rows)
         if integers:
