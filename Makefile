@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint bench sanitize clean
+.PHONY: help run test lint bench sanitize aarch64 clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -23,6 +23,9 @@ SANITIZED_PYTEST = import sys; \
 # a process for each core, with one thread; ARGS="-n 0" is a single process, for a debugger
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 KERNEL_TESTS := tests/ops tests/models/test_hippo.py
+AARCH64 := build/aarch64
+AARCH64_CXX ?= aarch64-linux-gnu-g++
+QEMU ?= $(shell command -v qemu-aarch64 || command -v qemu-aarch64-static)
 PROMPT ?= It was a bright morning, and the Captain
 
 help: ## list the targets
@@ -52,6 +55,19 @@ sanitize: $(VENV)/dev.done ## test the kernels under the address and undefined-b
 	@LD_PRELOAD="$$(c++ -print-file-name=libasan.so):$$(c++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/python -c '$(SANITIZED_PYTEST)' $(KERNEL_TESTS) -p no:cacheprovider -k "not compile and not opcheck" $(ARGS)
+
+aarch64: $(VENV)/dev.done ## cross-compile the kernels for aarch64 and test them under qemu; ARGS="-k conv"
+	@command -v $(AARCH64_CXX) >/dev/null && [ -n "$(QEMU)" ] || \
+		{ echo "needs a cross compiler and qemu (Debian: apt install g++-aarch64-linux-gnu qemu-user)"; exit 1; }
+	@command -v cmake >/dev/null || [ -x $(BIN)/cmake ] || $(PIP) cmake
+	@PATH="$$PATH:$(abspath $(BIN))"; \
+	cmake -S . -B $(AARCH64) -DLIBRARY_HOME=$(CURDIR)/$(AARCH64) -DCMAKE_CXX_COMPILER=$(AARCH64_CXX) \
+		-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 >/dev/null; \
+	cmake --build $(AARCH64) -j$$(nproc) >/dev/null
+	@$(AARCH64_CXX) -std=c++17 -O1 -o $(AARCH64)/foreign_driver tests/foreign_driver.cpp -pthread -ldl
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p foreign_library $(PARALLEL) $(KERNEL_TESTS) \
+		--foreign "$(QEMU) -L /usr/aarch64-linux-gnu $(AARCH64)/foreign_driver $(AARCH64)/liblongscan.so 2" \
+		-k "not compile and not opcheck and not [reference" $(ARGS)
 
 clean: ## remove the environment, the native library and the caches
 	@rm -rf $(VENV) build dist src/longscan/_lib .mypy_cache .pytest_cache .ruff_cache .hypothesis
