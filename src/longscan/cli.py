@@ -73,6 +73,7 @@ class _Verbs(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command of a verb's module in place of the placeholder that `--help` lists."""
         verb, placeholder, rest = super().resolve_command(ctx, args)
+        _refuse_several(verb)
         return verb, verb and placeholder and _load(verb), rest
 
     def invoke(self, ctx: Any) -> Any:
@@ -145,6 +146,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             _mute_stdout()
             return 0
     return code if isinstance(code, int) else 0
+
+
+def _refuse_several(verb: str | None) -> None:
+    """Exit if torchrun started several processes of a verb that would do the same in each of them.
+
+    Args:
+        verb: the verb, None if there is none of this name; `train` sees to that itself.
+
+    Raises:
+        typer.Exit: there are several.
+    """
+    n = os.environ.get("WORLD_SIZE", "1")
+    if verb in (None, "train") or "MASTER_ADDR" not in os.environ or n == "1":
+        return
+    if os.environ.get("RANK", "0") == "0":  # the first process says it for all
+        _complain(
+            f"{verb}: expected one process, got {n}: only longscan train works in several. Start it without "
+            "torchrun, or unset MASTER_ADDR."
+        )
+    raise typer.Exit(2)
 
 
 def _load(verb: str) -> Any:

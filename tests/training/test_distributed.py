@@ -14,11 +14,13 @@ import pytest
 
 from longscan.errors import LongscanError
 from longscan.training.config import TrainConfig
-from longscan.training.launch import launch
+from longscan.training.launch import command, launch
 from longscan.training.train import train
 from processes import Parent, until_step
 from replica_gradients import MODELS_AND_SETTINGS
 from tiny_runs import assert_close, assert_same, flags, metrics, slowly
+
+AGAIN = "torchrun --standalone --nproc-per-node 2 -m longscan train --resume"
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_any_number_of_processes_resumes(
     assert ranks.wait() == [143, 143]
     step = metrics(run)[-1]["step"]
     assert step in (4, 5)
-    assert f"stopped after step {step}; continue with: longscan train --resume {run}" in ranks.said()
+    assert f"stopped after step {step}; continue with: {AGAIN} {run}" in ranks.said()
     assert not ranks.said(1)
     for size, flag in ((1, []), (2, []), (4, ["--no-shard" if sharded else "--shard"])):
         copy = tmp_path / str(size)
@@ -165,7 +167,7 @@ def test_a_process_that_hangs(start: list[str], whole: Path, parent: Parent, tmp
     first = parent.ask({"wait": ranks.pids.pop(0)})
     assert first == 1
     assert "another of the 2 processes did not answer within 3 s (--timeout)" in ranks.said()
-    assert f"Fix that and resume with: longscan train --resume {run}" in ranks.said()
+    assert f"Fix that and resume with: {AGAIN} {run}" in ranks.said()
     ranks.kill(0, signal.SIGKILL)  # the other, now that the first is out of the list
     ranks.wait()
     parent.run("train", "--resume", str(run))
@@ -266,16 +268,34 @@ def test_an_environment_that_is_none_of_torchruns(
         launch()
 
 
+def test_how_to_resume_on_several_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {"MASTER_ADDR": "node0", "MASTER_PORT": "29555", **place}.items():
+        monkeypatch.setenv(name, value)
+    assert command("train --resume run") == (
+        "torchrun --nnodes 3 --rdzv-backend c10d --rdzv-endpoint HOST:PORT --nproc-per-node 2 "
+        "-m longscan train --resume run"
+    )
+
+
+def test_other_verbs(parent: Parent) -> None:
+    """They would do the same in each process."""
+    ranks = parent.start("generate", "Call me", "--max-new-tokens", "1")
+    assert ranks.wait() == [2, 2]
+    assert "generate: expected one process, got 2: only longscan train works in several" in ranks.said()
+    assert not ranks.said(1)
+
+
 def test_torchrun_restarts(config: TrainConfig, tmp_path: Path) -> None:
     """After kill -9 of a worker the same command goes on, though its --out now holds a run: its own."""
     config = config.replace(steps=24, save_every=4, eval_every=0, sample_every=0)
     train(config, tmp_path / "one", figures=False)
     run = tmp_path / "run"
-    command = [*"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1".split()]
-    command += [*"-m longscan train".split(), *config.data, *flags(config), "--out", str(run)]
+    agent_command = [*"-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1".split()]
+    agent_command += [*"-m longscan train".split(), *config.data, *flags(config), "--out", str(run)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [sys.executable, *command],
+        [sys.executable, *agent_command],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from longscan.errors import LongscanError, UsageError
 from longscan.training.distributed import ALONE, Group, LostError
 
-__all__ = ["Launch", "joined", "launch", "note_start", "started_before"]
+__all__ = ["Launch", "command", "joined", "launch", "note_start", "started_before"]
 
 PATIENCE = timedelta(days=7)  # to wait while the first process prepares the data, which may be much text
 
@@ -62,6 +62,23 @@ def launch() -> Launch:
             "MASTER_ADDR to train in one process."
         )
     return Launch(rank=rank, size=size, local=local)
+
+
+def command(arguments: str) -> str:
+    """Return a command of longscan that starts as many processes as torchrun did.
+
+    Args:
+        arguments: after `longscan`.
+    """
+    place = launch()
+    if place.size == 1:
+        return f"longscan {arguments}"
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", place.size))
+    machines = place.size // each
+    where = "--standalone"
+    if machines > 1:  # the address is not in the environment
+        where = f"--nnodes {machines} --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
+    return f"torchrun {where} --nproc-per-node {each} -m longscan {arguments}"
 
 
 def note_start(directory: Path) -> None:

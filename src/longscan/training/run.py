@@ -39,7 +39,7 @@ from longscan.plotting.training import plot_losses
 from longscan.training.checkpoints import Checkpoints
 from longscan.training.config import RunConfig
 from longscan.training.distributed import ALONE, Group
-from longscan.training.launch import joined, note_start, started_before
+from longscan.training.launch import command, joined, note_start, started_before
 from longscan.training.metrics import Metrics
 from longscan.training.run_directory import (
     SETTINGS,
@@ -232,7 +232,7 @@ class Run(Task[C]):
         Args:
             directory: the run's.
         """
-        return f"longscan {cls.verb} --resume {directory}"
+        return command(f"{cls.verb} --resume {directory}")
 
     @classmethod
     def begin(
