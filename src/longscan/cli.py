@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 import longscan
+from longscan.core.memory_errors import out_of_memory
 from longscan.core.printable import printable
 from longscan.errors import LongscanError, UsageError
 
@@ -208,6 +209,8 @@ def _message(error: Exception) -> str:
     """Return the message of an exception, written for users rather than developers."""
     if isinstance(error, LongscanError):
         return str(error)
+    if message := out_of_memory(error):
+        return message
     if isinstance(error, OSError):
         reason = error.strerror or str(error) or type(error).__name__
         return f"{error.filename}: {reason}" if error.filename else reason

@@ -19,6 +19,7 @@ from rich.console import Console
 
 from longscan.checkpoints.load import load
 from longscan.core.progress import Terminal
+from longscan.errors import LongscanError
 from longscan.training.config import TrainConfig
 from longscan.training.language_model import LanguageRun
 from longscan.training.translation import TranslateConfig, TranslateRun
@@ -170,3 +171,19 @@ def test_a_terminal_that_is_closed_does_not_end_a_run(config: TrainConfig, tmp_p
     for terminal in (False, True):
         display = Terminal(1, Console(file=Gone(), force_terminal=terminal))
         assert train(config, tmp_path / str(terminal), display).step == 8
+
+
+def test_memory_runs_out(config: TrainConfig, whole: Path, tmp_path: Path) -> None:
+    """The error says so, and how to go on."""
+    run = tmp_path / "run"
+    greedy = Recorder(after=5, action=lambda: torch.empty(10**15))
+    with pytest.raises(LongscanError) as caught:
+        train(config, run, greedy)
+    what, remedy = str(caught.value).splitlines()
+    assert what.startswith("memory ran out: 4,000,000.0 GB more could not be allocated")
+    assert remedy == (
+        f"The last intact checkpoint is {run}/checkpoints/step-000004. "
+        f"Then resume with: longscan train --resume {run}"
+    )
+    resume(run)
+    assert_same(run, whole)

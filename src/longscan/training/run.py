@@ -29,6 +29,7 @@ import torch
 from safetensors import SafetensorError
 
 from longscan.core.config import brief, count
+from longscan.core.memory_errors import out_of_memory
 from longscan.core.progress import Display, Snapshot
 from longscan.core.runtime import StopSignals, use_threads
 from longscan.errors import LongscanError, UsageError
@@ -211,6 +212,12 @@ class Run(Task[C]):
         except (LongscanError, OSError, SafetensorError) as error:
             remedy = f"Fix that and resume with: {self.again(self.directory)}"
             raise LongscanError(f"{_sentence(error)}\n{self._last_good()} {remedy}") from error
+        except (MemoryError, RuntimeError) as error:
+            if not (what := out_of_memory(error)):
+                raise
+            raise LongscanError(
+                f"{what}\n{self._last_good()} Then resume with: {self.again(self.directory)}"
+            ) from error
         except KeyboardInterrupt:
             self.say(f"stopped immediately. {self._last_good()} Resume with: {self.again(self.directory)}")
             raise
