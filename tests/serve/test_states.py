@@ -273,13 +273,69 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
             store.load("b", model, print_)
         content = json.loads((tmp_path / "c.json").read_text())
         (tmp_path / "c.json").write_text(json.dumps({**content, "file": "../../etc/passwd"}))
-        with pytest.raises(ApiError, match="no state 'c'"):
+        with pytest.raises(ApiError, match=r"c\.json .* its field 'file' is missing or wrong"):
             store.load("c", model, print_)
         with (
             pytest.raises(LongscanError, match="another process"),
             StateStore.open(tmp_path, BIG),
         ):
             pass
+
+
+DAMAGED = {
+    "empty": (b"", "not valid JSON"),
+    "cut": (b'{"format": "longscan served st', "not valid JSON"),
+    "binary": (b"\xff\x00\xfe", "not valid JSON"),
+    "list": (b"[]", "expected a JSON object"),
+    "format": (b'{"format": "longscan served state 9"}', "got 'longscan served state 9'"),
+    "fields": (b'{"format": "longscan served state 1", "position": 3}', "field 'file' is missing"),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_description_is_no_missing_state(tmp_path: Path, content: bytes, words: str) -> None:
+    model, print_ = build(), build().fingerprint()
+    with StateStore.open(tmp_path, BIG) as store:
+        for name in "ab":
+            store.save(name, model, print_, known(model), "m")
+        whole = (tmp_path / "a.json").read_bytes()
+        (tmp_path / "a.json").write_bytes(content)
+        for ask in (lambda: store.load("a", model, print_), lambda: store.describe("a"), store.listed):
+            with pytest.raises(ApiError, match=r"a\.json in the server's --state-dir") as error:
+                ask()
+            assert words in str(error.value)
+            assert "Delete the state 'a', or save it again" in str(error.value)
+            assert str(tmp_path) not in str(error.value)
+            assert (error.value.status, error.value.code) == (500, "state_damaged")
+        assert store.load("b", model, print_).pieces == ["text 0"]
+    files = sorted(os.listdir(tmp_path))
+    with pytest.raises(LongscanError, match="Restore it, or delete it") as refused:
+        StateStore.open(tmp_path, BIG).__enter__()
+    assert str(tmp_path / "a.json") in str(refused.value)
+    assert words in str(refused.value)
+    assert sorted(os.listdir(tmp_path)) == files  # the state is still there
+    (tmp_path / "a.json").write_bytes(whole)
+    with StateStore.open(tmp_path, BIG) as store:
+        assert store.load("a", model, print_).pieces == ["text 0"]
+        (tmp_path / "a.json").write_bytes(content)
+        store.save("a", model, print_, known(model, 1), "m")
+        assert store.load("a", model, print_).pieces == ["text 1"]
+        (tmp_path / "a.json").write_bytes(content)
+        store.delete("a")
+        assert [one["name"] for one in store.listed()] == ["b"]
+        with pytest.raises(ApiError, match="no state 'a'"):
+            store.delete("a")
+    (tmp_path / "b.json").unlink()
+    with StateStore.open(tmp_path, BIG) as store:  # as the error says
+        assert store.listed() == []
+        assert not list(tmp_path.glob("*.state"))
+
+
+def test_serve_refuses_a_damaged_description(cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "tuesday.json").write_text("{")
+    done = cli("serve", "--state-dir", tmp_path, "--port", 0)
+    assert (done.code, done.out) == (1, "")
+    assert f"{tmp_path}/tuesday.json does not describe a saved state" in done.err.replace("\n", "")
 
 
 def test_a_directory_that_goes_away(tmp_path: Path) -> None:

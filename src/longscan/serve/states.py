@@ -55,8 +55,8 @@ class StateStore:
             max_bytes: see `StateStore`.
 
         Raises:
-            LongscanError: another server uses it, or it is a file.
-            OSError: it can't be written.
+            LongscanError: another server uses it, it is a file, or what describes a state is damaged.
+            OSError: it can't be read or written.
         """
         if directory.exists() and not directory.is_dir():
             raise LongscanError(f"--state-dir: expected a directory, got the file {directory}.")
@@ -75,16 +75,12 @@ class StateStore:
         """Return what clients may know of each state, the newest first.
 
         Raises:
-            ApiError: the directory can't be read.
+            ApiError: the directory can't be read, or a description in it is damaged.
         """
-        with self._lock:
-            try:
-                found = [
-                    self._described(path.stem) for path in self._directory.iterdir() if path.suffix == ".json"
-                ]
-            except OSError as error:
-                message = f"the saved states can't be read: {error.strerror or error}."
-                raise ApiError(503, message, "state_dir_unavailable") from error
+        with self._lock, _for_clients():
+            found = [
+                self._described(path.stem) for path in self._directory.iterdir() if path.suffix == ".json"
+            ]
         return sorted((one for one in found if one), key=lambda one: -one["created"])
 
     def describe(self, name: str) -> dict[str, Any]:
@@ -94,9 +90,9 @@ class StateStore:
             name: of it.
 
         Raises:
-            ApiError: there is none.
+            ApiError: there is none, or its description is damaged.
         """
-        with self._lock:
+        with self._lock, _for_clients():
             return self._described(name) or _missing(name)
 
     def save(
@@ -162,7 +158,8 @@ class StateStore:
             ApiError: there is none of this name, it is another model's, or it is damaged.
         """
         with self._lock:
-            content = self._content(name) or _missing(name)
+            with _for_clients():
+                content = self._content(name) or _missing(name)
             file = self._directory / content["file"]
             try:
                 if _hash(file) != content["sha256"]:
@@ -181,7 +178,7 @@ class StateStore:
         return Known(content["holds"], saved)
 
     def delete(self, name: str) -> None:
-        """Remove a state.
+        """Remove a state, also a damaged one.
 
         Args:
             name: of it.
@@ -189,28 +186,40 @@ class StateStore:
         Raises:
             ApiError: there is none.
         """
-        with self._lock:
-            if self._content(name) is None:
+        with self._lock, _for_clients():
+            if not re.fullmatch(NAME, name) or not (self._directory / f"{name}.json").is_file():
                 _missing(name)
             for path in sorted(self._files(name), key=lambda path: path.suffix != ".json"):
                 path.unlink(missing_ok=True)
 
     def _content(self, name: str) -> dict[str, Any] | None:
-        """Return the JSON of a name, if it is one of ours."""
+        """Return what describes a state, or None if there is no state of this name.
+
+        Raises:
+            _DamagedError: the file is not what `save` writes.
+        """
+        path = self._directory / f"{name}.json"
         if not re.fullmatch(NAME, name):
             return None
         try:
-            content = read_json(self._directory / f"{name}.json")
-        except (OSError, LongscanError):
+            content = read_json(path)
+        except FileNotFoundError:
             return None
+        except LongscanError as error:
+            raise _DamagedError(path, str(error).removeprefix(str(path)).lstrip(": ").rstrip(".")) from error
+        if content.get("format") != FORMAT:
+            raise _DamagedError(path, f"expected the format {FORMAT!r}, got {content.get('format')!r}"[:200])
         kinds = {"file": str, "sha256": str, "holds": list, "model": str, "position": int, "created": int}
+        wrong = [key for key, kind in kinds.items() if type(content.get(key)) is not kind]
         match = STATE.fullmatch(str(content.get("file")))
-        if content.get("format") != FORMAT or match is None or match[1] != name:
-            return None
-        if not all(type(content.get(key)) is kind for key, kind in kinds.items()):
-            return None
-        pieces: Pieces = content["holds"]
-        return content if all(type(piece) in (str, int) for piece in pieces) else None
+        if match is None or match[1] != name:
+            wrong.append("file")
+        pieces: Pieces = [] if "holds" in wrong else content["holds"]
+        if not all(type(piece) in (str, int) for piece in pieces):
+            wrong.append("holds")
+        if wrong:
+            raise _DamagedError(path, f"its field {wrong[0]!r} is missing or wrong")
+        return content
 
     def _described(self, name: str) -> dict[str, Any] | None:
         """Return what clients may know of a state, or None if there is none."""
@@ -233,7 +242,7 @@ class StateStore:
         return [*found, *([json] if json.is_file() else [])]
 
     def _sweep(self) -> None:
-        """Remove what an interrupted save has left."""
+        """Remove what an interrupted save has left; nothing if a description is damaged."""
         known = {
             content["file"]
             for path in self._directory.glob("*.json")
@@ -243,6 +252,33 @@ class StateStore:
             orphan = STATE.fullmatch(path.name) and path.name not in known
             if orphan or TEMPORARY.fullmatch(path.name):
                 path.unlink(missing_ok=True)
+
+
+class _DamagedError(LongscanError):
+    """A file that describes a state is damaged."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"{path} does not describe a saved state: {reason}. Restore it, or delete it: the state "
+            f"{path.stem!r} is lost without it, and its file is removed at the next start."
+        )
+        self.path, self.reason = path, reason
+
+
+@contextlib.contextmanager
+def _for_clients() -> Iterator[None]:
+    """Raise errors of the directory as clients may see them: without its path, which is nobody's business."""
+    try:
+        yield
+    except _DamagedError as error:
+        message = (
+            f"{error.path.name} in the server's --state-dir does not describe a saved state: {error.reason}. "
+            f"Delete the state {error.path.stem!r}, or save it again."
+        )
+        raise ApiError(500, message, "state_damaged") from error
+    except OSError as error:
+        message = f"the saved states can't be read: {error.strerror or error}."
+        raise ApiError(503, message, "state_dir_unavailable") from error
 
 
 def _missing(name: str) -> Any:

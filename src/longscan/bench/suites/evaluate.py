@@ -52,8 +52,8 @@ class Model:
 
 SMALL = SHAPES["130m"]
 FULL = (
-    Model(SMALL.title, SMALL.model, Counts(endings=8, passage=2, last_word=8, documents=2)),
-    Model(SHIPPED, SHIPPED, Counts(endings=40, passage=8, last_word=40, documents=8)),
+    Model(SMALL.title, SMALL.model, Counts(endings=4, passage=1, last_word=4, documents=1)),
+    Model(SHIPPED, SHIPPED, Counts(endings=20, passage=4, last_word=20, documents=4)),
 )
 LITTLE = Counts(
     endings=2, passage=1, last_word=2, documents=1, context=6, ending=3, passage_words=20, document=9
