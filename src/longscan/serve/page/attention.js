@@ -3,6 +3,7 @@
 import { json } from "./api.js";
 import { field, h, select } from "./dom.js";
 import { decode, HeatMap } from "./maps.js";
+import { asked } from "./model.js";
 import { number, t } from "./words.js";
 
 export class AttentionCard {
@@ -45,7 +46,8 @@ export class AttentionCard {
     const work = new AbortController();
     this.work = work;
     this.said.textContent = t("in.working");
-    const body = { tokens: this.report.tokens.map((token) => token.id), layer: Number(this.layer.value) };
+    const tokens = this.report.tokens.map((token) => token.id);
+    const body = { ...asked(), tokens, layer: Number(this.layer.value) };
     if (this.lane.value !== "") body.lane = this.lane.valueAsNumber;
     try {
       const { parts } = await json("v1/inspect/attention", body, work.signal);

@@ -4,7 +4,7 @@ import { events } from "./api.js";
 import { Conversation } from "./conversation.js";
 import { button, h, save } from "./dom.js";
 import { Turn } from "./turn.js";
-import { model } from "./model.js";
+import { asked, model } from "./model.js";
 import { form, keep, sampling, settings } from "./settings.js";
 import { Speech } from "./speech.js";
 import { number, t } from "./words.js";
@@ -56,7 +56,13 @@ async function answer(parent = conversation.end) {
 }
 
 async function read(message, given, signal, watch) {
-  const body = { messages: given, stream: true, stream_options: { include_usage: true }, ...sampling() };
+  const body = {
+    ...asked(),
+    messages: given,
+    stream: true,
+    stream_options: { include_usage: true },
+    ...sampling(),
+  };
   for await (const chunk of events("v1/chat/completions", body, signal)) {
     const choice = chunk.choices[0];
     const { content = "", reasoning_content: reasoning = "" } = choice?.delta ?? {};

@@ -11,6 +11,7 @@ export const en = {
   "nav.views": "Views",
   "nav.skip": "Skip to the content",
   "nav.language": "中文",
+  "nav.model": "Model",
   "theme.label": (name) => `Colours: ${name}`,
   "theme.auto": "auto",
   "theme.light": "light",

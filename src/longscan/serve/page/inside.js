@@ -6,7 +6,7 @@ import { messages } from "./chat.js";
 import { Chart } from "./chart.js";
 import { button, field, h, tableOf } from "./dom.js";
 import { decode, HeatMap } from "./maps.js";
-import { model } from "./model.js";
+import { asked, model } from "./model.js";
 import { Next } from "./next.js";
 import { TokenText } from "./tokens.js";
 import { bytes, number, t } from "./words.js";
@@ -15,7 +15,7 @@ const EXAMPLE =
   'It was a bright morning, and the Captain, who had slept badly, went on deck.\n\n"Where is the King?" he asked. "The King is dead," said the boy, "and the Queen is gone to the Captain."';
 
 // it stays while other views are shown
-const kept = { text: EXAMPLE, branches: [], branch: null };
+const kept = { text: EXAMPLE, model: null, branches: [], branch: null };
 
 /** Show the view in an element. */
 export function mount(root) {
@@ -77,6 +77,11 @@ class View {
       this.alert.textContent = error.message;
       return;
     }
+    if (this.closed) return;
+    if (kept.model !== this.model.model) {
+      // another model sees another text in its own way
+      Object.assign(kept, { model: this.model.model, branches: [], branch: null });
+    }
     if (kept.branch) this.show(kept.branch);
     else this.begin({ text: kept.text });
   }
@@ -102,7 +107,8 @@ class View {
     this.alert.textContent = "";
     this.status.textContent = t("in.working");
     try {
-      return await json("v1/inspect", await this.bounded(body, work.signal), work.signal);
+      const bounded = await this.bounded(body, work.signal);
+      return await json("v1/inspect", { ...asked(), ...bounded }, work.signal);
     } catch (error) {
       if (error.name !== "AbortError") this.alert.textContent = error.message;
       return null;
@@ -118,7 +124,7 @@ class View {
     const whole = body.messages
       ? { messages: body.messages, add_generation_prompt: false }
       : { prompt: body.text };
-    const { tokens, count } = await json("tokenize", whole, signal);
+    const { tokens, count } = await json("tokenize", { ...asked(), ...whole }, signal);
     if (count <= this.model.max_tokens) return body;
     this.cut.textContent = t("in.beginning", number(this.model.max_tokens), number(count));
     return { tokens: tokens.slice(0, this.model.max_tokens) };
@@ -297,6 +303,7 @@ class View {
   }
 
   close() {
+    this.closed = true;
     this.work?.abort();
     this.release();
   }

@@ -2,10 +2,11 @@
 
 import { setAsk } from "./api.js";
 import * as chat from "./chat.js";
-import { button, h } from "./dom.js";
+import { button, h, select } from "./dom.js";
 import * as inside from "./inside.js";
 import * as line from "./line.js";
 import * as memory from "./memory.js";
+import { choose, model } from "./model.js";
 import * as playground from "./playground.js";
 import { current, speak, t, tag } from "./words.js";
 
@@ -18,9 +19,32 @@ let leave = () => {};
 const chosen = () => (location.hash.slice(1) in VIEWS ? location.hash.slice(1) : "chat");
 const theme = () => (THEMES.includes(localStorage.getItem(THEME)) ? localStorage.getItem(THEME) : "auto");
 
+/** Show a view; it replaces the one before. */
+function show(main) {
+  leave();
+  main.replaceChildren();
+  leave = VIEWS[chosen()].mount(main) ?? (() => {});
+}
+
+/** Return the choice of the model, which shows if there are several. */
+function models(main) {
+  const label = h("label", { class: "model", hidden: true }, h("span", { text: t("nav.model") }));
+  const fill = ({ model: name, models: names }) => {
+    if (names.length < 2) return;
+    const change = (value) => {
+      choose(value);
+      show(main);
+    };
+    const options = names.map((one) => [one, one]);
+    label.append(select(options, name, change, { id: "model" }));
+    label.hidden = false;
+  };
+  model().then(fill, () => {}); // the view shows the error
+  return label;
+}
+
 /** Draw the page: a view below the navigation. */
 function draw(focus = false) {
-  leave();
   document.documentElement.lang = tag();
   document.documentElement.dataset.theme = theme();
   const name = chosen();
@@ -54,6 +78,7 @@ function draw(focus = false) {
       h(
         "div",
         { class: "switches" },
+        models(main),
         button(
           t("nav.language"),
           () => {
@@ -76,7 +101,7 @@ function draw(focus = false) {
     ),
     main,
   );
-  leave = VIEWS[name].mount(main) ?? (() => {});
+  show(main);
   if (focus) {
     main.focus({ preventScroll: true });
     if (name !== "chat") window.scrollTo(0, 0);

@@ -4,7 +4,7 @@ import { events } from "./api.js";
 import { turns } from "./chat.js";
 import { Chart } from "./chart.js";
 import { button, field, h, select, tableOf } from "./dom.js";
-import { model } from "./model.js";
+import { asked, model } from "./model.js";
 import { bytes, number, short, t } from "./words.js";
 
 const LENGTHS = [10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5, 3e5, 1e6];
@@ -12,7 +12,7 @@ const WINDOW = 40; // tokens over which a speed is averaged, at least
 const SECONDS = 0.15; // likewise: tokens arrive in packets
 
 // they stay while other views are shown
-const kept = { width: 2, shared: 1, length: 800, measured: [] };
+const kept = { width: 2, shared: 1, length: 800, model: null, measured: [] };
 
 /**
  * Return the bytes that each token adds to the KV cache of a Transformer with as many parameters outside of its
@@ -119,6 +119,7 @@ class View {
   async load() {
     try {
       this.model = await model();
+      if (kept.model !== this.model.model) Object.assign(kept, { model: this.model.model, measured: [] });
       this.draw();
     } catch (error) {
       this.alert.textContent = error.message;
@@ -207,6 +208,7 @@ class View {
     this.go.textContent = t("chat.stop");
     kept.measured = [];
     const body = {
+      ...asked(),
       prompt: "The",
       max_tokens: kept.length,
       ignore_eos: true,

@@ -2,6 +2,7 @@
 
 import { json } from "./api.js";
 import { button, field, h, select } from "./dom.js";
+import { asked } from "./model.js";
 import { number, t } from "./words.js";
 
 const settings = { n: 2, length: 32, temperature: 0.7 };
@@ -101,6 +102,7 @@ export class Next {
     try {
       const { n, length, temperature } = settings;
       const { continuations } = await json("v1/inspect/continue", {
+        ...asked(),
         tokens,
         n,
         max_tokens: length,

@@ -9,6 +9,7 @@ export const zh = {
   "nav.views": "视图",
   "nav.skip": "跳到正文",
   "nav.language": "English",
+  "nav.model": "模型",
   "theme.label": (name) => `配色：${name}`,
   "theme.auto": "自动",
   "theme.light": "浅色",
