@@ -67,6 +67,47 @@ def test_a_saved_state_is_of_one_adapter(cli: Cli, home: Path, tmp_path: Path) -
     assert " 0 remembered" not in done.err
 
 
+def generated(cli: Cli, home: Path, *flags: Any) -> Any:
+    done = cli("generate", "--model", home / "base", *FEW, *flags)
+    assert done.code == 0, done.err
+    return done
+
+
+def test_generate_compares_adapters(cli: Cli, home: Path) -> None:
+    both = ("--adapter", home / "one", "--adapter", f"second={home / 'two'}")
+    single = {name: generated(cli, home, "hello", "--adapter", home / name).out for name in ("one", "two")}
+    named = generated(cli, home, "hello", "--adapter", f"mine={home / 'one'}")
+    assert named.out == single["one"]  # one is merged, whatever its name
+    done = generated(cli, home, "hello", *both)
+    assert done.out == f"── one ──\n{single['one']}\n── second ──\n{single['two']}\n"
+    assert "one, second · " in done.err
+    assert "beside the base" in done.err
+    done = generated(cli, home, "hello", "bye", *both)
+    headings = [line for line in done.out.splitlines() if line.startswith("──")]
+    assert headings == [f"── {name} · {i} of 2 ──" for name in ("one", "second") for i in (1, 2)]
+    found = json.loads(generated(cli, home, "hello", "bye", *both, "--json", "--temperature", 1).out)
+    assert [(one["adapter"], one["prompt"]) for one in found["texts"]] == [
+        (name, prompt) for name in ("one", "second") for prompt in ("hello", "bye")
+    ]
+    alone = json.loads(
+        generated(cli, home, "hello", "bye", "--adapter", home / "two", "--json", "--temperature", 1).out
+    )
+    assert "adapter" not in alone["texts"][0]
+    assert [one["text"] for one in found["texts"][2:]] == [one["text"] for one in alone["texts"]]
+    assert found["prompt_tokens"] == alone["prompt_tokens"]
+    assert found["tokens"] == sum(one["tokens"] for one in found["texts"])
+
+
+@pytest.mark.parametrize(
+    "flag", [("--speculate",), ("--draft", "x"), ("--load-state", "x"), ("--save-state", "x")]
+)
+def test_generate_with_several_adapters_has_no_state(cli: Cli, home: Path, flag: tuple[str, ...]) -> None:
+    both = ("--adapter", home / "one", "--adapter", home / "two")
+    done = cli("generate", "hello", "--model", home / "base", *both, *flag)
+    assert (done.code, done.out) == (2, "")
+    assert "--adapter: expected one beside --load-state" in " ".join(done.err.split())
+
+
 FAULTS = {
     "twice": (["{home}/one", "{home}/one"], "'one' is also the name of {home}/one. Use NAME=DIR."),
     "the-base": (["{base}={home}/one"], "'{base}' is also the name of the base"),
@@ -79,16 +120,18 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("verb", ["chat", "serve"])
+@pytest.mark.parametrize("verb", ["chat", "serve", "generate"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults(cli: Cli, home: Path, tmp_path: Path, verb: str, fault: str) -> None:
     given, message = FAULTS[fault]
-    where = {"home": home, "base": "none" if verb == "chat" else "base"}
-    if verb == "chat" and fault == "the-base":
+    where = {"home": home, "base": "base" if verb == "serve" else "none"}
+    if verb == "generate" and len(given) == 1:
+        given = ["more={home}/two", *given]  # a single one is merged, and needs no name
+    if verb != "serve" and fault == "the-base":
         message = "which is not 'none'"
-    if "other" in given[0]:
+    if "other" in given[-1]:
         where["other"] = write_adapter(build(vocab_size=300, name="llama"), tmp_path / "other")
-    if "rank" in given[0]:
+    if "rank" in given[-1]:
         where["rank"] = write_adapter(build(), tmp_path / "rank")
         fields = json.loads((tmp_path / "rank" / CONFIG).read_text())
         (tmp_path / "rank" / CONFIG).write_text(json.dumps({**fields, "r": 7}))

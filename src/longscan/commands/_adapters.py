@@ -18,7 +18,7 @@ from longscan.models.common.quantization import kind_of
 from longscan.models.common.summary import scaled
 from longscan.tokenizers.base import Tokenizer
 
-__all__ = ["NONE", "Adapted", "Adapters", "load_adapters", "size_of"]
+__all__ = ["NONE", "Adapted", "Adapters", "load_adapters", "only", "size_of"]
 
 Adapters: TypeAlias = Annotated[
     list[str] | None,
@@ -72,6 +72,15 @@ def load_adapters(
         assert own is not None
         found[name] = network, own
     return found
+
+
+def only(given: Sequence[str] | None) -> str | None:
+    """Return the directory of the only adapter; None if there is none, or there are several.
+
+    Args:
+        given: of `--adapter`.
+    """
+    return _split(given[0])[1] if given and len(given) == 1 else None
 
 
 def size_of(found: Adapted) -> str:

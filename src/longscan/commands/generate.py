@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import json
 import secrets
-import signal
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from longscan.checkpoints.load import load, load_with_tokenizer
+from longscan.commands._adapters import NONE, Adapters, load_adapters, only, size_of
 from longscan.commands._input import read_constraint, read_prompts, sampling_config
 from longscan.commands._options import (
-    Adapter,
     Json,
     JsonSchemaFile,
     MinP,
@@ -36,24 +31,20 @@ from longscan.commands._options import (
     TopK,
     TopP,
 )
-from longscan.core.config import count
+from longscan.commands._session import Session
 from longscan.core.files import utf8
-from longscan.core.progress import Bar
 from longscan.core.runtime import use_threads
 from longscan.errors import LongscanError, UsageError
 from longscan.inference.drafters import Drafter, DraftModel, PromptLookup
 from longscan.inference.engine import MAX_SLOTS, Engine
 from longscan.inference.prefill import encode
 from longscan.inference.request import make_requests
-from longscan.inference.sampling import Event, Finish, SamplingConfig
 from longscan.models import LanguageModel, State
 from longscan.models.common.state import SavedState
 from longscan.models.common.summary import describe
 from longscan.tokenizers.base import Tokenizer
 
 __all__ = ["command"]
-
-REASONS = {"eos": "end of text", "stop": "stop string"}
 
 
 def command(
@@ -81,7 +72,7 @@ def command(
     seed: SamplingSeed = None,
     precision: PrecisionOption = None,
     tokenizer_name: TokenizerName = None,
-    adapter: Adapter = None,
+    adapter: Adapters = None,
     load_state: Annotated[
         Path | None, typer.Option(help="Continue from a state file; PROMPT is appended to its text.")
     ] = None,
@@ -107,7 +98,8 @@ def command(
     One PROMPT is streamed as it is generated; several, or those of a file, run as one batch and are printed
     in order, each when it is complete. A prompt from stdin loses its last line break. The file of --prompts
     is UTF-8, also .gz or .xz; its blank lines are skipped. Without any prompt the model starts a new text, or
-    continues the one of --load-state.
+    continues the one of --load-state. With several --adapter each of them continues each prompt, beside the
+    weights of one base, and its name stands above its text; a single one is merged.
 
     Raises:
         UsageError: a flag has an invalid value.
@@ -128,20 +120,33 @@ def command(
         raise UsageError("PROMPT and --prompts: expected one of them, got both.")
     texts = _prompts(prompts or []) if prompt_file is None else read_prompts(prompt_file)
     _check_usage(texts, save_state, (speculate, draft), (json_schema, regex))
-    network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name, adapter)
+    if adapter and len(adapter) > 1 and (load_state or save_state or speculate or draft):
+        raise UsageError(
+            "--adapter: expected one beside --load-state, --save-state, --speculate and --draft, "
+            f"got {len(adapter)}: a state and a draft are of one model."
+        )
+    merged = only(adapter)
+    network, tokenizer = load_with_tokenizer(model, revision, offline, precision, tokenizer_name, merged)
+    adapted = {} if merged else load_adapters(network, tokenizer, adapter, NONE)
     before = None if load_state is None else _load_state(load_state, network, texts)
     drafter = PromptLookup() if speculate else _draft_model(draft, tokenizer, offline) if draft else None
     ids = encode(tokenizer, texts, begins=before is None)
-    session = _Session(texts, stream=len(texts) == 1 and not as_json and prompt_file is None, silent=as_json)
-    slots = min(len(texts), MAX_SLOTS)
-    engine = Engine(network, tokenizer, slots=slots, drafter=drafter, progress=session.show_prefill)
+    stream = len(texts) == 1 and not as_json and prompt_file is None and not adapted
+    session = Session(texts, list(adapted), stream=stream, silent=as_json)
+    requests = list(make_requests(ids, config, tokenizer.eos_ids, before, keep=save_state is not None))
     constraint = read_constraint(tokenizer, json_schema, regex)
-    for request in make_requests(ids, config, tokenizer.eos_ids, before, keep=save_state is not None):
-        engine.submit(replace(request, constraint=constraint))
     if not quiet:
-        typer.echo(describe(model, network) + "\n", err=True)
+        summary = describe(model, network) + (f" · {size_of(adapted)}" if adapted else "")
+        typer.echo(summary + "\n", err=True)
+    slots = min(len(texts), MAX_SLOTS)
     try:
-        session.run(engine, config.max_new_tokens)
+        for i, (one, own) in enumerate(adapted.values() or [(network, tokenizer)]):
+            engine = Engine(one, own, slots=slots, drafter=drafter, progress=session.show_prefill)
+            for request in requests:
+                engine.submit(replace(request, constraint=constraint))
+            session.run(engine, config.max_new_tokens, i * len(texts))
+            if session.stopped:
+                break
     finally:
         session.close()
     saved = save_state if session.consistent else None
@@ -152,7 +157,7 @@ def command(
         speculation = {"drafted": engine.drafted, "accepted": engine.accepted} if drafter else {}
         typer.echo(json.dumps({**counts, **session.report(), **speculation}, ensure_ascii=False, indent=2))
     if not quiet:
-        typer.echo(session.footer(config, engine, saved), err=True)
+        typer.echo(session.footer(config, saved), err=True)
     if save_state is not None and saved is None:
         raise LongscanError(f"stopped before the prompt was processed: {save_state} was not written.")
     if session.stopped:
@@ -198,140 +203,6 @@ def _draft_model(name: str, tokenizer: Tokenizer, offline: bool) -> Drafter:
             "Expected a smaller model that was trained with the same tokenizer."
         )
     return DraftModel(network)
-
-
-@dataclass
-class _Text:
-    """One prompt and the text generated for it so far."""
-
-    prompt: str
-    text: str = ""
-    tokens: int = 0
-    finish: Finish | None = None
-
-
-class _Session:
-    """Prints the events of an engine and collects its statistics."""
-
-    def __init__(self, prompts: list[str], *, stream: bool, silent: bool) -> None:
-        self._texts = [_Text(prompt) for prompt in prompts]
-        self._stream, self._silent = stream, silent
-        self._echo = sys.stdout.isatty()  # on a terminal the prompt is shown too
-        self._begun, self._printed = False, 0
-        self.stopped = False  # by Ctrl-C
-        self.consistent = False  # whether the engine's state includes all of the text
-        self._bar = Bar()
-        self._begin = self._first = self._last = time.perf_counter()
-
-    def show_prefill(self, done: int, total: int) -> None:
-        """Show the progress of the prefill."""
-        self._bar.show("prefill", done, total)
-        if self.stopped:
-            raise KeyboardInterrupt
-
-    def run(self, engine: Engine, max_new_tokens: int) -> None:
-        """Run an engine to the end, or until Ctrl-C, and print its events."""
-        try:
-            with self._interruptible():
-                while (engine.running or engine.waiting) and not self.stopped:
-                    for event in engine.step():
-                        self._take(event, max_new_tokens)
-            self.consistent = True
-        except KeyboardInterrupt:
-            self.stopped = True
-
-    def _take(self, event: Event, max_new_tokens: int) -> None:
-        """Record an event, and print it or its complete text."""
-        if event.error is not None:
-            raise event.error
-        text = self._texts[event.row]
-        self._last = time.perf_counter()
-        if not self._begun:
-            self._begun, self._first = True, self._last
-            self._bar.clear()
-            if self._stream and self._echo:
-                typer.echo(text.prompt, nl=False)
-        text.text += event.text
-        text.tokens += 1
-        text.finish = event.finish
-        if self._stream:
-            typer.echo(event.text, nl=False)
-        elif event.finish:
-            self._print()
-        else:
-            self._bar.show("decode", text.tokens, max_new_tokens)
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Let the first Ctrl-C stop between two tokens, so that the state is complete."""
-
-        def stop(*_: object) -> None:
-            if self.stopped:
-                raise KeyboardInterrupt
-            self.stopped = True
-
-        if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
-            yield
-            return
-        usual = signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, usual)
-
-    def close(self) -> None:
-        """Clear the progress bar and print what is not printed yet."""
-        self._bar.clear()
-        if self._stream and self._begun:
-            typer.echo()
-        elif not self._stream:
-            self._print(unfinished=True)
-
-    def _print(self, unfinished: bool = False) -> None:
-        """Print the next texts in order that are complete."""
-        while not self._silent and self._printed < len(self._texts):
-            text = self._texts[self._printed]
-            if not (text.finish or (unfinished and text.tokens)):
-                return
-            self._bar.clear()
-            self._printed += 1
-            typer.echo(f"── {self._printed} of {len(self._texts)} ──")
-            typer.echo(f"{text.prompt if self._echo else ''}{text.text}\n")
-
-    def report(self) -> dict[str, Any]:
-        """Return the texts, the time to first token and the decode throughput."""
-        tokens = sum(text.tokens for text in self._texts)
-        begun = sum(text.tokens > 0 for text in self._texts)  # first tokens, which belong to the prefill
-        seconds = self._last - self._first
-        return {
-            "texts": [asdict(text) for text in self._texts],
-            "tokens": tokens,
-            "seconds_to_first_token": round(self._first - self._begin, 4),
-            "tokens_per_second": round((tokens - begun) / seconds, 1) if tokens > begun else None,
-        }
-
-    def footer(self, config: SamplingConfig, engine: Engine, state: Path | None) -> str:
-        """Return one line of what was done and what to do next."""
-        report = self.report()
-        parts = ["stopped"] if self.stopped else []
-        parts.append(count(report["tokens"], "token"))
-        finish = self._texts[0].finish if len(self._texts) == 1 else None
-        if finish in REASONS:
-            parts.append(REASONS[finish])
-        if report["tokens_per_second"]:
-            parts.append(f"{report['tokens_per_second']:,.0f} tok/s")
-        if report["tokens"]:
-            seconds = report["seconds_to_first_token"]
-            parts.append(f"first token after {seconds:{'.2g' if seconds < 99 else ',.0f'}} s")
-        if engine.drafted:
-            parts.append(f"{engine.accepted:,} of {count(engine.drafted, 'draft token')} accepted")
-        if config.temperature > 0:
-            parts.append(f"seed {config.seed}")
-        if state is None:
-            parts += ["try: longscan train my.txt --out my-model", "longscan models"]
-        else:
-            parts.append(f"continue with: longscan generate --load-state {state}")
-        return "▏ " + " · ".join(parts)
 
 
 def _prompts(given: list[str]) -> list[str]:
