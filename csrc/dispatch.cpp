@@ -18,6 +18,7 @@
 #include "kernels.h"
 
 #if defined(_WIN32)
+#pragma clang diagnostic ignored "-Wdll-attribute-on-redeclaration"  // exported here, declared for everybody
 #define LS_EXPORT extern "C" __declspec(dllexport)
 #else
 #define LS_EXPORT extern "C" __attribute__((visibility("default")))
