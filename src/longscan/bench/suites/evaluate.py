@@ -52,7 +52,9 @@ class Model:
 
 SMALL = SHAPES["130m"]
 FULL = (
-    Model(SMALL.title, SMALL.model, Counts(endings=4, passage=1, last_word=4, documents=1)),
+    Model(
+        SMALL.title, SMALL.model, Counts(endings=4, passage=1, last_word=4, documents=1, passage_words=600)
+    ),
     Model(SHIPPED, SHIPPED, Counts(endings=20, passage=4, last_word=20, documents=4)),
 )
 LITTLE = Counts(
