@@ -1,7 +1,10 @@
-"""Install a wheel in an empty environment and run it there: `python tests/installed_wheel.py dist/longscan-*.whl`.
+"""Installs a wheel in an empty environment and runs it there.
 
-The dependencies are those of the environment that runs this script; nothing is downloaded. It prints the sizes
-of the wheel, and ends with an error if the wheel is not for every Python, lacks something, or does not run.
+    python tests/installed_wheel.py dist/longscan-*.whl
+
+The dependencies are those of the environment that runs this script; nothing is downloaded. It prints the
+sizes of the wheel, and ends with an error if the wheel is not for every Python, lacks something, or does not
+run.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ def contents(wheel: Path) -> None:
     """Check the tag and what is inside, and print sizes in bytes."""
     tags = wheel.stem.split("-")[2:]
     if tags[:2] != ["py3", "none"] or tags[2].startswith("linux_"):
-        raise WheelError(f"expected the tag py3-none-<platform>, and manylinux on Linux; got {'-'.join(tags)}")
+        raise WheelError(
+            f"expected the tag py3-none-<platform>, and manylinux on Linux; got {'-'.join(tags)}"
+        )
     with zipfile.ZipFile(wheel) as archive:
         sizes = {member.filename: member.file_size for member in archive.infolist()}
     libraries = {name: size for name, size in sizes.items() if name.startswith("longscan/_lib/")}
@@ -35,7 +40,7 @@ def contents(wheel: Path) -> None:
     wrong = [name for name in sizes if not name.startswith(("longscan/", "longscan-"))]
     if len(libraries) != 1 or not model or wrong:
         raise WheelError(
-            f"expected one library and the model that ships; got {list(libraries)}, {list(model)}, and {wrong}"
+            f"expected one library and the model that ships; got {list(libraries)}, {list(model)}, {wrong}"
         )
     print(f"{wheel.name}: {wheel.stat().st_size:,} bytes, {sum(sizes.values()):,} unpacked")
     print(f"  kernels {sum(libraries.values()):,} · model {sum(model.values()):,}")
@@ -49,7 +54,7 @@ def run(wheel: Path, directory: Path) -> None:
     target = Path(paths["purelib"])
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"]
     subprocess.run([*pip, "--no-index", "--target", target, wheel], check=True)
-    # the dependencies, without what an editable install added to the path: hooks in these directories do not run
+    # the dependencies, without what an editable install added to the path: hooks in these do not run
     packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     (target / "dependencies.pth").write_text("\n".join(packages) + "\n")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}

@@ -28,7 +28,7 @@ function show(main) {
 
 /** Return the choice of the model, which shows if there are several. */
 function models(main) {
-  const label = h("label", { class: "model", hidden: true }, h("span", { text: t("nav.model") }));
+  const label = h("label", { class: "models", hidden: true }, h("span", { text: t("nav.model") }));
   const fill = ({ model: name, models: names }) => {
     if (names.length < 2) return;
     const change = (value) => {
