@@ -23,7 +23,6 @@ __all__ = ["NO_RESULT", "Plan", "StoppedError", "minutes", "seeded"]
 
 QUICK = {"steps": 3, "epochs": None, "eval_every": 0, "bleu_sentences": 4, "save_every": 100}
 NO_RESULT = "a few steps only: no result"  # how an experiment with --quick is reduced
-RESOLVED = ("backward_chunk",)  # settings whose defaults a run resolves
 
 
 class StoppedError(LongscanError):
@@ -119,9 +118,7 @@ class Plan:
         self.notify(f"── {directory.name} ──")
         if (directory / SETTINGS).is_file():
             stored = run.settings.from_dict(read_settings(directory, run.verb))
-            for default in RESOLVED:
-                if getattr(config, default, 0) is None:
-                    config = config.replace(**{default: getattr(stored, default)})
+            config = config.as_resolved(stored)
             paths = {entry.name for entry in fields(config) if entry.metadata.get("path")}
             if other := [field for field in config.changed(stored) if field not in paths]:
                 raise LongscanError(

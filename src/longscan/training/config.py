@@ -102,6 +102,15 @@ class RunConfig(Config):
             if not entry.metadata.get("harmless") and getattr(self, entry.name) != getattr(other, entry.name)
         ]
 
+    def as_resolved(self, stored: Self) -> Self:
+        """Return the configuration, with what a run has resolved of its defaults.
+
+        Args:
+            stored: the configuration of the run.
+        """
+        names = [name for name in ("backward_chunk",) if getattr(self, name, 0) is None]
+        return self.replace(**{name: getattr(stored, name) for name in names})
+
     def absolute(self) -> Self:
         """Return the configuration with absolute paths, which stay valid in any working directory."""
         paths = [entry.name for entry in fields(self) if entry.metadata.get("path")]

@@ -334,6 +334,7 @@ class Run(Task[C]):
         """Resume a run with settings that may extend it; the first process holds its lock."""
         with lock(directory) if group.first else contextlib.nullcontext(), closing(display):
             stored = cls.settings.from_dict(read_settings(directory, cls.verb))
+            config = config.as_resolved(stored)
             refuse_changes(config, stored, directory, longer=True)
             use_threads(config.threads)
             return cls(directory, config, display, figures=figures, before=stored, group=group).go()
